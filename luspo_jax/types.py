@@ -1,0 +1,78 @@
+"""Dimension key, alignment law, and the frozen pytrees that cross from one stage to the next.
+
+Shape suffixes, as in `logprobs_BT`:
+
+    B  sequences (= P·G)    P  prompts         G  group (samples of one prompt)
+    T  tokens               S  key/value length
+    N  query heads          K  key/value heads H  head dim
+    D  model (embedding)    F  mlp             V  vocabulary
+    L  layers               E  experts         R  packed rows
+
+The alignment law: every `_BT` array is indexed by the token it scores. `tokens_BT` holds a prompt
+and then its response, left-aligned and padded on the right; `logprobs_BT[b, t]` is the
+log-probability of `tokens_BT[b, t]` given the tokens before it, and position 0, which nothing
+predicts, is masked. Masks are boolean. `segment_ids_BT` is 0 on padding and ≥ 1 elsewhere;
+tokens see only their own segment.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """What the model reads: one row a sequence.
+
+    Attributes:
+      tokens_BT: int32 token ids, prompt then response, padded on the right.
+      positions_BT: int32 rotary positions, counted from 0 in each segment.
+      segment_ids_BT: int32, 0 on padding.
+      response_mask_BT: bool, true on response tokens, the stop token included.
+    """
+
+    tokens_BT: jax.Array
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array
+    response_mask_BT: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """What one optimizer step reads: token rows and what the objective knows of each.
+
+    Attributes:
+      rows: the token rows.
+      advantages_B: float32 advantage of each response.
+      group_ids_B: int32, equal for the responses of one prompt.
+      old_logprobs_BT: float32 under the policy that starts the step; None where it equals the
+        policy being updated (one minibatch, one epoch), so that the extra pass is saved.
+      ref_logprobs_BT: float32 under the reference policy; None without a KL term.
+      sampler_logprobs_BT: float32 as the sampler computed them.
+    """
+
+    rows: TokenBatch
+    advantages_B: jax.Array
+    group_ids_B: jax.Array
+    old_logprobs_BT: jax.Array | None
+    ref_logprobs_BT: jax.Array | None
+    sampler_logprobs_BT: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything the optimizer changes.
+
+    Attributes:
+      params: float32 master weights, a nested dict.
+      opt_state: the optax state.
+      skipped_updates: int32, how many updates had a non-finite gradient and were not taken.
+    """
+
+    params: Any
+    opt_state: Any
+    skipped_updates: jax.Array

@@ -1,0 +1,60 @@
+"""Strict flags for the whole suite, shared compile cache, and where real test inputs are found."""
+
+import os
+import pathlib
+import tempfile
+
+# Before jax is imported anywhere: 8 fake CPU devices, so that every test can build a mesh.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# One compile cache for all workers of a run, and for the next run on the same machine.
+jax.config.update(
+    "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "luspo_jax_test_cache")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Run a test under strict dtype promotion, as objectives, models and ops must."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """Run a test in float64, for comparison with oracles."""
+    with jax.enable_x64(True):
+        yield
+
+
+def _real_inputs(folder: pathlib.Path) -> pathlib.Path:
+    if not folder.is_dir():
+        pytest.skip(f"real test inputs are absent: {folder} (set LUSPO_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """Folder of public data files that are not part of this repository."""
+    return _real_inputs(
+        pathlib.Path(os.environ.get("LUSPO_TEST_DATA", ROOT.parent / "shared" / "data"))
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_oracles(shared_data: pathlib.Path) -> pathlib.Path:
+    """Folder with other implementations' recorded losses and gradients."""
+    return _real_inputs(shared_data.parent / "oracles")
