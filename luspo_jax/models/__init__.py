@@ -1,0 +1,1 @@
+"""Ports of the models, each with its config reader and its weight table."""

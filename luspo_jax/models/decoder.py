@@ -1,0 +1,324 @@
+"""Qwen2.5 and Qwen3 dense decoders: one stack of scanned layers with switches.
+
+Flax stays in this file. Outside, parameters are a nested dict (layers stacked on a leading axis)
+and everything is a function of `(params, arrays)`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.ops.attention import attention as attend
+from luspo_jax.ops.attention import decode_attention
+
+INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Rotated keys and values of every layer: [L, B, K, S, H] each."""
+
+    keys_LBKSH: jax.Array
+    values_LBKSH: jax.Array
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + ε) · scale over the last axis, in float32 (Zhang & Sennrich 2019)."""
+
+    eps: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(
+            self.dtype
+        )
+
+
+class Projection(nn.Module):
+    """x · kernel (+ bias) over the last `contracted` axes of x."""
+
+    features: tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    contracted: int = 1
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        shape = x.shape[x.ndim - self.contracted :] + self.features
+        init = nn.initializers.normal(INIT_STDDEV)
+        kernel = self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)
+        axes = (
+            tuple(range(x.ndim - self.contracted, x.ndim)),
+            tuple(range(self.contracted)),
+        )
+        y = jax.lax.dot_general(x, kernel, (axes, ((), ())))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype)
+            lead = y.ndim - len(self.features)
+            y = y + bias.astype(self.dtype).reshape((1,) * lead + self.features)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; `attend_fn` decides what the queries see.
+
+    attend_fn(query, key, value, cache, layer, context) -> (out, cache, kept): the new keys and
+    values go wherever it puts them.
+    """
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    attend_fn: Any
+
+    @nn.compact
+    def __call__(self, x, cache, layer, rotation, context):
+        c = self.config
+        project = functools.partial(
+            Projection, dtype=self.dtype, param_dtype=self.param_dtype, use_bias=c.qkv_bias
+        )
+        query = project((c.num_heads, c.head_dim), name="query")(x)
+        key = project((c.num_kv_heads, c.head_dim), name="key")(x)
+        value = project((c.num_kv_heads, c.head_dim), name="value")(x)
+        if c.qk_norm:
+            norm = functools.partial(RMSNorm, c.rms_norm_eps, self.dtype, self.param_dtype)
+            query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        out, cache, kept = self.attend_fn(query, key, value, cache, layer, context)
+        out = Projection((c.embed_dim,), self.dtype, self.param_dtype, 2, c.out_bias, name="out")(
+            out
+        )
+        return out, cache, kept
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) ⊙ up x) (Shazeer 2020)."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        project = functools.partial(Projection, dtype=self.dtype, param_dtype=self.param_dtype)
+        gate = project((self.config.mlp_dim,), name="gate")(x)
+        up = project((self.config.mlp_dim,), name="up")(x)
+        return project((self.config.embed_dim,), name="down")(jax.nn.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """Pre-norm residual layer; its signature is that of a scan body."""
+
+    config: DecoderConfig
+    dtype: Any
+    param_dtype: Any
+    attend_fn: Any
+
+    @nn.compact
+    def __call__(self, carry, layer, rotation, context):
+        x, cache = carry
+        norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype)
+        out, cache, kept = Attention(
+            self.config, self.dtype, self.param_dtype, self.attend_fn, name="attention"
+        )(norm(name="attention_norm")(x), cache, layer, rotation, context)
+        x = x + out
+        x = x + MLP(self.config, self.dtype, self.param_dtype, name="mlp")(norm(name="mlp_norm")(x))
+        return (x, cache), kept
+
+
+class Decoder(nn.Module):
+    """Embedding, stacked layers, and the final norm on the positions asked for."""
+
+    config: DecoderConfig
+    attend_fn: Any
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens, positions, context, cache=None, last_B=None):
+        c = self.config
+        embedding_VD = self.param(
+            "embedding",
+            nn.initializers.normal(INIT_STDDEV),
+            (c.vocab_size, c.embed_dim),
+            self.param_dtype,
+        )
+        if not c.tie_embeddings:
+            self.param(
+                "head",
+                nn.initializers.normal(INIT_STDDEV),
+                (c.vocab_size, c.embed_dim),
+                self.param_dtype,
+            )
+        x = jnp.take(embedding_VD, tokens, axis=0, mode="clip").astype(self.dtype)
+        body = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        stack = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )(c, self.dtype, self.param_dtype, self.attend_fn, name="layers")
+        rotation = rotation_of(positions, c)
+        (x, cache), kept = stack((x, cache), jnp.arange(c.num_layers), rotation, context)
+        if last_B is not None:
+            x = jnp.take_along_axis(x, last_B[:, None, None], axis=1, mode="clip")[:, 0]
+        x = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="final_norm")(x)
+        return x, cache, kept
+
+
+def rotation_of(positions, config):
+    """(cos, sin) of position · θ^(−2i/H), float32, shaped positions.shape + (1, H/2)."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies.reshape(
+        (1,) * (positions.ndim + 1) + (-1,)
+    )
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, rotation):
+    """Rotary position embedding of the pairs (i, i + H/2), in float32 (Su et al. 2021)."""
+    cos, sin = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _attend_sequence(query, key, value, cache, layer, segment_ids_BT, *, implementation, keep):
+    out = attend(query, key, value, segment_ids_BT=segment_ids_BT, implementation=implementation)
+    kept = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)) if keep else None
+    return out, cache, kept
+
+
+def _attend_cache(query, key, value, cache, layer, lengths_B):
+    rows_B = jnp.arange(lengths_B.shape[0])
+    write = lambda array, new: array.at[layer, rows_B, :, lengths_B].set(new, mode="drop")  # noqa: E731
+    cache = KVCache(write(cache.keys_LBKSH, key), write(cache.values_LBKSH, value))
+    keys, values = (
+        jax.lax.dynamic_index_in_dim(array, layer, 0, keepdims=False)
+        for array in (cache.keys_LBKSH, cache.values_LBKSH)
+    )
+    out = decode_attention(query, keys, values, lengths_B=lengths_B + 1)
+    return out, cache, None
+
+
+def hidden_states(
+    params,
+    tokens_BT,
+    positions_BT,
+    segment_ids_BT,
+    *,
+    config,
+    dtype=jnp.float32,
+    remat=False,
+    attention="reference",
+):
+    """Hidden states [B, T, D] after the final norm.
+
+    Args:
+      params: as `init_params` makes them, in any floating type.
+      tokens_BT: int32 token ids.
+      positions_BT: int32 rotary positions, from 0 in each segment.
+      segment_ids_BT: int32, 0 on padding.
+      config: the DecoderConfig of `params`.
+      dtype: type of activations and matmuls; norms, rotation and softmax are float32.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+      attention: an implementation of `ops.attention.attention`.
+    """
+    attend_fn = functools.partial(_attend_sequence, implementation=attention, keep=False)
+    decoder = Decoder(config, attend_fn, dtype, remat=remat)
+    return decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)[0]
+
+
+def prefill(params, tokens_BT, lengths_B, *, config, dtype=jnp.float32, attention="reference"):
+    """Hidden state of each row's last token [B, D], and the cache of all, of length T.
+
+    Rows are left-aligned and `lengths_B` ≥ 1 long; what follows a row's length is ignored, and
+    what the cache holds there is overwritten as decoding advances.
+    """
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+    attend_fn = functools.partial(_attend_sequence, implementation=attention, keep=True)
+    hidden_BD, _, (keys, values) = Decoder(config, attend_fn, dtype).apply(
+        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, last_B=lengths_B - 1
+    )
+    return hidden_BD, KVCache(keys, values)
+
+
+def decode_step(params, tokens_B, lengths_B, cache, *, config, dtype=jnp.float32):
+    """Hidden state [B, D] of one more token a row, and the cache with it written in.
+
+    Token b sits at position `lengths_B[b]`, where its key and value are written, and sees the
+    entries up to and including its own. Donate the cache: it is updated in place.
+    """
+    hidden_BD, cache, _ = Decoder(config, _attend_cache, dtype).apply(
+        {"params": params}, tokens_B, lengths_B, lengths_B, cache
+    )
+    return hidden_BD, cache
+
+
+def empty_cache(config, batch, length, dtype=jnp.float32):
+    """A zero KVCache for `batch` rows of up to `length` tokens."""
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def head_kernel(params):
+    """The output matrix [V, D]: the head's own, or the embedding where they are tied."""
+    return params["head"] if "head" in params else params["embedding"]
+
+
+def init_params(key, config, dtype=jnp.float32):
+    """Random parameters: normal(0, 0.02) matrices, unit norms, zero biases."""
+    attend_fn = functools.partial(_attend_sequence, implementation="reference", keep=False)
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    decoder = Decoder(config, attend_fn, param_dtype=dtype)
+    return decoder.init(key, tokens_BT, tokens_BT, tokens_BT)["params"]
+
+
+def abstract_params(config, dtype=jnp.float32):
+    """Shapes and types of the parameters; nothing is allocated."""
+    init = functools.partial(init_params, config=config, dtype=dtype)
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def param_axes(config):
+    """The logical axis of every dimension of every parameter, as a tree of tuples."""
+    norm, matrix = {"scale": ("embed",)}, ("vocab", "embed")
+    heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
+    attention = {
+        "query": {"kernel": ("embed", *heads)},
+        "key": {"kernel": ("embed", *kv_heads)},
+        "value": {"kernel": ("embed", *kv_heads)},
+        "out": {"kernel": (*heads, "embed")},
+    }
+    if config.qkv_bias:
+        attention["query"]["bias"] = heads
+        attention["key"]["bias"] = attention["value"]["bias"] = kv_heads
+    if config.out_bias:
+        attention["out"]["bias"] = ("embed",)
+    if config.qk_norm:
+        attention["query_norm"] = attention["key_norm"] = {"scale": ("head_dim",)}
+    mlp = {name: {"kernel": ("embed", "mlp")} for name in ("gate", "up")}
+    mlp["down"] = {"kernel": ("mlp", "embed")}
+    layer = {"attention_norm": norm, "attention": attention, "mlp_norm": norm, "mlp": mlp}
+    stacked = jax.tree.map(
+        lambda axes: ("layers", *axes), layer, is_leaf=lambda node: isinstance(node, tuple)
+    )
+    tree = {"embedding": matrix, "layers": stacked, "final_norm": norm}
+    return tree if config.tie_embeddings else tree | {"head": matrix}

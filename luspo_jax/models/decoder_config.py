@@ -1,0 +1,348 @@
+"""Decoder configuration from a Hugging Face `config.json`: read in full, or refused by name."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A `config.json` that this decoder cannot honour; the message names the field and a remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that fixes the decoder's parameters and arithmetic; hashable, static under jit.
+
+    Attributes:
+      qkv_bias: query, key and value projections have a bias (Qwen2, Qwen2.5).
+      out_bias: so has the attention's output projection (Qwen3 with `attention_bias`).
+      qk_norm: queries and keys are RMS-normalised over head_dim before the rotation (Qwen3).
+      tie_embeddings: the head is the embedding matrix.
+      max_position: the longest sequence that the weights were trained for.
+      eos_token_ids: every token that ends a response, sorted.
+      dtype: the type that the checkpoint declares, or None; the caller chooses the type to load.
+    """
+
+    model_type: str
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    qkv_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+    max_position: int
+    out_bias: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if self.model_type not in ARCHITECTURES:
+            raise ConfigError(
+                f"model_type {self.model_type!r} is not implemented; use one of "
+                f"{sorted(ARCHITECTURES)}"
+            )
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} must be even for rotary positions")
+        if not self.rope_theta > 0 or not self.rms_norm_eps > 0:
+            raise ConfigError(
+                f"rope_theta {self.rope_theta} and rms_norm_eps {self.rms_norm_eps} must be > 0"
+            )
+
+
+_POSITIVE = (
+    "vocab_size",
+    "num_layers",
+    "embed_dim",
+    "mlp_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_position",
+)
+
+# Our field: its name in config.json. All of them are required.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "embed_dim": "hidden_size",
+    "mlp_dim": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_position": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+# Read by the functions below, each with its own rule.
+_RULED = {
+    "model_type",
+    "architectures",
+    "head_dim",
+    "attention_bias",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "torch_dtype",
+    "dtype",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "layer_types",
+}
+
+# Switches that are implemented in one position only.
+_ONLY = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "mlp_bias": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "is_decoder": False,
+    "chunk_size_feed_forward": 0,
+    "use_mrope": False,
+}
+
+# Nothing that the forward pass computes depends on these. `sliding_window` and
+# `max_window_layers` act through `use_sliding_window`; dropout is never applied by this port.
+_INERT = {
+    "sliding_window",
+    "max_window_layers",
+    "attention_dropout",
+    "initializer_range",
+    "use_cache",
+    "transformers_version",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "tokenizer_class",
+    "unsloth_fixed",
+    "unsloth_version",
+}
+
+
+def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
+    """DecoderConfig of the content of a Hugging Face `config.json` (transformers 4 or 5 style).
+
+    Raises ConfigError naming the field where one is missing, or asks for something that this
+    decoder does not compute: nothing is ignored and no default stands in for an absent value.
+    """
+    model_type = hf.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"model_type {model_type!r} is not implemented; use a checkpoint of one of "
+            f"{sorted(ARCHITECTURES)}"
+        )
+    _refuse_unimplemented(hf, model_type)
+    values = {ours: _required(hf, name) for ours, name in _FIELDS.items()}
+    return DecoderConfig(
+        model_type=model_type,
+        head_dim=_head_dim(hf, model_type),
+        rope_theta=_rope_theta(hf),
+        qk_norm=model_type == "qwen3",
+        qkv_bias=model_type == "qwen2" or _attention_bias(hf),
+        out_bias=model_type == "qwen3" and _attention_bias(hf),
+        eos_token_ids=_token_ids(hf.get("eos_token_id")),
+        bos_token_id=hf.get("bos_token_id"),
+        pad_token_id=hf.get("pad_token_id"),
+        dtype=_dtype(hf),
+        **values,
+    )
+
+
+def read_config(folder: str | pathlib.Path) -> DecoderConfig:
+    """DecoderConfig of a checkpoint folder: its `config.json`, and the set of tokens that end a
+    response from `generation_config.json` where that file exists."""
+    folder = pathlib.Path(folder)
+    path = folder / "config.json"
+    try:
+        config = decoder_config(_read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    generation = folder / "generation_config.json"
+    if not generation.is_file():
+        return config
+    values = _read_json(generation)
+    changes = {}
+    if values.get("eos_token_id") is not None:
+        changes["eos_token_ids"] = _token_ids(values["eos_token_id"])
+    if values.get("pad_token_id") is not None:
+        changes["pad_token_id"] = values["pad_token_id"]
+    return dataclasses.replace(config, **changes)
+
+
+def hf_config(config: DecoderConfig) -> dict[str, Any]:
+    """The `config.json` of a configuration: `decoder_config(hf_config(c)) == c`.
+
+    Both spellings of the rotary base and of the type are written, so that transformers 4 and 5
+    and other readers find theirs.
+    """
+    values = {name: getattr(config, ours) for ours, name in _FIELDS.items()}
+    values |= {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": config.num_layers,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": config.bos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": list(config.eos_token_ids) or None,
+    }
+    if config.model_type == "qwen3":
+        values["attention_bias"] = config.qkv_bias
+    if config.dtype is not None:
+        values["torch_dtype"] = config.dtype
+    return dict(sorted(values.items()))
+
+
+def _refuse_unimplemented(hf, model_type):
+    for name, allowed in _ONLY.items():
+        value = hf.get(name)
+        if value is not None and value != allowed:
+            raise ConfigError(
+                f"{name} = {value!r} is not implemented, only {allowed!r}; "
+                f"use a checkpoint without it"
+            )
+    architectures = hf.get("architectures") or [ARCHITECTURES[model_type]]
+    if list(architectures) != [ARCHITECTURES[model_type]]:
+        raise ConfigError(
+            f"architectures = {architectures!r} is not implemented; a {model_type} checkpoint "
+            f"must be a {ARCHITECTURES[model_type]}"
+        )
+    layer_types = set(hf.get("layer_types") or ())
+    if layer_types - {"full_attention"}:
+        raise ConfigError(
+            f"layer_types {sorted(layer_types)} are not implemented, only 'full_attention'; "
+            f"use a checkpoint without sliding windows"
+        )
+    known = {*_FIELDS.values(), *_RULED, *_ONLY, *_INERT}
+    for name, value in hf.items():
+        if name not in known and not name.startswith("_") and value is not None:
+            raise ConfigError(
+                f"{name} = {value!r} is not known to the {model_type} decoder; if it changes "
+                f"nothing that the model computes, delete it from config.json"
+            )
+
+
+def _required(hf, name):
+    if hf.get(name) is None:
+        raise ConfigError(f"{name} is missing; add it to config.json")
+    return hf[name]
+
+
+def _head_dim(hf, model_type):
+    if hf.get("head_dim") is not None:
+        return hf["head_dim"]
+    if model_type == "qwen3":  # nothing to derive it from: Qwen3's differs from D/N by design
+        return _required(hf, "head_dim")
+    embed_dim, num_heads = _required(hf, "hidden_size"), _required(hf, "num_attention_heads")
+    if embed_dim % num_heads:
+        raise ConfigError(
+            f"num_attention_heads {num_heads} does not divide hidden_size {embed_dim}; "
+            f"add head_dim to config.json"
+        )
+    return embed_dim // num_heads
+
+
+def _attention_bias(hf):
+    value = hf.get("attention_bias")
+    if not isinstance(value, bool | None):
+        raise ConfigError(f"attention_bias must be true or false, not {value!r}")
+    return bool(value)
+
+
+def _rope_theta(hf):
+    """The rotary base, from `rope_theta` (hub files) or `rope_parameters` (transformers 5)."""
+    found = {}
+    if hf.get("rope_theta") is not None:
+        found["rope_theta"] = float(hf["rope_theta"])
+    for name in ("rope_scaling", "rope_parameters"):
+        values = dict(hf.get(name) or {})
+        kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
+        values.pop("type", None)
+        if kind != "default":
+            raise ConfigError(
+                f"{name} of type {kind!r} is not implemented, only 'default'; set it to null "
+                f"and use sequences within the original context length"
+            )
+        if values.get("partial_rotary_factor") in (1, None):
+            values.pop("partial_rotary_factor", None)
+        if values.get("rope_theta") is not None:
+            found[f"{name}.rope_theta"] = float(values.pop("rope_theta"))
+        values = {key: value for key, value in values.items() if value is not None}
+        if values:
+            raise ConfigError(f"{name} holds {values}, which is not implemented; remove it")
+    if not found:
+        raise ConfigError(
+            "rope_theta is missing (neither rope_theta nor rope_parameters.rope_theta); "
+            "add it to config.json"
+        )
+    if len(set(found.values())) > 1:
+        raise ConfigError(f"{found} contradict each other; keep the right one")
+    return next(iter(found.values()))
+
+
+def _dtype(hf):
+    found = {}
+    for name in ("torch_dtype", "dtype"):
+        if hf.get(name) is not None:
+            found[name] = str(hf[name]).removeprefix("torch.")
+    if len(set(found.values())) > 1:
+        raise ConfigError(f"{found} contradict each other; keep the right one")
+    value = next(iter(found.values()), None)
+    if value is not None and value not in DTYPES:
+        raise ConfigError(f"dtype {value!r} is not implemented; use one of {list(DTYPES)}")
+    return value
+
+
+def _token_ids(value):
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise ConfigError(f"eos_token_id must hold token numbers, not {token!r}")
+    return tuple(sorted(set(ids)))
+
+
+def _read_json(path):
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; give a folder that holds a Hugging Face checkpoint"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+    return values

@@ -1,0 +1,1 @@
+"""Kernels that have several implementations, chosen by platform."""
