@@ -1,0 +1,297 @@
+"""The run's configuration: every field with its default, its checks, and the batch arithmetic."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from luspo_jax import objectives
+from luspo_jax.datasets import DATASETS
+from luspo_jax.prompts import TEMPLATES
+from luspo_jax.rewards import REWARDS
+
+# Fields that may change between a run and its continuation in the same workdir.
+_FREE_TO_CHANGE = ("num_steps", "output.", "eval.num_slots", "rollout.num_slots", "rollout.chunk_length")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names each field and the remedy."""
+
+
+def default_config() -> ConfigDict:
+    """A new configuration with every field there is, at its default; `configs/` fill it in."""
+    config = ConfigDict()
+    config.seed = 0
+    config.num_steps = 100  # Rollout steps.
+
+    config.model = ConfigDict()
+    # A folder in Hugging Face format, "embedded:NAME" for a model inside this package, or
+    # "hub:OWNER/NAME" to download one.
+    config.model.path = ""
+    config.model.tokenizer = ""  # Folder; empty = the model's.
+    config.model.random_weights = False  # Read config.json only and draw weights from `seed`.
+    config.model.overrides = ConfigDict()  # Fields of config.json, with random_weights only.
+    config.model.dtype = "float32"  # Compute dtype of training; master weights are float32.
+    config.model.rollout_dtype = "float32"  # Of sampling: weights, activations and KV cache.
+    config.model.remat = False
+    config.model.attention = "reference"
+    config.model.head_chunk_tokens = 2048
+
+    config.data = ConfigDict()
+    config.data.name = ""  # One of luspo_jax.datasets.DATASETS.
+    config.data.path = ""  # Local file of a dataset that is not generated.
+    config.data.eval_name = ""  # Held-out set; empty = data.name.
+    config.data.eval_path = ""
+    config.data.problem_column = ""  # Of a user's own jsonl or parquet.
+    config.data.answer_column = ""
+    config.data.template = "plain"  # One of luspo_jax.prompts.TEMPLATES.
+    config.data.system_prompt = ""
+    config.data.max_prompt_length = 1024  # Tokens; longer prompts are dropped and counted.
+
+    config.reward = ConfigDict()
+    config.reward.parts = ConfigDict()  # Verifier name → weight.
+    config.reward.overlong_buffer = 0  # L_buf in tokens; 0 = no overlong penalty.
+    config.reward.overlong_factor = 1.0  # 1.0 as DAPO, 0.3 as the LUSPO paper.
+    config.reward.timeout_s = 10.0  # Of one verification.
+    config.reward.num_workers = 2  # Processes for verifiers that need a hard time limit.
+    config.reward.max_failure_rate = 0.05  # Share of time-outs and errors that stops the run.
+
+    config.rollout = ConfigDict()
+    config.rollout.prompts_per_step = 16
+    config.rollout.group_size = 8
+    config.rollout.max_response_length = 256
+    config.rollout.temperature = 1.0
+    config.rollout.top_p = 1.0
+    config.rollout.top_k = 0  # 0 = off.
+    config.rollout.num_slots = 128  # Sequences decoded at once.
+    config.rollout.chunk_length = 64  # Decode steps between two looks by the host.
+    config.rollout.mismatch_limit = 0.05  # |sampler − trainer| log-prob refused at the first step.
+
+    config.objective = ConfigDict()
+    config.objective.preset = "luspo"
+    for field in dataclasses.fields(objectives.Objective):
+        # Unset = the preset's value.
+        config.objective[field.name] = placeholder(_plain_type(field))
+
+    config.update = ConfigDict()
+    config.update.num_minibatches = 1  # Optimizer steps a pass over the rollouts.
+    config.update.num_microbatches = 1  # Parts of a minibatch, to bound memory.
+    config.update.num_epochs = 1  # Passes over the rollouts.
+    config.update.learning_rate = 1e-6
+    config.update.warmup_steps = 20  # Rollout steps.
+    config.update.b1 = 0.9
+    config.update.b2 = 0.999
+    config.update.eps = 1e-8
+    config.update.weight_decay = 0.0
+    config.update.max_grad_norm = 1.0  # 0 = off.
+
+    config.eval = ConfigDict()
+    config.eval.every = 10  # Rollout steps; 0 = only before and after training.
+    config.eval.num_problems = 500
+    config.eval.num_samples = 4  # Responses a problem.
+    config.eval.temperature = 1.0
+    config.eval.top_p = 1.0
+    config.eval.top_k = 0
+    config.eval.num_slots = 256
+    config.eval.metric = ""  # Reward part that counts as accuracy; empty = the first of reward.parts.
+
+    config.output = ConfigDict()
+    config.output.checkpoint_every = 10  # Rollout steps; 0 = only at the end.
+    config.output.keep_latest = 2
+    config.output.keep_best = 1  # By held-out accuracy.
+    config.output.dump_every = 1  # Rollout steps between dumps of all responses; 0 = never.
+    config.output.tensorboard = True
+    config.output.wandb_project = ""  # Empty = no Weights & Biases.
+    config.output.export = True  # Write a Hugging Face folder at the end.
+    config.lock()
+    return config
+
+
+def check(config: ConfigDict) -> objectives.Objective:
+    """Refuses a configuration that cannot run, all problems in one message; gives the objective.
+
+    Raises:
+      ConfigError: naming every unknown field, bad value and size that does not divide.
+    """
+    problems = list(_unknown_fields(config))
+    if not problems:
+        problems = [*_wrong_names(config), *_wrong_sizes(config)]
+    objective = None
+    if not problems:
+        try:
+            objective = build_objective(config)
+        except ValueError as error:
+            problems.append(f"objective: {error}")
+    if problems:
+        raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+    return objective
+
+
+def build_objective(config: ConfigDict) -> objectives.Objective:
+    """The preset with the fields that the configuration sets."""
+    chosen = config.objective.to_dict()
+    overrides = {k: v for k, v in chosen.items() if k != "preset" and v is not None}
+    objective = objectives.preset(chosen["preset"], **overrides)
+    objectives.check_group_size(objective, config.rollout.group_size)
+    return objective
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"rollout.group_size": 8, …}: dotted names of all leaves."""
+    leaves = {}
+    for key in config:
+        value, name = config[key], f"{prefix}{key}"
+        if isinstance(value, (ConfigDict, Mapping)):
+            leaves |= flat(value, f"{name}.")
+        else:
+            leaves[name] = value
+    return leaves
+
+
+def changes(old: Mapping[str, Any], config: ConfigDict) -> list[str]:
+    """Fields in which `config` differs from a run's stored (flat) one and may not."""
+    new = json.loads(json.dumps(flat(config)))
+    return [
+        f"{name}: {old.get(name)!r} in the workdir, {new.get(name)!r} now"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name) and not name.startswith(_FREE_TO_CHANGE)
+    ]
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """Twelve hex digits that change with any field."""
+    return hashlib.sha256(json.dumps(flat(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchArithmetic:
+    """What "batch size" means in this run."""
+
+    prompts_per_step: int
+    group_size: int
+    responses_per_step: int
+    responses_per_minibatch: int
+    responses_per_microbatch: int
+    updates_per_step: int
+    tokens_per_row: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.prompts_per_step} prompts × {self.group_size} responses = "
+            f"{self.responses_per_step} responses a step; {self.updates_per_step} optimizer "
+            f"step(s) of {self.responses_per_minibatch} responses, in micro-batches of "
+            f"{self.responses_per_microbatch} rows × up to {self.tokens_per_row} tokens"
+        )
+
+
+def batch_arithmetic(config: ConfigDict) -> BatchArithmetic:
+    """Resolves the sizes of a step from a checked configuration."""
+    rollout, update = config.rollout, config.update
+    responses = rollout.prompts_per_step * rollout.group_size
+    return BatchArithmetic(
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        responses_per_step=responses,
+        responses_per_minibatch=responses // update.num_minibatches,
+        responses_per_microbatch=responses // update.num_minibatches // update.num_microbatches,
+        updates_per_step=update.num_minibatches * update.num_epochs,
+        tokens_per_row=config.data.max_prompt_length + rollout.max_response_length,
+    )
+
+
+def nearest(name: str, names: Any) -> str:
+    """' (did you mean "x"?)' or the list of valid names."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f'did you mean "{close[0]}"?' if close else f"valid: {', '.join(sorted(names))}"
+
+
+def _plain_type(field: dataclasses.Field) -> type:
+    for plain in (bool, int, float, str):
+        if field.type is plain or (plain.__name__ in str(field.type)):
+            return plain
+    raise TypeError(f"Objective.{field.name} has type {field.type}, which no flag can set")
+
+
+def _unknown_fields(config: ConfigDict) -> Iterator[str]:
+    known = default_config()
+    open_sections = ("model.overrides.", "reward.parts.")
+    names = set(flat(known))
+    for name in flat(config):
+        if name not in names and not name.startswith(open_sections):
+            yield f"unknown field {name}: {nearest(name, names)}"
+    for name in names - set(flat(config)):
+        yield f"missing field {name}: start from luspo_jax.config.default_config()"
+
+
+def _wrong_names(config: ConfigDict) -> Iterator[str]:
+    if not config.model.path:
+        yield "model.path is empty: name a folder in Hugging Face format, or embedded:NAME"
+    choices = [("data.name", config.data.name, DATASETS), ("data.template", config.data.template, TEMPLATES)]
+    if config.data.eval_name:
+        choices.append(("data.eval_name", config.data.eval_name, DATASETS))
+    for field, value, names in choices:
+        if value not in names:
+            yield f'{field}="{value}" does not exist: {nearest(value, names)}'
+    for name in config.reward.parts:
+        if name not in REWARDS and ":" not in name:
+            yield (
+                f'reward.parts: no verifier "{name}": {nearest(name, REWARDS)} '
+                "(your own: module:function or file.py:function)"
+            )
+    if not config.reward.parts:
+        yield f"reward.parts is empty: give at least one verifier a weight ({', '.join(sorted(REWARDS))})"
+    if config.eval.metric and config.eval.metric not in config.reward.parts:
+        yield f'eval.metric="{config.eval.metric}" is not among reward.parts'
+    for field in ("dtype", "rollout_dtype"):
+        if config.model[field] not in ("float32", "bfloat16"):
+            yield f'model.{field}="{config.model[field]}": valid: bfloat16, float32'
+    if config.model.overrides and not config.model.random_weights:
+        yield "model.overrides changes the architecture and needs model.random_weights=True"
+
+
+def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
+    values = flat(config)
+    for field in (
+        "num_steps", "data.max_prompt_length", "rollout.prompts_per_step", "rollout.group_size",
+        "rollout.max_response_length", "rollout.num_slots", "rollout.chunk_length",
+        "update.num_minibatches", "update.num_microbatches", "update.num_epochs",
+        "model.head_chunk_tokens", "eval.num_problems", "eval.num_samples", "eval.num_slots",
+        "output.keep_latest", "reward.num_workers",
+    ):  # fmt: skip
+        if values[field] < 1:
+            yield f"{field}={values[field]} must be at least 1"
+    for field in (
+        "rollout.top_k", "eval.top_k", "eval.every", "eval.temperature", "update.warmup_steps",
+        "update.weight_decay", "update.max_grad_norm", "output.checkpoint_every",
+        "output.keep_best", "output.dump_every", "reward.overlong_buffer",
+    ):  # fmt: skip
+        if values[field] < 0:
+            yield f"{field}={values[field]} must not be negative"
+    if not config.rollout.temperature > 0:
+        yield f"rollout.temperature={config.rollout.temperature} must be > 0: greedy responses carry no gradient"
+    for field in ("rollout.top_p", "eval.top_p"):
+        if not 0 < values[field] <= 1:
+            yield f"{field}={values[field]} must be in (0, 1]"
+    if not config.update.learning_rate > 0:
+        yield f"update.learning_rate={config.update.learning_rate} must be > 0"
+    if config.reward.overlong_buffer > config.rollout.max_response_length:
+        yield "reward.overlong_buffer is larger than rollout.max_response_length"
+    prompts, minibatches = config.rollout.prompts_per_step, max(1, config.update.num_minibatches)
+    if prompts % minibatches:
+        yield (
+            f"update.num_minibatches={minibatches} does not divide rollout.prompts_per_step="
+            f"{prompts}: minibatches hold whole groups"
+        )
+    else:
+        rows = prompts // minibatches * config.rollout.group_size
+        if config.update.num_microbatches > 0 and rows % config.update.num_microbatches:
+            yield (
+                f"update.num_microbatches={config.update.num_microbatches} does not divide the "
+                f"{rows} responses of a minibatch (rollout.prompts_per_step × rollout.group_size / "
+                "update.num_minibatches)"
+            )

@@ -1,0 +1,145 @@
+"""One optimizer step: log-probs → objective → gradient over micro-batches → optax."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from luspo_jax import objectives, optimizer
+from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.objectives import Objective
+from luspo_jax.types import TokenBatch, TrainBatch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateRule:
+    """Everything about an optimizer step that is static under jit.
+
+    Attributes:
+      scoring: how log-probabilities are computed.
+      objective: the loss.
+      optimizer: an optax transformation (compared by identity: build it once).
+      num_microbatches: parts a minibatch is cut into, one after another; the result does not
+        depend on it.
+      max_grad_norm: global-norm clipping, 0 = off.
+    """
+
+    scoring: Scoring
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    num_microbatches: int
+    max_grad_norm: float
+
+
+def initial_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state that has taken no step."""
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("scoring", "num_microbatches"))
+def score_rows(
+    params: Any, rows: TokenBatch, *, scoring: Scoring, num_microbatches: int
+) -> tuple[jax.Array, jax.Array]:
+    """(logprobs_BT, entropy_BT) of rows without gradients, one micro-batch at a time."""
+    parts = _split(rows, num_microbatches)
+    _, scored = jax.lax.scan(
+        lambda _, part: (None, token_logprobs(params, part, scoring=scoring)), None, parts
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scored)
+
+
+@functools.partial(jax.jit, static_argnames=("rule",), donate_argnames=("state",))
+def update_step(
+    state: TrainState, batch: TrainBatch, rate: jax.Array, *, rule: UpdateRule
+) -> tuple[TrainState, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Takes one optimizer step on one minibatch.
+
+    Denominators and length scales come from the whole minibatch before it is cut, and each
+    micro-batch's loss is its sum over them: gradients add up to the gradient of the whole,
+    however it is cut. A non-finite gradient changes nothing but the count of skipped updates.
+
+    Args:
+      state: donated.
+      batch: rows whose number `rule.num_microbatches` divides; whole groups.
+      rate: float32 scalar, the learning rate.
+      rule: the static part.
+
+    Returns:
+      The new state, and metrics as (sum, count).
+    """
+    objective = rule.objective
+    response_mask_BT = batch.rows.response_mask_BT
+    lengths_B = jnp.sum(response_mask_BT, axis=1, dtype=jnp.int32)
+    length_scale_B = objectives.length_scales(objective, lengths_B, batch.group_ids_B)
+    denominators = objectives.denominators(objective, response_mask_BT)
+
+    def loss(params, part):
+        micro, scale_B = part
+        logprobs_BT, entropy_BT = token_logprobs(params, micro.rows, scoring=rule.scoring)
+        old_logprobs_BT = micro.old_logprobs_BT
+        if old_logprobs_BT is None:
+            old_logprobs_BT = jax.lax.stop_gradient(logprobs_BT)
+        return objectives.loss(
+            objective,
+            objectives.PolicyBatch(
+                logprobs_BT=logprobs_BT,
+                old_logprobs_BT=old_logprobs_BT,
+                advantages_B=micro.advantages_B,
+                response_mask_BT=micro.rows.response_mask_BT,
+                length_scale_B=scale_B,
+                entropy_BT=entropy_BT,
+                ref_logprobs_BT=micro.ref_logprobs_BT,
+                sampler_logprobs_BT=micro.sampler_logprobs_BT,
+            ),
+            denominators,
+        )
+
+    def accumulate(grads, part):
+        (_, metrics), new = jax.value_and_grad(loss, has_aux=True)(state.params, part)
+        return jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new), metrics
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+    parts = _split((batch, length_scale_B), rule.num_microbatches)
+    grads, metrics = jax.lax.scan(accumulate, zeros, parts)
+    metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+    return _step(state, grads, rate, metrics, rule)
+
+
+def _step(state, grads, rate, metrics, rule):
+    """Clips, steps, and keeps the old state where the gradient is not finite."""
+    grads, norm, clipped = optimizer.clip_by_global_norm(grads, rule.max_grad_norm)
+    finite = jnp.isfinite(norm)
+    params, opt_state = optimizer.apply(
+        rule.optimizer, state.params, grads, state.opt_state, rate=rate
+    )
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    skipped = 1 - finite.astype(jnp.int32)
+    one, taken = jnp.ones((), jnp.float32), finite.astype(jnp.float32)
+    metrics = {
+        **metrics,
+        # The mean is over the updates taken: a skipped one is counted, not averaged in.
+        "actor/grad_norm": (jnp.where(finite, norm, 0.0), taken),
+        "actor/grad_clip_rate": (jnp.where(finite, clipped, False).astype(jnp.float32), taken),
+        "actor/skipped_updates": (skipped.astype(jnp.float32), one),
+    }
+    return TrainState(params, opt_state, state.skipped_updates + skipped), metrics
+
+
+def _split(tree, num_parts):
+    """[B, ...] -> [num_parts, B / num_parts, ...]; None leaves stay None."""
+
+    def cut(x):
+        if x.shape[0] % num_parts:
+            raise ValueError(
+                f"num_microbatches={num_parts} does not divide the {x.shape[0]} rows of a batch"
+            )
+        return x.reshape(num_parts, x.shape[0] // num_parts, *x.shape[1:])
+
+    return jax.tree.map(cut, tree)
