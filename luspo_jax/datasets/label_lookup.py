@@ -1,0 +1,67 @@
+"""Look up one labelled value: the length-neutral sibling of `label_sums`.
+
+A problem lists labelled values and names one label, `a3b1c4d0e2f1c?`; the answer is that label's
+value. A response may answer at once, `#### 4`, or write dots first, `.....#### 4`, which carry
+nothing: here a longer response is no more often right, so whatever an objective does to length is
+its own doing. Splits, order and answers work as in `label_sums`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from luspo_jax.datasets import Example
+from luspo_jax.datasets import label_sums
+
+FILLER = "."
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelLookup:
+    """One split of the task: a sequence of `Example`, random access, the same on every machine.
+
+    Attributes:
+      split: "train" or "test".
+      num_terms: how many labelled values a problem has, 2 to 9.
+      seed: orders the problems; it moves none between the splits.
+    """
+
+    split: str
+    num_terms: int = 6
+    seed: int = 0
+
+    def __post_init__(self):
+        label_sums.check_size(self.split, self.num_terms)
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __getitem__(self, index: int) -> Example:
+        code = int(self._codes[index])
+        place = code % self.num_terms
+        values = label_sums.digits(code // self.num_terms, self.num_terms)
+        return Example(
+            id=code,
+            problem=problem(values, place),
+            answer=str(values[place]),
+            meta={"task": "label_lookup", "split": self.split, "values": values, "place": place},
+        )
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def _codes(self) -> np.ndarray:
+        num_problems = self.num_terms * label_sums.MODULUS**self.num_terms
+        return label_sums.split_codes(num_problems, self.split, self.seed)
+
+
+def problem(values: Sequence[int], place: int) -> str:
+    """Text of a problem: each value after its label, the label asked for, a question mark."""
+    return "".join(label_sums.terms(values)) + f"{label_sums.LABELS[place]}?"
+
+
+def response(answer: int, num_filler: int) -> str:
+    """A response with so many filler dots before its answer."""
+    return FILLER * num_filler + label_sums.final_answer(answer)

@@ -1,0 +1,146 @@
+"""Sums of labelled values modulo 5: a procedural task on which longer reasoning helps.
+
+A problem lists labelled values, `a3b1c4d0e2f1?`, and asks for their sum modulo 5. A response may
+answer at once, `#### 1`, or write running sums first, a chunk of terms at a time,
+`a3b1=4 c4d0e2=0 f1=1 #### 1`: the smaller the chunks, the longer the trace and the easier each
+step. Answers follow GSM8K's `#### N`, so its verifier scores them.
+
+All problems of a size are split once and for all by a hash of the problem, one in eight for the
+test, so train and test are disjoint whatever the seed; the seed orders each split.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from luspo_jax.datasets import Example
+
+LABELS = "abcdefghij"
+MODULUS = 5
+MAX_TERMS = 9  # MODULUS ** 9 = 2 million problems, enumerated in a fraction of a second
+TEST_FRACTION = 8  # one problem in so many is a test problem
+SPLITS = ("train", "test")
+
+_SPLIT_SALT = 0x5DEECE66D
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSums:
+    """One split of the task: a sequence of `Example`, random access, the same on every machine.
+
+    Attributes:
+      split: "train" or "test".
+      num_terms: how many labelled values a problem has, 2 to 9.
+      seed: orders the problems; it moves none between the splits.
+    """
+
+    split: str
+    num_terms: int = 6
+    seed: int = 0
+
+    def __post_init__(self):
+        check_size(self.split, self.num_terms)
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __getitem__(self, index: int) -> Example:
+        code = int(self._codes[index])
+        values = digits(code, self.num_terms)
+        return Example(
+            id=code,
+            problem=problem(values),
+            answer=str(total(values)),
+            meta={"task": "label_sums", "split": self.split, "values": values},
+        )
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def _codes(self) -> np.ndarray:
+        return split_codes(MODULUS**self.num_terms, self.split, self.seed)
+
+
+def problem(values: Sequence[int]) -> str:
+    """Text of a problem: each value after its label, then a question mark."""
+    return "".join(terms(values)) + "?"
+
+
+def total(values: Sequence[int]) -> int:
+    """The answer: sum of the values modulo 5."""
+    return int(sum(values)) % MODULUS
+
+
+def trace(values: Sequence[int], chunks: Sequence[int]) -> str:
+    """A right response that sums chunk by chunk: `a3b1=4 c4=3 #### 3` for chunks (2, 1).
+
+    Args:
+      values: the problem's values.
+      chunks: sizes of consecutive chunks, which sum to len(values); empty for a direct answer.
+
+    Raises:
+      ValueError: the chunks do not cover the values exactly.
+    """
+    if chunks and (min(chunks) < 1 or sum(chunks) != len(values)):
+        raise ValueError(f"chunks {tuple(chunks)} do not cover {len(values)} values")
+    ends = np.cumsum(chunks, dtype=int)
+    steps = [
+        "".join(terms(values)[end - size : end]) + f"={total(values[:end])} "
+        for end, size in zip(ends, chunks, strict=True)
+    ]
+    return "".join(steps) + final_answer(total(values))
+
+
+def terms(values: Sequence[int]) -> list[str]:
+    """Labelled values: ["a3", "b1", ...]."""
+    return [f"{label}{value}" for label, value in zip(LABELS, values, strict=False)]
+
+
+def final_answer(answer: int) -> str:
+    """The line that states an answer, as GSM8K writes it."""
+    return f"#### {answer}"
+
+
+def digits(code: int, num_terms: int) -> tuple[int, ...]:
+    """The problem with this number: its base-5 digits, least significant first."""
+    return tuple(code // MODULUS**place % MODULUS for place in range(num_terms))
+
+
+def check_size(split: str, num_terms: int) -> None:
+    """Refuses a split or a size that does not exist.
+
+    Raises:
+      ValueError: naming the field and what it may be.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} does not exist: choose one of {SPLITS}")
+    if not 2 <= num_terms <= MAX_TERMS:
+        raise ValueError(f"num_terms must be from 2 to {MAX_TERMS}, not {num_terms}")
+
+
+@functools.lru_cache(maxsize=8)
+def split_codes(num_problems: int, split: str, seed: int) -> np.ndarray:
+    """Numbers of the problems in a split, in the order of a seed.
+
+    Membership depends on a problem's number alone; order on the number and the seed. Both come
+    from an integer hash, so that they do not change with NumPy's generators.
+    """
+    codes = np.arange(num_problems, dtype=np.uint64)
+    in_test = _hash(codes, _SPLIT_SALT) % np.uint64(TEST_FRACTION) == 0
+    members = codes[in_test == (split == "test")]
+    order = np.argsort(_hash(members, seed), kind="stable")
+    members = members[order].astype(np.int64)
+    members.setflags(write=False)  # cached, hence shared
+    return members
+
+
+def _hash(codes: np.ndarray, salt: int) -> np.ndarray:
+    """SplitMix64's finalizer over codes offset by a salt, modulo 2^64."""
+    golden = 0x9E3779B97F4A7C15
+    mixed = codes + np.uint64((salt * golden + golden) % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))

@@ -1,0 +1,63 @@
+"""Package definition. Each dependency says why it is here."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+INSTALL_REQUIRES = [
+    # Two tested pairs, never mixed: jax 0.11 needs Python 3.12, and flax 0.12.12 needs jax 0.11.
+    'jax>=0.10.2,<0.11; python_version < "3.12"',  # arrays, jit, meshes
+    'flax>=0.12.8,<0.12.12; python_version < "3.12"',  # Linen modules of luspo_jax/models
+    'jax>=0.11.1; python_version >= "3.12"',
+    'flax>=0.12.12; python_version >= "3.12"',
+    "numpy>=2.0",  # host arrays
+    "optax>=0.2.8",  # AdamW
+    "orbax-checkpoint>=0.12",  # atomic, sharded checkpoints
+    "transformers>=5.0",  # tokenizers, chat templates, image processor; never its torch models
+    "jinja2>=3.1",  # chat templates (transformers does not install it)
+    "huggingface-hub>=1.0",  # downloads, only when a hub id is named
+    "safetensors>=0.5",  # Hugging Face weights in and out
+    "tensorflow-datasets>=4.9.9",  # dataset builders, in array_record format (no tensorflow)
+    "array-record>=0.8",  # the random-access file format of those builders
+    "grain>=0.2.10",  # shuffled, sharded, resumable prompt streams
+    "pyarrow>=18",  # parquet files
+    "ml-collections>=1.0",  # configurations and their flags
+    "absl-py>=2.1",  # launchers
+    "math-verify[antlr4_13_2]>=0.8",  # equality of mathematical answers
+    "tensorboardX>=2.6",  # TensorBoard files without tensorflow
+    "tqdm>=4.66",  # progress bars
+    "matplotlib>=3.9",  # figures of runs and studies
+]
+
+EXTRAS_REQUIRE = {
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",  # two workers
+        "hypothesis>=6.100",  # identities of the objectives as properties
+        "import-linter>=2.1",  # the one-way imports of CONTRIBUTING.md
+        "ruff>=0.9",  # format and lint, as a test
+    ],
+    # Comparison with other implementations; torch is never a runtime dependency.
+    "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
+    "notebooks": ["jupyterlab", "nbclient", "nbstripout", "pandas"],
+    "wandb": ["wandb"],
+}
+
+setup(
+    name="luspo_jax",
+    version="0.1.0",
+    description="RL with verifiable rewards in JAX, with response length measured and controlled",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # Launchers and configurations are run from a checkout: `python -m experiments.train`.
+    packages=find_packages(include=["luspo_jax", "luspo_jax.*"]),
+    package_data={"luspo_jax.models": ["embedded/*/*"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)
