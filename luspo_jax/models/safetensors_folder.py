@@ -1,0 +1,211 @@
+"""A folder of safetensors: tensors read lazily by name, and written as a stream or not at all.
+
+One file `model.safetensors`, or shards that `model.safetensors.index.json` lists. The format: 8
+bytes of little-endian header length, a JSON header of types, shapes and offsets, then the bytes
+(https://github.com/huggingface/safetensors#format). bfloat16 is NumPy's by way of ml_dtypes.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TYPES = {
+    "float32": ("F32", np.dtype(np.float32)),
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    "float16": ("F16", np.dtype(np.float16)),
+}
+_READABLE = {code for code, _ in TYPES.values()} | {"F64"}
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be read or written; the message names the file and a remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: where, its shape, and the format's code of its type."""
+
+    file: pathlib.Path
+    shape: tuple[int, ...]
+    code: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: `read()` makes it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def contents(folder: pathlib.Path) -> dict[str, Stored]:
+    """Every tensor of a folder by name, from the headers only.
+
+    Raises WeightsError on a missing or truncated file or shard, a missing index, a tensor that
+    two shards hold, or a type that is not a plain float.
+    """
+    found: dict[str, Stored] = {}
+    for file in _files(folder):
+        with opened(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                if name in found:
+                    raise WeightsError(
+                        f"{name} is in both {found[name].file.name} and {file.name} of {folder}; "
+                        f"download the folder again"
+                    )
+                piece = handle.get_slice(name)
+                found[name] = Stored(file, tuple(piece.get_shape()), piece.get_dtype())
+    odd = sorted(name for name, stored in found.items() if stored.code not in _READABLE)
+    if odd:
+        raise WeightsError(
+            f"{found[odd[0]].file}: {odd[0]} is stored as {found[odd[0]].code} ({len(odd)} such "
+            f"tensors); quantised weights are not implemented, use {sorted(TYPES)}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def opened(file: pathlib.Path):
+    """A safetensors handle that reads NumPy arrays lazily."""
+    try:
+        handle = safetensors.safe_open(file, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise WeightsError(
+            f"{file} is not a whole safetensors file ({error}); download it again"
+        ) from None
+    with handle as open_handle:
+        yield open_handle
+
+
+def _files(folder):
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is not a folder; give one that holds a checkpoint")
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        shards = sorted(folder.glob("*.safetensors"))
+        if shards:
+            raise WeightsError(
+                f"{folder} holds {len(shards)} safetensors files but no {INDEX}; download it too"
+            )
+        raise WeightsError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}; download the weights, or convert "
+            f"other formats to safetensors"
+        )
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise WeightsError(
+            f"{folder / INDEX} is not a shard index ({error!r}); download it again"
+        ) from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise WeightsError(
+            f"{folder} lacks {len(missing)} of the {len(names)} shards that {INDEX} lists: "
+            f"{', '.join(missing)}; download them"
+        )
+    return [folder / name for name in names]
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
+    """A temporary sibling that takes the folder's name when the block ends, or vanishes.
+
+    Raises WeightsError where the folder exists and is not empty (unless `overwrite`), and in
+    place of the operating system's error where the disk is full.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise WeightsError(f"{folder} exists already; name another folder, or delete it")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _replace(partial, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise WeightsError(
+            f"the disk is full while writing {folder}; free some space and export again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(partial, folder):
+    """Renames `partial` to `folder`; what was there stays until the new one is in its place."""
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_shards(
+    folder: pathlib.Path, tensors: list[Planned], *, dtype: str, max_shard_bytes: int
+) -> None:
+    """Writes the tensors in order, one in memory at a time; an index if one file is not enough."""
+    itemsize = TYPES[dtype][1].itemsize
+    sizes = [int(np.prod(tensor.shape)) * itemsize for tensor in tensors]
+    free = shutil.disk_usage(folder).free
+    if sum(sizes) > free:
+        raise WeightsError(
+            f"{folder.parent} has {free:,} bytes free and the weights take {sum(sizes):,}; "
+            f"free some space or export elsewhere"
+        )
+    shards = _shards(tensors, sizes, max_shard_bytes)
+    if len(shards) == 1:
+        _write_file(folder / WEIGHTS, shards[0], dtype)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / name, shard, dtype)
+        weight_map |= {tensor.name: name for tensor in shard}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors, sizes, max_shard_bytes):
+    shards, filled = [[]], 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
+
+
+def _write_file(file, tensors, dtype):
+    code, numpy_dtype = TYPES[dtype]
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        end = offset + int(np.prod(tensor.shape)) * numpy_dtype.itemsize
+        header[tensor.name] = {
+            "dtype": code,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data starts 8-byte aligned
+    with open(file, "wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            array = np.ascontiguousarray(tensor.read().astype(numpy_dtype, copy=False))
+            stream.write(array.reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())
