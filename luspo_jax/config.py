@@ -16,7 +16,13 @@ from luspo_jax.prompts import TEMPLATES
 from luspo_jax.rewards import REWARDS
 
 # Fields that may change between a run and its continuation in the same workdir.
-_FREE_TO_CHANGE = ("num_steps", "output.", "eval.num_slots", "rollout.num_slots", "rollout.chunk_length")
+_FREE_TO_CHANGE = (
+    "num_steps",
+    "output.",
+    "eval.num_slots",
+    "rollout.num_slots",
+    "rollout.chunk_length",
+)
 
 
 class ConfigError(ValueError):
@@ -81,6 +87,7 @@ def default_config() -> ConfigDict:
     config.update = ConfigDict()
     config.update.num_minibatches = 1  # Optimizer steps a pass over the rollouts.
     config.update.num_microbatches = 1  # Parts of a minibatch, to bound memory.
+    config.update.num_length_buckets = 4  # Row lengths a step may have: each compiles once.
     config.update.num_epochs = 1  # Passes over the rollouts.
     config.update.learning_rate = 1e-6
     config.update.warmup_steps = 20  # Rollout steps.
@@ -98,7 +105,9 @@ def default_config() -> ConfigDict:
     config.eval.top_p = 1.0
     config.eval.top_k = 0
     config.eval.num_slots = 256
-    config.eval.metric = ""  # Reward part that counts as accuracy; empty = the first of reward.parts.
+    config.eval.metric = (
+        ""  # Reward part that counts as accuracy; empty = the first of reward.parts.
+    )
 
     config.output = ConfigDict()
     config.output.checkpoint_every = 10  # Rollout steps; 0 = only at the end.
@@ -128,7 +137,9 @@ def check(config: ConfigDict) -> objectives.Objective:
         except ValueError as error:
             problems.append(f"objective: {error}")
     if problems:
-        raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise ConfigError(
+            "this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems)
+        )
     return objective
 
 
@@ -231,7 +242,10 @@ def _unknown_fields(config: ConfigDict) -> Iterator[str]:
 def _wrong_names(config: ConfigDict) -> Iterator[str]:
     if not config.model.path:
         yield "model.path is empty: name a folder in Hugging Face format, or embedded:NAME"
-    choices = [("data.name", config.data.name, DATASETS), ("data.template", config.data.template, TEMPLATES)]
+    choices = [
+        ("data.name", config.data.name, DATASETS),
+        ("data.template", config.data.template, TEMPLATES),
+    ]
     if config.data.eval_name:
         choices.append(("data.eval_name", config.data.eval_name, DATASETS))
     for field, value, names in choices:
@@ -244,7 +258,7 @@ def _wrong_names(config: ConfigDict) -> Iterator[str]:
                 "(your own: module:function or file.py:function)"
             )
     if not config.reward.parts:
-        yield f"reward.parts is empty: give at least one verifier a weight ({', '.join(sorted(REWARDS))})"
+        yield f"reward.parts is empty: give a verifier a weight ({', '.join(sorted(REWARDS))})"
     if config.eval.metric and config.eval.metric not in config.reward.parts:
         yield f'eval.metric="{config.eval.metric}" is not among reward.parts'
     for field in ("dtype", "rollout_dtype"):
@@ -259,7 +273,7 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
     for field in (
         "num_steps", "data.max_prompt_length", "rollout.prompts_per_step", "rollout.group_size",
         "rollout.max_response_length", "rollout.num_slots", "rollout.chunk_length",
-        "update.num_minibatches", "update.num_microbatches", "update.num_epochs",
+        "update.num_minibatches", "update.num_microbatches", "update.num_epochs", "update.num_length_buckets",
         "model.head_chunk_tokens", "eval.num_problems", "eval.num_samples", "eval.num_slots",
         "output.keep_latest", "reward.num_workers",
     ):  # fmt: skip
@@ -273,7 +287,10 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
         if values[field] < 0:
             yield f"{field}={values[field]} must not be negative"
     if not config.rollout.temperature > 0:
-        yield f"rollout.temperature={config.rollout.temperature} must be > 0: greedy responses carry no gradient"
+        yield (
+            f"rollout.temperature={config.rollout.temperature} must be > 0: greedy responses "
+            "carry no gradient"
+        )
     for field in ("rollout.top_p", "eval.top_p"):
         if not 0 < values[field] <= 1:
             yield f"{field}={values[field]} must be in (0, 1]"

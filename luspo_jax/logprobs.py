@@ -38,7 +38,7 @@ class Scoring:
 def token_logprobs(
     params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores every response token: (logprobs_BT ≤ 0, entropy_BT ≥ 0) in nats, float32, 0 elsewhere."""
+    """(logprobs_BT ≤ 0, entropy_BT ≥ 0) of the response tokens in nats, float32; 0 elsewhere."""
     dtype = jnp.dtype(scoring.dtype)
     hidden_BTD = decoder.hidden_states(
         params,

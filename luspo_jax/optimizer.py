@@ -1,4 +1,4 @@
-"""AdamW by optax, a constant rate after a warm-up counted in rollout steps, clipping by global norm."""
+"""AdamW by optax, a warm-up counted in rollout steps, and clipping by global norm."""
 
 from typing import Any
 

@@ -15,9 +15,9 @@ def head_logprobs(
     temperature: float,
     chunk_length: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores `targets_BT` under softmax(hidden · kernelᵀ / temperature), `chunk_length` positions at a time.
+    """Scores `targets_BT` under softmax(hidden · kernelᵀ / temperature), in chunks of positions.
 
-        log p_t = z_target − logsumexp(z),   H_t = logsumexp(z) − Σ_v p_v z_v,   z = h·Wᵀ/temperature
+        log p_t = z_target − logsumexp(z),   H_t = −Σ_v p_v log p_v,   z = h·Wᵀ / temperature
 
     Logits live for one chunk of positions only, forward and backward (the backward pass computes
     them again), and chunks in which nothing is scored are skipped: prompts and right padding cost
@@ -91,8 +91,9 @@ def _scored_forward(scale, chunk, hidden_BTD, kernel_VD, targets_BT, mask_BT):
         logits_BCV = _logits(hidden_BCD, kernel_VD, scale)
         normalizer_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         target_BC = jnp.sum(jnp.where(_is_target(targets_BC, vocab), logits_BCV, 0.0), axis=-1)
-        probs_BCV = jnp.exp(logits_BCV - normalizer_BC[..., None])
-        entropy_BC = normalizer_BC - jnp.sum(probs_BCV * logits_BCV, axis=-1)
+        # −Σ p log p and not logsumexp − Σ p z, which cancels where logits are large.
+        logp_BCV = logits_BCV - normalizer_BC[..., None]
+        entropy_BC = -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)
         # Rounding may leave log p at +1e-7 and the entropy of a certain choice at −1e-7.
         logprobs_BC = jnp.minimum(target_BC - normalizer_BC, 0.0)
         return logprobs_BC, jnp.maximum(entropy_BC, 0.0), normalizer_BC
@@ -117,7 +118,9 @@ def _scored_backward(scale, chunk, residuals, cotangents):
     hidden_BTD, kernel_VD, targets_BT, mask_BT, entropy_BT, normalizer_BT = residuals
     vocab = kernel_VD.shape[0]
 
-    def grads(carry_VD, hidden_BCD, targets_BC, entropy_BC, normalizer_BC, d_logprob_BC, d_entropy_BC):
+    def grads(
+        carry_VD, hidden_BCD, targets_BC, entropy_BC, normalizer_BC, d_logprob_BC, d_entropy_BC
+    ):
         logp_BCV = _logits(hidden_BCD, kernel_VD, scale) - normalizer_BC[..., None]
         # d log p / dz = 1[target] − p ;  dH / dz = −p (log p + H)
         d_logits_BCV = -jnp.exp(logp_BCV) * (

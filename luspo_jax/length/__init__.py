@@ -1,0 +1,1 @@
+"""Instruments that say how long responses are, why, and whether the length is worth it."""
