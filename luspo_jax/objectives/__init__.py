@@ -1,0 +1,40 @@
+"""Policy objectives as choices on four axes: ratio, surrogate, length scale, aggregation.
+
+    scale_B = objectives.length_scales(objective, lengths_B, group_ids_B)
+    advantages_B = objectives.advantages(objective, rewards_B, group_ids_B, lengths_B)
+    denominators = objectives.denominators(objective, response_mask_BT)      # the optimizer step
+    value, metrics = objectives.loss(objective, batch, denominators)         # each micro-batch
+
+Two functions share their name with the file of their formulas (`advantages`, `length_scales`);
+here the functions win, and the formulas are reached by `from luspo_jax.objectives.advantages
+import ADVANTAGES`.
+"""
+
+from luspo_jax.objectives.kl import reward_adjustment
+from luspo_jax.objectives.objective import Objective
+from luspo_jax.objectives.policy_loss import (
+    Denominators,
+    PolicyBatch,
+    advantages,
+    denominators,
+    length_scales,
+    loss,
+    metric_means,
+    validate_group_size,
+)
+from luspo_jax.objectives.presets import PRESETS, preset
+
+__all__ = [
+    "PRESETS",
+    "Denominators",
+    "Objective",
+    "PolicyBatch",
+    "advantages",
+    "denominators",
+    "length_scales",
+    "loss",
+    "metric_means",
+    "preset",
+    "reward_adjustment",
+    "validate_group_size",
+]

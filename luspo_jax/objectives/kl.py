@@ -1,0 +1,51 @@
+"""Estimators of KL(π ‖ π_ref) from the sampled tokens, and the KL as a reward.
+
+d = log π_ref − log π at the sampled token, held within ±20 (verl's bound).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from luspo_jax.objectives.ratios import bounded
+
+
+def k1(log_ratio_BT: jax.Array) -> jax.Array:
+    """−d: unbiased and often negative. As a loss its gradient has expectation 0: use k2 or k3."""
+    return -log_ratio_BT
+
+
+def k2(log_ratio_BT: jax.Array) -> jax.Array:
+    """d²/2: biased in value; on-policy its gradient is the KL's."""
+    return log_ratio_BT**2 / 2
+
+
+def k3(log_ratio_BT: jax.Array) -> jax.Array:
+    """exp(d) − d − 1: unbiased in value, never negative (Schulman 2020; GRPO Eq 4)."""
+    return jnp.expm1(log_ratio_BT) - log_ratio_BT
+
+
+KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def token_kl(logprobs_BT: jax.Array, ref_logprobs_BT: jax.Array, *, kl_estimator: str) -> jax.Array:
+    """The estimator at every token [B, T]; inputs finite on masked positions."""
+    return KL_ESTIMATORS[kl_estimator](bounded(ref_logprobs_BT - logprobs_BT))
+
+
+def reward_adjustment(
+    old_logprobs_BT: jax.Array,
+    ref_logprobs_BT: jax.Array,
+    response_mask_BT: jax.Array,
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+) -> jax.Array:
+    """−β Σ_t kl_t [B], to be added to rewards before advantages are formed ("KL in the reward").
+
+    The KL is that of the policy that sampled, over response tokens; what stands elsewhere is
+    ignored. Summed over tokens as in verl, so a long response pays more.
+    """
+    logprobs_BT = jnp.where(response_mask_BT, old_logprobs_BT, 0)
+    ref_BT = jnp.where(response_mask_BT, ref_logprobs_BT, 0)
+    kl_BT = token_kl(logprobs_BT, ref_BT, kl_estimator=kl_estimator)
+    return -kl_coef * jnp.where(response_mask_BT, kl_BT, 0).sum(axis=1)

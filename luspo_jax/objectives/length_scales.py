@@ -1,0 +1,78 @@
+"""Length scales: what each sequence-mean loss is multiplied by.
+
+A scale is `w(lengths_B, group_ids_B, *, hyperparameters) -> scale_B`, floats in, data only: no
+gradient flows through it. It is computed over a whole rollout or optimizer step, because some
+scales look at mean lengths. A row of length 0 is absent from every mean and gets a finite scale.
+The loss of row i becomes w_i · (1/L_i) Σ_t l_it, so w = L is a plain sum over tokens (LUSPO).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from luspo_jax.objectives.groups import group_index, group_mean
+
+
+def _batch_mean(values_B: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    present_B = lengths_B > 0
+    count = jnp.maximum(present_B.astype(values_B.dtype).sum(), 1)
+    return jnp.where(present_B, values_B, 0).sum() / count
+
+
+def none(lengths_B: jax.Array) -> jax.Array:
+    """w = 1: every response weighs the same, its tokens 1/L each (GRPO, GSPO)."""
+    return jnp.ones_like(lengths_B)
+
+
+def length(lengths_B: jax.Array) -> jax.Array:
+    """w = L: every token weighs the same (LUSPO, arXiv 2602.05261, Eq 7)."""
+    return lengths_B
+
+
+def power(lengths_B: jax.Array, *, length_alpha: float, reference_length: float) -> jax.Array:
+    """w = (L/L_ref)^α: α 0 is GSPO's weighting, α 1 with L_ref 1 is LUSPO's (ours)."""
+    return (jnp.maximum(lengths_B, 1) / reference_length) ** length_alpha
+
+
+def log(lengths_B: jax.Array, *, reference_length: float) -> jax.Array:
+    """w = L_ref · log(1 + L/L_ref): L for short responses, flattening past L_ref (ours)."""
+    return reference_length * jnp.log1p(lengths_B / reference_length)
+
+
+def capped(lengths_B: jax.Array, *, length_cap: float) -> jax.Array:
+    """w = min(L, L_cap): LUSPO up to a length, GSPO's weighting beyond it (ours)."""
+    return jnp.minimum(lengths_B, length_cap)
+
+
+def relative_group(lengths_B: jax.Array, group_ids_B: jax.Array) -> jax.Array:
+    """w = L / mean of L over the prompt's responses: LUSPO within a group, mean 1 (ours)."""
+    mean_B = group_mean(lengths_B, lengths_B > 0, group_index(group_ids_B))
+    return lengths_B / jnp.maximum(mean_B, 1)
+
+
+def relative_batch(lengths_B: jax.Array) -> jax.Array:
+    """w = L / mean of L over the batch: LUSPO's direction at GSPO's magnitude (ours)."""
+    return lengths_B / jnp.maximum(_batch_mean(lengths_B, lengths_B), 1)
+
+
+def vl_norm(lengths_B: jax.Array, *, length_alpha: float) -> jax.Array:
+    """w = L·u / mean(u), u = (L / mean L)^−α: minimum-variance weighting of token sums.
+
+    VL-Norm (ΔL normalisation), arXiv 2509.07558; its runs use α 1 (CountDown) and 0.75 (math).
+    """
+    mean = jnp.maximum(_batch_mean(lengths_B, lengths_B), 1)
+    u_B = (jnp.maximum(lengths_B, 1) / mean) ** -length_alpha
+    mean_u = _batch_mean(u_B, lengths_B)
+    # Without any present row the mean is 0 and so is every scale.
+    return lengths_B * u_B / jnp.where(mean_u > 0, mean_u, 1)
+
+
+LENGTH_SCALES = {
+    "none": none,
+    "length": length,
+    "power": power,
+    "log": log,
+    "capped": capped,
+    "relative-group": relative_group,
+    "relative-batch": relative_batch,
+    "vl-norm": vl_norm,
+}

@@ -1,0 +1,303 @@
+"""An objective as choices on four axes, an advantage, and their hyperparameters."""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+from luspo_jax.objectives.advantages import ADVANTAGES
+from luspo_jax.objectives.aggregation import AGGREGATIONS
+from luspo_jax.objectives.corrections import CORRECTIONS
+from luspo_jax.objectives.kl import KL_ESTIMATORS
+from luspo_jax.objectives.length_scales import LENGTH_SCALES
+from luspo_jax.objectives.ratios import RATIOS
+from luspo_jax.objectives.surrogates import SURROGATE_RATIOS, SURROGATES
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Everything that turns log-probabilities and rewards into one scalar; static under jit.
+
+    The loss of an optimizer step is
+    loss_scale · (policy + kl_coef · KL) − entropy_coef · (mean entropy of a response token),
+    policy and KL aggregated alike. The functions named on each axis document their equations and
+    hyperparameters; a hyperparameter that no chosen function asks for has no effect.
+
+    Attributes:
+      ratio: key of `RATIOS`.
+      surrogate: key of `SURROGATES`.
+      length_scale: key of `LENGTH_SCALES`; other than "none" only with "seq-mean-token-mean".
+      aggregation: key of `AGGREGATIONS`.
+      advantage: key of `ADVANTAGES`.
+      clip_low: ε_low, a distance from 1 (clip, minirl).
+      clip_high: ε_high, a distance from 1 (clip, minirl).
+      dual_clip: c, bound on the ratio where A < 0 (clip), or None.
+      delta: δ, two-sided clipping (clip), or None.
+      sapo_temperature_pos: τ for A > 0.
+      sapo_temperature_neg: τ otherwise.
+      cispo_min_ratio: lower bound of the weight, a ratio.
+      cispo_max_ratio: upper bound of the weight, a ratio.
+      gmpo_log_low: how far a token's log ratio may fall.
+      gmpo_log_high: how far a token's log ratio may rise.
+      vespo_k_pos: exponent of W where A ≥ 0.
+      vespo_lambda_pos: decay in W where A ≥ 0.
+      vespo_k_neg: exponent of W where A < 0.
+      vespo_lambda_neg: decay in W where A < 0.
+      dppo_tv_max: δ, largest change of a token's probability.
+      dppo_kl_max: δ, largest binary KL of a token.
+      dppo_max_ratio: C, bound on the weight.
+      length_alpha: α (power, vl-norm).
+      reference_length: L_ref in tokens (power, log).
+      length_cap: L_cap in tokens (capped).
+      max_response_length: C of "seq-mean-token-sum-norm": the rollout's limit, never the padded
+        width; 3000 as in the Dr.GRPO runs until the caller says.
+      advantage_epsilon: ε beside a standard deviation or mean.
+      kl_coef: β; 0 for no reference policy.
+      kl_estimator: key of `KL_ESTIMATORS`.
+      kl_placement: "loss", or "reward" (see `kl.reward_adjustment`; the loss then has no KL).
+      kl_importance_weight: multiply the KL of each token by the differentiable ratio, as TRL's
+        `use_bias_correction_kl` does.
+      entropy_coef: weight of the entropy bonus, a token mean whatever the aggregation.
+      top_entropy_quantile: ρ; below 1 only the ρ most uncertain tokens carry policy gradient.
+      off_policy_max: δ of the off-policy sequence mask, or None.
+      off_policy_against: "old" or "sampler", whose log-probs the mask measures drift from. The
+        formula says old; DeepSeek-V3.2 takes the sampler's for it (unconfirmed).
+      correction: keys of `CORRECTIONS` joined with "+".
+      tis_max: C.
+      icepop_low: least ρ kept.
+      icepop_high: greatest ρ kept.
+      sequence_tis_max: C for the product.
+      sequence_mis_low: least product kept.
+      sequence_mis_high: greatest product kept.
+      geometric_low: least geometric mean kept.
+      geometric_high: greatest geometric mean kept.
+      k3_max: greatest mean k3 kept.
+      loss_scale: constant factor on policy and KL; 1/L_ref makes LUSPO's loss GSPO-sized.
+
+    Raises:
+      ValueError: an unknown name (the right ones are listed), a value out of range, or a
+        combination that makes no sense, naming the field.
+    """
+
+    ratio: str = "token"
+    surrogate: str = "clip"
+    length_scale: str = "none"
+    aggregation: str = "seq-mean-token-mean"
+    advantage: str = "group-std"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    delta: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    cispo_min_ratio: float = 0.0
+    cispo_max_ratio: float = 5.0
+    gmpo_log_low: float = 0.4
+    gmpo_log_high: float = 0.4
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    dppo_tv_max: float = 0.15
+    dppo_kl_max: float = 0.05
+    dppo_max_ratio: float = 20.0
+    length_alpha: float = 1.0
+    reference_length: float = 1.0
+    length_cap: float | None = None
+    max_response_length: int = 3000
+    advantage_epsilon: float = 1e-6
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    kl_placement: str = "loss"
+    kl_importance_weight: bool = False
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    off_policy_max: float | None = None
+    off_policy_against: str = "old"
+    correction: str = "none"
+    tis_max: float = 2.0
+    icepop_low: float = 0.5
+    icepop_high: float = 5.0
+    sequence_tis_max: float = 2.0
+    sequence_mis_low: float = 0.5
+    sequence_mis_high: float = 2.0
+    geometric_low: float = 0.99
+    geometric_high: float = 1.01
+    k3_max: float = 1e-2
+    loss_scale: float = 1.0
+
+    def __post_init__(self):
+        for field, names in CHOICES.items():
+            require_name(f"Objective.{field}", getattr(self, field), names)
+        for name in self.correction.split("+"):
+            require_name("Objective.correction", name, CORRECTIONS)
+        for field, bounds in RANGES.items():
+            _require_range(field, getattr(self, field), bounds)
+        for broken, message in _senseless(self):
+            if broken:
+                raise ValueError(message)
+
+    @property
+    def corrections(self) -> tuple[str, ...]:
+        """The corrections that are applied, by name."""
+        return tuple(name for name in self.correction.split("+") if name != "none")
+
+
+CHOICES = {
+    "ratio": RATIOS,
+    "surrogate": SURROGATES,
+    "length_scale": LENGTH_SCALES,
+    "aggregation": AGGREGATIONS,
+    "advantage": ADVANTAGES,
+    "kl_estimator": KL_ESTIMATORS,
+    "kl_placement": ("loss", "reward"),
+    "off_policy_against": ("old", "sampler"),
+}
+
+_POSITIVE = (0.0, float("inf"), False)
+_NOT_NEGATIVE = (0.0, float("inf"), True)
+
+# Field → (least, greatest, whether the least is allowed). None passes where it is the default.
+RANGES = {
+    "clip_low": (0.0, 1.0, False),
+    "clip_high": _POSITIVE,
+    "dual_clip": (1.0, float("inf"), False),
+    "delta": (1.0, float("inf"), False),
+    "sapo_temperature_pos": _POSITIVE,
+    "sapo_temperature_neg": _POSITIVE,
+    "cispo_min_ratio": (0.0, 1.0, True),
+    "cispo_max_ratio": (1.0, float("inf"), True),
+    "gmpo_log_low": _POSITIVE,
+    "gmpo_log_high": _POSITIVE,
+    "vespo_k_pos": _NOT_NEGATIVE,
+    "vespo_lambda_pos": _POSITIVE,
+    "vespo_k_neg": _NOT_NEGATIVE,
+    "vespo_lambda_neg": _POSITIVE,
+    "dppo_tv_max": (0.0, 1.0, False),
+    "dppo_kl_max": _POSITIVE,
+    "dppo_max_ratio": (1.0, float("inf"), True),
+    "length_alpha": (-2.0, 2.0, True),
+    "reference_length": _POSITIVE,
+    "length_cap": _POSITIVE,
+    "max_response_length": (1, float("inf"), True),
+    "advantage_epsilon": _POSITIVE,
+    "kl_coef": _NOT_NEGATIVE,
+    "entropy_coef": _NOT_NEGATIVE,
+    "top_entropy_quantile": (0.0, 1.0, False),
+    "off_policy_max": _POSITIVE,
+    "tis_max": (1.0, float("inf"), True),
+    "icepop_low": (0.0, 1.0, True),
+    "icepop_high": (1.0, float("inf"), True),
+    "sequence_tis_max": (1.0, float("inf"), True),
+    "sequence_mis_low": (0.0, 1.0, True),
+    "sequence_mis_high": (1.0, float("inf"), True),
+    "geometric_low": (0.0, 1.0, True),
+    "geometric_high": (1.0, float("inf"), True),
+    "k3_max": _POSITIVE,
+    "loss_scale": _POSITIVE,
+}
+
+
+def require_name(what: str, name: Any, names) -> None:
+    """Refuse a name that is not among `names`, listing them and the nearest."""
+    if name in names:
+        return
+    near = difflib.get_close_matches(str(name), list(names), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{what}: {name!r} is unknown; choose from {', '.join(names)}.{hint}")
+
+
+def _require_range(field: str, value: Any, bounds: tuple[float, float, bool]) -> None:
+    if value is None and Objective.__dataclass_fields__[field].default is None:
+        return
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"Objective.{field} must be a number, not {value!r}.")
+    low, high, low_allowed = bounds
+    finite = -float("inf") < value < float("inf")
+    if finite and (low <= value if low_allowed else low < value) and value <= high:
+        return
+    least = f"at least {low:g}" if low_allowed else f"greater than {low:g}"
+    most = f" and at most {high:g}" if high < float("inf") else ""
+    raise ValueError(f"Objective.{field} = {value!r}: must be finite, {least}{most}.")
+
+
+def _senseless(objective: Objective) -> list[tuple[bool, str]]:
+    """Combinations that are refused: (whether this is one, why and what to do)."""
+    o = objective
+    ratios, why = SURROGATE_RATIOS.get(o.surrogate, (tuple(RATIOS), ""))
+    return [
+        (
+            o.length_scale != "none" and o.aggregation != "seq-mean-token-mean",
+            f"Objective.length_scale = {o.length_scale!r} with aggregation = {o.aggregation!r} "
+            "counts length twice: a length scale multiplies a sequence mean, so it goes with "
+            "'seq-mean-token-mean' only.",
+        ),
+        (
+            o.ratio not in ratios,
+            f"Objective.surrogate = {o.surrogate!r} does not go with ratio = {o.ratio!r}: {why}. "
+            f"Use ratio = {' or '.join(repr(name) for name in ratios)}.",
+        ),
+        (
+            o.length_scale == "capped" and o.length_cap is None,
+            "Objective.length_cap is not set: length_scale = 'capped' needs a length in tokens.",
+        ),
+        (
+            o.surrogate != "clip" and not (o.dual_clip is None and o.delta is None),
+            f"Objective.dual_clip and delta bound the clip surrogate, not {o.surrogate!r}.",
+        ),
+        (
+            o.dual_clip is not None and o.delta is not None,
+            "Objective.dual_clip and delta bound the same thing; set one of them.",
+        ),
+        (
+            o.delta is not None and o.delta <= 1 + o.clip_high,
+            f"Objective.delta = {o.delta} must be greater than 1 + clip_high = {1 + o.clip_high}.",
+        ),
+        (
+            o.kl_importance_weight and o.kl_placement == "reward",
+            "Objective.kl_importance_weight weighs a KL in the loss, not one in the reward.",
+        ),
+        (
+            o.kl_importance_weight and o.ratio == "sequence-product",
+            "Objective.kl_importance_weight does not go with ratio = 'sequence-product': a product "
+            "of ratios is no weight for the KL of one token.",
+        ),
+        (
+            o.surrogate == "vespo" and bool(o.corrections),
+            "Objective.correction does not go with surrogate = 'vespo': its W is the ratio to the "
+            "policy that sampled. Hand the sampler's log-probs in as the old ones instead.",
+        ),
+        (
+            len(set(o.corrections)) != len(o.correction.split("+")) and o.correction != "none",
+            f"Objective.correction = {o.correction!r} names a correction twice, or 'none' beside "
+            "others.",
+        ),
+    ]
+
+
+@functools.cache
+def _signature(function: Callable) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    parameters = inspect.signature(function).parameters.values()
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    arrays = tuple(p.name for p in parameters if p.kind != keyword_only)
+    settings = tuple(p.name for p in parameters if p.kind == keyword_only)
+    return arrays, settings
+
+
+def hyperparameters(function: Callable) -> tuple[str, ...]:
+    """The names after `*` in a function of an axis."""
+    return _signature(function)[1]
+
+
+def call(function: Callable, objective: Objective, **arrays):
+    """Call a function of an axis with the arrays it names and the objective's hyperparameters.
+
+    A hyperparameter that `Objective` lacks takes the function's own default, so that a new entry
+    works before it has a field.
+    """
+    names, settings = _signature(function)
+    chosen = {name: getattr(objective, name) for name in settings if hasattr(objective, name)}
+    return function(*(arrays[name] for name in names), **chosen)

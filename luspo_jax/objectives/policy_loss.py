@@ -1,0 +1,408 @@
+"""The loss of one micro-batch, its denominators over the optimizer step, and its metrics.
+
+What stands on masked positions, NaN and infinities included, reaches nothing: inputs are replaced
+by 0 there before any arithmetic, so loss, gradient and metrics do not depend on them and the
+gradient there is exactly 0. Arithmetic is in float32, or float64 where log-probs are.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from luspo_jax.objectives import corrections as correction_functions
+from luspo_jax.objectives.advantages import ADVANTAGES
+from luspo_jax.objectives.aggregation import AGGREGATIONS
+from luspo_jax.objectives.kl import token_kl
+from luspo_jax.objectives.length_scales import LENGTH_SCALES
+from luspo_jax.objectives.objective import Objective, call
+from luspo_jax.objectives.ratios import RATIOS, bounded, row_mean
+from luspo_jax.objectives.surrogates import SURROGATES, Surrogate
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyBatch:
+    """What the loss reads of one micro-batch, one row a response.
+
+    Attributes:
+      logprobs_BT: of the policy being updated; the only input with a gradient, beside entropy.
+      old_logprobs_BT: of the policy that starts the step; None where it is the same policy.
+      advantages_B: from `advantages`.
+      response_mask_BT: bool, true on response tokens. Overlong-filtered rows have none.
+      length_scale_B: from `length_scales`.
+      entropy_BT: of the policy at each token; needed for an entropy bonus or quantile.
+      ref_logprobs_BT: of the reference policy; needed for a KL in the loss.
+      sampler_logprobs_BT: as the sampler computed them; needed for a correction.
+    """
+
+    logprobs_BT: jax.Array
+    old_logprobs_BT: jax.Array | None
+    advantages_B: jax.Array
+    response_mask_BT: jax.Array
+    length_scale_B: jax.Array
+    entropy_BT: jax.Array | None = None
+    ref_logprobs_BT: jax.Array | None = None
+    sampler_logprobs_BT: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Denominators:
+    """What the sums of all micro-batches of one optimizer step are divided by; at least 1 each.
+
+    Attributes:
+      sequences: rows with at least one response token.
+      tokens: response tokens.
+      policy: the aggregation's denominator, for the policy loss and the KL.
+      entropy_threshold: least entropy that carries gradient; None without an entropy quantile.
+    """
+
+    sequences: jax.Array
+    tokens: jax.Array
+    policy: jax.Array
+    entropy_threshold: jax.Array | None = None
+
+
+def advantages(
+    objective: Objective, rewards_B: jax.Array, group_ids_B: jax.Array, lengths_B: jax.Array
+) -> jax.Array:
+    """Advantage of each response [B], over a whole rollout batch.
+
+    Args:
+      objective: which advantage.
+      rewards_B: rewards.
+      group_ids_B: integers, equal for responses to one prompt, in any order.
+      lengths_B: response lengths; a row of length 0 is absent, so pass true lengths of rows that
+        are filtered from the loss only.
+
+    Raises:
+      ValueError: shapes that differ.
+    """
+    _require_rows(rewards_B=rewards_B, group_ids_B=group_ids_B, lengths_B=lengths_B)
+    lengths_B = _real(lengths_B)
+    rewards_B = jnp.where(lengths_B > 0, _real(rewards_B).astype(lengths_B.dtype), 0)
+    function = ADVANTAGES[objective.advantage]
+    result_B = call(
+        function, objective, rewards_B=rewards_B, lengths_B=lengths_B, group_ids_B=group_ids_B
+    )
+    return jax.lax.stop_gradient(result_B)
+
+
+def length_scales(objective: Objective, lengths_B: jax.Array, group_ids_B: jax.Array) -> jax.Array:
+    """Length scale of each response [B], over a whole rollout or optimizer step.
+
+    Raises:
+      ValueError: shapes that differ.
+    """
+    _require_rows(lengths_B=lengths_B, group_ids_B=group_ids_B)
+    function = LENGTH_SCALES[objective.length_scale]
+    scale_B = call(function, objective, lengths_B=_real(lengths_B), group_ids_B=group_ids_B)
+    return jax.lax.stop_gradient(scale_B)
+
+
+def validate_group_size(objective: Objective, group_size: int) -> None:
+    """Refuse groups in which no response has another to be compared with.
+
+    Raises:
+      ValueError: fewer than two responses a prompt.
+    """
+    if group_size < 2:
+        raise ValueError(
+            f"group_size = {group_size}: advantage {objective.advantage!r} compares the responses "
+            "to one prompt with each other; use at least 2."
+        )
+
+
+def denominators(
+    objective: Objective, response_mask_BT: jax.Array, entropy_BT: jax.Array | None = None
+) -> Denominators:
+    """Denominators over the whole optimizer step; data only.
+
+    Args:
+      objective: which aggregation.
+      response_mask_BT: bool, all rows of the step.
+      entropy_BT: entropies at all tokens of the step, of the policy that starts it; needed with
+        `top_entropy_quantile` < 1, whose threshold must not depend on the micro-batch.
+
+    Raises:
+      ValueError: a mask that is not bool, or entropies missing.
+    """
+    _require_mask(response_mask_BT)
+    lengths_B = _real(response_mask_BT.sum(axis=1, dtype=jnp.int32))
+    _, policy = call(AGGREGATIONS[objective.aggregation], objective, lengths_B=lengths_B)
+    threshold = None
+    if objective.top_entropy_quantile < 1:
+        if entropy_BT is None:
+            raise ValueError("entropy_BT is missing: Objective.top_entropy_quantile < 1 needs it.")
+        threshold = correction_functions.entropy_threshold(
+            _real(entropy_BT),
+            response_mask_BT,
+            top_entropy_quantile=objective.top_entropy_quantile,
+        )
+    sequences = _real((lengths_B > 0).sum(dtype=jnp.int32))
+    tokens = _real(response_mask_BT.sum(dtype=jnp.int32))
+    at_least_one = [jnp.maximum(count, 1) for count in (sequences, tokens, policy)]
+    return jax.lax.stop_gradient(Denominators(*at_least_one, threshold))
+
+
+def loss(
+    objective: Objective, batch: PolicyBatch, denominators: Denominators
+) -> tuple[jax.Array, Metrics]:
+    """This micro-batch's part of the optimizer step's loss, and metrics as (sum, count) pairs.
+
+    The parts of all micro-batches with the same denominators add up to the loss of the whole, and
+    so do their gradients and metrics.
+
+    Raises:
+      ValueError: shapes that differ, a mask that is not bool, an input missing.
+    """
+    _require_batch(objective, batch)
+    rows = _clean(batch)
+    dtype = rows.logprobs_BT.dtype
+    denominators = jax.tree.map(lambda x: jnp.asarray(x, dtype), denominators)
+    mask_BT, advantages_B1 = rows.response_mask_BT, rows.advantages_B[:, None]
+    arrays = {
+        "logprobs_BT": rows.logprobs_BT,
+        "old_logprobs_BT": rows.old_logprobs_BT,
+        "response_mask_BT": mask_BT,
+        "advantages_B1": advantages_B1,
+    }
+    log_ratio_BU = call(RATIOS[objective.ratio], objective, **arrays)
+    surrogate = call(
+        SURROGATES[objective.surrogate], objective, log_ratio_BU=log_ratio_BU, **arrays
+    )
+    weight_BU, metrics = _policy_weight(objective, rows, denominators)
+    lengths_B = mask_BT.sum(axis=1, dtype=jnp.int32).astype(dtype)
+    divisor_B, _ = call(AGGREGATIONS[objective.aggregation], objective, lengths_B=lengths_B)
+
+    def aggregate(loss_BU):
+        # Mask and sum over tokens first: scaling a token mean by L would weigh padding (L²/T).
+        row_loss_B = jnp.where(mask_BT, loss_BU, 0).sum(axis=1)
+        return (row_loss_B * (rows.length_scale_B / divisor_B)).sum() / denominators.policy
+
+    policy = objective.loss_scale * aggregate(surrogate.loss_BU * weight_BU)
+    total = policy
+    if objective.kl_coef > 0 and objective.kl_placement == "loss":
+        kl_BT = token_kl(
+            rows.logprobs_BT, rows.ref_logprobs_BT, kl_estimator=objective.kl_estimator
+        )
+        metrics["actor/kl_loss"] = _token_mean(kl_BT, mask_BT)
+        if objective.kl_importance_weight:
+            kl_BT = kl_BT * jnp.exp(bounded(log_ratio_BU))
+        total = total + objective.loss_scale * objective.kl_coef * aggregate(kl_BT)
+    if rows.entropy_BT is not None:
+        entropy, tokens = _token_mean(rows.entropy_BT, mask_BT)
+        metrics["actor/entropy"] = entropy, tokens
+        if objective.entropy_coef > 0:
+            total = total - objective.entropy_coef * entropy / denominators.tokens
+    sequences = (lengths_B > 0).astype(dtype).sum()
+    metrics["actor/pg_loss"] = policy, sequences / denominators.sequences
+    metrics |= _ratio_metrics(surrogate, log_ratio_BU, rows)
+    return total, jax.lax.stop_gradient(metrics)
+
+
+def _policy_weight(
+    objective: Objective, rows: PolicyBatch, denominators: Denominators
+) -> tuple[jax.Array, Metrics]:
+    """What the policy loss of each token is multiplied by [B, U], and what it dropped."""
+    mask_BT, advantages_B1 = rows.response_mask_BT, rows.advantages_B[:, None]
+    weight_BU = jnp.ones_like(advantages_B1)
+    metrics: Metrics = {}
+    if rows.sampler_logprobs_BT is not None:
+        log_rho_BT = jax.lax.stop_gradient(rows.old_logprobs_BT - rows.sampler_logprobs_BT)
+        metrics |= _mismatch_metrics(log_rho_BT, mask_BT)
+        for name in objective.corrections:
+            function = correction_functions.CORRECTIONS[name]
+            arrays = {"log_rho_BT": log_rho_BT, "response_mask_BT": mask_BT}
+            weight_BU = weight_BU * call(function, objective, **arrays)
+        if objective.corrections:
+            metrics |= _weight_metrics(weight_BU, mask_BT)
+    if objective.off_policy_max is not None:
+        against_sampler = objective.off_policy_against == "sampler"
+        keep_B1 = correction_functions.off_policy_keep(
+            jax.lax.stop_gradient(rows.logprobs_BT),
+            rows.sampler_logprobs_BT if against_sampler else rows.old_logprobs_BT,
+            advantages_B1,
+            mask_BT,
+            off_policy_max=objective.off_policy_max,
+        )
+        weight_BU = jnp.where(keep_B1, weight_BU, 0)
+        metrics["rollout_corr/off_policy_masked"] = _row_mean_of(~keep_B1, mask_BT)
+    if objective.top_entropy_quantile < 1:
+        if denominators.entropy_threshold is None:
+            raise ValueError(
+                "denominators.entropy_threshold is missing: Objective.top_entropy_quantile < 1 "
+                "needs denominators(objective, response_mask_BT, entropy_BT)."
+            )
+        entropy_BT = jax.lax.stop_gradient(rows.entropy_BT)
+        weight_BU = jnp.where(entropy_BT >= denominators.entropy_threshold, weight_BU, 0)
+    return weight_BU, metrics
+
+
+def _token_mean(values_BU: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum, count) over response tokens; one value a row counts once for each of its tokens."""
+    dtype = jnp.result_type(values_BU) if values_BU.dtype != bool else jnp.float32
+    values_BU = values_BU.astype(dtype)
+    return jnp.where(mask_BT, values_BU, 0).sum(), mask_BT.sum(dtype=jnp.int32).astype(dtype)
+
+
+def _row_mean_of(values_B1: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum, count) over rows with response tokens."""
+    present_B1 = mask_BT.any(axis=1, keepdims=True)
+    values_B1 = values_B1.astype(jnp.float32) if values_B1.dtype == bool else values_B1
+    count = present_B1.sum(dtype=jnp.int32).astype(values_B1.dtype)
+    return jnp.where(present_B1, values_B1, 0).sum(), count
+
+
+def _unit_mean(values_BU: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum, count) over tokens for [B, T] and over rows for [B, 1], as TRL counts."""
+    per_row = values_BU.shape[1] == 1 != mask_BT.shape[1]
+    return (_row_mean_of if per_row else _token_mean)(values_BU, mask_BT)
+
+
+def _ratio_metrics(surrogate: Surrogate, log_ratio_BU: jax.Array, rows: PolicyBatch) -> Metrics:
+    mask_BT, advantages_B1 = rows.response_mask_BT, rows.advantages_B[:, None]
+    clipped_BU = surrogate.high_BU | surrogate.low_BU
+    drift_BT = bounded(rows.old_logprobs_BT - rows.logprobs_BT)
+    return {
+        "actor/ppo_kl": _token_mean(drift_BT, mask_BT),
+        "actor/ratio_deviation": _unit_mean(jnp.abs(jnp.expm1(bounded(log_ratio_BU))), mask_BT),
+        "actor/pg_clipfrac": _token_mean(clipped_BU, mask_BT),
+        "actor/pg_clipfrac_lower": _token_mean(surrogate.lower_BU, mask_BT),
+        "actor/clipfrac/pos": _token_mean(clipped_BU, mask_BT & (advantages_B1 > 0)),
+        "actor/clipfrac/neg": _token_mean(clipped_BU, mask_BT & (advantages_B1 < 0)),
+        "clip_ratio/high_mean": _unit_mean(surrogate.high_BU, mask_BT),
+        "clip_ratio/low_mean": _unit_mean(surrogate.low_BU, mask_BT),
+        "clip_ratio/region_mean": _unit_mean(clipped_BU, mask_BT),
+    }
+
+
+def _mismatch_metrics(log_rho_BT: jax.Array, mask_BT: jax.Array) -> Metrics:
+    """How far the sampler is from the trainer, by verl's names and definitions."""
+    log_rho_BT = bounded(log_rho_BT)
+    return {
+        "rollout_corr/kl": _token_mean(-log_rho_BT, mask_BT),
+        "rollout_corr/k3_kl": _token_mean(jnp.expm1(log_rho_BT) - log_rho_BT, mask_BT),
+        "rollout_corr/log_ppl_abs_diff": _row_mean_of(
+            jnp.abs(row_mean(log_rho_BT, mask_BT)), mask_BT
+        ),
+    }
+
+
+def _weight_metrics(weight_BU: jax.Array, mask_BT: jax.Array) -> Metrics:
+    dropped_BT = mask_BT & (weight_BU == 0)
+    whole_B1 = (dropped_BT == mask_BT).all(axis=1, keepdims=True)
+    return {
+        "rollout_corr/weight": _token_mean(weight_BU, mask_BT),
+        "rollout_corr/weight_squared": _token_mean(weight_BU**2, mask_BT),
+        "rollout_corr/masked_fraction": _token_mean(dropped_BT, mask_BT),
+        "rollout_corr/masked_sequences": _row_mean_of(whole_B1, mask_BT),
+    }
+
+
+def metric_means(metrics: Metrics) -> dict[str, jax.Array]:
+    """Means from summed (sum, count) pairs; 0 where nothing was counted.
+
+    Adds `rollout_corr/ess`, the effective sample size (Σw)²/(n Σw²) as a share of n tokens, which
+    is no mean and so is formed here, after all micro-batches are added up.
+    """
+    means = {
+        name: jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
+        for name, (total, count) in metrics.items()
+    }
+    if "rollout_corr/weight_squared" in means:
+        square = means.pop("rollout_corr/weight_squared")
+        positive = square > 0
+        ess = means["rollout_corr/weight"] ** 2 / jnp.where(positive, square, 1)
+        means["rollout_corr/ess"] = jnp.where(positive, ess, 0)
+    return means
+
+
+def _real(values) -> jax.Array:
+    """As floats of at least float32: float64 stays, and integers become it under x64."""
+    values = jnp.asarray(values)
+    if jnp.issubdtype(values.dtype, jnp.floating):
+        return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(float)
+
+
+def _clean(batch: PolicyBatch) -> PolicyBatch:
+    """One floating dtype, and 0 wherever the mask says that nothing stands."""
+    dtype = jnp.promote_types(batch.logprobs_BT.dtype, jnp.float32)
+    mask_BT = batch.response_mask_BT
+    present_B = mask_BT.any(axis=1)
+
+    def tokens(values_BT):
+        return None if values_BT is None else jnp.where(mask_BT, values_BT.astype(dtype), 0)
+
+    def constants(values_BT):
+        return jax.lax.stop_gradient(tokens(values_BT))
+
+    def row_constants(values_B):
+        values_B = jnp.where(present_B, jnp.asarray(values_B).astype(dtype), 0)
+        return jax.lax.stop_gradient(values_B)
+
+    old_logprobs_BT = batch.old_logprobs_BT
+    return PolicyBatch(
+        logprobs_BT=tokens(batch.logprobs_BT),
+        old_logprobs_BT=constants(
+            batch.logprobs_BT if old_logprobs_BT is None else old_logprobs_BT
+        ),
+        advantages_B=row_constants(batch.advantages_B),
+        response_mask_BT=mask_BT,
+        length_scale_B=row_constants(batch.length_scale_B),
+        entropy_BT=tokens(batch.entropy_BT),
+        ref_logprobs_BT=constants(batch.ref_logprobs_BT),
+        sampler_logprobs_BT=constants(batch.sampler_logprobs_BT),
+    )
+
+
+def _require_rows(**arrays_B) -> None:
+    shapes = {name: jnp.shape(values) for name, values in arrays_B.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"One value a response is expected, [B] each; got {listed}.")
+
+
+def _require_mask(response_mask_BT: jax.Array) -> None:
+    if jnp.ndim(response_mask_BT) != 2 or response_mask_BT.dtype != bool:
+        raise ValueError(
+            "response_mask_BT must be bool [B, T]; "
+            f"got {response_mask_BT.dtype} {jnp.shape(response_mask_BT)}."
+        )
+
+
+def _require_batch(objective: Objective, batch: PolicyBatch) -> None:
+    _require_mask(batch.response_mask_BT)
+    shape = batch.response_mask_BT.shape
+    for field in dataclasses.fields(batch):
+        values = getattr(batch, field.name)
+        expected = shape if field.name.endswith("_BT") else shape[:1]
+        if values is not None and jnp.shape(values) != expected:
+            raise ValueError(
+                f"PolicyBatch.{field.name} has shape {jnp.shape(values)}; {expected} is expected, "
+                f"as response_mask_BT is {shape}."
+            )
+    against_sampler = (
+        objective.off_policy_max is not None and objective.off_policy_against == "sampler"
+    )
+    needs = {
+        "ref_logprobs_BT": (
+            objective.kl_coef > 0 and objective.kl_placement == "loss",
+            "kl_coef > 0",
+        ),
+        "entropy_BT": (
+            objective.entropy_coef > 0 or objective.top_entropy_quantile < 1,
+            "entropy_coef > 0 or top_entropy_quantile < 1",
+        ),
+        "sampler_logprobs_BT": (
+            bool(objective.corrections) or against_sampler,
+            "correction or off_policy_against = 'sampler'",
+        ),
+    }
+    for name, (needed, setting) in needs.items():
+        if needed and getattr(batch, name) is None:
+            raise ValueError(f"PolicyBatch.{name} is missing: Objective.{setting} needs it.")
