@@ -244,15 +244,15 @@ def _policy_weight(
 
 def _token_mean(values_BU: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(sum, count) over response tokens; one value a row counts once for each of its tokens."""
-    dtype = jnp.result_type(values_BU) if values_BU.dtype != bool else jnp.float32
-    values_BU = values_BU.astype(dtype)
-    return jnp.where(mask_BT, values_BU, 0).sum(), mask_BT.sum(dtype=jnp.int32).astype(dtype)
+    values_BU = _real(values_BU)
+    count = mask_BT.sum(dtype=jnp.int32).astype(values_BU.dtype)
+    return jnp.where(mask_BT, values_BU, 0).sum(), count
 
 
 def _row_mean_of(values_B1: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(sum, count) over rows with response tokens."""
     present_B1 = mask_BT.any(axis=1, keepdims=True)
-    values_B1 = values_B1.astype(jnp.float32) if values_B1.dtype == bool else values_B1
+    values_B1 = _real(values_B1)
     count = present_B1.sum(dtype=jnp.int32).astype(values_B1.dtype)
     return jnp.where(present_B1, values_B1, 0).sum(), count
 
@@ -324,14 +324,17 @@ def metric_means(metrics: Metrics) -> dict[str, jax.Array]:
 def _real(values) -> jax.Array:
     """As floats of at least float32: float64 stays, and integers become it under x64."""
     values = jnp.asarray(values)
-    if jnp.issubdtype(values.dtype, jnp.floating):
-        return values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    return values.astype(float)
+    floating = jnp.issubdtype(values.dtype, jnp.floating)
+    return values.astype(_wide(values.dtype) if floating else float)
+
+
+def _wide(dtype) -> jnp.dtype:
+    return jnp.dtype("float64" if dtype == jnp.dtype("float64") else "float32")
 
 
 def _clean(batch: PolicyBatch) -> PolicyBatch:
     """One floating dtype, and 0 wherever the mask says that nothing stands."""
-    dtype = jnp.promote_types(batch.logprobs_BT.dtype, jnp.float32)
+    dtype = _wide(batch.logprobs_BT.dtype)
     mask_BT = batch.response_mask_BT
     present_B = mask_BT.any(axis=1)
 

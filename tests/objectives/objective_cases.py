@@ -1,0 +1,105 @@
+"""Random ragged batches for the objective tests, and one jitted loss-and-gradient for all of them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from luspo_jax import objectives
+from luspo_jax.objectives import PRESETS, Objective, PolicyBatch
+
+B, T = 6, 9
+GROUP_IDS = np.array([7, 7, 7, 3, 3, 3], np.int32)
+
+
+def case(
+    seed: int = 0, *, rows: int = B, width: int = T, dtype=np.float64, drift: float = 0.15
+) -> dict[str, np.ndarray]:
+    """Arrays of one optimizer step: ragged rows, two groups, drifted policies, mixed rewards."""
+    rng = np.random.default_rng(seed)
+    lengths_B = rng.integers(1, width, rows)
+    lengths_B[0] = width - 1
+    # Position 0 is masked, as the alignment law has it.
+    position_T = np.arange(width)
+    mask_BT = (position_T >= 1) & (position_T <= lengths_B[:, None])
+    logprobs_BT = -rng.gamma(1.0, 0.8, (rows, width)) - 0.01
+
+    def drifted(scale):
+        noise_BT = scale * rng.standard_normal((rows, width))
+        return np.minimum(logprobs_BT + noise_BT, -1e-3).astype(dtype)
+
+    group_ids_B = np.resize(GROUP_IDS, rows)
+    rewards_B = rng.random(rows).round(2)
+    return {
+        "logprobs_BT": logprobs_BT.astype(dtype),
+        "old_logprobs_BT": drifted(drift),
+        "ref_logprobs_BT": drifted(2 * drift),
+        "sampler_logprobs_BT": drifted(drift),
+        "entropy_BT": rng.gamma(2.0, 0.5, (rows, width)).astype(dtype),
+        "response_mask_BT": mask_BT,
+        "rewards_B": rewards_B.astype(dtype),
+        "group_ids_B": group_ids_B,
+    }
+
+
+def lengths(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Response lengths [B]."""
+    return arrays["response_mask_BT"].sum(axis=1).astype(np.int32)
+
+
+def batch_of(objective: Objective, arrays: dict[str, np.ndarray], **changes) -> PolicyBatch:
+    """The whole step as one `PolicyBatch`; advantages and scales are computed unless given."""
+    changes = dict(changes)
+    if "advantages_B" not in changes:
+        changes["advantages_B"] = objectives.advantages(
+            objective, arrays["rewards_B"], arrays["group_ids_B"], lengths(arrays)
+        )
+    if "length_scale_B" not in changes:
+        changes["length_scale_B"] = objectives.length_scales(
+            objective, lengths(arrays), arrays["group_ids_B"]
+        )
+    fields = {f.name for f in dataclasses.fields(PolicyBatch)}
+    values = {name: jnp.asarray(x) for name, x in arrays.items() if name in fields}
+    return PolicyBatch(**{**values, **{k: jnp.asarray(v) for k, v in changes.items()}})
+
+
+def denominators_of(objective: Objective, batch: PolicyBatch) -> objectives.Denominators:
+    """Denominators of a step that is one batch."""
+    return objectives.denominators(objective, batch.response_mask_BT, batch.entropy_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_grad(objective, batch, denominators):
+    """((loss, metrics), ∂loss/∂logprobs_BT)."""
+
+    def value(logprobs_BT):
+        return objectives.loss(
+            objective, dataclasses.replace(batch, logprobs_BT=logprobs_BT), denominators
+        )
+
+    return jax.value_and_grad(value, has_aux=True)(batch.logprobs_BT)
+
+
+def whole_step(objective: Objective, arrays: dict[str, np.ndarray], **changes):
+    """(loss, gradient, metric sums) of a step taken as one batch, as NumPy."""
+    batch = batch_of(objective, arrays, **changes)
+    (value, metrics), grad_BT = loss_and_grad(objective, batch, denominators_of(objective, batch))
+    return np.asarray(value), np.asarray(grad_BT), jax.tree.map(np.asarray, metrics)
+
+
+# Presets, and each of them with every per-token term there is: where other systems had their bugs.
+LOADED = {
+    f"{name}+terms": dataclasses.replace(
+        objective,
+        kl_coef=0.1,
+        entropy_coef=0.01,
+        correction="none" if objective.surrogate == "vespo" else "tis",
+        off_policy_max=0.05,
+        top_entropy_quantile=0.6,
+    )
+    for name, objective in PRESETS.items()
+    if name in ("grpo", "dapo", "luspo", "gmpo", "vespo", "dppo_tv")
+}
+ALL = PRESETS | LOADED
