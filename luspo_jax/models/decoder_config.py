@@ -54,19 +54,20 @@ class DecoderConfig:
                 f"model_type {self.model_type!r} is not implemented; use one of "
                 f"{sorted(ARCHITECTURES)}"
             )
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name))
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}"
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} must be even for rotary positions")
-        if not self.rope_theta > 0 or not self.rms_norm_eps > 0:
+        special = {*self.eos_token_ids, self.bos_token_id, self.pad_token_id} - {None}
+        outside = sorted(token for token in special if not 0 <= token < self.vocab_size)
+        if outside:
             raise ConfigError(
-                f"rope_theta {self.rope_theta} and rms_norm_eps {self.rms_norm_eps} must be > 0"
+                f"eos_token_ids, bos_token_id and pad_token_id must lie in the vocabulary of "
+                f"{self.vocab_size}, {outside} do not"
             )
 
 
@@ -80,6 +81,9 @@ _POSITIVE = (
     "head_dim",
     "max_position",
 )
+_NUMBERS = ("rope_theta", "rms_norm_eps")
+_SWITCHES = ("qkv_bias", "out_bias", "qk_norm", "tie_embeddings")
+_TOKENS = ("bos_token_id", "pad_token_id")
 
 # Our field: its name in config.json. All of them are required.
 _FIELDS = {
@@ -164,7 +168,7 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         head_dim=_head_dim(hf, model_type),
         rope_theta=_rope_theta(hf),
         qk_norm=model_type == "qwen3",
-        qkv_bias=model_type == "qwen2" or _attention_bias(hf),
+        qkv_bias=_attention_bias(hf) or model_type == "qwen2",
         out_bias=model_type == "qwen3" and _attention_bias(hf),
         eos_token_ids=_token_ids(hf.get("eos_token_id")),
         bos_token_id=hf.get("bos_token_id"),
@@ -226,6 +230,20 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
     return dict(sorted(values.items()))
 
 
+def _check_type(name, value):
+    """Refuses a field of the wrong type or range, under both of its names."""
+    both = f"{name} ({_FIELDS[name]})" if _FIELDS.get(name, name) != name else name
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if name in _POSITIVE and not (is_int and value > 0):
+        raise ConfigError(f"{both} must be a positive integer, not {value!r}")
+    if name in _NUMBERS and not ((is_int or isinstance(value, float)) and value > 0):
+        raise ConfigError(f"{both} must be a positive number, not {value!r}")
+    if name in _SWITCHES and not isinstance(value, bool):
+        raise ConfigError(f"{both} must be true or false, not {value!r}")
+    if name in _TOKENS and not (value is None or is_int):
+        raise ConfigError(f"{both} must be a token number, not {value!r}")
+
+
 def _refuse_unimplemented(hf, model_type):
     for name, allowed in _ONLY.items():
         value = hf.get(name)
@@ -267,6 +285,8 @@ def _head_dim(hf, model_type):
     if model_type == "qwen3":  # nothing to derive it from: Qwen3's differs from D/N by design
         return _required(hf, "head_dim")
     embed_dim, num_heads = _required(hf, "hidden_size"), _required(hf, "num_attention_heads")
+    _check_type("embed_dim", embed_dim)
+    _check_type("num_heads", num_heads)
     if embed_dim % num_heads:
         raise ConfigError(
             f"num_attention_heads {num_heads} does not divide hidden_size {embed_dim}; "
@@ -279,6 +299,8 @@ def _attention_bias(hf):
     value = hf.get("attention_bias")
     if not isinstance(value, bool | None):
         raise ConfigError(f"attention_bias must be true or false, not {value!r}")
+    if value is False and hf["model_type"] == "qwen2":
+        raise ConfigError("attention_bias = false is not implemented for qwen2; remove it")
     return bool(value)
 
 
@@ -286,7 +308,7 @@ def _rope_theta(hf):
     """The rotary base, from `rope_theta` (hub files) or `rope_parameters` (transformers 5)."""
     found = {}
     if hf.get("rope_theta") is not None:
-        found["rope_theta"] = float(hf["rope_theta"])
+        found["rope_theta"] = hf["rope_theta"]
     for name in ("rope_scaling", "rope_parameters"):
         values = dict(hf.get(name) or {})
         kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
@@ -299,7 +321,7 @@ def _rope_theta(hf):
         if values.get("partial_rotary_factor") in (1, None):
             values.pop("partial_rotary_factor", None)
         if values.get("rope_theta") is not None:
-            found[f"{name}.rope_theta"] = float(values.pop("rope_theta"))
+            found[f"{name}.rope_theta"] = values.pop("rope_theta")
         values = {key: value for key, value in values.items() if value is not None}
         if values:
             raise ConfigError(f"{name} holds {values}, which is not implemented; remove it")
@@ -310,7 +332,8 @@ def _rope_theta(hf):
         )
     if len(set(found.values())) > 1:
         raise ConfigError(f"{found} contradict each other; keep the right one")
-    return next(iter(found.values()))
+    theta = next(iter(found.values()))
+    return float(theta) if isinstance(theta, int) else theta
 
 
 def _dtype(hf):

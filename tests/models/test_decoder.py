@@ -1,0 +1,256 @@
+"""The decoder against recorded `transformers` results, and against itself."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from luspo_jax.models import decoder
+from luspo_jax.models.decoder_config import DecoderConfig, read_config
+from luspo_jax.models.decoder_weights import load_params, num_params
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+VARIANTS = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
+CONFIG = DecoderConfig(
+    model_type="qwen3",
+    vocab_size=61,
+    num_layers=3,
+    embed_dim=24,
+    mlp_dim=40,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=10_000.0,
+    rms_norm_eps=1e-6,
+    qkv_bias=True,
+    out_bias=True,
+    qk_norm=True,
+    tie_embeddings=False,
+    max_position=64,
+)
+
+
+@functools.cache
+def _params(config=CONFIG):
+    """Random parameters in which no weight is at its initial one or zero."""
+    params = decoder.init_params(jax.random.key(0), config)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, [x + y for x, y in zip(leaves, noise, strict=True)])
+
+
+def _rows(lengths_B, T):
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (len(lengths_B), T))
+    return positions_BT, (positions_BT < jnp.asarray(lengths_B)[:, None]).astype(jnp.int32)
+
+
+_hidden = jax.jit(decoder.hidden_states, static_argnames=("config", "dtype", "remat", "attention"))
+_prefill = jax.jit(decoder.prefill, static_argnames=("config", "dtype", "attention"))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count"))
+def _greedy(params, tokens_BT, lengths_B, *, config, count):
+    """Greedy continuations through prefill and decode_step, rows of different length."""
+    B, T = tokens_BT.shape
+    kernel_VD = decoder.head_kernel(params)
+    hidden_BD, filled = decoder.prefill(params, tokens_BT, lengths_B, config=config)
+    cache = jax.tree.map(
+        lambda empty, part: jax.lax.dynamic_update_slice(empty, part, (0,) * 5),
+        decoder.empty_cache(config, B, T + count),
+        filled,
+    )
+
+    def step(state, _):
+        hidden_BD, lengths_B, cache = state
+        token_B = jnp.argmax(hidden_BD @ kernel_VD.T, axis=-1).astype(jnp.int32)
+        hidden_BD, cache = decoder.decode_step(params, token_B, lengths_B, cache, config=config)
+        return (hidden_BD, lengths_B + 1, cache), token_B
+
+    return jax.lax.scan(step, (hidden_BD, lengths_B, cache), None, length=count)[1].T
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_greedy_tokens_are_those_of_transformers(variant):
+    config = read_config(GOLDENS / variant)
+    params = jax.tree.map(jnp.asarray, load_params(GOLDENS / variant, config))
+    expected = np.load(GOLDENS / variant / "expected.npz")
+    tokens_BT, lengths_B = expected["tokens_BT"], expected["lengths_B"]
+    rows = _rows(lengths_B, tokens_BT.shape[1])
+    hidden_BTD = _hidden(params, tokens_BT, *rows, config=config)
+    logits_BTV = np.asarray(hidden_BTD @ decoder.head_kernel(params).T)
+    mask_BT = np.asarray(rows[1]) > 0
+    error = np.abs(logits_BTV - expected["logits_BTV"])[mask_BT].max()
+    assert error <= 2e-5 * np.abs(expected["logits_BTV"]).max()
+    count = expected["greedy_BT"].shape[1]
+    greedy_BT = _greedy(params, tokens_BT, lengths_B, config=config, count=count)
+    np.testing.assert_array_equal(greedy_BT, expected["greedy_BT"])
+
+
+def test_prefill_and_decode_equal_the_whole_sequence():
+    tokens_BT = jax.random.randint(jax.random.key(2), (4, 11), 0, CONFIG.vocab_size)
+    lengths_B = jnp.array([7, 1, 4, 6], jnp.int32)
+    rows_B = jnp.arange(4)
+    whole_BTD = _hidden(_params(), tokens_BT, *_rows([11] * 4, 11), config=CONFIG)
+    hidden_BD, cache = _prefill(_params(), tokens_BT, lengths_B, config=CONFIG)
+    assert cache.keys_LBKSH.shape == (3, 4, 2, 11, 8)
+    np.testing.assert_allclose(hidden_BD, whole_BTD[rows_B, lengths_B - 1], atol=3e-6)
+    step = jax.jit(decoder.decode_step, static_argnames="config")
+    for _ in range(4):
+        token_B = tokens_BT[rows_B, lengths_B]
+        hidden_BD, cache = step(_params(), token_B, lengths_B, cache, config=CONFIG)
+        np.testing.assert_allclose(hidden_BD, whole_BTD[rows_B, lengths_B], atol=3e-6)
+        lengths_B = lengths_B + 1
+
+
+def test_a_step_beyond_the_cache_changes_nothing_in_it():
+    cache = jax.tree.map(lambda x: x + 1, decoder.empty_cache(CONFIG, 2, 5))
+    tokens_B, lengths_B = jnp.array([1, 2], jnp.int32), jnp.array([5, 2], jnp.int32)
+    after = decoder.decode_step(_params(), tokens_B, lengths_B, cache, config=CONFIG)[1]
+    changed = np.asarray(after.keys_LBKSH != cache.keys_LBKSH).any(axis=(0, 2, 4))
+    np.testing.assert_array_equal(np.argwhere(changed), [[1, 2]])
+
+
+def test_packed_segments_equal_separate_rows():
+    tokens_T = jax.random.randint(jax.random.key(3), (1, 12), 0, CONFIG.vocab_size)
+    segments_BT = jnp.array([[1] * 5 + [2] * 4 + [3] + [0] * 2], jnp.int32)
+    positions_BT = jnp.array([[*range(5), *range(4), 0, 0, 0]], jnp.int32)
+    packed_BTD = _hidden(_params(), tokens_T, positions_BT, segments_BT, config=CONFIG)
+    for start, end in [(0, 5), (5, 9), (9, 10)]:
+        alone = _hidden(
+            _params(), tokens_T[:, start:end], *_rows([end - start], end - start), config=CONFIG
+        )
+        np.testing.assert_allclose(packed_BTD[:, start:end], alone, atol=3e-6)
+    assert np.isfinite(packed_BTD).all()
+
+
+@pytest.mark.parametrize("changed", [3, 6, 9, 11])
+def test_other_segments_and_the_future_change_nothing_at_all(changed):
+    tokens_BT = jax.random.randint(jax.random.key(4), (2, 12), 0, CONFIG.vocab_size)
+    segments_BT = jnp.array([[1] * 5 + [2] * 5 + [0] * 2] * 2, jnp.int32)
+    positions_BT = jnp.array([[*range(5), *range(5), 0, 0]] * 2, jnp.int32)
+    other_BT = tokens_BT.at[0, changed].set((tokens_BT[0, changed] + 1) % CONFIG.vocab_size)
+    before, after = (
+        np.asarray(_hidden(_params(), x, positions_BT, segments_BT, config=CONFIG))
+        for x in (tokens_BT, other_BT)
+    )
+    sees = (segments_BT[0] == segments_BT[0, changed]) & (jnp.arange(12) >= changed)
+    differs = (before != after).any(axis=-1)
+    np.testing.assert_array_equal(differs[0], np.asarray(sees))
+    assert not differs[1].any()
+
+
+@functools.partial(jax.jit, static_argnames="remat")
+def _loss(params, tokens_BT, segments_BT, remat):
+    positions_BT, _ = _rows([tokens_BT.shape[1]] * tokens_BT.shape[0], tokens_BT.shape[1])
+    hidden_BTD = decoder.hidden_states(
+        params, tokens_BT, positions_BT, segments_BT, config=CONFIG, remat=remat
+    )
+    return jnp.sum(jnp.where(segments_BT[..., None] > 0, jnp.square(hidden_BTD), 0.0))
+
+
+def test_remat_changes_memory_and_no_number():
+    tokens_BT = jax.random.randint(jax.random.key(5), (2, 9), 0, CONFIG.vocab_size)
+    args = (_params(), tokens_BT, _rows([9, 3], 9)[1])
+    plain, remat = (jax.grad(_loss)(*args, flag) for flag in (False, True))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(a).max()))
+    residuals = [
+        jax.jit(jax.grad(_loss), static_argnums=3)
+        .lower(_params(), jnp.zeros((64, 64), jnp.int32), jnp.ones((64, 64), jnp.int32), flag)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for flag in (False, True)
+    ]
+    assert residuals[1] < 0.6 * residuals[0]
+
+
+def test_gradients_are_finite_where_a_row_is_all_padding():
+    tokens_BT = jnp.zeros((2, 4), jnp.int32)
+    grads = jax.grad(_loss)(_params(), tokens_BT, _rows([3, 0], 4)[1], False)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_axes_name_every_dimension(qkv_bias, tied):
+    config = CONFIG.__class__(
+        **CONFIG.__dict__ | {"qkv_bias": qkv_bias, "out_bias": qkv_bias, "tie_embeddings": tied}
+    )
+    sizes = {
+        "layers": 3,
+        "vocab": 61,
+        "embed": 24,
+        "mlp": 40,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+    }
+    abstract = decoder.abstract_params(config, jnp.bfloat16)
+    axes = decoder.param_axes(config)
+    jax.tree.map(
+        lambda leaf, names: np.testing.assert_equal(leaf.shape, tuple(sizes[n] for n in names)),
+        abstract,
+        axes,
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == num_params(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_init_is_seeded_and_has_the_abstract_shapes():
+    params = decoder.init_params(jax.random.key(0), CONFIG)
+    abstract = decoder.abstract_params(CONFIG)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), params, abstract)
+    query_LDNH = np.asarray(params["layers"]["attention"]["query"]["kernel"])
+    assert abs(query_LDNH.std() - decoder.INIT_STDDEV) < 0.002
+    assert not np.array_equal(query_LDNH[0], query_LDNH[1])  # each layer draws its own
+
+
+def test_bfloat16_activations_stay_close():
+    tokens_BT = jax.random.randint(jax.random.key(6), (2, 8), 0, CONFIG.vocab_size)
+    exact = _hidden(_params(), tokens_BT, *_rows([8, 5], 8), config=CONFIG)
+    rough = _hidden(_params(), tokens_BT, *_rows([8, 5], 8), config=CONFIG, dtype=jnp.bfloat16)
+    assert rough.dtype == jnp.bfloat16
+    difference = np.abs(np.asarray(rough.astype(jnp.float32)) - np.asarray(exact))
+    assert 0 < difference.mean() < 0.03 * np.abs(exact).mean()
+
+
+def test_an_unknown_attention_is_refused():
+    with pytest.raises(ValueError, match=r"'flash' is unknown; use one of .*reference"):
+        _hidden(
+            _params(),
+            jnp.zeros((1, 2), jnp.int32),
+            *_rows([2], 2),
+            config=CONFIG,
+            attention="flash",
+        )
+
+
+def test_a_decode_loop_holds_the_cache_once():
+    """Donated and carried through a while_loop, the cache is never copied."""
+    batch, length = 8, 512
+    cache = decoder.empty_cache(CONFIG, batch, length)
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def decode(params, tokens_B, cache):
+        def body(state):
+            lengths_B, hidden_BD, cache = state
+            hidden_BD, cache = decoder.decode_step(
+                params, tokens_B, lengths_B, cache, config=CONFIG
+            )
+            return lengths_B + 1, hidden_BD, cache
+
+        lengths_B = jnp.zeros(batch, jnp.int32)
+        hidden_BD = jnp.zeros((batch, CONFIG.embed_dim))
+        return jax.lax.while_loop(lambda s: s[0][0] < length, body, (lengths_B, hidden_BD, cache))
+
+    memory = decode.lower(_params(), jnp.zeros(batch, jnp.int32), cache).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < 0.75 * cache_bytes
