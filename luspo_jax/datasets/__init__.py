@@ -1,0 +1,9 @@
+"""Problems with reference answers: readers of files and generated tasks, one module each.
+
+Nothing here imports jax.
+"""
+
+from luspo_jax.datasets.example import DataError, Example, Report
+from luspo_jax.datasets.registry import DATASETS, load
+
+__all__ = ["DATASETS", "DataError", "Example", "Report", "load"]

@@ -1,0 +1,55 @@
+"""A problem with its reference answer, and what was found while a file of them was read."""
+
+import dataclasses
+from typing import Any
+
+
+class DataError(ValueError):
+    """A data file that cannot be used as it is; the message names file, row and remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One problem.
+
+    Attributes:
+      id: unique and stable within its dataset.
+      problem: the bare problem, without any prompt template.
+      answer: the reference answer.
+      meta: what else the source says of it.
+    """
+
+    id: int
+    problem: str
+    answer: str
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of the rows of a source.
+
+    Attributes:
+      name: the dataset.
+      source: file that was read, or the name of the generator.
+      sha256: of the file; empty for a generator.
+      rows: rows read.
+      examples: examples kept.
+      duplicates: rows merged into an earlier row with the same problem.
+      conflicts: problems dropped because their rows disagree on the answer.
+    """
+
+    name: str
+    source: str
+    sha256: str
+    rows: int
+    examples: int
+    duplicates: int = 0
+    conflicts: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.examples:,} examples from {self.rows:,} rows of {self.source} "
+            f"({self.duplicates:,} duplicates merged, {self.conflicts:,} problems with conflicting "
+            "answers dropped)"
+        )

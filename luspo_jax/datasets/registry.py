@@ -1,0 +1,118 @@
+"""The datasets by name, and how one is loaded."""
+
+import difflib
+import hashlib
+import pathlib
+from collections.abc import Sequence
+
+from luspo_jax.datasets.contests import AIME, AMC, MATH500
+from luspo_jax.datasets.dapo_math import DAPO_LAYOUT
+from luspo_jax.datasets.example import DataError, Example, Report
+from luspo_jax.datasets.gsm8k import GSM8K
+from luspo_jax.datasets.label_lookup import LabelLookup
+from luspo_jax.datasets.label_sums import LabelSums
+from luspo_jax.datasets.store import build_once, default_data_dir, file_sha256
+from luspo_jax.datasets.table import READER_VERSION, Table, read_examples
+
+# A Table reads a file. Anything else is a generator: called with the split and its own options,
+# it is a sequence of examples.
+DATASETS = {
+    "aime24": AIME,
+    "aime25": AIME,
+    "amc23": AMC,
+    "dapo_math_17k": DAPO_LAYOUT,
+    "gsm8k": GSM8K,
+    "label_lookup": LabelLookup,
+    "label_sums": LabelSums,
+    "math500": MATH500,
+    # A user's own file: name its columns.
+    "file": Table(problem=("problem",), answer=("answer",)),
+}
+
+
+def load(
+    name: str,
+    path: str | pathlib.Path | None = None,
+    split: str = "train",
+    *,
+    data_dir: str | pathlib.Path | None = None,
+    problem: str | None = None,
+    answer: str | None = None,
+    **options,
+) -> tuple[Sequence[Example], Report]:
+    """A dataset as a sequence of examples with random access, and a report on its rows.
+
+    Args:
+      name: a key of DATASETS.
+      path: the file, or a folder that holds `{split}.jsonl` or `.parquet`, `.json`, `.csv`; none
+        for a generator.
+      split: the split; a file is one split, so it matters for folders and generators only.
+      data_dir: where the built dataset is kept; by default the user's cache.
+      problem: column of the problem, in place of the dataset's own.
+      answer: column of the answer, likewise.
+      **options: a generator's own.
+
+    Raises:
+      DataError: the name, file, a row or a column is not as it must be.
+    """
+    entry = _entry(name)
+    if not isinstance(entry, Table):
+        if path or problem or answer:
+            raise DataError(f"dataset {name!r} is generated: it takes no path and no columns")
+        examples = entry(split=split, **options)
+        return examples, Report(name, f"generator ({split})", "", len(examples), len(examples))
+    if options:
+        raise DataError(f"dataset {name!r} has no options {sorted(options)}")
+    table, file = entry.with_columns(problem, answer), _file(name, path, split)
+    digest = file_sha256(file)
+    key = _key(READER_VERSION, digest, table.problem, table.answer, table.meta)
+    folder = pathlib.Path(data_dir or default_data_dir()) / name / key
+
+    def read() -> tuple[list[Example], Report]:
+        examples, counts = read_examples(table, file)
+        return examples, Report(
+            name=name,
+            source=file.name,
+            sha256=digest,
+            rows=counts.rows,
+            examples=len(examples),
+            duplicates=counts.duplicates,
+            conflicts=counts.conflicts,
+        )
+
+    return build_once(folder, read)
+
+
+def _key(*what) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def _entry(name: str):
+    if name in DATASETS:
+        return DATASETS[name]
+    near = difflib.get_close_matches(name, DATASETS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise DataError(
+        f"unknown dataset {name!r}: {hint}known: {', '.join(sorted(DATASETS))}; a file of your "
+        "own is dataset 'file' with its path and columns"
+    )
+
+
+def _file(name: str, path: str | pathlib.Path | None, split: str) -> pathlib.Path:
+    """The file that holds the split."""
+    if not path:
+        raise DataError(f"dataset {name!r} needs a path to its file ({DATASETS[name].origin})")
+    place = pathlib.Path(path)
+    if place.is_dir():
+        candidates = [place / f"{split}{s}" for s in (".jsonl", ".parquet", ".json", ".csv")]
+        files = [file for file in candidates if file.is_file()]
+        if len(files) != 1:
+            present = ", ".join(sorted(p.name for p in place.iterdir())) or "nothing"
+            raise DataError(f"{place}: need one file {split}.*, the folder holds {present}")
+        return files[0]
+    if not place.is_file():
+        raise DataError(
+            f"dataset {name!r}: no file {place}; download it from "
+            f"{DATASETS[name].origin or 'its source'} or correct the path"
+        )
+    return place

@@ -1,0 +1,359 @@
+"""Every metric declared once, and the writers of metrics and rollouts.
+
+A name may hold `*`, which stands for one or more path segments (a dataset, a bin). The reducer
+says how values of one step are combined over micro-batches, updates and processes.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+REDUCERS = ("mean", "sum", "max", "min", "last")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric's name or pattern, how it is reduced, its unit and what it means."""
+
+    name: str
+    reducer: str
+    unit: str
+    meaning: str
+
+
+def _spread(prefix: str, unit: str, of: str) -> list[Metric]:
+    return [
+        Metric(f"{prefix}/{reducer}", reducer, unit, f"{reducer} of {of}")
+        for reducer in ("mean", "max", "min")
+    ]
+
+
+_DECLARED = [
+    Metric("training/global_step", "last", "steps", "rollout steps done"),
+    Metric("training/epoch", "last", "epochs", "passes over the prompts"),
+    Metric("num_tokens", "last", "tokens", "prompt and response tokens trained on so far"),
+    Metric("reward", "mean", "", "mean reward of the step's responses"),
+    Metric("reward_std", "mean", "", "mean over groups of the rewards' standard deviation"),
+    Metric("reward/part/*", "mean", "", "mean of one part of the reward, before its weight"),
+    Metric("reward/status/*", "sum", "responses", "responses whose reward has this status"),
+    Metric("frac_reward_zero_std", "mean", "", "share of groups whose rewards are all equal"),
+    *_spread("critic/score", "", "the responses' rewards"),
+    *_spread("critic/rewards", "", "the responses' rewards, KL included"),
+    *_spread("critic/advantages", "", "the responses' advantages"),
+    *_spread("critic/returns", "", "the responses' returns"),
+    *_spread("response_length", "tokens", "response length, stop token included"),
+    Metric("response_length/clip_ratio", "mean", "", "share of responses cut at the limit"),
+    *_spread("prompt_length", "tokens", "prompt length"),
+    Metric("prompt_length/clip_ratio", "mean", "", "share of prompts at the limit"),
+    Metric("prompts/dropped", "last", "prompts", "prompts dropped as longer than the limit"),
+    Metric("completions/clipped_ratio", "mean", "", "as response_length/clip_ratio, TRL's name"),
+    Metric("actor/pg_loss", "mean", "", "value of the surrogate; its gradient is what counts"),
+    Metric("actor/loss", "mean", "", "the whole loss, KL and entropy terms included"),
+    Metric("actor/pg_clipfrac", "mean", "", "share of tokens or sequences that are clipped"),
+    Metric("actor/pg_clipfrac_lower", "mean", "", "share that the dual clip holds"),
+    Metric("actor/ppo_kl", "mean", "nats", "mean of old minus new log-prob"),
+    Metric("actor/entropy", "mean", "nats", "mean entropy of the next-token distribution"),
+    Metric("actor/kl_loss", "mean", "nats", "estimated KL to the reference policy"),
+    Metric("actor/grad_norm", "mean", "", "global norm of the gradient before clipping"),
+    Metric("actor/grad_clip_rate", "mean", "", "share of updates whose gradient was clipped"),
+    Metric("actor/skipped_updates", "last", "updates", "updates skipped as not finite so far"),
+    Metric("actor/lr", "last", "", "learning rate of the last update"),
+    Metric("actor/update_norm", "mean", "", "global norm of the parameter change"),
+    *_spread("actor/ratio", "", "the importance ratio"),
+    *_spread("actor/log_ratio", "nats", "the log importance ratio"),
+    Metric("actor/clipfrac/pos/*", "mean", "", "clipped share, A > 0, in a length bin"),
+    Metric("actor/clipfrac/neg/*", "mean", "", "clipped share, A < 0, in a length bin"),
+    Metric("clip_ratio/low_mean", "mean", "", "share clipped at the lower bound"),
+    Metric("clip_ratio/high_mean", "mean", "", "share clipped at the upper bound"),
+    Metric("clip_ratio/region_mean", "mean", "", "share clipped at either bound"),
+    Metric("rollout_corr/kl", "mean", "nats", "mean of sampler minus trainer log-prob"),
+    Metric("rollout_corr/k3_kl", "mean", "nats", "k3 estimate of KL(sampler, trainer)"),
+    Metric("rollout_corr/log_ppl_abs_diff", "mean", "nats", "|difference of mean log-probs|"),
+    Metric("rollout_corr/max_abs_diff", "max", "nats", "largest |sampler − trainer| log-prob"),
+    Metric("rollout_corr/*", "mean", "", "another measure of sampler against trainer"),
+    Metric("rollout/decode_steps", "sum", "steps", "decode steps of the sampler"),
+    Metric("rollout/prefill_tokens", "sum", "tokens", "prompt tokens prefilled"),
+    Metric("rollout/prefill_calls", "sum", "calls", "prefill calls of the sampler"),
+    Metric("rollout/generated_tokens", "sum", "tokens", "tokens sampled"),
+    Metric("rollout/slot_utilisation", "mean", "", "share of slot steps that made a token"),
+    Metric("timing_s/*", "sum", "s", "seconds spent in a phase of the step"),
+    Metric("perf/total_num_tokens", "sum", "tokens", "prompt and response tokens of the step"),
+    Metric("perf/throughput", "mean", "tokens/s/device", "tokens of the step per device second"),
+    Metric("perf/time_per_step", "mean", "s", "wall time of the step"),
+    Metric("perf/mfu/*", "mean", "", "model flops utilisation"),
+    Metric("perf/max_memory_allocated_gb", "max", "GB", "peak memory"),
+    Metric("length/pressure/*", "mean", "tokens", "first-order change of the mean length"),
+    Metric("length/advantage_corr", "mean", "", "within-group correlation of A and length"),
+    Metric("length/correct_mean", "mean", "tokens", "mean length of right responses"),
+    Metric("length/incorrect_mean", "mean", "tokens", "mean length of wrong responses"),
+    Metric("length/gradient_share/*", "mean", "", "a length bin's share of |coefficients|"),
+    Metric("length/accuracy/*", "mean", "", "accuracy in a length bin"),
+    Metric("length/scale_alpha", "last", "", "exponent of the adaptive length scale"),
+    Metric("response/repetition", "mean", "", "share of repeated n-grams"),
+    Metric("response/compress_ratio", "mean", "", "compressed over plain size of the text"),
+    Metric("val-core/*", "last", "", "validation: accuracy of a dataset"),
+    Metric("val-aux/*", "last", "", "validation: lengths, truncation, statuses of a dataset"),
+]
+
+METRICS = {metric.name: metric for metric in _DECLARED}
+
+
+@functools.cache
+def declared(name: str) -> Metric:
+    """The declaration of a metric: its own, else that of the first pattern that fits.
+
+    Raises:
+      KeyError: nothing declares it; the message has the nearest name.
+    """
+    if name in METRICS and "*" not in name:
+        return METRICS[name]
+    for pattern, metric in METRICS.items():
+        head, star, tail = pattern.partition("*")
+        if star and re.fullmatch(f"{re.escape(head)}.+{re.escape(tail)}", name):
+            return metric
+    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)
+    raise KeyError(f"metric {name!r} is not declared in luspo_jax/metrics.py; nearest: {near[0]}")
+
+
+class StepMetrics:
+    """Gathers one step's values and combines them by each metric's reducer."""
+
+    def __init__(self):
+        self._values: dict[str, list[tuple[float, float]]] = {}
+
+    def add(self, name: str, value: float, count: float | None = None) -> None:
+        """One value; with a count, `value` is a sum over so many items (mean metrics only)."""
+        reducer = declared(name).reducer
+        if count is not None and reducer != "mean":
+            raise ValueError(f"{name} is reduced by {reducer}: it takes no count")
+        pair = (float(value), 1.0 if count is None else float(count))
+        self._values.setdefault(name, []).append(pair)
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Several: name → value or (sum, count)."""
+        for name, value in values.items():
+            self.add(name, *(value if isinstance(value, tuple) else (value,)))
+
+    def result(self) -> dict[str, float]:
+        """name → combined value, in the order of first appearance; a mean of nothing is NaN."""
+        return {name: _reduce(declared(name).reducer, v) for name, v in self._values.items()}
+
+
+def _reduce(reducer: str, pairs: list[tuple[float, float]]) -> float:
+    values, counts = zip(*pairs, strict=True)
+    if reducer == "mean":
+        total = math.fsum(counts)
+        return sum(values) / total if total else math.nan
+    return {"sum": sum, "max": max, "min": min, "last": lambda v: v[-1]}[reducer](values)
+
+
+def json_line(step: int, values: Mapping[str, float]) -> str:
+    """One line of metrics.jsonl. JSON has no NaN: such values are null and named in `nonfinite`."""
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    odd = {name: str(values[name]) for name, value in finite.items() if value is None}
+    return json.dumps({"step": step, **finite, **({"nonfinite": odd} if odd else {})}) + "\n"
+
+
+def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The steps of a metrics.jsonl with null back as the value it stood for.
+
+    A last line that was cut off by a crash is left out.
+
+    Raises:
+      ValueError: another line is not JSON.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+        odd = record.pop("nonfinite", {})
+        yield record | {name: float(text) for name, text in odd.items()}
+
+
+def console_line(step: int, num_steps: int | None, values: Mapping[str, float]) -> str:
+    """A step in one line: reward, length, truncation, clipping, gradient, time."""
+    shown = (
+        ("reward", "reward", "{:.3f}"),
+        ("response_length/mean", "length", "{:.1f}"),
+        ("response_length/clip_ratio", "truncated", "{:.1%}"),
+        ("actor/pg_clipfrac", "clipped", "{:.1%}"),
+        ("actor/entropy", "entropy", "{:.2f}"),
+        ("actor/grad_norm", "|g|", "{:.3g}"),
+        ("timing_s/step", "time", "{:.2f} s"),
+    )
+    of = f"/{num_steps}" if num_steps else ""
+    fields = [f"{label} {form.format(values[n])}" for n, label, form in shown if n in values]
+    accuracies = [n for n in values if n.startswith("val-core/")]
+    fields += [f"{name.removeprefix('val-core/')} {values[name]:.3f}" for name in accuracies]
+    return " | ".join([f"step {step}{of}", *fields])
+
+
+class MetricsWriter:
+    """Writes each step to metrics.jsonl, TensorBoard, the console and, when asked, W&B.
+
+    Args:
+      workdir: folder of the run.
+      tensorboard: whether to write TensorBoard files.
+      wandb_project: project on Weights & Biases; empty for none.
+      config: what W&B shows as the run's configuration.
+      num_steps: steps of the whole run, for the console.
+      console: called with the console line; None for no console.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = True,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+        num_steps: int | None = None,
+        console: Callable[[str], None] | None = print,
+    ):
+        self._workdir = pathlib.Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._num_steps, self._console = num_steps, console
+        self._wants_tensorboard, self._tensorboard, self._purge_step = tensorboard, None, None
+        self._wandb = _wandb_run(self._workdir, wandb_project, config) if wandb_project else None
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The jsonl file."""
+        return self._workdir / "metrics.jsonl"
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record a step.
+
+        Raises:
+          KeyError: a name that is not declared.
+        """
+        for name in values:
+            declared(name)
+        numbers = {name: float(value) for name, value in values.items()}
+        _append(self.path, json_line(step, numbers))
+        if self._wants_tensorboard:
+            self._write_tensorboard(step, numbers)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        if self._console is not None:
+            self._console(console_line(step, self._num_steps, numbers))
+
+    def _write_tensorboard(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._tensorboard is None:
+            from tensorboardX import SummaryWriter
+
+            folder = self._workdir / "tensorboard"
+            self._tensorboard = SummaryWriter(str(folder), purge_step=self._purge_step)
+        for name, value in numbers.items():
+            if math.isfinite(value):
+                self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Forget everything after a step, as a run that goes on from its checkpoint must."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            records = read_metrics(self.path)
+            kept = [
+                line for line, record in zip(lines, records, strict=False) if record["step"] <= step
+            ]
+            replace_file(self.path, "".join(kept))
+        for path in (self._workdir / "rollouts").glob("step_*.jsonl"):
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
+        self._purge_step = step + 1
+
+    def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> pathlib.Path:
+        """Dump a step's responses to rollouts/step_NNNNNN.jsonl, whole or not at all."""
+        path = self._workdir / "rollouts" / f"step_{step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
+        replace_file(path, "".join(lines))
+        return path
+
+    def close(self) -> None:
+        """Close the writers."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutRecord:
+    """One response as it is dumped for reading.
+
+    Attributes:
+      prompt_id, sample_id: which response it is.
+      prompt, response, answer: the texts; the answer is the reference.
+      tokens: response token ids.
+      reward: the weighted sum.
+      parts: name → value of each part.
+      status, prediction: what the verifiers said.
+      advantage: the response's advantage.
+      length: response tokens, stop token included.
+      truncated: whether it was cut at the limit.
+    """
+
+    prompt_id: int
+    sample_id: int
+    prompt: str
+    response: str
+    answer: str
+    tokens: list[int]
+    reward: float
+    parts: dict[str, float]
+    status: str
+    prediction: str | None
+    advantage: float
+    length: int
+    truncated: bool
+
+
+def replace_file(path: pathlib.Path, content: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    with scratch.open("w", encoding="utf-8") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    scratch.replace(path)
+
+
+def _append(path: pathlib.Path, line: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _wandb_run(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | None):
+    """The W&B run of a workdir; a continued run goes on with the same one."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise RuntimeError(
+            "W&B was asked for, but wandb is not installed: pip install wandb, or leave "
+            "output.wandb_project empty"
+        ) from error
+    id_file = workdir / "wandb_id"
+    if not id_file.exists():
+        replace_file(id_file, wandb.util.generate_id())
+    return wandb.init(
+        project=project,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=str(workdir),
+        config=dict(config or {}),
+    )

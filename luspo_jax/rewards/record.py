@@ -1,0 +1,112 @@
+"""The records of scoring: what a verifier reads, what it says, and the reward they add up to."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# From best to worst; a reward carries the worst status among its parts.
+STATUSES = ("ok", "unparsed", "timeout", "error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One response to be scored.
+
+    Attributes:
+      response: the decoded response.
+      answer: the reference answer.
+      length: response length in tokens, stop token included; None where unknown.
+      max_length: the largest length the sampler allowed, in tokens; None where unknown.
+      meta: anything else that is known of the problem.
+    """
+
+    response: str
+    answer: str
+    length: int | None = None
+    max_length: int | None = None
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What one verifier says of one sample.
+
+    Attributes:
+      value: the score, finite; 0 where the status is timeout or error.
+      status: ok; unparsed (no answer was found, or it could not be read); timeout; error.
+      prediction: the answer found in the response, as the verifier read it.
+      detail: the reason, for a status other than ok.
+    """
+
+    value: float
+    status: str = "ok"
+    prediction: str | None = None
+    detail: str | None = None
+
+    def __post_init__(self):
+        if self.status not in STATUSES:
+            raise ValueError(f"status {self.status!r} is none of {', '.join(STATUSES)}")
+        if not math.isfinite(self.value):
+            raise ValueError(f"a verdict's value must be finite, got {self.value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verifier:
+    """A named, versioned scoring rule.
+
+    Attributes:
+      id: name of the rule.
+      version: changes whenever any verdict can change.
+      check: the rule; it may raise, which its caller records as an error.
+      isolated: whether it can hang or eat memory, and so belongs in a worker process.
+    """
+
+    id: str
+    version: str
+    check: Callable[[Sample], Verdict]
+    isolated: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.id}@{self.version}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A weighted sum of verdicts.
+
+    Attributes:
+      value: Σ weight · part.
+      status: the worst status among the parts.
+      parts: each verifier's value, before its weight.
+      prediction: the first prediction that a part reports.
+      detail: the reasons of the parts whose status is not ok.
+    """
+
+    value: float
+    status: str
+    parts: dict[str, float]
+    prediction: str | None = None
+    detail: str | None = None
+
+
+def combine(weights: Mapping[str, float], verdicts: Mapping[str, Verdict]) -> Reward:
+    """The reward that a sample's verdicts add up to, in the order of the weights."""
+    ordered = {name: verdicts[name] for name in weights}
+    details = [f"{name}: {v.detail}" for name, v in ordered.items() if v.detail]
+    return Reward(
+        value=math.fsum(weight * ordered[name].value for name, weight in weights.items()),
+        status=max((v.status for v in ordered.values()), key=STATUSES.index),
+        parts={name: float(v.value) for name, v in ordered.items()},
+        prediction=next((v.prediction for v in ordered.values() if v.prediction is not None), None),
+        detail="; ".join(details) or None,
+    )
+
+
+def run(verifier: Verifier, sample: Sample) -> Verdict:
+    """The verifier's verdict, an exception in it included: value 0 and status error."""
+    try:
+        return verifier.check(sample)
+    except Exception as error:
+        return Verdict(0.0, "error", detail=f"{type(error).__name__}: {error}"[:500])

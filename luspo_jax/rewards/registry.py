@@ -1,0 +1,88 @@
+"""The rewards by name, and how a weighted list of names becomes verifiers."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from luspo_jax.rewards.boxed_math import boxed_math
+from luspo_jax.rewards.dapo_math import dapo_math
+from luspo_jax.rewards.exact import exact
+from luspo_jax.rewards.format import text_format
+from luspo_jax.rewards.gsm8k import gsm8k
+from luspo_jax.rewards.overlong import overlong
+from luspo_jax.rewards.record import Reward, Sample, Verifier, combine, run
+from luspo_jax.rewards.user import is_user_reward, user_reward
+
+# Name → function of the reward's options that returns its verifier.
+REWARDS: dict[str, Callable[..., Verifier]] = {
+    "boxed_math": boxed_math,
+    "dapo_math": dapo_math,
+    "exact": exact,
+    "format": text_format,
+    "gsm8k": gsm8k,
+    "overlong": overlong,
+}
+
+Parts = Mapping[str, float] | Iterable[tuple[str, float]]
+Options = Mapping[str, Mapping[str, Any]]
+
+
+def verifier(name: str, options: Mapping[str, Any] | None = None) -> Verifier:
+    """The verifier of a registered name, or of a user's `module:function`.
+
+    Raises:
+      ValueError: unknown name or option; the message lists the right ones.
+    """
+    options = dict(options or {})
+    if is_user_reward(name):
+        if options:
+            raise ValueError(f"reward {name!r} takes no options")
+        return user_reward(name)
+    if name not in REWARDS:
+        near = difflib.get_close_matches(name, REWARDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"unknown reward {name!r}: {hint}known: {', '.join(sorted(REWARDS))}, or "
+            "module:function, or file.py:function"
+        )
+    try:
+        inspect.signature(REWARDS[name]).bind(**options)
+    except TypeError as error:
+        allowed = ", ".join(inspect.signature(REWARDS[name]).parameters) or "none"
+        raise ValueError(f"reward {name!r}: {error} (options: {allowed})") from error
+    return REWARDS[name](**options)
+
+
+def verifiers(parts: Parts, options: Options | None = None) -> dict[str, Verifier]:
+    """The verifier of each part.
+
+    Raises:
+      ValueError: no part at all, options for a part that is not there, or as `verifier`.
+    """
+    names = list(dict(parts))
+    stray = set(options or {}) - set(names)
+    if not names:
+        raise ValueError("a reward needs at least one part")
+    if stray:
+        raise ValueError(f"options for {sorted(stray)}, which are no parts of the reward {names}")
+    return {name: verifier(name, (options or {}).get(name)) for name in names}
+
+
+def score(
+    parts: Parts,
+    response: str,
+    answer: str,
+    *,
+    length: int | None = None,
+    max_length: int | None = None,
+    options: Options | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> Reward:
+    """The reward of one response, in this process and without a time limit.
+
+    For batches, and for anything that a model wrote, use `Scorer`.
+    """
+    sample = Sample(response, answer, length, max_length, meta or {})
+    checks = verifiers(parts, options)
+    return combine(dict(parts), {name: run(check, sample) for name, check in checks.items()})

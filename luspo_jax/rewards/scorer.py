@@ -1,0 +1,249 @@
+"""Scoring a batch: cheap verifiers here, the others in worker processes that can be killed."""
+
+import collections
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+
+from luspo_jax.rewards.record import Reward, Sample, Verdict, combine, run
+from luspo_jax.rewards.registry import Options, Parts, verifiers
+from luspo_jax.rewards.worker import read_frame, write_frame
+
+_GRACE = 5.0  # seconds past the limit after which a silent worker is killed from outside
+_WINDOW = 1_000  # samples over which the failure rate is taken
+_FEWEST_FAILURES = 10  # fewer than this many failures never stop a run
+
+
+class TooManyFailures(RuntimeError):
+    """So many verdicts are timeouts or errors that the rewards cannot be trusted."""
+
+
+class Scorer:
+    """Scores batches of samples by a weighted sum of verifiers.
+
+    Args:
+      parts: name → weight, or pairs of them; a name is in REWARDS or is `module:function`.
+      options: name → that reward's options.
+      workers: worker processes for isolated verifiers; by default one a core, at most 16.
+      time_limit: seconds that one verdict of an isolated verifier may take.
+      max_failure_rate: share of timeouts and errors above which scoring stops, taken over the
+        latest samples.
+      memory_limit: bytes of address space a worker may use; None for no limit.
+      recycle_after: verdicts after which a worker's memory is thrown away.
+
+    Attributes:
+      labels: name → `id@version` of each verifier, to be written beside every result.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        options: Options | None = None,
+        workers: int | None = None,
+        time_limit: float = 5.0,
+        max_failure_rate: float = 0.05,
+        memory_limit: int | None = 4 << 30,
+        recycle_after: int = 1_000,
+    ):
+        self._weights = dict(parts)
+        self._verifiers = verifiers(self._weights, options)
+        self._max_failure_rate = max_failure_rate
+        self._recent = collections.deque(maxlen=_WINDOW)
+        self.labels = {name: check.label for name, check in self._verifiers.items()}
+        isolated = [name for name, check in self._verifiers.items() if check.isolated]
+        settings = {
+            "parts": isolated,
+            "options": {name: dict(options[name]) for name in isolated if name in (options or {})},
+            "time_limit": time_limit,
+            "memory_limit": memory_limit,
+            "recycle_after": recycle_after,
+        }
+        self._pool = _Pool(settings, workers or min(16, _cores()))
+
+    def score_batch(self, samples: Sequence[Sample]) -> list[Reward]:
+        """The reward of each sample, in order.
+
+        Raises:
+          TooManyFailures: timeouts and errors exceed the allowed rate.
+        """
+        tasks = []
+        verdicts: list[dict[str, Verdict]] = [{} for _ in samples]
+        for row, sample in enumerate(samples):
+            for name, check in self._verifiers.items():
+                if check.isolated:
+                    tasks.append((row, name))
+                else:
+                    verdicts[row][name] = run(check, sample)
+        isolated = self._pool.run([(name, samples[row]) for row, name in tasks])
+        for (row, name), verdict in zip(tasks, isolated, strict=True):
+            verdicts[row][name] = verdict
+        rewards = [combine(self._weights, found) for found in verdicts]
+        self._check_failures(rewards)
+        return rewards
+
+    def _check_failures(self, rewards: list[Reward]) -> None:
+        self._recent.extend(reward.status in ("timeout", "error") for reward in rewards)
+        failures = sum(self._recent)
+        if failures < _FEWEST_FAILURES or failures <= self._max_failure_rate * len(self._recent):
+            return
+        reasons = collections.Counter(
+            reward.detail for reward in rewards if reward.status in ("timeout", "error")
+        )
+        listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+        raise TooManyFailures(
+            f"{failures} of the last {len(self._recent)} rewards are timeouts or errors, more than "
+            f"max_failure_rate = {self._max_failure_rate:g} allows. In this batch: {listed}"
+        )
+
+    def close(self) -> None:
+        """End the worker processes; the next batch would start new ones."""
+        self._pool.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class _Worker:
+    """One worker process and the task it is on."""
+
+    def __init__(self, settings: dict):
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from luspo_jax.rewards.worker import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            bufsize=0,
+            start_new_session=True,  # one signal reaches the child too, and Ctrl-C reaches neither
+        )
+        self._limit = settings["time_limit"]
+        self._end = weakref.finalize(self, _kill, self._process)
+        self._ready = False
+        self.task: int | None = None
+        self.deadline = float("inf")
+        write_frame(self._process.stdin.fileno(), settings)
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable when there is an answer."""
+        return self._process.stdout.fileno()
+
+    def give(self, task: int, payload) -> None:
+        """Hand it a task; the first waits until the process has imported what it needs."""
+        if not self._ready:
+            self._await_start()
+        self.task, self.deadline = task, time.monotonic() + self._limit + _GRACE
+        write_frame(self._process.stdin.fileno(), payload)
+
+    def _await_start(self) -> None:
+        try:
+            failure = read_frame(self.fileno())
+        except EOFError:
+            failure = f"it ended with exit code {self._process.wait()}"
+        if failure is not None:
+            raise RuntimeError(f"a reward worker did not start: {failure}")
+        self._ready = True
+
+    def take(self) -> Verdict:
+        """The answer to its task; EOFError where the process is gone."""
+        verdict = read_frame(self.fileno())
+        self.task, self.deadline = None, float("inf")
+        return verdict
+
+    def end(self) -> int:
+        """Kill it and everything it started; its exit code."""
+        self._end()
+        return self._process.returncode
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself, and so did its child
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+class _Pool:
+    """Worker processes, started when there is work for them; each has one task at a time."""
+
+    def __init__(self, settings: dict, size: int):
+        self._settings, self._size = settings, size
+        self._workers: list[_Worker] = []
+        self._lock = threading.Lock()
+
+    def run(self, tasks: list) -> list[Verdict]:
+        """The verdict on each task, in order."""
+        if not tasks:
+            return []
+        with self._lock:
+            try:
+                return self._run(tasks)
+            except BaseException:
+                self.close()  # a worker may hold an answer that nobody will take
+                raise
+
+    def _run(self, tasks: list) -> list[Verdict]:
+        while len(self._workers) < min(self._size, len(tasks)):
+            self._workers.append(_Worker(self._settings))
+        verdicts: list[Verdict | None] = [None] * len(tasks)
+        waiting = collections.deque(range(len(tasks)))
+        busy: set[_Worker] = set()
+        while waiting or busy:
+            for worker in self._workers:
+                if waiting and worker not in busy:
+                    task = waiting.popleft()
+                    worker.give(task, tasks[task])
+                    busy.add(worker)
+            for worker in self._answered(busy):
+                busy.discard(worker)
+                task = worker.task
+                verdicts[task] = self._take(worker)
+        return verdicts
+
+    def _answered(self, busy: set[_Worker]) -> list[_Worker]:
+        """The busy workers that have an answer, have died, or are past their deadline."""
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                selector.register(worker, selectors.EVENT_READ)
+            wait = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+            ready = [key.fileobj for key, _ in selector.select(wait)]
+        now = time.monotonic()
+        return ready or [worker for worker in busy if worker.deadline <= now]
+
+    def _take(self, worker: _Worker) -> Verdict:
+        overdue = worker.deadline <= time.monotonic()
+        try:
+            if not overdue:
+                return worker.take()
+        except EOFError:
+            pass
+        code = worker.end()
+        self._workers.remove(worker)
+        self._workers.append(_Worker(self._settings))
+        if overdue:
+            return Verdict(0.0, "timeout", detail="killed: it did not answer in time")
+        return Verdict(0.0, "error", detail=f"the worker process died (exit code {code})")
+
+    def close(self) -> None:
+        """End every worker."""
+        for worker in self._workers:
+            worker.end()
+        self._workers.clear()

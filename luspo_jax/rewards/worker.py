@@ -1,0 +1,109 @@
+"""The process in which a verifier may hang, crash or fill memory without harm to the run.
+
+The process reads its settings and then tasks from standard input, and answers each on standard
+output. It imports what the verifiers need once, then forks a child that
+does the scoring. The kernel ends the child when a task exceeds its limit (an alarm left at its
+default action, which no Python code can catch, delay or swallow); the parent notes that and forks
+the next child, which costs milliseconds. When the input closes, both end: nothing outlives the
+run by more than one task's limit.
+"""
+
+import os
+import pickle
+import resource
+import signal
+import struct
+import sys
+
+from luspo_jax.rewards.record import Sample, Verdict, run
+from luspo_jax.rewards.registry import verifiers
+
+_HEADER = struct.Struct(">I")
+_RECYCLE = 75  # exit code of a child that has done its share of tasks
+
+
+def write_frame(descriptor: int, payload) -> None:
+    """Send one pickled object."""
+    body = pickle.dumps(payload)
+    view = memoryview(_HEADER.pack(len(body)) + body)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def read_frame(descriptor: int):
+    """The next object; EOFError when the other side has closed."""
+    (size,) = _HEADER.unpack(_read_exactly(descriptor, _HEADER.size))
+    return pickle.loads(_read_exactly(descriptor, size))
+
+
+def _read_exactly(descriptor: int, size: int) -> bytes:
+    chunks = []
+    while size:
+        chunk = os.read(descriptor, min(size, 1 << 20))
+        if not chunk:
+            raise EOFError
+        chunks.append(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)
+
+
+def _serve(tasks: int, verdicts: int, checks, settings) -> None:
+    """Answer up to `recycle_after` tasks. Each answer is disarmed first and small: see below."""
+    for _ in range(settings["recycle_after"]):
+        try:
+            part, sample = read_frame(tasks)
+        except EOFError:
+            os._exit(0)
+        signal.setitimer(signal.ITIMER_REAL, settings["time_limit"])
+        verdict = run(checks[part], sample)
+        # Disarmed before the answer goes out, so that a task has an answer or a death, never both.
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        write_frame(verdicts, verdict)
+    os._exit(_RECYCLE)
+
+
+def _child(tasks: int, verdicts: int, checks, settings) -> None:
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        limit = settings["memory_limit"]
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        sys.setrecursionlimit(4_000)
+        _serve(tasks, verdicts, checks, settings)
+    except BaseException as error:
+        sys.stderr.write(f"reward worker: {type(error).__name__}: {error}\n")
+    finally:
+        os._exit(1)
+
+
+def _warm_up(checks) -> None:
+    """Score once before forking, so that every child starts with the imports done."""
+    for check in checks.values():
+        if check.id == "boxed_math":
+            run(check, Sample("$\\boxed{\\frac{1}{2}}$", "0.5"))
+
+
+def main() -> None:
+    """Fork children until the input closes or one dies of something other than its limit."""
+    tasks, verdicts = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a verifier prints must not reach the answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    settings = read_frame(tasks)
+    try:
+        checks = verifiers(dict.fromkeys(settings["parts"], 1.0), settings["options"])
+        _warm_up(checks)
+    except Exception as error:
+        write_frame(verdicts, f"{type(error).__name__}: {error}")
+        return
+    write_frame(verdicts, None)
+    while True:
+        pid = os.fork()
+        if not pid:
+            _child(tasks, verdicts, checks, settings)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == -signal.SIGALRM:
+            reason = f"stopped after {settings['time_limit']:g} s"
+            write_frame(verdicts, Verdict(0.0, "timeout", detail=reason))
+        elif code != _RECYCLE:
+            sys.exit(abs(code))
