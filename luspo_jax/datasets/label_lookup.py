@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from luspo_jax.datasets import Example
 from luspo_jax.datasets import label_sums
+from luspo_jax.datasets.example import Example
 
 FILLER = "."
 
@@ -65,3 +65,13 @@ def problem(values: Sequence[int], place: int) -> str:
 def response(answer: int, num_filler: int) -> str:
     """A response with so many filler dots before its answer."""
     return FILLER * num_filler + label_sums.final_answer(answer)
+
+
+def random_filler(rng: np.random.Generator, *, low: float, high: float, largest: int) -> int:
+    """How many dots a response in a random style writes.
+
+    A style p ~ U(low, high) is drawn, then min(Geometric(p) − 1, largest): a heavy tail, since
+    the styles differ.
+    """
+    style = rng.uniform(low, high)
+    return int(min(rng.geometric(style) - 1, largest))

@@ -1,9 +1,9 @@
 """Sums of labelled values modulo 5: a procedural task on which longer reasoning helps.
 
 A problem lists labelled values, `a3b1c4d0e2f1?`, and asks for their sum modulo 5. A response may
-answer at once, `#### 1`, or write running sums first, a chunk of terms at a time,
-`a3b1=4 c4d0e2=0 f1=1 #### 1`: the smaller the chunks, the longer the trace and the easier each
-step. Answers follow GSM8K's `#### N`, so its verifier scores them.
+answer at once, `#### 1`, or first write the running sum after some of the terms,
+`b1=4 e2=0 f1=1 #### 1`: the fewer terms it skips, the longer it is and the easier each step.
+Answers follow GSM8K's `#### N`, so its verifier scores them.
 
 All problems of a size are split once and for all by a hash of the problem, one in eight for the
 test, so train and test are disjoint whatever the seed; the seed orders each split.
@@ -11,15 +11,16 @@ test, so train and test are disjoint whatever the seed; the seed orders each spl
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from luspo_jax.datasets import Example
+from luspo_jax.datasets.example import DataError, Example
 
-LABELS = "abcdefghij"
+LABELS = "abcdefghi"
 MODULUS = 5
-MAX_TERMS = 9  # MODULUS ** 9 = 2 million problems, enumerated in a fraction of a second
+MAX_TERMS = len(LABELS)  # MODULUS ** 9 = 2 million problems, enumerated in a fraction of a second
 TEST_FRACTION = 8  # one problem in so many is a test problem
 SPLITS = ("train", "test")
 
@@ -75,7 +76,9 @@ def total(values: Sequence[int]) -> int:
 
 
 def trace(values: Sequence[int], chunks: Sequence[int]) -> str:
-    """A right response that sums chunk by chunk: `a3b1=4 c4=3 #### 3` for chunks (2, 1).
+    """A right response that writes the running sum after each chunk of terms.
+
+    For the values 3, 1, 4 and chunks (2, 1): `b1=4 c4=3 #### 3`.
 
     Args:
       values: the problem's values.
@@ -86,12 +89,26 @@ def trace(values: Sequence[int], chunks: Sequence[int]) -> str:
     """
     if chunks and (min(chunks) < 1 or sum(chunks) != len(values)):
         raise ValueError(f"chunks {tuple(chunks)} do not cover {len(values)} values")
-    ends = np.cumsum(chunks, dtype=int)
-    steps = [
-        "".join(terms(values)[end - size : end]) + f"={total(values[:end])} "
-        for end, size in zip(ends, chunks, strict=True)
-    ]
+    ends = itertools.accumulate(chunks)
+    steps = (f"{LABELS[end - 1]}{values[end - 1]}={total(values[:end])} " for end in ends)
     return "".join(steps) + final_answer(total(values))
+
+
+def random_chunks(
+    rng: np.random.Generator, num_terms: int, *, direct: float, low: float, largest: int
+) -> tuple[int, ...]:
+    """Chunk sizes of a response in a random style.
+
+    With probability `direct` there are none. Otherwise a style p ~ U(low, 1) is drawn, and each
+    chunk is min(Geometric(p), largest, what is left): p = 1 writes down every sum.
+    """
+    if rng.random() < direct:
+        return ()
+    style, chunks, left = rng.uniform(low, 1.0), [], num_terms
+    while left:
+        chunks.append(int(min(rng.geometric(style), largest, left)))
+        left -= chunks[-1]
+    return tuple(chunks)
 
 
 def terms(values: Sequence[int]) -> list[str]:
@@ -113,12 +130,12 @@ def check_size(split: str, num_terms: int) -> None:
     """Refuses a split or a size that does not exist.
 
     Raises:
-      ValueError: naming the field and what it may be.
+      DataError: naming the field and what it may be.
     """
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} does not exist: choose one of {SPLITS}")
+        raise DataError(f"split {split!r} does not exist: choose one of {SPLITS}")
     if not 2 <= num_terms <= MAX_TERMS:
-        raise ValueError(f"num_terms must be from 2 to {MAX_TERMS}, not {num_terms}")
+        raise DataError(f"num_terms must be from 2 to {MAX_TERMS}, not {num_terms}")
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,86 @@
+"""Tokenizer files of a small character-level vocabulary, as `transformers.AutoTokenizer` reads.
+
+Every character is a token, and `####`, which announces an answer in GSM8K's format, is one too.
+The files are written directly, byte for byte the same whatever version of a library is installed.
+"""
+
+import json
+import pathlib
+
+PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
+PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
+ANSWER_MARK = "####"
+
+# One message's content verbatim, so that chat and plain prompts are the same tokens.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def vocabulary(characters: str) -> list[str]:
+    """Tokens by id: three special ones, the answer mark, then each character once."""
+    if len(set(characters)) != len(characters):
+        raise ValueError(f"a character occurs twice in {characters!r}")
+    return [PAD, END, UNKNOWN, ANSWER_MARK, *characters]
+
+
+def write_tokenizer(folder: pathlib.Path, characters: str, *, max_length: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json.
+
+    Args:
+      folder: exists already.
+      characters: all that texts may contain; any other becomes one <|unknown|>.
+      max_length: tokens that the model can hold.
+    """
+    _write_json(folder / "tokenizer.json", _tokenizer(vocabulary(characters)))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": PAD,
+            "eos_token": END,
+            "unk_token": UNKNOWN,
+            "bos_token": None,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": max_length,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+
+
+def _tokenizer(tokens):
+    special = [
+        {
+            "id": index,
+            "content": tokens[index],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for index in (PAD_ID, END_ID, UNKNOWN_ID)
+    ]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": f"{ANSWER_MARK}|[\\s\\S]"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "unk_token": UNKNOWN,
+        },
+    }
+
+
+def _write_json(path, values):
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
