@@ -252,7 +252,10 @@ class MetricsWriter:
             from tensorboardX import SummaryWriter
 
             folder = self._workdir / "tensorboard"
-            self._tensorboard = SummaryWriter(str(folder), purge_step=self._purge_step)
+            # Its own file names tell runs apart by the second only.
+            self._tensorboard = SummaryWriter(
+                str(folder), purge_step=self._purge_step, filename_suffix=f".from_{step}"
+            )
         for name, value in numbers.items():
             if math.isfinite(value):
                 self._tensorboard.add_scalar(name, value, step)

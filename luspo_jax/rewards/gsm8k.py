@@ -6,7 +6,6 @@ import re
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 VERSION = "1"
-_FINAL = re.compile(r"####\s*([^\n]*)")
 _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
 
 
@@ -18,8 +17,8 @@ def number(text: str) -> decimal.Decimal | None:
 
 def final_number(text: str) -> decimal.Decimal | None:
     """The number after the last `####`; None where there is no such mark or no number after it."""
-    marks = _FINAL.findall(text)
-    return number(marks[-1]) if marks else None
+    _, mark, tail = text.rpartition("####")
+    return number(tail.strip().partition("\n")[0]) if mark else None
 
 
 def check(sample: Sample) -> Verdict:

@@ -22,6 +22,8 @@ REWARDS: dict[str, Callable[..., Verifier]] = {
     "format": text_format,
     "gsm8k": gsm8k,
     "overlong": overlong,
+    # For configurations whose keys cannot hold dots: options {"user": {"function": "file.py:f"}}.
+    "user": user_reward,
 }
 
 Parts = Mapping[str, float] | Iterable[tuple[str, float]]

@@ -174,9 +174,14 @@ class _Worker:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it ended by itself, and so did its child
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """End a worker with its child: by asking, so that it reaps the child, or else by force."""
+    process.terminate()
+    try:
+        process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     process.stdin.close()
     process.stdout.close()
 
@@ -207,16 +212,29 @@ class _Pool:
         waiting = collections.deque(range(len(tasks)))
         busy: set[_Worker] = set()
         while waiting or busy:
-            for worker in self._workers:
-                if waiting and worker not in busy:
-                    task = waiting.popleft()
-                    worker.give(task, tasks[task])
-                    busy.add(worker)
+            for worker in [w for w in self._workers if w not in busy][: len(waiting)]:
+                task = waiting.popleft()
+                busy.add(self._give(worker, task, tasks[task]))
             for worker in self._answered(busy):
                 busy.discard(worker)
                 task = worker.task
                 verdicts[task] = self._take(worker)
         return verdicts
+
+    def _give(self, worker: _Worker, task: int, payload) -> _Worker:
+        """Hand a task to a worker, or to its successor where it has died since its last one."""
+        try:
+            worker.give(task, payload)
+        except BrokenPipeError:
+            worker = self._replace(worker)
+            worker.give(task, payload)
+        return worker
+
+    def _replace(self, worker: _Worker) -> _Worker:
+        worker.end()
+        successor = _Worker(self._settings)
+        self._workers[self._workers.index(worker)] = successor
+        return successor
 
     def _answered(self, busy: set[_Worker]) -> list[_Worker]:
         """The busy workers that have an answer, have died, or are past their deadline."""
@@ -235,12 +253,10 @@ class _Pool:
                 return worker.take()
         except EOFError:
             pass
-        code = worker.end()
-        self._workers.remove(worker)
-        self._workers.append(_Worker(self._settings))
+        self._replace(worker)
         if overdue:
             return Verdict(0.0, "timeout", detail="killed: it did not answer in time")
-        return Verdict(0.0, "error", detail=f"the worker process died (exit code {code})")
+        return Verdict(0.0, "error", detail=f"the worker process died (exit code {worker.end()})")
 
     def close(self) -> None:
         """End every worker."""

@@ -71,13 +71,14 @@ def check(sample: Sample, *, function, accepted: tuple[str, ...]) -> Verdict:
     return result if isinstance(result, Verdict) else Verdict(float(result))
 
 
-def user_reward(name: str) -> Verifier:
-    """The verifier around `function(response, answer, **what it asks for) -> number or Verdict`.
+def user_reward(function: str) -> Verifier:
+    """The verifier around `f(response, answer, **what it asks for) -> number or Verdict`.
 
-    Its version is the first digits of its source file's sha256.
+    `function` names f: `module:function` or `path/file.py:function`. The verifier's version is the
+    first digits of its source file's sha256.
     """
-    function = load_function(name)
-    source = inspect.getsourcefile(inspect.unwrap(function))
+    loaded = load_function(function)
+    source = inspect.getsourcefile(inspect.unwrap(loaded))
     digest = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:12]
-    bound = functools.partial(check, function=function, accepted=_accepted(function))
-    return Verifier(name, digest, bound, isolated=True)
+    bound = functools.partial(check, function=loaded, accepted=_accepted(loaded))
+    return Verifier(function, digest, bound, isolated=True)

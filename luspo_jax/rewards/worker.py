@@ -8,6 +8,7 @@ the next child, which costs milliseconds. When the input closes, both end: nothi
 run by more than one task's limit.
 """
 
+import contextlib
 import os
 import pickle
 import resource
@@ -98,12 +99,32 @@ def main() -> None:
         return
     write_frame(verdicts, None)
     while True:
-        pid = os.fork()
-        if not pid:
-            _child(tasks, verdicts, checks, settings)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = _fork_and_wait(tasks, verdicts, checks, settings)
         if code == -signal.SIGALRM:
             reason = f"stopped after {settings['time_limit']:g} s"
             write_frame(verdicts, Verdict(0.0, "timeout", detail=reason))
         elif code != _RECYCLE:
             sys.exit(abs(code))
+
+
+def _fork_and_wait(tasks: int, verdicts: int, checks, settings) -> int:
+    """The exit code of a child, which SIGTERM takes along and leaves no zombie of."""
+    # Held back until the child's id is known.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        _child(tasks, verdicts, checks, settings)
+
+    def end(*_) -> None:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # just reaped
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    status = os.waitpid(pid, 0)[1]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return os.waitstatus_to_exitcode(status)

@@ -1,0 +1,64 @@
+"""Rewards by name; wrong names and options are refused with the right ones."""
+
+import subprocess
+import sys
+
+import pytest
+
+from luspo_jax.rewards import REWARDS, score, verifier
+
+NEEDED = {
+    "overlong": {"buffer": 10},
+    "format": {"name": "boxed"},
+    "user": {"function": "math:gcd"},
+}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_reward_has_an_id_and_a_version(name):
+    if name == "user":
+        pytest.skip("needs a function with a source file: tests/rewards/test_user.py")
+    built = verifier(name, NEEDED.get(name))
+    assert built.id.startswith(name)
+    assert built.version
+    assert built.label == f"{built.id}@{built.version}"
+
+
+def test_parts_are_weighted_and_kept():
+    reward = score(
+        [("dapo_math", 1.0), ("format", 0.5), ("overlong", 1.0)],
+        "Answer: 3",
+        "3",
+        length=90,
+        max_length=100,
+        options={"overlong": {"buffer": 20, "factor": 0.3}, "format": {"name": "answer_line"}},
+    )
+    assert reward.value == pytest.approx(1 + 0.5 - 0.15)
+    assert reward.parts == pytest.approx({"dapo_math": 1, "format": 1, "overlong": -0.15})
+    assert (reward.status, reward.prediction) == ("ok", "3")
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "message"),
+    [
+        ({"dapo": 1}, None, "did you mean 'dapo_math'"),
+        ({"zzz": 1}, None, "boxed_math, dapo_math"),
+        ({"overlong": 1}, None, "buffer"),
+        ({"overlong": 1}, {"overlong": {"bufer": 3}}, r"options: buffer, factor"),
+        ({"dapo_math": 1}, {"overlong": {"buffer": 3}}, "no parts of the reward"),
+        ({}, None, "at least one"),
+    ],
+)
+def test_wrong_names_and_options_are_refused(parts, options, message):
+    with pytest.raises(ValueError, match=message):
+        score(parts, "", "", options=options)
+
+
+def test_neither_jax_nor_the_slow_libraries_are_imported():
+    code = (
+        "import sys; import luspo_jax.rewards.worker, luspo_jax.datasets; "
+        "print([m for m in ('jax', 'sympy', 'transformers', 'tensorflow_datasets', 'pyarrow')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
