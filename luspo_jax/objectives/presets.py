@@ -18,6 +18,8 @@ GSPO = Objective(ratio="sequence", clip_low=3e-4, clip_high=4e-4)  # arXiv 2507.
 # arXiv 2602.05261 Eq 7, clip from its §5.1.
 LUSPO = dataclasses.replace(GSPO, length_scale="length", clip_low=2e-3, clip_high=2.5e-3)
 TOKEN_MEAN = dataclasses.replace(GRPO, aggregation="token-mean")
+# arXiv 2503.20783
+DR_GRPO = dataclasses.replace(GRPO, advantage="none", aggregation="seq-mean-token-sum-norm")
 # GSPO with LUSPO's clip: the base of the controls, so that they differ in weighting alone.
 GSPO_WIDE = dataclasses.replace(LUSPO, length_scale="none")
 
@@ -25,7 +27,7 @@ PRESETS: dict[str, Objective] = {
     "grpo": GRPO,
     "bnpo": TOKEN_MEAN,  # TRL divides by the micro-batch's tokens, this by the optimizer step's
     "dapo": dataclasses.replace(TOKEN_MEAN, clip_high=0.28),  # arXiv 2503.14476
-    "dr_grpo": Objective(advantage="none", aggregation="seq-mean-token-sum-norm"),  # 2503.20783
+    "dr_grpo": DR_GRPO,
     "gspo": GSPO,
     "gspo_token": dataclasses.replace(GSPO, ratio="sequence-token"),
     "luspo": LUSPO,
@@ -35,9 +37,9 @@ PRESETS: dict[str, Objective] = {
     "vespo": Objective(  # arXiv 2602.10693
         ratio="sequence-product", surrogate="vespo", aggregation="token-mean"
     ),
-    # arXiv 2602.04879; its advantage is unconfirmed, the group's standard deviation is the default.
-    "dppo_tv": Objective(surrogate="dppo-tv", aggregation="seq-mean-token-sum-norm"),
-    "dppo_kl": Objective(surrogate="dppo-kl", aggregation="seq-mean-token-sum-norm"),
+    # arXiv 2602.04879; no standard deviation, as in verl's example script.
+    "dppo_tv": dataclasses.replace(DR_GRPO, surrogate="dppo-tv"),
+    "dppo_kl": dataclasses.replace(DR_GRPO, surrogate="dppo-kl"),
     "rloo": dataclasses.replace(TOKEN_MEAN, advantage="rloo"),  # verl
     "maxrl": dataclasses.replace(TOKEN_MEAN, advantage="maxrl"),  # tajwarfahim/maxrl
     "opo": dataclasses.replace(TOKEN_MEAN, advantage="opo"),  # verl
@@ -52,7 +54,8 @@ PRESETS: dict[str, Objective] = {
         clip_high=0.27,
     ),
     # Other weightings of length, and controls that the LUSPO paper lacks.
-    "vl_norm": Objective(length_scale="vl-norm", length_alpha=0.75),  # arXiv 2509.07558
+    # arXiv 2509.07558; constants of its math run (α 1 for CountDown).
+    "vl_norm": Objective(length_scale="vl-norm", length_alpha=0.75, clip_high=0.3),
     "gspo_token_mean": dataclasses.replace(GSPO_WIDE, aggregation="token-mean"),
     "gspo_dr_grpo_constant": dataclasses.replace(GSPO_WIDE, aggregation="seq-mean-token-sum-norm"),
     # LUSPO / L_ref: set `reference_length` to the base policy's mean response length.

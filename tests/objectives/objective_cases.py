@@ -1,4 +1,4 @@
-"""Random ragged batches for the objective tests, and one jitted loss-and-gradient for all of them."""
+"""Random ragged batches for the objective tests, and one jitted loss-and-gradient for all."""
 
 import dataclasses
 import functools
@@ -61,8 +61,8 @@ def batch_of(objective: Objective, arrays: dict[str, np.ndarray], **changes) -> 
             objective, lengths(arrays), arrays["group_ids_B"]
         )
     fields = {f.name for f in dataclasses.fields(PolicyBatch)}
-    values = {name: jnp.asarray(x) for name, x in arrays.items() if name in fields}
-    return PolicyBatch(**{**values, **{k: jnp.asarray(v) for k, v in changes.items()}})
+    values = {name: x for name, x in arrays.items() if name in fields} | changes
+    return PolicyBatch(**jax.tree.map(jnp.asarray, values))
 
 
 def denominators_of(objective: Objective, batch: PolicyBatch) -> objectives.Denominators:
@@ -71,22 +71,35 @@ def denominators_of(objective: Objective, batch: PolicyBatch) -> objectives.Deno
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def loss_and_grad(objective, batch, denominators):
-    """((loss, metrics), ∂loss/∂logprobs_BT)."""
+def loss_grad_metrics(objective, batch, denominators):
+    """(loss, ∂loss/∂logprobs_BT, metric sums)."""
 
     def value(logprobs_BT):
-        return objectives.loss(
-            objective, dataclasses.replace(batch, logprobs_BT=logprobs_BT), denominators
-        )
+        changed = dataclasses.replace(batch, logprobs_BT=logprobs_BT)
+        return objectives.loss(objective, changed, denominators)
 
-    return jax.value_and_grad(value, has_aux=True)(batch.logprobs_BT)
+    (total, metrics), grad_BT = jax.value_and_grad(value, has_aux=True)(batch.logprobs_BT)
+    return total, grad_BT, metrics
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_grad(objective, batch, denominators):
+    """The same without metrics, which compiles three times faster."""
+    return loss_grad_metrics.__wrapped__(objective, batch, denominators)[:2]
 
 
 def whole_step(objective: Objective, arrays: dict[str, np.ndarray], **changes):
-    """(loss, gradient, metric sums) of a step taken as one batch, as NumPy."""
+    """(loss, gradient) of a step taken as one batch, as NumPy."""
     batch = batch_of(objective, arrays, **changes)
-    (value, metrics), grad_BT = loss_and_grad(objective, batch, denominators_of(objective, batch))
-    return np.asarray(value), np.asarray(grad_BT), jax.tree.map(np.asarray, metrics)
+    value, grad_BT = loss_grad(objective, batch, denominators_of(objective, batch))
+    return np.asarray(value), np.asarray(grad_BT)
+
+
+def mean_metrics(objective: Objective, arrays: dict[str, np.ndarray]) -> dict[str, float]:
+    """Metric means of a step taken as one batch."""
+    batch = batch_of(objective, arrays)
+    *_, metrics = loss_grad_metrics(objective, batch, denominators_of(objective, batch))
+    return {name: float(mean) for name, mean in objectives.metric_means(metrics).items()}
 
 
 # Presets, and each of them with every per-token term there is: where other systems had their bugs.
@@ -100,6 +113,6 @@ LOADED = {
         top_entropy_quantile=0.6,
     )
     for name, objective in PRESETS.items()
-    if name in ("grpo", "dapo", "luspo", "gmpo", "vespo", "dppo_tv")
+    if name in ("dapo", "luspo", "gmpo", "vespo")
 }
 ALL = PRESETS | LOADED

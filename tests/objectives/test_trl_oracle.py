@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from objective_cases import denominators_of, loss_and_grad
+from objective_cases import denominators_of, loss_grad_metrics
 
 from luspo_jax import objectives
 from luspo_jax.objectives import PRESETS, PolicyBatch, preset
@@ -69,7 +69,7 @@ def step(oracle, index, objective):
             objective, mask_BT.sum(axis=1), np.zeros(ROWS, np.int32)
         ),
     )
-    return loss_and_grad(objective, batch, denominators_of(objective, batch))
+    return loss_grad_metrics(objective, batch, denominators_of(objective, batch))
 
 
 def test_every_recorded_setting_is_covered(oracle):
@@ -80,7 +80,7 @@ def test_every_recorded_setting_is_covered(oracle):
 def test_loss_and_gradient_equal_trl(oracle, name):
     meta = json.loads(str(oracle["meta"]))
     for index in range(meta["num_batches"]):
-        (value, metrics), grad_BT = step(oracle, index, SETTINGS[name])
+        value, grad_BT, metrics = step(oracle, index, SETTINGS[name])
         expected = oracle[f"{index}/{name}/grad_logprobs"]
         np.testing.assert_allclose(value, oracle[f"{index}/{name}/loss"], rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(grad_BT[: len(expected)], expected, rtol=1e-10, atol=1e-12)
