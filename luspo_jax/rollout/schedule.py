@@ -1,0 +1,138 @@
+"""The host side of a rollout: which prompt is prefilled when, who sits in which slot. No jax."""
+
+import collections
+import dataclasses
+
+import numpy as np
+
+from luspo_jax.rollout.records import Request, Response
+
+
+def bucket(length, *, limit, smallest):
+    """The least of smallest · {1, 1.5, 2, 3, 4, 6, …} that reaches `length`, cut at `limit`.
+
+    `smallest` is a power of two. Few sizes mean few compilations, at most half of each wasted.
+    """
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, limit)
+
+
+def prefill_batches(requests, *, group_size, num_slots, max_tokens):
+    """Indices of `requests` in the batches in which to prefill them.
+
+    Longest prompts first, so that the prompts of a batch need little padding. A batch holds about
+    as many prompts as fill the slots, fewer where its padded tokens would pass `max_tokens`.
+    """
+    most = max(1, num_slots // group_size)
+    most = 1 << (most.bit_length() - 1)
+    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
+    batches = []
+    while order:
+        longest = len(requests[order[0]].tokens)
+        count = min(most, max(1, max_tokens // longest))
+        batches.append(order[:count])
+        order = order[count:]
+    return batches
+
+
+def padded_prompts(requests, *, length):
+    """Left-aligned tokens_PT and lengths_P of `requests`, P rounded up to a power of two.
+
+    Rows that pad the batch hold one token.
+    """
+    count = 1 << (len(requests) - 1).bit_length()
+    tokens_PT = np.zeros((count, length), np.int32)
+    lengths_P = np.ones(count, np.int32)
+    for row, request in enumerate(requests):
+        tokens_PT[row, : len(request.tokens)] = request.tokens
+        lengths_P[row] = len(request.tokens)
+    return tokens_PT, lengths_P
+
+
+@dataclasses.dataclass
+class Occupant:
+    """The response that a slot is producing, and its tokens so far, in pieces."""
+
+    request: Request
+    index: int  # of the response in the result
+    sample_id: int
+    length: int  # of the row, prompt included
+    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def extend(self, tokens, logprobs):
+        """Append what one chunk sampled.
+
+        Raises:
+          FloatingPointError: on a log-probability that is not finite.
+        """
+        if not np.isfinite(logprobs).all():
+            raise FloatingPointError(
+                f"prompt_id {self.request.prompt_id}, sample_id {self.sample_id}: the sampler's "
+                "log-probabilities are not finite; look for NaN or Inf in params"
+            )
+        self.tokens.append(tokens)
+        self.logprobs.append(logprobs)
+        self.length += len(tokens)
+
+    def response(self, stop_token_ids):
+        tokens = np.concatenate(self.tokens)
+        return Response(
+            prompt_id=self.request.prompt_id,
+            sample_id=self.sample_id,
+            tokens=tokens,
+            logprobs=np.concatenate(self.logprobs),
+            stopped=int(tokens[-1]) in stop_token_ids,
+        )
+
+
+class SlotTable:
+    """Who sits in which slot, and the responses that are done."""
+
+    def __init__(self, num_slots, num_responses):
+        self.occupants: list[Occupant | None] = [None] * num_slots
+        self.responses: list[Response | None] = [None] * num_responses
+        self.finished = 0
+        self.generated_tokens = 0
+
+    @property
+    def free(self):
+        return [slot for slot, occupant in enumerate(self.occupants) if occupant is None]
+
+    @property
+    def longest(self):
+        return max(occupant.length for occupant in self.occupants if occupant is not None)
+
+    def harvest(self, chunk, stop_token_ids):
+        """Take in a Chunk of numpy arrays; responses that ended leave their slots."""
+        tokens_BC = np.ascontiguousarray(chunk.tokens_CB[: chunk.steps].T)
+        logprobs_BC = np.ascontiguousarray(chunk.logprobs_CB[: chunk.steps].T)
+        for slot, occupant in enumerate(self.occupants):
+            if occupant is None:
+                continue
+            count = chunk.counts_B[slot]
+            occupant.extend(tokens_BC[slot, :count].copy(), logprobs_BC[slot, :count].copy())
+            if not chunk.active_B[slot]:
+                self.responses[occupant.index] = occupant.response(stop_token_ids)
+                self.occupants[slot] = None
+                self.finished += 1
+        self.generated_tokens += int(chunk.counts_B.sum())
+
+
+def queue_of(batch, requests, group_size):
+    """(pool row, Occupant) of every sample of the prefilled `batch`, in order."""
+    return collections.deque(
+        (
+            row,
+            Occupant(
+                requests[index],
+                index * group_size + sample_id,
+                sample_id,
+                len(requests[index].tokens),
+            ),
+        )
+        for row, index in enumerate(batch)
+        for sample_id in range(group_size)
+    )

@@ -1,0 +1,333 @@
+"""The engine: what it samples, when it stops, what it costs, what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from luspo_jax.rollout import Engine, Request, Sampling
+from luspo_jax.rollout import engine as engine_module
+from tests.rollout import rollout_cases as cases
+
+MODEL = cases.config()
+PARAMS = cases.random_params(MODEL)
+RAGGED = cases.requests_of([3, 17, 1, 9, 24, 5], MODEL.vocab_size)
+STOPS = (0, 11, 50)
+
+
+@pytest.fixture(autouse=True)
+def small_rooms(monkeypatch):
+    """Caches that start short, so that every test also grows them."""
+    monkeypatch.setattr(engine_module, "SMALLEST_ROOM", 16)
+    monkeypatch.setattr(engine_module, "SMALLEST_PROMPT", 8)
+
+
+def _engine(sampling=None, *, model=MODEL, **kwargs):
+    sampling = sampling or Sampling(max_response_length=40, stop_token_ids=STOPS)
+    return Engine(
+        model, sampling, **({"num_slots": 4, "max_prompt_length": 24, "chunk_length": 8} | kwargs)
+    )
+
+
+def _generate(engine=None, requests=RAGGED, **kwargs):
+    return (engine or _engine()).generate(
+        PARAMS, requests, **({"group_size": 3, "seed": 5, "step": 2} | kwargs)
+    )
+
+
+def _by_id(responses):
+    return {(r.prompt_id, r.sample_id): r for r in responses}
+
+
+# What is sampled.
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_a_full_forward_on_a_ragged_batch_with_refills(temperature):
+    sampling = Sampling(40, STOPS, temperature=temperature)
+    responses, stats = _generate(_engine(sampling))
+    assert stats.generated_tokens > 150
+    for response, logits in zip(
+        responses, cases.teacher_logits(MODEL, PARAMS, RAGGED, responses), strict=True
+    ):
+        expected = cases.log_softmax(logits / temperature)
+        expected = expected[np.arange(len(response.tokens)), response.tokens]
+        assert np.abs(response.logprobs - expected).max() <= 1e-5
+        assert response.logprobs.dtype == np.float32
+        assert (response.logprobs <= 0).all()
+
+
+def test_tokens_are_what_the_noise_law_draws():
+    """Token by token from a full forward and noise that only the ids and the position fix."""
+    responses, _ = _generate()
+    prompts = {request.prompt_id: request for request in RAGGED}
+    ties = tokens = 0
+    for response, logits in zip(
+        responses, cases.teacher_logits(MODEL, PARAMS, RAGGED, responses), strict=True
+    ):
+        noise = cases.noise(5, 2, prompts[response.prompt_id], response)
+        for token, logits_V, uniforms_2 in zip(response.tokens, logits, noise, strict=True):
+            tokens += 1
+            if token != cases.drawn_token(logits_V, uniforms_2):
+                assert cases.boundary_distance(logits_V, uniforms_2) <= 1e-5
+                ties += 1
+    assert ties <= tokens / 1000
+
+
+VARIANTS = [
+    {"num_slots": 1},
+    {"num_slots": 3, "chunk_length": 5},
+    {"num_slots": 18, "chunk_length": 64},
+    {"num_slots": 64},
+    {"num_slots": 5, "refill_fraction": 1.0},
+    {"max_prefill_tokens": 1, "chunk_length": 1},
+]
+
+
+def test_slots_order_and_chunks_change_no_noise():
+    """With equal logits a token is its noise: a different bit would be a different token."""
+    model = cases.config(4096)
+    params = {**cases.random_params(model), "embedding": jnp.zeros((4096, 32))}
+    requests = cases.requests_of([3, 17, 1, 9, 24, 5], 4096)
+    sampling = Sampling(24, tuple(range(0, 4096, 16)))
+
+    def tokens(requests, **kwargs):
+        engine = _engine(sampling, model=model, **kwargs)
+        responses, _ = engine.generate(params, requests, group_size=3, seed=5, step=2)
+        return {key: r.tokens.tolist() for key, r in _by_id(responses).items()}
+
+    base = tokens(requests)
+    for kwargs in VARIANTS:
+        assert tokens(requests[::-1], **kwargs) == base
+    alone = {key: value for key, value in base.items() if key[0] == requests[1].prompt_id}
+    assert tokens(requests[1:2]) == alone
+
+
+def test_slots_order_and_chunks_change_no_token_but_at_ties():
+    base = _by_id(_generate()[0])
+    prompts = {request.prompt_id: request for request in RAGGED}
+    ties = tokens = 0
+    for kwargs in VARIANTS:
+        for key, other in _by_id(_generate(_engine(**kwargs), RAGGED[::-1])[0]).items():
+            mine, length = base[key], min(len(base[key].tokens), len(other.tokens))
+            differ = np.flatnonzero(mine.tokens[:length] != other.tokens[:length])
+            same = differ[0] if len(differ) else length
+            tokens += same
+            np.testing.assert_allclose(mine.logprobs[:same], other.logprobs[:same], atol=1e-5)
+            if not len(differ):
+                assert len(mine.tokens) == len(other.tokens)
+                continue
+            # Equal up to here, so the logits of this draw are those of `mine`.
+            ties, tokens = ties + 1, tokens + 1
+            logits = cases.teacher_logits(MODEL, PARAMS, RAGGED, [mine])[0][same]
+            noise = cases.noise(5, 2, prompts[key[0]], mine)[same]
+            assert cases.boundary_distance(logits, noise) <= 1e-5
+    assert tokens > 1000
+    assert ties <= tokens / 1000
+
+
+@pytest.mark.parametrize("other", [{"seed": 6}, {"step": 3}])
+def test_seed_and_step_change_the_noise(other):
+    mine, others = _generate()[0], _generate(**other)[0]
+    assert all(
+        len(a.tokens) != len(b.tokens) or (a.tokens != b.tokens).any()
+        for a, b in zip(mine, others, strict=True)
+        if len(a.tokens) > 3
+    )
+
+
+def test_greedy_takes_the_likeliest_token_of_a_full_forward():
+    sampling = Sampling(12, (), temperature=0)
+    responses, _ = _generate(_engine(sampling), group_size=2)
+    for response, logits in zip(
+        responses, cases.teacher_logits(MODEL, PARAMS, RAGGED, responses), strict=True
+    ):
+        np.testing.assert_array_equal(response.tokens, logits.argmax(-1))
+        expected = cases.log_softmax(logits).max(-1)
+        np.testing.assert_allclose(response.logprobs, expected, atol=1e-5)
+
+
+def test_top_p_and_top_k_draw_from_what_they_keep():
+    sampling = Sampling(20, STOPS, temperature=0.9, top_p=0.5, top_k=5)
+    responses, _ = _generate(_engine(sampling))
+    for response, logits in zip(
+        responses, cases.teacher_logits(MODEL, PARAMS, RAGGED, responses), strict=True
+    ):
+        logprobs = cases.log_softmax(logits / 0.9)
+        chosen = logprobs[np.arange(len(response.tokens)), response.tokens]
+        np.testing.assert_allclose(response.logprobs, chosen, atol=1e-5)  # over all tokens
+        likelier = logprobs > chosen[:, None] + 1e-5
+        assert (likelier.sum(-1) < 5).all()
+        top_5 = np.exp(np.sort(logprobs)[:, -5:]).sum(-1)
+        assert (np.exp(np.where(likelier, logprobs, -np.inf)).sum(-1) < 0.5 * top_5).all()
+
+
+def test_bfloat16_samples_and_scores_in_float32():
+    responses, _ = _generate(_engine(dtype=jnp.bfloat16))
+    logprobs = np.concatenate([r.logprobs for r in responses])
+    assert logprobs.dtype == np.float32
+    assert (logprobs <= 0).all()
+    # Scores keep more bits than bfloat16 has.
+    assert (logprobs.astype(jnp.bfloat16).astype(np.float32) != logprobs).mean() > 0.9
+
+
+# Where responses end, and in which order they come.
+
+
+def test_responses_end_at_every_stop_token_or_at_the_longest_length():
+    responses, stats = _generate(group_size=30)
+    ends = set()
+    for response in responses:
+        stops = np.isin(response.tokens, STOPS)
+        assert not stops[:-1].any()
+        assert response.stopped == stops[-1]
+        assert response.stopped or len(response.tokens) == 40
+        assert len(response.tokens) == len(response.logprobs) <= 40
+        assert response.tokens.dtype == np.int32
+        ends.add(int(response.tokens[-1]) if response.stopped else None)
+    assert ends == {*STOPS, None}
+    assert stats.generated_tokens == sum(len(r.tokens) for r in responses)
+
+
+def test_without_stop_tokens_every_response_is_cut():
+    responses, stats = _generate(_engine(Sampling(7, ())))
+    assert {len(r.tokens) for r in responses} == {7}
+    assert not any(r.stopped for r in responses)
+    assert stats.generated_tokens == 7 * 18
+
+
+def test_responses_are_request_major():
+    responses, _ = _generate()
+    expected = [(request.prompt_id, i) for request in RAGGED for i in range(3)]
+    assert [(r.prompt_id, r.sample_id) for r in responses] == expected
+
+
+def test_prompts_may_be_tuples_and_there_may_be_none():
+    as_tuples = [Request(r.prompt_id, tuple(int(t) for t in r.tokens)) for r in RAGGED]
+    for mine, other in zip(_generate()[0], _generate(requests=as_tuples)[0], strict=True):
+        np.testing.assert_array_equal(mine.tokens, other.tokens)
+    responses, stats = _generate(requests=[])
+    assert responses == []
+    assert stats.decode_steps == stats.generated_tokens == 0
+
+
+# What it costs.
+
+
+def test_each_prompt_is_prefilled_once():
+    for kwargs in ({"num_slots": 1}, {"num_slots": 64}, {"max_prefill_tokens": 20}):
+        _, stats = _generate(_engine(**kwargs), group_size=8)
+        assert stats.prefill_tokens == sum(len(request.tokens) for request in RAGGED)
+        assert 1 <= stats.prefill_calls <= len(RAGGED)
+
+
+def _list_schedule(lengths, slots):
+    """Steps until every job is done when each free slot takes the next job at once."""
+    ends = np.zeros(slots, int)
+    for length in lengths:
+        ends[ends.argmin()] += length
+    return ends.max()
+
+
+def test_heavy_tailed_lengths_keep_the_slots_busy():
+    """64 responses on 16 slots; lengths lognormal (σ = 1, median 16) cut at 40, 18 % of them."""
+    model, params = cases.countdown(40)
+    engine = Engine(
+        model, Sampling(40, (0,), temperature=0), num_slots=16, max_prompt_length=1, chunk_length=16
+    )
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(6):
+        lengths = np.clip(np.ceil(16 * np.exp(rng.normal(size=64))), 1, 40).astype(int)
+        requests = [Request(i, (n,)) for i, n in enumerate(lengths)]
+        responses, stats = engine.generate(params, requests, group_size=1, seed=0)
+        assert [len(r.tokens) for r in responses] == lengths.tolist()
+        assert stats.decode_steps == _list_schedule(lengths, 16)
+        ratios.append(stats.decode_steps / (lengths.sum() / 16))
+        np.testing.assert_allclose(stats.slot_utilisation, 1 / ratios[-1])
+    assert np.mean(ratios) <= 1.3, ratios
+
+
+def test_a_second_call_compiles_nothing():
+    sampling = Sampling(23, STOPS)
+    _, first = _generate(_engine(sampling))
+    other = cases.requests_of([3, 17, 1, 9, 24, 5], MODEL.vocab_size, seed=9)
+    _, second = _generate(_engine(sampling), other, seed=77, step=3)
+    assert first.compilations > 0
+    assert first.compile_seconds > 0
+    assert second.compilations == 0
+    assert second.compile_seconds == 0
+    assert second.seconds > 0
+
+
+def test_progress_counts_up_to_the_total():
+    calls = []
+    _generate(progress=lambda finished, total: calls.append((finished, total)))
+    assert calls == sorted(set(calls))
+    assert calls[-1] == (18, 18)
+
+
+# What it refuses.
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "field"),
+    [
+        ({"num_slots": 0}, "num_slots"),
+        ({"chunk_length": 0}, "chunk_length"),
+        ({"max_prompt_length": 0}, "max_prompt_length"),
+        ({"max_prefill_tokens": 0}, "max_prefill_tokens"),
+        ({"refill_fraction": 0}, "refill_fraction"),
+        ({"refill_fraction": 1.5}, "refill_fraction"),
+        ({"max_prompt_length": 500}, "max_position"),
+        ({"sampling": Sampling(4, (97,))}, "stop_token_ids"),
+    ],
+)
+def test_senseless_engines_are_refused_by_name(kwargs, field):
+    with pytest.raises(ValueError, match=field):
+        _engine(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"group_size": 0}, "group_size"),
+        ({"seed": -1}, "seed"),
+        ({"step": 2**32}, "step"),
+        ({"requests": [Request(4, np.arange(25))]}, "prompt_id 4 has 25 tokens"),
+        ({"requests": [Request(4, ())]}, "prompt_id 4 has 0 tokens"),
+        ({"requests": [Request(4, (1, 97))]}, "prompt_id 4 has tokens outside"),
+        ({"requests": [Request(4, (-1,))]}, "prompt_id 4 has tokens outside"),
+        ({"requests": [Request(-4, (1,))]}, "prompt_id -4"),
+        ({"requests": [Request(4, (1,)), Request(4, (2,))]}, r"repeat: \[4\]"),
+    ],
+)
+def test_senseless_calls_are_refused_by_name(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        _generate(**kwargs)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    params = {**PARAMS, "embedding": PARAMS["embedding"].at[3].set(jnp.nan)}
+    with pytest.raises(FloatingPointError, match="prompt_id 1000, sample_id"):
+        _engine().generate(params, RAGGED[:1], group_size=2, seed=0)
+
+
+def test_nothing_but_params_holds_weights():
+    """Other weights, same programs: they are arguments, not constants."""
+    engine = _engine()
+    mine, _ = _generate(engine)
+    params = jax.tree.map(lambda x: x * 1.5, PARAMS)
+    responses, stats = engine.generate(params, RAGGED, group_size=3, seed=5, step=2)
+    assert stats.compilations == 0
+    assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(mine, responses, strict=True))
+    logits = cases.teacher_logits(MODEL, params, RAGGED, responses[:1])[0]
+    expected = cases.log_softmax(logits)[np.arange(len(logits)), responses[0].tokens]
+    np.testing.assert_allclose(responses[0].logprobs, expected, atol=1e-5)
+
+
+def test_stats_are_a_record():
+    _, stats = _generate()
+    assert set(dataclasses.asdict(stats)) >= {"decode_steps", "prefill_tokens", "slot_utilisation"}
