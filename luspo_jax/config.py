@@ -13,7 +13,7 @@ from ml_collections.config_dict import placeholder
 from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS
 from luspo_jax.prompts import TEMPLATES
-from luspo_jax.rewards import REWARDS
+from luspo_jax.rewards.registry import verifiers
 
 # Fields that may change between a run and its continuation in the same workdir.
 _FREE_TO_CHANGE = (
@@ -51,18 +51,22 @@ def default_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = ""  # One of luspo_jax.datasets.DATASETS.
     config.data.path = ""  # Local file of a dataset that is not generated.
+    config.data.split = "train"
+    config.data.options = ConfigDict()  # Of a generated dataset.
     config.data.eval_name = ""  # Held-out set; empty = data.name.
-    config.data.eval_path = ""
+    config.data.eval_path = ""  # Empty = data.path.
+    config.data.eval_split = "test"
+    config.data.cache_dir = ""  # Where built datasets are kept; empty = the user's cache folder.
     config.data.problem_column = ""  # Of a user's own jsonl or parquet.
     config.data.answer_column = ""
     config.data.template = "plain"  # One of luspo_jax.prompts.TEMPLATES.
     config.data.system_prompt = ""
+    config.data.enable_thinking = placeholder(bool)  # Passed to the chat template where set.
     config.data.max_prompt_length = 1024  # Tokens; longer prompts are dropped and counted.
 
     config.reward = ConfigDict()
     config.reward.parts = ConfigDict()  # Verifier name → weight.
-    config.reward.overlong_buffer = 0  # L_buf in tokens; 0 = no overlong penalty.
-    config.reward.overlong_factor = 1.0  # 1.0 as DAPO, 0.3 as the LUSPO paper.
+    config.reward.options = ConfigDict()  # Verifier name → its options, e.g. overlong.buffer.
     config.reward.timeout_s = 10.0  # Of one verification.
     config.reward.num_workers = 2  # Processes for verifiers that need a hard time limit.
     config.reward.max_failure_rate = 0.05  # Share of time-outs and errors that stops the run.
@@ -84,18 +88,18 @@ def default_config() -> ConfigDict:
         # Unset = the preset's value.
         config.objective[field.name] = placeholder(_plain_type(field))
 
-    config.update = ConfigDict()
-    config.update.num_minibatches = 1  # Optimizer steps a pass over the rollouts.
-    config.update.num_microbatches = 1  # Parts of a minibatch, to bound memory.
-    config.update.num_length_buckets = 4  # Row lengths a step may have: each compiles once.
-    config.update.num_epochs = 1  # Passes over the rollouts.
-    config.update.learning_rate = 1e-6
-    config.update.warmup_steps = 20  # Rollout steps.
-    config.update.b1 = 0.9
-    config.update.b2 = 0.999
-    config.update.eps = 1e-8
-    config.update.weight_decay = 0.0
-    config.update.max_grad_norm = 1.0  # 0 = off.
+    config.train = ConfigDict()
+    config.train.num_minibatches = 1  # Optimizer steps a pass over the rollouts.
+    config.train.num_microbatches = 1  # Parts of a minibatch, to bound memory.
+    config.train.num_length_buckets = 4  # Row lengths a step may have: each compiles once.
+    config.train.num_epochs = 1  # Passes over the rollouts.
+    config.train.learning_rate = 1e-6
+    config.train.warmup_steps = 20  # Rollout steps.
+    config.train.b1 = 0.9
+    config.train.b2 = 0.999
+    config.train.eps = 1e-8
+    config.train.weight_decay = 0.0
+    config.train.max_grad_norm = 1.0  # 0 = off.
 
     config.eval = ConfigDict()
     config.eval.every = 10  # Rollout steps; 0 = only before and after training.
@@ -105,6 +109,7 @@ def default_config() -> ConfigDict:
     config.eval.top_p = 1.0
     config.eval.top_k = 0
     config.eval.num_slots = 256
+    config.eval.seed = 7  # Of the noise: one value for all runs, so that runs compare in pairs.
     config.eval.metric = (
         ""  # Reward part that counts as accuracy; empty = the first of reward.parts.
     )
@@ -144,11 +149,14 @@ def check(config: ConfigDict) -> objectives.Objective:
 
 
 def build_objective(config: ConfigDict) -> objectives.Objective:
-    """The preset with the fields that the configuration sets."""
-    chosen = config.objective.to_dict()
-    overrides = {k: v for k, v in chosen.items() if k != "preset" and v is not None}
-    objective = objectives.preset(chosen["preset"], **overrides)
-    objectives.check_group_size(objective, config.rollout.group_size)
+    """The preset with the fields that the configuration sets.
+
+    `max_response_length`, the constant of Dr.GRPO's aggregation, is the rollout's limit unless set.
+    """
+    chosen = {k: v for k, v in config.objective.to_dict().items() if v is not None}
+    chosen.setdefault("max_response_length", config.rollout.max_response_length)
+    objective = objectives.preset(chosen.pop("preset"), **chosen)
+    objectives.validate_group_size(objective, config.rollout.group_size)
     return objective
 
 
@@ -202,15 +210,15 @@ class BatchArithmetic:
 
 def batch_arithmetic(config: ConfigDict) -> BatchArithmetic:
     """Resolves the sizes of a step from a checked configuration."""
-    rollout, update = config.rollout, config.update
+    rollout, train = config.rollout, config.train
     responses = rollout.prompts_per_step * rollout.group_size
     return BatchArithmetic(
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
         responses_per_step=responses,
-        responses_per_minibatch=responses // update.num_minibatches,
-        responses_per_microbatch=responses // update.num_minibatches // update.num_microbatches,
-        updates_per_step=update.num_minibatches * update.num_epochs,
+        responses_per_minibatch=responses // train.num_minibatches,
+        responses_per_microbatch=responses // train.num_minibatches // train.num_microbatches,
+        updates_per_step=train.num_minibatches * train.num_epochs,
         tokens_per_row=config.data.max_prompt_length + rollout.max_response_length,
     )
 
@@ -230,7 +238,7 @@ def _plain_type(field: dataclasses.Field) -> type:
 
 def _unknown_fields(config: ConfigDict) -> Iterator[str]:
     known = default_config()
-    open_sections = ("model.overrides.", "reward.parts.")
+    open_sections = ("model.overrides.", "data.options.", "reward.parts.", "reward.options.")
     names = set(flat(known))
     for name in flat(config):
         if name not in names and not name.startswith(open_sections):
@@ -251,14 +259,10 @@ def _wrong_names(config: ConfigDict) -> Iterator[str]:
     for field, value, names in choices:
         if value not in names:
             yield f'{field}="{value}" does not exist: {nearest(value, names)}'
-    for name in config.reward.parts:
-        if name not in REWARDS and ":" not in name:
-            yield (
-                f'reward.parts: no verifier "{name}": {nearest(name, REWARDS)} '
-                "(your own: module:function or file.py:function)"
-            )
-    if not config.reward.parts:
-        yield f"reward.parts is empty: give a verifier a weight ({', '.join(sorted(REWARDS))})"
+    try:
+        verifiers(config.reward.parts.to_dict(), config.reward.options.to_dict())
+    except ValueError as error:
+        yield f"reward: {error}"
     if config.eval.metric and config.eval.metric not in config.reward.parts:
         yield f'eval.metric="{config.eval.metric}" is not among reward.parts'
     for field in ("dtype", "rollout_dtype"):
@@ -273,16 +277,16 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
     for field in (
         "num_steps", "data.max_prompt_length", "rollout.prompts_per_step", "rollout.group_size",
         "rollout.max_response_length", "rollout.num_slots", "rollout.chunk_length",
-        "update.num_minibatches", "update.num_microbatches", "update.num_epochs", "update.num_length_buckets",
+        "train.num_minibatches", "train.num_microbatches", "train.num_epochs", "train.num_length_buckets",
         "model.head_chunk_tokens", "eval.num_problems", "eval.num_samples", "eval.num_slots",
         "output.keep_latest", "reward.num_workers",
     ):  # fmt: skip
         if values[field] < 1:
             yield f"{field}={values[field]} must be at least 1"
     for field in (
-        "rollout.top_k", "eval.top_k", "eval.every", "eval.temperature", "update.warmup_steps",
-        "update.weight_decay", "update.max_grad_norm", "output.checkpoint_every",
-        "output.keep_best", "output.dump_every", "reward.overlong_buffer",
+        "rollout.top_k", "eval.top_k", "eval.every", "eval.temperature", "train.warmup_steps",
+        "train.weight_decay", "train.max_grad_norm", "output.checkpoint_every",
+        "output.keep_best", "output.dump_every",
     ):  # fmt: skip
         if values[field] < 0:
             yield f"{field}={values[field]} must not be negative"
@@ -294,21 +298,19 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
     for field in ("rollout.top_p", "eval.top_p"):
         if not 0 < values[field] <= 1:
             yield f"{field}={values[field]} must be in (0, 1]"
-    if not config.update.learning_rate > 0:
-        yield f"update.learning_rate={config.update.learning_rate} must be > 0"
-    if config.reward.overlong_buffer > config.rollout.max_response_length:
-        yield "reward.overlong_buffer is larger than rollout.max_response_length"
-    prompts, minibatches = config.rollout.prompts_per_step, max(1, config.update.num_minibatches)
+    if not config.train.learning_rate > 0:
+        yield f"train.learning_rate={config.train.learning_rate} must be > 0"
+    prompts, minibatches = config.rollout.prompts_per_step, max(1, config.train.num_minibatches)
     if prompts % minibatches:
         yield (
-            f"update.num_minibatches={minibatches} does not divide rollout.prompts_per_step="
+            f"train.num_minibatches={minibatches} does not divide rollout.prompts_per_step="
             f"{prompts}: minibatches hold whole groups"
         )
     else:
         rows = prompts // minibatches * config.rollout.group_size
-        if config.update.num_microbatches > 0 and rows % config.update.num_microbatches:
+        if config.train.num_microbatches > 0 and rows % config.train.num_microbatches:
             yield (
-                f"update.num_microbatches={config.update.num_microbatches} does not divide the "
+                f"train.num_microbatches={config.train.num_microbatches} does not divide the "
                 f"{rows} responses of a minibatch (rollout.prompts_per_step × rollout.group_size / "
-                "update.num_minibatches)"
+                "train.num_minibatches)"
             )

@@ -50,6 +50,7 @@ class TrainBatch:
       group_ids_B: int32, equal for the responses of one prompt.
       old_logprobs_BT: float32 under the policy that starts the step; None where it equals the
         policy being updated (one minibatch, one epoch), so that the extra pass is saved.
+      old_entropy_BT: float32 entropies of the same policy; None unless the objective ranks them.
       ref_logprobs_BT: float32 under the reference policy; None without a KL term.
       sampler_logprobs_BT: float32 as the sampler computed them.
     """
@@ -58,6 +59,7 @@ class TrainBatch:
     advantages_B: jax.Array
     group_ids_B: jax.Array
     old_logprobs_BT: jax.Array | None
+    old_entropy_BT: jax.Array | None
     ref_logprobs_BT: jax.Array | None
     sampler_logprobs_BT: jax.Array
 
@@ -71,8 +73,10 @@ class TrainState:
       params: float32 master weights, a nested dict.
       opt_state: the optax state.
       skipped_updates: int32, how many updates had a non-finite gradient and were not taken.
+      ref_params: the reference policy of the KL term; None without one.
     """
 
     params: Any
     opt_state: Any
     skipped_updates: jax.Array
+    ref_params: Any = None

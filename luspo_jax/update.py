@@ -34,9 +34,14 @@ class UpdateRule:
     max_grad_norm: float
 
 
-def initial_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state that has taken no step."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+def initial_state(params: Any, rule: UpdateRule) -> TrainState:
+    """A state that has taken no step; the reference policy, if the objective has one, is `params`.
+
+    The arrays are copies, because `update_step` gives its state's memory away.
+    """
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    reference = jax.tree.map(jnp.copy, params) if rule.objective.kl_coef else None
+    return TrainState(params, rule.optimizer.init(params), jnp.zeros((), jnp.int32), reference)
 
 
 @functools.partial(jax.jit, static_argnames=("scoring", "num_microbatches"))
@@ -74,19 +79,16 @@ def update_step(
     response_mask_BT = batch.rows.response_mask_BT
     lengths_B = jnp.sum(response_mask_BT, axis=1, dtype=jnp.int32)
     length_scale_B = objectives.length_scales(objective, lengths_B, batch.group_ids_B)
-    denominators = objectives.denominators(objective, response_mask_BT)
+    denominators = objectives.denominators(objective, response_mask_BT, batch.old_entropy_BT)
 
     def loss(params, part):
         micro, scale_B = part
         logprobs_BT, entropy_BT = token_logprobs(params, micro.rows, scoring=rule.scoring)
-        old_logprobs_BT = micro.old_logprobs_BT
-        if old_logprobs_BT is None:
-            old_logprobs_BT = jax.lax.stop_gradient(logprobs_BT)
         return objectives.loss(
             objective,
             objectives.PolicyBatch(
                 logprobs_BT=logprobs_BT,
-                old_logprobs_BT=old_logprobs_BT,
+                old_logprobs_BT=micro.old_logprobs_BT,
                 advantages_B=micro.advantages_B,
                 response_mask_BT=micro.rows.response_mask_BT,
                 length_scale_B=scale_B,
@@ -129,7 +131,8 @@ def _step(state, grads, rate, metrics, rule):
         "actor/grad_clip_rate": (jnp.where(finite, clipped, False).astype(jnp.float32), taken),
         "actor/skipped_updates": (skipped.astype(jnp.float32), one),
     }
-    return TrainState(params, opt_state, state.skipped_updates + skipped), metrics
+    state = TrainState(params, opt_state, state.skipped_updates + skipped, state.ref_params)
+    return state, metrics
 
 
 def _split(tree, num_parts):

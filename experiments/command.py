@@ -1,0 +1,111 @@
+"""What the launchers share: flags whose mistakes answer in one line, and a run's description."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+
+def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
+    """Parses flags, runs `main`, and turns every foreseen failure into one message.
+
+    Returns:
+      The exit status: 0; 2 for flags and configurations; 1 for anything else foreseen. What is
+      not foreseen keeps its traceback, because it is a fault of ours.
+    """
+    try:
+        rest = flags.FLAGS(sys.argv)
+        if len(rest) > 1:
+            raise flags.Error(f"unexpected argument {rest[1]!r}: flags are --name=value")
+        for name in required:
+            if not getattr(flags.FLAGS, name) and not _is_dry(name):
+                raise flags.Error(f"--{name} is required")
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+        return _refuse(_flag_message(error), 2)
+    try:
+        main()
+    except KeyboardInterrupt:
+        return _refuse("interrupted: run the same command again to continue", 130)
+    except Exception as error:
+        if type(error).__name__ not in _FORESEEN and type(error) is not FileNotFoundError:
+            raise
+        return _refuse(str(error), 2 if isinstance(error, ValueError) else 1)
+    return 0
+
+
+# By name, because importing the modules that define them would import jax before flags are read.
+_FORESEEN = (
+    "CheckpointError", "ConfigError", "DataError", "MismatchError", "TooManyFailures",
+    "WeightsError", "WorkdirError",
+)  # fmt: skip
+
+
+def config_value(flag: Any) -> Any:
+    """The configuration of a config-file flag."""
+    return flag.value
+
+
+def description(run: Any) -> str:
+    """The resolved run: configuration, data, batch arithmetic, parameters, memory."""
+    import jax
+
+    from luspo_jax import config as configuration
+    from luspo_jax import run as runs
+    from luspo_jax.models import decoder_weights
+
+    model, memory = run.model.config, runs.memory_estimate(run.config, run.model.config)
+    fields = configuration.flat(run.config)
+    shown = {k: v for k, v in fields.items() if v is not None and v != ""}
+    lines = [
+        *(f"  {name} = {value}" for name, value in shown.items()),
+        f"objective : {run.config.objective.preset}: {run.rule.objective}",
+        f"device(s) : {jax.device_count()} × {jax.devices()[0].device_kind}",
+        f"model     : {run.model.folder.name}, {decoder_weights.num_params(model):,} parameters",
+        *(f"data      : {report}" for report in run.data.reports),
+        f"prompts   : {len(run.data.stream):,} to train on ({run.data.stream.dropped:,} dropped as "
+        f"longer than {run.config.data.max_prompt_length} tokens), {len(run.data.held_out):,} held "
+        f"out; template {run.data.template_hash}",
+        f"rewards   : {', '.join(run.scorer.labels.values())}",
+        f"batch     : {configuration.batch_arithmetic(run.config)}",
+        f"memory    : about {sum(memory.values()) / 1e9:.2f} GB a device: "
+        + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size),
+    ]
+    return "\n".join(["configuration", *lines])
+
+
+def _is_dry(name: str) -> bool:
+    return name == "workdir" and bool(getattr(flags.FLAGS, "dry_run", False))
+
+
+def _flag_message(error: BaseException) -> str:
+    """What was wrong with the flags, with the nearest valid field for an unknown one."""
+    unknown = _unknown_field()
+    if unknown is not None:
+        return unknown
+    return str(error).replace("\\n", " ").strip("\"'") or type(error).__name__
+
+
+def _unknown_field() -> str | None:
+    """The first --config.a.b that the configuration does not have, in words."""
+    from luspo_jax import config as configuration
+
+    names = configuration.flat(configuration.default_config())
+    free = ("model.overrides.", "data.options.", "reward.parts.", "reward.options.")
+    for argument in sys.argv[1:]:
+        name = argument.lstrip("-").split("=")[0].removeprefix("no")
+        if not name.startswith("config."):
+            continue
+        field = name.removeprefix("config.")
+        if field not in names and not field.startswith(free):
+            near = difflib.get_close_matches(field, names, n=1)
+            hint = f"; did you mean --config.{near[0]}?" if near else ""
+            return f"the configuration has no field {field!r}{hint}"
+    return None
+
+
+def _refuse(message: str, status: int) -> int:
+    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message}\n")
+    return status

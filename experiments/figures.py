@@ -1,0 +1,69 @@
+"""Figures of a run."""
+
+import pathlib
+
+import numpy as np
+
+_PANELS = (
+    # Title, unit of the axis, (metric, label) of each line.
+    ("Reward", "mean reward", (("reward", "training responses"),)),
+    (
+        "Response length",
+        "tokens",
+        (
+            ("response_length/mean", "training, all"),
+            ("length/correct_mean", "training, correct"),
+            ("length/incorrect_mean", "training, incorrect"),
+            ("val-aux/*/response_length/mean", "held out"),
+        ),
+    ),
+    ("Held-out accuracy", "accuracy", (("val-core/*", "held out"),)),
+)
+
+
+def run_figure(workdir: pathlib.Path) -> pathlib.Path:
+    """Draws reward, length and held-out accuracy over steps to `summary.png` in the workdir."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from luspo_jax.metrics import read_metrics
+
+    workdir = pathlib.Path(workdir)
+    source = workdir / "metrics.jsonl"
+    if not source.is_file():
+        raise FileNotFoundError(f"no metrics at {source}: is {workdir} the --workdir of a run?")
+    rows = list(read_metrics(source))
+    figure, axes = plt.subplots(1, len(_PANELS), figsize=(13, 3.6), layout="constrained")
+    for axis, (title, unit, lines) in zip(axes, _PANELS, strict=True):
+        for name, label in lines:
+            steps, values = _series(rows, name)
+            if len(steps):
+                sparse = "*" in name
+                axis.plot(steps, values, marker="o" if sparse else None, ms=4, lw=1.5, label=label)
+        axis.set(title=title, xlabel="rollout step", ylabel=unit)
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    axes[-1].set_ylim(0, 1)
+    figure.suptitle(workdir.name, fontsize=10)
+    target = workdir / "summary.png"
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+    return target
+
+
+def _series(rows, name):
+    """Steps and finite values of a metric, or of the first metric that a pattern fits."""
+    head, star, tail = name.partition("*")
+    steps, values = [], []
+    for row in rows:
+        if star:
+            key = next((k for k in row if k.startswith(head) and k.endswith(tail)), None)
+        else:
+            key = name
+        if key in row and np.isfinite(row[key]):
+            steps.append(row["step"])
+            values.append(row[key])
+    return steps, values

@@ -1,0 +1,129 @@
+"""Accuracy of a policy on held-out problems: the same prompts, sampler and rewards as training."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from luspo_jax.length.coupling import accuracy_by_length_third
+from luspo_jax.prompts import PromptRecord
+from luspo_jax.rewards import Reward, Sample, Scorer
+from luspo_jax.rollout import Engine, Request, Response
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a policy does on a set of problems, `num_samples` responses each.
+
+    Attributes:
+      accuracy: mean@n, in [0, 1].
+      accuracy_ci95: half-width of the 95 % interval of the mean over problems.
+      mean_length: tokens a response, stop token included.
+      truncated: share of responses that reached the length limit.
+      accuracy_by_third: of the shortest, middle and longest third of each problem's responses.
+      statuses: how many rewards had each status.
+      num_problems, num_samples: the size of it.
+    """
+
+    accuracy: float
+    accuracy_ci95: float
+    mean_length: float
+    truncated: float
+    accuracy_by_third: tuple[float, float, float]
+    statuses: dict[str, int]
+    num_problems: int
+    num_samples: int
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {100 * self.accuracy:.1f} % ± {100 * self.accuracy_ci95:.1f} "
+            f"(mean@{self.num_samples} of {self.num_problems} problems), "
+            f"mean length {self.mean_length:.1f} tokens, truncated {100 * self.truncated:.1f} %"
+        )
+
+
+def evaluate(
+    engine: Engine,
+    params: Any,
+    prompts: Sequence[PromptRecord],
+    scorer: Scorer,
+    *,
+    decode: Callable[[np.ndarray], str],
+    metric: str,
+    num_samples: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Samples and scores `num_samples` responses to each prompt.
+
+    The noise depends on `seed`, the prompt and the sample only, so two policies evaluated with
+    one seed face the same draws and their difference is paired.
+
+    Args:
+      engine: the sampler.
+      params: the policy's weights.
+      prompts: what to ask.
+      scorer: the reward, of which part `metric` is taken as being right (value > 0.5).
+      decode: tokens → text.
+      metric: a part of the reward.
+      num_samples: responses a problem.
+      seed: of the sampling noise.
+      progress: called with (finished, total) responses.
+    """
+    requests = [Request(p.prompt_id, p.tokens) for p in prompts]
+    responses, _ = engine.generate(
+        params, requests, group_size=num_samples, seed=seed, step=0, progress=progress
+    )
+    texts = [decode(response.tokens) for response in responses]
+    limit = engine.sampling.max_response_length
+    rewards = score(scorer, prompts, responses, texts=texts, max_length=limit)
+    return summarize(responses, rewards, metric=metric, num_samples=num_samples)
+
+
+def score(
+    scorer: Scorer,
+    prompts: Sequence[PromptRecord],
+    responses: Sequence[Response],
+    *,
+    texts: Sequence[str],
+    max_length: int,
+) -> list[Reward]:
+    """Rewards of responses and their texts, which come prompt by prompt in equal numbers."""
+    group_size = len(responses) // len(prompts)
+    return scorer.score_batch(
+        [
+            Sample(
+                response=texts[row],
+                answer=prompts[row // group_size].example.answer,
+                length=len(response.tokens),
+                max_length=max_length,
+                meta=prompts[row // group_size].example.meta,
+            )
+            for row, response in enumerate(responses)
+        ]
+    )
+
+
+def summarize(
+    responses: Sequence[Response], rewards: Sequence[Reward], *, metric: str, num_samples: int
+) -> Evaluation:
+    """Statistics of scored responses."""
+    lengths_B = np.array([len(r.tokens) for r in responses])
+    correct_B = np.array([r.parts[metric] > 0.5 for r in rewards])
+    groups_B = np.arange(len(responses)) // num_samples
+    by_problem = correct_B.reshape(-1, num_samples).mean(axis=1)
+    deviation = by_problem.std(ddof=1) if len(by_problem) > 1 else float("nan")
+    statuses, counts = np.unique([r.status for r in rewards], return_counts=True)
+    return Evaluation(
+        accuracy=float(correct_B.mean()),
+        accuracy_ci95=float(1.96 * deviation / np.sqrt(len(by_problem))),
+        mean_length=float(lengths_B.mean()),
+        truncated=float(np.mean([not r.stopped for r in responses])),
+        accuracy_by_third=tuple(
+            float(x) for x in accuracy_by_length_third(lengths_B, correct_B, groups_B)
+        ),
+        statuses=dict(zip(statuses.tolist(), counts.tolist(), strict=True)),
+        num_problems=len(by_problem),
+        num_samples=num_samples,
+    )

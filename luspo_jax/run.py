@@ -1,0 +1,323 @@
+"""What a configuration resolves to: model, data, sampler, rewards, and a workdir of its own."""
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from luspo_jax import config as configuration
+from luspo_jax import datasets, optimizer, prompts
+from luspo_jax.logprobs import Scoring
+from luspo_jax.models import decoder, decoder_weights
+from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
+from luspo_jax.models.locate import model_folder
+from luspo_jax.rewards import Scorer
+from luspo_jax.rollout import Engine, Sampling
+from luspo_jax.update import UpdateRule
+
+_PACKAGES = ("luspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+class WorkdirError(Exception):
+    """A workdir that this run may not use; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The policy's architecture, where it came from, and its tokenizer."""
+
+    folder: pathlib.Path
+    config: DecoderConfig
+    tokenizer: Any
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text of response tokens, special tokens left out."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a response: the model's whole set and the tokenizer's own."""
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({*self.config.eos_token_ids, *([] if own is None else [own])}))
+
+    @property
+    def pad_token_id(self) -> int:
+        """Any token: padding is known by its segment id."""
+        return self.tokenizer.pad_token_id or 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Prompts to train on and to be measured by, and what became of their sources' rows."""
+
+    stream: prompts.PromptStream
+    held_out: list[prompts.PromptRecord]
+    reports: tuple[datasets.Report, ...]
+    template_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything of a run that its steps do not change."""
+
+    config: ConfigDict
+    model: Model
+    data: Data
+    scorer: Scorer
+    sampler: Engine
+    held_out_sampler: Engine
+    rule: UpdateRule
+
+    @property
+    def metric(self) -> str:
+        """The part of the reward that counts as being right."""
+        return self.config.eval.metric or next(iter(self.config.reward.parts))
+
+    def initial_params(self) -> Any:
+        """The base policy's weights, or random ones where the configuration says so."""
+        model = self.config.model
+        if model.random_weights:
+            return decoder.init_params(jax.random.key(self.config.seed), self.model.config)
+        return decoder_weights.load_params(
+            self.model.folder, self.model.config, dtype=jnp.float32, check_finite=True
+        )
+
+
+def build(config: ConfigDict) -> Run:
+    """Resolves a configuration, all but the weights.
+
+    Raises:
+      ConfigError, DataError, FileNotFoundError, ValueError: naming the field or file.
+    """
+    objective = configuration.check(config)
+    model = load_model(config)
+    rule = UpdateRule(
+        scoring=_scoring(config, model),
+        objective=objective,
+        optimizer=optimizer.adamw(
+            b1=config.train.b1,
+            b2=config.train.b2,
+            eps=config.train.eps,
+            weight_decay=config.train.weight_decay,
+        ),
+        num_microbatches=config.train.num_microbatches,
+        max_grad_norm=config.train.max_grad_norm,
+    )
+    return Run(
+        config=config,
+        model=model,
+        data=load_data(config, model.tokenizer),
+        scorer=Scorer(
+            config.reward.parts.to_dict(),
+            options=config.reward.options.to_dict(),
+            workers=config.reward.num_workers,
+            time_limit=config.reward.timeout_s,
+            max_failure_rate=config.reward.max_failure_rate,
+        ),
+        sampler=_engine(config, model, config.rollout),
+        held_out_sampler=_engine(config, model, config.eval),
+        rule=rule,
+    )
+
+
+def load_model(config: ConfigDict) -> Model:
+    """Architecture and tokenizer of `config.model`."""
+    from transformers import AutoTokenizer  # Slow to import; nothing else here needs it.
+
+    folder = model_folder(config.model.path)
+    if config.model.random_weights:
+        path = folder / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: model.path must hold a config.json")
+        hf = json.loads(path.read_text()) | config.model.overrides.to_dict()
+        architecture = decoder_config(hf)
+    else:
+        architecture = read_config(folder)
+    source = model_folder(config.model.tokenizer) if config.model.tokenizer else folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises many types for a missing or broken file
+        raise FileNotFoundError(
+            f"no tokenizer could be read from {source} ({str(error).splitlines()[0][:200]}): put "
+            "tokenizer files there, or name another folder in model.tokenizer"
+        ) from error
+    if len(tokenizer) > architecture.vocab_size:
+        raise configuration.ConfigError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens and the model of {folder} a "
+            f"vocabulary of {architecture.vocab_size}: they do not belong together"
+        )
+    return Model(folder, architecture, tokenizer)
+
+
+def load_data(config: ConfigDict, tokenizer: Any) -> Data:
+    """Training stream and held-out prompts of `config.data`."""
+    data = config.data
+    renderer = prompts.Renderer(
+        tokenizer, data.template, data.system_prompt, enable_thinking=data.enable_thinking
+    )
+    columns = {
+        "data_dir": data.cache_dir or None,
+        "problem": data.problem_column or None,
+        "answer": data.answer_column or None,
+        **data.options.to_dict(),
+    }
+    train, report = datasets.load(data.name, data.path or None, data.split, **columns)
+    held_out, held_out_report = datasets.load(
+        data.eval_name or data.name, data.eval_path or data.path or None, data.eval_split, **columns
+    )
+    stream = prompts.PromptStream(
+        train, renderer, max_length=data.max_prompt_length, seed=config.seed
+    )
+    wanted = [held_out[i] for i in range(min(len(held_out), config.eval.num_problems))]
+    records, _ = prompts.encode(wanted, renderer, max_length=data.max_prompt_length)
+    if not records:
+        raise datasets.DataError(
+            f"no held-out prompt of {held_out_report.source} fits data.max_prompt_length="
+            f"{data.max_prompt_length} tokens"
+        )
+    return Data(stream, records, (report, held_out_report), renderer.hash)
+
+
+def _scoring(config, model):
+    return Scoring(
+        model=model.config,
+        temperature=config.rollout.temperature,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        attention=config.model.attention,
+        head_chunk_tokens=config.model.head_chunk_tokens,
+    )
+
+
+def _engine(config, model, section):
+    return Engine(
+        model.config,
+        Sampling(
+            max_response_length=config.rollout.max_response_length,
+            stop_token_ids=model.stop_token_ids,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+        ),
+        num_slots=section.num_slots,
+        chunk_length=config.rollout.chunk_length,
+        max_prompt_length=config.data.max_prompt_length,
+        dtype=jnp.dtype(config.model.rollout_dtype),
+    )
+
+
+def memory_estimate(config: ConfigDict, model: DecoderConfig) -> dict[str, int]:
+    """Bytes of the large arrays of a step on one device, by name.
+
+    Activations are those of one micro-batch at its longest: per token and layer about
+    16·D + 3·F + 4·N·H values without remat, D with it. An estimate, not a promise.
+    """
+    sizes = configuration.batch_arithmetic(config)
+    width = {"float32": 4, "bfloat16": 2}
+    compute, sampling = width[config.model.dtype], width[config.model.rollout_dtype]
+    params = decoder_weights.num_params(model)
+    tokens = sizes.responses_per_microbatch * sizes.tokens_per_row
+    inside = 16 * model.embed_dim + 3 * model.mlp_dim + 4 * model.num_heads * model.head_dim
+    kept = (
+        model.embed_dim * model.num_layers + inside
+        if config.model.remat
+        else (inside * model.num_layers)
+    )
+    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    return {
+        "master weights (float32)": 4 * params,
+        "Adam moments (float32)": 8 * params,
+        "gradients (float32)": 4 * params,
+        "reference policy": 4 * params if config.objective.kl_coef else 0,
+        "rollout weights": sampling * params if sampling != 4 else 0,
+        "rollout KV cache": sampling * config.rollout.num_slots * sizes.tokens_per_row * cached,
+        "activations of a micro-batch": compute * tokens * kept,
+        "head logits": 8 * config.model.head_chunk_tokens * model.vocab_size,
+    }
+
+
+class Workdir:
+    """A run's folder: refused where it holds another run, locked while in use.
+
+    `run.json` holds the configuration and everything that figures made from the folder depend on.
+    """
+
+    def __init__(self, path: str | os.PathLike, config: ConfigDict, facts: Mapping[str, Any]):
+        self.path = pathlib.Path(path).absolute()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise WorkdirError(f"--workdir={self.path} cannot be written: {error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkdirError(f"--workdir={self.path} is in use by another process") from None
+        self._check_or_write(config, facts)
+
+    def _check_or_write(self, config, facts):
+        manifest = self.path / "run.json"
+        if manifest.exists():
+            try:
+                stored = json.loads(manifest.read_text())
+                old = stored["config"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise WorkdirError(
+                    f"{manifest} is damaged ({error}): delete it to go on with this configuration, "
+                    "or choose another --workdir"
+                ) from error
+            differences = configuration.changes(old, config)
+            differences += [
+                f"{name}: {stored.get(name)!r} in the workdir, {value!r} now"
+                for name, value in facts.items()
+                if stored.get(name) != value
+            ]
+            if differences:
+                raise WorkdirError(
+                    f"--workdir={self.path} holds a run with another configuration:\n"
+                    + "\n".join(f"  - {line}" for line in differences)
+                    + "\nchoose another --workdir, or set these fields back to continue that run"
+                )
+        elif any(p.name != ".lock" for p in self.path.iterdir()):
+            raise WorkdirError(
+                f"--workdir={self.path} is not empty and holds no run of luspo_jax: choose another"
+            )
+        record = {
+            "config": configuration.flat(config),
+            **facts,
+            "packages": {name: _version(name) for name in _PACKAGES},
+        }
+        write_atomically(manifest, json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What a run's numbers depend on beside its configuration; a workdir keeps to one set."""
+    return {
+        "template_hash": run.data.template_hash,
+        "scorers": run.scorer.labels,
+        "datasets": [dataclasses.asdict(report) for report in run.data.reports],
+        "parameters": decoder_weights.num_params(run.model.config),
+    }
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,422 @@
+"""The training loop: RL with verifiable rewards, as the paper tells it.
+
+A rollout step samples a group of responses to each prompt, rewards them, turns rewards into
+advantages inside each group, and takes optimizer steps on the objective. Everything that decides
+the next step is in the checkpoint, so that a run that was killed goes on bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from luspo_jax import evaluate, experience, objectives, optimizer, packing
+from luspo_jax import config as configuration
+from luspo_jax.checkpoint import Checkpointer
+from luspo_jax.evaluate import Evaluation
+from luspo_jax.experience import Rollouts
+from luspo_jax.metrics import MetricsWriter, StepMetrics
+from luspo_jax.models import decoder_weights
+from luspo_jax.prompts import PromptRecord
+from luspo_jax.rollout import Request, Response
+from luspo_jax.run import Run, Workdir
+from luspo_jax.types import TrainBatch, TrainState
+from luspo_jax.update import initial_state, score_rows, update_step
+
+
+class MismatchError(RuntimeError):
+    """Sampler and trainer disagree about the probabilities of sampled tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run came to: held-out results as (steps taken, Evaluation), oldest first."""
+
+    evaluations: list[tuple[int, Evaluation]]
+    export: str | None
+
+    @property
+    def base(self) -> Evaluation:
+        """Before training."""
+        return self.evaluations[0][1]
+
+    @property
+    def final(self) -> Evaluation:
+        """After training."""
+        return self.evaluations[-1][1]
+
+
+def train(run: Run, workdir: Workdir) -> Outcome:
+    """Trains from where the workdir stands to `config.num_steps` rollout steps."""
+    output, num_steps = run.config.output, run.config.num_steps
+    checkpointer = Checkpointer(
+        workdir.path / "checkpoints", keep_latest=output.keep_latest, keep_best=output.keep_best
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(checkpointer))
+        stack.enter_context(run.scorer)
+        state, start, evaluations = begin(run, checkpointer)
+        bar = stack.enter_context(tqdm(total=num_steps, initial=start, unit="step", leave=False))
+        writer = stack.enter_context(contextlib.closing(_writer(run, workdir, bar)))
+        # A run without a checkpoint starts over, whatever an earlier attempt has written.
+        writer.truncate_after(start if evaluations else -1)
+        if not evaluations:
+            evaluations = [(0, held_out(run, state))]
+            writer.write(0, _held_out_metrics(run, evaluations[0][1]))
+        for step in range(start, num_steps):
+            metrics = StepMetrics()
+            state, rollouts, advantages_B = rollout_step(
+                run, state, step, metrics=metrics, check_mismatch=step == start
+            )
+            taken = step + 1
+            measured = None
+            if taken == num_steps or _due(run.config.eval.every, taken):
+                with timed(metrics, "testing"):
+                    measured = held_out(run, state)
+                metrics.update(_held_out_metrics(run, measured))
+                evaluations.append((taken, measured))
+            if _due(output.dump_every, taken):
+                writer.write_rollouts(taken, experience.records(rollouts, advantages_B))
+            writer.write(taken, {"training/global_step": taken, **metrics.result()})
+            if taken == num_steps or _due(output.checkpoint_every, taken):
+                save(run, checkpointer, state, taken, evaluations, measured)
+            bar.update()
+        export = export_policy(run, state, workdir) if output.export else None
+    return Outcome(evaluations, export)
+
+
+def begin(
+    run: Run, checkpointer: Checkpointer
+) -> tuple[TrainState, int, list[tuple[int, Evaluation]]]:
+    """State, steps taken and held-out results: of the latest checkpoint, or of a new run."""
+    state = initial_state(run.initial_params(), run.rule)
+    latest = checkpointer.latest_step()
+    if latest is None:
+        return state, 0, []
+    state, host = checkpointer.restore(latest, state)
+    run.data.stream.set_state(host["stream"])
+    evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
+    return state, latest, evaluations
+
+
+def save(
+    run: Run,
+    checkpointer: Checkpointer,
+    state: TrainState,
+    taken: int,
+    evaluations: list[tuple[int, Evaluation]],
+    measured: Evaluation | None,
+) -> None:
+    """Writes everything that decides the next step; `measured` ranks the checkpoint."""
+    host = {
+        "stream": run.data.stream.get_state(),
+        "evaluations": [(step, dataclasses.asdict(e)) for step, e in evaluations],
+    }
+    checkpointer.save(taken, state, host, metric=measured.accuracy if measured else None)
+
+
+def rollout_step(
+    run: Run, state: TrainState, step: int, *, metrics: StepMetrics, check_mismatch: bool = False
+) -> tuple[TrainState, Rollouts, np.ndarray]:
+    """One rollout step: sample, reward, compare inside groups, update.
+
+    Args:
+      run: what does not change.
+      state: donated.
+      step: rollout steps taken before this one.
+      metrics: receives the step's metrics.
+      check_mismatch: refuse to go on where sampler and trainer disagree.
+
+    Returns:
+      The new state, the responses, and their advantages.
+    """
+    with timed(metrics, "step"):
+        with timed(metrics, "gen"):
+            prompts, responses = sample(run, state.params, step, metrics)
+        with timed(metrics, "reward"):
+            rollouts = experience.scored(
+                prompts,
+                responses,
+                scorer=run.scorer,
+                decode=run.model.decode,
+                max_length=run.config.rollout.max_response_length,
+            )
+        batch = train_batch(run, rollouts)
+        with timed(metrics, "old_log_prob"):
+            batch = with_old_logprobs(run, state, batch, metrics, check_mismatch)
+        with timed(metrics, "ref"):
+            batch = with_ref_logprobs(run, state, batch)
+        with timed(metrics, "adv"):
+            batch = with_advantages(run, rollouts, batch)
+        with timed(metrics, "update_actor"):
+            state = optimize(run, state, batch, step, metrics)
+    metrics.update(experience.metrics(rollouts, batch.advantages_B, correct=run.metric))
+    metrics.update(_speed_metrics(metrics, rollouts))
+    return state, rollouts, batch.advantages_B
+
+
+def sample(
+    run: Run, params: Any, step: int, metrics: StepMetrics
+) -> tuple[list[PromptRecord], list[Response]]:
+    """`prompts_per_step` prompts and `group_size` responses to each."""
+    config = run.config
+    prompts = run.data.stream.next_prompts(config.rollout.prompts_per_step)
+    noise_ids = _noise_ids([prompt.prompt_id for prompt in prompts])
+    responses, stats = run.sampler.generate(
+        sampling_params(params, dtype=config.model.rollout_dtype),
+        [Request(i, prompt.tokens) for i, prompt in zip(noise_ids, prompts, strict=True)],
+        group_size=config.rollout.group_size,
+        seed=config.seed,
+        step=step,
+    )
+    metrics.update(
+        {
+            "rollout/decode_steps": stats.decode_steps,
+            "rollout/prefill_tokens": stats.prefill_tokens,
+            "rollout/prefill_calls": stats.prefill_calls,
+            "rollout/generated_tokens": stats.generated_tokens,
+            "rollout/slot_utilisation": stats.slot_utilisation,
+            "training/epoch": run.data.stream.epoch,
+            "prompts/dropped": run.data.stream.dropped,
+        }
+    )
+    return prompts, responses
+
+
+def train_batch(run: Run, rollouts: Rollouts) -> TrainBatch:
+    """Training rows of the step in NumPy, without advantages and other policies' log-probs."""
+    config = run.config
+    sizes = configuration.batch_arithmetic(config)
+    prompts = [prompt.tokens for prompt in rollouts.prompts]
+    tokens = [response.tokens for response in rollouts.responses]
+    longest = max(len(p) + len(t) for p, t in zip(prompts, tokens, strict=True))
+    length = packing.bucket_length(
+        longest, sizes.tokens_per_row, num_buckets=config.train.num_length_buckets
+    )
+    rows = packing.padded_rows(prompts, tokens, length=length, pad_id=run.model.pad_token_id)
+    sampler_logprobs_BT = packing.place_responses(
+        [response.logprobs for response in rollouts.responses], rows.response_mask_BT
+    )
+    mask_BT = rows.response_mask_BT & rollouts.kept_B[:, None]
+    return TrainBatch(
+        rows=dataclasses.replace(rows, response_mask_BT=mask_BT),
+        advantages_B=np.zeros(len(tokens), np.float32),
+        group_ids_B=rollouts.group_ids_B,
+        old_logprobs_BT=None,
+        old_entropy_BT=None,
+        ref_logprobs_BT=None,
+        sampler_logprobs_BT=sampler_logprobs_BT,
+    )
+
+
+def with_old_logprobs(
+    run: Run, state: TrainState, batch: TrainBatch, metrics: StepMetrics, check_mismatch: bool
+) -> TrainBatch:
+    """Adds log-probs of the policy that starts the step, where the step needs them.
+
+    A step of one update does not: its first forward pass is that policy's.
+    """
+    objective = run.rule.objective
+    sizes = configuration.batch_arithmetic(run.config)
+    ranks_entropy = objective.top_entropy_quantile < 1
+    needed = sizes.updates_per_step > 1 or ranks_entropy or _kl_in_reward(objective)
+    if not (needed or check_mismatch):
+        return batch
+    logprobs_BT, entropy_BT = map(np.asarray, _score(run, state.params, batch))
+    mask_BT = batch.rows.response_mask_BT
+    gap = float(np.max(np.abs(logprobs_BT - batch.sampler_logprobs_BT)[mask_BT], initial=0.0))
+    metrics.add("rollout_corr/max_abs_diff", gap)
+    limit = run.config.rollout.mismatch_limit
+    if check_mismatch and not gap <= limit:
+        raise MismatchError(
+            f"sampler and trainer log-probs of the same tokens differ by up to {gap:.3g} nats at "
+            f"the first step, more than rollout.mismatch_limit={limit:g}: with float32 this means "
+            "a fault, with bfloat16 raise the limit to about 0.3 or use model.rollout_dtype=float32"
+        )
+    if not needed:
+        return batch
+    return dataclasses.replace(
+        batch,
+        old_logprobs_BT=logprobs_BT,
+        old_entropy_BT=entropy_BT if ranks_entropy else None,
+    )
+
+
+def with_ref_logprobs(run: Run, state: TrainState, batch: TrainBatch) -> TrainBatch:
+    """Adds log-probs of the reference policy, where the objective has a KL term."""
+    if state.ref_params is None:
+        return batch
+    logprobs_BT, _ = _score(run, state.ref_params, batch)
+    return dataclasses.replace(batch, ref_logprobs_BT=np.asarray(logprobs_BT))
+
+
+def with_advantages(run: Run, rollouts: Rollouts, batch: TrainBatch) -> TrainBatch:
+    """Adds advantages, formed inside each group of responses to one prompt."""
+    objective, rewards_B = run.rule.objective, rollouts.rewards_B
+    if _kl_in_reward(objective):
+        rewards_B = rewards_B + np.asarray(
+            objectives.reward_adjustment(
+                batch.old_logprobs_BT,
+                batch.ref_logprobs_BT,
+                batch.rows.response_mask_BT,
+                kl_coef=objective.kl_coef,
+                kl_estimator=objective.kl_estimator,
+            )
+        )
+    lengths_B = np.where(rollouts.kept_B, rollouts.lengths_B, 0)
+    advantages_B = objectives.advantages(objective, rewards_B, rollouts.group_ids_B, lengths_B)
+    return dataclasses.replace(batch, advantages_B=np.asarray(advantages_B, np.float32))
+
+
+def optimize(
+    run: Run, state: TrainState, batch: TrainBatch, step: int, metrics: StepMetrics
+) -> TrainState:
+    """Takes the step's optimizer steps: `num_epochs` passes, `num_minibatches` each."""
+    settings = run.config.train
+    rate = optimizer.learning_rate(
+        step, peak=settings.learning_rate, warmup_steps=settings.warmup_steps
+    )
+    taken = []
+    for epoch in range(settings.num_epochs):
+        for rows in _minibatches(run, batch.group_ids_B, step, epoch):
+            minibatch = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+            state, measured = update_step(state, minibatch, np.float32(rate), rule=run.rule)
+            taken.append(measured)
+    # Summed over all updates before any division, so that ratios of sums stay right.
+    total = jax.tree.map(lambda *xs: np.sum(np.asarray(xs, np.float64)), *jax.device_get(taken))
+    skipped = total.pop("actor/skipped_updates")[0]
+    metrics.update({name: float(x) for name, x in objectives.metric_means(total).items()})
+    metrics.update({"actor/lr": rate, "actor/skipped_updates": skipped})
+    return state
+
+
+def sampling_params(params: Any, *, dtype: str) -> Any:
+    """Weights as the sampler uses them, cast where its dtype differs from the master weights'."""
+    if dtype == "float32":
+        return params
+    return _cast(params, jnp.dtype(dtype).name)
+
+
+def held_out(run: Run, state: TrainState) -> Evaluation:
+    """Accuracy and length on the held-out problems; every call faces the same noise."""
+    config = run.config
+    return evaluate.evaluate(
+        run.held_out_sampler,
+        sampling_params(state.params, dtype=config.model.rollout_dtype),
+        run.data.held_out,
+        run.scorer,
+        decode=run.model.decode,
+        metric=run.metric,
+        num_samples=config.eval.num_samples,
+        seed=config.eval.seed,
+    )
+
+
+def export_policy(run: Run, state: TrainState, workdir: Workdir) -> str:
+    """Writes the policy as a Hugging Face folder in the workdir."""
+    folder = workdir.path / "export"
+    source = None if run.config.model.overrides else run.model.folder
+    decoder_weights.export(
+        folder, jax.device_get(state.params), run.model.config, source=source, overwrite=True
+    )
+    if source is None:
+        run.model.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def timed(metrics: StepMetrics, phase: str) -> Iterator[None]:
+    """Adds the seconds inside to `timing_s/{phase}`."""
+    started = time.perf_counter()
+    yield
+    metrics.add(f"timing_s/{phase}", time.perf_counter() - started)
+
+
+def _cast_all(params, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+_cast = jax.jit(_cast_all, static_argnums=1)
+
+
+def _score(run, params, batch):
+    sizes = configuration.batch_arithmetic(run.config)
+    parts = sizes.responses_per_step // sizes.responses_per_microbatch
+    return score_rows(params, batch.rows, scoring=run.rule.scoring, num_microbatches=parts)
+
+
+def _kl_in_reward(objective):
+    return objective.kl_coef > 0 and objective.kl_placement == "reward"
+
+
+def _due(every: int, taken: int) -> bool:
+    return every > 0 and taken % every == 0
+
+
+def _noise_ids(prompt_ids: Sequence[int]) -> list[int]:
+    """Ids that key the sampling noise: the prompt's own, or another one where a small dataset
+    brings a prompt twice in one step, so that its groups differ."""
+    seen: dict[int, int] = {}
+    stride = max(prompt_ids) + 1
+    ids = []
+    for prompt_id in prompt_ids:
+        occurrence = seen.get(prompt_id, 0)
+        seen[prompt_id] = occurrence + 1
+        ids.append(prompt_id + occurrence * stride)
+    return ids
+
+
+def _minibatches(run, group_ids_B, step, epoch) -> Iterator[np.ndarray]:
+    """Rows of each minibatch: whole groups, in sampled order first and shuffled in later passes."""
+    groups = np.unique(group_ids_B)
+    if epoch:
+        groups = np.random.default_rng([run.config.seed, step, epoch]).permutation(groups)
+    for part in np.split(groups, run.config.train.num_minibatches):
+        yield np.concatenate([np.flatnonzero(group_ids_B == group) for group in part])
+
+
+def _writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter:
+    output = run.config.output
+    return MetricsWriter(
+        workdir.path,
+        tensorboard=output.tensorboard,
+        wandb_project=output.wandb_project,
+        config=configuration.flat(run.config),
+        num_steps=run.config.num_steps,
+        console=bar.write,
+    )
+
+
+def _speed_metrics(metrics: StepMetrics, rollouts: Rollouts) -> dict[str, float]:
+    seconds = metrics.result()["timing_s/step"]
+    tokens = int(rollouts.lengths_B.sum()) + sum(len(p.tokens) for p in rollouts.prompts)
+    return {
+        "perf/total_num_tokens": tokens,
+        "perf/time_per_step": seconds,
+        "perf/throughput": tokens / seconds / jax.device_count(),
+        "perf/max_memory_allocated_gb": _peak_memory() / 1e9,
+    }
+
+
+def _peak_memory() -> int:
+    """Bytes: of the accelerator where it keeps count, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _held_out_metrics(run: Run, measured: Evaluation) -> dict[str, float]:
+    name = run.config.data.eval_name or run.config.data.name
+    return {
+        f"val-core/{name}/acc/mean@{measured.num_samples}": measured.accuracy,
+        f"val-aux/{name}/response_length/mean": measured.mean_length,
+        f"val-aux/{name}/response_length/clip_ratio": measured.truncated,
+    }

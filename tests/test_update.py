@@ -1,0 +1,202 @@
+"""One optimizer step: what it must not depend on, and what it does with a broken gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from luspo_jax import objectives, optimizer, packing, update
+from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.models import decoder
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.types import TrainBatch
+
+MODEL = DecoderConfig(
+    model_type="qwen3",
+    vocab_size=19,
+    num_layers=2,
+    embed_dim=16,
+    mlp_dim=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    qkv_bias=False,
+    qk_norm=True,
+    tie_embeddings=True,
+    max_position=64,
+)
+# With b1 = 0 the first moment is the gradient itself, exactly: that is what is compared.
+PLAIN = optimizer.adamw(b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0)
+SCORING = Scoring(MODEL, head_chunk_tokens=16)
+PRESETS = ["luspo", "gspo", "grpo", "dapo", "dr_grpo", "gspo_token"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return decoder.init_params(jax.random.key(0), MODEL)
+
+
+def _batch(length=14, seed=0, order=None):
+    """Eight responses in two groups, with old, reference and sampler log-probs."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(1, 19, size=rng.integers(1, 4)) for _ in range(8)]
+    responses = [rng.integers(1, 19, size=rng.integers(1, 9)) for _ in range(8)]
+    noise = [rng.normal(size=(3, len(r))) for r in responses]
+    advantages, groups = rng.normal(size=8), np.repeat([4, 9], 4)
+    order = np.arange(8) if order is None else order
+    rows = packing.padded_rows(
+        [prompts[i] for i in order], [responses[i] for i in order], length=length, pad_id=0
+    )
+
+    def placed(kind):
+        values = [-2.9 + 0.3 * noise[i][kind] for i in order]
+        return packing.place_responses(values, rows.response_mask_BT)
+
+    return TrainBatch(
+        rows=rows,
+        advantages_B=advantages[order].astype(np.float32),
+        group_ids_B=groups[order].astype(np.int32),
+        old_logprobs_BT=placed(0),
+        old_entropy_BT=None,
+        ref_logprobs_BT=placed(1),
+        sampler_logprobs_BT=placed(2),
+    )
+
+
+def _rule(name="luspo", num_microbatches=1, max_grad_norm=0.0, **fields):
+    # Wide clips and a KL term, so that every part of the loss carries gradient.
+    wide = {"clip_low": 0.9, "clip_high": 0.9, "kl_coef": 0.1} | fields
+    return update.UpdateRule(
+        SCORING, objectives.preset(name, **wide), PLAIN, num_microbatches, max_grad_norm
+    )
+
+
+def _step(params, batch, rule):
+    state = update.initial_state(params, rule)
+    new, metrics = update.update_step(state, batch, np.float32(1.0), rule=rule)
+    return jax.device_get((new.opt_state[0].mu, metrics))
+
+
+def _assert_same(got, expected, tolerance=1e-6):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        scale = max(np.abs(b).max(), 1e-12)
+        assert np.abs(a - b).max() <= tolerance * scale, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_step_does_not_depend_on_microbatches_padding_or_row_order(params, name):
+    expected, metrics = _step(params, _batch(), _rule(name))
+    order = np.random.default_rng(5).permutation(8)
+    variants = {
+        "micro-batches": (_batch(), _rule(name, num_microbatches=4)),
+        "padding": (_batch(length=19), _rule(name)),
+        "row order": (_batch(order=order), _rule(name)),
+        "all": (_batch(length=17, order=order), _rule(name, num_microbatches=2)),
+    }
+    for batch, rule in variants.values():
+        got, got_metrics = _step(params, batch, rule)
+        _assert_same(got, expected)
+        for key, (total, count) in metrics.items():
+            np.testing.assert_allclose(got_metrics[key][0], total, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(got_metrics[key][1], count, rtol=1e-6)
+
+
+def test_gradient_is_that_of_the_loss_over_whole_rows(params):
+    """Against autodiff through the model with log_softmax over whole logits."""
+    batch, rule = _batch(), _rule("luspo")
+    mask, tokens = batch.rows.response_mask_BT, batch.rows.tokens_BT
+    lengths = mask.sum(1)
+
+    def whole(params):
+        hidden = decoder.hidden_states(
+            params, tokens, batch.rows.positions_BT, batch.rows.segment_ids_BT, config=MODEL
+        )
+        logp = jax.nn.log_softmax(hidden @ decoder.head_kernel(params).T)[:, :-1]
+        logp = jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0]
+        logp = jnp.where(mask, jnp.pad(logp, ((0, 0), (1, 0))), 0.0)
+        log_s = jnp.sum(jnp.where(mask, logp - batch.old_logprobs_BT, 0.0), 1) / lengths
+        s = jnp.exp(log_s)
+        policy = -jnp.minimum(s * batch.advantages_B, jnp.clip(s, 0.1, 1.9) * batch.advantages_B)
+        d = jnp.where(mask, batch.ref_logprobs_BT - logp, 0.0)
+        kl = jnp.sum(jnp.where(mask, jnp.exp(d) - d - 1, 0.0), 1)
+        return jnp.mean(policy * lengths + 0.1 * kl)
+
+    value, grads = jax.value_and_grad(whole)(params)
+    got, metrics = _step(params, batch, rule)
+    # Another program in float32: what cancels in a gradient leaves 1e-4 of its largest entry.
+    _assert_same(got, jax.device_get(grads), 1e-4)
+    assert np.isfinite(value)
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(metrics["actor/grad_norm"][0], norm, rtol=1e-5)
+
+
+def test_other_tokens_than_scored_ones_do_not_matter(params):
+    batch = _batch()
+    expected, _ = _step(params, batch, _rule())
+    junk = np.where(batch.rows.segment_ids_BT == 0, 7, batch.rows.tokens_BT).astype(np.int32)
+    changed = dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, tokens_BT=junk))
+    got, _ = _step(params, changed, _rule())
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_old_logprobs_may_be_left_out_on_policy(params):
+    batch = _batch()
+    logprobs_BT, _ = token_logprobs(params, batch.rows, scoring=SCORING)
+    given = dataclasses.replace(batch, old_logprobs_BT=np.asarray(logprobs_BT))
+    left_out = dataclasses.replace(batch, old_logprobs_BT=None)
+    _assert_same(_step(params, left_out, _rule())[0], _step(params, given, _rule())[0], 1e-6)
+
+
+def test_scores_do_not_depend_on_microbatches(params):
+    rows = _batch().rows
+    one, two = (
+        update.score_rows(params, rows, scoring=SCORING, num_microbatches=n) for n in (1, 4)
+    )
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_non_finite_gradient_changes_nothing_but_the_count(params):
+    batch = _batch()
+    broken = np.array(batch.advantages_B)
+    broken[2] = np.nan
+    rule = _rule()
+    state = update.initial_state(params, rule)
+    before = jax.device_get((state.params, state.opt_state))
+    new, metrics = update.update_step(
+        state, dataclasses.replace(batch, advantages_B=broken), np.float32(1.0), rule=rule
+    )
+    jax.tree.map(np.testing.assert_array_equal, (new.params, new.opt_state), before)
+    assert int(new.skipped_updates) == 1
+    assert float(metrics["actor/skipped_updates"][0]) == 1
+
+
+def test_gradient_clipping_and_its_rate(params):
+    _, free = _step(params, _batch(), _rule())
+    norm = float(free["actor/grad_norm"][0])
+    _, tight = _step(params, _batch(), _rule(max_grad_norm=norm / 2))
+    assert float(tight["actor/grad_clip_rate"][0]) == 1
+    np.testing.assert_allclose(tight["actor/grad_norm"][0], norm, rtol=1e-6)
+    _, wide = _step(params, _batch(), _rule(max_grad_norm=norm * 2))
+    assert float(wide["actor/grad_clip_rate"][0]) == 0
+
+
+def test_batch_without_any_response_token_takes_a_zero_step(params):
+    batch = _batch()
+    rows = dataclasses.replace(
+        batch.rows, response_mask_BT=np.zeros_like(batch.rows.response_mask_BT)
+    )
+    grads, metrics = _step(params, dataclasses.replace(batch, rows=rows), _rule())
+    assert all(np.all(g == 0) for g in jax.tree.leaves(grads))
+    assert all(np.isfinite(x) for pair in metrics.values() for x in pair)
+
+
+def test_microbatches_that_do_not_divide_are_named(params):
+    with pytest.raises(ValueError, match="num_microbatches=3"):
+        _step(params, _batch(), _rule(num_microbatches=3))
