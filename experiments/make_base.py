@@ -38,11 +38,11 @@ LAYERS = flags.DEFINE_integer("num_layers", 3, "Decoder layers.")
 EMBED = flags.DEFINE_integer("embed_dim", 64, "Width; a head is a quarter of it.")
 MLP = flags.DEFINE_integer("mlp_dim", 128, "Width of the MLP.")
 
-CHAIN_STEPS = flags.DEFINE_integer("chain_steps", 600, "Most steps on plain full demonstrations.")
+CHAIN_STEPS = flags.DEFINE_integer("chain_steps", 800, "Most steps on plain full demonstrations.")
 CHAIN_LOSS = flags.DEFINE_float("chain_loss", 0.02, "Loss at which they have been learnt.")
-MIXTURE_STEPS = flags.DEFINE_integer("mixture_steps", 250, "Steps on the mixture of styles.")
-ROWS = flags.DEFINE_integer("rows_per_step", 128, "Demonstrations in a step.")
-RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak rate of Adam.")
+MIXTURE_STEPS = flags.DEFINE_integer("mixture_steps", 400, "Steps on the mixture of styles.")
+ROWS = flags.DEFINE_integer("rows_per_step", 64, "Demonstrations in a step.")
+RATE = flags.DEFINE_float("learning_rate", 5e-3, "Peak rate of Adam.")
 RESULT_WEIGHT = flags.DEFINE_float("result_weight", 6.0, "Loss weight of a computed digit.")
 
 DIRECT = flags.DEFINE_float("direct", 0.4, "label_sums: share of answers without a trace.")
@@ -131,7 +131,7 @@ def demonstrations(problems, tokenizer, rng, *, plain):
     chosen = [problems[int(i)] for i in rng.integers(len(problems), size=ROWS.value)]
     prompt_ids = [tokenizer.encode(example.problem) for example in chosen]
     response_ids = [
-        tokenizer.encode(demonstrate(example, rng, plain=plain)) + [char_tokenizer.END_ID]
+        [*tokenizer.encode(demonstrate(example, rng, plain=plain)), char_tokenizer.END_ID]
         for example in chosen
     ]
     longest = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
