@@ -6,7 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import flags
+# Before jax or transformers are imported: what they tell about absent devices and libraries is no
+# news, and their warnings about it would push a run's own lines off the screen.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from absl import flags  # noqa: E402
 
 
 def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
@@ -61,10 +66,12 @@ def description(run: Any) -> str:
     shown = {k: v for k, v in fields.items() if v is not None and v != ""}
     lines = [
         *(f"  {name} = {value}" for name, value in shown.items()),
-        f"objective : {run.config.objective.preset}: {run.rule.objective}",
+        f"objective : {_objective(run)}",
         f"device(s) : {jax.device_count()} × {jax.devices()[0].device_kind}",
         f"model     : {run.model.folder.name}, {decoder_weights.num_params(model):,} parameters",
-        *(f"data      : {report}" for report in run.data.reports),
+        f"training  : {run.data.reports[0]}",
+        f"held out  : {run.data.reports[1]}"
+        + (" — THE TRAINING SET ITSELF" if run.data.reports[0] == run.data.reports[1] else ""),
         f"prompts   : {len(run.data.stream):,} to train on ({run.data.stream.dropped:,} dropped as "
         f"longer than {run.config.data.max_prompt_length} tokens), {len(run.data.held_out):,} held "
         f"out; template {run.data.template_hash}",
@@ -74,6 +81,19 @@ def description(run: Any) -> str:
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size),
     ]
     return "\n".join(["configuration", *lines])
+
+
+def _objective(run: Any) -> str:
+    """The preset, its axes, and the hyperparameters that it reads."""
+    from luspo_jax.objectives.presets import used_hyperparameters
+
+    objective = run.rule.objective
+    axes = ("ratio", "surrogate", "length_scale", "aggregation", "advantage")
+    shared = ("kl_coef", "entropy_coef", "correction", "loss_scale")
+    return f"{run.config.objective.preset}: " + ", ".join(
+        f"{name}={getattr(objective, name)}"
+        for name in (*axes, *used_hyperparameters(objective), *shared)
+    )
 
 
 def _is_dry(name: str) -> bool:
@@ -93,13 +113,12 @@ def _unknown_field() -> str | None:
     from luspo_jax import config as configuration
 
     names = configuration.flat(configuration.default_config())
-    free = ("model.overrides.", "data.options.", "reward.parts.", "reward.options.")
     for argument in sys.argv[1:]:
         name = argument.lstrip("-").split("=")[0].removeprefix("no")
         if not name.startswith("config."):
             continue
         field = name.removeprefix("config.")
-        if field not in names and not field.startswith(free):
+        if field not in names and not field.startswith(configuration.OPEN_SECTIONS):
             near = difflib.get_close_matches(field, names, n=1)
             hint = f"; did you mean --config.{near[0]}?" if near else ""
             return f"the configuration has no field {field!r}{hint}"

@@ -1,4 +1,4 @@
-"""Draws reward, length and held-out accuracy of a run: `python -m experiments.plot --workdir=DIR`."""
+"""Draws a run: `python -m experiments.plot --workdir=DIR`."""
 
 import pathlib
 import sys

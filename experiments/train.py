@@ -4,11 +4,7 @@ Any field of the configuration can be set by flag: `--config.rollout.group_size=
 same command again continues the run. `--dry_run` prints what would run, and stops.
 """
 
-import os
 import sys
-
-# Before jax starts: its INFO lines about absent accelerators are no news to anybody.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import flags
 from ml_collections import config_flags

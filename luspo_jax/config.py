@@ -25,6 +25,10 @@ _FREE_TO_CHANGE = (
 )
 
 
+# Sections whose field names are not ours to know.
+OPEN_SECTIONS = ("model.overrides.", "data.options.", "reward.parts.", "reward.options.")
+
+
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names each field and the remedy."""
 
@@ -172,6 +176,24 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
+    """Sets dotted fields, as `flat` gives them.
+
+    Raises:
+      KeyError, TypeError: a field that does not exist, or a value of another type.
+    """
+    for name, value in leaves.items():
+        *sections, last = name.split(".")
+        target = config
+        for section in sections:
+            target = target[section]
+        if name.startswith(OPEN_SECTIONS):
+            with target.unlocked():
+                target[last] = value
+        elif value is not None:
+            target[last] = value
+
+
 def changes(old: Mapping[str, Any], config: ConfigDict) -> list[str]:
     """Fields in which `config` differs from a run's stored (flat) one and may not."""
     new = json.loads(json.dumps(flat(config)))
@@ -238,10 +260,9 @@ def _plain_type(field: dataclasses.Field) -> type:
 
 def _unknown_fields(config: ConfigDict) -> Iterator[str]:
     known = default_config()
-    open_sections = ("model.overrides.", "data.options.", "reward.parts.", "reward.options.")
     names = set(flat(known))
     for name in flat(config):
-        if name not in names and not name.startswith(open_sections):
+        if name not in names and not name.startswith(OPEN_SECTIONS):
             yield f"unknown field {name}: {nearest(name, names)}"
     for name in names - set(flat(config)):
         yield f"missing field {name}: start from luspo_jax.config.default_config()"
@@ -277,8 +298,8 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
     for field in (
         "num_steps", "data.max_prompt_length", "rollout.prompts_per_step", "rollout.group_size",
         "rollout.max_response_length", "rollout.num_slots", "rollout.chunk_length",
-        "train.num_minibatches", "train.num_microbatches", "train.num_epochs", "train.num_length_buckets",
-        "model.head_chunk_tokens", "eval.num_problems", "eval.num_samples", "eval.num_slots",
+        "train.num_minibatches", "train.num_microbatches", "train.num_epochs",
+        "train.num_length_buckets", "model.head_chunk_tokens", "eval.num_problems", "eval.num_samples", "eval.num_slots",
         "output.keep_latest", "reward.num_workers",
     ):  # fmt: skip
         if values[field] < 1:

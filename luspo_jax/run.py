@@ -299,6 +299,24 @@ class Workdir:
         write_atomically(manifest, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
+def stored_config(workdir: str | os.PathLike) -> ConfigDict:
+    """The configuration of the run that a workdir holds.
+
+    Raises:
+      WorkdirError: it holds none, or one that this version cannot read.
+    """
+    manifest = pathlib.Path(workdir) / "run.json"
+    if not manifest.is_file():
+        raise WorkdirError(f"{workdir} holds no run: there is no {manifest.name} in it")
+    stored = json.loads(manifest.read_text())["config"]
+    config = configuration.default_config()
+    try:
+        configuration.assign(config, stored)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WorkdirError(f"{manifest} does not fit this version: {error}") from error
+    return config
+
+
 def facts(run: Run) -> dict[str, Any]:
     """What a run's numbers depend on beside its configuration; a workdir keeps to one set."""
     return {

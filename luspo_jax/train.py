@@ -7,6 +7,7 @@ the next step is in the checkpoint, so that a run that was killed goes on bit fo
 
 import contextlib
 import dataclasses
+import pathlib
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from luspo_jax import evaluate, experience, objectives, optimizer, packing
 from luspo_jax import config as configuration
+from luspo_jax import evaluate, experience, objectives, optimizer, packing
 from luspo_jax.checkpoint import Checkpointer
 from luspo_jax.evaluate import Evaluation
 from luspo_jax.experience import Rollouts
@@ -40,7 +41,7 @@ class Outcome:
     """What a run came to: held-out results as (steps taken, Evaluation), oldest first."""
 
     evaluations: list[tuple[int, Evaluation]]
-    export: str | None
+    export: pathlib.Path | None
 
     @property
     def base(self) -> Evaluation:
@@ -88,7 +89,9 @@ def train(run: Run, workdir: Workdir) -> Outcome:
             if taken == num_steps or _due(output.checkpoint_every, taken):
                 save(run, checkpointer, state, taken, evaluations, measured)
             bar.update()
-        export = export_policy(run, state, workdir) if output.export else None
+        export = workdir.path / "export" if output.export else None
+        if export is not None:
+            export_policy(run, state, export)
     return Outcome(evaluations, export)
 
 
@@ -96,7 +99,7 @@ def begin(
     run: Run, checkpointer: Checkpointer
 ) -> tuple[TrainState, int, list[tuple[int, Evaluation]]]:
     """State, steps taken and held-out results: of the latest checkpoint, or of a new run."""
-    state = initial_state(run.initial_params(), run.rule)
+    state = begin_state(run)
     latest = checkpointer.latest_step()
     if latest is None:
         return state, 0, []
@@ -104,6 +107,11 @@ def begin(
     run.data.stream.set_state(host["stream"])
     evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
     return state, latest, evaluations
+
+
+def begin_state(run: Run) -> TrainState:
+    """The state of a run that has taken no step."""
+    return initial_state(run.initial_params(), run.rule)
 
 
 def save(
@@ -319,16 +327,21 @@ def held_out(run: Run, state: TrainState) -> Evaluation:
     )
 
 
-def export_policy(run: Run, state: TrainState, workdir: Workdir) -> str:
-    """Writes the policy as a Hugging Face folder in the workdir."""
-    folder = workdir.path / "export"
+def export_policy(
+    run: Run, state: TrainState, folder: pathlib.Path, *, dtype: str = "float32"
+) -> None:
+    """Writes the policy as a folder that `transformers` loads."""
     source = None if run.config.model.overrides else run.model.folder
     decoder_weights.export(
-        folder, jax.device_get(state.params), run.model.config, source=source, overwrite=True
+        folder,
+        jax.device_get(state.params),
+        run.model.config,
+        source=source,
+        dtype=dtype,
+        overwrite=True,
     )
     if source is None:
         run.model.tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,61 @@
+"""The rules of the house that a tool can check."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    p for folder in ("luspo_jax", "experiments", "configs") for p in (ROOT / folder).rglob("*.py")
+)
+
+
+def _tool(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_imports_point_one_way():
+    ran = _tool("-c", "from importlinter.cli import lint_imports_command as c; c()")
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")])
+def test_ruff(command):
+    ran = _tool("-m", "ruff", *command, ".")
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
+
+
+def test_only_sharding_says_partition_spec():
+    users = [p.name for p in SOURCES if "PartitionSpec" in p.read_text()]
+    assert set(users) <= {"sharding.py"}
+
+
+def test_files_stay_readable():
+    long = [str(p) for p in SOURCES if p.read_text().count("\n") > 500]
+    assert not long
+
+
+def test_importing_reaches_no_network_and_starts_no_device():
+    """Importing the package must not initialise jax's backends."""
+    code = (
+        "import luspo_jax.train, luspo_jax.run, jax; "
+        "from jax._src import xla_bridge; assert not xla_bridge._backends, 'a backend was started'"
+    )
+    ran = _tool("-c", code)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_nothing_names_a_machine():
+    """No file that is committed carries an absolute path of the machine it was written on."""
+    pattern = re.compile(r"/(?:work|home|root|Users)/[a-z]")
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.md", "*.toml", "*.ipynb"],
+        cwd=ROOT, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    named = [f for f in tracked if (ROOT / f).is_file() and pattern.search((ROOT / f).read_text())]
+    assert not named
