@@ -11,7 +11,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from absl import flags  # noqa: E402
+from absl import flags
 
 
 def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:

@@ -299,8 +299,8 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
         "num_steps", "data.max_prompt_length", "rollout.prompts_per_step", "rollout.group_size",
         "rollout.max_response_length", "rollout.num_slots", "rollout.chunk_length",
         "train.num_minibatches", "train.num_microbatches", "train.num_epochs",
-        "train.num_length_buckets", "model.head_chunk_tokens", "eval.num_problems", "eval.num_samples", "eval.num_slots",
-        "output.keep_latest", "reward.num_workers",
+        "train.num_length_buckets", "model.head_chunk_tokens", "eval.num_problems",
+        "eval.num_samples", "eval.num_slots", "output.keep_latest", "reward.num_workers",
     ):  # fmt: skip
         if values[field] < 1:
             yield f"{field}={values[field]} must be at least 1"
