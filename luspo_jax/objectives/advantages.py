@@ -9,21 +9,21 @@ rounding leaves of R − mean. R_i reward, m and σ mean and unbiased standard d
 import jax
 import jax.numpy as jnp
 
-from luspo_jax.objectives.groups import group_index, group_is_constant, group_mean, group_sum
+from luspo_jax.objectives.groups import group_is_constant, group_mean, group_sum
 
 
 def _centred(
-    rewards_B: jax.Array, baseline_B: jax.Array, present_B: jax.Array, index_B: jax.Array
+    rewards_B: jax.Array, baseline_B: jax.Array, group_ids_B: jax.Array, present_B: jax.Array
 ) -> jax.Array:
-    flat_B = group_is_constant(rewards_B, present_B, index_B) | ~present_B
+    flat_B = group_is_constant(rewards_B, group_ids_B, present_B) | ~present_B
     return jnp.where(flat_B, 0, rewards_B - baseline_B)
 
 
 def none(rewards_B: jax.Array, lengths_B: jax.Array, group_ids_B: jax.Array) -> jax.Array:
     """A = R − m: the group mean and no scaling (Dr.GRPO, arXiv 2503.20783; MiniRL, 2512.01374)."""
-    present_B, index_B = lengths_B > 0, group_index(group_ids_B)
-    mean_B = group_mean(rewards_B, present_B, index_B)
-    return _centred(rewards_B, mean_B, present_B, index_B)
+    present_B = lengths_B > 0
+    mean_B = group_mean(rewards_B, group_ids_B, present_B)
+    return _centred(rewards_B, mean_B, group_ids_B, present_B)
 
 
 def group_std(
@@ -37,10 +37,10 @@ def group_std(
 
     ε is 1e-6 in verl and 1e-4 in TRL.
     """
-    present_B, index_B = lengths_B > 0, group_index(group_ids_B)
+    present_B = lengths_B > 0
     centred_B = none(rewards_B, lengths_B, group_ids_B)
-    count_B = group_sum(present_B.astype(rewards_B.dtype), index_B)
-    variance_B = group_sum(centred_B**2, index_B) / jnp.maximum(count_B - 1, 1)
+    count_B = group_sum(jnp.ones_like(rewards_B), group_ids_B, present_B)
+    variance_B = group_sum(centred_B**2, group_ids_B, present_B) / jnp.maximum(count_B - 1, 1)
     return centred_B / (jnp.sqrt(variance_B) + advantage_epsilon)
 
 
@@ -62,7 +62,7 @@ def batch_std(
 
 def rloo(rewards_B: jax.Array, lengths_B: jax.Array, group_ids_B: jax.Array) -> jax.Array:
     """A = G/(G−1) · (R − m): each response against the mean of the others (arXiv 2402.14740)."""
-    count_B = group_sum((lengths_B > 0).astype(rewards_B.dtype), group_index(group_ids_B))
+    count_B = group_sum(jnp.ones_like(rewards_B), group_ids_B, lengths_B > 0)
     scale_B = count_B / jnp.maximum(count_B - 1, 1)
     return scale_B * none(rewards_B, lengths_B, group_ids_B)
 
@@ -79,9 +79,8 @@ def maxrl(
     For rewards ≥ 0. A group whose mean is not positive gets 0, so that a penalty below zero
     cannot turn the sign of the update.
     """
-    present_B, index_B = lengths_B > 0, group_index(group_ids_B)
-    mean_B = group_mean(rewards_B, present_B, index_B)
-    centred_B = _centred(rewards_B, mean_B, present_B, index_B)
+    mean_B = group_mean(rewards_B, group_ids_B, lengths_B > 0)
+    centred_B = none(rewards_B, lengths_B, group_ids_B)
     positive_B = mean_B > 0
     return jnp.where(
         positive_B, centred_B / jnp.where(positive_B, mean_B + advantage_epsilon, 1), 0
@@ -90,10 +89,10 @@ def maxrl(
 
 def opo(rewards_B: jax.Array, lengths_B: jax.Array, group_ids_B: jax.Array) -> jax.Array:
     """A = R − ΣL_jR_j/ΣL_j: the best baseline for a token-sum loss (OPO, arXiv 2505.23585)."""
-    present_B, index_B = lengths_B > 0, group_index(group_ids_B)
-    weighted_B = group_sum(jnp.where(present_B, lengths_B * rewards_B, 0), index_B)
-    baseline_B = weighted_B / jnp.maximum(group_sum(lengths_B, index_B), 1)
-    return _centred(rewards_B, baseline_B, present_B, index_B)
+    present_B = lengths_B > 0
+    weighted_B = group_sum(lengths_B * rewards_B, group_ids_B, present_B)
+    tokens_B = group_sum(lengths_B, group_ids_B, present_B)
+    return _centred(rewards_B, weighted_B / jnp.maximum(tokens_B, 1), group_ids_B, present_B)
 
 
 def reinforce_pp_baseline(

@@ -9,7 +9,7 @@ The loss of row i becomes w_i · (1/L_i) Σ_t l_it, so w = L is a plain sum over
 import jax
 import jax.numpy as jnp
 
-from luspo_jax.objectives.groups import group_index, group_mean
+from luspo_jax.objectives.groups import group_mean
 
 
 def _batch_mean(values_B: jax.Array, lengths_B: jax.Array) -> jax.Array:
@@ -45,7 +45,7 @@ def capped(lengths_B: jax.Array, *, length_cap: float) -> jax.Array:
 
 def relative_group(lengths_B: jax.Array, group_ids_B: jax.Array) -> jax.Array:
     """w = L / mean of L over the prompt's responses: LUSPO within a group, mean 1 (ours)."""
-    mean_B = group_mean(lengths_B, lengths_B > 0, group_index(group_ids_B))
+    mean_B = group_mean(lengths_B, group_ids_B, lengths_B > 0)
     return lengths_B / jnp.maximum(mean_B, 1)
 
 

@@ -292,12 +292,26 @@ def hyperparameters(function: Callable) -> tuple[str, ...]:
     return _signature(function)[1]
 
 
-def call(function: Callable, objective: Objective, **arrays):
-    """Call a function of an axis with the arrays it names and the objective's hyperparameters.
+def bind(function: Callable, objective: Objective) -> Callable:
+    """The function with the objective's hyperparameters, called with any arrays by name.
 
-    A hyperparameter that `Objective` lacks takes the function's own default, so that a new entry
-    works before it has a field.
+    It takes those it names. A hyperparameter that `Objective` lacks keeps the function's own
+    default, so that a new entry works before it has a field. Two objectives that agree on what the
+    function reads get the same object, and so one compilation.
     """
-    names, settings = _signature(function)
-    chosen = {name: getattr(objective, name) for name in settings if hasattr(objective, name)}
-    return function(*(arrays[name] for name in names), **chosen)
+    chosen = tuple(
+        (name, getattr(objective, name))
+        for name in hyperparameters(function)
+        if hasattr(objective, name)
+    )
+    return _bound(function, chosen)
+
+
+@functools.cache
+def _bound(function: Callable, chosen: tuple[tuple[str, Any], ...]) -> Callable:
+    names, _ = _signature(function)
+
+    def bound(**arrays):
+        return function(*(arrays[name] for name in names), **dict(chosen))
+
+    return bound

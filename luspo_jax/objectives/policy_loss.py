@@ -6,6 +6,7 @@ gradient there is exactly 0. Arithmetic is in float32, or float64 where log-prob
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from luspo_jax.objectives.advantages import ADVANTAGES
 from luspo_jax.objectives.aggregation import AGGREGATIONS
 from luspo_jax.objectives.kl import token_kl
 from luspo_jax.objectives.length_scales import LENGTH_SCALES
-from luspo_jax.objectives.objective import Objective, call
+from luspo_jax.objectives.objective import Objective, bind
 from luspo_jax.objectives.ratios import RATIOS, bounded, row_mean
 from luspo_jax.objectives.surrogates import SURROGATES, Surrogate
 
@@ -82,12 +83,15 @@ def advantages(
       ValueError: shapes that differ.
     """
     _require_rows(rewards_B=rewards_B, group_ids_B=group_ids_B, lengths_B=lengths_B)
+    function = bind(ADVANTAGES[objective.advantage], objective)
+    return _advantages(function, rewards_B, group_ids_B, lengths_B)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _advantages(function, rewards_B, group_ids_B, lengths_B):
     lengths_B = _real(lengths_B)
     rewards_B = jnp.where(lengths_B > 0, _real(rewards_B).astype(lengths_B.dtype), 0)
-    function = ADVANTAGES[objective.advantage]
-    result_B = call(
-        function, objective, rewards_B=rewards_B, lengths_B=lengths_B, group_ids_B=group_ids_B
-    )
+    result_B = function(rewards_B=rewards_B, lengths_B=lengths_B, group_ids_B=group_ids_B)
     return jax.lax.stop_gradient(result_B)
 
 
@@ -98,8 +102,13 @@ def length_scales(objective: Objective, lengths_B: jax.Array, group_ids_B: jax.A
       ValueError: shapes that differ.
     """
     _require_rows(lengths_B=lengths_B, group_ids_B=group_ids_B)
-    function = LENGTH_SCALES[objective.length_scale]
-    scale_B = call(function, objective, lengths_B=_real(lengths_B), group_ids_B=group_ids_B)
+    function = bind(LENGTH_SCALES[objective.length_scale], objective)
+    return _length_scales(function, lengths_B, group_ids_B)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _length_scales(function, lengths_B, group_ids_B):
+    scale_B = function(lengths_B=_real(lengths_B), group_ids_B=group_ids_B)
     return jax.lax.stop_gradient(scale_B)
 
 
@@ -131,21 +140,30 @@ def denominators(
       ValueError: a mask that is not bool, or entropies missing.
     """
     _require_mask(response_mask_BT)
-    lengths_B = _real(response_mask_BT.sum(axis=1, dtype=jnp.int32))
-    _, policy = call(AGGREGATIONS[objective.aggregation], objective, lengths_B=lengths_B)
     threshold = None
     if objective.top_entropy_quantile < 1:
         if entropy_BT is None:
             raise ValueError("entropy_BT is missing: Objective.top_entropy_quantile < 1 needs it.")
-        threshold = correction_functions.entropy_threshold(
-            _real(entropy_BT),
-            response_mask_BT,
-            top_entropy_quantile=objective.top_entropy_quantile,
-        )
+        threshold = _entropy_threshold(objective.top_entropy_quantile, entropy_BT, response_mask_BT)
+    counts = _counts(bind(AGGREGATIONS[objective.aggregation], objective), response_mask_BT)
+    return Denominators(*counts, threshold)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _counts(function, response_mask_BT):
+    lengths_B = _real(response_mask_BT.sum(axis=1, dtype=jnp.int32))
+    _, policy = function(lengths_B=lengths_B)
     sequences = _real((lengths_B > 0).sum(dtype=jnp.int32))
     tokens = _real(response_mask_BT.sum(dtype=jnp.int32))
-    at_least_one = [jnp.maximum(count, 1) for count in (sequences, tokens, policy)]
-    return jax.lax.stop_gradient(Denominators(*at_least_one, threshold))
+    return [jnp.maximum(count, 1) for count in (sequences, tokens, policy)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _entropy_threshold(quantile, entropy_BT, response_mask_BT):
+    entropy_BT = jax.lax.stop_gradient(_real(entropy_BT))
+    return correction_functions.entropy_threshold(
+        entropy_BT, response_mask_BT, top_entropy_quantile=quantile
+    )
 
 
 def loss(
@@ -170,13 +188,12 @@ def loss(
         "response_mask_BT": mask_BT,
         "advantages_B1": advantages_B1,
     }
-    log_ratio_BU = call(RATIOS[objective.ratio], objective, **arrays)
-    surrogate = call(
-        SURROGATES[objective.surrogate], objective, log_ratio_BU=log_ratio_BU, **arrays
-    )
+    log_ratio_BU = bind(RATIOS[objective.ratio], objective)(**arrays)
+    surrogate_function = bind(SURROGATES[objective.surrogate], objective)
+    surrogate = surrogate_function(log_ratio_BU=log_ratio_BU, **arrays)
     weight_BU, metrics = _policy_weight(objective, rows, denominators)
     lengths_B = mask_BT.sum(axis=1, dtype=jnp.int32).astype(dtype)
-    divisor_B, _ = call(AGGREGATIONS[objective.aggregation], objective, lengths_B=lengths_B)
+    divisor_B, _ = bind(AGGREGATIONS[objective.aggregation], objective)(lengths_B=lengths_B)
 
     def aggregate(loss_BU):
         # Mask and sum over tokens first: scaling a token mean by L would weigh padding (L²/T).
@@ -215,9 +232,8 @@ def _policy_weight(
         log_rho_BT = jax.lax.stop_gradient(rows.old_logprobs_BT - rows.sampler_logprobs_BT)
         metrics |= _mismatch_metrics(log_rho_BT, mask_BT)
         for name in objective.corrections:
-            function = correction_functions.CORRECTIONS[name]
-            arrays = {"log_rho_BT": log_rho_BT, "response_mask_BT": mask_BT}
-            weight_BU = weight_BU * call(function, objective, **arrays)
+            correction = bind(correction_functions.CORRECTIONS[name], objective)
+            weight_BU = weight_BU * correction(log_rho_BT=log_rho_BT, response_mask_BT=mask_BT)
         if objective.corrections:
             metrics |= _weight_metrics(weight_BU, mask_BT)
     if objective.off_policy_max is not None:

@@ -64,9 +64,7 @@ def test_luspo_is_longest_times_dr_grpo_constant(arrays):
 def test_luspo_is_length_times_gspo_where_lengths_agree(arrays, length):
     position_T = np.arange(arrays["response_mask_BT"].shape[1])
     arrays["response_mask_BT"][:] = (position_T >= 1) & (position_T <= length)
-    equal(
-        whole_step(PRESETS["luspo"], arrays), whole_step(preset("gspo", **WIDE), arrays), length
-    )
+    equal(whole_step(PRESETS["luspo"], arrays), whole_step(preset("gspo", **WIDE), arrays), length)
 
 
 @properties
@@ -92,7 +90,9 @@ def test_power_scale_runs_from_gspo_to_luspo(arrays):
 @given(cases)
 def test_relative_scale_is_luspo_over_mean_length(arrays):
     relative = dataclasses.replace(PRESETS["luspo"], length_scale="relative-batch")
-    equal(whole_step(PRESETS["luspo"], arrays), whole_step(relative, arrays), lengths(arrays).mean())
+    equal(
+        whole_step(PRESETS["luspo"], arrays), whole_step(relative, arrays), lengths(arrays).mean()
+    )
 
 
 @properties
