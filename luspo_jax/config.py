@@ -69,8 +69,10 @@ def default_config() -> ConfigDict:
     config.data.max_prompt_length = 1024  # Tokens; longer prompts are dropped and counted.
 
     config.reward = ConfigDict()
-    config.reward.parts = ConfigDict()  # Verifier name → weight.
-    config.reward.options = ConfigDict()  # Verifier name → its options, e.g. overlong.buffer.
+    config.reward.parts = ConfigDict()  # Verifier → weight.
+    # Verifier → its options, e.g. overlong: {buffer: 4096, factor: 0.3}. A reward of your own is any
+    # name with the option function: "module:function" or "file.py:function".
+    config.reward.options = ConfigDict()
     config.reward.timeout_s = 10.0  # Of one verification.
     config.reward.num_workers = 2  # Processes for verifiers that need a hard time limit.
     config.reward.max_failure_rate = 0.05  # Share of time-outs and errors that stops the run.

@@ -264,6 +264,10 @@ class Workdir:
             raise WorkdirError(f"--workdir={self.path} is in use by another process") from None
         self._check_or_write(config, facts)
 
+    def close(self) -> None:
+        """Lets another process use the folder."""
+        self._lock.close()
+
     def _check_or_write(self, config, facts):
         manifest = self.path / "run.json"
         if manifest.exists():

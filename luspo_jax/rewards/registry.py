@@ -10,6 +10,7 @@ from luspo_jax.rewards.dapo_math import dapo_math
 from luspo_jax.rewards.exact import exact
 from luspo_jax.rewards.format import text_format
 from luspo_jax.rewards.gsm8k import gsm8k
+from luspo_jax.rewards.math_answer import math_answer
 from luspo_jax.rewards.overlong import overlong
 from luspo_jax.rewards.record import Reward, Sample, Verifier, combine, run
 from luspo_jax.rewards.user import is_user_reward, user_reward
@@ -21,6 +22,7 @@ REWARDS: dict[str, Callable[..., Verifier]] = {
     "exact": exact,
     "format": text_format,
     "gsm8k": gsm8k,
+    "math_answer": math_answer,
     "overlong": overlong,
     # For configurations whose keys cannot hold dots: options {"user": {"function": "file.py:f"}}.
     "user": user_reward,
@@ -37,6 +39,14 @@ def verifier(name: str, options: Mapping[str, Any] | None = None) -> Verifier:
       ValueError: unknown name or option; the message lists the right ones.
     """
     options = dict(options or {})
+    if "function" in options:  # a user's reward under a short name of its own
+        function = options.pop("function")
+        if not is_user_reward(function) or options:
+            raise ValueError(
+                f"reward {name!r}: its one option is function='module:function' or "
+                f"'file.py:function', not {function!r}" + (f" and {options}" if options else "")
+            )
+        return user_reward(function)
     if is_user_reward(name):
         if options:
             raise ValueError(f"reward {name!r} takes no options")

@@ -1,0 +1,252 @@
+"""The whole loop on a tiny random model: artefacts, resume, refusals."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from luspo_jax import config as configuration
+from luspo_jax import run as runs
+from luspo_jax import train
+from luspo_jax.checkpoint import CheckpointError
+from luspo_jax.metrics import read_metrics
+from luspo_jax.models import char_tokenizer, decoder, decoder_weights
+from luspo_jax.models.decoder_config import DecoderConfig, hf_config
+
+MODEL = DecoderConfig(
+    model_type="qwen3",
+    vocab_size=32,
+    num_layers=2,
+    embed_dim=16,
+    mlp_dim=24,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    qkv_bias=False,
+    qk_norm=True,
+    tie_embeddings=True,
+    max_position=64,
+    eos_token_ids=(char_tokenizer.END_ID,),
+    pad_token_id=char_tokenizer.PAD_ID,
+)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A random policy in Hugging Face format that reads the embedded task's problems."""
+    folder = tmp_path_factory.mktemp("model")
+    source = folder / "tokenizer"
+    source.mkdir()
+    char_tokenizer.write_tokenizer(source, " =?.0123456789abcdefghij", max_length=64)
+    params = decoder.init_params(jax.random.key(1), MODEL)
+    (source / "config.json").write_text(json.dumps(hf_config(MODEL)))
+    decoder_weights.export(folder / "hf", params, MODEL, source=source)
+    return folder / "hf"
+
+
+@pytest.fixture
+def config(model_folder):
+    config = configuration.default_config()
+    config.num_steps = 4
+    config.model.path = str(model_folder)
+    config.data.name = "label_sums"
+    config.data.options = {"num_terms": 4}
+    config.data.max_prompt_length = 12
+    # Right answers are out of a random policy's reach: reward what varies.
+    config.reward.parts = {"digits": 1.0, "gsm8k": 1.0}
+    config.reward.options = {"digits": {"function": f"{__file__}:digits"}}
+    config.rollout.prompts_per_step = 4
+    config.rollout.group_size = 4
+    config.rollout.max_response_length = 12
+    config.rollout.num_slots = 8
+    config.objective.preset = "luspo"
+    config.train.num_minibatches = 2
+    config.train.num_length_buckets = 1
+    config.train.learning_rate = 1e-3
+    config.train.warmup_steps = 2
+    config.eval.every = 2
+    config.eval.num_problems = 4
+    config.eval.num_samples = 2
+    config.eval.num_slots = 8
+    config.eval.metric = "gsm8k"
+    config.output.checkpoint_every = 2
+    config.output.tensorboard = False
+    return config
+
+
+def digits(response, answer):
+    """Share of digits in a response: a reward that a random policy sometimes earns."""
+    return sum(c.isdigit() for c in response) / max(len(response), 1)
+
+
+def _train(config, folder):
+    run = runs.build(config)
+    workdir = runs.Workdir(folder, config, runs.facts(run))
+    try:
+        return train.train(run, workdir)
+    finally:
+        workdir.close()
+
+
+def _results(folder):
+    """Everything that a run leaves, timings aside."""
+    metrics = [
+        {k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+    rollouts = {p.name: p.read_text() for p in sorted((folder / "rollouts").iterdir())}
+    return metrics, rollouts, load_file(folder / "export" / "model.safetensors")
+
+
+def _assert_same_results(got, expected):
+    for a, b in zip(got[0], expected[0], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=f"step {a['step']} {name}")
+    assert got[1] == expected[1]
+    assert got[2].keys() == expected[2].keys()
+    for name, tensor in got[2].items():
+        np.testing.assert_array_equal(tensor, expected[2][name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Folder for the uninterrupted run, made by the first test that needs it."""
+    return tmp_path_factory.mktemp("straight") / "run"
+
+
+@pytest.fixture
+def finished(straight, config):
+    if not straight.exists():
+        _train(config, straight)
+    return straight
+
+
+def test_run_leaves_all_artefacts(finished, config):
+    metrics, rollouts, weights = _results(finished)
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
+    assert {"reward", "response_length/mean", "actor/grad_norm", "rollout_corr/kl"} <= set(
+        metrics[1]
+    )
+    assert any(name.startswith("val-core/") for name in metrics[0])
+    assert any(name.startswith("val-core/") for name in metrics[4])
+    first = json.loads(rollouts["step_000001.jsonl"].splitlines()[0])
+    assert {"prompt", "response", "tokens", "parts", "advantage", "length", "truncated"} <= set(
+        first
+    )
+    assert len(rollouts["step_000001.jsonl"].splitlines()) == 16
+    base = load_file(pathlib.Path(config.model.path) / "model.safetensors")
+    assert any(np.any(weights[name] != base[name]) for name in base)
+    assert json.loads((finished / "run.json").read_text())["config"]["objective.preset"] == "luspo"
+
+
+def test_sampler_and_trainer_agree(finished):
+    first = next(row for row in read_metrics(finished / "metrics.jsonl") if row["step"] == 1)
+    assert first["rollout_corr/max_abs_diff"] <= 1e-5
+
+
+def test_interrupted_run_goes_on_bit_for_bit(finished, config, tmp_path, monkeypatch):
+    """A crash in the step after a checkpoint: step 3 is begun twice and counted once."""
+    real, calls = train.update_step, []
+
+    def crash(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # the second update of the third step
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, "update_step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        _train(config, tmp_path / "run")
+    monkeypatch.setattr(train, "update_step", real)
+    # What a kill leaves behind: half a line, and a dump from beyond the checkpoint.
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "rew')
+    _train(config, tmp_path / "run")
+    _assert_same_results(_results(tmp_path / "run"), _results(finished))
+
+
+def test_finished_run_runs_again_without_change(finished, config):
+    before = _results(finished)
+    outcome = _train(config, finished)
+    _assert_same_results(_results(finished), before)
+    assert [step for step, _ in outcome.evaluations] == [0, 2, 4]
+
+
+def test_workdir_of_another_configuration_is_refused(finished, config):
+    config.train.learning_rate = 3e-3
+    config.rollout.group_size = 2
+    with pytest.raises(runs.WorkdirError, match="learning_rate: 0.001 in the workdir, 0.003 now"):
+        _train(config, finished)
+
+
+def test_foreign_folder_is_refused(config, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(runs.WorkdirError, match="not empty"):
+        _train(config, tmp_path)
+
+
+def test_workdir_in_use_is_refused(config, tmp_path):
+    run = runs.build(config)
+    first = runs.Workdir(tmp_path / "run", config, runs.facts(run))
+    with pytest.raises(runs.WorkdirError, match="in use"):
+        runs.Workdir(tmp_path / "run", config, runs.facts(run))
+    first.close()
+
+
+def test_damaged_checkpoint_is_named(finished, config, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints" / "4").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(b"")
+    config.num_steps = 6
+    with pytest.raises(CheckpointError, match="checkpoints/4 cannot be read"):
+        _train(config, tmp_path / "run")
+
+
+def test_sampler_that_disagrees_is_refused(config, tmp_path):
+    config.rollout.mismatch_limit = 0.0
+    with pytest.raises(train.MismatchError, match="mismatch_limit"):
+        _train(config, tmp_path / "run")
+
+
+def test_failing_verifier_leaves_the_loss(config, tmp_path):
+    config.reward.options = {"digits": {"function": f"{__file__}:sometimes_broken"}}
+    config.reward.max_failure_rate = 1.0
+    config.num_steps = 1
+    _train(config, tmp_path / "run")
+    row = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))[1]
+    assert row["reward/status/error"] > 0
+    dump = (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    for record in map(json.loads, dump):
+        if record["status"] == "error":
+            assert record["advantage"] == 0
+
+
+def sometimes_broken(response, answer):
+    """A verifier that fails on responses of odd length."""
+    if len(response) % 2:
+        raise RuntimeError("cannot judge")
+    return sum(c.isdigit() for c in response) / 12
+
+
+@pytest.mark.parametrize("preset", ["grpo", "gspo_token", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("placement", ["loss", "reward"])
+@pytest.mark.slow
+def test_other_objectives_with_a_reference_policy(config, tmp_path, preset, placement):
+    config.objective.preset = preset
+    config.objective.kl_coef = 0.1
+    config.objective.kl_placement = placement
+    config.train.num_epochs = 2
+    config.num_steps = 2
+    _train(config, tmp_path / "run")
+    last = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))[-1]
+    if placement == "loss":
+        assert last["actor/kl_loss"] > 0
+    assert np.isfinite(last["actor/pg_loss"])
