@@ -17,6 +17,10 @@ from luspo_jax.ops.attention import attention as attend
 from luspo_jax.ops.attention import decode_attention
 
 INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
+_MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by the last key of their path
+
+# Modules only declare shapes; `init_params` fills them, with one random draw for all.
+_zeros = nn.initializers.zeros
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +41,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        scale = self.param("scale", _zeros, (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return (x * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(
@@ -57,15 +61,14 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = x.shape[x.ndim - self.contracted :] + self.features
-        init = nn.initializers.normal(INIT_STDDEV)
-        kernel = self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)
+        kernel = self.param("kernel", _zeros, shape, self.param_dtype).astype(self.dtype)
         axes = (
             tuple(range(x.ndim - self.contracted, x.ndim)),
             tuple(range(self.contracted)),
         )
         y = jax.lax.dot_general(x, kernel, (axes, ((), ())))
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype)
+            bias = self.param("bias", _zeros, self.features, self.param_dtype)
             lead = y.ndim - len(self.features)
             y = y + bias.astype(self.dtype).reshape((1,) * lead + self.features)
         return y
@@ -150,19 +153,10 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, context, cache=None, last_B=None):
         c = self.config
-        embedding_VD = self.param(
-            "embedding",
-            nn.initializers.normal(INIT_STDDEV),
-            (c.vocab_size, c.embed_dim),
-            self.param_dtype,
-        )
+        matrix = (c.vocab_size, c.embed_dim)
+        embedding_VD = self.param("embedding", _zeros, matrix, self.param_dtype)
         if not c.tie_embeddings:
-            self.param(
-                "head",
-                nn.initializers.normal(INIT_STDDEV),
-                (c.vocab_size, c.embed_dim),
-                self.param_dtype,
-            )
+            self.param("head", _zeros, matrix, self.param_dtype)
         x = jnp.take(embedding_VD, tokens, axis=0, mode="clip").astype(self.dtype)
         body = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
         stack = nn.scan(
@@ -284,17 +278,29 @@ def head_kernel(params):
 
 
 def init_params(key, config, dtype=jnp.float32):
-    """Random parameters: normal(0, 0.02) matrices, unit norms, zero biases."""
-    attend_fn = functools.partial(_attend_sequence, implementation="reference", keep=False)
-    tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    decoder = Decoder(config, attend_fn, param_dtype=dtype)
-    return decoder.init(key, tokens_BT, tokens_BT, tokens_BT)["params"]
+    """Random parameters: normal(0, 0.02) matrices, unit norms, zero biases.
+
+    All matrices are cut from one draw: one random generator to compile instead of one a matrix.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
+    drawn = [leaf.size if path[-1].key in _MATRICES else 0 for path, leaf in leaves]
+    noise = INIT_STDDEV * jax.random.normal(key, (sum(drawn),), jnp.float32)
+    params, start = [], 0
+    for (path, leaf), size in zip(leaves, drawn, strict=True):
+        if size:
+            params.append(noise[start : start + size].reshape(leaf.shape).astype(dtype))
+            start += size
+        else:
+            params.append(jnp.full(leaf.shape, float(path[-1].key == "scale"), dtype))
+    return jax.tree.unflatten(tree, params)
 
 
 def abstract_params(config, dtype=jnp.float32):
     """Shapes and types of the parameters; nothing is allocated."""
-    init = functools.partial(init_params, config=config, dtype=dtype)
-    return jax.eval_shape(init, jax.random.key(0))
+    attend_fn = functools.partial(_attend_sequence, implementation="reference", keep=False)
+    init = Decoder(config, attend_fn, param_dtype=dtype).init
+    tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT, tokens_BT)["params"]
 
 
 def param_axes(config):

@@ -38,11 +38,12 @@ CONFIG = DecoderConfig(
 @functools.cache
 def _params(config=CONFIG):
     """Random parameters in which no weight is at its initial one or zero."""
-    params = decoder.init_params(jax.random.key(0), config)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, [x + y for x, y in zip(leaves, noise, strict=True)])
+    rng = np.random.default_rng(0)
+
+    def noise(leaf):
+        return jnp.asarray(0.3 * rng.normal(size=leaf.shape) + (leaf.ndim == 2), jnp.float32)
+
+    return jax.tree.map(noise, decoder.abstract_params(config))
 
 
 def _rows(lengths_B, T):

@@ -1,0 +1,116 @@
+"""The models inside the package: loadable, small, and with the properties that training needs."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from luspo_jax import evaluate, prompts
+from luspo_jax.datasets import label_lookup, label_sums, load
+from luspo_jax.models import decoder, decoder_weights
+from luspo_jax.models.decoder_config import read_config
+from luspo_jax.models.locate import EMBEDDED, embedded_models, model_folder
+from luspo_jax.rewards import Scorer
+from luspo_jax.rollout import Engine, Request, Sampling
+
+NAMES = embedded_models()
+MAX_RESPONSE = 40
+SIZE_LIMIT = 2_000_000  # bytes, all models together
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name):
+    return model_folder(f"embedded:{name}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_there_are_models_and_they_are_small():
+    assert {"label_sums", "label_lookup"} <= set(NAMES)
+    files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= SIZE_LIMIT
+
+
+def test_folder_is_a_qwen3_checkpoint(folder):
+    hf = json.loads((folder / "config.json").read_text())
+    assert hf["architectures"] == ["Qwen3ForCausalLM"]
+    config = read_config(folder)
+    assert 100_000 <= decoder_weights.num_params(config) <= 1_000_000
+    params = decoder_weights.load_params(folder, config)
+    shapes = decoder.abstract_params(config)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+
+
+def test_tokenizer_belongs_to_the_model(folder, tokenizer):
+    config = read_config(folder)
+    assert len(tokenizer) == config.vocab_size < 64
+    assert (tokenizer.eos_token_id,) == config.eos_token_ids
+    assert tokenizer.pad_token_id == config.pad_token_id != tokenizer.eos_token_id
+    assert len(tokenizer.encode("#### 4")) == 3
+
+
+def test_tokenizer_round_trip(name, tokenizer):
+    examples, _ = load(name, split="test")
+    for example in list(examples)[:200]:
+        texts = [example.problem, label_sums.trace(example.meta["values"], (1,) * 6)]
+        texts += [label_lookup.response(int(example.answer), count) for count in (0, 9)]
+        for text in texts:
+            ids = tokenizer.encode(text)
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text
+            assert len(ids) <= MAX_RESPONSE
+
+
+def measured(name, folder, tokenizer, *, num_problems, num_samples):
+    """The evaluation of a base policy on held-out problems, and its response lengths."""
+    config = read_config(folder)
+    examples, _ = load(name, split="test")
+    records, dropped = prompts.encode(
+        [examples[i] for i in range(num_problems)], prompts.Renderer(tokenizer), max_length=16
+    )
+    assert not dropped
+    sampling = Sampling(
+        max_response_length=MAX_RESPONSE, stop_token_ids=config.eos_token_ids, temperature=1.0
+    )
+    engine = Engine(config, sampling, num_slots=256, max_prompt_length=16, chunk_length=16)
+    responses, _ = engine.generate(
+        decoder_weights.load_params(folder, config),
+        [Request(record.prompt_id, record.tokens) for record in records],
+        group_size=num_samples,
+        seed=1,
+    )
+    texts = [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses]
+    with Scorer({"gsm8k": 1.0}) as scorer:
+        rewards = evaluate.score(scorer, records, responses, texts=texts, max_length=MAX_RESPONSE)
+    result = evaluate.summarize(responses, rewards, metric="gsm8k", num_samples=num_samples)
+    return result, np.array([len(response.tokens) for response in responses])
+
+
+def test_base_policy_answers_and_stops(name, folder, tokenizer):
+    """A quick look: 64 problems × 4, so with wide margins."""
+    result, _ = measured(name, folder, tokenizer, num_problems=64, num_samples=4)
+    assert 0.15 <= result.accuracy <= 0.65
+    assert result.truncated < 0.05
+
+
+@pytest.mark.slow
+def test_base_policy_has_the_spread_that_training_needs(name, folder, tokenizer):
+    result, lengths_B = measured(name, folder, tokenizer, num_problems=512, num_samples=12)
+    shortest, _, longest = result.accuracy_by_third
+    assert 0.15 <= result.accuracy <= 0.60
+    assert result.truncated < 0.05
+    assert lengths_B.std() > 0.4 * lengths_B.mean()
+    if name == "label_sums":
+        assert longest - shortest >= 0.25
+    else:  # longer is no better
+        assert abs(longest - shortest) < 0.05
