@@ -1,0 +1,1 @@
+"""Speed against other libraries and against what the machine can do."""

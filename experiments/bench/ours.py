@@ -1,0 +1,82 @@
+"""Our side of a bench: the training loop's own rollout step, on a bench's workload."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from experiments.bench import workload as workloads
+from experiments.bench.workload import Workload
+from luspo_jax import run as runs
+from luspo_jax import train
+from luspo_jax.config import default_config
+from luspo_jax.metrics import StepMetrics
+
+
+class Ours:
+    """Rollout steps of `luspo_jax.train`, one a call."""
+
+    def __init__(self, workload: Workload, folder: pathlib.Path, *, seed: int):
+        self._workload = workload
+        self._run = runs.build(configuration(workload, folder, seed=seed))
+        self._state = train.begin_state(self._run)
+        self._before = jax.device_get(self._state.params["embedding"])
+        self._steps = 0
+
+    def step(self) -> dict[str, float]:
+        """Samples, rewards, updates; seconds of the generation and of the update.
+
+        The update includes scoring, where the step needs it.
+
+        Raises:
+          RuntimeError: the step did not do all the work.
+        """
+        metrics = StepMetrics()
+        self._state, rollouts, advantages_B = train.rollout_step(
+            self._run, self._state, self._steps, metrics=metrics, check_mismatch=self._steps == 0
+        )
+        self._steps += 1
+        if not np.all(rollouts.lengths_B == self._workload.response_length):
+            raise RuntimeError(f"responses were cut short: {rollouts.lengths_B}")
+        if not np.any(advantages_B):
+            raise RuntimeError("every advantage is zero: the update had nothing to do")
+        values = metrics.result()
+        if values["actor/skipped_updates"]:
+            raise RuntimeError("the update was skipped: its gradient was not finite")
+        update = sum(values[f"timing_s/{phase}"] for phase in ("old_log_prob", "ref"))
+        return {
+            "generation": values["timing_s/gen"],
+            "update": update + values["timing_s/update_actor"],
+        }
+
+    def parameters_moved(self) -> bool:
+        """Whether the steps have changed the weights."""
+        return bool(np.any(jax.device_get(self._state.params["embedding"]) != self._before))
+
+
+def configuration(workload: Workload, folder: pathlib.Path, *, seed: int):
+    """The run's configuration for a workload written to `folder`; the rest as by default."""
+    config = default_config()
+    config.seed = seed
+    config.model.path = str(folder / workloads.MODEL)
+    config.model.dtype = config.model.rollout_dtype = workload.dtype
+    config.data.name = "file"
+    config.data.path = config.data.eval_path = str(folder / workloads.PROMPTS)
+    config.data.cache_dir = str(folder / "datasets")
+    config.data.max_prompt_length = workload.prompt_length
+    # The parity of the last token, which is its text's last letter.
+    config.reward.parts = {"exact": 1.0}
+    config.reward.options = {"exact": {"pattern": r"([eo])\s*$"}}
+    config.rollout.prompts_per_step = workload.prompts
+    config.rollout.group_size = workload.group
+    config.rollout.max_response_length = workload.response_length
+    config.rollout.num_slots = workload.responses
+    if workload.dtype != "float32":
+        config.rollout.mismatch_limit = 0.5
+    config.objective.preset = "luspo"
+    config.train.num_microbatches = workload.microbatches
+    config.train.num_length_buckets = 1
+    config.train.learning_rate = workloads.LEARNING_RATE
+    config.train.warmup_steps = 0
+    config.eval.num_problems = 1
+    return config

@@ -1,0 +1,152 @@
+"""What a bench says: medians by phase, paired ratios, and how far from the machine's rate."""
+
+import importlib.metadata
+import math
+import os
+import pathlib
+import platform
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import scipy.stats
+
+from experiments.bench.turns import OURS, Timed
+from experiments.bench.work import Work
+from experiments.bench.workload import Workload
+
+_PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "numpy", "torch", "trl", "transformers", "accelerate",
+)  # fmt: skip
+
+
+def measured(taken: Sequence[Timed], side: str) -> list[Timed]:
+    """The steps of a side that count, by round."""
+    steps = [t for t in taken if t.side == side and t.round >= 0]
+    return sorted(steps, key=lambda t: t.round)
+
+
+def phases(steps: Sequence[Timed]) -> dict[str, float]:
+    """Median seconds of each phase; `rest` is what no phase covers, `step` the whole."""
+    values = {name: [s.phases[name] for s in steps] for name in steps[0].phases}
+    values["rest"] = [s.seconds - sum(s.phases.values()) for s in steps]
+    values["step"] = [s.seconds for s in steps]
+    return {name: statistics.median(v) for name, v in values.items()}
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Ratios ours / theirs of steps of one round each: all, and their spread.
+
+    The interval is Student's for the mean of log ratios, that is for the geometric mean; one round
+    has none.
+    """
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = statistics.fmean(logs)
+    low = high = None
+    if len(logs) > 1:
+        reach = scipy.stats.t.ppf(0.975, len(logs) - 1)
+        reach *= statistics.stdev(logs) / math.sqrt(len(logs))
+        low, high = math.exp(mean - reach), math.exp(mean + reach)
+    return {
+        "ratios": ratios,
+        "min": min(ratios),
+        "median": statistics.median(ratios),
+        "max": max(ratios),
+        "geometric_mean": math.exp(mean),
+        "ci95_low": low,
+        "ci95_high": high,
+    }
+
+
+def environment() -> dict[str, object]:
+    """Versions, processor and cores."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    can_ask = hasattr(os, "sched_getaffinity")
+    return {
+        "versions": versions,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if can_ask else os.cpu_count(),
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def environment_lines(found: dict) -> str:
+    """The environment in two lines."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (
+        f"{found['processor']}, {found['cores']} cores; {found['device']}; "
+        f"load average {found['load']:.1f}\n{versions}"
+    )
+
+
+def table(
+    workload: Workload, taken: Sequence[Timed], sides: Sequence[str], work: Work, rate: float
+) -> str:
+    """Medians of every side, one line each."""
+    lines = [
+        f"{'median seconds':16}{'generation':>12}{'update':>9}{'rest':>8}{'step':>9}"
+        f"{'tokens/s':>10}{'cores used':>12}{'of matmul rate':>16}"
+    ]
+    tokens = workload.responses * workload.response_length
+    for side in sides:
+        steps = measured(taken, side)
+        m, cores = phases(steps), statistics.median(s.cores for s in steps)
+        share = work.total / m["step"] / rate
+        lines.append(
+            f"{side:16}{m['generation']:12.3f}{m['update']:9.3f}{m['rest']:8.3f}{m['step']:9.3f}"
+            f"{tokens / m['step']:10.0f}{cores:12.2f}{share:16.1%}"
+        )
+    return "\n".join(lines)
+
+
+def ratio_lines(taken: Sequence[Timed], peer: str) -> tuple[str, dict]:
+    """Our step over the peer's, round by round, in words and as numbers."""
+    ours, theirs = measured(taken, OURS), measured(taken, peer)
+    numbers = {"step": paired([s.seconds for s in ours], [s.seconds for s in theirs])}
+    for name in ours[0].phases:
+        numbers[name] = paired([s.phases[name] for s in ours], [s.phases[name] for s in theirs])
+    lines = [f"{OURS} / {peer}, paired by round ({len(ours)}); below 1 means {OURS} is faster"]
+    for name, n in numbers.items():
+        line = f"  {name:11} median {n['median']:.3f} (min {n['min']:.3f}, max {n['max']:.3f})"
+        if n["ci95_low"] is not None:
+            line += (
+                f", geometric mean {n['geometric_mean']:.3f}, 95 % interval "
+                f"[{n['ci95_low']:.3f}, {n['ci95_high']:.3f}]"
+            )
+        lines.append(line)
+    return "\n".join(lines), numbers
+
+
+def work_lines(least: Work, padded: Work, rates: dict[str, float]) -> str:
+    """The step's operations, and the seconds they take at the best rate measured."""
+    rate = max(rates.values())
+    shown = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in rates.items())
+    lines = [f"large matmul: {shown} GFLOP/s, best of several"]
+    for name, work in (("least", least), ("padded", padded)):
+        lines.append(
+            f"work, {name:7}: prefill {work.prefill / 1e9:.1f} + decode {work.decode / 1e9:.1f} + "
+            f"update {work.update / 1e9:.1f} = {work.total / 1e9:.1f} GFLOP, "
+            f"{work.total / rate:.2f} s at that rate"
+        )
+    lines.append(
+        "  (least: a prompt once a group, head on responses; padded: in every row, on all)"
+    )
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

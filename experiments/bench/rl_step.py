@@ -1,0 +1,64 @@
+"""Times one RL step, ours and TRL's in turn: `python -m experiments.bench.rl_step`.
+
+Both start from the same random weights, sample the same number of responses of the same length to
+the same prompts, and take one AdamW step on the LUSPO loss; whoever goes first in one round goes
+second in the next. TRL needs `pip install -e '.[parity]'`; without it, or with --peers=none, ours
+is timed alone, at any sizes.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from absl import flags
+
+from experiments import command
+
+_STEPS = flags.DEFINE_integer("steps", 5, "Rounds that count.", lower_bound=1)
+_WARMUP = flags.DEFINE_integer("warmup", 2, "Rounds before them; the first compiles.", 1)
+_PEERS = flags.DEFINE_enum("peers", "trl", ["trl", "none"], "Whom to compare with.")
+_JSON = flags.DEFINE_string("json", None, "File for everything measured.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of weights, prompts and sampling.", 0)
+_TRL_MICROBATCHES = flags.DEFINE_integer(
+    "trl_microbatches", 1, "Parts of TRL's update (gradient accumulation).", 1
+)
+flags.DEFINE_integer("prompts", 8, "Prompts a step.")
+flags.DEFINE_integer("group", 8, "Responses to each.")
+flags.DEFINE_integer("prompt_length", 64, "Tokens of a prompt.")
+flags.DEFINE_integer("response_length", 128, "Tokens of a response.")
+flags.DEFINE_integer("embed_dim", 256, "D.")
+flags.DEFINE_integer("layers", 4, "L.")
+flags.DEFINE_integer("heads", 8, "N.")
+flags.DEFINE_integer("kv_heads", 4, "K.")
+flags.DEFINE_integer("head_dim", 32, "H.")
+flags.DEFINE_integer("mlp_dim", 768, "F.")
+flags.DEFINE_integer("vocab", 4096, "V.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type; masters: float32.")
+flags.DEFINE_integer("microbatches", 1, "Parts of our update.")
+
+
+def main() -> None:
+    """Runs what the flags say."""
+    from experiments.bench import compare  # After flags are parsed: a typo answers at once.
+    from experiments.bench.workload import Workload
+
+    fields = [field.name for field in dataclasses.fields(Workload)]
+    peers = [] if _PEERS.value == "none" else [_PEERS.value]
+    if peers and not compare.trl_installed():
+        print("TRL is not installed, so ours is timed alone; to add it: pip install -e '.[parity]'")
+        peers = []
+    record = compare.measure(
+        Workload(**{name: getattr(flags.FLAGS, name) for name in fields}),
+        peers=peers,
+        steps=_STEPS.value,
+        warmup=_WARMUP.value,
+        seed=_SEED.value,
+        trl_microbatches=_TRL_MICROBATCHES.value,
+    )
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(command.call(main))
