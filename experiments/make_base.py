@@ -12,48 +12,54 @@ sizes and mixtures are flags away.
 import functools
 import json
 import pathlib
+import sys
 import tempfile
 import textwrap
 import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from transformers import AutoTokenizer
 
+from experiments import command
 from luspo_jax import evaluate, logprobs, optimizer, packing, prompts
 from luspo_jax.datasets import Example, label_lookup, label_sums
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
+from luspo_jax.models.safetensors_folder import WeightsError
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Request, Sampling
 
-OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder to make.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the folder if it exists.")
 TASK = flags.DEFINE_enum("task", "label_sums", ["label_sums", "label_lookup"], "What it learns.")
-SEED = flags.DEFINE_integer("seed", 0, "Of weights, demonstrations and evaluation.")
-NUM_TERMS = flags.DEFINE_integer("num_terms", 6, "Labelled values in a problem.")
+SEED = flags.DEFINE_integer("seed", 0, "Of weights, demonstrations and evaluation.", 0)
+NUM_TERMS = flags.DEFINE_integer("num_terms", 6, "Labelled values in a problem.", 2, 9)
 
-LAYERS = flags.DEFINE_integer("num_layers", 3, "Decoder layers.")
-EMBED = flags.DEFINE_integer("embed_dim", 64, "Width; a head is a quarter of it.")
-MLP = flags.DEFINE_integer("mlp_dim", 128, "Width of the MLP.")
+LAYERS = flags.DEFINE_integer("num_layers", 3, "Decoder layers.", 1)
+EMBED = flags.DEFINE_integer("embed_dim", 64, "Width; a head is a quarter of it.", 8)
+MLP = flags.DEFINE_integer("mlp_dim", 128, "Width of the MLP.", 1)
 
-CHAIN_STEPS = flags.DEFINE_integer("chain_steps", 800, "Most steps on plain full demonstrations.")
-CHAIN_LOSS = flags.DEFINE_float("chain_loss", 0.02, "Loss at which they have been learnt.")
-MIXTURE_STEPS = flags.DEFINE_integer("mixture_steps", 400, "Steps on the mixture of styles.")
-ROWS = flags.DEFINE_integer("rows_per_step", 64, "Demonstrations in a step.")
-RATE = flags.DEFINE_float("learning_rate", 5e-3, "Peak rate of Adam.")
-RESULT_WEIGHT = flags.DEFINE_float("result_weight", 6.0, "Loss weight of a computed digit.")
+CHAIN_STEPS = flags.DEFINE_integer("chain_steps", 800, "Most steps on plain demonstrations.", 0)
+CHAIN_LOSS = flags.DEFINE_float("chain_loss", 0.02, "Loss at which they have been learnt.", 0.0)
+MIXTURE_STEPS = flags.DEFINE_integer("mixture_steps", 400, "Steps on the mixture of styles.", 0)
+ROWS = flags.DEFINE_integer("rows_per_step", 64, "Demonstrations in a step.", 1)
+RATE = flags.DEFINE_float("learning_rate", 5e-3, "Peak rate of Adam.", 0.0)
+RESULT_WEIGHT = flags.DEFINE_float("result_weight", 6.0, "Loss weight of a computed digit.", 0.0)
 
-DIRECT = flags.DEFINE_float("direct", 0.4, "label_sums: share of answers without a trace.")
-CHUNK_LOW = flags.DEFINE_float("chunk_low", 0.4, "label_sums: lowest style; 1 skips no term.")
-CHUNK_MAX = flags.DEFINE_integer("chunk_max", 3, "label_sums: most terms between two sums.")
-WRONG = flags.DEFINE_float("wrong", 0.6, "label_lookup: share of answers drawn at random.")
-FILLER_LOW = flags.DEFINE_float("filler_low", 0.05, "label_lookup: lowest style, longest filler.")
-FILLER_HIGH = flags.DEFINE_float("filler_high", 0.5, "label_lookup: highest style.")
+# Of label_sums: share of answers without a trace, lowest style (1 skips no term), and the most
+# terms from one written sum to the next.
+DIRECT = flags.DEFINE_float("direct", 0.4, "Share of direct answers.", 0.0, 1.0)
+CHUNK_LOW = flags.DEFINE_float("chunk_low", 0.4, "Lowest style of traces.", 0.01, 1.0)
+CHUNK_MAX = flags.DEFINE_integer("chunk_max", 3, "Most terms a step of a trace adds.", 1)
+# Of label_lookup: share of answers drawn at random, and the styles of its filler.
+WRONG = flags.DEFINE_float("wrong", 0.6, "Share of random answers.", 0.0, 1.0)
+FILLER_LOW = flags.DEFINE_float("filler_low", 0.04, "Lowest style: longest filler.", 0.01, 1.0)
+FILLER_HIGH = flags.DEFINE_float("filler_high", 0.25, "Highest style of filler.", 0.01, 1.0)
 
-EVAL_PROBLEMS = flags.DEFINE_integer("eval_problems", 512, "Held-out problems measured.")
-EVAL_SAMPLES = flags.DEFINE_integer("eval_samples", 12, "Responses to each.")
+EVAL_PROBLEMS = flags.DEFINE_integer("eval_problems", 512, "Held-out problems measured.", 1)
+EVAL_SAMPLES = flags.DEFINE_integer("eval_samples", 12, "Responses to each.", 1)
 
 # All that decides the folder's content, as the model card repeats it.
 RECIPE = (
@@ -287,31 +293,29 @@ Apache-2.0, as the code. No data but generated problems went into it.
 """
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    if pathlib.Path(OUT.value).exists() and not OVERWRITE.value:
-        raise app.UsageError(f"--out={OUT.value} exists: choose another, or pass --overwrite")
-    start = time.perf_counter()
+def main() -> None:
+    """Makes the folder that the flags describe, and prints what was measured."""
+    out, start = pathlib.Path(OUT.value), time.perf_counter()
+    if out.exists() and not OVERWRITE.value:
+        raise WeightsError(f"--out={out} exists: choose another folder, or pass --overwrite")
     with tempfile.TemporaryDirectory() as source:
         char_tokenizer.write_tokenizer(pathlib.Path(source), CHARACTERS, max_length=MAX_POSITION)
         tokenizer = AutoTokenizer.from_pretrained(source)
         config = model_config(len(tokenizer))
-        problems = list(TASKS[TASK.value]("train", NUM_TERMS.value))
-        warm_start = WarmStart(problems, tokenizer, config)
+        warm_start = WarmStart(list(TASKS[TASK.value]("train", NUM_TERMS.value)), tokenizer, config)
         warm_start.phase(CHAIN_STEPS.value, plain=True, until=CHAIN_LOSS.value)
         warm_start.phase(MIXTURE_STEPS.value, plain=False, decay=True)
         print(f"trained in {time.perf_counter() - start:.0f} s", flush=True)
         (pathlib.Path(source) / "config.json").write_text(json.dumps(hf_config(config)))
         decoder_weights.export(
-            OUT.value, warm_start.params, config, source=source, overwrite=OVERWRITE.value
+            out, warm_start.params, config, source=source, overwrite=OVERWRITE.value
         )
     table = measure(warm_start.params, config, tokenizer)
-    (pathlib.Path(OUT.value) / "README.md").write_text(card(config, table), encoding="utf-8")
+    (out / "README.md").write_text(card(config, table), encoding="utf-8")
     for name, value in table.items():
         print(f"{name:50s} {value}")
-    print(f"{OUT.value} made in {time.perf_counter() - start:.0f} s")
+    print(f"{out} made in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(command.call(main, required=("out",)))
