@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.ops.attention import attention as attend
-from luspo_jax.ops.attention import decode_attention
+from luspo_jax.ops.decode_attention import decode_attention
 
 INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
 _MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by the last key of their path
@@ -198,15 +198,21 @@ def _attend_sequence(query, key, value, cache, layer, segment_ids_BT, *, impleme
     return out, cache, kept
 
 
-def _attend_cache(query, key, value, cache, layer, lengths_B):
+def _attend_cache(query, key, value, cache, layer, lengths_B, *, implementation):
     rows_B = jnp.arange(lengths_B.shape[0])
-    write = lambda array, new: array.at[layer, rows_B, :, lengths_B].set(new, mode="drop")  # noqa: E731
-    cache = KVCache(write(cache.keys_LBKSH, key), write(cache.values_LBKSH, value))
-    keys, values = (
-        jax.lax.dynamic_index_in_dim(array, layer, 0, keepdims=False)
-        for array in (cache.keys_LBKSH, cache.values_LBKSH)
+
+    def written(cached_LBKSH, new_BKH):
+        return cached_LBKSH.at[layer, rows_B, :, lengths_B].set(new_BKH, mode="drop")
+
+    cache = KVCache(written(cache.keys_LBKSH, key), written(cache.values_LBKSH, value))
+    out = decode_attention(
+        query,
+        cache.keys_LBKSH,
+        cache.values_LBKSH,
+        layer,
+        lengths_B=lengths_B + 1,
+        implementation=implementation,
     )
-    out = decode_attention(query, keys, values, lengths_B=lengths_B + 1)
     return out, cache, None
 
 
@@ -254,13 +260,15 @@ def prefill(params, tokens_BT, lengths_B, *, config, dtype=jnp.float32, attentio
     return hidden_BD, KVCache(keys, values)
 
 
-def decode_step(params, tokens_B, lengths_B, cache, *, config, dtype=jnp.float32):
+def decode_step(params, tokens_B, lengths_B, cache, *, config, dtype=jnp.float32, attention="auto"):
     """Hidden state [B, D] of one more token a row, and the cache with it written in.
 
     Token b sits at position `lengths_B[b]`, where its key and value are written, and sees the
-    entries up to and including its own. Donate the cache: it is updated in place.
+    entries up to and including its own. `attention` is an implementation of
+    `ops.decode_attention`. Donate the cache: it is updated in place.
     """
-    hidden_BD, cache, _ = Decoder(config, _attend_cache, dtype).apply(
+    attend_fn = functools.partial(_attend_cache, implementation=attention)
+    hidden_BD, cache, _ = Decoder(config, attend_fn, dtype).apply(
         {"params": params}, tokens_B, lengths_B, lengths_B, cache
     )
     return hidden_BD, cache

@@ -1,4 +1,4 @@
-"""Causal attention within segments, and its one-query form for decoding."""
+"""Causal attention within segments."""
 
 import functools
 import math
@@ -49,29 +49,6 @@ def attention(
             f"use one of {sorted(IMPLEMENTATIONS)}"
         )
     return IMPLEMENTATIONS[implementation](query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
-
-
-def decode_attention(query_BNH, keys_BKSH, values_BKSH, *, lengths_B):
-    """softmax(q·k / √H) v of one query a row over the first `lengths_B[b]` entries of its cache.
-
-    Args:
-      query_BNH: one rotated query a row.
-      keys_BKSH: cached keys.
-      values_BKSH: cached values.
-      lengths_B: int32, how many entries the row's query sees.
-
-    Returns:
-      Weighted values [B, N, H] in the type of the queries.
-    """
-    B, N, H = query_BNH.shape
-    K, S = keys_BKSH.shape[1:3]
-    query_BKGH = _scaled(query_BNH).reshape(B, K, N // K, H)
-    scores_BKGS = _dot(query_BKGH, keys_BKSH, 3, 3)
-    visible_BS = jnp.arange(S)[None, :] < lengths_B[:, None]
-    scores_BKGS = jnp.where(visible_BS[:, None, None], scores_BKGS, jnp.float32(NEGATIVE))
-    weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(values_BKSH.dtype)
-    out_BKGH = _dot(weights_BKGS, values_BKSH, 3, 2)
-    return out_BKGH.reshape(B, N, H).astype(query_BNH.dtype)
 
 
 # ---------------------------------------------------------------- reference
