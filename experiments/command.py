@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
                 raise flags.Error(f"--{name} is required")
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         return _refuse(_flag_message(error), 2)
+    # A warning is a line for the user, without the place in our code that gave it.
+    warnings.showwarning = lambda message, *_, **__: sys.stderr.write(f"warning: {message}\n")
     try:
         main()
     except KeyboardInterrupt:

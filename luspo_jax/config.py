@@ -14,6 +14,7 @@ from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS
 from luspo_jax.prompts import TEMPLATES
 from luspo_jax.rewards.registry import verifiers
+from luspo_jax.shaping import Shaping
 
 # Fields that may change between a run and its continuation in the same workdir.
 _FREE_TO_CHANGE = (
@@ -70,8 +71,8 @@ def default_config() -> ConfigDict:
 
     config.reward = ConfigDict()
     config.reward.parts = ConfigDict()  # Verifier → weight.
-    # Verifier → its options, e.g. overlong: {buffer: 4096, factor: 0.3}. A reward of your own is any
-    # name with the option function: "module:function" or "file.py:function".
+    # Verifier → its options, e.g. overlong: {buffer: 4096, factor: 0.3}. A reward of your own is
+    # any name with the option function: "module:function" or "file.py:function".
     config.reward.options = ConfigDict()
     config.reward.timeout_s = 10.0  # Of one verification.
     config.reward.num_workers = 2  # Processes for verifiers that need a hard time limit.
@@ -87,6 +88,10 @@ def default_config() -> ConfigDict:
     config.rollout.num_slots = 128  # Sequences decoded at once.
     config.rollout.chunk_length = 64  # Decode steps between two looks by the host.
     config.rollout.mismatch_limit = 0.05  # |sampler − trainer| log-prob refused at the first step.
+
+    config.shaping = ConfigDict()  # See luspo_jax.shaping.Shaping.
+    for field in dataclasses.fields(Shaping):
+        config.shaping[field.name] = field.default
 
     config.objective = ConfigDict()
     config.objective.preset = "luspo"
@@ -106,6 +111,9 @@ def default_config() -> ConfigDict:
     config.train.eps = 1e-8
     config.train.weight_decay = 0.0
     config.train.max_grad_norm = 1.0  # 0 = off.
+    # Every so many rollout steps, π_ref ← ref_decay · π_ref + (1 − ref_decay) · π; 0 = never.
+    config.train.ref_every = 0
+    config.train.ref_decay = 0.0
 
     config.eval = ConfigDict()
     config.eval.every = 10  # Rollout steps; 0 = only before and after training.
@@ -147,6 +155,10 @@ def check(config: ConfigDict) -> objectives.Objective:
             objective = build_objective(config)
         except ValueError as error:
             problems.append(f"objective: {error}")
+        try:
+            build_shaping(config)
+        except ValueError as error:
+            problems.append(f"shaping.{error}")
     if problems:
         raise ConfigError(
             "this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems)
@@ -164,6 +176,16 @@ def build_objective(config: ConfigDict) -> objectives.Objective:
     objective = objectives.preset(chosen.pop("preset"), **chosen)
     objectives.validate_group_size(objective, config.rollout.group_size)
     return objective
+
+
+def build_shaping(config: ConfigDict) -> Shaping:
+    """The filters of the configuration."""
+    shaping = Shaping(**config.shaping.to_dict())
+    if shaping.gfpo_keep > config.rollout.group_size:
+        raise ValueError(
+            f"gfpo_keep={shaping.gfpo_keep} exceeds rollout.group_size={config.rollout.group_size}"
+        )
+    return shaping
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -309,7 +331,7 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
     for field in (
         "rollout.top_k", "eval.top_k", "eval.every", "eval.temperature", "train.warmup_steps",
         "train.weight_decay", "train.max_grad_norm", "output.checkpoint_every",
-        "output.keep_best", "output.dump_every",
+        "output.keep_best", "output.dump_every", "train.ref_every",
     ):  # fmt: skip
         if values[field] < 0:
             yield f"{field}={values[field]} must not be negative"
@@ -321,6 +343,10 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
     for field in ("rollout.top_p", "eval.top_p"):
         if not 0 < values[field] <= 1:
             yield f"{field}={values[field]} must be in (0, 1]"
+    if not 0 <= config.train.ref_decay < 1:
+        yield f"train.ref_decay={config.train.ref_decay} must be in [0, 1)"
+    if config.train.ref_every and not config.objective.kl_coef:
+        yield "train.ref_every refreshes the reference of a KL term, but objective.kl_coef is 0"
     if not config.train.learning_rate > 0:
         yield f"train.learning_rate={config.train.learning_rate} must be > 0"
     prompts, minibatches = config.rollout.prompts_per_step, max(1, config.train.num_minibatches)

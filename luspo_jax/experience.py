@@ -1,11 +1,14 @@
 """One step's responses with their rewards, and what is measured of them."""
 
+import base64
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from luspo_jax import evaluate
+from luspo_jax.datasets import Example
 from luspo_jax.length import coupling
 from luspo_jax.metrics import RolloutRecord
 from luspo_jax.prompts import PromptRecord
@@ -14,32 +17,90 @@ from luspo_jax.rollout import Response
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollouts:
-    """Responses group by group, and what is known of each.
+class Group:
+    """The responses to one prompt.
 
     Attributes:
-      prompts: one a response.
+      prompt: the prompt.
       responses: tokens and the sampler's log-probs.
       texts: the decoded responses.
       rewards: the verdicts.
-      group_ids_B: int32, 0 … P−1.
-      kept_B: bool, false for responses that leave the loss and every group statistic.
+      counted: whether each response counts in the group's statistics.
+      trained: whether each carries gradient; never without being counted.
+      carried: sampled in an earlier step, by the policy of that step.
     """
 
-    prompts: Sequence[PromptRecord]
+    prompt: PromptRecord
     responses: Sequence[Response]
     texts: Sequence[str]
     rewards: Sequence[Reward]
-    group_ids_B: np.ndarray
-    kept_B: np.ndarray
+    counted: np.ndarray
+    trained: np.ndarray
+    carried: bool = False
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each response."""
+        return np.array([len(response.tokens) for response in self.responses], np.int32)
+
+    def values(self, part: str | None = None) -> np.ndarray:
+        """The reward of each response, or one part of it."""
+        return np.array(
+            [r.value if part is None else r.parts[part] for r in self.rewards], np.float32
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """The groups that a step trains on, response by response."""
+
+    groups: Sequence[Group]
+
+    @property
+    def responses(self) -> list[Response]:
+        return [response for group in self.groups for response in group.responses]
+
+    @property
+    def prompts(self) -> list[PromptRecord]:
+        """One a response."""
+        return [group.prompt for group in self.groups for _ in group.responses]
+
+    @property
+    def rewards(self) -> list[Reward]:
+        return [reward for group in self.groups for reward in group.rewards]
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for group in self.groups for text in group.texts]
 
     @property
     def rewards_B(self) -> np.ndarray:
-        return np.array([reward.value for reward in self.rewards], np.float32)
+        return np.concatenate([group.values() for group in self.groups])
 
     @property
     def lengths_B(self) -> np.ndarray:
-        return np.array([len(response.tokens) for response in self.responses], np.int32)
+        return np.concatenate([group.lengths for group in self.groups])
+
+    @property
+    def counted_B(self) -> np.ndarray:
+        return np.concatenate([group.counted for group in self.groups])
+
+    @property
+    def trained_B(self) -> np.ndarray:
+        return np.concatenate([group.trained for group in self.groups])
+
+    @property
+    def carried_B(self) -> np.ndarray:
+        return np.repeat([group.carried for group in self.groups], self._sizes)
+
+    @property
+    def group_ids_B(self) -> np.ndarray:
+        """int32, 0 … P−1."""
+        return np.repeat(np.arange(len(self.groups), dtype=np.int32), self._sizes)
+
+    @property
+    def _sizes(self):
+        return [len(group.responses) for group in self.groups]
 
 
 def scored(
@@ -49,34 +110,34 @@ def scored(
     scorer: Scorer,
     decode: Callable[[np.ndarray], str],
     max_length: int,
-) -> Rollouts:
+) -> list[Group]:
     """Scores responses that come prompt by prompt, equally many to each.
 
-    One whose verifier failed or timed out has no verdict: it is counted and leaves the loss,
-    instead of passing for a wrong answer.
+    One whose verifier failed or timed out has no verdict: it is reported and neither counts nor
+    carries gradient, instead of passing for a wrong answer.
     """
-    group_size = len(responses) // len(prompts)
+    size = len(responses) // len(prompts)
     texts = [decode(response.tokens) for response in responses]
     rewards = evaluate.score(scorer, prompts, responses, texts=texts, max_length=max_length)
-    return Rollouts(
-        prompts=[prompt for prompt in prompts for _ in range(group_size)],
-        responses=responses,
-        texts=texts,
-        rewards=rewards,
-        group_ids_B=np.repeat(np.arange(len(prompts), dtype=np.int32), group_size),
-        kept_B=np.array([r.status not in ("timeout", "error") for r in rewards]),
-    )
+    judged = np.array([r.status not in ("timeout", "error") for r in rewards])
+    groups = []
+    for index, prompt in enumerate(prompts):
+        rows = slice(index * size, (index + 1) * size)
+        groups.append(
+            Group(prompt, responses[rows], texts[rows], rewards[rows], judged[rows], judged[rows])
+        )
+    return groups
 
 
 def records(rollouts: Rollouts, advantages_B: np.ndarray) -> Iterator[RolloutRecord]:
     """Every response, for reading."""
-    for row, response in enumerate(rollouts.responses):
-        prompt, verdict = rollouts.prompts[row], rollouts.rewards[row]
+    rows = zip(rollouts.prompts, rollouts.responses, rollouts.texts, rollouts.rewards, strict=True)
+    for row, (prompt, response, text, verdict) in enumerate(rows):
         yield RolloutRecord(
             prompt_id=prompt.prompt_id,
             sample_id=response.sample_id,
             prompt=prompt.text,
-            response=rollouts.texts[row],
+            response=text,
             answer=prompt.example.answer,
             tokens=response.tokens.tolist(),
             reward=verdict.value,
@@ -91,19 +152,19 @@ def records(rollouts: Rollouts, advantages_B: np.ndarray) -> Iterator[RolloutRec
 
 def metrics(rollouts: Rollouts, advantages_B: np.ndarray, *, correct: str) -> dict[str, float]:
     """Rewards, lengths, and how the two go together; the reward part `correct` is being right."""
-    rewards_B, lengths_B = rollouts.rewards_B, rollouts.lengths_B
-    by_group = rewards_B.reshape(len(np.unique(rollouts.group_ids_B)), -1)
-    correct_B = np.array([r.parts[correct] > 0.5 for r in rollouts.rewards])
+    rewards, lengths_B, rewards_B = rollouts.rewards, rollouts.lengths_B, rollouts.rewards_B
+    by_group = [group.values() for group in rollouts.groups]
+    correct_B = np.array([r.parts[correct] > 0.5 for r in rewards])
     right, wrong = coupling.length_by_correctness(lengths_B, correct_B)
     clipped = np.mean([not response.stopped for response in rollouts.responses])
     values = {
         "reward": rewards_B.mean(),
-        "reward_std": by_group.std(axis=1, ddof=1).mean(),
-        "frac_reward_zero_std": (np.ptp(by_group, axis=1) == 0).mean(),
+        "reward_std": np.mean([group.std(ddof=1) for group in by_group]),
+        "frac_reward_zero_std": np.mean([np.ptp(group) == 0 for group in by_group]),
         **_spread("critic/score", rewards_B),
         **_spread("critic/advantages", advantages_B),
         **_spread("response_length", lengths_B),
-        **_spread("prompt_length", [len(prompt.tokens) for prompt in rollouts.prompts]),
+        **_spread("prompt_length", [len(group.prompt.tokens) for group in rollouts.groups]),
         "response_length/clip_ratio": clipped,
         "completions/clipped_ratio": clipped,
         "length/advantage_corr": coupling.advantage_length_correlation(
@@ -113,12 +174,81 @@ def metrics(rollouts: Rollouts, advantages_B: np.ndarray, *, correct: str) -> di
         "length/incorrect_mean": wrong,
         "response/repetition": np.mean([coupling.repetition(r.tokens) for r in rollouts.responses]),
         "response/compress_ratio": np.mean([coupling.compress_ratio(t) for t in rollouts.texts]),
+        "shaping/trained_responses": rollouts.trained_B.sum(),
     }
-    for part in rollouts.rewards[0].parts:
-        values[f"reward/part/{part}"] = np.mean([r.parts[part] for r in rollouts.rewards])
-    statuses, counts = np.unique([r.status for r in rollouts.rewards], return_counts=True)
+    for part in rewards[0].parts:
+        values[f"reward/part/{part}"] = np.mean([r.parts[part] for r in rewards])
+    statuses, counts = np.unique([r.status for r in rewards], return_counts=True)
     values |= {f"reward/status/{s}": c for s, c in zip(statuses, counts, strict=True)}
     return {name: float(value) for name, value in values.items()}
+
+
+def to_json(groups: Iterable[Group]) -> list[dict[str, Any]]:
+    """Groups as JSON values, exactly: arrays as base64 of their bytes."""
+    return [
+        {
+            "prompt": {
+                "prompt_id": group.prompt.prompt_id,
+                "tokens": _packed(group.prompt.tokens, "<i4"),
+                "text": group.prompt.text,
+                "example": dataclasses.asdict(group.prompt.example),
+            },
+            "responses": [
+                {
+                    "sample_id": r.sample_id,
+                    "tokens": _packed(r.tokens, "<i4"),
+                    "logprobs": _packed(r.logprobs, "<f4"),
+                    "stopped": r.stopped,
+                }
+                for r in group.responses
+            ],
+            "texts": list(group.texts),
+            "rewards": [dataclasses.asdict(reward) for reward in group.rewards],
+            "counted": group.counted.tolist(),
+            "trained": group.trained.tolist(),
+        }
+        for group in groups
+    ]
+
+
+def from_json(stored: Iterable[Mapping[str, Any]]) -> list[Group]:
+    """The groups that `to_json` wrote, as carried over from an earlier step."""
+    return [_group(values) for values in stored]
+
+
+def _group(values):
+    prompt = values["prompt"]
+    example = Example(**prompt["example"])
+    record = PromptRecord(
+        prompt["prompt_id"], _unpacked(prompt["tokens"], "<i4"), prompt["text"], example
+    )
+    responses = [
+        Response(
+            prompt_id=record.prompt_id,
+            sample_id=r["sample_id"],
+            tokens=_unpacked(r["tokens"], "<i4"),
+            logprobs=_unpacked(r["logprobs"], "<f4"),
+            stopped=r["stopped"],
+        )
+        for r in values["responses"]
+    ]
+    return Group(
+        prompt=record,
+        responses=responses,
+        texts=values["texts"],
+        rewards=[Reward(**reward) for reward in values["rewards"]],
+        counted=np.array(values["counted"], bool),
+        trained=np.array(values["trained"], bool),
+        carried=True,
+    )
+
+
+def _packed(array, dtype):
+    return base64.b64encode(np.asarray(array).astype(dtype).tobytes()).decode()
+
+
+def _unpacked(text, dtype):
+    return np.frombuffer(base64.b64decode(text), dtype).astype(np.dtype(dtype).newbyteorder("="))
 
 
 def _spread(name, values):

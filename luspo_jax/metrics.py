@@ -86,6 +86,8 @@ _DECLARED = [
     Metric("rollout/prefill_calls", "sum", "calls", "prefill calls of the sampler"),
     Metric("rollout/generated_tokens", "sum", "tokens", "tokens sampled"),
     Metric("rollout/slot_utilisation", "mean", "", "share of slot steps that made a token"),
+    Metric("shaping/sampled_reward", "mean", "", "mean reward before any group is left out"),
+    Metric("shaping/*", "sum", "", "rounds, groups or responses of the step's data shaping"),
     Metric("timing_s/*", "sum", "s", "seconds spent in a phase of the step"),
     Metric("perf/total_num_tokens", "sum", "tokens", "prompt and response tokens of the step"),
     Metric("perf/throughput", "mean", "tokens/s/device", "tokens of the step per device second"),

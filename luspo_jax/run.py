@@ -22,6 +22,7 @@ from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_
 from luspo_jax.models.locate import model_folder
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Sampling
+from luspo_jax.shaping import Shaping
 from luspo_jax.update import UpdateRule
 
 _PACKAGES = ("luspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -76,6 +77,7 @@ class Run:
     sampler: Engine
     held_out_sampler: Engine
     rule: UpdateRule
+    shaping: Shaping
 
     @property
     def metric(self) -> str:
@@ -126,6 +128,7 @@ def build(config: ConfigDict) -> Run:
         sampler=_engine(config, model, config.rollout),
         held_out_sampler=_engine(config, model, config.eval),
         rule=rule,
+        shaping=configuration.build_shaping(config),
     )
 
 

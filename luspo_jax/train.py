@@ -19,17 +19,16 @@ import numpy as np
 from tqdm import tqdm
 
 from luspo_jax import config as configuration
-from luspo_jax import evaluate, experience, objectives, optimizer, packing
+from luspo_jax import evaluate, experience, objectives, optimizer, packing, shaping
 from luspo_jax.checkpoint import Checkpointer
 from luspo_jax.evaluate import Evaluation
-from luspo_jax.experience import Rollouts
+from luspo_jax.experience import Group, Rollouts
 from luspo_jax.metrics import MetricsWriter, StepMetrics
 from luspo_jax.models import decoder_weights
-from luspo_jax.prompts import PromptRecord
-from luspo_jax.rollout import Request, Response
+from luspo_jax.rollout import Request
 from luspo_jax.run import Run, Workdir
 from luspo_jax.types import TrainBatch, TrainState
-from luspo_jax.update import initial_state, score_rows, update_step
+from luspo_jax.update import initial_state, refresh_reference, score_rows, update_step
 
 
 class MismatchError(RuntimeError):
@@ -63,8 +62,10 @@ def train(run: Run, workdir: Workdir) -> Outcome:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(checkpointer))
         stack.enter_context(run.scorer)
-        state, start, evaluations = begin(run, checkpointer)
-        bar = stack.enter_context(tqdm(total=num_steps, initial=start, unit="step", leave=False))
+        state, start, evaluations, surplus = begin(run, checkpointer)
+        bar = stack.enter_context(
+            tqdm(total=num_steps, initial=start, unit="step", leave=False, disable=None)
+        )
         writer = stack.enter_context(contextlib.closing(_writer(run, workdir, bar)))
         # A run without a checkpoint starts over, whatever an earlier attempt has written.
         writer.truncate_after(start if evaluations else -1)
@@ -73,8 +74,8 @@ def train(run: Run, workdir: Workdir) -> Outcome:
             writer.write(0, _held_out_metrics(run, evaluations[0][1]))
         for step in range(start, num_steps):
             metrics = StepMetrics()
-            state, rollouts, advantages_B = rollout_step(
-                run, state, step, metrics=metrics, check_mismatch=step == start
+            state, surplus, rollouts, advantages_B = rollout_step(
+                run, state, surplus, step, metrics=metrics, check_mismatch=step == start
             )
             taken = step + 1
             measured = None
@@ -87,7 +88,9 @@ def train(run: Run, workdir: Workdir) -> Outcome:
                 writer.write_rollouts(taken, experience.records(rollouts, advantages_B))
             writer.write(taken, {"training/global_step": taken, **metrics.result()})
             if taken == num_steps or _due(output.checkpoint_every, taken):
-                save(run, checkpointer, state, taken, evaluations, measured)
+                host = host_state(run, evaluations, surplus)
+                score = measured.accuracy if measured else None
+                checkpointer.save(taken, state, host, metric=score)
             bar.update()
         export = workdir.path / "export" if output.export else None
         if export is not None:
@@ -97,16 +100,16 @@ def train(run: Run, workdir: Workdir) -> Outcome:
 
 def begin(
     run: Run, checkpointer: Checkpointer
-) -> tuple[TrainState, int, list[tuple[int, Evaluation]]]:
-    """State, steps taken and held-out results: of the latest checkpoint, or of a new run."""
+) -> tuple[TrainState, int, list[tuple[int, Evaluation]], list[Group]]:
+    """State, steps taken, held-out results and carried groups: of the latest checkpoint, or new."""
     state = begin_state(run)
     latest = checkpointer.latest_step()
     if latest is None:
-        return state, 0, []
+        return state, 0, [], []
     state, host = checkpointer.restore(latest, state)
     run.data.stream.set_state(host["stream"])
     evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
-    return state, latest, evaluations
+    return state, latest, evaluations, experience.from_json(host["surplus"])
 
 
 def begin_state(run: Run) -> TrainState:
@@ -114,88 +117,100 @@ def begin_state(run: Run) -> TrainState:
     return initial_state(run.initial_params(), run.rule)
 
 
-def save(
-    run: Run,
-    checkpointer: Checkpointer,
-    state: TrainState,
-    taken: int,
-    evaluations: list[tuple[int, Evaluation]],
-    measured: Evaluation | None,
-) -> None:
-    """Writes everything that decides the next step; `measured` ranks the checkpoint."""
-    host = {
+def host_state(
+    run: Run, evaluations: list[tuple[int, Evaluation]], surplus: Sequence[Group]
+) -> dict[str, Any]:
+    """What decides the next step beside the train state, as JSON values."""
+    return {
         "stream": run.data.stream.get_state(),
         "evaluations": [(step, dataclasses.asdict(e)) for step, e in evaluations],
+        "surplus": experience.to_json(surplus),
     }
-    checkpointer.save(taken, state, host, metric=measured.accuracy if measured else None)
 
 
 def rollout_step(
-    run: Run, state: TrainState, step: int, *, metrics: StepMetrics, check_mismatch: bool = False
-) -> tuple[TrainState, Rollouts, np.ndarray]:
+    run: Run,
+    state: TrainState,
+    surplus: Sequence[Group],
+    step: int,
+    *,
+    metrics: StepMetrics,
+    check_mismatch: bool = False,
+) -> tuple[TrainState, list[Group], Rollouts, np.ndarray]:
     """One rollout step: sample, reward, compare inside groups, update.
 
     Args:
       run: what does not change.
       state: donated.
+      surplus: groups carried over from the step before.
       step: rollout steps taken before this one.
       metrics: receives the step's metrics.
       check_mismatch: refuse to go on where sampler and trainer disagree.
 
     Returns:
-      The new state, the responses, and their advantages.
+      The new state, the groups carried over, the responses, and their advantages.
     """
     with timed(metrics, "step"):
-        with timed(metrics, "gen"):
-            prompts, responses = sample(run, state.params, step, metrics)
-        with timed(metrics, "reward"):
-            rollouts = experience.scored(
-                prompts,
-                responses,
-                scorer=run.scorer,
-                decode=run.model.decode,
-                max_length=run.config.rollout.max_response_length,
-            )
+        rollouts, surplus = collect(run, state.params, step, surplus, metrics)
         batch = train_batch(run, rollouts)
         with timed(metrics, "old_log_prob"):
-            batch = with_old_logprobs(run, state, batch, metrics, check_mismatch)
+            batch = with_old_logprobs(run, state, rollouts, batch, metrics, check_mismatch)
         with timed(metrics, "ref"):
             batch = with_ref_logprobs(run, state, batch)
         with timed(metrics, "adv"):
             batch = with_advantages(run, rollouts, batch)
         with timed(metrics, "update_actor"):
             state = optimize(run, state, batch, step, metrics)
+            if state.ref_params is not None and _due(run.config.train.ref_every, step + 1):
+                state = refresh_reference(state, decay=run.config.train.ref_decay)
     metrics.update(experience.metrics(rollouts, batch.advantages_B, correct=run.metric))
     metrics.update(_speed_metrics(metrics, rollouts))
-    return state, rollouts, batch.advantages_B
+    return state, surplus, rollouts, batch.advantages_B
 
 
-def sample(
-    run: Run, params: Any, step: int, metrics: StepMetrics
-) -> tuple[list[PromptRecord], list[Response]]:
-    """`prompts_per_step` prompts and `group_size` responses to each."""
-    config = run.config
-    prompts = run.data.stream.next_prompts(config.rollout.prompts_per_step)
-    noise_ids = _noise_ids([prompt.prompt_id for prompt in prompts])
-    responses, stats = run.sampler.generate(
-        sampling_params(params, dtype=config.model.rollout_dtype),
-        [Request(i, prompt.tokens) for i, prompt in zip(noise_ids, prompts, strict=True)],
-        group_size=config.rollout.group_size,
-        seed=config.seed,
-        step=step,
+def collect(
+    run: Run, params: Any, step: int, surplus: Sequence[Group], metrics: StepMetrics
+) -> tuple[Rollouts, list[Group]]:
+    """A batch of scored groups, and what is carried over to the next step."""
+    config, used = run.config, []
+    weights = sampling_params(params, dtype=config.model.rollout_dtype)
+
+    def sample() -> list[Group]:
+        prompts = run.data.stream.next_prompts(config.rollout.prompts_per_step)
+        used.extend(prompt.prompt_id for prompt in prompts)
+        noise_ids = _noise_ids(used)[-len(prompts) :]
+        with timed(metrics, "gen"):
+            responses, stats = run.sampler.generate(
+                weights,
+                [Request(i, prompt.tokens) for i, prompt in zip(noise_ids, prompts, strict=True)],
+                group_size=config.rollout.group_size,
+                seed=config.seed,
+                step=step,
+            )
+        for name in ("decode_steps", "prefill_tokens", "prefill_calls", "generated_tokens"):
+            metrics.add(f"rollout/{name}", getattr(stats, name))
+        metrics.add("rollout/slot_utilisation", stats.slot_utilisation)
+        with timed(metrics, "reward"):
+            return experience.scored(
+                prompts,
+                responses,
+                scorer=run.scorer,
+                decode=run.model.decode,
+                max_length=config.rollout.max_response_length,
+            )
+
+    collected = shaping.collect(
+        sample,
+        surplus,
+        shaping=run.shaping,
+        num_groups=config.rollout.prompts_per_step,
+        part=run.metric,
     )
+    metrics.update(collected.counts)
     metrics.update(
-        {
-            "rollout/decode_steps": stats.decode_steps,
-            "rollout/prefill_tokens": stats.prefill_tokens,
-            "rollout/prefill_calls": stats.prefill_calls,
-            "rollout/generated_tokens": stats.generated_tokens,
-            "rollout/slot_utilisation": stats.slot_utilisation,
-            "training/epoch": run.data.stream.epoch,
-            "prompts/dropped": run.data.stream.dropped,
-        }
+        {"training/epoch": run.data.stream.epoch, "prompts/dropped": run.data.stream.dropped}
     )
-    return prompts, responses
+    return Rollouts(collected.groups), collected.surplus
 
 
 def train_batch(run: Run, rollouts: Rollouts) -> TrainBatch:
@@ -212,7 +227,7 @@ def train_batch(run: Run, rollouts: Rollouts) -> TrainBatch:
     sampler_logprobs_BT = packing.place_responses(
         [response.logprobs for response in rollouts.responses], rows.response_mask_BT
     )
-    mask_BT = rows.response_mask_BT & rollouts.kept_B[:, None]
+    mask_BT = rows.response_mask_BT & rollouts.trained_B[:, None]
     return TrainBatch(
         rows=dataclasses.replace(rows, response_mask_BT=mask_BT),
         advantages_B=np.zeros(len(tokens), np.float32),
@@ -225,20 +240,33 @@ def train_batch(run: Run, rollouts: Rollouts) -> TrainBatch:
 
 
 def with_old_logprobs(
-    run: Run, state: TrainState, batch: TrainBatch, metrics: StepMetrics, check_mismatch: bool
+    run: Run,
+    state: TrainState,
+    rollouts: Rollouts,
+    batch: TrainBatch,
+    metrics: StepMetrics,
+    check_mismatch: bool,
 ) -> TrainBatch:
-    """Adds log-probs of the policy that starts the step, where the step needs them.
+    """Adds log-probs of the policy that sampled, as the trainer computes them, where needed.
 
-    A step of one update does not: its first forward pass is that policy's.
+    A step of one update does not need them: its first forward pass is that policy's. Groups that
+    were carried over were sampled by the policy of an earlier step, whose log-probs the sampler
+    recorded: those are taken.
     """
     objective = run.rule.objective
     sizes = configuration.batch_arithmetic(run.config)
     ranks_entropy = objective.top_entropy_quantile < 1
-    needed = sizes.updates_per_step > 1 or ranks_entropy or _kl_in_reward(objective)
+    carried_B = rollouts.carried_B
+    needed = (
+        sizes.updates_per_step > 1
+        or ranks_entropy
+        or _kl_in_reward(objective)
+        or bool(carried_B.any())
+    )
     if not (needed or check_mismatch):
         return batch
     logprobs_BT, entropy_BT = map(np.asarray, _score(run, state.params, batch))
-    mask_BT = batch.rows.response_mask_BT
+    mask_BT = batch.rows.response_mask_BT & ~carried_B[:, None]
     gap = float(np.max(np.abs(logprobs_BT - batch.sampler_logprobs_BT)[mask_BT], initial=0.0))
     metrics.add("rollout_corr/max_abs_diff", gap)
     limit = run.config.rollout.mismatch_limit
@@ -252,7 +280,7 @@ def with_old_logprobs(
         return batch
     return dataclasses.replace(
         batch,
-        old_logprobs_BT=logprobs_BT,
+        old_logprobs_BT=np.where(carried_B[:, None], batch.sampler_logprobs_BT, logprobs_BT),
         old_entropy_BT=entropy_BT if ranks_entropy else None,
     )
 
@@ -278,7 +306,7 @@ def with_advantages(run: Run, rollouts: Rollouts, batch: TrainBatch) -> TrainBat
                 kl_estimator=objective.kl_estimator,
             )
         )
-    lengths_B = np.where(rollouts.kept_B, rollouts.lengths_B, 0)
+    lengths_B = np.where(rollouts.counted_B, rollouts.lengths_B, 0)
     advantages_B = objectives.advantages(objective, rewards_B, rollouts.group_ids_B, lengths_B)
     return dataclasses.replace(batch, advantages_B=np.asarray(advantages_B, np.float32))
 

@@ -110,6 +110,15 @@ def update_step(
     return _step(state, grads, rate, metrics, rule)
 
 
+@functools.partial(jax.jit, static_argnames=("decay",), donate_argnames=("state",))
+def refresh_reference(state: TrainState, *, decay: float) -> TrainState:
+    """π_ref ← decay · π_ref + (1 − decay) · π: decay 0 copies the policy, 0.99 is an average."""
+    reference = jax.tree.map(
+        lambda ref, new: decay * ref + (1 - decay) * new, state.ref_params, state.params
+    )
+    return dataclasses.replace(state, ref_params=reference)
+
+
 def _step(state, grads, rate, metrics, rule):
     """Clips, steps, and keeps the old state where the gradient is not finite."""
     grads, norm, clipped = optimizer.clip_by_global_norm(grads, rule.max_grad_norm)

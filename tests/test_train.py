@@ -182,7 +182,7 @@ def test_finished_run_runs_again_without_change(finished, config):
 def test_workdir_of_another_configuration_is_refused(finished, config):
     config.train.learning_rate = 3e-3
     config.rollout.group_size = 2
-    with pytest.raises(runs.WorkdirError, match="learning_rate: 0.001 in the workdir, 0.003 now"):
+    with pytest.raises(runs.WorkdirError, match=r"learning_rate: 0\.001 in the workdir, 0\.003 now"):
         _train(config, finished)
 
 
@@ -250,3 +250,35 @@ def test_other_objectives_with_a_reference_policy(config, tmp_path, preset, plac
     if placement == "loss":
         assert last["actor/kl_loss"] > 0
     assert np.isfinite(last["actor/pg_loss"])
+
+
+def test_dynamic_sampling_resumes_bit_for_bit(config, tmp_path, monkeypatch):
+    """The carried surplus is in the checkpoint: a run cut after one equals an uninterrupted run."""
+    config.shaping.dynamic_sampling = True
+    config.shaping.max_tries = 8
+    config.rollout.prompts_per_step = 2
+    config.eval.metric = "digits"
+    config.reward.options = {"digits": {"function": f"{__file__}:many_digits"}}
+    config.output.checkpoint_every = 1
+    _train(config, tmp_path / "straight")
+    rows = list(read_metrics(tmp_path / "straight" / "metrics.jsonl"))[1:]
+    assert sum(row["shaping/groups_carried_in"] for row in rows) > 0
+    assert all(row["shaping/trained_responses"] == 8 for row in rows)
+    real = train.rollout_step
+
+    def crash(run, state, surplus, step, **kwargs):
+        if step == 2:
+            raise KeyboardInterrupt
+        return real(run, state, surplus, step, **kwargs)
+
+    monkeypatch.setattr(train, "rollout_step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        _train(config, tmp_path / "cut")
+    monkeypatch.setattr(train, "rollout_step", real)
+    _train(config, tmp_path / "cut")
+    _assert_same_results(_results(tmp_path / "cut"), _results(tmp_path / "straight"))
+
+
+def many_digits(response, answer):
+    """1 for responses that are mostly digits: by chance right in few groups, and all wrong in many."""
+    return float(sum(c.isdigit() for c in response) > 0.5 * len(response))

@@ -1,0 +1,169 @@
+"""Which of the sampled responses a step trains on.
+
+Group filters and response filters act between rewards and advantages. A batch keeps its size:
+what is missing is filled with groups that carry no gradient, and said.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from luspo_jax.experience import Group
+
+GFPO_KEYS = ("length", "reward_per_token")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaping:
+    """How the responses of a step are chosen; all off by default.
+
+    Attributes:
+      dynamic_sampling: leave out groups that are all right or all wrong, and sample further
+        prompts until the batch is full (DAPO, arXiv:2503.14476 §3.2).
+      max_tries: rounds of sampling a step may take; 10 in DAPO's script.
+      overlong_filter: responses cut at the length limit carry no gradient and leave the
+        denominators; they count in their group's statistics (DAPO §3.4).
+      gfpo_keep: responses a group keeps, 0 for all; the others leave its statistics and the loss
+        (GFPO, arXiv:2508.09726).
+      gfpo_by: "length" keeps the shortest, "reward_per_token" those with the highest.
+      lspo_low: share of prompts to keep with the shortest mean responses (LSPO,
+        arXiv:2510.01459; the share is unconfirmed).
+      lspo_high: share of prompts to keep with the longest; both 0 keep all.
+
+    Raises:
+      ValueError: naming the field.
+    """
+
+    dynamic_sampling: bool = False
+    max_tries: int = 10
+    overlong_filter: bool = False
+    gfpo_keep: int = 0
+    gfpo_by: str = "length"
+    lspo_low: float = 0.0
+    lspo_high: float = 0.0
+
+    def __post_init__(self):
+        if self.max_tries < 1:
+            raise ValueError(f"max_tries={self.max_tries} must be at least 1")
+        if self.gfpo_by not in GFPO_KEYS:
+            raise ValueError(f"gfpo_by={self.gfpo_by!r}: valid: {', '.join(GFPO_KEYS)}")
+        if self.gfpo_keep < 0 or self.gfpo_keep == 1:
+            raise ValueError(
+                f"gfpo_keep={self.gfpo_keep}: 0 keeps all; otherwise at least 2, which can be "
+                "compared with each other"
+            )
+        low, high = self.lspo_low, self.lspo_high
+        if min(low, high) < 0 or low + high > 1:
+            raise ValueError(f"lspo_low={low} and lspo_high={high} must be shares with a sum ≤ 1")
+
+    @property
+    def filters_groups(self) -> bool:
+        """Whether some groups may be left out, so that a batch may need another try."""
+        return self.dynamic_sampling or self.lspo_low + self.lspo_high > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """A full batch, what is carried over to the next step, and counts for the metrics."""
+
+    groups: list[Group]
+    surplus: list[Group]
+    counts: dict[str, float]
+
+
+def collect(
+    sample: Callable[[], list[Group]],
+    surplus: Sequence[Group],
+    *,
+    shaping: Shaping,
+    num_groups: int,
+    part: str,
+) -> Collected:
+    """Samples until `num_groups` groups pass the filters, or tries run out.
+
+    Groups that pass beyond a full batch are carried over and come first in the next step. Fewer
+    than a batch are kept, so that all of them are used one step later and none grows older; a
+    larger surplus is given up and counted.
+
+    Args:
+      sample: one round of sampling and scoring; each call brings new prompts.
+      surplus: carried over from the step before.
+      shaping: the filters.
+      num_groups: groups of a batch.
+      part: the reward part that tells right from wrong.
+    """
+    chosen, left_out, rewards, tries = list(surplus), [], [], 0
+    while tries < (shaping.max_tries if shaping.filters_groups else 1) and len(chosen) < num_groups:
+        tries += 1
+        fresh = sample()
+        rewards += [group.values() for group in fresh]
+        kept = [keeps(group, shaping) for group in fresh]
+        passed = group_filter(kept, shaping, part=part)
+        chosen += [group for group, passes in zip(kept, passed, strict=True) if passes]
+        left_out += [group for group, passes in zip(kept, passed, strict=True) if not passes]
+    missing = max(0, num_groups - len(chosen))
+    if missing:
+        warnings.warn(
+            f"only {num_groups - missing} of {num_groups} groups passed the filters in {tries} "
+            "tries; the batch is filled with groups without gradient",
+            stacklevel=2,
+        )
+    filling = [_without_gradient(group) for group in left_out[:missing]]
+    spare = chosen[num_groups:]
+    carried = [dataclasses.replace(group, carried=True) for group in spare[: num_groups - 1]]
+    return Collected(
+        groups=[*chosen[:num_groups], *filling],
+        surplus=carried,
+        counts={
+            "shaping/tries": tries,
+            "shaping/groups_sampled": len(rewards),
+            "shaping/groups_left_out": len(left_out),
+            "shaping/groups_carried_in": len(surplus),
+            "shaping/groups_carried_over": len(carried),
+            "shaping/groups_given_up": len(spare) - len(carried),
+            "shaping/groups_missing": missing,
+            **({"shaping/sampled_reward": float(np.mean(rewards))} if rewards else {}),
+        },
+    )
+
+
+def keeps(group: Group, shaping: Shaping) -> Group:
+    """The group with the response filters applied."""
+    counted, trained = group.counted.copy(), group.trained.copy()
+    if shaping.gfpo_keep:
+        lengths = group.lengths
+        order = lengths if shaping.gfpo_by == "length" else -group.values() / lengths
+        # Responses without a verdict come last: they must not take a place from one that has one.
+        ranked = np.lexsort((np.arange(len(order)), order, ~counted))
+        chosen = np.zeros_like(counted)
+        chosen[ranked[: shaping.gfpo_keep]] = True
+        counted &= chosen
+        trained &= chosen
+    if shaping.overlong_filter:
+        trained &= np.array([response.stopped for response in group.responses])
+    return dataclasses.replace(group, counted=counted, trained=trained)
+
+
+def group_filter(groups: Sequence[Group], shaping: Shaping, *, part: str) -> np.ndarray:
+    """Whether each group of one round passes."""
+    passes = np.ones(len(groups), bool)
+    if shaping.dynamic_sampling:
+        passes &= [_informative(group, part) for group in groups]
+    if shaping.lspo_low + shaping.lspo_high > 0:
+        means = np.array([group.lengths.mean() for group in groups])
+        short = means <= np.quantile(means, shaping.lspo_low) if shaping.lspo_low else False
+        long = means >= np.quantile(means, 1 - shaping.lspo_high) if shaping.lspo_high else False
+        passes &= short | long
+    return passes
+
+
+def _informative(group, part):
+    values = group.values(part)[group.counted]
+    return len(values) > 1 and np.ptp(values) > 0
+
+
+def _without_gradient(group):
+    nothing = np.zeros_like(group.counted)
+    return dataclasses.replace(group, counted=nothing, trained=nothing)
