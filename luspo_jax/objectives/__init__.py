@@ -19,9 +19,9 @@ from luspo_jax.objectives.policy_loss import (
     denominators,
     length_scales,
     loss,
-    metric_means,
     validate_group_size,
 )
+from luspo_jax.objectives.policy_metrics import metric_means
 from luspo_jax.objectives.presets import PRESETS, preset
 
 __all__ = [

@@ -17,10 +17,17 @@ from luspo_jax.objectives.aggregation import AGGREGATIONS
 from luspo_jax.objectives.kl import token_kl
 from luspo_jax.objectives.length_scales import LENGTH_SCALES
 from luspo_jax.objectives.objective import Objective, bind
-from luspo_jax.objectives.ratios import RATIOS, bounded, row_mean
-from luspo_jax.objectives.surrogates import SURROGATES, Surrogate
-
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+from luspo_jax.objectives.policy_metrics import (
+    Metrics,
+    mismatch_metrics,
+    ratio_metrics,
+    sum_rows,
+    token_sums,
+    unit_sums,
+    weight_metrics,
+)
+from luspo_jax.objectives.ratios import RATIOS, bounded
+from luspo_jax.objectives.surrogates import SURROGATES
 
 
 @jax.tree_util.register_dataclass
@@ -191,13 +198,13 @@ def loss(
     log_ratio_BU = bind(RATIOS[objective.ratio], objective)(**arrays)
     surrogate_function = bind(SURROGATES[objective.surrogate], objective)
     surrogate = surrogate_function(log_ratio_BU=log_ratio_BU, **arrays)
-    weight_BU, metrics = _policy_weight(objective, rows, denominators)
+    weight_BU, pairs = _policy_weight(objective, rows, denominators)
     lengths_B = mask_BT.sum(axis=1, dtype=jnp.int32).astype(dtype)
     divisor_B, _ = bind(AGGREGATIONS[objective.aggregation], objective)(lengths_B=lengths_B)
 
     def aggregate(loss_BU):
         # Mask and sum over tokens first: scaling a token mean by L would weigh padding (L²/T).
-        row_loss_B = jnp.where(mask_BT, loss_BU, 0).sum(axis=1)
+        row_loss_B = token_sums(loss_BU, mask_BT)
         return (row_loss_B * (rows.length_scale_B / divisor_B)).sum() / denominators.policy
 
     policy = objective.loss_scale * aggregate(surrogate.loss_BU * weight_BU)
@@ -206,18 +213,20 @@ def loss(
         kl_BT = token_kl(
             rows.logprobs_BT, rows.ref_logprobs_BT, kl_estimator=objective.kl_estimator
         )
-        metrics["actor/kl_loss"] = _token_mean(kl_BT, mask_BT)
+        pairs["actor/kl_loss"] = token_sums(kl_BT, mask_BT), lengths_B
         if objective.kl_importance_weight:
             kl_BT = kl_BT * jnp.exp(bounded(log_ratio_BU))
         total = total + objective.loss_scale * objective.kl_coef * aggregate(kl_BT)
     if rows.entropy_BT is not None:
-        entropy, tokens = _token_mean(rows.entropy_BT, mask_BT)
-        metrics["actor/entropy"] = entropy, tokens
+        entropy_B = token_sums(rows.entropy_BT, mask_BT)
+        pairs["actor/entropy"] = entropy_B, lengths_B
         if objective.entropy_coef > 0:
-            total = total - objective.entropy_coef * entropy / denominators.tokens
+            total = total - objective.entropy_coef * entropy_B.sum() / denominators.tokens
+    drift_BT = rows.old_logprobs_BT - rows.logprobs_BT
+    pairs |= ratio_metrics(surrogate, log_ratio_BU, drift_BT, rows.advantages_B, mask_BT)
+    metrics = sum_rows(jax.lax.stop_gradient(pairs))
     sequences = (lengths_B > 0).astype(dtype).sum()
     metrics["actor/pg_loss"] = policy, sequences / denominators.sequences
-    metrics |= _ratio_metrics(surrogate, log_ratio_BU, rows)
     return total, jax.lax.stop_gradient(metrics)
 
 
@@ -227,15 +236,15 @@ def _policy_weight(
     """What the policy loss of each token is multiplied by [B, U], and what it dropped."""
     mask_BT, advantages_B1 = rows.response_mask_BT, rows.advantages_B[:, None]
     weight_BU = jnp.ones_like(advantages_B1)
-    metrics: Metrics = {}
+    pairs: Metrics = {}
     if rows.sampler_logprobs_BT is not None:
         log_rho_BT = jax.lax.stop_gradient(rows.old_logprobs_BT - rows.sampler_logprobs_BT)
-        metrics |= _mismatch_metrics(log_rho_BT, mask_BT)
+        pairs |= mismatch_metrics(log_rho_BT, mask_BT)
         for name in objective.corrections:
             correction = bind(correction_functions.CORRECTIONS[name], objective)
             weight_BU = weight_BU * correction(log_rho_BT=log_rho_BT, response_mask_BT=mask_BT)
         if objective.corrections:
-            metrics |= _weight_metrics(weight_BU, mask_BT)
+            pairs |= weight_metrics(weight_BU, mask_BT)
     if objective.off_policy_max is not None:
         against_sampler = objective.off_policy_against == "sampler"
         keep_B1 = correction_functions.off_policy_keep(
@@ -246,7 +255,9 @@ def _policy_weight(
             off_policy_max=objective.off_policy_max,
         )
         weight_BU = jnp.where(keep_B1, weight_BU, 0)
-        metrics["rollout_corr/off_policy_masked"] = _row_mean_of(~keep_B1, mask_BT)
+        dropped_B1 = (~keep_B1).astype(weight_BU.dtype)
+        lengths_B = mask_BT.sum(axis=1, dtype=jnp.int32).astype(weight_BU.dtype)
+        pairs["rollout_corr/off_policy_masked"] = unit_sums(dropped_B1, mask_BT, lengths_B)
     if objective.top_entropy_quantile < 1:
         if denominators.entropy_threshold is None:
             raise ValueError(
@@ -255,86 +266,7 @@ def _policy_weight(
             )
         entropy_BT = jax.lax.stop_gradient(rows.entropy_BT)
         weight_BU = jnp.where(entropy_BT >= denominators.entropy_threshold, weight_BU, 0)
-    return weight_BU, metrics
-
-
-def _token_mean(values_BU: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) over response tokens; one value a row counts once for each of its tokens."""
-    values_BU = _real(values_BU)
-    count = mask_BT.sum(dtype=jnp.int32).astype(values_BU.dtype)
-    return jnp.where(mask_BT, values_BU, 0).sum(), count
-
-
-def _row_mean_of(values_B1: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) over rows with response tokens."""
-    present_B1 = mask_BT.any(axis=1, keepdims=True)
-    values_B1 = _real(values_B1)
-    count = present_B1.sum(dtype=jnp.int32).astype(values_B1.dtype)
-    return jnp.where(present_B1, values_B1, 0).sum(), count
-
-
-def _unit_mean(values_BU: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) over tokens for [B, T] and over rows for [B, 1], as TRL counts."""
-    per_row = values_BU.shape[1] == 1 != mask_BT.shape[1]
-    return (_row_mean_of if per_row else _token_mean)(values_BU, mask_BT)
-
-
-def _ratio_metrics(surrogate: Surrogate, log_ratio_BU: jax.Array, rows: PolicyBatch) -> Metrics:
-    mask_BT, advantages_B1 = rows.response_mask_BT, rows.advantages_B[:, None]
-    clipped_BU = surrogate.high_BU | surrogate.low_BU
-    drift_BT = bounded(rows.old_logprobs_BT - rows.logprobs_BT)
-    return {
-        "actor/ppo_kl": _token_mean(drift_BT, mask_BT),
-        "actor/ratio_deviation": _unit_mean(jnp.abs(jnp.expm1(bounded(log_ratio_BU))), mask_BT),
-        "actor/pg_clipfrac": _token_mean(clipped_BU, mask_BT),
-        "actor/pg_clipfrac_lower": _token_mean(surrogate.lower_BU, mask_BT),
-        "actor/clipfrac/pos": _token_mean(clipped_BU, mask_BT & (advantages_B1 > 0)),
-        "actor/clipfrac/neg": _token_mean(clipped_BU, mask_BT & (advantages_B1 < 0)),
-        "clip_ratio/high_mean": _unit_mean(surrogate.high_BU, mask_BT),
-        "clip_ratio/low_mean": _unit_mean(surrogate.low_BU, mask_BT),
-        "clip_ratio/region_mean": _unit_mean(clipped_BU, mask_BT),
-    }
-
-
-def _mismatch_metrics(log_rho_BT: jax.Array, mask_BT: jax.Array) -> Metrics:
-    """How far the sampler is from the trainer, by verl's names and definitions."""
-    log_rho_BT = bounded(log_rho_BT)
-    return {
-        "rollout_corr/kl": _token_mean(-log_rho_BT, mask_BT),
-        "rollout_corr/k3_kl": _token_mean(jnp.expm1(log_rho_BT) - log_rho_BT, mask_BT),
-        "rollout_corr/log_ppl_abs_diff": _row_mean_of(
-            jnp.abs(row_mean(log_rho_BT, mask_BT)), mask_BT
-        ),
-    }
-
-
-def _weight_metrics(weight_BU: jax.Array, mask_BT: jax.Array) -> Metrics:
-    dropped_BT = mask_BT & (weight_BU == 0)
-    whole_B1 = (dropped_BT == mask_BT).all(axis=1, keepdims=True)
-    return {
-        "rollout_corr/weight": _token_mean(weight_BU, mask_BT),
-        "rollout_corr/weight_squared": _token_mean(weight_BU**2, mask_BT),
-        "rollout_corr/masked_fraction": _token_mean(dropped_BT, mask_BT),
-        "rollout_corr/masked_sequences": _row_mean_of(whole_B1, mask_BT),
-    }
-
-
-def metric_means(metrics: Metrics) -> dict[str, jax.Array]:
-    """Means from summed (sum, count) pairs; 0 where nothing was counted.
-
-    Adds `rollout_corr/ess`, the effective sample size (Σw)²/(n Σw²) as a share of n tokens, which
-    is no mean and so is formed here, after all micro-batches are added up.
-    """
-    means = {
-        name: jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
-        for name, (total, count) in metrics.items()
-    }
-    if "rollout_corr/weight_squared" in means:
-        square = means.pop("rollout_corr/weight_squared")
-        positive = square > 0
-        ess = means["rollout_corr/weight"] ** 2 / jnp.where(positive, square, 1)
-        means["rollout_corr/ess"] = jnp.where(positive, ess, 0)
-    return means
+    return weight_BU, pairs
 
 
 def _real(values) -> jax.Array:

@@ -95,11 +95,12 @@ def whole_step(objective: Objective, arrays: dict[str, np.ndarray], **changes):
     return np.asarray(value), np.asarray(grad_BT)
 
 
-def mean_metrics(objective: Objective, arrays: dict[str, np.ndarray]) -> dict[str, float]:
-    """Metric means of a step taken as one batch."""
+def step_with_means(objective: Objective, arrays: dict[str, np.ndarray]):
+    """(loss, gradient, metric means) of a step taken as one batch, as NumPy."""
     batch = batch_of(objective, arrays)
-    *_, metrics = loss_grad_metrics(objective, batch, denominators_of(objective, batch))
-    return {name: float(mean) for name, mean in objectives.metric_means(metrics).items()}
+    value, grad_BT, metrics = loss_grad_metrics(objective, batch, denominators_of(objective, batch))
+    means = {name: float(mean) for name, mean in objectives.metric_means(metrics).items()}
+    return np.asarray(value), np.asarray(grad_BT), means
 
 
 # Presets, and each of them with every per-token term there is: where other systems had their bugs.
