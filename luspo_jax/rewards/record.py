@@ -60,12 +60,14 @@ class Verifier:
       version: changes whenever any verdict can change.
       check: the rule; it may raise, which its caller records as an error.
       isolated: whether it can hang or eat memory, and so belongs in a worker process.
+      warm_up: a sample that makes it import what it needs; None where it needs nothing.
     """
 
     id: str
     version: str
     check: Callable[[Sample], Verdict]
     isolated: bool = False
+    warm_up: Sample | None = None
 
     @property
     def label(self) -> str:

@@ -11,6 +11,7 @@ from luspo_jax.rewards.exact import exact
 from luspo_jax.rewards.format import text_format
 from luspo_jax.rewards.gsm8k import gsm8k
 from luspo_jax.rewards.math_answer import math_answer
+from luspo_jax.rewards.multiple_choice import multiple_choice
 from luspo_jax.rewards.overlong import overlong
 from luspo_jax.rewards.record import Reward, Sample, Verifier, combine, run
 from luspo_jax.rewards.user import is_user_reward, user_reward
@@ -23,6 +24,7 @@ REWARDS: dict[str, Callable[..., Verifier]] = {
     "format": text_format,
     "gsm8k": gsm8k,
     "math_answer": math_answer,
+    "multiple_choice": multiple_choice,
     "overlong": overlong,
     # For configurations whose keys cannot hold dots: options {"user": {"function": "file.py:f"}}.
     "user": user_reward,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from luspo_jax.rewards.record import Reward, Sample, Verdict, combine, run
 from luspo_jax.rewards.registry import Options, Parts, verifiers
-from luspo_jax.rewards.worker import read_frame, write_frame
+from luspo_jax.rewards.worker import WALL_FACTOR, read_frame, write_frame
 
 _GRACE = 5.0  # seconds past the limit after which a silent worker is killed from outside
 _WINDOW = 1_000  # samples over which the failure rate is taken
@@ -32,7 +32,8 @@ class Scorer:
       parts: name → weight, or pairs of them; a name is in REWARDS or is `module:function`.
       options: name → that reward's options.
       workers: worker processes for isolated verifiers; by default one a core, at most 16.
-      time_limit: seconds that one verdict of an isolated verifier may take.
+      time_limit: seconds of processor time that one verdict of an isolated verifier may take; by
+        the clock, three times as long.
       max_failure_rate: share of timeouts and errors above which scoring stops, taken over the
         latest samples.
       memory_limit: bytes of address space a worker may use; None for no limit.
@@ -127,7 +128,7 @@ class _Worker:
             "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from luspo_jax.rewards.worker import main; main()"],
+            [sys.executable, "-P", "-c", "from luspo_jax.rewards.worker import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -149,7 +150,7 @@ class _Worker:
         """Hand it a task; the first waits until the process has imported what it needs."""
         if not self._ready:
             self._await_start()
-        self.task, self.deadline = task, time.monotonic() + self._limit + _GRACE
+        self.task, self.deadline = task, time.monotonic() + WALL_FACTOR * self._limit + _GRACE
         write_frame(self._process.stdin.fileno(), payload)
 
     def _await_start(self) -> None:

@@ -1,11 +1,11 @@
 """The process in which a verifier may hang, crash or fill memory without harm to the run.
 
 The process reads its settings and then tasks from standard input, and answers each on standard
-output. It imports what the verifiers need once, then forks a child that
-does the scoring. The kernel ends the child when a task exceeds its limit (an alarm left at its
-default action, which no Python code can catch, delay or swallow); the parent notes that and forks
-the next child, which costs milliseconds. When the input closes, both end: nothing outlives the
-run by more than one task's limit.
+output. It imports what the verifiers need once, then forks a child that does the scoring. The
+kernel ends the child when a task exceeds its limit (alarms left at their default action, which no
+Python code can catch, delay or swallow); the parent notes that and forks the next child, which
+costs milliseconds. When the input closes, both end: nothing outlives the run by more than one
+task's limit.
 """
 
 import contextlib
@@ -16,10 +16,12 @@ import signal
 import struct
 import sys
 
-from luspo_jax.rewards.record import Sample, Verdict, run
+from luspo_jax.rewards.record import Verdict, run
 from luspo_jax.rewards.registry import verifiers
 
 _HEADER = struct.Struct(">I")
+_ALARMS = (signal.SIGPROF, signal.SIGALRM)
+WALL_FACTOR = 3  # a task may take so many times its limit by the clock
 _RECYCLE = 75  # exit code of a child that has done its share of tasks
 
 
@@ -55,17 +57,25 @@ def _serve(tasks: int, verdicts: int, checks, settings) -> None:
             part, sample = read_frame(tasks)
         except EOFError:
             os._exit(0)
-        signal.setitimer(signal.ITIMER_REAL, settings["time_limit"])
+        _set_alarms(settings["time_limit"])
         verdict = run(checks[part], sample)
         # Disarmed before the answer goes out, so that a task has an answer or a death, never both.
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_alarms(0)
         write_frame(verdicts, verdict)
     os._exit(_RECYCLE)
 
 
+def _set_alarms(seconds: float) -> None:
+    # The limit is on processor time, so that a busy machine gives the same rewards as an idle one.
+    # One that sleeps is stopped later, by the clock.
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, WALL_FACTOR * seconds)
+
+
 def _child(tasks: int, verdicts: int, checks, settings) -> None:
     try:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        for alarm in _ALARMS:
+            signal.signal(alarm, signal.SIG_DFL)
         limit = settings["memory_limit"]
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -80,8 +90,8 @@ def _child(tasks: int, verdicts: int, checks, settings) -> None:
 def _warm_up(checks) -> None:
     """Score once before forking, so that every child starts with the imports done."""
     for check in checks.values():
-        if check.id == "boxed_math":
-            run(check, Sample("$\\boxed{\\frac{1}{2}}$", "0.5"))
+        if check.warm_up is not None:
+            run(check, check.warm_up)
 
 
 def main() -> None:
@@ -100,8 +110,8 @@ def main() -> None:
     write_frame(verdicts, None)
     while True:
         code = _fork_and_wait(tasks, verdicts, checks, settings)
-        if code == -signal.SIGALRM:
-            reason = f"stopped after {settings['time_limit']:g} s"
+        if -code in _ALARMS:
+            reason = f"stopped at its limit of {settings['time_limit']:g} s"
             write_frame(verdicts, Verdict(0.0, "timeout", detail=reason))
         elif code != _RECYCLE:
             sys.exit(abs(code))

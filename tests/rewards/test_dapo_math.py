@@ -69,6 +69,6 @@ def test_normalisation_is_idempotent_on_ordinary_answers():
 
 def test_a_thousand_answers_a_second():
     responses = ["working " * 100 + f"\nAnswer: $\\boxed{{{n}}}$" for n in range(1000)]
-    start = time.perf_counter()
+    start = time.process_time()
     assert sum(_verdict(response, "7").value for response in responses) == 1
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0

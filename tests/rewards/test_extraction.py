@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from luspo_jax.rewards.extraction import boxed_contents
+from luspo_jax.rewards.extraction import boxed_answer, boxed_contents, final_answer
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,17 @@ def test_boxes(text, contents):
     assert boxed_contents(text) == contents
 
 
-@pytest.mark.parametrize("piece", [r"\boxed{", "{", "}", r"\boxed{}", "\\"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *(r"\boxed{", "{", "}", r"\boxed{}", "\\", r"\boxed{1} and ", "$", "$$", r"\(", " ", "\n"),
+        *("answer is ", "answer", "Answer: ", "#### ", "is ", "* ", "final answer is $1$ and "),
+    ],
+)
 def test_time_grows_with_the_length_and_no_faster(piece):
-    start = time.perf_counter()
-    boxed_contents(piece * (500_000 // len(piece)))
-    assert time.perf_counter() - start < 3.0
+    text = piece * (200_000 // len(piece))
+    start = time.process_time()
+    boxed_answer(text)
+    final_answer(text)
+    final_answer("answer is " + text)
+    assert time.process_time() - start < 3.0

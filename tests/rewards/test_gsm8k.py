@@ -34,3 +34,9 @@ def test_verdict(response, answer, value, status):
 def test_the_prediction_is_written_without_an_exponent():
     number = gsm8k().check(Sample("#### 100000000000000000000000000000", "1")).prediction
     assert number == "1" + "0" * 29
+
+
+def test_another_mark():
+    assert gsm8k("A:").check(Sample("so it is 3\nA: 3", "3\nA: 3")).value == 1
+    assert gsm8k("A:").check(Sample("#### 3", "3")).status == "unparsed"
+    assert gsm8k("A:").label != gsm8k().label

@@ -1,0 +1,50 @@
+"""Mathematical equality of the answer that a response ends on and the reference answer."""
+
+import functools
+
+from luspo_jax.rewards.extraction import boxed_answer, final_answer
+from luspo_jax.rewards.math_equal import LONGEST, VERSION, equal
+from luspo_jax.rewards.record import Sample, Verdict, Verifier
+
+WARM_UP = Sample(r"$\boxed{\frac{x}{2}}$", "0.5x")
+
+
+def check(sample: Sample, *, extract) -> Verdict:
+    """1 where the extracted answer equals the reference, else 0; unparsed where there is none."""
+    prediction = extract(sample.response)
+    if not prediction:
+        return Verdict(0.0, "unparsed", detail="the response states no final answer")
+    if len(prediction) > LONGEST:
+        reason = f"the answer has {len(prediction)} characters"
+        return Verdict(0.0, "unparsed", prediction[:200], reason)
+    gold = whole(sample.answer)
+    correct = equal(gold, prediction, tolerances=tolerances(sample.meta.get("precision")))
+    return Verdict(float(correct), prediction=prediction)
+
+
+def tolerances(precision) -> tuple[float, ...]:
+    """A problem's `precision` as absolute errors: a number, its text, or a list of them."""
+    if precision is None:
+        return ()
+    return tuple(float(p) for p in (precision if isinstance(precision, list) else [precision]))
+
+
+def whole(text: str) -> str:
+    """The announced answer, or else the text itself: an answer that was extracted before."""
+    return final_answer(text) or text.strip()
+
+
+EXTRACTIONS = {"final": final_answer, "boxed": boxed_answer, "whole": whole}
+
+
+def math_answer(extract: str = "final") -> Verifier:
+    """The verifier; isolated.
+
+    Args:
+      extract: what the answer is: `final`, the one that the response announces, boxed or not;
+        `boxed`, the last box only; `whole`, the response itself.
+    """
+    if extract not in EXTRACTIONS:
+        raise ValueError(f"unknown extraction {extract!r}; known: {', '.join(EXTRACTIONS)}")
+    bound = functools.partial(check, extract=EXTRACTIONS[extract])
+    return Verifier(f"math_answer[{extract}]", VERSION, bound, isolated=True, warm_up=WARM_UP)
