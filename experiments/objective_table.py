@@ -1,0 +1,117 @@
+"""Writes docs/objectives.md: every preset, its axes and constants, and every function of an axis.
+
+`python -m experiments.objective_table [--out=docs/objectives.md]`
+"""
+
+import dataclasses
+import inspect
+import pathlib
+import sys
+
+from absl import flags
+
+from experiments import command
+
+_OUT = flags.DEFINE_string("out", "docs/objectives.md", "File to write.")
+
+AXES = ("ratio", "surrogate", "length_scale", "aggregation", "advantage")
+
+INTRODUCTION = """\
+# Objectives
+
+Written by `python -m experiments.objective_table` from the docstrings; edit those.
+
+An objective is a choice on four axes and an advantage; a named algorithm is a preset. The loss of
+an optimizer step is
+
+    loss_scale · (policy + kl_coef · KL) − entropy_coef · (mean entropy of a response token)
+
+where policy and KL are aggregated alike and denominators are those of the whole step, so that
+nothing depends on micro-batches, padding or row order. Any field is changed by
+`preset("luspo", clip_high=0.003)` or `--config.objective.clip_high=0.003`. A row without response
+tokens is no sequence and counts nowhere; what a correction drops still counts.
+
+The loss's value does not measure learning. On-policy a clipped loss is −Σ A under the aggregation's
+weights: 0 for GRPO and GSPO with centred advantages, −mean(A·L) for LUSPO. Losses that weigh log π
+by a constant (CISPO, VESPO, DPPO, MiniRL) mean less still. Look at gradient norms, clip fractions
+and rewards instead.
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    from luspo_jax.objectives.advantages import ADVANTAGES
+    from luspo_jax.objectives.aggregation import AGGREGATIONS
+    from luspo_jax.objectives.corrections import CORRECTIONS
+    from luspo_jax.objectives.kl import KL_ESTIMATORS
+    from luspo_jax.objectives.length_scales import LENGTH_SCALES
+    from luspo_jax.objectives.ratios import RATIOS
+    from luspo_jax.objectives.surrogates import SURROGATES
+
+    parts = [INTRODUCTION, "## Presets\n", preset_table()]
+    tables = {
+        "Ratios": RATIOS,
+        "Surrogates": SURROGATES,
+        "Length scales": LENGTH_SCALES,
+        "Aggregations": AGGREGATIONS,
+        "Advantages": ADVANTAGES,
+        "KL estimators": KL_ESTIMATORS,
+        "Corrections of sampler mismatch": CORRECTIONS,
+    }
+    for title, table in tables.items():
+        parts.append(f"## {title}\n")
+        parts += [entry(name, function) for name, function in table.items()]
+    parts += ["## Fields\n", field_table()]
+    return "\n".join(parts)
+
+
+def preset_table() -> str:
+    """One row a preset: its axes and the constants that it reads."""
+    from luspo_jax.objectives.presets import PRESETS, used_hyperparameters
+
+    head = ("preset", *AXES, "constants")
+    rows = [head, ["---"] * len(head)]
+    for name, objective in PRESETS.items():
+        constants = ", ".join(
+            f"{field} {value:g}"
+            for field in used_hyperparameters(objective)
+            if (value := getattr(objective, field)) is not None
+        )
+        rows.append((f"`{name}`", *(getattr(objective, axis) for axis in AXES), constants))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def entry(name: str, function) -> str:
+    """What an axis's function says of itself, and the fields that it reads."""
+    from luspo_jax.objectives.objective import hyperparameters
+
+    fields = ", ".join(f"`{field}`" for field in hyperparameters(function))
+    reads = f"\nReads {fields}.\n" if fields else ""
+    return f"### `{name}`\n\n{inspect.getdoc(function)}\n{reads}"
+
+
+def field_table() -> str:
+    """Every field of `Objective` with its default and range."""
+    from luspo_jax.objectives.objective import CHOICES, RANGES, Objective
+
+    rows = ["| field | default | allowed |\n", "| --- | --- | --- |\n"]
+    for field in dataclasses.fields(Objective):
+        allowed = ", ".join(CHOICES.get(field.name, ()))
+        if field.name in RANGES:
+            low, high, low_allowed = RANGES[field.name]
+            allowed = f"{'≥' if low_allowed else '>'} {low:g}"
+            allowed += f", ≤ {high:g}" if high < float("inf") else ""
+        rows.append(f"| {field.name} | {field.default} | {allowed} |\n")
+    return "".join(rows)
+
+
+def main() -> None:
+    """Writes the page."""
+    path = pathlib.Path(_OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(), encoding="utf-8")
+    print(f"{path} written")
+
+
+if __name__ == "__main__":
+    sys.exit(command.call(main))
