@@ -13,6 +13,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.layers import (
+    along_last_axes,
+    project,
+    rms_norm,
+    rotate,
+    rotation_of,
+    swiglu,
+)
 from luspo_jax.ops.attention import attention as attend
 from luspo_jax.ops.decode_attention import decode_attention
 
@@ -33,44 +41,32 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + ε) · scale over the last axis, in float32 (Zhang & Sennrich 2019)."""
+    """`rms_norm` with its learnt scale."""
 
-    eps: float
-    dtype: Any
+    config: DecoderConfig
     param_dtype: Any
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", _zeros, (x.shape[-1],), self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(
-            self.dtype
-        )
+        scale = self.param("scale", _zeros, x.shape[-1:], self.param_dtype)
+        return rms_norm(x, scale, self.config.rms_norm_eps)
 
 
 class Projection(nn.Module):
     """x · kernel (+ bias) over the last `contracted` axes of x."""
 
     features: tuple[int, ...]
-    dtype: Any
     param_dtype: Any
-    contracted: int = 1
     use_bias: bool = False
+    contracted: int = 1
 
     @nn.compact
     def __call__(self, x):
         shape = x.shape[x.ndim - self.contracted :] + self.features
-        kernel = self.param("kernel", _zeros, shape, self.param_dtype).astype(self.dtype)
-        axes = (
-            tuple(range(x.ndim - self.contracted, x.ndim)),
-            tuple(range(self.contracted)),
-        )
-        y = jax.lax.dot_general(x, kernel, (axes, ((), ())))
+        y = project(x, self.param("kernel", _zeros, shape, self.param_dtype), self.contracted)
         if self.use_bias:
             bias = self.param("bias", _zeros, self.features, self.param_dtype)
-            lead = y.ndim - len(self.features)
-            y = y + bias.astype(self.dtype).reshape((1,) * lead + self.features)
+            y = y + along_last_axes(bias.astype(y.dtype), y.ndim)
         return y
 
 
@@ -82,62 +78,55 @@ class Attention(nn.Module):
     """
 
     config: DecoderConfig
-    dtype: Any
     param_dtype: Any
     attend_fn: Any
 
     @nn.compact
     def __call__(self, x, cache, layer, rotation, context):
         c = self.config
-        project = functools.partial(
-            Projection, dtype=self.dtype, param_dtype=self.param_dtype, use_bias=c.qkv_bias
-        )
-        query = project((c.num_heads, c.head_dim), name="query")(x)
-        key = project((c.num_kv_heads, c.head_dim), name="key")(x)
-        value = project((c.num_kv_heads, c.head_dim), name="value")(x)
+        heads, kv_heads = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+        query = Projection(heads, self.param_dtype, c.qkv_bias, name="query")(x)
+        key = Projection(kv_heads, self.param_dtype, c.qkv_bias, name="key")(x)
+        value = Projection(kv_heads, self.param_dtype, c.qkv_bias, name="value")(x)
         if c.qk_norm:
-            norm = functools.partial(RMSNorm, c.rms_norm_eps, self.dtype, self.param_dtype)
-            query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
+            query = RMSNorm(c, self.param_dtype, name="query_norm")(query)
+            key = RMSNorm(c, self.param_dtype, name="key_norm")(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
         out, cache, kept = self.attend_fn(query, key, value, cache, layer, context)
-        out = Projection((c.embed_dim,), self.dtype, self.param_dtype, 2, c.out_bias, name="out")(
-            out
-        )
+        out = Projection((c.embed_dim,), self.param_dtype, c.out_bias, 2, name="out")(out)
         return out, cache, kept
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) ⊙ up x) (Shazeer 2020)."""
+    """down(silu(gate x) ⊙ up x)."""
 
     config: DecoderConfig
-    dtype: Any
     param_dtype: Any
 
     @nn.compact
     def __call__(self, x):
-        project = functools.partial(Projection, dtype=self.dtype, param_dtype=self.param_dtype)
-        gate = project((self.config.mlp_dim,), name="gate")(x)
-        up = project((self.config.mlp_dim,), name="up")(x)
-        return project((self.config.embed_dim,), name="down")(jax.nn.silu(gate) * up)
+        gate = Projection((self.config.mlp_dim,), self.param_dtype, name="gate")(x)
+        up = Projection((self.config.mlp_dim,), self.param_dtype, name="up")(x)
+        down = Projection((self.config.embed_dim,), self.param_dtype, name="down")
+        return down(swiglu(gate, up))
 
 
 class Layer(nn.Module):
     """Pre-norm residual layer; its signature is that of a scan body."""
 
     config: DecoderConfig
-    dtype: Any
     param_dtype: Any
     attend_fn: Any
 
     @nn.compact
     def __call__(self, carry, layer, rotation, context):
         x, cache = carry
-        norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.dtype, self.param_dtype)
-        out, cache, kept = Attention(
-            self.config, self.dtype, self.param_dtype, self.attend_fn, name="attention"
-        )(norm(name="attention_norm")(x), cache, layer, rotation, context)
+        c, dtype = self.config, self.param_dtype
+        normed = RMSNorm(c, dtype, name="attention_norm")(x)
+        attention = Attention(c, dtype, self.attend_fn, name="attention")
+        out, cache, kept = attention(normed, cache, layer, rotation, context)
         x = x + out
-        x = x + MLP(self.config, self.dtype, self.param_dtype, name="mlp")(norm(name="mlp_norm")(x))
+        x = x + MLP(c, dtype, name="mlp")(RMSNorm(c, dtype, name="mlp_norm")(x))
         return (x, cache), kept
 
 
@@ -165,31 +154,13 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
-        )(c, self.dtype, self.param_dtype, self.attend_fn, name="layers")
-        rotation = rotation_of(positions, c)
+        )(c, self.param_dtype, self.attend_fn, name="layers")
+        rotation = rotation_of(positions, c.head_dim, c.rope_theta)
         (x, cache), kept = stack((x, cache), jnp.arange(c.num_layers), rotation, context)
         if last_B is not None:
             x = jnp.take_along_axis(x, last_B[:, None, None], axis=1, mode="clip")[:, 0]
-        x = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="final_norm")(x)
+        x = RMSNorm(c, self.param_dtype, name="final_norm")(x)
         return x, cache, kept
-
-
-def rotation_of(positions, config):
-    """(cos, sin) of position · θ^(−2i/H), float32, shaped positions.shape + (1, H/2)."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies.reshape(
-        (1,) * (positions.ndim + 1) + (-1,)
-    )
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x, rotation):
-    """Rotary position embedding of the pairs (i, i + H/2), in float32 (Su et al. 2021)."""
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def _attend_sequence(query, key, value, cache, layer, segment_ids_BT, *, implementation, keep):

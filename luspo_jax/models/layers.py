@@ -1,0 +1,84 @@
+"""The decoder's arithmetic as functions of arrays, each with the backward pass that suits it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# The element-wise functions keep their inputs only and are computed again in the backward pass:
+# less memory than the intermediate arrays, and no slower. Inside a scan nothing can merge the
+# two computations, so no barrier against it is needed.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x, kernel, contracted=1):
+    """x · kernel over the last `contracted` axes of x and the first of the kernel, in x's type.
+
+    The kernel's gradient is summed in float32 and has the kernel's own type, so float32 master
+    weights under bfloat16 activations lose nothing to rounding.
+    """
+    axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
+    return lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+
+
+def _project_forward(x, kernel, contracted):
+    return project(x, kernel, contracted), (x, kernel)
+
+
+def _project_backward(contracted, residuals, grad):
+    x, kernel = residuals
+    lead = tuple(range(x.ndim - contracted))
+    outputs = (tuple(range(len(lead), grad.ndim)), tuple(range(contracted, kernel.ndim)))
+    dx = lax.dot_general(grad, kernel.astype(grad.dtype), (outputs, ((), ())))
+    # XLA on CPU transposes the first operand in memory: let that be the smaller one.
+    swapped = x.size > grad.size
+    first, second = (grad, x) if swapped else (x, grad)
+    dkernel = lax.dot_general(
+        first, second, ((lead, lead), ((), ())), preferred_element_type=jnp.float32
+    )
+    if swapped:
+        features = kernel.ndim - contracted
+        dkernel = jnp.moveaxis(dkernel, range(features), range(contracted, kernel.ndim))
+    return dx, dkernel.astype(kernel.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+@functools.partial(_recomputed, static_argnums=(2,))
+def rms_norm(x, scale, eps):
+    """x / √(mean x² + ε) · scale over the last axis, in float32 (Zhang & Sennrich 2019)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * along_last_axes(scale.astype(jnp.float32), x.ndim)).astype(x.dtype)
+
+
+@_recomputed
+def swiglu(gate, up):
+    """silu(gate) ⊙ up (Shazeer 2020)."""
+    return jax.nn.silu(gate) * up
+
+
+def rotation_of(positions, head_dim, theta):
+    """(cos, sin) of position · θ^(−2i/H), float32, shaped positions.shape + (1, H/2)."""
+    half = head_dim // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[..., None, None] * along_last_axes(
+        frequencies, positions.ndim + 2
+    )
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, rotation):
+    """Rotary position embedding of the pairs (i, i + H/2), in float32 (Su et al. 2021)."""
+    cos, sin = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def along_last_axes(weights, ndim):
+    """`weights` with leading axes of size 1, to broadcast against `ndim` axes."""
+    return weights.reshape((1,) * (ndim - weights.ndim) + weights.shape)
