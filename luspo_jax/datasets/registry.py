@@ -11,6 +11,7 @@ from luspo_jax.datasets.example import DataError, Example, Report
 from luspo_jax.datasets.gsm8k import GSM8K
 from luspo_jax.datasets.label_lookup import LabelLookup
 from luspo_jax.datasets.label_sums import LabelSums
+from luspo_jax.datasets.open_problems import MINERVA, OLYMPIADBENCH
 from luspo_jax.datasets.store import build_once, default_data_dir, file_sha256
 from luspo_jax.datasets.table import READER_VERSION, Table, read_examples
 
@@ -25,6 +26,8 @@ DATASETS = {
     "label_lookup": LabelLookup,
     "label_sums": LabelSums,
     "math500": MATH500,
+    "minerva_math": MINERVA,
+    "olympiadbench": OLYMPIADBENCH,
     # A user's own file: name its columns.
     "file": Table(problem=("problem",), answer=("answer",)),
 }

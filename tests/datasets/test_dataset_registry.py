@@ -26,6 +26,8 @@ def cache(tmp_path_factory):
         ("amc23", "amc23/test.jsonl", 40, 0, "27"),
         ("amc23", "amc23/rlvr_decomposed_test.parquet", 40, 0, "27"),
         ("gsm8k", "gsm8k", 1319, 0, "18"),
+        ("minerva_math", "minerva_math/test.jsonl", 272, 0, "1.6"),
+        ("olympiadbench", "olympiadbench/test.jsonl", 675, 0, "2"),
         ("math500", "math500/test.jsonl", 500, 0, r"\left( 3, \frac{\pi}{2} \right)"),
     ],
 )
