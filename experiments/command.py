@@ -15,6 +15,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from absl import flags
 
 
+class UsageError(ValueError):
+    """Flags that do not say what to do."""
+
+
 def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
     """Parses flags, runs `main`, and turns every foreseen failure into one message.
 
@@ -47,12 +51,21 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
 # By name, because importing the modules that define them would import jax before flags are read.
 _FORESEEN = (
     "CheckpointError", "ConfigError", "DataError", "MismatchError", "TooManyFailures",
-    "WeightsError", "WorkdirError",
+    "UsageError", "WeightsError", "WorkdirError",
 )  # fmt: skip
 
 
 def config_value(flag: Any) -> Any:
-    """The configuration of a config-file flag."""
+    """The configuration of a config-file flag, which is loaded when first looked at.
+
+    Raises:
+      UsageError: the file does not exist or fails.
+    """
+    try:
+        list(flag.value)
+    except (OSError, TypeError) as error:
+        cause = error.__cause__ or error
+        raise UsageError(f"--config cannot be loaded: {type(cause).__name__}: {cause}") from error
     return flag.value
 
 

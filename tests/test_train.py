@@ -182,7 +182,9 @@ def test_finished_run_runs_again_without_change(finished, config):
 def test_workdir_of_another_configuration_is_refused(finished, config):
     config.train.learning_rate = 3e-3
     config.rollout.group_size = 2
-    with pytest.raises(runs.WorkdirError, match=r"learning_rate: 0\.001 in the workdir, 0\.003 now"):
+    with pytest.raises(
+        runs.WorkdirError, match=r"learning_rate: 0\.001 in the workdir, 0\.003 now"
+    ):
         _train(config, finished)
 
 
@@ -256,14 +258,14 @@ def test_dynamic_sampling_resumes_bit_for_bit(config, tmp_path, monkeypatch):
     """The carried surplus is in the checkpoint: a run cut after one equals an uninterrupted run."""
     config.shaping.dynamic_sampling = True
     config.shaping.max_tries = 8
-    config.rollout.prompts_per_step = 2
+    config.rollout.prompts_per_step = 4
     config.eval.metric = "digits"
     config.reward.options = {"digits": {"function": f"{__file__}:many_digits"}}
     config.output.checkpoint_every = 1
     _train(config, tmp_path / "straight")
     rows = list(read_metrics(tmp_path / "straight" / "metrics.jsonl"))[1:]
     assert sum(row["shaping/groups_carried_in"] for row in rows) > 0
-    assert all(row["shaping/trained_responses"] == 8 for row in rows)
+    assert all(row["shaping/trained_responses"] == 16 for row in rows)
     real = train.rollout_step
 
     def crash(run, state, surplus, step, **kwargs):

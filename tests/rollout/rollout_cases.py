@@ -33,11 +33,12 @@ def config(vocab_size=97, *, embed_dim=32, num_layers=2, tie_embeddings=True):
 
 @functools.lru_cache
 def random_params(model, *, scale=10.0):
-    """Random weights with matrices `scale` times the usual, so that the next token matters."""
-    params = decoder.init_params(jax.random.key(0), model)
-    return jax.tree.map(
-        lambda x: x * scale if x.ndim > 2 or x.shape[-1] > x.shape[0] else x, params
-    )
+    """Random weights, matrices `scale` times the usual, so that the next token matters."""
+
+    def scaled(path, x):
+        return x if path[-1].key == "scale" else x * scale
+
+    return jax.tree_util.tree_map_with_path(scaled, decoder.init_params(jax.random.key(0), model))
 
 
 def countdown(longest):
@@ -90,7 +91,7 @@ def log_softmax(logits):
 
 def noise(seed, step, request, response):
     """float32 uniforms [response tokens, 2] by the noise law, one fold at a time."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    key = s.rollout_key(seed, step)
     key = jax.random.fold_in(jax.random.fold_in(key, request.prompt_id), response.sample_id)
     positions = len(request.tokens) + jnp.arange(len(response.tokens), dtype=jnp.int32)
     return np.asarray(s.uniforms(jnp.broadcast_to(key, positions.shape), positions))

@@ -182,7 +182,7 @@ def test_truncated_draws_follow_the_renormalised_softmax(kwargs):
 
 def test_noise_depends_on_seed_step_prompt_sample_and_position_only():
     def noise(seed, step, prompt_ids, sample_ids, positions):
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        key = s.rollout_key(seed, step)
         ids = [jnp.asarray(x, jnp.int32) for x in (prompt_ids, sample_ids, positions)]
         return np.asarray(s.uniforms(s.row_keys(key, *ids[:2]), ids[2]))
 

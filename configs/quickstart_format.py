@@ -1,0 +1,15 @@
+"""The quickstart's control: the same run rewarded for the form of an answer, not for being right.
+
+Command : python -m experiments.train --config=configs/quickstart_format.py --workdir=/tmp/format
+Hardware: two CPU cores
+"""
+
+from configs import quickstart
+
+
+def get_config():
+    config = quickstart.get_config()
+    # The verifier stays in the reward with weight 0, so that accuracy is measured all the same.
+    config.reward.parts = {"gsm8k": 0.0, "format": 1.0}
+    config.reward.options = {"format": {"name": "gsm8k_line"}}
+    return config

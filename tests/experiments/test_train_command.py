@@ -1,0 +1,96 @@
+"""What a user sees who mistypes: one message that names the field, and a non-zero status."""
+
+import sys
+
+import pytest
+from absl import flags
+
+from experiments import command, train
+
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Calls the launcher with arguments; gives status, standard output and standard error."""
+
+    def call(*arguments, workdir=True):
+        where = [f"--workdir={tmp_path / 'run'}"] if workdir else []
+        monkeypatch.setattr(sys, "argv", ["experiments.train", *arguments, *where])
+        try:
+            status = command.call(train.main, required=("config", "workdir"))
+        finally:
+            for name in [n for n in flags.FLAGS if n.startswith("config.")]:
+                delattr(flags.FLAGS, name)  # each call of a process of its own declares them
+            flags.FLAGS.unparse_flags()
+            flags.FLAGS.dry_run = False
+            flags.FLAGS.workdir = None
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.rollout.group_siz=4"], "did you mean --config.rollout.group_size?"),
+        (["--config.objective.clip_hi=0.1"], "did you mean --config.objective.clip_high?"),
+        (["--config.rollout.group_size=many"], "rollout.group_size=many"),
+        (["--wrkdir=x"], "wrkdir"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--config.train.num_minibatches=3"], "train.num_minibatches=3 does not divide"),
+        (["--config.train.num_microbatches=5"], "train.num_microbatches=5 does not divide"),
+        (["--config.rollout.group_size=1"], "group_size = 1"),
+        (["--config.rollout.temperature=0"], "rollout.temperature=0"),
+        (["--config.objective.preset=lupso"], "Did you mean 'luspo'?"),
+        (["--config.objective.aggregation=token-mean"], "counts length twice"),
+        (["--config.shaping.gfpo_keep=99"], "gfpo_keep=99 exceeds rollout.group_size"),
+        (["--config.data.name=label_sum"], 'did you mean "label_sums"?'),
+        (["--config.data.name=gsm8k"], "needs a path to its file"),
+        (["--config.data.max_prompt_length=4"], "max_prompt_length"),
+        (["--config.model.path=embedded:label_sum"], "there are: "),
+        (["--config.model.path=/no/such/folder"], "no model folder at /no/such/folder"),
+        (["--config.train.ref_every=5"], "objective.kl_coef is 0"),
+    ],
+)
+def test_mistakes_get_one_message(run, arguments, message):
+    status, _, err = run(QUICKSTART, "--dry_run", *arguments)
+    assert status in (1, 2)
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_missing_config_file_is_named(run):
+    status, _, err = run("--config=configs/quick.py", "--dry_run")
+    assert status != 0
+    assert "configs/quick.py" in err
+
+
+def test_required_flags_are_named(run):
+    status, _, err = run(QUICKSTART, workdir=False)
+    assert (status, "--workdir is required" in err) == (2, True)
+
+
+def test_dry_run_tells_what_would_run(run, tmp_path):
+    status, out, _ = run(QUICKSTART, "--dry_run", "--config.seed=3", workdir=False)
+    assert status == 0
+    assert "seed = 3" in out
+    assert "16 prompts × 8 responses = 128 responses a step" in out
+    assert "112,864 parameters" in out
+    assert "memory    : about" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "config", ["configs/quickstart.py", "configs/quickstart_format.py", "configs/smoke_dapo17k.py"]
+)
+def test_configurations_are_valid(config):
+    import importlib.util
+
+    from luspo_jax.config import check
+
+    spec = importlib.util.spec_from_file_location("config", config)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert check(module.get_config()) is not None
