@@ -41,7 +41,7 @@ def decode_attention(
     query_BKGH = query_BNH.astype(jnp.float32) * jnp.float32(H**-0.5)
     query_BKGH = query_BKGH.astype(query_BNH.dtype).reshape(B, K, N // K, H)
     out_BKGH = IMPLEMENTATIONS[implementation](
-        query_BKGH, keys_LBKSH, values_LBKSH, layer, lengths_B
+        query_BKGH, keys_LBKSH, values_LBKSH, layer, jnp.asarray(lengths_B)
     )
     return out_BKGH.reshape(B, N, H).astype(query_BNH.dtype)
 
