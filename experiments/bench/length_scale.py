@@ -1,0 +1,122 @@
+"""What a length scale costs: one update on a frozen rollout, LUSPO's and GSPO's in turn.
+
+`python -m experiments.bench.length_scale` prints the compiled updates' floating-point operations
+and temporary bytes, and the ratio of their times, pair by pair. Responses have ragged lengths.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+from experiments import command
+
+_PAIRS = flags.DEFINE_integer("pairs", 20, "Pairs of updates that count.", lower_bound=2)
+_SCALE = flags.DEFINE_string("length_scale", "length", "The scale compared with none.")
+_SMALL = flags.DEFINE_bool("small", False, "A shape that takes a second, for a try.")
+_JSON = flags.DEFINE_string("json", None, "File for everything measured.")
+
+
+def measure(workload, *, pairs: int, length_scale: str) -> dict:
+    """Operations, bytes and paired times of updates with and without a length scale."""
+    import jax
+
+    from experiments.bench.report import paired
+    from luspo_jax import update
+    from luspo_jax.models import decoder
+
+    rules = {name: _rule(workload, name) for name in (length_scale, "none")}
+    batch = _frozen_rollout(workload)
+    params = decoder.init_params(jax.random.key(0), workload.model)
+    rate = jax.numpy.float32(1e-6)
+    compiled, states, costs = {}, {}, {}
+    for name, rule in rules.items():
+        states[name] = update.initial_state(params, rule)
+        program = update.update_step.lower(states[name], batch, rate, rule=rule).compile()
+        compiled[name] = program
+        costs[name] = {
+            "flops": program.cost_analysis()["flops"],
+            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        }
+    seconds = {name: [] for name in rules}
+    for pair in range(-2, pairs):
+        # Whoever goes first in one pair goes second in the next.
+        for name in sorted(rules, reverse=pair % 2 == 1):
+            started = time.perf_counter()
+            states[name], _ = jax.block_until_ready(compiled[name](states[name], batch, rate))
+            if pair >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    ratio = paired(seconds[length_scale], seconds["none"])
+    return {"workload": str(workload), "costs": costs, "seconds": seconds, "ratio": ratio}
+
+
+def _rule(workload, length_scale):
+    from luspo_jax import objectives, optimizer, update
+    from luspo_jax.logprobs import Scoring
+
+    fields = {"reference_length": 64.0} if length_scale in ("power", "log") else {}
+    fields |= {"length_cap": 64.0} if length_scale == "capped" else {}
+    return update.UpdateRule(
+        scoring=Scoring(workload.model, head_chunk_tokens=2048),
+        objective=objectives.preset("luspo", length_scale=length_scale, **fields),
+        optimizer=optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
+        num_microbatches=workload.microbatches,
+        max_grad_norm=1.0,
+    )
+
+
+def _frozen_rollout(workload):
+    import jax
+    import numpy as np
+
+    from luspo_jax import packing
+    from luspo_jax.types import TrainBatch
+
+    rng = np.random.default_rng(0)
+    rows = workload.responses
+    lengths = rng.integers(workload.response_length // 8, workload.response_length + 1, rows)
+    prompts = list(rng.integers(1, workload.vocab, (rows, workload.prompt_length)))
+    responses = [rng.integers(1, workload.vocab, n) for n in lengths]
+    tokens = packing.padded_rows(
+        prompts, responses, length=workload.prompt_length + workload.response_length, pad_id=0
+    )
+    old_BT = np.where(tokens.response_mask_BT, -np.log(workload.vocab), 0).astype(np.float32)
+    batch = TrainBatch(
+        rows=tokens,
+        advantages_B=rng.normal(size=rows).astype(np.float32),
+        group_ids_B=np.repeat(np.arange(workload.prompts, dtype=np.int32), workload.group),
+        old_logprobs_BT=old_BT,
+        old_entropy_BT=None,
+        ref_logprobs_BT=None,
+        sampler_logprobs_BT=old_BT,
+    )
+    return jax.tree.map(jax.numpy.asarray, batch)
+
+
+def main() -> None:
+    """Measures and prints."""
+    from experiments.bench.workload import Workload
+
+    small = Workload(prompts=2, group=2, prompt_length=8, response_length=16, embed_dim=32,
+                     layers=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=32, vocab=64)  # fmt: skip
+    found = measure(
+        small if _SMALL.value else Workload(), pairs=_PAIRS.value, length_scale=_SCALE.value
+    )
+    scaled, plain, ratio = found["costs"][_SCALE.value], found["costs"]["none"], found["ratio"]
+    print(found["workload"])
+    for name in plain:
+        more = 100 * (scaled[name] / plain[name] - 1)
+        print(f"{name:16} {_SCALE.value} {scaled[name]:.6g}  none {plain[name]:.6g}  {more:+.4f} %")
+    print(
+        f"time ratio {_SCALE.value} / none over {_PAIRS.value} pairs: geometric mean "
+        f"{ratio['geometric_mean']:.4f}, 95 % interval {ratio['ci95_low']:.4f} … "
+        f"{ratio['ci95_high']:.4f}"
+    )
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(command.call(main))

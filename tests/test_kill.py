@@ -1,0 +1,66 @@
+"""A run killed with SIGKILL at arbitrary moments and started again equals the uninterrupted run."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from luspo_jax.metrics import read_metrics
+from tests.test_train import _assert_same_results, _results
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SETTINGS = (
+    "--config=configs/quickstart.py",
+    "--config.num_steps=10",
+    "--config.rollout.prompts_per_step=8",
+    "--config.eval.every=5",
+    "--config.eval.num_problems=16",
+    "--config.eval.num_samples=2",
+    "--config.eval.num_slots=16",
+    "--config.output.checkpoint_every=2",
+    "--config.shaping.dynamic_sampling=True",
+    "--config.objective.kl_coef=0.01",
+)
+
+
+def _start(workdir, log):
+    # As a user's process: one device, no test flags.
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "experiments.train", *SETTINGS, f"--workdir={workdir}"]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_and_continued_run_is_the_same_run(tmp_path, seed):
+    with (tmp_path / "log").open("w") as log:
+        started = time.monotonic()
+        assert _start(tmp_path / "straight", log).wait(600) == 0, (tmp_path / "log").read_text()
+        whole = time.monotonic() - started
+        rng = random.Random(seed)
+        kills = 0
+        for _ in range(40):
+            process = _start(tmp_path / "killed", log)
+            try:
+                # Later and later, so that it gets somewhere whatever start-up costs.
+                process.wait(whole * rng.uniform(0.2, 0.9))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                continue
+            assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+            break
+        else:
+            pytest.fail("the run never finished")
+    assert kills >= 1
+    steps = [row["step"] for row in read_metrics(tmp_path / "killed" / "metrics.jsonl")]
+    assert steps == list(range(11))
+    _assert_same_results(_results(tmp_path / "killed"), _results(tmp_path / "straight"))
