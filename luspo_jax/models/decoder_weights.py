@@ -12,6 +12,7 @@ import shutil
 from collections import defaultdict
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -175,11 +176,13 @@ def export(
       overwrite: replace an existing folder, once the new one is complete.
 
     Raises:
-      WeightsError: the folder exists, the disk is full, or `source` is another architecture.
+      WeightsError: the folder exists, the disk is full, or `params` or `source` do not belong
+        to `config`.
     """
     dtype = np.dtype(dtype).name
     if dtype not in TYPES:
         raise WeightsError(f"dtype {dtype!r} cannot be exported; use one of {sorted(TYPES)}")
+    _check_params(params, config)
     hf = _exported_config(config, source, dtype)
     tensors = [
         Planned(name, entry.hf_shape, _reader(params, entry))
@@ -219,6 +222,21 @@ def _empty(config, dtype):
         return np.empty(node.shape, dtype)
 
     return fill(decoder.abstract_params(config))
+
+
+def _check_params(params, config):
+    shapes = [
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in flat}
+        for flat in map(
+            jax.tree_util.tree_leaves_with_path, (params, decoder.abstract_params(config))
+        )
+    ]
+    wrong = sorted(
+        key for key in {*shapes[0], *shapes[1]} if shapes[0].get(key) != shapes[1].get(key)
+    )
+    if wrong:
+        found = [f"{key} is {shapes[0].get(key)}, not {shapes[1].get(key)}" for key in wrong]
+        raise WeightsError(f"the parameters are not those of {config}: {_some(found)}")
 
 
 def _check_names(folder, stored, table):
@@ -269,7 +287,9 @@ def _exported_config(config, source, dtype):
     if source is None:
         return hf_config(dataclasses.replace(config, dtype=dtype))
     path = pathlib.Path(source) / "config.json"
-    hf = json.loads(path.read_text())
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; name the folder that the weights came from")
+    hf = json.loads(path.read_text(encoding="utf-8"))
     unmatched = {"dtype": None, "eos_token_ids": (), "bos_token_id": None, "pad_token_id": None}
     try:
         same = dataclasses.replace(decoder_config(hf), **unmatched)
