@@ -13,7 +13,7 @@ HOSTILE = {
     "100 kB": (r"\boxed{" + "1+" * 50_000 + "1}", "unparsed"),
     "unbalanced": (r"\boxed{{{{" + r"\boxed{" * 20_000, "unparsed"),
     "zero width": (r"\boxed{" + "\u200b" * 50_000 + "5}", "unparsed"),
-    "hang": (r"\boxed{\int_0^\infty \frac{\sin(x^{x^{x}})}{x!}dx}", "timeout"),
+    "hang": (r"\boxed{10000000!}", "timeout"),
 }
 ORDINARY = [(r"so $\boxed{\frac{%d}{2}}$", "%d"), (r"thus $\boxed{x^%d+1}$", "1+x^%d")]
 
@@ -43,6 +43,7 @@ def test_hostile_answers_get_their_status():
 
 @pytest.mark.slow
 def test_a_large_batch_with_twenty_hostile_answers_is_done_in_time():
+    """Needs an idle machine: limits are in processor time, the bound is by the clock."""
     workers, limit = min(2, len(os.sched_getaffinity(0))), 3.0
     ordinary = _samples(1004)
     hostile = [Sample(text, "42") for text, _ in HOSTILE.values()] * 4
