@@ -1,0 +1,127 @@
+"""Live parity with `transformers` (torch, float32): other seeds and sizes than the goldens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="live parity needs torch (pip install '.[parity]')")
+
+import transformers  # noqa: E402
+from make_goldens import (  # noqa: E402
+    VARIANTS,
+    ragged_tokens,
+    reference_greedy,
+    reference_logits,
+    reference_model,
+    save,
+)
+from test_decoder import _greedy  # noqa: E402
+
+from luspo_jax.models import decoder  # noqa: E402
+from luspo_jax.models.decoder_config import read_config  # noqa: E402
+from luspo_jax.models.decoder_weights import export, load_params, weight_table  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("strict_dtypes")]
+
+LENGTHS = [37, 3, 70, 1, 21]
+SIZES = {"vocab_size": 503, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4}
+
+
+@functools.cache
+def _reference(variant, seed=12):
+    return reference_model(variant, seed=seed, **SIZES)
+
+
+@pytest.fixture(params=sorted(VARIANTS))
+def checkpoint(request, tmp_path):
+    """(reference model, folder, configuration, parameters) of a variant."""
+    model = _reference(request.param)
+    save(model, request.param, tmp_path / "saved")
+    config = read_config(tmp_path / "saved")
+    params = jax.tree.map(jnp.asarray, load_params(tmp_path / "saved", config))
+    return model, tmp_path / "saved", config, params
+
+
+def _batch(config):
+    tokens_BT = ragged_tokens(config.vocab_size, LENGTHS, seed=3)
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+    segments_BT = (positions_BT < np.array(LENGTHS)[:, None]).astype(np.int32)
+    return tokens_BT, positions_BT, segments_BT
+
+
+def _logits(params, batch, config):
+    hidden_BTD = decoder.hidden_states(params, *batch, config=config)
+    return jnp.einsum("btd,vd->btv", hidden_BTD, decoder.head_kernel(params))
+
+
+def test_logits(checkpoint):
+    model, _, config, params = checkpoint
+    batch = _batch(config)
+    logits_BTV = jax.jit(functools.partial(_logits, config=config))(params, batch)
+    expected_BTV = reference_logits(model, batch[0], LENGTHS)
+    error = np.abs(np.where(batch[2][..., None] > 0, logits_BTV, 0) - expected_BTV).max()
+    assert error <= 2e-5 * np.abs(expected_BTV).max()
+
+
+def test_greedy_generation(checkpoint):
+    """The seed leaves no call closer than 5e-4 between two tokens, so none may differ."""
+    model, _, config, params = checkpoint
+    tokens_BT = _batch(config)[0]
+    expected_BT, closest = reference_greedy(model, tokens_BT, LENGTHS, 64)
+    assert closest > 5e-4
+    got_BT = _greedy(params, tokens_BT, np.array(LENGTHS), config=config, count=64)
+    np.testing.assert_array_equal(got_BT, expected_BT)
+
+
+def test_export_is_loaded_by_transformers(checkpoint, tmp_path):
+    model, folder, config, params = checkpoint
+    export(tmp_path / "out", params, config, source=folder, max_shard_bytes=200_000)
+    loaded, problems = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(problems.values())
+    assert loaded.dtype == torch.float32
+    tokens_BT = _batch(config)[0]
+    np.testing.assert_array_equal(
+        reference_logits(loaded, tokens_BT, LENGTHS), reference_logits(model, tokens_BT, LENGTHS)
+    )
+    # Without a source folder the configuration is our own spelling.
+    export(tmp_path / "own", params, config)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own")
+    np.testing.assert_array_equal(
+        reference_logits(loaded, tokens_BT, LENGTHS), reference_logits(model, tokens_BT, LENGTHS)
+    )
+
+
+@pytest.mark.parametrize("variant", ["qwen2_tied", "qwen3_bias", "qwen3_odd_sizes"])
+def test_gradients_of_a_logprob_loss(variant, tmp_path):
+    model = _reference(variant)
+    save(model, variant, tmp_path / "saved")
+    config = read_config(tmp_path / "saved")
+    params = load_params(tmp_path / "saved", config)
+    batch = _batch(config)
+    weights_BT = np.random.default_rng(5).normal(size=batch[0].shape).astype(np.float32)
+    weights_BT = np.where(batch[2] > 0, weights_BT, 0)[:, 1:]
+
+    def loss(params):
+        logps_BTV = jax.nn.log_softmax(_logits(params, batch, config)[:, :-1])
+        logps_BT = jnp.take_along_axis(logps_BTV, batch[0][:, 1:, None], axis=2)[..., 0]
+        return jnp.sum(logps_BT * weights_BT)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    model.zero_grad()
+    logits = model(torch.tensor(batch[0]), attention_mask=torch.tensor(batch[2]).long()).logits
+    logps = torch.log_softmax(logits[:, :-1], -1)
+    targets = torch.tensor(batch[0][:, 1:, None]).long()
+    expected = (logps.gather(2, targets)[..., 0] * torch.tensor(weights_BT)).sum()
+    expected.backward()
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    named = dict(model.named_parameters())
+    for name, entry in weight_table(config).items():
+        leaf = functools.reduce(lambda node, key: node[key], entry.path, grads)
+        ours = entry.to_hf(np.asarray(leaf if entry.layer is None else leaf[entry.layer]))
+        theirs = named[name].grad.numpy()
+        assert np.abs(ours - theirs).max() <= 3e-5 * np.abs(theirs).max(), name
