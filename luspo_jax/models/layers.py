@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # The element-wise functions keep their inputs only and are computed again in the backward pass:
@@ -63,8 +64,10 @@ def swiglu(gate, up):
 
 def rotation_of(positions, head_dim, theta):
     """(cos, sin) of position · θ^(−2i/H), float32, shaped positions.shape + (1, H/2)."""
-    half = head_dim // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    # On the host and in float32 steps, as the checkpoints' own code does it: another rounding of
+    # a frequency, 1e-7 of it, is an angle of 0.003 at position 32,768.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.power(np.float32(theta), exponents)
     angles = positions.astype(jnp.float32)[..., None, None] * along_last_axes(
         frequencies, positions.ndim + 2
     )

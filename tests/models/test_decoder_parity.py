@@ -66,6 +66,24 @@ def test_logits(checkpoint):
     assert error <= 2e-5 * np.abs(expected_BTV).max()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["qwen2_multihead", "qwen3_tied"])
+def test_logits_far_from_the_start(variant, tmp_path):
+    """Positions near 32,768, where a frequency rounded otherwise turns by a visible angle."""
+    model = _reference(variant)
+    save(model, variant, tmp_path / "saved")
+    config = read_config(tmp_path / "saved")
+    params = load_params(tmp_path / "saved", config)
+    tokens_BT, positions_BT, segments_BT = _batch(config)
+    spread_BT = positions_BT * 450
+    expected_BTV = model(
+        torch.tensor(tokens_BT), position_ids=torch.tensor(spread_BT).long()
+    ).logits.numpy()
+    batch = (tokens_BT, spread_BT, np.ones_like(segments_BT))
+    logits_BTV = jax.jit(functools.partial(_logits, config=config))(params, batch)
+    assert np.abs(logits_BTV - expected_BTV).max() <= 2e-5 * np.abs(expected_BTV).max()
+
+
 def test_greedy_generation(checkpoint):
     """The seed leaves no call closer than 5e-4 between two tokens, so none may differ."""
     model, _, config, params = checkpoint
