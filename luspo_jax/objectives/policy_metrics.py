@@ -1,0 +1,122 @@
+"""Metrics of the policy loss, as sums and counts that add up over micro-batches.
+
+Each is first a pair of vectors: what a row adds to the sum, and to the count. A quantity
+of tokens takes one pass over [B, T], a quantity of sequences none: beside the model they cost
+nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from luspo_jax.objectives.ratios import bounded
+from luspo_jax.objectives.surrogates import Surrogate
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def token_sums(values_BU: jax.Array, response_mask_BT: jax.Array) -> jax.Array:
+    """Sum over the response tokens of each row [B]; a [B, 1] value stands at each of them."""
+    if values_BU.shape[1] == response_mask_BT.shape[1]:
+        return jnp.where(response_mask_BT, values_BU, 0).sum(axis=1)
+    length_B = response_mask_BT.sum(axis=1, dtype=jnp.int32).astype(values_BU.dtype)
+    return values_BU[:, 0] * length_B
+
+
+def unit_sums(
+    values_BU: jax.Array, response_mask_BT: jax.Array, lengths_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(sum, count) of each row over tokens for [B, T] and over sequences for [B, 1], as in TRL."""
+    if values_BU.shape[1] == response_mask_BT.shape[1]:
+        return token_sums(values_BU, response_mask_BT), lengths_B
+    present_B = lengths_B > 0
+    return jnp.where(present_B, values_BU[:, 0], 0), present_B.astype(lengths_B.dtype)
+
+
+def ratio_metrics(
+    surrogate: Surrogate,
+    log_ratio_BU: jax.Array,
+    drift_BT: jax.Array,
+    advantages_B: jax.Array,
+    response_mask_BT: jax.Array,
+) -> Metrics:
+    """How far the policy has moved and what holds it back; pairs of vectors [B].
+
+    `drift_BT` is log π_old − log π. pg_clipfrac is a share of tokens, as in verl; clip_ratio/* a
+    share of what the objective has ratios of, as in TRL.
+    """
+    dtype, mask_BT = drift_BT.dtype, response_mask_BT
+    lengths_B = mask_BT.sum(axis=1, dtype=jnp.int32).astype(dtype)
+    high_BU, low_BU, lower_BU = (x.astype(dtype) for x in surrogate[1:])
+    high_B, low_B = token_sums(high_BU, mask_BT), token_sums(low_BU, mask_BT)
+    units_high_B, units_B = unit_sums(high_BU, mask_BT, lengths_B)
+    units_low_B, _ = unit_sums(low_BU, mask_BT, lengths_B)
+    deviation_BU = jnp.abs(jnp.expm1(bounded(log_ratio_BU)))
+    # Held back on the high side is A > 0 and on the low side is A < 0, by construction.
+    return {
+        "actor/ppo_kl": (token_sums(bounded(drift_BT), mask_BT), lengths_B),
+        "actor/ratio_deviation": unit_sums(deviation_BU, mask_BT, lengths_B),
+        "actor/pg_clipfrac": (high_B + low_B, lengths_B),
+        "actor/pg_clipfrac_lower": (token_sums(lower_BU, mask_BT), lengths_B),
+        "actor/clipfrac/pos": (high_B, jnp.where(advantages_B > 0, lengths_B, 0)),
+        "actor/clipfrac/neg": (low_B, jnp.where(advantages_B < 0, lengths_B, 0)),
+        "clip_ratio/high_mean": (units_high_B, units_B),
+        "clip_ratio/low_mean": (units_low_B, units_B),
+        "clip_ratio/region_mean": (units_high_B + units_low_B, units_B),
+    }
+
+
+def mismatch_metrics(log_rho_BT: jax.Array, response_mask_BT: jax.Array) -> Metrics:
+    """How far the sampler is from the trainer, by verl's names; ρ = π_old/π_sampler."""
+    log_rho_BT = bounded(log_rho_BT)
+    lengths_B = response_mask_BT.sum(axis=1, dtype=jnp.int32).astype(log_rho_BT.dtype)
+    log_rho_B = token_sums(log_rho_BT, response_mask_BT)
+    k3_B = token_sums(jnp.expm1(log_rho_BT), response_mask_BT) - log_rho_B
+    present_B = (lengths_B > 0).astype(log_rho_BT.dtype)
+    return {
+        "rollout_corr/kl": (-log_rho_B, lengths_B),
+        "rollout_corr/k3_kl": (k3_B, lengths_B),
+        "rollout_corr/log_ppl_abs_diff": (
+            jnp.abs(log_rho_B) / jnp.maximum(lengths_B, 1),
+            present_B,
+        ),
+    }
+
+
+def weight_metrics(weight_BU: jax.Array, response_mask_BT: jax.Array) -> Metrics:
+    """What a correction makes of the tokens, and how many it drops."""
+    lengths_B = response_mask_BT.sum(axis=1, dtype=jnp.int32).astype(weight_BU.dtype)
+    dropped_B = token_sums((weight_BU == 0).astype(weight_BU.dtype), response_mask_BT)
+    present_B = lengths_B > 0
+    whole_B = (dropped_B == lengths_B) & present_B
+    return {
+        "rollout_corr/weight": (token_sums(weight_BU, response_mask_BT), lengths_B),
+        "rollout_corr/weight_squared": (token_sums(weight_BU**2, response_mask_BT), lengths_B),
+        "rollout_corr/masked_fraction": (dropped_B, lengths_B),
+        "rollout_corr/masked_sequences": (
+            whole_B.astype(weight_BU.dtype),
+            present_B.astype(weight_BU.dtype),
+        ),
+    }
+
+
+def sum_rows(pairs: Metrics) -> Metrics:
+    """(sum, count) scalars from pairs of vectors over rows."""
+    return {name: (total.sum(), count.sum()) for name, (total, count) in pairs.items()}
+
+
+def metric_means(metrics: Metrics) -> dict[str, jax.Array]:
+    """Means from summed (sum, count) pairs; 0 where nothing was counted.
+
+    Adds `rollout_corr/ess`, the effective sample size (Σw)²/(n Σw²) as a share of n tokens, which
+    is no mean and so is formed here, after all micro-batches are added up.
+    """
+    means = {
+        name: jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
+        for name, (total, count) in metrics.items()
+    }
+    if "rollout_corr/weight_squared" in means:
+        square = means.pop("rollout_corr/weight_squared")
+        positive = square > 0
+        ess = means["rollout_corr/weight"] ** 2 / jnp.where(positive, square, 1)
+        means["rollout_corr/ess"] = jnp.where(positive, ess, 0)
+    return means
