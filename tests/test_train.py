@@ -282,5 +282,5 @@ def test_dynamic_sampling_resumes_bit_for_bit(config, tmp_path, monkeypatch):
 
 
 def many_digits(response, answer):
-    """1 for responses that are mostly digits: by chance right in few groups, and all wrong in many."""
+    """1 for responses that are mostly digits, which by chance few are."""
     return float(sum(c.isdigit() for c in response) > 0.5 * len(response))

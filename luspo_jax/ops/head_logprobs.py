@@ -21,7 +21,7 @@ def head_logprobs(
 
     Logits live for one chunk of positions only, forward and backward (the backward pass computes
     them again), and chunks in which nothing is scored are skipped: prompts and right padding cost
-    no head. Products accumulate in float32 whatever the input dtype.
+    no head. Products accumulate in float32, or float64 where the inputs are.
 
     Args:
       hidden_BTD: hidden state that predicts `targets_BT` at the same index.
@@ -32,7 +32,8 @@ def head_logprobs(
       chunk_length: positions a chunk; T is padded up to a multiple of it.
 
     Returns:
-      float32 log-probabilities (nats, ≤ 0) and entropies (nats, ≥ 0), both 0 where masked.
+      Log-probabilities (nats, ≤ 0) and entropies (nats, ≥ 0) in the accumulator's type, both 0
+      where masked.
 
     Raises:
       ValueError: for a temperature or a chunk length that is not positive.
@@ -54,9 +55,14 @@ def head_logprobs(
     return logprobs_BT[:, :length], entropy_BT[:, :length]
 
 
+def _wide(array):
+    """The type that sums are taken in."""
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
 def _logits(hidden_BCD, kernel_VD, scale):
     return scale * jnp.einsum(
-        "bcd,vd->bcv", hidden_BCD, kernel_VD, preferred_element_type=jnp.float32
+        "bcd,vd->bcv", hidden_BCD, kernel_VD, preferred_element_type=_wide(hidden_BCD)
     )
 
 
@@ -99,7 +105,7 @@ def _scored_forward(scale, chunk, hidden_BTD, kernel_VD, targets_BT, mask_BT):
         return logprobs_BC, jnp.maximum(entropy_BC, 0.0), normalizer_BC
 
     def nothing(hidden_BCD, targets_BC):
-        zeros_BC = jnp.zeros(targets_BC.shape, jnp.float32)
+        zeros_BC = jnp.zeros(targets_BC.shape, _wide(hidden_BCD))
         return zeros_BC, zeros_BC, zeros_BC
 
     def one_chunk(_, xs):
@@ -128,10 +134,10 @@ def _scored_backward(scale, chunk, residuals, cotangents):
         ) + jnp.where(_is_target(targets_BC, vocab), d_logprob_BC[..., None], 0.0)
         d_logits_BCV = (scale * d_logits_BCV).astype(hidden_BTD.dtype)
         d_hidden_BCD = jnp.einsum(
-            "bcv,vd->bcd", d_logits_BCV, kernel_VD, preferred_element_type=jnp.float32
+            "bcv,vd->bcd", d_logits_BCV, kernel_VD, preferred_element_type=_wide(kernel_VD)
         )
         d_kernel_VD = jnp.einsum(
-            "bcv,bcd->vd", d_logits_BCV, hidden_BCD, preferred_element_type=jnp.float32
+            "bcv,bcd->vd", d_logits_BCV, hidden_BCD, preferred_element_type=_wide(hidden_BCD)
         )
         return carry_VD + d_kernel_VD, d_hidden_BCD.astype(hidden_BTD.dtype)
 
@@ -143,7 +149,7 @@ def _scored_backward(scale, chunk, residuals, cotangents):
         return jax.lax.cond(jnp.any(mask_BC), grads, nothing, carry_VD, *rest)
 
     d_logprobs_BT, d_entropy_BT = (
-        jnp.where(mask_BT, x_BT, 0.0).astype(jnp.float32) for x_BT in cotangents
+        jnp.where(mask_BT, x_BT, 0.0).astype(_wide(hidden_BTD)) for x_BT in cotangents
     )
     xs = tuple(
         _to_chunks(x, chunk)
@@ -151,7 +157,9 @@ def _scored_backward(scale, chunk, residuals, cotangents):
             mask_BT, hidden_BTD, targets_BT, entropy_BT, normalizer_BT, d_logprobs_BT, d_entropy_BT
         )
     )  # fmt: skip
-    d_kernel_VD, d_hidden = jax.lax.scan(one_chunk, jnp.zeros(kernel_VD.shape, jnp.float32), xs)
+    d_kernel_VD, d_hidden = jax.lax.scan(
+        one_chunk, jnp.zeros(kernel_VD.shape, _wide(kernel_VD)), xs
+    )
     return _from_chunks(d_hidden), d_kernel_VD.astype(kernel_VD.dtype), None, None
 
 
