@@ -44,14 +44,6 @@ def _attention(query, key, value, segments, implementation="reference"):
     return attention(query, key, value, segment_ids_BT=segments, implementation=implementation)
 
 
-def _small_pieces(monkeypatch, rows):
-    """Makes every loop turn: rows, causal blocks that do not divide T, chunks of a block."""
-    monkeypatch.setattr(module, "_CHUNK", 4)
-    monkeypatch.setattr(module, "_BLOCKS", 3)
-    monkeypatch.setattr(module, "_CACHED_SCORES", rows * 4 * 4 * 21)
-    jax.clear_caches()
-
-
 @pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
 @pytest.mark.parametrize(
     "shape",
@@ -63,8 +55,7 @@ def test_values_match_a_plain_computation(implementation, shape):
     np.testing.assert_allclose(got, _plain(*inputs), atol=3e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_pieces_give_the_values_and_gradients_of_one_piece(monkeypatch, rows):
+def test_pieces_give_the_values_and_gradients_of_one_piece(monkeypatch):
     inputs = _inputs(4, 21, 4, 2, 4)
     weights = np.random.default_rng(0).normal(size=inputs[0].shape).astype(np.float32)
 
@@ -73,11 +64,13 @@ def test_pieces_give_the_values_and_gradients_of_one_piece(monkeypatch, rows):
         return out, *jax.jit(vjp)(weights)
 
     whole = values_and_gradients()
-    _small_pieces(monkeypatch, rows)
-    assert module._pieces(4, 21, 4) == (rows, 8, 4)
+    # Now every loop turns: rows, causal blocks that do not divide T, chunks of a block.
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    monkeypatch.setattr(module, "_BLOCKS", 3)
+    monkeypatch.setattr(module, "_CACHED_SCORES", 2 * 4 * 4 * 21)
+    assert module._pieces(4, 21, 4) == (2, 8, 4)
     for a, b in zip(values_and_gradients(), whole, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)
-    jax.clear_caches()
 
 
 @pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
@@ -141,19 +134,14 @@ def test_bfloat16_sums_in_float32():
     np.testing.assert_allclose(np.asarray(rough, np.float64), exact, atol=0.04)
 
 
-def test_memory_grows_with_length_not_its_square():
+def test_no_array_grows_with_the_square_of_the_length(monkeypatch):
     """Forward and backward at 1 × 8192, 2 heads: one T × T float32 array alone is 256 MiB."""
-
-    def temporaries(T):
-        shapes = [jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)] * 3
-        segments = jax.ShapeDtypeStruct((1, T), jnp.int32)
-        loss = lambda q, k, v, s: jnp.sum(attention(q, k, v, segment_ids_BT=s))  # noqa: E731
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, segments).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    short, long = temporaries(2048), temporaries(8192)
-    assert long < 4.5 * short
-    assert long < 32 * 2**20
+    monkeypatch.setattr(module, "_BLOCKS", 2)  # less to compile
+    shapes = [jax.ShapeDtypeStruct((1, 8192, 2, 8), jnp.float32)] * 3
+    segments = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+    loss = lambda q, k, v, s: jnp.sum(attention(q, k, v, segment_ids_BT=s))  # noqa: E731
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, segments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
 
 
 def test_an_unknown_implementation_is_refused():
