@@ -10,6 +10,7 @@ import numpy as np
 from luspo_jax.rollout import slots as device
 from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.rollout.records import RolloutStats
+from luspo_jax.rollout.sampling import rollout_key
 from luspo_jax.rollout.schedule import (
     SlotTable,
     bucket,
@@ -114,7 +115,7 @@ class Engine:
         started = time.perf_counter()
         with CompileClock() as clock:
             rollout = _Rollout(self, params, requests, group_size)
-            rollout.key = jax.random.fold_in(jax.random.key(seed), step)
+            rollout.key = rollout_key(seed, step)
             rollout.run(progress)
         return rollout.table.responses, rollout.stats(clock, time.perf_counter() - started)
 

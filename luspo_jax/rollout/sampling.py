@@ -45,17 +45,25 @@ class Sampling:
             raise ValueError(f"stop_token_ids must be >= 0, not {self.stop_token_ids}")
 
 
+def rollout_key(seed, step):
+    """fold_in(key(seed), step): the noise of one step of one run."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+
+
 def row_keys(key, prompt_ids_B, sample_ids_B):
-    """fold_in(fold_in(key, prompt), sample) of each row; `key` is fold_in(key(seed), step)."""
-    fold = jax.vmap(jax.random.fold_in)
+    """fold_in(fold_in(key, prompt), sample) of each row; `key` is a `rollout_key`."""
     by_prompt_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompt_ids_B)
-    return fold(by_prompt_B, sample_ids_B)
+    return jax.vmap(jax.random.fold_in)(by_prompt_B, sample_ids_B)
 
 
 def uniforms(keys_B, positions_B):
-    """Two uniforms in [0, 1) for the token of each row at `positions_B` of its sequence: [B, 2]."""
-    keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
-    return jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys_B)
+    """Two uniforms in [0, 1) for the token of each row at `positions_B` of its sequence: [B, 2].
+
+    They are the two words of fold_in(key, position): Threefry of the position is random bits, and
+    drawing from the folded key as from a key would run the cipher twice.
+    """
+    words_B2 = jax.random.key_data(jax.vmap(jax.random.fold_in)(keys_B, positions_B))
+    return (words_B2 >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
 def sample(logits_BV, uniforms_B2, *, sampling):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from luspo_jax.models import decoder
 from luspo_jax.rollout.sampling import row_keys, sample, uniforms
 
-SEQUENCE_AXIS = 3  # of a KVCache, [L, B, K, S, H]
+BATCH_AXIS, SEQUENCE_AXIS = -4, -2  # of the arrays of a KVCache, [L, B, K, S, H]
 
 
 @jax.tree_util.register_dataclass
@@ -102,10 +102,12 @@ def fill(slots, pool, refill, key):
     def copy(i, cache):
         row, slot = refill.pool_rows_B[i], refill.slots_B[i]
         prompt = jax.tree.map(
-            lambda array: jax.lax.dynamic_slice_in_dim(array, row, 1, axis=1), pool.cache
+            lambda array: jax.lax.dynamic_slice_in_dim(array, row, 1, axis=BATCH_AXIS), pool.cache
         )
         return jax.tree.map(
-            lambda array, new: jax.lax.dynamic_update_slice(array, new, (0, slot, 0, 0, 0)),
+            lambda array, new: jax.lax.dynamic_update_slice(
+                array, new, (0,) * (array.ndim + BATCH_AXIS) + (slot, 0, 0, 0)
+            ),
             cache,
             prompt,
         )
@@ -193,7 +195,7 @@ def _record(chunk, active_B, tokens_B, logprobs_B):
 def _advance(slots, tokens_B, params, *, config, sampling, dtype):
     """Append `tokens_B` to the active rows, and end those that stop or are full."""
     # A row that is full writes nothing that counts; it must only stay inside its own row.
-    room = slots.cache.keys_LBKSH.shape[SEQUENCE_AXIS]
+    room = jax.tree.leaves(slots.cache)[-1].shape[SEQUENCE_AXIS]
     positions_B = jnp.minimum(slots.lengths_B, room - 1)
     hidden_BD, cache = decoder.decode_step(
         params, tokens_B, positions_B, slots.cache, config=config, dtype=dtype

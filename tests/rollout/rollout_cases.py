@@ -93,8 +93,12 @@ def noise(seed, step, request, response):
     """float32 uniforms [response tokens, 2] by the noise law, one fold at a time."""
     key = s.rollout_key(seed, step)
     key = jax.random.fold_in(jax.random.fold_in(key, request.prompt_id), response.sample_id)
-    positions = len(request.tokens) + jnp.arange(len(response.tokens), dtype=jnp.int32)
-    return np.asarray(s.uniforms(jnp.broadcast_to(key, positions.shape), positions))
+    return np.asarray(_uniforms(key))[len(request.tokens) :][: len(response.tokens)]
+
+
+@jax.jit
+def _uniforms(key):
+    return s.uniforms(jnp.broadcast_to(key, (64,)), jnp.arange(64, dtype=jnp.int32))
 
 
 def boundary_distance(logits_V, uniforms_2):

@@ -21,7 +21,7 @@ STOPS = (0, 11, 50)
 def small_rooms(monkeypatch):
     """Caches that start short, so that every test also grows them."""
     monkeypatch.setattr(engine_module, "SMALLEST_ROOM", 32)
-    monkeypatch.setattr(engine_module, "SMALLEST_PROMPT", 8)
+    monkeypatch.setattr(engine_module, "SMALLEST_PROMPT", 32)
 
 
 def _engine(sampling=None, *, model=MODEL, **kwargs):
@@ -46,8 +46,8 @@ def _by_id(responses):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_a_full_forward_on_a_ragged_batch_with_refills(temperature):
-    sampling = Sampling(31, STOPS, temperature=temperature)
-    responses, stats = _generate(_engine(sampling))
+    length = 31 if temperature == 1 else 14
+    responses, stats = _generate(_engine(Sampling(length, STOPS, temperature=temperature)))
     assert stats.generated_tokens > 150
     for response, logits in zip(
         responses, cases.teacher_logits(MODEL, PARAMS, RAGGED, responses), strict=True
@@ -145,7 +145,7 @@ def test_greedy_takes_the_likeliest_token_of_a_full_forward():
 
 
 def test_top_p_and_top_k_draw_from_what_they_keep():
-    sampling = Sampling(20, STOPS, temperature=0.9, top_p=0.5, top_k=5)
+    sampling = Sampling(14, STOPS, temperature=0.9, top_p=0.5, top_k=5)
     responses, _ = _generate(_engine(sampling))
     for response, logits in zip(
         responses, cases.teacher_logits(MODEL, PARAMS, RAGGED, responses), strict=True
@@ -160,7 +160,7 @@ def test_top_p_and_top_k_draw_from_what_they_keep():
 
 
 def test_bfloat16_samples_and_scores_in_float32():
-    responses, _ = _generate(_engine(dtype=jnp.bfloat16))
+    responses, _ = _generate(_engine(Sampling(10, STOPS), dtype=jnp.bfloat16))
     logprobs = np.concatenate([r.logprobs for r in responses])
     assert logprobs.dtype == np.float32
     assert (logprobs <= 0).all()
@@ -213,7 +213,7 @@ def test_prompts_may_be_tuples_and_there_may_be_none():
 
 def test_each_prompt_is_prefilled_once():
     for kwargs in [*VARIANTS, {"max_prefill_tokens": 20}]:
-        _, stats = _generate(_engine(**kwargs), group_size=8)
+        _, stats = _generate(_engine(**kwargs), group_size=5)
         assert stats.prefill_tokens == sum(len(request.tokens) for request in RAGGED)
         assert 1 <= stats.prefill_calls <= len(RAGGED)
 
@@ -227,15 +227,15 @@ def _list_schedule(lengths, slots):
 
 
 def test_heavy_tailed_lengths_keep_the_slots_busy():
-    """64 responses on 16 slots; lengths lognormal (σ = 1, median 16) cut at 40, 18 % of them."""
-    model, params = cases.countdown(40)
+    """64 responses on 16 slots; lengths lognormal (σ = 1, median 12) cut at 31, 17 % of them."""
+    model, params = cases.countdown(31)
     engine = Engine(
-        model, Sampling(40, (0,), temperature=0), num_slots=16, max_prompt_length=1, chunk_length=16
+        model, Sampling(31, (0,), temperature=0), num_slots=16, max_prompt_length=1, chunk_length=16
     )
     rng = np.random.default_rng(0)
     ratios = []
     for _ in range(6):
-        lengths = np.clip(np.ceil(16 * np.exp(rng.normal(size=64))), 1, 40).astype(int)
+        lengths = np.clip(np.ceil(12 * np.exp(rng.normal(size=64))), 1, 31).astype(int)
         requests = [Request(i, (n,)) for i, n in enumerate(lengths)]
         responses, stats = engine.generate(params, requests, group_size=1, seed=0)
         assert [len(r.tokens) for r in responses] == lengths.tolist()
@@ -306,8 +306,8 @@ def test_senseless_calls_are_refused_by_name(kwargs, message):
 
 def test_weights_that_are_not_finite_are_refused():
     params = {**PARAMS, "embedding": PARAMS["embedding"].at[3].set(jnp.nan)}
-    with pytest.raises(FloatingPointError, match="prompt_id 1000, sample_id"):
-        _engine().generate(params, RAGGED[:1], group_size=2, seed=0)
+    with pytest.raises(FloatingPointError, match=r"prompt_id \d+, sample_id \d"):
+        _engine().generate(params, RAGGED, group_size=3, seed=0)
 
 
 def test_nothing_but_params_holds_weights():
