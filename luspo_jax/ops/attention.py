@@ -28,7 +28,8 @@ def attention(
     """softmax(q·k / √H) v over the keys of the same segment that are not in the future.
 
     Order is that of the arrays (S = T). Query head n reads key head n // (N / K). Scores, softmax
-    and sums are float32.
+    and sums are float32. The reference loops over rows: where rows are spread over devices, call
+    it within `shard_map`, so that each loops over its own.
 
     Args:
       query_BTNH: queries, already rotated.
