@@ -11,6 +11,7 @@ import optax
 from luspo_jax import objectives, optimizer
 from luspo_jax.logprobs import Scoring, token_logprobs
 from luspo_jax.objectives import Objective
+from luspo_jax.ops.precision import wide_type
 from luspo_jax.types import TokenBatch, TrainBatch, TrainState
 
 
@@ -39,7 +40,7 @@ def initial_state(params: Any, rule: UpdateRule) -> TrainState:
 
     The arrays are copies, because `update_step` gives its state's memory away.
     """
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    params = jax.tree.map(lambda x: jnp.array(x, wide_type(x)), params)
     reference = jax.tree.map(jnp.copy, params) if rule.objective.kl_coef else None
     return TrainState(params, rule.optimizer.init(params), jnp.zeros((), jnp.int32), reference)
 
@@ -103,7 +104,8 @@ def update_step(
         (_, metrics), new = jax.value_and_grad(loss, has_aux=True)(state.params, part)
         return jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new), metrics
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+    # Gradients add up in float32, or float64 where the master weights are.
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), state.params)
     parts = _split((batch, length_scale_B), rule.num_microbatches)
     grads, metrics = jax.lax.scan(accumulate, zeros, parts)
     metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from luspo_jax.ops.precision import wide, wide_type
+
 # The element-wise functions keep their inputs only and are computed again in the backward pass:
 # less memory than the intermediate arrays, and no slower. Inside a scan nothing can merge the
 # two computations, so no barrier against it is needed.
@@ -37,7 +39,7 @@ def _project_backward(contracted, residuals, grad):
     swapped = x.size > grad.size
     first, second = (grad, x) if swapped else (x, grad)
     dkernel = lax.dot_general(
-        first, second, ((lead, lead), ((), ())), preferred_element_type=jnp.float32
+        first, second, ((lead, lead), ((), ())), preferred_element_type=wide_type(x)
     )
     if swapped:
         features = kernel.ndim - contracted
@@ -51,9 +53,9 @@ project.defvjp(_project_forward, _project_backward)
 @functools.partial(_recomputed, static_argnums=(2,))
 def rms_norm(x, scale, eps):
     """x / √(mean x² + ε) · scale over the last axis, in float32 (Zhang & Sennrich 2019)."""
-    wide = x.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * along_last_axes(scale.astype(jnp.float32), x.ndim)).astype(x.dtype)
+    normed = wide(x)
+    normed = normed * lax.rsqrt(jnp.mean(jnp.square(normed), axis=-1, keepdims=True) + eps)
+    return (normed * along_last_axes(scale.astype(normed.dtype), x.ndim)).astype(x.dtype)
 
 
 @_recomputed
@@ -76,8 +78,8 @@ def rotation_of(positions, head_dim, theta):
 
 def rotate(x, rotation):
     """Rotary position embedding of the pairs (i, i + H/2), in float32 (Su et al. 2021)."""
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = (turn.astype(wide_type(x)) for turn in rotation)
+    first, second = jnp.split(wide(x), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 

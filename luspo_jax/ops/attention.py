@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from luspo_jax.ops.precision import wide, wide_type
+
 NEGATIVE = -1e30  # finite: the exponential of a masked score is exactly zero, never NaN
 
 # Measured on two CPU cores at B 64, T 192, N 8, K 4, H 32: small pieces that stay in the cache
@@ -78,16 +80,14 @@ def _reference_backward(residuals, grad_BTNH):
     pieces = _pieces(B, T, N)
     arrays = _grouped(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, pieces)
     # Σ_s weight · ∂weight of each query, by way of the output (Dao et al. 2022, eq. 4).
-    delta_BTN1 = jnp.sum(
-        out_BTNH.astype(jnp.float32) * grad_BTNH.astype(jnp.float32), axis=-1, keepdims=True
-    )
+    delta_BTN1 = jnp.sum(wide(out_BTNH) * wide(grad_BTNH), axis=-1, keepdims=True)
     grad_BKTGH, delta_BKTG1 = (_by_kv_head(x, K, pieces) for x in (grad_BTNH, delta_BTN1))
     arrays = (*arrays, lse_BKTG, delta_BKTG1[..., 0], grad_BKTGH)
     dq_BKTGH, dk_BKHT, dv_BKHT = _over_rows(
         functools.partial(_backward_rows, pieces), arrays, pieces
     )
     dk_BTKH, dv_BTKH = (jnp.transpose(x, (0, 3, 1, 2))[:, :T] for x in (dk_BKHT, dv_BKHT))
-    dq_BTNH = _ungrouped(dq_BKTGH, T) * jnp.float32(H**-0.5)
+    dq_BTNH = _ungrouped(dq_BKTGH, T) * H**-0.5
     return (
         dq_BTNH.astype(query_BTNH.dtype),
         dk_BTKH.astype(key_BSKH.dtype),
@@ -122,8 +122,7 @@ def _grouped(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, pieces):
 
 
 def _scaled(query):
-    scale = jnp.float32(query.shape[-1] ** -0.5)
-    return (query.astype(jnp.float32) * scale).astype(query.dtype)
+    return (wide(query) * query.shape[-1] ** -0.5).astype(query.dtype)
 
 
 def _padded(x_BT, pieces):
@@ -189,7 +188,7 @@ def _forward_rows(pieces, query_RKTGH, key_RKTH, value_RKTH, segments_RT):
         def chunk(carry, first, query_RKCGH, segments_R1C, k=keys, v=values, s=segments):
             scores_RKCGS = _dot(query_RKCGH, k, 4, 3)
             mask = _mask(segments_R1C, s, first)
-            scores_RKCGS = jnp.where(mask, scores_RKCGS, jnp.float32(NEGATIVE))
+            scores_RKCGS = jnp.where(mask, scores_RKCGS, NEGATIVE)
             top = jnp.max(scores_RKCGS, axis=-1, keepdims=True)
             weights_RKCGS = jnp.exp(scores_RKCGS - top)
             total = jnp.sum(weights_RKCGS, axis=-1, keepdims=True)
@@ -206,7 +205,7 @@ def _backward_rows(pieces, query_RKTGH, key_RKTH, value_RKTH, segments_RT, *rest
     """Gradients of scaled queries [R, K, T, G, H], keys and values [R, K, H, T] of a few rows."""
     T, block = query_RKTGH.shape[2], pieces[1]
     R, K, _, H = key_RKTH.shape
-    dkv = [jnp.zeros((R, K, H, T), jnp.float32)] * 2
+    dkv = [jnp.zeros((R, K, H, T), wide_type(key_RKTH))] * 2
     dqs = []
     for start in range(0, T, block):
         end = start + block
@@ -231,7 +230,7 @@ def _backward_chunk(
     dtype = query_RKCGH.dtype
     scores_RKCGS = _dot(query_RKCGH, keys, 4, 3)
     mask = _mask(segments_R1C, segments_RS, first)
-    weights = jnp.where(mask, jnp.exp(scores_RKCGS - lse_RKCG[..., None]), jnp.float32(0))
+    weights = jnp.where(mask, jnp.exp(scores_RKCGS - lse_RKCG[..., None]), 0.0)
     dscores = weights * (_dot(grad, values, 4, 3) - delta_RKCG[..., None])
     weights, dscores = weights.astype(dtype), dscores.astype(dtype)
     # As [H, S]: the transposed operand is the small one.
@@ -250,12 +249,12 @@ def _mask(segments_R1C, segments_RS, first):
 def _dot(a, b, axis_a, axis_b):
     """Contracts one axis of each, batched over the first two, with float32 sums."""
     dims = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
-    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, dims, preferred_element_type=wide_type(a))
 
 
 def _dot_queries(a_RKCGH, b_RKCGS):
     dims = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
-    return lax.dot_general(a_RKCGH, b_RKCGS, dims, preferred_element_type=jnp.float32)
+    return lax.dot_general(a_RKCGH, b_RKCGS, dims, preferred_element_type=wide_type(a_RKCGH))
 
 
 IMPLEMENTATIONS = {"reference": _reference}

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from luspo_jax.ops.precision import wide_type
+
 
 def head_logprobs(
     hidden_BTD: jax.Array,
@@ -55,14 +57,9 @@ def head_logprobs(
     return logprobs_BT[:, :length], entropy_BT[:, :length]
 
 
-def _wide(array):
-    """The type that sums are taken in."""
-    return jnp.promote_types(array.dtype, jnp.float32)
-
-
 def _logits(hidden_BCD, kernel_VD, scale):
     return scale * jnp.einsum(
-        "bcd,vd->bcv", hidden_BCD, kernel_VD, preferred_element_type=_wide(hidden_BCD)
+        "bcd,vd->bcv", hidden_BCD, kernel_VD, preferred_element_type=wide_type(hidden_BCD)
     )
 
 
@@ -105,7 +102,7 @@ def _scored_forward(scale, chunk, hidden_BTD, kernel_VD, targets_BT, mask_BT):
         return logprobs_BC, jnp.maximum(entropy_BC, 0.0), normalizer_BC
 
     def nothing(hidden_BCD, targets_BC):
-        zeros_BC = jnp.zeros(targets_BC.shape, _wide(hidden_BCD))
+        zeros_BC = jnp.zeros(targets_BC.shape, wide_type(hidden_BCD))
         return zeros_BC, zeros_BC, zeros_BC
 
     def one_chunk(_, xs):
@@ -134,10 +131,10 @@ def _scored_backward(scale, chunk, residuals, cotangents):
         ) + jnp.where(_is_target(targets_BC, vocab), d_logprob_BC[..., None], 0.0)
         d_logits_BCV = (scale * d_logits_BCV).astype(hidden_BTD.dtype)
         d_hidden_BCD = jnp.einsum(
-            "bcv,vd->bcd", d_logits_BCV, kernel_VD, preferred_element_type=_wide(kernel_VD)
+            "bcv,vd->bcd", d_logits_BCV, kernel_VD, preferred_element_type=wide_type(kernel_VD)
         )
         d_kernel_VD = jnp.einsum(
-            "bcv,bcd->vd", d_logits_BCV, hidden_BCD, preferred_element_type=_wide(hidden_BCD)
+            "bcv,bcd->vd", d_logits_BCV, hidden_BCD, preferred_element_type=wide_type(hidden_BCD)
         )
         return carry_VD + d_kernel_VD, d_hidden_BCD.astype(hidden_BTD.dtype)
 
@@ -149,7 +146,7 @@ def _scored_backward(scale, chunk, residuals, cotangents):
         return jax.lax.cond(jnp.any(mask_BC), grads, nothing, carry_VD, *rest)
 
     d_logprobs_BT, d_entropy_BT = (
-        jnp.where(mask_BT, x_BT, 0.0).astype(_wide(hidden_BTD)) for x_BT in cotangents
+        jnp.where(mask_BT, x_BT, 0.0).astype(wide_type(hidden_BTD)) for x_BT in cotangents
     )
     xs = tuple(
         _to_chunks(x, chunk)
@@ -158,7 +155,7 @@ def _scored_backward(scale, chunk, residuals, cotangents):
         )
     )  # fmt: skip
     d_kernel_VD, d_hidden = jax.lax.scan(
-        one_chunk, jnp.zeros(kernel_VD.shape, _wide(kernel_VD)), xs
+        one_chunk, jnp.zeros(kernel_VD.shape, wide_type(kernel_VD)), xs
     )
     return _from_chunks(d_hidden), d_kernel_VD.astype(kernel_VD.dtype), None, None
 
