@@ -9,13 +9,13 @@ from luspo_jax.rollout.records import Request, Response
 
 
 def bucket(length, *, limit, smallest):
-    """The least of smallest · {1, 1.5, 2, 3, 4, 6, …} that reaches `length`, cut at `limit`.
+    """The least of smallest · {1, 2, 4, …} that reaches `length`, cut at `limit`.
 
-    `smallest` is a power of two. Few sizes mean few compilations, at most half of each wasted.
+    Few sizes mean few compilations.
     """
     size = smallest
     while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+        size *= 2
     return min(size, limit)
 
 

@@ -194,15 +194,14 @@ def _record(chunk, active_B, tokens_B, logprobs_B):
 
 def _advance(slots, tokens_B, params, *, config, sampling, dtype):
     """Append `tokens_B` to the active rows, and end those that stop or are full."""
-    # A row that is full writes nothing that counts; it must only stay inside its own row.
-    room = jax.tree.leaves(slots.cache)[-1].shape[SEQUENCE_AXIS]
-    positions_B = jnp.minimum(slots.lengths_B, room - 1)
+    # Others decode at position 0 of their own row: it costs least, and a refill writes over it.
+    positions_B = jnp.where(slots.active_B, slots.lengths_B, 0)
     hidden_BD, cache = decoder.decode_step(
         params, tokens_B, positions_B, slots.cache, config=config, dtype=dtype
     )
     lengths_B = slots.lengths_B + slots.active_B.astype(jnp.int32)
-    stop_S = jnp.asarray(sampling.stop_token_ids, jnp.int32)
-    stopped_B = jnp.any(tokens_B[:, None] == stop_S[None, :], axis=-1)
+    stops = jnp.asarray(sampling.stop_token_ids, jnp.int32)
+    stopped_B = jnp.any(tokens_B[:, None] == stops[None, :], axis=-1)
     return dataclasses.replace(
         slots,
         cache=cache,

@@ -295,6 +295,8 @@ def test_senseless_engines_are_refused_by_name(kwargs, field):
         ({"requests": [Request(4, ())]}, "prompt_id 4 has 0 tokens"),
         ({"requests": [Request(4, (1, 97))]}, "prompt_id 4 has tokens outside"),
         ({"requests": [Request(4, (-1,))]}, "prompt_id 4 has tokens outside"),
+        ({"requests": [Request(4, (1.5,))]}, "prompt_id 4 must hold a list of token ids"),
+        ({"requests": [Request(4, ((1,),))]}, "prompt_id 4 must hold a list of token ids"),
         ({"requests": [Request(-4, (1,))]}, "prompt_id -4"),
         ({"requests": [Request(4, (1,)), Request(4, (2,))]}, r"repeat: \[4\]"),
     ],
