@@ -24,7 +24,7 @@ def get_config():
     config.train.learning_rate = 2e-4
     config.train.warmup_steps = 5
     config.train.num_length_buckets = 1
-    config.eval.every = 20
+    config.eval.every = 10
     config.eval.num_problems = 500
     config.eval.num_samples = 4
     return config
