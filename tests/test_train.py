@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from luspo_jax import config as configuration
+from luspo_jax import objectives, train
 from luspo_jax import run as runs
-from luspo_jax import train
 from luspo_jax.checkpoint import CheckpointError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights
@@ -238,20 +238,69 @@ def sometimes_broken(response, answer):
     return sum(c.isdigit() for c in response) / 12
 
 
-@pytest.mark.parametrize("preset", ["grpo", "gspo_token", "dr_grpo", "dapo"])
-@pytest.mark.parametrize("placement", ["loss", "reward"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"preset": name} for name in sorted(objectives.PRESETS)),
+        {"preset": "luspo", "kl_coef": 0.1},
+        {"preset": "grpo", "kl_coef": 0.1, "kl_placement": "reward"},
+        {"preset": "luspo", "entropy_coef": 0.01, "top_entropy_quantile": 0.2},
+        {"preset": "luspo", "correction": "tis+geometric-mask"},
+        {"preset": "gspo", "correction": "icepop", "off_policy_max": 0.5},
+        {"preset": "dapo", "dual_clip": 3.0},
+    ],
+    ids=str,
+)
 @pytest.mark.slow
-def test_other_objectives_with_a_reference_policy(config, tmp_path, preset, placement):
-    config.objective.preset = preset
-    config.objective.kl_coef = 0.1
-    config.objective.kl_placement = placement
+def test_every_objective_takes_steps(config, tmp_path, fields):
+    """Two steps of two updates each under every preset and term: finite, and something moves."""
+    for name, value in fields.items():
+        config.objective[name] = value
+    config.num_steps = 2
     config.train.num_epochs = 2
+    _train(config, tmp_path / "run")
+    metrics, _, weights = _results(tmp_path / "run")
+    assert all(np.isfinite(v) for k, v in metrics[-1].items() if k.startswith("actor/"))
+    assert metrics[-1]["actor/grad_norm"] > 0
+    assert metrics[-1]["actor/skipped_updates"] == 0
+    if fields.get("kl_coef") and fields.get("kl_placement") != "reward":
+        assert metrics[-1]["actor/kl_loss"] > 0
+    if fields.get("correction"):
+        assert 0 < metrics[-1]["rollout_corr/ess"] <= 1
+    base = load_file(pathlib.Path(config.model.path) / "model.safetensors")
+    assert any(np.any(weights[name] != base[name]) for name in base)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"overlong_filter": True}, {"gfpo_keep": 2, "gfpo_by": "reward_per_token"}, {"lspo_low": 0.5}],
+    ids=str,
+)
+@pytest.mark.slow
+def test_every_filter_takes_steps(config, tmp_path, fields):
+    for name, value in fields.items():
+        config.shaping[name] = value
     config.num_steps = 2
     _train(config, tmp_path / "run")
     last = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))[-1]
-    if placement == "loss":
-        assert last["actor/kl_loss"] > 0
+    assert 0 < last["shaping/trained_responses"] <= 16
     assert np.isfinite(last["actor/pg_loss"])
+
+
+@pytest.mark.slow
+def test_reference_policy_is_refreshed(config, tmp_path):
+    """Copied after every step, the reference is the policy that starts the next: KL 0 there."""
+    config.objective.kl_coef = 0.1
+    config.train.num_minibatches = 1
+    config.num_steps = 3
+    _train(config, tmp_path / "fixed")
+    config.train.ref_every = 1
+    _train(config, tmp_path / "refreshed")
+    fixed, refreshed = (
+        list(read_metrics(tmp_path / name / "metrics.jsonl"))[-1] for name in ("fixed", "refreshed")
+    )
+    assert fixed["actor/kl_loss"] > 1e-4
+    assert abs(refreshed["actor/kl_loss"]) < 1e-9
 
 
 def test_dynamic_sampling_resumes_bit_for_bit(config, tmp_path, monkeypatch):

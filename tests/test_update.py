@@ -224,3 +224,15 @@ def test_batch_without_any_response_token_takes_a_zero_step(params):
 def test_microbatches_that_do_not_divide_are_named(params):
     with pytest.raises(ValueError, match="num_microbatches=3"):
         _step(params, _batch(), _rule(num_microbatches=3))
+
+
+def test_reference_refresh_is_a_copy_or_an_average(params):
+    rule = _rule()
+    state = update.initial_state(params, rule)
+    moved = dataclasses.replace(state, params=jax.tree.map(lambda x: x + 1.0, params))
+    copied = update.refresh_reference(jax.tree.map(jnp.copy, moved), decay=0.0)
+    averaged = update.refresh_reference(jax.tree.map(jnp.copy, moved), decay=0.75)
+    start = params["embedding"]
+    np.testing.assert_allclose(copied.ref_params["embedding"], start + 1.0, rtol=1e-6)
+    np.testing.assert_allclose(averaged.ref_params["embedding"], start + 0.25, rtol=1e-5)
+    assert update.initial_state(params, _rule(kl_coef=0.0)).ref_params is None
