@@ -289,6 +289,9 @@ Made by
 
 {command}
 
+The same command gives the same weights on the same machine and versions; elsewhere rounding
+differs, and with it the weights, while the properties stay alike.
+
 Apache-2.0, as the code. No data but generated problems went into it.
 """
 
