@@ -27,7 +27,7 @@ def small_rooms(monkeypatch):
 def _engine(sampling=None, *, model=MODEL, **kwargs):
     sampling = sampling or Sampling(max_response_length=31, stop_token_ids=STOPS)
     return Engine(
-        model, sampling, **({"num_slots": 4, "max_prompt_length": 17, "chunk_length": 8} | kwargs)
+        model, sampling, **({"num_slots": 6, "max_prompt_length": 17, "chunk_length": 8} | kwargs)
     )
 
 
