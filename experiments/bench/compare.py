@@ -48,6 +48,8 @@ def measure(
       RuntimeError: a side did not do all its work.
     """
     say(f"RL step: {sizes}")
+    environment = report.environment()
+    say(report.environment_lines(environment))
     taken: list[Timed] = []
 
     def note(timed: Timed) -> None:
@@ -74,16 +76,14 @@ def measure(
             raise RuntimeError("the peer's training ended before its turns were over")
     if not ours.parameters_moved():
         raise RuntimeError("our parameters have not moved")
-    return _told(sizes, taken, sides, say)
+    return {"environment": environment, **_told(sizes, taken, sides, say)}
 
 
 def _told(sizes, taken, sides, say):
     """Prints the tables and gives the record."""
-    environment = report.environment()
     rates = work.matmul_rates(sizes.dtype)
     least, padded = (work.step_work(sizes, prompts_once=once) for once in (True, False))
     say("")
-    say(report.environment_lines(environment))
     say(report.work_lines(least, padded, rates))
     say("")
     say(report.table(sizes, taken, sides, least, max(rates.values())))
@@ -93,7 +93,6 @@ def _told(sizes, taken, sides, say):
         say(lines)
     return {
         "workload": dataclasses.asdict(sizes),
-        "environment": environment,
         "matmul_flops_per_s": rates,
         "work_flops": {"least": dataclasses.asdict(least), "padded": dataclasses.asdict(padded)},
         "steps": [dataclasses.asdict(timed) for timed in taken],

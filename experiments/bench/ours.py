@@ -21,7 +21,7 @@ class Ours:
         self._run = runs.build(configuration(workload, folder, seed=seed))
         self._state = train.begin_state(self._run)
         self._before = jax.device_get(self._state.params["embedding"])
-        self._steps = 0
+        self._surplus, self._steps = [], 0
 
     def step(self) -> dict[str, float]:
         """Samples, rewards, updates; seconds of the generation and of the update.
@@ -32,8 +32,13 @@ class Ours:
           RuntimeError: the step did not do all the work.
         """
         metrics = StepMetrics()
-        self._state, rollouts, advantages_B = train.rollout_step(
-            self._run, self._state, self._steps, metrics=metrics, check_mismatch=self._steps == 0
+        self._state, self._surplus, rollouts, advantages_B = train.rollout_step(
+            self._run,
+            self._state,
+            self._surplus,
+            self._steps,
+            metrics=metrics,
+            check_mismatch=self._steps == 0,
         )
         self._steps += 1
         if not np.all(rollouts.lengths_B == self._workload.response_length):

@@ -61,7 +61,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, object]:
-    """Versions, processor and cores."""
+    """Versions, processor, cores, and how busy the machine is already."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -79,13 +79,21 @@ def environment() -> dict[str, object]:
     }
 
 
-def environment_lines(found: dict) -> str:
-    """The environment in two lines."""
+def environment_lines(found: dict[str, Any]) -> str:
+    """The environment in two lines, and a warning where others use the machine.
+
+    A crowd does more than add noise: threads that spin while they wait for one another, as torch's
+    do under OpenMP and XLA's do not, lose far more than their share, so that ratios are wrong too.
+    """
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return (
-        f"{found['processor']}, {found['cores']} cores; {found['device']}; "
-        f"load average {found['load']:.1f}\n{versions}"
-    )
+    lines = [f"{found['processor']}, {found['cores']} cores; {found['device']}", versions]
+    if (found["load"] or 0) > 0.5:
+        lines.append(
+            f"WARNING: load average {found['load']:.1f} before the first step: other processes use "
+            "this machine, and neither times nor ratios will hold (OMP_WAIT_POLICY=passive in the "
+            "environment keeps torch from losing most of its share)"
+        )
+    return "\n".join(lines)
 
 
 def table(

@@ -10,6 +10,7 @@ import pathlib
 import jax
 import numpy as np
 
+from luspo_jax.config import ConfigError
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig
 
@@ -21,7 +22,11 @@ MODEL, PROMPTS = "model", "prompts.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Sizes of one RL step: prompts × group responses, one LUSPO update; every length is exact."""
+    """Sizes of one RL step: prompts × group responses, one LUSPO update; every length is exact.
+
+    Raises:
+      ConfigError: naming the flag that makes no sense.
+    """
 
     prompts: int = 8
     group: int = 8
@@ -41,13 +46,14 @@ class Workload:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and value < 1:
-                raise ValueError(f"--{field.name}={value} must be at least 1")
+                raise ConfigError(f"--{field.name}={value} must be at least 1")
         if self.group < 2:
-            raise ValueError(f"--group={self.group}: a group of one response has no advantage")
+            raise ConfigError(f"--group={self.group}: a group of one response has no advantage")
         if self.responses % self.microbatches:
-            raise ValueError(
+            raise ConfigError(
                 f"--microbatches={self.microbatches} does not divide the {self.responses} responses"
             )
+        _ = self.model  # Refuses what no decoder can be.
 
     @property
     def responses(self) -> int:
