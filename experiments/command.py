@@ -1,6 +1,7 @@
 """What the launchers share: flags whose mistakes answer in one line, and a run's description."""
 
 import difflib
+import errno
 import os
 import sys
 import warnings
@@ -42,6 +43,8 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
     except KeyboardInterrupt:
         return _refuse("interrupted: run the same command again to continue", 130)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return _refuse(f"{error}: free some space, then run the same command again", 1)
         if type(error).__name__ not in _FORESEEN and type(error) is not FileNotFoundError:
             raise
         return _refuse(str(error), 2 if isinstance(error, ValueError) else 1)
