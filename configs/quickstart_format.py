@@ -11,5 +11,6 @@ def get_config():
     config = quickstart.get_config()
     # The verifier stays in the reward with weight 0, so that accuracy is measured all the same.
     config.reward.parts = {"gsm8k": 0.0, "format": 1.0}
+    config.eval.metric = "gsm8k"
     config.reward.options = {"format": {"name": "gsm8k_line"}}
     return config

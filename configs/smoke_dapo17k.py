@@ -41,6 +41,7 @@ def get_config():
     config.train.num_microbatches = 2
     config.train.num_length_buckets = 1
     config.model.head_chunk_tokens = 256
+    config.eval.metric = "dapo_math"
     config.eval.every = 0
     config.eval.num_problems = 4
     config.eval.num_samples = 2

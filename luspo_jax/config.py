@@ -124,9 +124,8 @@ def default_config() -> ConfigDict:
     config.eval.top_k = 0
     config.eval.num_slots = 256
     config.eval.seed = 7  # Of the noise: one value for all runs, so that runs compare in pairs.
-    config.eval.metric = (
-        ""  # Reward part that counts as accuracy; empty = the first of reward.parts.
-    )
+    # Reward part that counts as accuracy; may stay empty where there is only one.
+    config.eval.metric = ""
 
     config.output = ConfigDict()
     config.output.checkpoint_every = 10  # Rollout steps; 0 = only at the end.
@@ -308,6 +307,11 @@ def _wrong_names(config: ConfigDict) -> Iterator[str]:
         verifiers(config.reward.parts.to_dict(), config.reward.options.to_dict())
     except ValueError as error:
         yield f"reward: {error}"
+    if not config.eval.metric and len(config.reward.parts) > 1:
+        yield (
+            "eval.metric is empty: say which of reward.parts counts as accuracy "
+            f"({', '.join(config.reward.parts)})"
+        )
     if config.eval.metric and config.eval.metric not in config.reward.parts:
         yield f'eval.metric="{config.eval.metric}" is not among reward.parts'
     for field in ("dtype", "rollout_dtype"):

@@ -82,7 +82,7 @@ class Run:
     @property
     def metric(self) -> str:
         """The part of the reward that counts as being right."""
-        return self.config.eval.metric or next(iter(self.config.reward.parts))
+        return self.config.eval.metric or next(iter(self.config.reward.parts))  # the only one
 
     def initial_params(self) -> Any:
         """The base policy's weights, or random ones where the configuration says so."""

@@ -52,6 +52,10 @@ def run(monkeypatch, capsys, tmp_path):
         (["--config.model.path=embedded:label_sum"], "there are: "),
         (["--config.model.path=/no/such/folder"], "no model folder at /no/such/folder"),
         (["--config.train.ref_every=5"], "objective.kl_coef is 0"),
+        (
+            ["--config=configs/quickstart_format.py", "--config.eval.metric="],
+            "eval.metric is empty",
+        ),
     ],
 )
 def test_mistakes_get_one_message(run, arguments, message):
