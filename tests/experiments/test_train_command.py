@@ -98,3 +98,13 @@ def test_configurations_are_valid(config):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert check(module.get_config()) is not None
+
+
+def test_reward_of_several_parts_must_say_which_is_accuracy():
+    from configs import quickstart_format
+    from luspo_jax.config import ConfigError, check
+
+    config = quickstart_format.get_config()
+    config.eval.metric = ""
+    with pytest.raises(ConfigError, match="eval.metric is empty"):
+        check(config)
