@@ -46,11 +46,11 @@ def test_killed_and_continued_run_is_the_same_run(tmp_path, seed):
         whole = time.monotonic() - started
         rng = random.Random(seed)
         kills = 0
-        for _ in range(40):
+        for attempt in range(40):
             process = _start(tmp_path / "killed", log)
             try:
                 # Later and later, so that it gets somewhere whatever start-up costs.
-                process.wait(whole * rng.uniform(0.2, 0.9))
+                process.wait(whole * rng.uniform(0.2, 0.9) * (1 + 0.1 * attempt))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
