@@ -299,7 +299,7 @@ def test_reference_policy_is_refreshed(config, tmp_path):
     fixed, refreshed = (
         list(read_metrics(tmp_path / name / "metrics.jsonl"))[-1] for name in ("fixed", "refreshed")
     )
-    assert fixed["actor/kl_loss"] > 1e-4
+    assert fixed["actor/kl_loss"] > 1e-5  # three small steps away from the base policy
     assert abs(refreshed["actor/kl_loss"]) < 1e-9
 
 
