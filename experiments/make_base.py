@@ -2,7 +2,7 @@
 
   python -m experiments.make_base --task=label_sums --seed=0 --out=/tmp/label_sums
 
-Two minutes on two cores. The folder is a Hugging Face checkpoint: a Qwen3 of 0.1 M parameters with
+Under three minutes on two cores. The folder is a Hugging Face checkpoint: a 0.1 M Qwen3 with
 its tokenizer and a README of how it was made and of its measured properties. Training starts with
 traces that write down every step, since a mixture of styles alone teaches the arithmetic far more
 slowly; then comes the mixture that gives the base policy its spread of lengths. Other seeds,
