@@ -239,3 +239,15 @@ def test_reference_refresh_is_a_copy_or_an_average(params):
     np.testing.assert_allclose(copied.ref_params["embedding"], start + 1.0, rtol=1e-6)
     np.testing.assert_allclose(averaged.ref_params["embedding"], start + 0.25, rtol=1e-5)
     assert update.initial_state(params, _rule(kl_coef=0.0)).ref_params is None
+
+
+def test_bfloat16_steps_follow_float32(params):
+    """Compute in bfloat16 under float32 master weights runs, and the gradient points the same way."""
+    expected, _ = _step(params, _batch(), _rule())
+    scoring = dataclasses.replace(SCORING, dtype="bfloat16")
+    got, metrics = _step(params, _batch(), _rule(scoring=scoring))
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (got, expected)]
+    assert flat[0].dtype == np.float32
+    cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
+    assert cosine > 0.99
+    assert np.isfinite(metrics["actor/grad_norm"][0])

@@ -1,6 +1,7 @@
 """The decoder's arithmetic as functions of arrays, each with the backward pass that suits it."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -32,19 +33,18 @@ def _project_forward(x, kernel, contracted):
 
 def _project_backward(contracted, residuals, grad):
     x, kernel = residuals
-    lead = tuple(range(x.ndim - contracted))
-    outputs = (tuple(range(len(lead), grad.ndim)), tuple(range(contracted, kernel.ndim)))
+    lead = x.ndim - contracted
+    outputs = (tuple(range(lead, grad.ndim)), tuple(range(contracted, kernel.ndim)))
     dx = lax.dot_general(grad, kernel.astype(grad.dtype), (outputs, ((), ())))
-    # XLA on CPU transposes the first operand in memory: let that be the smaller one.
-    swapped = x.size > grad.size
-    first, second = (grad, x) if swapped else (x, grad)
+    # As plain matrices: XLA on CPU has no bfloat16 product with float32 sums for other layouts.
+    rows = math.prod(x.shape[:lead])
     dkernel = lax.dot_general(
-        first, second, ((lead, lead), ((), ())), preferred_element_type=wide_type(x)
+        x.reshape(rows, -1),
+        grad.reshape(rows, -1),
+        (((0,), (0,)), ((), ())),
+        preferred_element_type=wide_type(x),
     )
-    if swapped:
-        features = kernel.ndim - contracted
-        dkernel = jnp.moveaxis(dkernel, range(features), range(contracted, kernel.ndim))
-    return dx, dkernel.astype(kernel.dtype)
+    return dx, dkernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
 project.defvjp(_project_forward, _project_backward)
