@@ -242,7 +242,7 @@ def test_reference_refresh_is_a_copy_or_an_average(params):
 
 
 def test_bfloat16_steps_follow_float32(params):
-    """Compute in bfloat16 under float32 master weights runs, and the gradient points the same way."""
+    """Under float32 master weights; the gradient points the same way."""
     expected, _ = _step(params, _batch(), _rule())
     scoring = dataclasses.replace(SCORING, dtype="bfloat16")
     got, metrics = _step(params, _batch(), _rule(scoring=scoring))
