@@ -12,6 +12,7 @@ from ml_collections.config_dict import placeholder
 
 from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS
+from luspo_jax.length.settings import LengthSettings
 from luspo_jax.prompts import TEMPLATES
 from luspo_jax.rewards.registry import verifiers
 from luspo_jax.shaping import Shaping
@@ -115,6 +116,10 @@ def default_config() -> ConfigDict:
     config.train.ref_every = 0
     config.train.ref_decay = 0.0
 
+    config.length = ConfigDict()  # See luspo_jax.length.settings.LengthSettings.
+    for field in dataclasses.fields(LengthSettings):
+        config.length[field.name] = field.default
+
     config.eval = ConfigDict()
     config.eval.every = 10  # Rollout steps; 0 = only before and after training.
     config.eval.num_problems = 500
@@ -158,6 +163,10 @@ def check(config: ConfigDict) -> objectives.Objective:
             build_shaping(config)
         except ValueError as error:
             problems.append(f"shaping.{error}")
+        try:
+            build_length(config)
+        except ValueError as error:
+            problems.append(f"length.{error}")
     if problems:
         raise ConfigError(
             "this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems)
@@ -185,6 +194,33 @@ def build_shaping(config: ConfigDict) -> Shaping:
             f"gfpo_keep={shaping.gfpo_keep} exceeds rollout.group_size={config.rollout.group_size}"
         )
     return shaping
+
+
+def build_length(config: ConfigDict) -> LengthSettings:
+    """Instruments and controls of response length.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    settings = LengthSettings(**config.length.to_dict())
+    for name in settings.names:
+        if name not in objectives.PRESETS:
+            near = nearest(name, objectives.PRESETS)
+            raise ValueError(f'objectives names "{name}", which is no preset: {near}')
+    group_size = config.rollout.group_size
+    if settings.every and group_size < 4:
+        raise ValueError(
+            f"every={settings.every} measures length pressure inside halves of a group: "
+            f"rollout.group_size={group_size} must be at least 4"
+        )
+    steers = settings.steer != "none" or settings.mitigation == "scale"
+    adaptive = config.objective.length_scale == "adaptive"
+    if steers and not adaptive:
+        raise ValueError(
+            'steer and mitigation="scale" move α of an adaptive scale: set '
+            "objective.length_scale=adaptive"
+        )
+    return settings
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ A name may hold `*`, which stands for one or more path segments (a dataset, a bi
 says how values of one step are combined over micro-batches, updates and processes.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -12,6 +13,7 @@ import math
 import os
 import pathlib
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -94,7 +96,15 @@ _DECLARED = [
     Metric("perf/time_per_step", "mean", "s", "wall time of the step"),
     Metric("perf/mfu/*", "mean", "", "model flops utilisation"),
     Metric("perf/max_memory_allocated_gb", "max", "GB", "peak memory"),
-    Metric("length/pressure/*", "mean", "tokens", "first-order change of the mean length"),
+    Metric("length/pressure/taken", "mean", "tokens", "first-order change by the last update"),
+    Metric(
+        "length/pressure/*", "mean", "tokens/lr", "change of mean length by an objective's step"
+    ),
+    Metric("length/reward_pressure/taken", "mean", "", "first-order change by the last update"),
+    Metric("length/reward_pressure/*", "mean", "1/lr", "change of the reward by the same step"),
+    Metric("length/degeneration/growth", "last", "", "growth of length over the last window"),
+    Metric("length/degeneration/accuracy_gain", "last", "", "growth of accuracy over it"),
+    Metric("length/degeneration/flag", "last", "", "1 while length grows and accuracy does not"),
     Metric("length/advantage_corr", "mean", "", "within-group correlation of A and length"),
     Metric("length/correct_mean", "mean", "tokens", "mean length of right responses"),
     Metric("length/incorrect_mean", "mean", "tokens", "mean length of wrong responses"),
@@ -149,6 +159,14 @@ class StepMetrics:
     def result(self) -> dict[str, float]:
         """name → combined value, in the order of first appearance; a mean of nothing is NaN."""
         return {name: _reduce(declared(name).reducer, v) for name, v in self._values.items()}
+
+
+@contextlib.contextmanager
+def timed(metrics: StepMetrics, phase: str) -> Iterator[None]:
+    """Adds the seconds inside to `timing_s/{phase}`."""
+    started = time.perf_counter()
+    yield
+    metrics.add(f"timing_s/{phase}", time.perf_counter() - started)
 
 
 def _reduce(reducer: str, pairs: list[tuple[float, float]]) -> float:

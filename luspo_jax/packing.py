@@ -54,6 +54,16 @@ def padded_rows(
     return TokenBatch(tokens_BT, positions_BT.astype(np.int32), segment_ids_BT, response_mask_BT)
 
 
+def response_mask(
+    prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], *, length: int
+) -> np.ndarray:
+    """Bool [B, T]: true on every response token of `padded_rows`, whatever is trained on."""
+    starts_B = np.array([len(prompt) for prompt in prompts])[:, None]
+    ends_B = starts_B + np.array([len(response) for response in responses])[:, None]
+    places = np.arange(length)[None]
+    return (places >= starts_B) & (places < ends_B)
+
+
 def place_responses(
     values: Sequence[np.ndarray], response_mask_BT: np.ndarray, dtype: type = np.float32
 ) -> np.ndarray:

@@ -16,6 +16,9 @@ from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
 from luspo_jax import datasets, optimizer, prompts
+from luspo_jax.length import laboratory
+from luspo_jax.length.laboratory import Laboratory
+from luspo_jax.length.settings import LengthSettings
 from luspo_jax.logprobs import Scoring
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
@@ -78,6 +81,8 @@ class Run:
     held_out_sampler: Engine
     rule: UpdateRule
     shaping: Shaping
+    length: LengthSettings
+    laboratory: Laboratory
 
     @property
     def metric(self) -> str:
@@ -101,9 +106,11 @@ def build(config: ConfigDict) -> Run:
       ConfigError, DataError, FileNotFoundError, ValueError: naming the field or file.
     """
     objective = configuration.check(config)
-    model = load_model(config)
+    model, length = load_model(config), configuration.build_length(config)
+    longest = config.rollout.max_response_length
+    scoring = _scoring(config, model)
     rule = UpdateRule(
-        scoring=_scoring(config, model),
+        scoring=scoring,
         objective=objective,
         optimizer=optimizer.adamw(
             b1=config.train.b1,
@@ -113,6 +120,7 @@ def build(config: ConfigDict) -> Run:
         ),
         num_microbatches=config.train.num_microbatches,
         max_grad_norm=config.train.max_grad_norm,
+        bin_edges=length.bins(longest),
     )
     return Run(
         config=config,
@@ -129,6 +137,14 @@ def build(config: ConfigDict) -> Run:
         held_out_sampler=_engine(config, model, config.eval),
         rule=rule,
         shaping=configuration.build_shaping(config),
+        length=length,
+        laboratory=laboratory.laboratory(
+            length,
+            scoring,
+            objective,
+            max_response_length=longest,
+            rows_at_once=configuration.batch_arithmetic(config).responses_per_microbatch,
+        ),
     )
 
 
@@ -241,6 +257,7 @@ def memory_estimate(config: ConfigDict, model: DecoderConfig) -> dict[str, int]:
         "Adam moments (float32)": 8 * params,
         "gradients (float32)": 4 * params,
         "reference policy": 4 * params if config.objective.kl_coef else 0,
+        "policy before a measured update": 4 * params if config.length.every else 0,
         "rollout weights": sampling * params if sampling != 4 else 0,
         "rollout KV cache": sampling * config.rollout.num_slots * sizes.tokens_per_row * cached,
         "activations of a micro-batch": compute * tokens * kept,

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import pathlib
 import resource
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,20 +18,42 @@ import numpy as np
 from tqdm import tqdm
 
 from luspo_jax import config as configuration
-from luspo_jax import evaluate, experience, objectives, optimizer, packing, shaping
+from luspo_jax import (
+    evaluate,
+    experience,
+    instruments,
+    objectives,
+    optimizer,
+    packing,
+    shaping,
+)
 from luspo_jax.checkpoint import Checkpointer
 from luspo_jax.evaluate import Evaluation
 from luspo_jax.experience import Group, Rollouts
-from luspo_jax.metrics import MetricsWriter, StepMetrics
+from luspo_jax.length.steering import LengthState
+from luspo_jax.metrics import MetricsWriter, StepMetrics, timed
 from luspo_jax.models import decoder_weights
 from luspo_jax.rollout import Request
 from luspo_jax.run import Run, Workdir
 from luspo_jax.types import TrainBatch, TrainState
-from luspo_jax.update import initial_state, refresh_reference, score_rows, update_step
+from luspo_jax.update import (
+    initial_state,
+    refresh_reference,
+    score_rows,
+    update_step,
+)
 
 
 class MismatchError(RuntimeError):
     """Sampler and trainer disagree about the probabilities of sampled tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """What one step hands to the next on the host: groups left over, and what lengths did."""
+
+    surplus: Sequence[Group] = ()
+    length: LengthState = dataclasses.field(default_factory=LengthState)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +83,7 @@ def train(run: Run, workdir: Workdir) -> Outcome:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(checkpointer))
         stack.enter_context(run.scorer)
-        state, start, evaluations, surplus = begin(run, checkpointer)
+        state, start, evaluations, carried = begin(run, checkpointer)
         bar = stack.enter_context(
             tqdm(total=num_steps, initial=start, unit="step", leave=False, disable=None)
         )
@@ -74,8 +95,8 @@ def train(run: Run, workdir: Workdir) -> Outcome:
             writer.write(0, _held_out_metrics(run, evaluations[0][1]))
         for step in range(start, num_steps):
             metrics = StepMetrics()
-            state, surplus, rollouts, advantages_B = rollout_step(
-                run, state, surplus, step, metrics=metrics, check_mismatch=step == start
+            state, carried, rollouts, advantages_B = rollout_step(
+                run, state, carried, step, metrics=metrics, check_mismatch=step == start
             )
             taken = step + 1
             measured = None
@@ -88,7 +109,7 @@ def train(run: Run, workdir: Workdir) -> Outcome:
                 writer.write_rollouts(taken, experience.records(rollouts, advantages_B))
             writer.write(taken, {"training/global_step": taken, **metrics.result()})
             if taken == num_steps or _due(output.checkpoint_every, taken):
-                host = host_state(run, evaluations, surplus)
+                host = host_state(run, evaluations, carried)
                 score = measured.accuracy if measured else None
                 checkpointer.save(taken, state, host, metric=score)
             bar.update()
@@ -100,72 +121,80 @@ def train(run: Run, workdir: Workdir) -> Outcome:
 
 def begin(
     run: Run, checkpointer: Checkpointer
-) -> tuple[TrainState, int, list[tuple[int, Evaluation]], list[Group]]:
-    """State, steps taken, held-out results and carried groups: of the latest checkpoint, or new."""
+) -> tuple[TrainState, int, list[tuple[int, Evaluation]], Carried]:
+    """State, steps taken, held-out results, what is carried: of the latest checkpoint, or new."""
     state = begin_state(run)
     latest = checkpointer.latest_step()
     if latest is None:
-        return state, 0, [], []
+        return state, 0, [], Carried()
     state, host = checkpointer.restore(latest, state)
     run.data.stream.set_state(host["stream"])
     evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
-    return state, latest, evaluations, experience.from_json(host["surplus"])
+    carried = Carried(experience.from_json(host["surplus"]), LengthState.from_json(host["length"]))
+    return state, latest, evaluations, carried
 
 
 def begin_state(run: Run) -> TrainState:
     """The state of a run that has taken no step."""
-    return initial_state(run.initial_params(), run.rule)
+    return initial_state(run.initial_params(), run.rule, marked=run.length.every > 0)
 
 
 def host_state(
-    run: Run, evaluations: list[tuple[int, Evaluation]], surplus: Sequence[Group]
+    run: Run, evaluations: list[tuple[int, Evaluation]], carried: Carried
 ) -> dict[str, Any]:
     """What decides the next step beside the train state, as JSON values."""
     return {
         "stream": run.data.stream.get_state(),
         "evaluations": [(step, dataclasses.asdict(e)) for step, e in evaluations],
-        "surplus": experience.to_json(surplus),
+        "surplus": experience.to_json(carried.surplus),
+        "length": carried.length.to_json(),
     }
 
 
 def rollout_step(
     run: Run,
     state: TrainState,
-    surplus: Sequence[Group],
+    carried: Carried,
     step: int,
     *,
     metrics: StepMetrics,
     check_mismatch: bool = False,
-) -> tuple[TrainState, list[Group], Rollouts, np.ndarray]:
+) -> tuple[TrainState, Carried, Rollouts, np.ndarray]:
     """One rollout step: sample, reward, compare inside groups, update.
 
     Args:
       run: what does not change.
       state: donated.
-      surplus: groups carried over from the step before.
+      carried: groups and running means of the step before.
       step: rollout steps taken before this one.
       metrics: receives the step's metrics.
       check_mismatch: refuse to go on where sampler and trainer disagree.
 
     Returns:
-      The new state, the groups carried over, the responses, and their advantages.
+      The new state, what is carried over, the responses, and their advantages.
     """
     with timed(metrics, "step"):
-        rollouts, surplus = collect(run, state.params, step, surplus, metrics)
+        rollouts, surplus = collect(run, state.params, step, carried.surplus, metrics)
+        length, flagged = instruments.observe(run, carried.length, rollouts, metrics)
         batch = train_batch(run, rollouts)
         with timed(metrics, "old_log_prob"):
             batch = with_old_logprobs(run, state, rollouts, batch, metrics, check_mismatch)
         with timed(metrics, "ref"):
             batch = with_ref_logprobs(run, state, batch)
         with timed(metrics, "adv"):
-            batch = with_advantages(run, rollouts, batch)
+            batch = with_advantages(run, rollouts, batch, shorten=flagged)
+        with timed(metrics, "length"):
+            sample = instruments.sample(run, rollouts, batch, step)
+            state = instruments.before_update(run, state, sample, step, metrics)
         with timed(metrics, "update_actor"):
-            state = optimize(run, state, batch, step, metrics)
+            state = optimize(run, state, batch, step, metrics, alpha_shift=length.alpha_shift)
             if state.ref_params is not None and _due(run.config.train.ref_every, step + 1):
                 state = refresh_reference(state, decay=run.config.train.ref_decay)
+        with timed(metrics, "length"):
+            length = instruments.after_update(run, state, length, sample, step, metrics)
     metrics.update(experience.metrics(rollouts, batch.advantages_B, correct=run.metric))
     metrics.update(_speed_metrics(metrics, rollouts))
-    return state, surplus, rollouts, batch.advantages_B
+    return state, Carried(surplus, length), rollouts, batch.advantages_B
 
 
 def collect(
@@ -293,9 +322,18 @@ def with_ref_logprobs(run: Run, state: TrainState, batch: TrainBatch) -> TrainBa
     return dataclasses.replace(batch, ref_logprobs_BT=np.asarray(logprobs_BT))
 
 
-def with_advantages(run: Run, rollouts: Rollouts, batch: TrainBatch) -> TrainBatch:
-    """Adds advantages, formed inside each group of responses to one prompt."""
+def with_advantages(
+    run: Run, rollouts: Rollouts, batch: TrainBatch, *, shorten: bool = False
+) -> TrainBatch:
+    """Adds advantages, formed inside each group of responses to one prompt.
+
+    `shorten` takes a reward from each response in proportion to its length, where the run says
+    so for a degenerate phase.
+    """
     objective, rewards_B = run.rule.objective, rollouts.rewards_B
+    if shorten and run.length.mitigation == "penalty":
+        share_B = rollouts.lengths_B / run.config.rollout.max_response_length
+        rewards_B = rewards_B - np.float32(run.length.penalty) * share_B.astype(np.float32)
     if _kl_in_reward(objective):
         rewards_B = rewards_B + np.asarray(
             objectives.reward_adjustment(
@@ -312,7 +350,13 @@ def with_advantages(run: Run, rollouts: Rollouts, batch: TrainBatch) -> TrainBat
 
 
 def optimize(
-    run: Run, state: TrainState, batch: TrainBatch, step: int, metrics: StepMetrics
+    run: Run,
+    state: TrainState,
+    batch: TrainBatch,
+    step: int,
+    metrics: StepMetrics,
+    *,
+    alpha_shift: float = 0.0,
 ) -> TrainState:
     """Takes the step's optimizer steps: `num_epochs` passes, `num_minibatches` each."""
     settings = run.config.train
@@ -323,7 +367,9 @@ def optimize(
     for epoch in range(settings.num_epochs):
         for rows in _minibatches(run, batch.group_ids_B, step, epoch):
             minibatch = jax.tree.map(lambda x, rows=rows: x[rows], batch)
-            state, measured = update_step(state, minibatch, np.float32(rate), rule=run.rule)
+            state, measured = update_step(
+                state, minibatch, np.float32(rate), np.float32(alpha_shift), rule=run.rule
+            )
             taken.append(measured)
     # Summed over all updates before any division, so that ratios of sums stay right.
     total = jax.tree.map(lambda *xs: np.sum(np.asarray(xs, np.float64)), *jax.device_get(taken))
@@ -370,14 +416,6 @@ def export_policy(
     )
     if source is None:
         run.model.tokenizer.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def timed(metrics: StepMetrics, phase: str) -> Iterator[None]:
-    """Adds the seconds inside to `timing_s/{phase}`."""
-    started = time.perf_counter()
-    yield
-    metrics.add(f"timing_s/{phase}", time.perf_counter() - started)
 
 
 def _cast_all(params, dtype):

@@ -74,9 +74,12 @@ class TrainState:
       opt_state: the optax state.
       skipped_updates: int32, how many updates had a non-finite gradient and were not taken.
       ref_params: the reference policy of the KL term; None without one.
+      marked_params: the policy before the last update whose length pressure is measured; None
+        without such measurements.
     """
 
     params: Any
     opt_state: Any
     skipped_updates: jax.Array
     ref_params: Any = None
+    marked_params: Any = None

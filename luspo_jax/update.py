@@ -26,6 +26,7 @@ class UpdateRule:
       num_microbatches: parts a minibatch is cut into, one after another; the result does not
         depend on it.
       max_grad_norm: global-norm clipping, 0 = off.
+      bin_edges: of the length bins of metrics, tokens; empty for none.
     """
 
     scoring: Scoring
@@ -33,16 +34,24 @@ class UpdateRule:
     optimizer: optax.GradientTransformation
     num_microbatches: int
     max_grad_norm: float
+    bin_edges: tuple[int, ...] = ()
 
 
-def initial_state(params: Any, rule: UpdateRule) -> TrainState:
+def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> TrainState:
     """A state that has taken no step; the reference policy, if the objective has one, is `params`.
 
-    The arrays are copies, because `update_step` gives its state's memory away.
+    The arrays are copies, because `update_step` gives its state's memory away. `marked` makes
+    room for `TrainState.marked_params`.
     """
     params = jax.tree.map(lambda x: jnp.array(x, wide_type(x)), params)
     reference = jax.tree.map(jnp.copy, params) if rule.objective.kl_coef else None
-    return TrainState(params, rule.optimizer.init(params), jnp.zeros((), jnp.int32), reference)
+    return TrainState(
+        params,
+        rule.optimizer.init(params),
+        jnp.zeros((), jnp.int32),
+        reference,
+        jax.tree.map(jnp.copy, params) if marked else None,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("scoring", "num_microbatches"))
@@ -59,7 +68,12 @@ def score_rows(
 
 @functools.partial(jax.jit, static_argnames=("rule",), donate_argnames=("state",))
 def update_step(
-    state: TrainState, batch: TrainBatch, rate: jax.Array, *, rule: UpdateRule
+    state: TrainState,
+    batch: TrainBatch,
+    rate: jax.Array,
+    alpha_shift: jax.Array | float = 0.0,
+    *,
+    rule: UpdateRule,
 ) -> tuple[TrainState, dict[str, tuple[jax.Array, jax.Array]]]:
     """Takes one optimizer step on one minibatch.
 
@@ -71,6 +85,7 @@ def update_step(
       state: donated.
       batch: rows whose number `rule.num_microbatches` divides; whole groups.
       rate: float32 scalar, the learning rate.
+      alpha_shift: float32 scalar, added to the exponent of an adaptive length scale.
       rule: the static part.
 
     Returns:
@@ -79,7 +94,7 @@ def update_step(
     objective = rule.objective
     response_mask_BT = batch.rows.response_mask_BT
     lengths_B = jnp.sum(response_mask_BT, axis=1, dtype=jnp.int32)
-    length_scale_B = objectives.length_scales(objective, lengths_B, batch.group_ids_B)
+    length_scale_B = objectives.length_scales(objective, lengths_B, batch.group_ids_B, alpha_shift)
     denominators = objectives.denominators(objective, response_mask_BT, batch.old_entropy_BT)
 
     def loss(params, part):
@@ -98,6 +113,7 @@ def update_step(
                 sampler_logprobs_BT=micro.sampler_logprobs_BT,
             ),
             denominators,
+            bin_edges=rule.bin_edges,
         )
 
     def accumulate(grads, part):
@@ -121,6 +137,14 @@ def refresh_reference(state: TrainState, *, decay: float) -> TrainState:
     return dataclasses.replace(state, ref_params=reference)
 
 
+def mark_params(state: TrainState) -> TrainState:
+    """Remembers the policy as it is now, before an update whose effect is to be measured."""
+    return dataclasses.replace(state, marked_params=_copied(state.params))
+
+
+_copied = jax.jit(functools.partial(jax.tree.map, jnp.copy))
+
+
 def _step(state, grads, rate, metrics, rule):
     """Clips, steps, and keeps the old state where the gradient is not finite."""
     grads, norm, clipped = optimizer.clip_by_global_norm(grads, rule.max_grad_norm)
@@ -142,7 +166,12 @@ def _step(state, grads, rate, metrics, rule):
         "actor/grad_clip_rate": (jnp.where(finite, clipped, False).astype(jnp.float32), taken),
         "actor/skipped_updates": (skipped.astype(jnp.float32), one),
     }
-    state = TrainState(params, opt_state, state.skipped_updates + skipped, state.ref_params)
+    state = dataclasses.replace(
+        state,
+        params=params,
+        opt_state=opt_state,
+        skipped_updates=state.skipped_updates + skipped,
+    )
     return state, metrics
 
 

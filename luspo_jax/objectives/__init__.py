@@ -21,7 +21,7 @@ from luspo_jax.objectives.policy_loss import (
     loss,
     validate_group_size,
 )
-from luspo_jax.objectives.policy_metrics import metric_means
+from luspo_jax.objectives.policy_metrics import in_length_bin, metric_means
 from luspo_jax.objectives.presets import PRESETS, preset
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "PolicyBatch",
     "advantages",
     "denominators",
+    "in_length_bin",
     "length_scales",
     "loss",
     "metric_means",

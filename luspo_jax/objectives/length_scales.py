@@ -1,9 +1,10 @@
 """Length scales: what each sequence-mean loss is multiplied by.
 
 A scale is `w(lengths_B, group_ids_B, *, hyperparameters) -> scale_B`, floats in, data only: no
-gradient flows through it. It is computed over a whole rollout or optimizer step, because some
-scales look at mean lengths. A row of length 0 is absent from every mean and gets a finite scale.
-The loss of row i becomes w_i · (1/L_i) Σ_t l_it, so w = L is a plain sum over tokens (LUSPO).
+gradient flows through it. It may also ask for `alpha_shift`, which a run steers. It is computed
+over a whole rollout or optimizer step, because some scales look at mean lengths. A row of length 0
+is absent from every mean and gets a finite scale. The loss of row i becomes
+w_i · (1/L_i) Σ_t l_it, so w = L is a plain sum over tokens (LUSPO).
 """
 
 import jax
@@ -31,6 +32,16 @@ def length(lengths_B: jax.Array) -> jax.Array:
 def power(lengths_B: jax.Array, *, length_alpha: float, reference_length: float) -> jax.Array:
     """w = (L/L_ref)^α: α 0 is GSPO's weighting, α 1 with L_ref 1 is LUSPO's (ours)."""
     return (jnp.maximum(lengths_B, 1) / reference_length) ** length_alpha
+
+
+def adaptive(
+    lengths_B: jax.Array, alpha_shift: jax.Array, *, length_alpha: float, reference_length: float
+) -> jax.Array:
+    """w = (L/L_ref)^(α + shift): `power` whose exponent is steered during the run (ours).
+
+    The shift is an array, so that moving it compiles nothing; see `luspo_jax.length.adaptive`.
+    """
+    return (jnp.maximum(lengths_B, 1) / reference_length) ** (length_alpha + alpha_shift)
 
 
 def log(lengths_B: jax.Array, *, reference_length: float) -> jax.Array:
@@ -70,6 +81,7 @@ LENGTH_SCALES = {
     "none": none,
     "length": length,
     "power": power,
+    "adaptive": adaptive,
     "log": log,
     "capped": capped,
     "relative-group": relative_group,

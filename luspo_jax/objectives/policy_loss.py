@@ -102,20 +102,29 @@ def _advantages(function, rewards_B, group_ids_B, lengths_B):
     return jax.lax.stop_gradient(result_B)
 
 
-def length_scales(objective: Objective, lengths_B: jax.Array, group_ids_B: jax.Array) -> jax.Array:
+def length_scales(
+    objective: Objective,
+    lengths_B: jax.Array,
+    group_ids_B: jax.Array,
+    alpha_shift: jax.Array | float = 0.0,
+) -> jax.Array:
     """Length scale of each response [B], over a whole rollout or optimizer step.
+
+    `alpha_shift` is added to the exponent of the adaptive scale; other scales do not read it.
 
     Raises:
       ValueError: shapes that differ.
     """
     _require_rows(lengths_B=lengths_B, group_ids_B=group_ids_B)
     function = bind(LENGTH_SCALES[objective.length_scale], objective)
-    return _length_scales(function, lengths_B, group_ids_B)
+    return _length_scales(function, lengths_B, group_ids_B, alpha_shift)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _length_scales(function, lengths_B, group_ids_B):
-    scale_B = function(lengths_B=_real(lengths_B), group_ids_B=group_ids_B)
+def _length_scales(function, lengths_B, group_ids_B, alpha_shift):
+    lengths_B = _real(lengths_B)
+    shift = jnp.asarray(alpha_shift, lengths_B.dtype)
+    scale_B = function(lengths_B=lengths_B, group_ids_B=group_ids_B, alpha_shift=shift)
     return jax.lax.stop_gradient(scale_B)
 
 
@@ -174,12 +183,16 @@ def _entropy_threshold(quantile, entropy_BT, response_mask_BT):
 
 
 def loss(
-    objective: Objective, batch: PolicyBatch, denominators: Denominators
+    objective: Objective,
+    batch: PolicyBatch,
+    denominators: Denominators,
+    *,
+    bin_edges: tuple[int, ...] = (),
 ) -> tuple[jax.Array, Metrics]:
     """This micro-batch's part of the optimizer step's loss, and metrics as (sum, count) pairs.
 
     The parts of all micro-batches with the same denominators add up to the loss of the whole, and
-    so do their gradients and metrics.
+    so do their gradients and metrics. `bin_edges` (tokens) adds clipped shares by length bin.
 
     Raises:
       ValueError: shapes that differ, a mask that is not bool, an input missing.
@@ -223,7 +236,7 @@ def loss(
         if objective.entropy_coef > 0:
             total = total - objective.entropy_coef * entropy_B.sum() / denominators.tokens
     drift_BT = rows.old_logprobs_BT - rows.logprobs_BT
-    pairs |= ratio_metrics(surrogate, log_ratio_BU, drift_BT, rows.advantages_B, mask_BT)
+    pairs |= ratio_metrics(surrogate, log_ratio_BU, drift_BT, rows.advantages_B, mask_BT, bin_edges)
     metrics = sum_rows(jax.lax.stop_gradient(pairs))
     sequences = (lengths_B > 0).astype(dtype).sum()
     metrics["actor/pg_loss"] = policy, sequences / denominators.sequences

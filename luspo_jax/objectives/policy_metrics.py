@@ -32,17 +32,26 @@ def unit_sums(
     return jnp.where(present_B, values_BU[:, 0], 0), present_B.astype(lengths_B.dtype)
 
 
+def in_length_bin(lengths_B: jax.Array, bin_edges: tuple[int, ...]) -> jax.Array:
+    """Bool [B, bins]: bin k holds lengths above edge k−1 and up to edge k; the last is open."""
+    edges = jnp.asarray(bin_edges, lengths_B.dtype)
+    place_B = (lengths_B[:, None] > edges[None, :]).sum(axis=1)
+    return place_B[:, None] == jnp.arange(len(bin_edges) + 1, dtype=place_B.dtype)[None, :]
+
+
 def ratio_metrics(
     surrogate: Surrogate,
     log_ratio_BU: jax.Array,
     drift_BT: jax.Array,
     advantages_B: jax.Array,
     response_mask_BT: jax.Array,
+    bin_edges: tuple[int, ...] = (),
 ) -> Metrics:
     """How far the policy has moved and what holds it back; pairs of vectors [B].
 
     `drift_BT` is log π_old − log π. pg_clipfrac is a share of tokens, as in verl; clip_ratio/* a
-    share of what the objective has ratios of, as in TRL.
+    share of what the objective has ratios of, as in TRL. With `bin_edges` the clipped shares of
+    positive and negative advantages are also given by length bin.
     """
     dtype, mask_BT = drift_BT.dtype, response_mask_BT
     lengths_B = mask_BT.sum(axis=1, dtype=jnp.int32).astype(dtype)
@@ -52,13 +61,23 @@ def ratio_metrics(
     units_low_B, _ = unit_sums(low_BU, mask_BT, lengths_B)
     deviation_BU = jnp.abs(jnp.expm1(bounded(log_ratio_BU)))
     # Held back on the high side is A > 0 and on the low side is A < 0, by construction.
+    positive_B = jnp.where(advantages_B > 0, lengths_B, 0)
+    negative_B = jnp.where(advantages_B < 0, lengths_B, 0)
+    binned = {}
+    if bin_edges:
+        in_bin_BK = in_length_bin(mask_BT.sum(axis=1, dtype=jnp.int32), bin_edges).astype(dtype)
+        for k in range(len(bin_edges) + 1):
+            in_bin_B = in_bin_BK[:, k]
+            binned[f"actor/clipfrac/pos/bin_{k}"] = (high_B * in_bin_B, positive_B * in_bin_B)
+            binned[f"actor/clipfrac/neg/bin_{k}"] = (low_B * in_bin_B, negative_B * in_bin_B)
     return {
+        **binned,
         "actor/ppo_kl": (token_sums(bounded(drift_BT), mask_BT), lengths_B),
         "actor/ratio_deviation": unit_sums(deviation_BU, mask_BT, lengths_B),
         "actor/pg_clipfrac": (high_B + low_B, lengths_B),
         "actor/pg_clipfrac_lower": (token_sums(lower_BU, mask_BT), lengths_B),
-        "actor/clipfrac/pos": (high_B, jnp.where(advantages_B > 0, lengths_B, 0)),
-        "actor/clipfrac/neg": (low_B, jnp.where(advantages_B < 0, lengths_B, 0)),
+        "actor/clipfrac/pos": (high_B, positive_B),
+        "actor/clipfrac/neg": (low_B, negative_B),
         "clip_ratio/high_mean": (units_high_B, units_B),
         "clip_ratio/low_mean": (units_low_B, units_B),
         "clip_ratio/region_mean": (units_high_B + units_low_B, units_B),

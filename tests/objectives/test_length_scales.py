@@ -29,12 +29,19 @@ HAND = {
     "none": np.ones(5),
     "length": LENGTHS,
     "power": np.sqrt(LENGTHS / 4),
+    "adaptive": np.sqrt(LENGTHS / 4),
     "log": 4 * np.log(1 + LENGTHS / 4),
     "capped": [2, 4, 6, 6, 6],
     "relative-group": LENGTHS / np.array([3, 3, 8, 8, 8]),
     "relative-batch": LENGTHS / 6,
     "vl-norm": vl_norm(0.5),
 }
+
+
+def test_adaptive_scale_is_the_power_scale_of_its_shifted_exponent():
+    objective = Objective(ratio="sequence", length_scale="adaptive", **SETTINGS)
+    shifted = objectives.length_scales(objective, LENGTHS, GROUPS, np.float32(0.25))
+    np.testing.assert_allclose(shifted, (LENGTHS / 4) ** 0.75, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LENGTH_SCALES)

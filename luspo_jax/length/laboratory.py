@@ -1,0 +1,217 @@
+"""Length pressure of a training run: which responses, which programs, which metrics."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from luspo_jax import objectives
+from luspo_jax.length import pressure
+from luspo_jax.length.pressure import Half, Pressure
+from luspo_jax.length.settings import LengthSettings
+from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.objectives import Objective
+from luspo_jax.types import TokenBatch
+
+OWN = "own"  # the run's objective among those measured
+_RAISED = "own_raised"
+_ALPHA_STEP = 0.25  # how far α is moved to see what pressure does
+
+
+@dataclasses.dataclass(frozen=True)
+class Laboratory:
+    """What a run measures; static under jit.
+
+    Attributes:
+      scoring: how log-probabilities are computed.
+      objectives: (name, objective) pairs, the run's own first.
+      bin_edges: of the length bins, tokens.
+      rows_at_once: most rows scored together.
+    """
+
+    scoring: Scoring
+    objectives: tuple[tuple[str, Objective], ...]
+    bin_edges: tuple[int, ...]
+    rows_at_once: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """The responses of a step that pressure reads, as NumPy arrays.
+
+    Attributes:
+      rows: the token rows; the mask holds every response token.
+      rewards_B: rewards.
+      group_ids_B: of each prompt.
+      counted_B: whether the response has a verdict.
+      trained_B: whether it carries gradient.
+      fresh_B: sampled by the policy that starts the step.
+    """
+
+    rows: TokenBatch
+    rewards_B: np.ndarray
+    group_ids_B: np.ndarray
+    counted_B: np.ndarray
+    trained_B: np.ndarray
+    fresh_B: np.ndarray
+
+
+def laboratory(
+    settings: LengthSettings,
+    scoring: Scoring,
+    objective: Objective,
+    *,
+    max_response_length: int,
+    rows_at_once: int,
+) -> Laboratory:
+    """Resolves settings; the scorer is the trainer's, whose attention has second derivatives.
+
+    Raises:
+      ValueError: a preset that does not exist.
+    """
+    chosen = [(OWN, objective)]
+    if objective.length_scale == "adaptive":
+        up = objective.length_alpha + _ALPHA_STEP
+        raised = up if up <= 2 else objective.length_alpha - _ALPHA_STEP
+        chosen.append((_RAISED, dataclasses.replace(objective, length_alpha=raised)))
+    chosen += [
+        (name, objectives.preset(name, max_response_length=max_response_length))
+        for name in settings.names
+    ]
+    return Laboratory(scoring, tuple(chosen), settings.bins(max_response_length), rows_at_once)
+
+
+def chosen(sampled: Sampled, *, share: float, num_groups: int) -> Sampled | None:
+    """The first ⌈share · P⌉ groups that the current policy sampled and that carry gradient.
+
+    None where there are not that many.
+    """
+    wanted = math.ceil(share * num_groups)
+    groups = np.unique(sampled.group_ids_B)
+    rows_of = [np.flatnonzero(sampled.group_ids_B == group) for group in groups]
+    usable = [
+        rows for rows in rows_of if sampled.fresh_B[rows].all() and sampled.trained_B[rows].any()
+    ]
+    if len(usable) < wanted:
+        return None
+    return _rows(sampled, np.concatenate(usable[:wanted]))
+
+
+def measure(
+    lab: Laboratory, params: Any, end_params: Any, sampled: Sampled, alpha_shift: float
+) -> dict[str, Pressure]:
+    """Pressure of every objective at the start of a step, and as NAME/end at its end.
+
+    At the start all ratios are 1. At the end, coefficients are taken at `end_params`, so that
+    the ratios are those of the step's last updates and clipping shows.
+
+    Args:
+      lab: what to measure.
+      params: the policy that sampled.
+      end_params: the policy after the step's updates.
+      sampled: of `chosen`.
+      alpha_shift: of an adaptive length scale.
+    """
+    sides = [_half(_rows(sampled, side)) for side in pressure.halves(sampled.group_ids_B)]
+    result = _measure(params, end_params, *sides, np.float32(alpha_shift), lab=lab)
+    return jax.device_get(result)
+
+
+def taken(lab: Laboratory, params: Any, old_params: Any, sampled: Sampled) -> tuple[float, float]:
+    """First-order change of mean length and mean reward by the update from `old_params`."""
+    return jax.device_get(_taken(params, old_params, _half(sampled), lab=lab))
+
+
+def metrics(measured: Mapping[str, Pressure]) -> dict[str, float]:
+    """Measurements by metric name: per unit of learning rate of plain gradient descent."""
+    values = {}
+    for name, p in measured.items():
+        if name.startswith(_RAISED):
+            continue
+        values[f"length/pressure/{name}"] = p.length
+        values[f"length/reward_pressure/{name}"] = p.reward
+        values[f"length/pressure/{name}/pos"] = p.length_pos
+        values[f"length/pressure/{name}/neg"] = p.length_neg
+        share = "length/gradient_share" + ("" if name == OWN else f"/{name}")
+        for k, (part, weight) in enumerate(zip(p.length_bins, p.gradient_share, strict=True)):
+            values[f"length/pressure/{name}/bin_{k}"] = part
+            values[f"{share}/bin_{k}"] = weight
+    return {name: float(value) for name, value in values.items()}
+
+
+def own_slope(lab: Laboratory, measured: Mapping[str, Pressure]) -> tuple[float, float]:
+    """The run's own pressure per unit of gradient mass, and its derivative in α (0 if fixed)."""
+
+    def normalized(name):
+        p = measured[name]
+        return float(p.length / p.mass) if p.mass > 0 else math.nan
+
+    if _RAISED not in measured:
+        return normalized(OWN), 0.0
+    chosen = dict(lab.objectives)
+    step = chosen[_RAISED].length_alpha - chosen[OWN].length_alpha
+    return normalized(OWN), (normalized(_RAISED) - normalized(OWN)) / step
+
+
+@functools.partial(jax.jit, static_argnames=("lab",))
+def _measure(params, end_params, half_a, half_b, alpha_shift, *, lab):
+    score, parts = _score(lab), _num_parts(lab, half_a)
+    half_a, half_b = (
+        dataclasses.replace(
+            half, end_logprobs_BT=pressure.scored(score, end_params, half, num_parts=parts)
+        )
+        for half in (half_a, half_b)
+    )
+    return pressure.cross_fitted(
+        score,
+        params,
+        half_a,
+        half_b,
+        objectives=lab.objectives,
+        bin_edges=lab.bin_edges,
+        num_parts=parts,
+        alpha_shift=alpha_shift,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("lab",))
+def _taken(params, old_params, half, *, lab):
+    change = jax.tree.map(lambda new, old: new - old, params, old_params)
+    return pressure.taken(_score(lab), params, change, half, num_parts=_num_parts(lab, half))
+
+
+def _score(lab):
+    return lambda params, rows: token_logprobs(params, rows, scoring=lab.scoring)[0]
+
+
+def _rows(sampled, rows):
+    return dataclasses.replace(
+        sampled,
+        rows=jax.tree.map(lambda x: x[rows], sampled.rows),
+        **{
+            field.name: getattr(sampled, field.name)[rows]
+            for field in dataclasses.fields(sampled)
+            if field.name != "rows"
+        },
+    )
+
+
+def _half(sampled):
+    mask_BT = sampled.rows.response_mask_BT & sampled.counted_B[:, None]
+    return Half(
+        rows=dataclasses.replace(sampled.rows, response_mask_BT=mask_BT),
+        response_mask_BT=mask_BT,
+        rewards_B=sampled.rewards_B.astype(np.float32),
+        group_ids_B=sampled.group_ids_B,
+        trained_B=sampled.trained_B,
+    )
+
+
+def _num_parts(lab, half):
+    """Fewest equal pieces of at most `rows_at_once` rows."""
+    total = half.rewards_B.shape[0]
+    return next(n for n in range(1, total + 1) if total % n == 0 and total // n <= lab.rows_at_once)

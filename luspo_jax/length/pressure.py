@@ -1,0 +1,297 @@
+"""Length pressure: which way an objective pushes the mean response length, before it moves.
+
+To first order a change Δθ of the policy changes a mean over its own responses by
+
+    dE[x] = ⟨∇E[x], Δθ⟩ = Cov(x_i, ∂ log π(y_i)/∂θ · Δθ),
+
+x the length for length pressure and the reward for reward pressure. One set of responses that
+gives both the covariance and Δθ inflates it, so the responses to each prompt are halved:
+
+    half A   v = Σ_i a_i ∇ log π(y_i),  a_i = (x_i − mean of i's half-group)/(n − 1) · n/N
+    half B   δ_it = ∂ log π(y_it)/∂θ · v
+    any objective's pressure = −Σ_{it ∈ B} (∂loss/∂log π_it) · δ_it
+
+and the halves are swapped. v is an unbiased estimate of ∇E[x] over the prompts at hand, and the
+halves are independent given the prompts, so each pressure is an unbiased estimate of what one
+unit of learning rate of plain gradient descent on that objective does to E[x]. v and δ do not
+depend on the objective: one gradient and one directional derivative serve all of them. A pressure
+is a sum over responses and so splits by length and by the sign of the advantage.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from luspo_jax import objectives
+from luspo_jax.objectives import Objective
+from luspo_jax.objectives.groups import group_mean, group_sum
+
+Score = Callable[[Any, Any], jax.Array]  # (params, rows) → logprobs_BT of the response tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Half:
+    """Half of the responses to each prompt.
+
+    Attributes:
+      rows: whatever `score(params, rows)` reads, each leaf with B leading.
+      response_mask_BT: bool, true on response tokens.
+      rewards_B: rewards.
+      group_ids_B: integers, equal for responses to one prompt.
+      trained_B: bool, whether the response carries gradient; None for all. The others still tell
+        where lengths and rewards come from.
+      end_logprobs_BT: of the policy that ends the step; with it every objective is also measured
+        where the ratios are those of the step's last updates, so that clipping shows.
+    """
+
+    rows: Any
+    response_mask_BT: jax.Array
+    rewards_B: jax.Array
+    group_ids_B: jax.Array
+    trained_B: jax.Array | None = None
+    end_logprobs_BT: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pressure:
+    """What one unit of learning rate of gradient descent on an objective does, to first order.
+
+    Attributes:
+      length: change of the mean response length, tokens.
+      reward: change of the mean reward.
+      length_pos: the part of `length` from responses with A > 0.
+      length_neg: the part from responses with A < 0.
+      length_bins: the part from each length bin [bins].
+      gradient_share: each length bin's share of Σ|∂loss/∂log π_it| [bins].
+      mass: Σ|∂loss/∂log π_it|; `length / mass` does not change with the size of the loss.
+    """
+
+    length: jax.Array
+    reward: jax.Array
+    length_pos: jax.Array
+    length_neg: jax.Array
+    length_bins: jax.Array
+    gradient_share: jax.Array
+    mass: jax.Array
+
+
+def halves(group_ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of half A and of half B: a group's responses in turns; an odd one out is in neither.
+
+    Raises:
+      ValueError: a group of fewer than four, whose halves hold nothing to compare.
+    """
+    first, second = [], []
+    for group in np.unique(group_ids_B):
+        rows = np.flatnonzero(group_ids_B == group)
+        if len(rows) < 4:
+            raise ValueError(
+                f"length pressure halves each group and compares inside each half: a group of "
+                f"{len(rows)} responses is too small, 4 is the least"
+            )
+        even = len(rows) // 2 * 2
+        first.append(rows[:even:2])
+        second.append(rows[1:even:2])
+    return np.concatenate(first), np.concatenate(second)
+
+
+def cross_fitted(
+    score: Score,
+    params: Any,
+    half_a: Half,
+    half_b: Half,
+    *,
+    objectives: Sequence[tuple[str, Objective]],
+    bin_edges: tuple[int, ...] = (),
+    num_parts: int = 1,
+    alpha_shift: jax.Array | float = 0.0,
+) -> dict[str, Pressure]:
+    """Length and reward pressure of each objective, the mean of both ways round.
+
+    Only the policy term of an objective counts: KL, entropy and corrections are left out.
+
+    Args:
+      score: log-probs of a half's rows, differentiable in the parameters.
+      params: the policy that sampled.
+      half_a: half of each group.
+      half_b: the other half, of equal size.
+      objectives: (name, objective) pairs.
+      bin_edges: ascending lengths in tokens; bin k holds lengths above edge k−1 up to edge k.
+      num_parts: pieces that a half is scored in, one after another, to bound memory.
+      alpha_shift: of objectives whose length scale is adaptive.
+
+    Returns:
+      name → Pressure with all ratios 1, and name/end where the halves have `end_logprobs_BT`.
+    """
+    seen = [_derivatives(score, params, half, num_parts) for half in (half_a, half_b)]
+    results = []
+    for (_, direction), (logprobs_BT, _), half in (
+        (seen[0], seen[1], half_b),
+        (seen[1], seen[0], half_a),
+    ):
+        delta = _along(score, params, direction, half, num_parts)
+        found = {}
+        for name, objective in objectives:
+            ends = {name: logprobs_BT}
+            if half.end_logprobs_BT is not None:
+                ends[f"{name}/end"] = half.end_logprobs_BT
+            for label, at_BT in ends.items():
+                slope_BT, advantages_B = coefficients(
+                    objective, half, at_BT, logprobs_BT, alpha_shift
+                )
+                found[label] = _pressure(half, slope_BT, advantages_B, *delta, bin_edges)
+        results.append(found)
+    return jax.tree.map(lambda a, b: (a + b) / 2, *results)
+
+
+def scored(score: Score, params: Any, half: Half, *, num_parts: int = 1) -> jax.Array:
+    """Log-probs of a half's rows [B, T], without gradients."""
+    parts = _split(half.rows, num_parts)
+    _, logprobs = jax.lax.scan(lambda _, rows: (None, score(params, rows)), None, parts)
+    return logprobs.reshape(-1, *logprobs.shape[2:])
+
+
+def taken(
+    score: Score, params: Any, change: Any, half: Half, *, num_parts: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """⟨∇E[L], Δθ⟩ and ⟨∇E[R], Δθ⟩ of a change that was made, in tokens and in reward.
+
+    Args:
+      score: log-probs of rows.
+      params: the policy after the change, which sampled `half`: the estimate is then independent
+        of the samples that made the change.
+      change: Δθ, as `params`.
+      half: whole groups.
+      num_parts: pieces that the rows are scored in.
+    """
+    _, directions = _derivatives(score, params, half, num_parts)
+    return tuple(_inner(v, change) for v in directions)
+
+
+def coefficients(
+    objective: Objective,
+    half: Half,
+    logprobs_BT: jax.Array,
+    old_logprobs_BT: jax.Array,
+    alpha_shift: jax.Array | float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """(∂loss/∂log π_it [B, T] at `logprobs_BT`, advantages_B) of an objective on these rows alone.
+
+    Advantages, length scales and denominators are formed among these rows; the policy term only.
+    """
+    policy = dataclasses.replace(
+        objective,
+        kl_coef=0.0,
+        kl_importance_weight=False,
+        entropy_coef=0.0,
+        top_entropy_quantile=1.0,
+        correction="none",
+        off_policy_max=None,
+    )
+    mask_BT = half.response_mask_BT
+    lengths_B = jnp.sum(mask_BT, axis=1, dtype=jnp.int32)
+    advantages_B = objectives.advantages(policy, half.rewards_B, half.group_ids_B, lengths_B)
+    if half.trained_B is not None:
+        mask_BT = mask_BT & half.trained_B[:, None]
+        lengths_B = jnp.where(half.trained_B, lengths_B, 0)
+    scale_B = objectives.length_scales(policy, lengths_B, half.group_ids_B, alpha_shift)
+    denominators = objectives.denominators(policy, mask_BT)
+
+    def loss(logprobs_BT):
+        batch = objectives.PolicyBatch(
+            logprobs_BT=logprobs_BT,
+            old_logprobs_BT=old_logprobs_BT,
+            advantages_B=advantages_B,
+            response_mask_BT=mask_BT,
+            length_scale_B=scale_B,
+        )
+        return objectives.loss(policy, batch, denominators)[0]
+
+    return jax.grad(loss)(logprobs_BT), advantages_B
+
+
+def length_and_reward_weights(half: Half) -> tuple[jax.Array, jax.Array]:
+    """a_i of both means: (x_i − group mean) · n/(n − 1) / N, so that E[Σ a_i ∇log π] = ∇E[x]."""
+    lengths_B = half.response_mask_BT.sum(axis=1)
+    present_B = lengths_B > 0
+    dtype = jnp.result_type(float)
+    count_B = group_sum(jnp.ones(lengths_B.shape, dtype), half.group_ids_B, present_B)
+    correction_B = count_B / jnp.maximum(count_B - 1, 1)
+    total = jnp.maximum(present_B.astype(dtype).sum(), 1)
+
+    def weights(values_B):
+        values_B = values_B.astype(dtype)
+        centred_B = values_B - group_mean(values_B, half.group_ids_B, present_B)
+        return jnp.where(present_B, centred_B * correction_B / total, 0)
+
+    return weights(lengths_B), weights(half.rewards_B)
+
+
+def _derivatives(score, params, half, num_parts):
+    """(logprobs_BT, (v of the length, v of the reward))."""
+
+    def accumulate(directions, part):
+        rows, mask_BT, *weights_B = part
+        logprobs_BT, pull = jax.vjp(lambda p: score(p, rows), params)
+        pulled = [
+            pull(jnp.where(mask_BT, w_B[:, None], 0).astype(logprobs_BT.dtype))[0]
+            for w_B in weights_B
+        ]
+        return jax.tree.map(jnp.add, directions, tuple(pulled)), logprobs_BT
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    parts = (half.rows, half.response_mask_BT, *length_and_reward_weights(half))
+    directions, logprobs = jax.lax.scan(accumulate, (zeros, zeros), _split(parts, num_parts))
+    return jax.lax.stop_gradient(logprobs.reshape(-1, *logprobs.shape[2:])), directions
+
+
+def _along(score, params, directions, half, num_parts):
+    """δ_BT of each direction: directional derivatives of the log-probs.
+
+    The model's own backward passes have no forward mode. Theirs is linear in the cotangent, so
+    its transpose, a backward pass through the backward pass, is the derivative forward.
+    """
+
+    def along(_, rows):
+        logprobs_BT, pull = jax.vjp(lambda p: score(p, rows), params)
+        _, forward = jax.vjp(lambda u: pull(u)[0], jnp.zeros_like(logprobs_BT))
+        return None, [forward(direction)[0] for direction in directions]
+
+    _, deltas = jax.lax.scan(along, None, _split(half.rows, num_parts))
+    return [delta.reshape(-1, *delta.shape[2:]) for delta in deltas]
+
+
+def _pressure(half, coefficient_BT, advantages_B, length_delta_BT, reward_delta_BT, bin_edges):
+    mask_BT = half.response_mask_BT
+    length_B, reward_B = (
+        -jnp.where(mask_BT, coefficient_BT * delta_BT, 0).sum(axis=1)
+        for delta_BT in (length_delta_BT, reward_delta_BT)
+    )
+    weight_B = jnp.where(mask_BT, jnp.abs(coefficient_BT), 0).sum(axis=1)
+    in_bin_BK = objectives.in_length_bin(mask_BT.sum(axis=1), bin_edges)
+    mass = weight_B.sum()
+    return Pressure(
+        length=length_B.sum(),
+        reward=reward_B.sum(),
+        length_pos=jnp.where(advantages_B > 0, length_B, 0).sum(),
+        length_neg=jnp.where(advantages_B < 0, length_B, 0).sum(),
+        length_bins=jnp.where(in_bin_BK, length_B[:, None], 0).sum(axis=0),
+        gradient_share=jnp.where(in_bin_BK, weight_B[:, None], 0).sum(axis=0)
+        / jnp.where(mass > 0, mass, 1),
+        mass=mass,
+    )
+
+
+def _split(tree, num_parts):
+    return jax.tree.map(lambda x: x.reshape(num_parts, x.shape[0] // num_parts, *x.shape[1:]), tree)
+
+
+def _inner(a: Mapping, b: Mapping) -> jax.Array:
+    products = jax.tree.map(lambda x, y: jnp.vdot(x, y), a, b)
+    return jax.tree.reduce(jnp.add, products)

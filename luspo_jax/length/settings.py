@@ -1,0 +1,113 @@
+"""What is measured of response length, what steers the length scale, and what counts as degenerate.
+
+The section `length` of a configuration.
+"""
+
+import dataclasses
+
+STEERING = ("none", "band", "pressure")
+MITIGATIONS = ("none", "penalty", "scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthSettings:
+    """Instruments and controls of response length; measuring costs nothing while `every` is 0.
+
+    Attributes:
+      every: rollout steps between two measurements of length pressure; 0 = never. While it is
+        not, the state holds a second copy of the parameters (for the update actually taken).
+      share: share of the groups that are measured.
+      objectives: presets, joined with commas, whose pressure is measured beside the run's own.
+      bin_edges: ascending lengths in tokens, joined with commas, that bound the length bins;
+        empty = 1/8, 1/4 and 1/2 of the longest response.
+      steer: what moves α of length_scale = "adaptive": "band" keeps the mean length between
+        `target_low` and `target_high`; "pressure" drives the run's own length pressure to zero.
+      target_low: least mean length wanted, tokens (band).
+      target_high: greatest mean length wanted, tokens (band).
+      alpha_low: least α.
+      alpha_high: greatest α.
+      alpha_rate: most that α moves in one step.
+      smoothing: weight of the past in the running means that steer.
+      window: rollout steps whose mean is compared with that of as many before them.
+      growth: relative growth of length over a window that asks for a reason.
+      gain: growth of accuracy that is reason enough.
+      mitigation: what happens while the run is flagged as degenerate: "penalty" subtracts
+        `penalty` · L / max_response_length from rewards, "scale" lowers α by `alpha_rate` a step.
+      penalty: reward that the longest possible response loses.
+
+    Raises:
+      ValueError: naming the field.
+    """
+
+    every: int = 0
+    share: float = 0.25
+    objectives: str = "grpo,gspo,luspo"
+    bin_edges: str = ""
+    steer: str = "none"
+    target_low: float = 0.0
+    target_high: float = 0.0
+    alpha_low: float = 0.0
+    alpha_high: float = 1.5
+    alpha_rate: float = 0.05
+    smoothing: float = 0.7
+    window: int = 10
+    growth: float = 0.1
+    gain: float = 0.01
+    mitigation: str = "none"
+    penalty: float = 0.1
+
+    def __post_init__(self):
+        for broken, message in self._problems():
+            if broken:
+                raise ValueError(message)
+
+    def _problems(self):
+        edges = self._edges()
+        return [
+            (self.every < 0, f"every={self.every} must not be negative"),
+            (not 0 < self.share <= 1, f"share={self.share} must be in (0, 1]"),
+            (
+                edges is None or list(edges) != sorted({*edges}) or min(edges, default=1) < 1,
+                f'bin_edges="{self.bin_edges}" must be ascending lengths such as "64,256,1024"',
+            ),
+            (self.steer not in STEERING, f'steer="{self.steer}": valid: {", ".join(STEERING)}'),
+            (
+                self.steer == "band" and not 0 < self.target_low <= self.target_high,
+                f"target_low={self.target_low:g} and target_high={self.target_high:g} must be a "
+                "band of lengths in tokens, 0 < target_low ≤ target_high",
+            ),
+            (
+                self.steer == "pressure" and not self.every,
+                'steer="pressure" needs measurements: set length.every',
+            ),
+            (
+                not -2 <= self.alpha_low < self.alpha_high <= 2,
+                f"alpha_low={self.alpha_low:g} and alpha_high={self.alpha_high:g} must satisfy "
+                "-2 ≤ alpha_low < alpha_high ≤ 2",
+            ),
+            (not self.alpha_rate > 0, f"alpha_rate={self.alpha_rate:g} must be > 0"),
+            (not 0 <= self.smoothing < 1, f"smoothing={self.smoothing:g} must be in [0, 1)"),
+            (self.window < 1, f"window={self.window} must be at least 1"),
+            (self.growth < 0, f"growth={self.growth:g} must not be negative"),
+            (
+                self.mitigation not in MITIGATIONS,
+                f'mitigation="{self.mitigation}": valid: {", ".join(MITIGATIONS)}',
+            ),
+            (self.penalty < 0, f"penalty={self.penalty:g} must not be negative"),
+        ]
+
+    def _edges(self):
+        try:
+            return tuple(int(edge) for edge in self.bin_edges.split(",") if edge.strip())
+        except ValueError:
+            return None
+
+    def bins(self, max_response_length: int) -> tuple[int, ...]:
+        """Edges of the length bins, in tokens."""
+        default = sorted({max(1, max_response_length // part) for part in (8, 4, 2)})
+        return self._edges() or tuple(default)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The presets to measure."""
+        return tuple(name.strip() for name in self.objectives.split(",") if name.strip())

@@ -1,0 +1,133 @@
+"""What a run remembers of its lengths: the exponent it steers, and whether length pays.
+
+Everything here is plain numbers on the host, kept in the checkpoint, so that a continued run
+steers as an uninterrupted one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from luspo_jax.length.settings import LengthSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthState:
+    """Running quantities of a run's length.
+
+    Attributes:
+      alpha_shift: what has been added to the objective's `length_alpha`.
+      length: running mean of the mean response length, tokens; None before the first step.
+      pressure: running mean of the run's own length pressure per unit of gradient mass.
+      slope: running mean of how that pressure changes with α.
+      history: (mean length, accuracy) of the last two windows' steps, oldest first.
+    """
+
+    alpha_shift: float = 0.0
+    length: float | None = None
+    pressure: float | None = None
+    slope: float | None = None
+    history: tuple[tuple[float, float], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; floats survive exactly."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "LengthState":
+        """What `to_json` gave."""
+        history = tuple((float(length), float(right)) for length, right in stored["history"])
+        return cls(**{**stored, "history": history})
+
+
+@dataclasses.dataclass(frozen=True)
+class Degeneration:
+    """Whether length grew over the last window while accuracy did not.
+
+    Attributes:
+      growth: relative growth of the mean length from the window before to the last one.
+      gain: growth of the mean accuracy.
+      flagged: growth above the setting and gain below it.
+    """
+
+    growth: float
+    gain: float
+    flagged: bool
+
+
+def observed(
+    state: LengthState, settings: LengthSettings, *, mean_length: float, accuracy: float
+) -> LengthState:
+    """The state after a rollout of this mean length and accuracy."""
+    history = (*state.history, (float(mean_length), float(accuracy)))[-2 * settings.window :]
+    length = _mixed(state.length, float(mean_length), settings.smoothing)
+    return dataclasses.replace(state, history=history, length=length)
+
+
+def degeneration(state: LengthState, settings: LengthSettings) -> Degeneration:
+    """Compares the last window with the one before; nothing is flagged before both are full."""
+    window = settings.window
+    if len(state.history) < 2 * window:
+        return Degeneration(0.0, 0.0, False)
+    before, last = state.history[:window], state.history[window:]
+    (length_0, right_0), (length_1, right_1) = (
+        [math.fsum(values) / window for values in zip(*part, strict=True)]
+        for part in (before, last)
+    )
+    growth, gain = length_1 / length_0 - 1, right_1 - right_0
+    return Degeneration(growth, gain, growth > settings.growth and gain < settings.gain)
+
+
+def measured(
+    state: LengthState, settings: LengthSettings, *, pressure: float, slope: float
+) -> LengthState:
+    """The state after a measurement of the run's own pressure at α and of its slope in α."""
+    if not (math.isfinite(pressure) and math.isfinite(slope)):
+        return state
+    return dataclasses.replace(
+        state,
+        pressure=_mixed(state.pressure, float(pressure), settings.smoothing),
+        slope=_mixed(state.slope, float(slope), settings.smoothing),
+    )
+
+
+def steered(
+    state: LengthState, settings: LengthSettings, *, start: float, flagged: bool
+) -> LengthState:
+    """Moves α by at most `alpha_rate`, within [alpha_low, alpha_high].
+
+    Band: in proportion to how far, relatively, the running mean length lies outside the band.
+    Pressure: a secant step to where the measured pressure is zero. Whether a larger α lengthens
+    depends on the task, so both take the sign of the measured slope; where none has been
+    measured, a larger α is taken to lengthen. While a run is flagged and the mitigation is
+    "scale", α goes down whatever else.
+
+    Args:
+      state: after the step's observation.
+      settings: the controls.
+      start: the objective's `length_alpha`.
+      flagged: whether length has grown without accuracy.
+    """
+    rate, slope = settings.alpha_rate, state.slope
+    move = 0.0
+    if flagged and settings.mitigation == "scale":
+        move = -rate
+    elif settings.steer == "band" and state.length is not None:
+        error = _outside(state.length, settings.target_low, settings.target_high)
+        move = rate * max(-1.0, min(1.0, error)) * (-1.0 if (slope or 0.0) < 0 else 1.0)
+    elif settings.steer == "pressure" and state.pressure is not None and slope:
+        move = max(-rate, min(rate, -state.pressure / slope))
+    alpha = min(settings.alpha_high, max(settings.alpha_low, start + state.alpha_shift + move))
+    return dataclasses.replace(state, alpha_shift=alpha - start)
+
+
+def _outside(length, low, high):
+    """Relative distance to the band: positive below it."""
+    if length < low:
+        return (low - length) / low
+    return (high - length) / high if length > high else 0.0
+
+
+def _mixed(old, new, smoothing):
+    return new if old is None else smoothing * old + (1 - smoothing) * new
