@@ -1,5 +1,6 @@
 """AdamW by optax, a warm-up counted in rollout steps, and clipping by global norm."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 
+@functools.cache  # one object for equal settings, so that runs of one process share programs
 def adamw(*, b1: float, b2: float, eps: float, weight_decay: float) -> optax.GradientTransformation:
     """AdamW whose updates are *not* yet multiplied by the learning rate (`apply` does that).
 

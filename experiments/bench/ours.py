@@ -21,7 +21,7 @@ class Ours:
         self._run = runs.build(configuration(workload, folder, seed=seed))
         self._state = train.begin_state(self._run)
         self._before = jax.device_get(self._state.params["embedding"])
-        self._surplus, self._steps = [], 0
+        self._carried, self._steps = train.Carried(), 0
 
     def step(self) -> dict[str, float]:
         """Samples, rewards, updates; seconds of the generation and of the update.
@@ -32,10 +32,10 @@ class Ours:
           RuntimeError: the step did not do all the work.
         """
         metrics = StepMetrics()
-        self._state, self._surplus, rollouts, advantages_B = train.rollout_step(
+        self._state, self._carried, rollouts, advantages_B = train.rollout_step(
             self._run,
             self._state,
-            self._surplus,
+            self._carried,
             self._steps,
             metrics=metrics,
             check_mismatch=self._steps == 0,

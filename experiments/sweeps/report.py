@@ -1,0 +1,363 @@
+"""From the runs of a sweep to a table with intervals, paired differences and figures."""
+
+import csv
+import dataclasses
+import io
+import math
+import pathlib
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.sweeps import runner, spec
+from experiments.sweeps.spec import Member, Outcome, Sweep
+from luspo_jax import config as configuration
+from luspo_jax.metrics import read_metrics
+from luspo_jax.run import write_atomically
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook); beyond
+# 30 the next smaller entry is taken, which makes an interval slightly too wide.
+T_95 = {
+    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
+    10: 2.228, 11: 2.201, 12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 16: 2.120, 17: 2.110,
+    18: 2.101, 19: 2.093, 20: 2.086, 21: 2.080, 22: 2.074, 23: 2.069, 24: 2.064, 25: 2.060,
+    26: 2.056, 27: 2.052, 28: 2.048, 29: 2.045, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980,
+}  # fmt: skip
+
+CURVES = (
+    ("reward", "reward", "mean reward"),
+    ("response length", "response_length/mean", "tokens"),
+    ("held-out accuracy", "val-core/*", "accuracy"),
+)
+MOST_LINES = 12  # curves that a figure can carry
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and the half-width of its 95 % interval (NaN below two values)."""
+
+    mean: float
+    half_width: float
+    count: int
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "–"
+        digits = 4 if abs(self.mean) < 1 else 3 if abs(self.mean) < 10 else 1
+        width = "" if math.isnan(self.half_width) else f" ± {self.half_width:.{digits}f}"
+        return f"{self.mean:.{digits}f}{width}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One member's outcomes; `missing` says why there are none."""
+
+    member: Member
+    outcomes: dict[str, float]
+    missing: str = ""
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean ± t · s/√n of the finite values."""
+    finite = np.array([v for v in values if math.isfinite(v)], np.float64)
+    if len(finite) < 2:
+        return Estimate(float(finite.mean()) if len(finite) else math.nan, math.nan, len(finite))
+    freedom = max(n for n in T_95 if n <= len(finite) - 1)
+    half_width = T_95[freedom] * finite.std(ddof=1) / math.sqrt(len(finite))
+    return Estimate(float(finite.mean()), float(half_width), len(finite))
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> Estimate:
+    """Mean difference over the seeds that both have."""
+    return estimate([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+
+def series(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, finite values) of a metric, or of the first that a pattern with * fits."""
+    head, star, tail = metric.partition("*")
+
+    def key(row):
+        if not star:
+            return metric
+        return next((k for k in row if k.startswith(head) and k.endswith(tail)), metric)
+
+    found = [(row["step"], row[k]) for row in rows if (k := key(row)) in row]
+    kept = [(step, value) for step, value in found if math.isfinite(value)]
+    return tuple(np.array(x, np.float64) for x in zip(*kept, strict=True)) if kept else (
+        np.zeros(0), np.zeros(0)
+    )  # fmt: skip
+
+
+def value_of(rows: Sequence[dict], outcome: Outcome) -> float:
+    """The outcome of a run's metrics; NaN where it does not exist."""
+    steps, values = series(rows, outcome.metric)
+    if outcome.until is not None:
+        kept = steps <= outcome.until
+        steps, values = steps[kept], values[kept]
+    if not len(values):
+        return math.nan
+    match outcome.reduce:
+        case "first":
+            return float(values[0])
+        case "last":
+            return float(values[-1])
+        case "change":
+            return float(values[-1] - values[0])
+        case "mean":
+            return float(values.mean())
+        case "max":
+            return float(values.max())
+        case "auc":
+            if len(values) == 1:
+                return float(values[0])
+            return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+        case "at":
+            reached = first_reaching(*series(rows, outcome.where), outcome.level)
+            if not steps[0] <= reached <= steps[-1]:
+                return math.nan
+            return float(np.interp(reached, steps, values))
+    raise ValueError(f"reduce={outcome.reduce!r}: valid: {', '.join(spec.REDUCERS)}")
+
+
+def first_reaching(steps: np.ndarray, values: np.ndarray, level: float) -> float:
+    """The (fractional) step at which values first reach a level; NaN if never."""
+    above = np.flatnonzero(values >= level)
+    if not len(above):
+        return math.nan
+    last = above[0]
+    if last == 0:
+        return float(steps[0])
+    share = (level - values[last - 1]) / (values[last] - values[last - 1])
+    return float(steps[last - 1] + share * (steps[last] - steps[last - 1]))
+
+
+def rows_of(member: Member, workdir: pathlib.Path) -> list[dict]:
+    """A member's metrics."""
+    return list(read_metrics(member.folder(workdir) / "metrics.jsonl"))
+
+
+def collect(sweep: Sweep, workdir: pathlib.Path) -> list[Result]:
+    """Outcomes of every member; those that did not finish are marked as missing."""
+    results = []
+    for member in spec.members(sweep):
+        mark = configuration.fingerprint(spec.config_of(sweep, member))
+        state, reason = runner.standing(member.folder(workdir), mark)
+        if state != "finished":
+            results.append(Result(member, {}, reason or "not finished"))
+            continue
+        try:
+            rows = rows_of(member, workdir)
+            outcomes = {o.name: value_of(rows, o) for o in sweep.outcomes}
+        except (ValueError, KeyError, TypeError) as error:
+            results.append(Result(member, {}, f"its metrics are damaged: {error}"))
+            continue
+        results.append(Result(member, outcomes))
+    return results
+
+
+def by_variant(results: Sequence[Result], outcome: str) -> dict[str, dict[int, float]]:
+    """variant → seed → value, of the members that have one."""
+    values: dict[str, dict[int, float]] = {}
+    for result in results:
+        seeds = values.setdefault(result.member.variant.name, {})
+        if math.isfinite(result.outcomes.get(outcome, math.nan)):
+            seeds[result.member.seed] = result.outcomes[outcome]
+    return values
+
+
+def table(sweep: Sweep, results: Sequence[Result]) -> tuple[list[str], list[list]]:
+    """Column names, and a row for each variant: seeds, outcomes, differences to the baseline."""
+    columns = [*dict(spec.variants(sweep)[0].levels), "seeds"]
+    if sweep.axes and sweep.members:
+        columns = ["variant", "seeds"]
+    compared = bool(sweep.baseline)
+    for outcome in sweep.outcomes:
+        columns += [outcome.name, *([f"Δ {outcome.name}"] if compared else [])]
+    values = {outcome.name: by_variant(results, outcome.name) for outcome in sweep.outcomes}
+    finished = {v.name: 0 for v in spec.variants(sweep)}
+    for result in results:
+        finished[result.member.variant.name] += not result.missing
+    rows = []
+    for variant in spec.variants(sweep):
+        against = spec.baseline_of(sweep, variant)
+        levels = [level for _, level in variant.levels]
+        if columns[0] == "variant":
+            levels = [variant.name]
+        row = [*levels, f"{finished[variant.name]}/{len(sweep.seeds)}"]
+        for outcome in sweep.outcomes:
+            ours = values[outcome.name][variant.name]
+            row.append(estimate(list(ours.values())))
+            if compared:
+                other = values[outcome.name].get(against, {}) if against != variant.name else {}
+                row.append(paired(ours, other))
+        rows.append(row)
+    return columns, rows
+
+
+def write(sweep: Sweep, workdir: pathlib.Path) -> str:
+    """Writes table.csv, table.md, results.csv and the figures; gives the markdown table."""
+    results = collect(sweep, workdir)
+    columns, rows = table(sweep, results)
+    markdown = markdown_table(columns, rows)
+    missing = [f"{r.member.name}: {r.missing}" for r in results if r.missing]
+    if missing:
+        markdown += "\nMissing:\n" + "".join(f"- {line}\n" for line in missing)
+    write_atomically(workdir / "table.md", markdown)
+    write_atomically(workdir / "table.csv", _csv(*_spread_out(columns, rows)))
+    names = [outcome.name for outcome in sweep.outcomes]
+    write_atomically(
+        workdir / "results.csv",
+        _csv(
+            ["variant", "seed", *names, "missing"],
+            [
+                [
+                    r.member.variant.name,
+                    r.member.seed,
+                    *(_number(r.outcomes.get(n)) for n in names),
+                    r.missing,
+                ]
+                for r in results
+            ],
+        ),
+    )
+    figures = [curves_figure(sweep, workdir), outcomes_figure(sweep, results, workdir)]
+    note = "intervals: 95 % over seeds (t); Δ: paired by seed with the baseline\n"
+    return markdown + note + "figures: " + ", ".join(str(f) for f in figures if f)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A table that reads well as text."""
+    cells = [[str(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def curves_figure(sweep: Sweep, workdir: pathlib.Path) -> pathlib.Path | None:
+    """Reward, length and held-out accuracy over steps: mean over seeds and its 95 % interval."""
+    plt = _pyplot()
+    chosen = [v for v in spec.variants(sweep)][:MOST_LINES]
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(14, 4.2), layout="constrained")
+    drawn = 0
+    for variant, color in zip(chosen, _colors(plt, len(chosen)), strict=True):
+        runs = [rows for seed in sweep.seeds if (rows := _finished(sweep, variant, seed, workdir))]
+        for axis, (_, metric, _) in zip(axes, CURVES, strict=True):
+            steps, mean, half = _band([series(rows, metric) for rows in runs])
+            if len(steps):
+                axis.plot(steps, mean, color=color, lw=1.6, label=variant.name)
+                axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
+                drawn += 1
+    for axis, (title, _, unit) in zip(axes, CURVES, strict=True):
+        axis.set(title=title, xlabel="rollout step", ylabel=unit)
+        axis.grid(alpha=0.3)
+    if drawn:
+        left_out = len(spec.variants(sweep)) - len(chosen)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        if left_out:
+            figure.suptitle(f"the first {len(chosen)} variants; {left_out} more in the table")
+        figure.savefig(workdir / "curves.png", dpi=120)
+    plt.close(figure)
+    return workdir / "curves.png" if drawn else None
+
+
+def outcomes_figure(
+    sweep: Sweep, results: Sequence[Result], workdir: pathlib.Path
+) -> pathlib.Path | None:
+    """Each outcome with its interval: differences to the baseline where there is one."""
+    plt = _pyplot()
+    columns, rows = table(sweep, results)
+    marks = "Δ " if sweep.baseline else ""
+    places = [columns.index(f"{marks}{outcome.name}") for outcome in sweep.outcomes]
+    names = [",".join(row[: columns.index("seeds")]) for row in rows]
+    height = max(2.5, 0.28 * len(rows) + 1)
+    figure, axes = plt.subplots(
+        1, len(places), figsize=(2 + 3 * len(places), height), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for axis, place in zip(axes[0], places, strict=True):
+        for index, row in enumerate(rows):
+            if row[place].count:
+                width = 0 if math.isnan(row[place].half_width) else row[place].half_width
+                axis.errorbar(row[place].mean, index, xerr=width, fmt="o", ms=4, color="C0")
+        if marks:
+            axis.axvline(0, color="0.6", lw=0.8)
+        axis.set(title=columns[place])
+        axis.grid(alpha=0.3, axis="x")
+    axes[0][0].set_yticks(range(len(rows)), names, fontsize=8)
+    axes[0][0].invert_yaxis()
+    figure.savefig(workdir / "outcomes.png", dpi=110)
+    plt.close(figure)
+    return workdir / "outcomes.png"
+
+
+def _finished(sweep, variant, seed, workdir):
+    member = Member(variant, seed)
+    mark = configuration.fingerprint(spec.config_of(sweep, member))
+    if runner.standing(member.folder(workdir), mark)[0] != "finished":
+        return None
+    try:
+        return rows_of(member, workdir)
+    except ValueError:
+        return None
+
+
+def _band(runs):
+    """Steps that all runs have, mean over runs, half-width of its interval."""
+    runs = [(steps, values) for steps, values in runs if len(steps)]
+    if not runs:
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+    steps = runs[0][0]
+    for other, _ in runs[1:]:
+        steps = np.intersect1d(steps, other)
+    stacked = np.stack([values[np.isin(own, steps)] for own, values in runs])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        estimates = [estimate(column) for column in stacked.T]
+    half = np.nan_to_num([e.half_width for e in estimates])
+    return steps, np.array([e.mean for e in estimates]), half
+
+
+def _spread_out(columns, rows):
+    """One column for a mean and one for its half-width."""
+    wide = []
+    for row in rows:
+        cells = []
+        for cell in row:
+            if isinstance(cell, Estimate):
+                cells += [_number(cell.mean), _number(cell.half_width)]
+            else:
+                cells.append(cell)
+        wide.append(cells)
+    names = []
+    for name, cell in zip(columns, rows[0], strict=True):
+        names += [name, f"{name} ±95%"] if isinstance(cell, Estimate) else [name]
+    return names, wide
+
+
+def _csv(columns, rows):
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerows([columns, *rows])
+    return stream.getvalue()
+
+
+def _number(value):
+    return "" if value is None or math.isnan(value) else f"{value:.6g}"
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _colors(plt, count):
+    return [plt.get_cmap("tab20" if count > 10 else "tab10")(k) for k in range(count)]

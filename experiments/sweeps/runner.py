@@ -1,0 +1,183 @@
+"""Runs the members of a sweep in a few worker processes; any of them may fail alone."""
+
+import json
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
+
+from experiments.sweeps import spec
+from experiments.sweeps.spec import Member, Sweep
+from luspo_jax import config as configuration
+from luspo_jax.config import ConfigError
+from luspo_jax.run import write_atomically
+
+Task = dict  # what a worker reads: folder, log, config, fingerprint, compile_cache
+
+
+def run(
+    sweep: Sweep, workdir: pathlib.Path, *, parallel: int = 1, only: Sequence[str] = ()
+) -> dict[str, str]:
+    """Runs what is not finished; member → reason for those that failed.
+
+    Raises:
+      ConfigError: a sweep that cannot run, or a workdir that holds another one.
+    """
+    members = spec.check(sweep)
+    if only:
+        unknown = sorted({*only} - {member.name for member in members})
+        if unknown:
+            names = [member.name for member in members]
+            raise ConfigError(
+                f"--only={unknown[0]} is no member: {configuration.nearest(unknown[0], names)}"
+            )
+        members = [member for member in members if member.name in only]
+    configs = {m: spec.config_of(sweep, m) for m in members}
+    prints = {m.name: configuration.fingerprint(config) for m, config in configs.items()}
+    _claim(workdir, prints)
+    failures, waiting = {}, []
+    for member in members:
+        state, reason = standing(member.folder(workdir), prints[member.name])
+        if state == "broken":
+            failures[member.name] = reason
+        elif state == "unfinished":
+            waiting.append((member, _task(member, configs[member], prints[member.name], workdir)))
+    total = len(members)
+    with tqdm(
+        total=total, initial=total - len(waiting) - len(failures), unit="run", disable=None
+    ) as bar:
+        for name, reason in failures.items():
+            _report(bar, f"FAILED {name}: {reason}")
+            bar.update()
+        _run_all(waiting, parallel, bar, failures)
+    return failures
+
+
+def standing(folder: pathlib.Path, fingerprint: str) -> tuple[str, str]:
+    """("finished" | "unfinished" | "broken", why it is broken)."""
+    remedy = f"delete {folder} to run it again"
+    for name in ("finished.json", "run.json"):
+        file = folder / name
+        try:
+            stored = json.loads(file.read_text()) if file.is_file() else None
+            if stored is not None and not isinstance(stored, dict):
+                raise ValueError("not an object")
+        except (ValueError, OSError) as error:
+            return "broken", f"{file} is damaged ({error}): {remedy}"
+        if name == "finished.json" and stored is not None:
+            if stored.get("fingerprint") != fingerprint:
+                return "broken", f"{file} belongs to another configuration: {remedy}"
+            if not (folder / "metrics.jsonl").is_file():
+                return "broken", f"{folder} is marked as finished and has no metrics: {remedy}"
+            return "finished", ""
+    return "unfinished", ""
+
+
+def _claim(workdir, prints):
+    """Writes which members the folder holds; members may be added, none may change."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    file, stored = workdir / "sweep.json", {}
+    if file.is_file():
+        try:
+            stored = dict(json.loads(file.read_text())["members"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} is damaged ({error}): delete it to go on") from error
+    changed = sorted(name for name in prints if stored.get(name, prints[name]) != prints[name])
+    if changed:
+        raise ConfigError(
+            f"{workdir} holds another sweep: {', '.join(changed[:5])} "
+            f"{'has' if len(changed) == 1 else 'have'} other fields there; choose another --workdir"
+        )
+    write_atomically(file, json.dumps({"members": stored | prints}, indent=1) + "\n")
+
+
+def _task(member, config, fingerprint, workdir) -> Task:
+    folder = member.folder(workdir).absolute()
+    log = workdir / "logs" / spec.slug(member.variant.name) / f"seed_{member.seed}.log"
+    return {
+        "folder": str(folder),
+        "log": str(log.absolute()),
+        "config": configuration.flat(config),
+        "fingerprint": fingerprint,
+        "compile_cache": str((workdir / ".compile_cache").absolute()),
+    }
+
+
+def _run_all(waiting, parallel, bar, failures):
+    """Hands the next member to whichever worker is free."""
+    tasks: queue.SimpleQueue = queue.SimpleQueue()
+    for item in waiting:
+        tasks.put(item)
+    lock = threading.Lock()
+
+    def done(member: Member, seconds: float, error: str | None) -> None:
+        with lock:
+            if error:
+                failures[member.name] = error
+            _report(
+                bar, f"{'FAILED ' if error else ''}{member.name}: {error or f'{seconds:.1f} s'}"
+            )
+            bar.update()
+
+    threads = [
+        threading.Thread(target=_serve, args=(tasks, done, index, parallel), daemon=True)
+        for index in range(min(parallel, max(1, len(waiting))))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():  # joined in pieces, so that Ctrl-C is heard
+            thread.join(0.5)
+
+
+def _serve(tasks, done: Callable, index: int, parallel: int) -> None:
+    """Feeds one worker at a time; one that dies is replaced."""
+    worker = None
+    while True:
+        try:
+            member, task = tasks.get_nowait()
+        except queue.Empty:
+            break
+        if worker is None:
+            worker = _start(index, parallel)
+        started = time.monotonic()
+        try:
+            worker.stdin.write(json.dumps(task) + "\n")
+            worker.stdin.flush()
+            line = worker.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        error = json.loads(line)["error"] if line else _last_words(worker)
+        if not line:
+            worker = None
+        done(member, time.monotonic() - started, f"{error} (log: {task['log']})" if error else None)
+    if worker is not None:
+        worker.stdin.close()
+        worker.wait()
+
+
+def _start(index, parallel):
+    """A worker on its share of the cores: one run's threads do not slow another's."""
+    command = [sys.executable, "-m", "experiments.sweeps.worker"]
+    worker = subprocess.Popen(
+        command, cwd=spec.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(worker.pid, set(cores[index % len(cores) :: parallel]))
+    return worker
+
+
+def _last_words(worker):
+    status = worker.wait()
+    return f"its process was killed by signal {-status}" if status < 0 else f"exit status {status}"
+
+
+def _report(bar, line):
+    bar.write(line)

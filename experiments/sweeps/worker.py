@@ -1,0 +1,90 @@
+"""One process that runs members of a sweep, one after another, so that they share what compiles.
+
+Members come as JSON lines on standard input and answers go back on standard output; what a run
+prints goes to its own log. The end of the input ends the process at once: a worker never outlives
+the sweep that started it.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import queue
+import sys
+import threading
+from typing import Any
+
+
+def main() -> None:
+    """Serves until the input ends."""
+    tasks: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_read, args=(tasks,), daemon=True).start()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    while True:
+        task = json.loads(tasks.get())
+        with _output_to(pathlib.Path(task["log"])):
+            answer = _answer(task)
+        answers.write(json.dumps(answer) + "\n")
+
+
+def _read(tasks):
+    for line in sys.stdin:
+        tasks.put(line)
+    os._exit(0)
+
+
+def _answer(task: dict[str, Any]) -> dict[str, Any]:
+    try:
+        run_member(task)
+    except BaseException as error:  # whatever ends a member must not end the others
+        import traceback
+
+        traceback.print_exc()
+        reason = (str(error).splitlines() or [""])[0]
+        return {"error": f"{type(error).__name__}: {reason}"}
+    return {"error": None}
+
+
+def run_member(task: dict[str, Any]) -> None:
+    """Trains one member where it stands, and marks it as finished."""
+    import jax
+
+    from luspo_jax import config as configuration
+    from luspo_jax import run as runs
+    from luspo_jax import train
+
+    jax.config.update("jax_compilation_cache_dir", task["compile_cache"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    config = configuration.default_config()
+    configuration.assign(config, task["config"])
+    run = runs.build(config)
+    folder = pathlib.Path(task["folder"])
+    workdir = runs.Workdir(folder, config, runs.facts(run))
+    with contextlib.closing(workdir):
+        train.train(run, workdir)
+    mark = {"fingerprint": task["fingerprint"]}
+    runs.write_atomically(folder / "finished.json", json.dumps(mark) + "\n")
+
+
+@contextlib.contextmanager
+def _output_to(log: pathlib.Path):
+    """Sends file descriptors 1 and 2 to the end of a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    kept = os.dup(1), os.dup(2)
+    with log.open("a") as stream:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, old in enumerate(kept, start=1):
+            os.dup2(old, target)
+            os.close(old)
+
+
+if __name__ == "__main__":
+    main()
