@@ -240,14 +240,16 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 def curves_figure(sweep: Sweep, workdir: pathlib.Path) -> pathlib.Path | None:
     """Reward, length and held-out accuracy over steps: mean over seeds and its 95 % interval."""
-    plt = _pyplot()
+    plt = pyplot()
     chosen = [v for v in spec.variants(sweep)][:MOST_LINES]
     figure, axes = plt.subplots(1, len(CURVES), figsize=(14, 4.2), layout="constrained")
     drawn = 0
     for variant, color in zip(chosen, _colors(plt, len(chosen)), strict=True):
-        runs = [rows for seed in sweep.seeds if (rows := _finished(sweep, variant, seed, workdir))]
+        runs = [
+            rows for seed in sweep.seeds if (rows := finished_rows(sweep, variant, seed, workdir))
+        ]
         for axis, (_, metric, _) in zip(axes, CURVES, strict=True):
-            steps, mean, half = _band([series(rows, metric) for rows in runs])
+            steps, mean, half = band([series(rows, metric) for rows in runs])
             if len(steps):
                 axis.plot(steps, mean, color=color, lw=1.6, label=variant.name)
                 axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
@@ -269,7 +271,7 @@ def outcomes_figure(
     sweep: Sweep, results: Sequence[Result], workdir: pathlib.Path
 ) -> pathlib.Path | None:
     """Each outcome with its interval: differences to the baseline where there is one."""
-    plt = _pyplot()
+    plt = pyplot()
     columns, rows = table(sweep, results)
     marks = "Δ " if sweep.baseline else ""
     places = [columns.index(f"{marks}{outcome.name}") for outcome in sweep.outcomes]
@@ -295,7 +297,7 @@ def outcomes_figure(
     return workdir / "outcomes.png"
 
 
-def _finished(sweep, variant, seed, workdir):
+def finished_rows(sweep, variant, seed, workdir):
     member = Member(variant, seed)
     mark = configuration.fingerprint(spec.config_of(sweep, member))
     if runner.standing(member.folder(workdir), mark)[0] != "finished":
@@ -306,7 +308,7 @@ def _finished(sweep, variant, seed, workdir):
         return None
 
 
-def _band(runs):
+def band(runs):
     """Steps that all runs have, mean over runs, half-width of its interval."""
     runs = [(steps, values) for steps, values in runs if len(steps)]
     if not runs:
@@ -350,7 +352,7 @@ def _number(value):
     return "" if value is None or math.isnan(value) else f"{value:.6g}"
 
 
-def _pyplot():
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")

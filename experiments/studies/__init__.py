@@ -1,0 +1,1 @@
+"""Questions answered by runs of this repository, each with its command, numbers and verdict."""

@@ -1,0 +1,1 @@
+"""Where does response length go under GSPO and LUSPO, and why."""

@@ -1,0 +1,329 @@
+"""From the study's runs to its tables, figures and tests."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from experiments.studies.length_bias import design
+from experiments.sweeps import report, spec
+from experiments.sweeps.report import Estimate, Result
+from experiments.sweeps.spec import Sweep
+from luspo_jax.run import write_atomically
+
+Ran = tuple[Sweep, pathlib.Path]  # a sweep and the folder of its runs
+WINDOW = 5  # rollout steps between two held-out lengths
+LENGTH = "val-aux/*/response_length/mean"
+
+# Questions as paired differences: name → (this, minus that).
+CONTRASTS = {
+    "paper's claim: LUSPO wide − GSPO tight": ("LUSPO wide", "GSPO tight"),
+    "clip range alone: GSPO wide − GSPO tight": ("GSPO wide", "GSPO tight"),
+    "clip range alone: LUSPO/L_ref wide − tight": ("LUSPO/L_ref wide", "LUSPO/L_ref tight"),
+    "weighting alone: LUSPO/L_ref − GSPO, both tight": ("LUSPO/L_ref tight", "GSPO tight"),
+    "weighting alone: LUSPO/L_ref − GSPO, both wide": ("LUSPO/L_ref wide", "GSPO wide"),
+    "weighting alone: LUSPO/L_ref − GSPO, both unclipped": ("LUSPO/L_ref none", "GSPO none"),
+    "size of the loss: LUSPO − LUSPO/L_ref, wide": ("LUSPO wide", "LUSPO/L_ref wide"),
+    "token mean − sequence mean, GSPO wide": ("GSPO wide, token mean", "GSPO wide"),
+    "gradient clipping off, GSPO wide": ("GSPO wide, no gradient clip", "GSPO wide"),
+    "gradient clipping off, LUSPO wide": ("LUSPO wide, no gradient clip", "LUSPO wide"),
+    "only positives clipped − both, GSPO tight": ("GSPO tight, A+ clipped", "GSPO tight"),
+    "only negatives clipped − both, GSPO tight": ("GSPO tight, A- clipped", "GSPO tight"),
+    "only positives clipped − both, LUSPO wide": ("LUSPO wide, A+ clipped", "LUSPO wide"),
+    "only negatives clipped − both, LUSPO wide": ("LUSPO wide, A- clipped", "LUSPO wide"),
+    "OPO baseline, LUSPO wide": ("LUSPO wide, OPO baseline", "LUSPO wide"),
+    "dynamic sampling, LUSPO wide": ("LUSPO wide, dynamic sampling", "LUSPO wide"),
+    "SAPO gate − no clip, LUSPO": ("LUSPO, SAPO gate", "LUSPO none"),
+    "overlong penalty, LUSPO wide": ("LUSPO wide, overlong penalty", "LUSPO wide"),
+    "adaptive (pressure) − LUSPO/L_ref wide": ("adaptive, pressure to zero", "LUSPO/L_ref wide"),
+    "adaptive (band) − LUSPO/L_ref wide": ("adaptive, band", "LUSPO/L_ref wide"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Everything that was run."""
+
+    rates: Mapping[str, Mapping[str, float]]
+    main: Mapping[str, Ran]
+    prediction: Mapping[str, Ran]
+    environments: Ran
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A line through pairs, with 95 % intervals by bootstrap over runs."""
+
+    correlation: tuple[float, float, float]
+    slope: tuple[float, float, float]
+    count: int
+
+    def __str__(self) -> str:
+        (r, r_low, r_high), (b, b_low, b_high) = self.correlation, self.slope
+        return (
+            f"{r:.3f} [{r_low:.3f}, {r_high:.3f}] | {b:.2f} [{b_low:.2f}, {b_high:.2f}] "
+            f"| {self.count}"
+        )
+
+
+def best_rates(sweep: Sweep, folder: pathlib.Path) -> dict[str, float]:
+    """For each cell, the learning rate with the largest mean area under the reward curve."""
+    rates: dict[str, dict[float, list[float]]] = {}
+    for result in report.collect(sweep, folder):
+        levels = dict(result.member.variant.levels)
+        value = result.outcomes.get("reward area", math.nan)
+        if math.isfinite(value):
+            rates.setdefault(levels["objective"], {}).setdefault(float(levels["rate"]), []).append(
+                value
+            )
+    return {
+        name: max(found, key=lambda rate, found=found: np.mean(found[rate]))
+        for name, found in rates.items()
+    }
+
+
+def write(study: Study, workdir: pathlib.Path) -> str:
+    """Writes results.md and the figures; gives the text."""
+    results = {task: report.collect(*ran) for task, ran in study.main.items()}
+    sections = ["# Results\n", "Made by `study.py`; intervals are 95 %.\n"]
+    for task in design.TASKS:
+        sections.append(f"\n## Task {task}: mean over seeds and both bases\n")
+        sections.append(_main_table(study, task, results[task]))
+        sections.append(f"\n## Task {task}: paired differences (same base and seed)\n")
+        sections.append(_contrasts(results[task]))
+    sections.append("\n## Other rewards and lengths, task sums, base 0\n")
+    sections.append(_environments(study.environments))
+    sections.append("\n## Are negatives clipped more than positives?\n")
+    sections.append(_clipping(results))
+    sections.append("\n## Does pressure predict the change of length?\n")
+    text, points = _predictions(study)
+    sections.append(text)
+    missing = [
+        f"- {r.member.name}: {r.missing}\n"
+        for found in results.values()
+        for r in found
+        if r.missing
+    ]
+    if missing:
+        sections += ["\n## Missing\n", *missing]
+    write_atomically(workdir / "results.md", "".join(sections))
+    factorial_figure(study, workdir)
+    prediction_figure(points, workdir)
+    return "".join(sections)
+
+
+def _pooled(results: list[Result], outcome: str) -> dict[str, dict[tuple[str, int], float]]:
+    """objective → (where, seed) → value."""
+    values: dict[str, dict[tuple[str, int], float]] = {}
+    for result in results:
+        levels = dict(result.member.variant.levels)
+        value = result.outcomes.get(outcome, math.nan)
+        if math.isfinite(value):
+            key = (levels["where"], result.member.seed)
+            values.setdefault(levels["objective"], {})[key] = value
+    return values
+
+
+def _main_table(study, task, results):
+    names = [outcome.name for outcome in design.OUTCOMES]
+    pooled = {name: _pooled(results, name) for name in names}
+    objectives = list(dict.fromkeys(dict(r.member.variant.levels)["objective"] for r in results))
+    rows = []
+    for objective in objectives:
+        parent = design.CONTROLS[objective][0] if objective in design.CONTROLS else objective
+        cells = [report.estimate(list(pooled[n].get(objective, {}).values())) for n in names]
+        rows.append([objective, f"{study.rates[task][parent]:g}", cells[0].count, *cells])
+    return report.markdown_table(["objective", "learning rate", "runs", *names], rows)
+
+
+def _difference(values, this, that) -> Estimate:
+    ours, theirs = values.get(this, {}), values.get(that, {})
+    return report.estimate([ours[key] - theirs[key] for key in ours if key in theirs])
+
+
+def _contrasts(results):
+    names = ("accuracy area", "length area", "length", "length at accuracy", "clipped", "|s-1|")
+    pooled = {name: _pooled(results, name) for name in names}
+    rows = [
+        [label, *(_difference(pooled[name], this, that) for name in names)]
+        for label, (this, that) in CONTRASTS.items()
+    ]
+    return report.markdown_table(["difference", *names], rows)
+
+
+def _environments(ran):
+    results = report.collect(*ran)
+    names = ("accuracy area", "length area", "accuracy", "length", "clipped", "flat groups")
+    rows = []
+    values = {name: report.by_variant(results, name) for name in names}
+    for variant in spec.variants(ran[0]):
+        against = spec.baseline_of(ran[0], variant)
+        cells = [report.estimate(list(values[name][variant.name].values())) for name in names]
+        difference = [
+            report.paired(values[name][variant.name], values[name].get(against, {}))
+            if against != variant.name
+            else Estimate(math.nan, math.nan, 0)
+            for name in names[:2]
+        ]
+        rows.append([*(level for _, level in variant.levels), *cells, *difference])
+    columns = ["where", "objective", *names, "Δ accuracy area", "Δ length area"]
+    return report.markdown_table(columns, rows)
+
+
+def _clipping(results):
+    """Paired within a run: share clipped where A < 0 minus where A > 0."""
+    rows = []
+    for task, found in results.items():
+        positive, negative = _pooled(found, "clipped A>0"), _pooled(found, "clipped A<0")
+        for name in ("GSPO tight", "GSPO wide", "LUSPO tight", "LUSPO wide", "GRPO"):
+            both = sorted(set(positive.get(name, {})) & set(negative.get(name, {})))
+            gaps = [negative[name][key] - positive[name][key] for key in both]
+            rows.append(
+                [
+                    task,
+                    name,
+                    report.estimate([positive[name][key] for key in both]),
+                    report.estimate([negative[name][key] for key in both]),
+                    report.estimate(gaps),
+                ]
+            )
+    columns = ["task", "objective", "clipped, A>0", "clipped, A<0", "A<0 minus A>0"]
+    return report.markdown_table(columns, rows)
+
+
+def windows(rows: list[dict]) -> list[tuple[float, float, float, float]]:
+    """(predicted, measured, measured next, measured before) changes of length per window of a run.
+
+    The update of step s is scored by the rollout of step s + 1, so its pressure stands at s + 1;
+    the last update of a run is never scored. Windows do not overlap.
+    """
+    steps, lengths = report.series(rows, LENGTH)
+    at = dict(zip(steps, lengths, strict=True))
+    taken = dict(zip(*report.series(rows, "length/pressure/taken"), strict=True))
+    found = []
+    for start in sorted(at):
+        end = start + WINDOW
+        scored = [taken.get(start + k + 2) for k in range(WINDOW)]
+        if end not in at or any(x is None for x in scored):
+            continue
+        following = at[end + WINDOW] - at[end] if end + WINDOW in at else math.nan
+        before = at[start] - at[start - WINDOW] if start - WINDOW in at else math.nan
+        found.append((sum(scored), at[end] - at[start], following, before))
+    return found
+
+
+def fit(runs: list[list[tuple[float, float]]], *, resamples: int = 2000) -> Fit:
+    """Correlation of y with x and slope of y on x over the windows of runs.
+
+    The bootstrap draws whole runs, because the windows of one run are not independent.
+    """
+    arrays = [np.array(run, np.float64) for run in runs if len(run)]
+    everything = np.concatenate(arrays)
+    rng = np.random.default_rng(0)
+    drawn = [
+        _line(np.concatenate([arrays[k] for k in rng.integers(len(arrays), size=len(arrays))]))
+        for _ in range(resamples)
+    ]
+    low, high = np.percentile(drawn, (2.5, 97.5), axis=0)
+    r, slope = _line(everything)
+    return Fit((r, low[0], high[0]), (slope, low[1], high[1]), len(everything))
+
+
+def _line(points):
+    x, y = points.T
+    covariance = np.cov(x, y)
+    r = covariance[0, 1] / math.sqrt(covariance[0, 0] * covariance[1, 1])
+    return r, covariance[0, 1] / covariance[0, 0]
+
+
+def _predictions(study):
+    lines = [
+        "| task | window | objective | correlation | slope | windows |\n",
+        "|---|---|---|---|---|---|\n",
+    ]
+    points = {}
+    for task, (sweep, folder) in study.prediction.items():
+        runs: dict[str, list] = {}
+        for result in report.collect(sweep, folder):
+            if not result.missing:
+                name = dict(result.member.variant.levels)["objective"]
+                runs.setdefault(name, []).append(windows(report.rows_of(result.member, folder)))
+        everything = [run for found in runs.values() for run in found]
+        if not everything:
+            continue
+        points[task] = runs
+        for name, found in {"all": everything, **runs}.items():
+            same = fit([[(w[0], w[1]) for w in run] for run in found])
+            lines.append(f"| {task} | same | {name} | {same} |\n")
+        for label, column in (("pressure", 0), ("change before", 3)):
+            pairs = [
+                [
+                    (w[1] if column == 3 else w[0], w[2])
+                    for w in run
+                    if math.isfinite(w[2])
+                ]
+                for run in everything
+            ]  # fmt: skip
+            lines.append(f"| {task} | next, from {label} | all | {fit(pairs)} |\n")
+    return "".join(lines), points
+
+
+def factorial_figure(study: Study, workdir: pathlib.Path) -> None:
+    """Length and accuracy of the factorial over steps, by clip range, both bases and all seeds."""
+    plt = report.pyplot()
+    figure, axes = plt.subplots(4, 3, figsize=(12, 13), layout="constrained", sharex=True)
+    colors = {"GSPO": "C3", "LUSPO": "C0", "LUSPO/L_ref": "C2"}
+    for row, (task, metric) in enumerate(
+        (task, metric) for task in design.TASKS for metric in ("val-core/*", LENGTH)
+    ):
+        sweep, folder = study.main[task]
+        for axis, clip in zip(axes[row], design.CLIPS, strict=True):
+            for name, color in colors.items():
+                runs = _curves(sweep, folder, f"{name} {clip}", metric)
+                steps, mean, half = report.band(runs)
+                axis.plot(steps, mean, color=color, marker="o", ms=3, label=name)
+                axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
+            steps, mean, _ = report.band(_curves(sweep, folder, "GRPO", metric))
+            axis.plot(steps, mean, color="0.5", ls="--", label="GRPO (clip 0.2)")
+            what = "held-out accuracy" if metric.startswith("val-core") else "mean length, tokens"
+            axis.set(title=f"{task}, clip {clip}", ylabel=what)
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("rollout step")
+    axes[0][0].legend(fontsize=8, frameon=False)
+    figure.savefig(workdir / "factorial.png", dpi=90)
+    plt.close(figure)
+
+
+def _curves(sweep, folder, objective, metric):
+    found = []
+    for variant in spec.variants(sweep):
+        if dict(variant.levels)["objective"] == objective:
+            for seed in sweep.seeds:
+                rows = report.finished_rows(sweep, variant, seed, folder)
+                if rows:
+                    found.append(report.series(rows, metric))
+    return found
+
+
+def prediction_figure(points, workdir: pathlib.Path) -> None:
+    """Measured against predicted change of length, a point a window."""
+    plt = report.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    for axis, (task, runs) in zip(axes, points.items(), strict=False):
+        for k, (name, found) in enumerate(runs.items()):
+            pairs = np.array([(w[0], w[1]) for run in found for w in run])
+            axis.plot(*pairs.T, ".", color=f"C{k}", label=name)
+        low, high = axis.get_xlim()
+        axis.plot((low, high), (low, high), color="0.5", lw=0.8)
+        axis.set(
+            title=f"{task}: windows of {WINDOW} steps",
+            xlabel="predicted change of mean length, tokens",
+            ylabel="measured change, tokens",
+        )
+        axis.legend(fontsize=8, frameon=False)
+        axis.grid(alpha=0.3)
+    figure.savefig(workdir / "prediction.png", dpi=110)
+    plt.close(figure)
