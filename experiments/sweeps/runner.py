@@ -38,8 +38,8 @@ def run(
                 f"--only={unknown[0]} is no member: {configuration.nearest(unknown[0], names)}"
             )
         members = [member for member in members if member.name in only]
-    configs = {m: spec.config_of(sweep, m) for m in members}
-    prints = {m.name: configuration.fingerprint(config) for m, config in configs.items()}
+    configs = {m.name: spec.config_of(sweep, m) for m in members}
+    prints = {name: configuration.fingerprint(config) for name, config in configs.items()}
     _claim(workdir, prints)
     failures, waiting = {}, []
     for member in members:
@@ -47,7 +47,9 @@ def run(
         if state == "broken":
             failures[member.name] = reason
         elif state == "unfinished":
-            waiting.append((member, _task(member, configs[member], prints[member.name], workdir)))
+            waiting.append(
+                (member, _task(member, configs[member.name], prints[member.name], workdir))
+            )
     total = len(members)
     with tqdm(
         total=total, initial=total - len(waiting) - len(failures), unit="run", disable=None
