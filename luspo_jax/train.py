@@ -17,16 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from luspo_jax import config as configuration
 from luspo_jax import (
+    batches,
     evaluate,
     experience,
     instruments,
     objectives,
     optimizer,
-    packing,
     shaping,
 )
+from luspo_jax import config as configuration
 from luspo_jax.checkpoint import Checkpointer
 from luspo_jax.evaluate import Evaluation
 from luspo_jax.experience import Group, Rollouts
@@ -39,13 +39,8 @@ from luspo_jax.types import TrainBatch, TrainState
 from luspo_jax.update import (
     initial_state,
     refresh_reference,
-    score_rows,
     update_step,
 )
-
-
-class MismatchError(RuntimeError):
-    """Sampler and trainer disagree about the probabilities of sampled tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +171,13 @@ def rollout_step(
     with timed(metrics, "step"):
         rollouts, surplus = collect(run, state.params, step, carried.surplus, metrics)
         length, flagged = instruments.observe(run, carried.length, rollouts, metrics)
-        batch = train_batch(run, rollouts)
+        batch = batches.train_batch(run, rollouts)
         with timed(metrics, "old_log_prob"):
-            batch = with_old_logprobs(run, state, rollouts, batch, metrics, check_mismatch)
+            batch = batches.with_old_logprobs(run, state, rollouts, batch, metrics, check_mismatch)
         with timed(metrics, "ref"):
-            batch = with_ref_logprobs(run, state, batch)
+            batch = batches.with_ref_logprobs(run, state, batch)
         with timed(metrics, "adv"):
-            batch = with_advantages(run, rollouts, batch, shorten=flagged)
+            batch = batches.with_advantages(run, rollouts, batch, shorten=flagged)
         with timed(metrics, "length"):
             sample = instruments.sample(run, rollouts, batch, step)
             state = instruments.before_update(run, state, sample, step, metrics)
@@ -240,113 +235,6 @@ def collect(
         {"training/epoch": run.data.stream.epoch, "prompts/dropped": run.data.stream.dropped}
     )
     return Rollouts(collected.groups), collected.surplus
-
-
-def train_batch(run: Run, rollouts: Rollouts) -> TrainBatch:
-    """Training rows of the step in NumPy, without advantages and other policies' log-probs."""
-    config = run.config
-    sizes = configuration.batch_arithmetic(config)
-    prompts = [prompt.tokens for prompt in rollouts.prompts]
-    tokens = [response.tokens for response in rollouts.responses]
-    longest = max(len(p) + len(t) for p, t in zip(prompts, tokens, strict=True))
-    length = packing.bucket_length(
-        longest, sizes.tokens_per_row, num_buckets=config.train.num_length_buckets
-    )
-    rows = packing.padded_rows(prompts, tokens, length=length, pad_id=run.model.pad_token_id)
-    sampler_logprobs_BT = packing.place_responses(
-        [response.logprobs for response in rollouts.responses], rows.response_mask_BT
-    )
-    mask_BT = rows.response_mask_BT & rollouts.trained_B[:, None]
-    return TrainBatch(
-        rows=dataclasses.replace(rows, response_mask_BT=mask_BT),
-        advantages_B=np.zeros(len(tokens), np.float32),
-        group_ids_B=rollouts.group_ids_B,
-        old_logprobs_BT=None,
-        old_entropy_BT=None,
-        ref_logprobs_BT=None,
-        sampler_logprobs_BT=sampler_logprobs_BT,
-    )
-
-
-def with_old_logprobs(
-    run: Run,
-    state: TrainState,
-    rollouts: Rollouts,
-    batch: TrainBatch,
-    metrics: StepMetrics,
-    check_mismatch: bool,
-) -> TrainBatch:
-    """Adds log-probs of the policy that sampled, as the trainer computes them, where needed.
-
-    A step of one update does not need them: its first forward pass is that policy's. Groups that
-    were carried over were sampled by the policy of an earlier step, whose log-probs the sampler
-    recorded: those are taken.
-    """
-    objective = run.rule.objective
-    sizes = configuration.batch_arithmetic(run.config)
-    ranks_entropy = objective.top_entropy_quantile < 1
-    carried_B = rollouts.carried_B
-    needed = (
-        sizes.updates_per_step > 1
-        or ranks_entropy
-        or _kl_in_reward(objective)
-        or bool(carried_B.any())
-    )
-    if not (needed or check_mismatch):
-        return batch
-    logprobs_BT, entropy_BT = map(np.asarray, _score(run, state.params, batch))
-    mask_BT = batch.rows.response_mask_BT & ~carried_B[:, None]
-    gap = float(np.max(np.abs(logprobs_BT - batch.sampler_logprobs_BT)[mask_BT], initial=0.0))
-    metrics.add("rollout_corr/max_abs_diff", gap)
-    limit = run.config.rollout.mismatch_limit
-    if check_mismatch and not gap <= limit:
-        raise MismatchError(
-            f"sampler and trainer log-probs of the same tokens differ by up to {gap:.3g} nats at "
-            f"the first step, more than rollout.mismatch_limit={limit:g}: with float32 this means "
-            "a fault, with bfloat16 raise the limit to about 0.3 or use model.rollout_dtype=float32"
-        )
-    if not needed:
-        return batch
-    return dataclasses.replace(
-        batch,
-        old_logprobs_BT=np.where(carried_B[:, None], batch.sampler_logprobs_BT, logprobs_BT),
-        old_entropy_BT=entropy_BT if ranks_entropy else None,
-    )
-
-
-def with_ref_logprobs(run: Run, state: TrainState, batch: TrainBatch) -> TrainBatch:
-    """Adds log-probs of the reference policy, where the objective has a KL term."""
-    if state.ref_params is None:
-        return batch
-    logprobs_BT, _ = _score(run, state.ref_params, batch)
-    return dataclasses.replace(batch, ref_logprobs_BT=np.asarray(logprobs_BT))
-
-
-def with_advantages(
-    run: Run, rollouts: Rollouts, batch: TrainBatch, *, shorten: bool = False
-) -> TrainBatch:
-    """Adds advantages, formed inside each group of responses to one prompt.
-
-    `shorten` takes a reward from each response in proportion to its length, where the run says
-    so for a degenerate phase.
-    """
-    objective, rewards_B = run.rule.objective, rollouts.rewards_B
-    if shorten and run.length.mitigation == "penalty":
-        share_B = rollouts.lengths_B / run.config.rollout.max_response_length
-        rewards_B = rewards_B - np.float32(run.length.penalty) * share_B.astype(np.float32)
-    if _kl_in_reward(objective):
-        rewards_B = rewards_B + np.asarray(
-            objectives.reward_adjustment(
-                batch.old_logprobs_BT,
-                batch.ref_logprobs_BT,
-                batch.rows.response_mask_BT,
-                kl_coef=objective.kl_coef,
-                kl_estimator=objective.kl_estimator,
-            )
-        )
-    lengths_B = np.where(rollouts.counted_B, rollouts.lengths_B, 0)
-    advantages_B = objectives.advantages(objective, rewards_B, rollouts.group_ids_B, lengths_B)
-    return dataclasses.replace(batch, advantages_B=np.asarray(advantages_B, np.float32))
 
 
 def optimize(
@@ -423,16 +311,6 @@ def _cast_all(params, dtype):
 
 
 _cast = jax.jit(_cast_all, static_argnums=1)
-
-
-def _score(run, params, batch):
-    sizes = configuration.batch_arithmetic(run.config)
-    parts = sizes.responses_per_step // sizes.responses_per_microbatch
-    return score_rows(params, batch.rows, scoring=run.rule.scoring, num_microbatches=parts)
-
-
-def _kl_in_reward(objective):
-    return objective.kl_coef > 0 and objective.kl_placement == "reward"
 
 
 def _due(every: int, taken: int) -> bool:

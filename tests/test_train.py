@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from luspo_jax import batches, objectives, train
 from luspo_jax import config as configuration
-from luspo_jax import objectives, train
 from luspo_jax import run as runs
 from luspo_jax.checkpoint import CheckpointError
 from luspo_jax.metrics import read_metrics
@@ -214,7 +214,7 @@ def test_damaged_checkpoint_is_named(finished, config, tmp_path):
 
 def test_sampler_that_disagrees_is_refused(config, tmp_path):
     config.rollout.mismatch_limit = 0.0
-    with pytest.raises(train.MismatchError, match="mismatch_limit"):
+    with pytest.raises(batches.MismatchError, match="mismatch_limit"):
         _train(config, tmp_path / "run")
 
 
