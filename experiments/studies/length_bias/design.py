@@ -100,8 +100,8 @@ CONTROLS: Mapping[str, tuple[str, dict]] = {
             "length.every": 2,
             "length.share": 0.5,
             "length.steer": "pressure",
-            "length.alpha_rate": 0.2,
-            "length.alpha_low": -1.0,
+            "length.alpha_rate": 0.3,
+            "length.alpha_low": -2.0,
         },
     ),
     "adaptive, band": (
@@ -113,8 +113,8 @@ CONTROLS: Mapping[str, tuple[str, dict]] = {
             "length.target_high": 16.0,
             "length.every": 2,
             "length.share": 0.5,
-            "length.alpha_rate": 0.2,
-            "length.alpha_low": -1.0,
+            "length.alpha_rate": 0.3,
+            "length.alpha_low": -2.0,
         },
     ),
     "LUSPO wide, dynamic sampling": ("LUSPO wide", {"shaping.dynamic_sampling": True}),
@@ -132,7 +132,7 @@ CONTROLS: Mapping[str, tuple[str, dict]] = {
 _FUNCTIONS = "experiments.studies.length_bias.rewards"
 ENVIRONMENTS = ("sparse reward", "strict reward", "skewed lengths")
 ENVIRONMENT_CELLS = ("GSPO tight", "GSPO wide", "LUSPO wide", "LUSPO/L_ref wide", "GRPO")
-PREDICTED = ("GSPO tight", "GSPO wide", "LUSPO wide", "LUSPO/L_ref wide", "GRPO")
+PREDICTED = ("GSPO tight", "LUSPO wide", "GRPO")
 
 
 def base_path(task: str, base: str, bases: pathlib.Path) -> str:
@@ -212,11 +212,16 @@ def environments(rates: Mapping[str, float], bases: pathlib.Path) -> Sweep:
 
 
 def prediction(
-    task: str, rates: Mapping[str, float], bases: pathlib.Path, seeds: Sequence[int] = (0, 1, 2)
+    task: str, rates: Mapping[str, float], bases: pathlib.Path, seeds: Sequence[int] = SEEDS
 ) -> Sweep:
     """Length pressure of every update taken, all groups, beside a finer held-out length."""
     settings = _settings(task, rates)
-    measured = {"length.every": 1, "length.share": 1.0, "eval.num_problems": 256}
+    measured = {
+        "length.every": 1,
+        "length.share": 1.0,
+        "eval.num_problems": 500,
+        "eval.num_samples": 8,
+    }
     return Sweep(
         base="configs/quickstart.py",
         fixed=TINY_RUN | measured,
@@ -235,6 +240,6 @@ def _settings(task, rates):
     for name, (parent, fields) in CONTROLS.items():
         extra = dict(fields)
         if task == "lookup" and "length.target_low" in extra:
-            extra |= {"length.target_low": 9.0, "length.target_high": 11.0}
+            extra |= {"length.target_low": 11.0, "length.target_high": 13.0}
         found[name] = found[parent] | extra
     return found
