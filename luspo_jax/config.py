@@ -214,13 +214,32 @@ def build_length(config: ConfigDict) -> LengthSettings:
             f"rollout.group_size={group_size} must be at least 4"
         )
     steers = settings.steer != "none" or settings.mitigation == "scale"
-    adaptive = config.objective.length_scale == "adaptive"
+    adaptive = _of_objective(config, "length_scale") == "adaptive"
     if steers and not adaptive:
         raise ValueError(
             'steer and mitigation="scale" move α of an adaptive scale: set '
             "objective.length_scale=adaptive"
         )
+    start = _of_objective(config, "length_alpha")
+    if adaptive and not settings.alpha_low <= start <= settings.alpha_high:
+        raise ValueError(
+            f"alpha_low={settings.alpha_low:g} and alpha_high={settings.alpha_high:g} must enclose "
+            f"objective.length_alpha={start:g}, where α starts"
+        )
+    longest = config.rollout.max_response_length
+    if settings.steer == "band" and settings.target_low > longest:
+        raise ValueError(
+            f"target_low={settings.target_low:g} is out of reach: no response is longer than "
+            f"rollout.max_response_length={longest}"
+        )
     return settings
+
+
+def _of_objective(config, field):
+    """A field of the objective, which may not be buildable: the configuration's or its preset's."""
+    value = config.objective[field]
+    preset = objectives.PRESETS.get(config.objective.preset, objectives.Objective())
+    return getattr(preset, field) if value is None else value
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,28 +26,39 @@ SETTINGS = (
     "--config.shaping.dynamic_sampling=True",
     "--config.objective.kl_coef=0.01",
 )
+# Measures every step and moves α by it: what a kill must not lose beside the policy.
+STEERED = (
+    "--config.objective.length_scale=adaptive",
+    "--config.objective.reference_length=14.0",
+    "--config.length.every=1",
+    "--config.length.steer=pressure",
+    "--config.length.alpha_rate=0.2",
+)
 
 
-def _start(workdir, log):
+def _start(workdir, log, extra):
     # As a user's process: one device, no test flags.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "experiments.train", *SETTINGS, f"--workdir={workdir}"]
+    flags = (*SETTINGS, *extra, f"--workdir={workdir}")
+    command = [sys.executable, "-m", "experiments.train", *flags]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_and_continued_run_is_the_same_run(tmp_path, seed):
+@pytest.mark.parametrize(("seed", "extra"), [(0, ()), (1, ()), (2, STEERED)])
+def test_killed_and_continued_run_is_the_same_run(tmp_path, seed, extra):
     with (tmp_path / "log").open("w") as log:
         started = time.monotonic()
-        assert _start(tmp_path / "straight", log).wait(600) == 0, (tmp_path / "log").read_text()
+        assert _start(tmp_path / "straight", log, extra).wait(600) == 0, (
+            tmp_path / "log"
+        ).read_text()
         whole = time.monotonic() - started
         rng = random.Random(seed)
         kills = 0
         for attempt in range(40):
-            process = _start(tmp_path / "killed", log)
+            process = _start(tmp_path / "killed", log, extra)
             try:
                 # Later and later, so that it gets somewhere whatever start-up costs.
                 process.wait(whole * rng.uniform(0.2, 0.9) * (1 + 0.1 * attempt))
@@ -61,6 +72,8 @@ def test_killed_and_continued_run_is_the_same_run(tmp_path, seed):
         else:
             pytest.fail("the run never finished")
     assert kills >= 1
-    steps = [row["step"] for row in read_metrics(tmp_path / "killed" / "metrics.jsonl")]
-    assert steps == list(range(11))
+    rows = list(read_metrics(tmp_path / "killed" / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == list(range(11))
+    if extra:
+        assert len({row["length/scale_alpha"] for row in rows[1:]}) > 2
     _assert_same_results(_results(tmp_path / "killed"), _results(tmp_path / "straight"))

@@ -19,7 +19,7 @@ is a sum over responses and so splits by length and by the sign of the advantage
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -145,7 +145,7 @@ def cross_fitted(
                 slope_BT, advantages_B = coefficients(
                     objective, half, at_BT, logprobs_BT, alpha_shift
                 )
-                found[label] = _pressure(half, slope_BT, advantages_B, *delta, bin_edges)
+                found[label] = of_half(half, slope_BT, advantages_B, *delta, bin_edges)
         results.append(found)
     return jax.tree.map(lambda a, b: (a + b) / 2, *results)
 
@@ -162,6 +162,8 @@ def taken(
 ) -> tuple[jax.Array, jax.Array]:
     """⟨∇E[L], Δθ⟩ and ⟨∇E[R], Δθ⟩ of a change that was made, in tokens and in reward.
 
+    Σ_i a_i ⟨∇ log π(y_i), Δθ⟩: one directional derivative gives both.
+
     Args:
       score: log-probs of rows.
       params: the policy after the change, which sampled `half`: the estimate is then independent
@@ -170,8 +172,9 @@ def taken(
       half: whole groups.
       num_parts: pieces that the rows are scored in.
     """
-    _, directions = _derivatives(score, params, half, num_parts)
-    return tuple(_inner(v, change) for v in directions)
+    (delta_BT,) = _along(score, params, (change,), half, num_parts)
+    delta_B = jnp.where(half.response_mask_BT, delta_BT, 0).sum(axis=1)
+    return tuple(jnp.vdot(weights_B, delta_B) for weights_B in length_and_reward_weights(half))
 
 
 def coefficients(
@@ -214,6 +217,35 @@ def coefficients(
         return objectives.loss(policy, batch, denominators)[0]
 
     return jax.grad(loss)(logprobs_BT), advantages_B
+
+
+def of_half(
+    half: Half,
+    coefficient_BT: jax.Array,
+    advantages_B: jax.Array,
+    length_delta_BT: jax.Array,
+    reward_delta_BT: jax.Array,
+    bin_edges: tuple[int, ...] = (),
+) -> Pressure:
+    """−Σ_it (∂loss/∂log π_it) · δ_it of a half, whole and split; δ along ∇E[L] and along ∇E[R]."""
+    mask_BT = half.response_mask_BT
+    length_B, reward_B = (
+        -jnp.where(mask_BT, coefficient_BT * delta_BT, 0).sum(axis=1)
+        for delta_BT in (length_delta_BT, reward_delta_BT)
+    )
+    weight_B = jnp.where(mask_BT, jnp.abs(coefficient_BT), 0).sum(axis=1)
+    in_bin_BK = objectives.in_length_bin(mask_BT.sum(axis=1), bin_edges)
+    mass = weight_B.sum()
+    return Pressure(
+        length=length_B.sum(),
+        reward=reward_B.sum(),
+        length_pos=jnp.where(advantages_B > 0, length_B, 0).sum(),
+        length_neg=jnp.where(advantages_B < 0, length_B, 0).sum(),
+        length_bins=jnp.where(in_bin_BK, length_B[:, None], 0).sum(axis=0),
+        gradient_share=jnp.where(in_bin_BK, weight_B[:, None], 0).sum(axis=0)
+        / jnp.where(mass > 0, mass, 1),
+        mass=mass,
+    )
 
 
 def length_and_reward_weights(half: Half) -> tuple[jax.Array, jax.Array]:
@@ -267,31 +299,5 @@ def _along(score, params, directions, half, num_parts):
     return [delta.reshape(-1, *delta.shape[2:]) for delta in deltas]
 
 
-def _pressure(half, coefficient_BT, advantages_B, length_delta_BT, reward_delta_BT, bin_edges):
-    mask_BT = half.response_mask_BT
-    length_B, reward_B = (
-        -jnp.where(mask_BT, coefficient_BT * delta_BT, 0).sum(axis=1)
-        for delta_BT in (length_delta_BT, reward_delta_BT)
-    )
-    weight_B = jnp.where(mask_BT, jnp.abs(coefficient_BT), 0).sum(axis=1)
-    in_bin_BK = objectives.in_length_bin(mask_BT.sum(axis=1), bin_edges)
-    mass = weight_B.sum()
-    return Pressure(
-        length=length_B.sum(),
-        reward=reward_B.sum(),
-        length_pos=jnp.where(advantages_B > 0, length_B, 0).sum(),
-        length_neg=jnp.where(advantages_B < 0, length_B, 0).sum(),
-        length_bins=jnp.where(in_bin_BK, length_B[:, None], 0).sum(axis=0),
-        gradient_share=jnp.where(in_bin_BK, weight_B[:, None], 0).sum(axis=0)
-        / jnp.where(mass > 0, mass, 1),
-        mass=mass,
-    )
-
-
 def _split(tree, num_parts):
     return jax.tree.map(lambda x: x.reshape(num_parts, x.shape[0] // num_parts, *x.shape[1:]), tree)
-
-
-def _inner(a: Mapping, b: Mapping) -> jax.Array:
-    products = jax.tree.map(lambda x, y: jnp.vdot(x, y), a, b)
-    return jax.tree.reduce(jnp.add, products)

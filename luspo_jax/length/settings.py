@@ -4,6 +4,7 @@ The section `length` of a configuration.
 """
 
 import dataclasses
+import math
 
 STEERING = ("none", "band", "pressure")
 MITIGATIONS = ("none", "penalty", "scale")
@@ -63,7 +64,15 @@ class LengthSettings:
 
     def _problems(self):
         edges = self._edges()
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return [
+            *(
+                (
+                    isinstance(value, float) and not math.isfinite(value),
+                    f"{name}={value}: not finite",
+                )
+                for name, value in values.items()
+            ),
             (self.every < 0, f"every={self.every} must not be negative"),
             (not 0 < self.share <= 1, f"share={self.share} must be in (0, 1]"),
             (
@@ -94,6 +103,10 @@ class LengthSettings:
                 f'mitigation="{self.mitigation}": valid: {", ".join(MITIGATIONS)}',
             ),
             (self.penalty < 0, f"penalty={self.penalty:g} must not be negative"),
+            (
+                self.mitigation == "penalty" and not self.penalty,
+                'penalty=0 takes nothing: mitigation="penalty" needs a penalty > 0',
+            ),
         ]
 
     def _edges(self):

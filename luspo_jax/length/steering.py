@@ -21,6 +21,7 @@ class LengthState:
       length: running mean of the mean response length, tokens; None before the first step.
       pressure: running mean of the run's own length pressure per unit of gradient mass.
       slope: running mean of how that pressure changes with α.
+      measured_shift: running mean of `alpha_shift` where the two were measured.
       history: (mean length, accuracy) of the last two windows' steps, oldest first.
     """
 
@@ -28,6 +29,7 @@ class LengthState:
     length: float | None = None
     pressure: float | None = None
     slope: float | None = None
+    measured_shift: float | None = None
     history: tuple[tuple[float, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +61,9 @@ class Degeneration:
 def observed(
     state: LengthState, settings: LengthSettings, *, mean_length: float, accuracy: float
 ) -> LengthState:
-    """The state after a rollout of this mean length and accuracy."""
+    """The state after a rollout of this mean length and accuracy; one not finite tells nothing."""
+    if not (math.isfinite(mean_length) and math.isfinite(accuracy)):
+        return state
     history = (*state.history, (float(mean_length), float(accuracy)))[-2 * settings.window :]
     length = _mixed(state.length, float(mean_length), settings.smoothing)
     return dataclasses.replace(state, history=history, length=length)
@@ -75,20 +79,25 @@ def degeneration(state: LengthState, settings: LengthSettings) -> Degeneration:
         [math.fsum(values) / window for values in zip(*part, strict=True)]
         for part in (before, last)
     )
-    growth, gain = length_1 / length_0 - 1, right_1 - right_0
+    growth = length_1 / length_0 - 1 if length_0 > 0 else 0.0
+    gain = right_1 - right_0
     return Degeneration(growth, gain, growth > settings.growth and gain < settings.gain)
 
 
 def measured(
     state: LengthState, settings: LengthSettings, *, pressure: float, slope: float
 ) -> LengthState:
-    """The state after a measurement of the run's own pressure at α and of its slope in α."""
+    """The state after a measurement of the run's own pressure at α and of its slope in α.
+
+    One that is not finite tells nothing.
+    """
     if not (math.isfinite(pressure) and math.isfinite(slope)):
         return state
     return dataclasses.replace(
         state,
         pressure=_mixed(state.pressure, float(pressure), settings.smoothing),
         slope=_mixed(state.slope, float(slope), settings.smoothing),
+        measured_shift=_mixed(state.measured_shift, state.alpha_shift, settings.smoothing),
     )
 
 
@@ -98,10 +107,11 @@ def steered(
     """Moves α by at most `alpha_rate`, within [alpha_low, alpha_high].
 
     Band: in proportion to how far, relatively, the running mean length lies outside the band.
-    Pressure: a secant step to where the measured pressure is zero. Whether a larger α lengthens
-    depends on the task, so both take the sign of the measured slope; where none has been
-    measured, a larger α is taken to lengthen. While a run is flagged and the mitigation is
-    "scale", α goes down whatever else.
+    Pressure: a secant step to where pressure is zero, seen from the α at which it was measured:
+    steps between two measurements go to one place, instead of the same way again and again.
+    Whether a larger α lengthens depends on the task, so both take the sign of the measured slope;
+    where none has been measured, a larger α is taken to lengthen. While a run is flagged and the
+    mitigation is "scale", α goes down whatever else.
 
     Args:
       state: after the step's observation.
@@ -116,10 +126,12 @@ def steered(
     elif settings.steer == "band" and state.length is not None:
         error = _outside(state.length, settings.target_low, settings.target_high)
         move = rate * max(-1.0, min(1.0, error)) * (-1.0 if (slope or 0.0) < 0 else 1.0)
-    elif settings.steer == "pressure" and state.pressure is not None and slope:
-        move = max(-rate, min(rate, -state.pressure / slope))
-    alpha = min(settings.alpha_high, max(settings.alpha_low, start + state.alpha_shift + move))
-    return dataclasses.replace(state, alpha_shift=alpha - start)
+    elif settings.steer == "pressure" and state.measured_shift is not None and slope:
+        zero = state.measured_shift - state.pressure / slope
+        move = max(-rate, min(rate, zero - state.alpha_shift))
+    # In shifts, not in α: adding and taking away the start would move α by rounding alone.
+    low, high = settings.alpha_low - start, settings.alpha_high - start
+    return dataclasses.replace(state, alpha_shift=min(high, max(low, state.alpha_shift + move)))
 
 
 def _outside(length, low, high):

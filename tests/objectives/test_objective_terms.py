@@ -205,6 +205,53 @@ def test_clip_metrics_by_hand(x64):
     assert float(value) == pytest.approx(np.mean(rows))
 
 
+@pytest.mark.parametrize("name", ["grpo", "luspo"])
+def test_clipped_shares_by_length_bin(name, x64):
+    """Against a count in NumPy, for ratios of tokens and of sequences; bins add up to the whole."""
+    objective, edges = PRESETS[name], (2, 5, 7)
+    seen = set()
+    for seed in (1, 4):
+        arrays = case(seed, drift=0.5)
+        batch = batch_of(objective, arrays)
+        denominators = denominators_of(objective, batch)
+        _, sums = objectives.loss(objective, batch, denominators, bin_edges=edges)
+        mask_BT, length_B = arrays["response_mask_BT"], lengths(arrays)
+        log_ratio_BT = arrays["logprobs_BT"] - arrays["old_logprobs_BT"]
+        if objective.ratio == "sequence":
+            mean_B = np.mean(log_ratio_BT, axis=1, where=mask_BT)
+            log_ratio_BT = np.broadcast_to(mean_B[:, None], mask_BT.shape)
+        ratio_BT, advantage_B = np.exp(log_ratio_BT), np.asarray(batch.advantages_B)
+        for sign, held_BT, rows_B in (
+            ("pos", ratio_BT > 1 + objective.clip_high, advantage_B > 0),
+            ("neg", ratio_BT < 1 - objective.clip_low, advantage_B < 0),
+        ):
+            bins = []
+            for k, (low, high) in enumerate(zip((0, *edges), (*edges, np.inf), strict=True)):
+                in_bin_B = rows_B & (length_B > low) & (length_B <= high)
+                expected = (held_BT & mask_BT)[in_bin_B].sum(), length_B[in_bin_B].sum()
+                got = tuple(map(float, sums[f"actor/clipfrac/{sign}/bin_{k}"]))
+                assert got == expected
+                bins.append(got)
+                seen.add((sign, k, got[0] > 0))
+            whole = tuple(map(float, sums[f"actor/clipfrac/{sign}"]))
+            assert tuple(np.sum(bins, axis=0)) == whole
+            means = objectives.metric_means(sums)
+            shares = [float(means[f"actor/clipfrac/{sign}/bin_{k}"]) for k in range(4)]
+            weights = [count for _, count in bins]
+            mean = np.average(shares, weights=weights)
+            assert float(means[f"actor/clipfrac/{sign}"]) == pytest.approx(mean)
+    # Both signs are held back in more than one bin, so that agreement means something.
+    for sign in ("pos", "neg"):
+        assert len([k for s, k, held in seen if s == sign and held]) > 1
+
+
+def test_an_edge_belongs_to_the_bin_below_it():
+    bins_BK = np.asarray(objectives.in_length_bin(np.array([1, 2, 3, 5, 6, 99], np.int32), (2, 5)))
+    assert bins_BK.sum(axis=1).tolist() == [1] * 6
+    assert bins_BK.argmax(axis=1).tolist() == [0, 0, 1, 1, 2, 2]
+    assert np.asarray(objectives.in_length_bin(np.array([3], np.int32), ())).all()
+
+
 def test_sequence_ratios_are_counted_by_sequence_and_by_token(x64):
     arrays = case(4, drift=0.5)
     *_, means = step_with_means(PRESETS["luspo"], arrays)

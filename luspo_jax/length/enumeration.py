@@ -1,0 +1,185 @@
+"""A policy small enough to list everything it can say, so that length pressure has an exact value.
+
+A tabular policy holds one row of logits for each prefix of each prompt. With V tokens, token 0
+the stop token, and at most T tokens a response there are Σ_{t<T} (V−1)^t prefixes and as many
+responses that stop, plus (V−1)^T that are cut: 63 at V = 3, T = 5. Means are sums over them,
+gradients are exact, and an objective's expected gradient is a sum over every half-batch that can
+be drawn. Nothing here is sampled but in `draw`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from luspo_jax.length.pressure import Half, Pressure, Score, coefficients, of_half
+from luspo_jax.objectives import Objective
+
+STOP = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Responses as a tabular policy reads them.
+
+    Attributes:
+      states_BT: row of the table of logits at each token: the prompt and prefix before it.
+      tokens_BT: the tokens; STOP ends a response.
+      mask_BT: bool, true on response tokens.
+    """
+
+    states_BT: jax.Array
+    tokens_BT: jax.Array
+    mask_BT: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """All responses to each of a few prompts, prompt by prompt.
+
+    Attributes:
+      rows: every response to prompt 0, then to prompt 1, …
+      num_prompts: prompts.
+      num_states: rows of the table of logits.
+      vocab_size: tokens, STOP included.
+    """
+
+    rows: Rows
+    num_prompts: int
+    num_states: int
+    vocab_size: int
+
+    @property
+    def num_responses(self) -> int:
+        """To one prompt."""
+        return self.rows.tokens_BT.shape[0] // self.num_prompts
+
+    @property
+    def lengths_B(self) -> np.ndarray:
+        """Tokens of each response, STOP included."""
+        return np.asarray(self.rows.mask_BT).sum(axis=1)
+
+
+def world(*, vocab_size: int = 3, max_length: int = 5, num_prompts: int = 1) -> World:
+    """Every response of up to `max_length` tokens to each prompt.
+
+    Raises:
+      ValueError: fewer than two tokens, an empty response, or no prompt.
+    """
+    if vocab_size < 2 or max_length < 1 or num_prompts < 1:
+        raise ValueError(
+            f"vocab_size={vocab_size}, max_length={max_length}, num_prompts={num_prompts}: a world "
+            "needs at least STOP and one more token, one token a response, and one prompt"
+        )
+    inner = range(1, vocab_size)
+    prefixes = [p for t in range(max_length) for p in itertools.product(inner, repeat=t)]
+    state = {prefix: k for k, prefix in enumerate(prefixes)}
+    said = [(*p, STOP) for p in prefixes] + list(itertools.product(inner, repeat=max_length))
+    shape = (num_prompts, len(said), max_length)
+    states, tokens, mask = np.zeros(shape, int), np.zeros(shape, int), np.zeros(shape, bool)
+    for y, response in enumerate(said):
+        for t, token in enumerate(response):
+            states[:, y, t] = state[response[:t]] + np.arange(num_prompts) * len(prefixes)
+            tokens[:, y, t], mask[:, y, t] = token, True
+    rows = Rows(*(x.reshape(-1, max_length) for x in (states, tokens, mask)))
+    return World(rows, num_prompts, num_prompts * len(prefixes), vocab_size)
+
+
+def table_logprobs(logits_SV: jax.Array, rows: Rows) -> jax.Array:
+    """log π of each response token under a table of logits [states, V]; 0 elsewhere."""
+    logprobs_BT = jax.nn.log_softmax(logits_SV)[rows.states_BT, rows.tokens_BT]
+    return jnp.where(rows.mask_BT, logprobs_BT, 0)
+
+
+def probabilities(score: Score, params, here: World) -> jax.Array:
+    """π(y | prompt) of every response; each prompt's add up to 1."""
+    return jnp.exp(score(params, here.rows).sum(axis=1))
+
+
+def mean(score: Score, params, here: World, values_B: jax.Array) -> jax.Array:
+    """E[x] of a value of each response, averaged over prompts."""
+    return jnp.sum(probabilities(score, params, here) * values_B) / here.num_prompts
+
+
+def expected_pressure(
+    score: Score,
+    params,
+    here: World,
+    rewards_B: jax.Array,
+    *,
+    objectives: Sequence[tuple[str, Objective]],
+    half_size: int = 2,
+    bin_edges: tuple[int, ...] = (),
+) -> dict[str, Pressure]:
+    """Exactly what `pressure.cross_fitted` estimates: dE[L]/dη and dE[R]/dη along the expected
+    gradient of each objective, advantages formed inside half-groups of `half_size`.
+
+        dE[x]/dη = −⟨E[∇loss], ∇E[x]⟩, all ratios 1.
+
+    `mass` and `gradient_share` are their means over half-batches.
+    """
+    length_BT, reward_BT = (
+        _along(score, params, here, jax.grad(lambda p, x=x: mean(score, p, here, x))(params))
+        for x in (jnp.asarray(here.lengths_B, jnp.result_type(float)), rewards_B)
+    )
+    index_CB, weight_C = half_batches(probabilities(score, params, here), here, half_size)
+    logprobs_BT = score(params, here.rows)
+
+    def of_one(objective, index_B):
+        half, at_BT = _half(here, rewards_B, index_B, half_size), logprobs_BT[index_B]
+        slope_BT, advantages_B = coefficients(objective, half, at_BT, at_BT)
+        deltas = length_BT[index_B], reward_BT[index_B]
+        return of_half(half, slope_BT, advantages_B, *deltas, bin_edges)
+
+    found = {}
+    for name, objective in objectives:
+        each = jax.lax.map(
+            functools.partial(of_one, objective), jnp.asarray(index_CB), batch_size=256
+        )
+        found[name] = jax.tree.map(lambda x: jnp.tensordot(weight_C, x, 1), each)
+    return found
+
+
+def half_batches(
+    probabilities_B: jax.Array, here: World, half_size: int
+) -> tuple[np.ndarray, jax.Array]:
+    """(rows of every distinct half-batch [C, prompts · half_size], its probability [C])."""
+    bags = list(
+        itertools.combinations_with_replacement(range(here.num_responses), half_size)
+    )  # orders of one bag share a gradient
+    orders = [
+        math.factorial(half_size) / math.prod(math.factorial(bag.count(y)) for y in {*bag})
+        for bag in bags
+    ]
+    chosen = np.array(list(itertools.product(range(len(bags)), repeat=here.num_prompts)))
+    offsets = np.arange(here.num_prompts)[:, None] * here.num_responses
+    index_CPn = np.array(bags)[chosen] + offsets
+    index_CB = index_CPn.reshape(len(chosen), -1)
+    ways_C = np.array(orders)[chosen].prod(axis=1)
+    return index_CB, jnp.asarray(ways_C) * jnp.prod(probabilities_B[index_CB], axis=1)
+
+
+def draw(
+    key: jax.Array, probabilities_B: jax.Array, here: World, rewards_B: jax.Array, half_size: int
+) -> tuple[Half, Half]:
+    """Both halves of one batch, sampled from the policy."""
+    by_prompt = jnp.log(probabilities_B).reshape(here.num_prompts, -1)
+    drawn = jax.random.categorical(key, by_prompt, shape=(2, half_size, here.num_prompts))
+    index = drawn + (jnp.arange(here.num_prompts) * here.num_responses)[None, None]
+    return tuple(_half(here, rewards_B, index[side].T.reshape(-1), half_size) for side in range(2))
+
+
+def _half(here, rewards_B, index_B, half_size):
+    rows = jax.tree.map(lambda x: jnp.asarray(x)[index_B], here.rows)
+    group_ids_B = jnp.repeat(jnp.arange(here.num_prompts), half_size)
+    return Half(rows, rows.mask_BT, rewards_B[index_B], group_ids_B)
+
+
+def _along(score, params, here, direction):
+    return jax.jvp(lambda p: score(p, here.rows), (params,), (direction,))[1]
