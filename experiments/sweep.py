@@ -15,7 +15,12 @@ from experiments import command
 _SWEEP = flags.DEFINE_string("sweep", None, "File with get_sweep().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time, on a share of the cores each.", 1)
-_ONLY = flags.DEFINE_list("only", [], "Members to run, by name as --dry_run prints them.")
+# Repeated rather than joined with commas, which names may hold.
+_ONLY = flags.DEFINE_multi_string(
+    "only",
+    [],
+    "A member to run (variant/seed_N), or a variant with all its seeds; may be repeated.",
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print members and launch lines, and stop.")
 
 
@@ -33,20 +38,11 @@ def main() -> None:
         for member in members:
             print(spec.launch_line(sweep, member, workdir, _SWEEP.value))
         return
-    # A name may hold commas, which the flag splits at: put together what makes a name.
-    only = _names(_ONLY.value, {member.name for member in members})
-    failures = runner.run(sweep, workdir, parallel=_PARALLEL.value, only=only)
-    print(report.write(sweep, workdir))
+    failures = runner.run(sweep, workdir, parallel=_PARALLEL.value, only=_ONLY.value)
+    print(report.write(sweep, workdir, failures))
     if failures:
         lines = "\n".join(f"  - {name}: {reason}" for name, reason in failures.items())
         raise command.UsageError(f"{len(failures)} of {len(members)} members failed:\n{lines}")
-
-
-def _names(parts: list[str], known: set[str]) -> list[str]:
-    whole = ",".join(parts)
-    if not parts or whole in known:
-        return [whole] if parts else []
-    return parts
 
 
 if __name__ == "__main__":

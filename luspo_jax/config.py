@@ -264,6 +264,9 @@ def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
         *sections, last = name.split(".")
         target = config
         for section in sections:
+            if section not in target and name.startswith(OPEN_SECTIONS):
+                with target.unlocked():  # options of a reward: a section inside an open one
+                    target[section] = ConfigDict()
             target = target[section]
         if name.startswith(OPEN_SECTIONS):
             with target.unlocked():

@@ -112,7 +112,7 @@ _DECLARED = [
     Metric("length/accuracy/*", "mean", "", "accuracy in a length bin"),
     Metric("length/scale_alpha", "last", "", "exponent of the adaptive length scale"),
     Metric("response/repetition", "mean", "", "share of repeated n-grams"),
-    Metric("response/compress_ratio", "mean", "", "compressed over plain size of the text"),
+    Metric("response/compress_ratio", "mean", "", "plain over compressed size of the text"),
     Metric("val-core/*", "last", "", "validation: accuracy of a dataset"),
     Metric("val-aux/*", "last", "", "validation: lengths, truncation, statuses of a dataset"),
 ]

@@ -6,14 +6,12 @@ import io
 import math
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from experiments.sweeps import runner, spec
 from experiments.sweeps.spec import Member, Outcome, Sweep
-from luspo_jax import config as configuration
-from luspo_jax.metrics import read_metrics
 from luspo_jax.run import write_atomically
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook); beyond
@@ -76,13 +74,10 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> Estimate:
 def series(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, finite values) of a metric, or of the first that a pattern with * fits."""
     head, star, tail = metric.partition("*")
-
-    def key(row):
-        if not star:
-            return metric
-        return next((k for k in row if k.startswith(head) and k.endswith(tail)), metric)
-
-    found = [(row["step"], row[k]) for row in rows if (k := key(row)) in row]
+    if star:  # one name for all rows: a row that lacks it must not bring in another metric
+        fitting = (k for row in rows for k in row if k.startswith(head) and k.endswith(tail))
+        metric = next(fitting, metric)
+    found = [(row["step"], row[metric]) for row in rows if metric in row]
     kept = [(step, value) for step, value in found if math.isfinite(value)]
     return tuple(np.array(x, np.float64) for x in zip(*kept, strict=True)) if kept else (
         np.zeros(0), np.zeros(0)
@@ -134,25 +129,25 @@ def first_reaching(steps: np.ndarray, values: np.ndarray, level: float) -> float
 
 def rows_of(member: Member, workdir: pathlib.Path) -> list[dict]:
     """A member's metrics."""
-    return list(read_metrics(member.folder(workdir) / "metrics.jsonl"))
+    return runner.rows_of(member.folder(workdir))
 
 
-def collect(sweep: Sweep, workdir: pathlib.Path) -> list[Result]:
-    """Outcomes of every member; those that did not finish are marked as missing."""
+def collect(
+    sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str] | None = None
+) -> list[Result]:
+    """Outcomes of every member; those that did not finish are marked as missing.
+
+    `failures` has the reasons of members that were tried and failed, as `runner.run` gives them.
+    """
     results = []
     for member in spec.members(sweep):
-        mark = configuration.fingerprint(spec.config_of(sweep, member))
-        state, reason = runner.standing(member.folder(workdir), mark)
-        if state != "finished":
-            results.append(Result(member, {}, reason or "not finished"))
-            continue
-        try:
+        state, reason = runner.standing(member.folder(workdir), spec.config_of(sweep, member))
+        if state == "finished":
             rows = rows_of(member, workdir)
-            outcomes = {o.name: value_of(rows, o) for o in sweep.outcomes}
-        except (ValueError, KeyError, TypeError) as error:
-            results.append(Result(member, {}, f"its metrics are damaged: {error}"))
-            continue
-        results.append(Result(member, outcomes))
+            results.append(Result(member, {o.name: value_of(rows, o) for o in sweep.outcomes}))
+        else:
+            reason = reason or (failures or {}).get(member.name, "not finished")
+            results.append(Result(member, {}, reason))
     return results
 
 
@@ -195,9 +190,13 @@ def table(sweep: Sweep, results: Sequence[Result]) -> tuple[list[str], list[list
     return columns, rows
 
 
-def write(sweep: Sweep, workdir: pathlib.Path) -> str:
+def write(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str] | None = None) -> str:
     """Writes table.csv, table.md, results.csv and the figures; gives the markdown table."""
-    results = collect(sweep, workdir)
+    with runner.locked(workdir):
+        return _write(sweep, workdir, collect(sweep, workdir, failures))
+
+
+def _write(sweep, workdir, results):
     columns, rows = table(sweep, results)
     markdown = markdown_table(columns, rows)
     missing = [f"{r.member.name}: {r.missing}" for r in results if r.missing]
@@ -228,7 +227,8 @@ def write(sweep: Sweep, workdir: pathlib.Path) -> str:
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
     """A table that reads well as text."""
-    cells = [[str(cell) for cell in row] for row in (columns, *rows)]
+    # A bar in a name, such as |s-1|, would begin another cell.
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (columns, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
@@ -273,9 +273,10 @@ def outcomes_figure(
     """Each outcome with its interval: differences to the baseline where there is one."""
     plt = pyplot()
     columns, rows = table(sweep, results)
-    marks = "Δ " if sweep.baseline else ""
-    places = [columns.index(f"{marks}{outcome.name}") for outcome in sweep.outcomes]
-    names = [",".join(row[: columns.index("seeds")]) for row in rows]
+    # By place, because an axis may have the name of an outcome.
+    places = [place for place, cell in enumerate(rows[0]) if isinstance(cell, Estimate)]
+    places = places[1::2] if sweep.baseline else places
+    names = [variant.name for variant in spec.variants(sweep)]
     height = max(2.5, 0.28 * len(rows) + 1)
     figure, axes = plt.subplots(
         1, len(places), figsize=(2 + 3 * len(places), height), sharey=True, layout="constrained",
@@ -286,7 +287,7 @@ def outcomes_figure(
             if row[place].count:
                 width = 0 if math.isnan(row[place].half_width) else row[place].half_width
                 axis.errorbar(row[place].mean, index, xerr=width, fmt="o", ms=4, color="C0")
-        if marks:
+        if sweep.baseline:
             axis.axvline(0, color="0.6", lw=0.8)
         axis.set(title=columns[place])
         axis.grid(alpha=0.3, axis="x")
@@ -299,13 +300,8 @@ def outcomes_figure(
 
 def finished_rows(sweep, variant, seed, workdir):
     member = Member(variant, seed)
-    mark = configuration.fingerprint(spec.config_of(sweep, member))
-    if runner.standing(member.folder(workdir), mark)[0] != "finished":
-        return None
-    try:
-        return rows_of(member, workdir)
-    except ValueError:
-        return None
+    state, _ = runner.standing(member.folder(workdir), spec.config_of(sweep, member))
+    return rows_of(member, workdir) if state == "finished" else None
 
 
 def band(runs):

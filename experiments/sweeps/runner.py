@@ -1,5 +1,7 @@
 """Runs the members of a sweep in a few worker processes; any of them may fail alone."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -8,15 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments.sweeps import spec
 from experiments.sweeps.spec import Member, Sweep
 from luspo_jax import config as configuration
 from luspo_jax.config import ConfigError
-from luspo_jax.run import write_atomically
+from luspo_jax.metrics import read_metrics
+from luspo_jax.run import WorkdirError, write_atomically
 
 Task = dict  # what a worker reads: folder, log, config, fingerprint, compile_cache
 
@@ -28,22 +32,17 @@ def run(
 
     Raises:
       ConfigError: a sweep that cannot run, or a workdir that holds another one.
+      WorkdirError: a workdir that cannot be written.
     """
     members = spec.check(sweep)
     if only:
-        unknown = sorted({*only} - {member.name for member in members})
-        if unknown:
-            names = [member.name for member in members]
-            raise ConfigError(
-                f"--only={unknown[0]} is no member: {configuration.nearest(unknown[0], names)}"
-            )
-        members = [member for member in members if member.name in only]
+        members = _chosen(members, only)
     configs = {m.name: spec.config_of(sweep, m) for m in members}
     prints = {name: configuration.fingerprint(config) for name, config in configs.items()}
     _claim(workdir, prints)
     failures, waiting = {}, []
     for member in members:
-        state, reason = standing(member.folder(workdir), prints[member.name])
+        state, reason = standing(member.folder(workdir), configs[member.name])
         if state == "broken":
             failures[member.name] = reason
         elif state == "unfinished":
@@ -61,7 +60,16 @@ def run(
     return failures
 
 
-def standing(folder: pathlib.Path, fingerprint: str) -> tuple[str, str]:
+def _chosen(members, only):
+    names = {name for m in members for name in (m.name, m.variant.name)}
+    for name in only:
+        if name not in names:
+            near = configuration.nearest(name, names)
+            raise ConfigError(f"--only={name} is no member: {near}")
+    return [m for m in members if m.name in only or m.variant.name in only]
+
+
+def standing(folder: pathlib.Path, config: ConfigDict) -> tuple[str, str]:
     """("finished" | "unfinished" | "broken", why it is broken)."""
     remedy = f"delete {folder} to run it again"
     for name in ("finished.json", "run.json"):
@@ -73,17 +81,66 @@ def standing(folder: pathlib.Path, fingerprint: str) -> tuple[str, str]:
         except (ValueError, OSError) as error:
             return "broken", f"{file} is damaged ({error}): {remedy}"
         if name == "finished.json" and stored is not None:
-            if stored.get("fingerprint") != fingerprint:
+            if stored.get("fingerprint") != configuration.fingerprint(config):
                 return "broken", f"{file} belongs to another configuration: {remedy}"
-            if not (folder / "metrics.jsonl").is_file():
-                return "broken", f"{folder} is marked as finished and has no metrics: {remedy}"
+            try:
+                _check_complete(folder, config.num_steps)
+            except (ValueError, OSError) as error:
+                return "broken", f"it is marked as finished, but {error}: {remedy}"
             return "finished", ""
     return "unfinished", ""
 
 
+def _check_complete(folder, num_steps):
+    # A file that was cut off reads well: only the number of its last step tells.
+    rows = rows_of(folder)
+    last = rows[-1]["step"] if rows else None
+    if last != num_steps:
+        raise ValueError(f"{folder / 'metrics.jsonl'} ends at step {last} of {num_steps}")
+
+
+def rows_of(folder: pathlib.Path) -> list[dict[str, float]]:
+    """The metrics of a run's folder.
+
+    Raises:
+      ValueError: a line is damaged.
+      OSError: the file cannot be read.
+    """
+    file, rows = folder / "metrics.jsonl", []
+    try:
+        for row in read_metrics(file):
+            if not all(isinstance(value, (int, float)) for value in (row["step"], *row.values())):
+                raise TypeError("a value is no number")
+            rows.append(row)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}, line {len(rows) + 1}: no metrics of a step ({error})") from error
+    return rows
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps out other processes: a cluster may run many `--only` in one folder at once.
+
+    Raises:
+      WorkdirError: the folder cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise WorkdirError(f"--workdir={workdir} cannot be written: {error}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _claim(workdir, prints):
     """Writes which members the folder holds; members may be added, none may change."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir):
+        _claim_locked(workdir, prints)
+
+
+def _claim_locked(workdir, prints):
     file, stored = workdir / "sweep.json", {}
     if file.is_file():
         try:
@@ -146,18 +203,18 @@ def _serve(tasks, done: Callable, index: int, parallel: int) -> None:
             member, task = tasks.get_nowait()
         except queue.Empty:
             break
-        if worker is None:
-            worker = _start(index, parallel)
         started = time.monotonic()
         try:
+            worker = worker or _start(index, parallel)
             worker.stdin.write(json.dumps(task) + "\n")
             worker.stdin.flush()
             line = worker.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        error = json.loads(line)["error"] if line else _last_words(worker)
-        if not line:
-            worker = None
+        except OSError as problem:
+            line, error = "", f"no process could be started: {problem}"
+        if line.endswith("\n"):
+            error = json.loads(line)["error"]
+        elif worker is not None:
+            error, worker = _last_words(worker), None
         done(member, time.monotonic() - started, f"{error} (log: {task['log']})" if error else None)
     if worker is not None:
         worker.stdin.close()
@@ -183,3 +240,4 @@ def _last_words(worker):
 
 def _report(bar, line):
     bar.write(line)
+    sys.stdout.flush()  # into a log file, too, as it happens

@@ -8,6 +8,7 @@ import itertools
 import pathlib
 import re
 import shlex
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ class Sweep:
 
     Attributes:
       base: configuration file, from the repository's root or absolute.
-      axes: axis → level → fields; the variants are all combinations of levels.
+      axes: axis → level → fields; the variants are all combinations of levels. Where two axes
+        set one field, the later axis wins.
       members: name → fields, variants beside the grid.
       fixed: fields of every variant.
       seeds: each variant runs once with each.
@@ -114,7 +116,7 @@ def load(path: str) -> Sweep:
     file = pathlib.Path(path)
     if not file.is_file():
         raise ConfigError(f"--sweep={path} does not exist")
-    sweep = getattr(_module(file), "get_sweep", lambda: None)()
+    sweep = _given_by(file, "get_sweep")
     if not isinstance(sweep, Sweep):
         raise ConfigError(
             f"--sweep={path} must define get_sweep() -> experiments.sweeps.spec.Sweep"
@@ -127,7 +129,9 @@ def variants(sweep: Sweep) -> list[Variant]:
     found = []
     if sweep.axes:
         for combination in itertools.product(*(axis.items() for axis in sweep.axes.values())):
-            levels = tuple(zip(sweep.axes, (name for name, _ in combination), strict=True))
+            # A level may be named by its value, a number.
+            names = (str(name) for name, _ in combination)
+            levels = tuple(zip(sweep.axes, names, strict=True))
             fields = dict(sweep.fixed)
             for _, chosen in combination:
                 fields |= chosen
@@ -152,18 +156,23 @@ def baseline_of(sweep: Sweep, variant: Variant) -> str | None:
         return sweep.baseline["member"]
     if not set(sweep.baseline) <= set(levels):
         return None
-    return ",".join(sweep.baseline.get(axis, level) for axis, level in variant.levels)
+    return ",".join(str(sweep.baseline.get(axis, level)) for axis, level in variant.levels)
 
 
 def config_of(sweep: Sweep, member: Member) -> ConfigDict:
     """The member's whole configuration.
 
     Raises:
-      ConfigError: a field that does not exist or a value of another type.
+      ConfigError: fields that do not exist or values of another type, all in one message.
     """
-    config = base_config(sweep.base)
+    config, problems = base_config(sweep.base), []
     for name, value in (*member.variant.fields, ("seed", member.seed)):
-        _set(config, name, value)
+        try:
+            _set(config, name, value)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
     return config
 
 
@@ -173,7 +182,10 @@ def base_config(path: str) -> ConfigDict:
     file = file if file.is_absolute() else ROOT / file
     if not file.is_file():
         raise ConfigError(f'the sweep\'s base "{path}" does not exist')
-    return _module(file).get_config()
+    config = _given_by(file, "get_config")
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f'the sweep\'s base "{path}" must define get_config() -> ConfigDict')
+    return config
 
 
 def check(sweep: Sweep) -> list[Member]:
@@ -184,11 +196,16 @@ def check(sweep: Sweep) -> list[Member]:
     """
     problems = list(_structure(sweep))
     if not problems:
-        for variant in variants(sweep):
+        found = variants(sweep)
+        wrong: dict[str, list[str]] = {}  # what is wrong with many is told once
+        for variant in found:
             try:
                 configuration.check(config_of(sweep, Member(variant, sweep.seeds[0])))
             except ConfigError as error:
-                problems.append(f"{variant.name}: {error}")
+                wrong.setdefault(str(error), []).append(variant.name)
+        for message, names in wrong.items():
+            who = "all members" if len(names) == len(found) > 1 else " and ".join(names)
+            problems.append(f"{who}: {message}")
     if problems:
         raise ConfigError("this sweep cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
     return members(sweep)
@@ -197,11 +214,11 @@ def check(sweep: Sweep) -> list[Member]:
 def launch_line(sweep: Sweep, member: Member, workdir: pathlib.Path, sweep_file: str) -> str:
     """A command that runs one member, for a cluster.
 
-    Fields that flags cannot set (whole sections) are left to the sweep file by `--only`.
+    Fields that flags cannot set (whole sections, None) are left to the sweep file by `--only`.
     """
     folder = member.folder(workdir)
     fields = dict(member.variant.fields)
-    if any(isinstance(value, Mapping) or _open(name) for name, value in fields.items()):
+    if any(v is None or isinstance(v, Mapping) or _open(name) for name, v in fields.items()):
         words = ["experiments.sweep", f"--sweep={sweep_file}", f"--only={member.name}"]
         words.append(f"--workdir={workdir}")
     else:
@@ -220,17 +237,20 @@ def _set(config, name, value):
     sections = {key.rsplit(".", depth)[0] for key in known for depth in (1, 2) if "." in key}
     sections |= {prefix.rstrip(".") for prefix in configuration.OPEN_SECTIONS}
     if name not in known and name not in sections and not _open(name):
-        raise ConfigError(f"unknown field {name}: {configuration.nearest(name, known)}")
+        near = configuration.nearest(name, {*known, *sections})
+        raise ConfigError(f"unknown field {name}: {near}")
     try:
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) or value is None:
             *path, last = name.split(".")
             target = config
             for section in path:
                 target = target[section]
-            target[last] = dict(value)
+            if value is None and configuration.flat(configuration.default_config()).get(name):
+                raise TypeError("only a field that is unset by default can be None")
+            target[last] = None if value is None else dict(value)
         else:
             configuration.assign(config, {name: value})
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{name}={value!r}: {error}") from error
 
 
@@ -240,14 +260,13 @@ def _structure(sweep) -> Iterator[str]:
         yield "it has no members: give axes, members or both"
     if not sweep.seeds:
         yield "seeds is empty"
-    for what, names in (
-        ("seed", sweep.seeds),
-        ("member", [slug(v.name) for v in found]),
-        ("outcome", [outcome.name for outcome in sweep.outcomes]),
-    ):
-        for name, count in collections.Counter(names).items():
-            if count > 1:
-                yield f"{count} {what}s are named {name!r}: give each a name of its own"
+    if not all(type(seed) is int for seed in sweep.seeds):
+        yield f"seeds={tuple(sweep.seeds)!r} must be whole numbers"
+    if not sweep.outcomes:
+        yield "outcomes is empty: name a metric to compare"
+    yield from _names(sweep, found)
+    if any("seed" in dict(variant.fields) for variant in found):
+        yield "the field seed is set by `seeds`: take it out of the other fields"
     if found and sweep.baseline:
         names = {variant.name for variant in found}
         against = {baseline_of(sweep, variant) for variant in found} - {None}
@@ -261,9 +280,46 @@ def _structure(sweep) -> Iterator[str]:
             yield f'outcome {outcome.name}: reduce="at" needs `where`, the metric that decides'
 
 
+def _names(sweep, found) -> Iterator[str]:
+    """What is wrong with names: each is a column, or a folder of its own."""
+    folders: dict[str, list[str]] = {}
+    for variant in found:
+        folders.setdefault(slug(variant.name), []).append(variant.name)
+    for folder, names in folders.items():
+        if folder in ("", ".", ".."):
+            yield f"a member is named {names[0]!r}, which cannot name a folder"
+        if len(names) > 1:
+            named = " and ".join(repr(name) for name in dict.fromkeys(names))
+            yield f"{len(names)} members are named {named}: their one folder would be {folder!r}"
+    for what, names in (("seed", sweep.seeds), ("outcome", [o.name for o in sweep.outcomes])):
+        for name, count in collections.Counter(names).items():
+            if count > 1:
+                yield f"{count} {what}s are named {name!r}: give each a name of its own"
+
+
+def _given_by(file: pathlib.Path, function: str) -> Any:
+    """What a function of a file gives, None without such a function.
+
+    Raises:
+      ConfigError: the file or the function fails, with the line at which it does.
+    """
+    try:
+        return getattr(_module(file), function, lambda: None)()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's file may raise
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
+        ]
+        place = f"{file}, line {lines[-1]}" if lines else f"{file}"
+        raise ConfigError(f"{place}: {type(error).__name__}: {error}") from error
+
+
 @functools.cache
 def _module(file: pathlib.Path):
     spec = importlib.util.spec_from_file_location(f"_loaded_{slug(str(file))}", file)
+    if spec is None:
+        raise ConfigError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -14,6 +14,8 @@ import sys
 import threading
 from typing import Any
 
+_LONGEST_REASON = 500  # characters of an error that travel; the log has all of it
+
 
 def main() -> None:
     """Serves until the input ends."""
@@ -40,8 +42,8 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
         import traceback
 
         traceback.print_exc()
-        reason = (str(error).splitlines() or [""])[0]
-        return {"error": f"{type(error).__name__}: {reason}"}
+        reason = " ".join(str(error).split())  # on one line: what matters may be on its second
+        return {"error": f"{type(error).__name__}: {reason[:_LONGEST_REASON]}"}
     return {"error": None}
 
 

@@ -39,7 +39,7 @@ def adaptive(
 ) -> jax.Array:
     """w = (L/L_ref)^(α + shift): `power` whose exponent is steered during the run (ours).
 
-    The shift is an array, so that moving it compiles nothing; see `luspo_jax.length.adaptive`.
+    The shift is an array, so that moving it compiles nothing; see `luspo_jax.length.steering`.
     """
     return (jnp.maximum(lengths_B, 1) / reference_length) ** (length_alpha + alpha_shift)
 

@@ -49,8 +49,8 @@ class Objective:
       dppo_tv_max: δ, largest change of a token's probability.
       dppo_kl_max: δ, largest binary KL of a token.
       dppo_max_ratio: C, bound on the weight.
-      length_alpha: α (power, vl-norm).
-      reference_length: L_ref in tokens (power, log).
+      length_alpha: α (power, adaptive, vl-norm).
+      reference_length: L_ref in tokens (power, adaptive, log).
       length_cap: L_cap in tokens (capped).
       max_response_length: C of "seq-mean-token-sum-norm": the rollout's limit, never the padded
         width; 3000 as in the Dr.GRPO runs until the caller says.

@@ -48,7 +48,7 @@ class Study:
 
     rates: Mapping[str, Mapping[str, float]]
     main: Mapping[str, Ran]
-    prediction: Mapping[str, Ran]
+    prediction: Mapping[tuple[str, str], Ran]  # by task and learning rates
     environments: Ran
 
 
@@ -239,12 +239,13 @@ def _line(points):
 
 
 def _predictions(study):
+    """The table, and the windows by (task, rates) and objective."""
     lines = [
-        "| task | window | objective | correlation | slope | windows |\n",
-        "|---|---|---|---|---|---|\n",
+        "| task | rates | window | objective | correlation | slope | windows |\n",
+        "|---|---|---|---|---|---|---|\n",
     ]
     points = {}
-    for task, (sweep, folder) in study.prediction.items():
+    for (task, rates), (sweep, folder) in study.prediction.items():
         runs: dict[str, list] = {}
         for result in report.collect(sweep, folder):
             if not result.missing:
@@ -253,10 +254,11 @@ def _predictions(study):
         everything = [run for found in runs.values() for run in found]
         if not everything:
             continue
-        points[task] = runs
+        points[task, rates] = runs
+        start = f"| {task} | {rates} |"
         for name, found in {"all": everything, **runs}.items():
             same = fit([[(w[0], w[1]) for w in run] for run in found])
-            lines.append(f"| {task} | same | {name} | {same} |\n")
+            lines.append(f"{start} same | {name} | {same} |\n")
         for label, column in (("pressure", 0), ("change before", 3)):
             pairs = [
                 [
@@ -266,7 +268,7 @@ def _predictions(study):
                 ]
                 for run in everything
             ]  # fmt: skip
-            lines.append(f"| {task} | next, from {label} | all | {fit(pairs)} |\n")
+            lines.append(f"{start} next, from {label} | all | {fit(pairs)} |\n")
     return "".join(lines), points
 
 
@@ -311,19 +313,19 @@ def _curves(sweep, folder, objective, metric):
 def prediction_figure(points, workdir: pathlib.Path) -> None:
     """Measured against predicted change of length, a point a window."""
     plt = report.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    for axis, (task, runs) in zip(axes, points.items(), strict=False):
+    figure, axes = plt.subplots(2, 2, figsize=(10, 9), layout="constrained", squeeze=False)
+    for axis, ((task, rates), runs) in zip(axes.flat, points.items(), strict=False):
         for k, (name, found) in enumerate(runs.items()):
             pairs = np.array([(w[0], w[1]) for run in found for w in run])
             axis.plot(*pairs.T, ".", color=f"C{k}", label=name)
         low, high = axis.get_xlim()
         axis.plot((low, high), (low, high), color="0.5", lw=0.8)
         axis.set(
-            title=f"{task}: windows of {WINDOW} steps",
+            title=f"{task}, {rates}: windows of {WINDOW} steps",
             xlabel="predicted change of mean length, tokens",
             ylabel="measured change, tokens",
         )
         axis.legend(fontsize=8, frameon=False)
         axis.grid(alpha=0.3)
-    figure.savefig(workdir / "prediction.png", dpi=110)
+    figure.savefig(workdir / "prediction.png", dpi=90)
     plt.close(figure)

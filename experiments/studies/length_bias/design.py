@@ -132,6 +132,7 @@ CONTROLS: Mapping[str, tuple[str, dict]] = {
 _FUNCTIONS = "experiments.studies.length_bias.rewards"
 ENVIRONMENTS = ("sparse reward", "strict reward", "skewed lengths")
 ENVIRONMENT_CELLS = ("GSPO tight", "GSPO wide", "LUSPO wide", "LUSPO/L_ref wide", "GRPO")
+SMALL_RATE = 2e-4  # the quickstart's
 PREDICTED = ("GSPO tight", "LUSPO wide", "GRPO")
 
 
@@ -212,10 +213,18 @@ def environments(rates: Mapping[str, float], bases: pathlib.Path) -> Sweep:
 
 
 def prediction(
-    task: str, rates: Mapping[str, float], bases: pathlib.Path, seeds: Sequence[int] = SEEDS
+    task: str,
+    rates: Mapping[str, float],
+    bases: pathlib.Path,
+    *,
+    rate: float | None = None,
+    seeds: Sequence[int] = SEEDS,
 ) -> Sweep:
-    """Length pressure of every update taken, all groups, beside a finer held-out length."""
-    settings = _settings(task, rates)
+    """Length pressure of every update taken, all groups, beside a finer held-out length.
+
+    At the tuned rates, or all at one `rate`: pressure is a first-order quantity.
+    """
+    settings = _settings(task, rates if rate is None else dict.fromkeys(rates, rate))
     measured = {
         "length.every": 1,
         "length.share": 1.0,
