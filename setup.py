@@ -40,10 +40,11 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",  # identities of the objectives as properties
         "import-linter>=2.1",  # the one-way imports of CONTRIBUTING.md
         "ruff>=0.9",  # format and lint, as a test
+        "psutil>=5.9",  # tests that kill runs look for what they leave behind
     ],
     # Comparison with other implementations; torch is never a runtime dependency.
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
-    "notebooks": ["jupyterlab", "nbclient", "nbstripout", "pandas"],
+    "notebooks": ["jupyterlab", "ipykernel", "nbclient", "nbstripout", "pandas"],
     "wandb": ["wandb"],
 }
 
