@@ -146,6 +146,31 @@ def expected_pressure(
     return found
 
 
+def expected_gradient(
+    score: Score,
+    params,
+    here: World,
+    rewards_B: jax.Array,
+    objective: Objective,
+    *,
+    half_size: int = 2,
+):
+    """E[∇loss] over half-batches, all ratios 1: what descent on an objective follows exactly.
+
+    As `params`. Advantages are formed inside half-groups of `half_size`; the policy term only.
+    """
+    index_CB, weight_C = half_batches(probabilities(score, params, here), here, half_size)
+    logprobs_BT, pull = jax.vjp(lambda p: score(p, here.rows), params)
+
+    def of_one(index_B):
+        at_BT = logprobs_BT[index_B]
+        return coefficients(objective, _half(here, rewards_B, index_B, half_size), at_BT, at_BT)[0]
+
+    slope_CBT = jax.lax.map(of_one, jnp.asarray(index_CB), batch_size=256)
+    total_BT = jnp.zeros_like(logprobs_BT).at[index_CB].add(weight_C[:, None, None] * slope_CBT)
+    return pull(total_BT)[0]
+
+
 def half_batches(
     probabilities_B: jax.Array, here: World, half_size: int
 ) -> tuple[np.ndarray, jax.Array]:

@@ -103,6 +103,12 @@ def test_exact_pressure_is_the_derivative_along_the_expected_gradient(x64, name)
         score, logits_SV, here, rewards_B, objectives=[(name, objective)], bin_edges=EDGES
     )[name]
     gradient = _whole_gradient(objective, here, rewards_B, logits_SV)
+    np.testing.assert_allclose(
+        enumeration.expected_gradient(score, logits_SV, here, rewards_B, objective),
+        gradient,
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
     def moved(eta, values_B):
         return enumeration.mean(score, logits_SV - eta * gradient, here, values_B)
