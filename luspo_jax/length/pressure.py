@@ -271,6 +271,8 @@ def _derivatives(score, params, half, num_parts):
     def accumulate(directions, part):
         rows, mask_BT, *weights_B = part
         logprobs_BT, pull = jax.vjp(lambda p: score(p, rows), params)
+        # One by one: under vmap, with jax 0.10 on CPU, the pullback of the scanned decoder is
+        # wrong for all but the first.
         pulled = [
             pull(jnp.where(mask_BT, w_B[:, None], 0).astype(logprobs_BT.dtype))[0]
             for w_B in weights_B
