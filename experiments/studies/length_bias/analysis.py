@@ -58,13 +58,15 @@ class Fit:
 
     correlation: tuple[float, float, float]
     slope: tuple[float, float, float]
+    rank_correlation: tuple[float, float, float]
     count: int
 
     def __str__(self) -> str:
         (r, r_low, r_high), (b, b_low, b_high) = self.correlation, self.slope
+        rank, rank_low, rank_high = self.rank_correlation
         return (
             f"{r:.3f} [{r_low:.3f}, {r_high:.3f}] | {b:.2f} [{b_low:.2f}, {b_high:.2f}] "
-            f"| {self.count}"
+            f"| {rank:.3f} [{rank_low:.3f}, {rank_high:.3f}] | {self.count}"
         )
 
 
@@ -215,7 +217,7 @@ def windows(rows: list[dict]) -> list[tuple[float, float, float, float]]:
 
 
 def fit(runs: list[list[tuple[float, float]]], *, resamples: int = 2000) -> Fit:
-    """Correlation of y with x and slope of y on x over the windows of runs.
+    """Correlation of y with x, slope of y on x, and rank correlation, over the windows of runs.
 
     The bootstrap draws whole runs, because the windows of one run are not independent.
     """
@@ -227,22 +229,30 @@ def fit(runs: list[list[tuple[float, float]]], *, resamples: int = 2000) -> Fit:
         for _ in range(resamples)
     ]
     low, high = np.percentile(drawn, (2.5, 97.5), axis=0)
-    r, slope = _line(everything)
-    return Fit((r, low[0], high[0]), (slope, low[1], high[1]), len(everything))
+    found = zip(_line(everything), low, high, strict=True)
+    return Fit(*(tuple(map(float, ends)) for ends in found), len(everything))
 
 
 def _line(points):
     x, y = points.T
     covariance = np.cov(x, y)
     r = covariance[0, 1] / math.sqrt(covariance[0, 0] * covariance[1, 1])
-    return r, covariance[0, 1] / covariance[0, 0]
+    # Ranks tell whether a few wild windows or all of them spoil a correlation.
+    rank = np.corrcoef(_ranks(x), _ranks(y))[0, 1]
+    return r, covariance[0, 1] / covariance[0, 0], rank
+
+
+def _ranks(values):
+    """Ranks from 0; ties share their mean."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[place]
 
 
 def _predictions(study):
     """The table, and the windows by (task, rates) and objective."""
     lines = [
-        "| task | rates | window | objective | correlation | slope | windows |\n",
-        "|---|---|---|---|---|---|---|\n",
+        "| task | rates | window | objective | correlation | slope | by ranks | windows |\n",
+        "|---|---|---|---|---|---|---|---|\n",
     ]
     points = {}
     for (task, rates), (sweep, folder) in study.prediction.items():
