@@ -31,6 +31,12 @@ _HEAD = """# Verifiers against labelled answers
 
 wrote this. Precision and recall are of the verdict "right". A label is no proof: below, each
 disagreement says who is right, and why.
+
+Known limits of `math_answer` and `boxed_math`: `\\log` and `\\ln` are two functions; sums written
+with dots, "Alice and Bob" in another order, thousands written 1.000.000 and `f(t)=t` for `f(x)=x`
+are not recognised; a closed bracket at infinity, the case of a choice letter, and a wrong
+calculation before the last "=" are overlooked; a decimal stands for a fraction or a root from four
+correct places on.
 """
 
 Labelled = Iterator[tuple[Sample, bool]]

@@ -102,7 +102,8 @@ _DELIMITERS = (("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r
 
 def tidy(answer: str) -> str:
     """The answer without math delimiters, spacing and size commands, and Unicode signs."""
-    answer = _RAISED_UNIT.sub("", answer).translate(_UNICODE)
+    # One space for many: patterns below may then try both sides of a space without harm.
+    answer = re.sub(r"\s+", " ", _RAISED_UNIT.sub("", answer).translate(_UNICODE))
     if "\\begin" not in answer:  # there, \\ ends a row
         answer = _DOUBLED_COMMAND.sub(r"\\", answer)
     for pattern, new in _REWRITES:

@@ -46,8 +46,7 @@ _IN_TEXT = re.compile(
 )
 _WORD = r"[A-Za-z]{1,12}(?:\^\{?-?\d\}?)?"
 _PLAIN = re.compile(
-    rf"(?P<value>.*[\d}})])(?P<space>\s*)(?P<unit>{_WORD}(?:\s*[/ *]\s*(?:per\s+)?{_WORD})*)",
-    re.DOTALL,
+    rf"(?P<value>.*[\d}})])(?P<space>\s*)(?P<unit>{_WORD}(?:(?:\s*[/*]\s*|\s){_WORD})*)", re.DOTALL
 )
 _DEGREES = re.compile(r"(?P<value>.*[\d})])\s*\^\s*(?P<unit>\{?\s*\\circ\s*\}?)\s*", re.DOTALL)
 # Of a plain number, any words are the unit.

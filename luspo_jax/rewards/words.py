@@ -12,7 +12,7 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 _BARE_CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?")
-_LETTERS = re.compile(r"\(?[A-J]\)?(?:(?:\s*(?:,|;|&|\band\b)\s*)+\(?[A-J]\)?)+|[A-J]{2,}")
+_LETTERS = re.compile(r"\(?[A-J]\)?(?:(?:[\s,;&]|\band\b)+\(?[A-J]\)?)+|[A-J]{2,}")
 _OPENING_VERDICT = re.compile(r"(yes|no|true|false)(?:[,.;:]|\s+(?:it|they|this|that|because)\b).*")
 
 _ONES = (
