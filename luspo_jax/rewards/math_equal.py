@@ -164,7 +164,9 @@ def _unit_rule(gold: str, prediction: str) -> bool | None:
             values[1] = (
                 rf"({values[1]})\cdot\frac{{{relative.numerator}}}{{{relative.denominator}}}"
             )
-    return _same(*(value.strip() for value in values), depth=0)
+    agree = _same(*(value.strip() for value in values), depth=0)
+    one = wanted or found
+    return None if not agree and None in (wanted, found) and not one.certain else agree
 
 
 def _sets_rule(gold: str, prediction: str) -> bool | None:

@@ -96,10 +96,15 @@ def numbers_equal(gold: str, prediction: str) -> bool:
 
 
 def decimal_commas_agree(gold: str, prediction: str) -> bool:
-    """Whether one answer writes the other's decimal point as a comma: 1,22 and 1.22."""
+    """Whether one answer writes the other's decimal point as a comma: 1,22 and 1.22.
+
+    A gold of 1,2 is two answers sooner than 1.2.
+    """
     for comma, point in ((gold, prediction), (prediction, gold)):
         match = _COMMA_DECIMAL.fullmatch(comma.strip())
-        if match and exact_number(point) == Fraction(f"{match[1]}.{match[2]}"):
+        if match is None or (comma is gold and len(match[2]) == 1):
+            continue
+        if exact_number(point) == Fraction(f"{match[1]}.{match[2]}"):
             return True
     return False
 

@@ -59,11 +59,19 @@ _NO_UNIT = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A value as it was written, and its unit: {dimension: power} and factor; None if unknown."""
+    """A value as it was written, and its unit.
+
+    Attributes:
+      value: what stands before the unit.
+      unit: (dimension, power) pairs; None for a unit that is not in the table.
+      factor: the unit in base units of its dimensions.
+      certain: whether it can be nothing else; `2 mg` may be a mass or 2·m·g.
+    """
 
     value: str
     unit: tuple[tuple[str, int], ...] | None
     factor: Fraction = Fraction(1)
+    certain: bool = True
 
 
 def _single(unit: str) -> tuple[str, Fraction] | None:
@@ -117,7 +125,7 @@ def quantity(answer: str) -> Quantity | None:
         return _quantity(match["value"], match["unit"], "")
     match = _PLAIN.fullmatch(answer)
     if match and _is_unit(match["unit"], bool(match["space"])):
-        return _quantity(match["value"], match["unit"], "")
+        return dataclasses.replace(_quantity(match["value"], match["unit"], ""), certain=False)
     money = _MONEY_SIGN.match(answer)
     if money:
         return Quantity(money[1] + answer[money.end() :], (("money", 1),))
