@@ -205,14 +205,21 @@ def _parts(gold: str, prediction: str, depth: int) -> bool | None:
     if wanted is None or found is None:
         return _part_of_one(gold, prediction, wanted, found, depth)
 
-    for one, other, answer in ((wanted, found, prediction), (found, wanted, gold)):
-        if one.kind == "set" and len(one.items) == 1 and other.kind != "set":
-            return _answers_agree(one.items[0], answer, depth + 1)
+    if _is_singleton(wanted) != _is_singleton(found):
+        inner = [
+            parts.items[0] if _is_singleton(parts) else answer
+            for parts, answer in ((wanted, gold), (found, prediction))
+        ]
+        return _answers_agree(*inner, depth + 1)
 
     def same(a: str, b: str) -> bool:
         return _answers_agree(a, b, depth + 1)
 
     return parts_agree(wanted, found, same)
+
+
+def _is_singleton(parts) -> bool:
+    return parts.kind == "set" and len(parts.items) == 1
 
 
 def _part_of_one(gold: str, prediction: str, wanted, found, depth: int) -> bool | None:
