@@ -1,13 +1,16 @@
 """Agreement of the verifiers with public sets of labelled answers.
 
     python -m experiments.score_oracles --data=../shared/data/oracles
+    python -m experiments.score_oracles --data=../shared/data/oracles --write=docs/rewards.md
 
 Prints, for each set found in the folder, agreement, precision and recall on the answers labelled
 right, and verdicts a second, then every disagreement. A label is no proof: some sets carry the
-quirks of the program that wrote them.
+quirks of the program that wrote them. `--write` makes the committed table, in which each
+disagreement says who is right; the opinions are in oracle_reviews.tsv, beside this file.
 """
 
 import collections
+import csv
 import json
 import pathlib
 import time
@@ -15,11 +18,26 @@ from collections.abc import Iterator
 
 from absl import app, flags
 
-from luspo_jax.rewards import Reward, Sample, Scorer
+from luspo_jax.rewards import Reward, Sample, Scorer, verifier
 
 _DATA = flags.DEFINE_string("data", "../shared/data/oracles", "folder of the labelled sets")
 _WORKERS = flags.DEFINE_integer("workers", None, "worker processes; by default one a core")
 _SHOWN = flags.DEFINE_integer("shown", 40, "disagreements printed for each set")
+_WRITE = flags.DEFINE_string("write", None, "also write the results as this Markdown file")
+_REVIEWS = pathlib.Path(__file__).with_name("oracle_reviews.tsv")
+_HEAD = """# Verifiers against labelled answers
+
+    python -m experiments.score_oracles --data=../shared/data/oracles --write=docs/rewards.md
+
+wrote this. Precision and recall are of the verdict "right". A label is no proof: below, each
+disagreement says who is right, and why.
+
+Known limits of `math_answer` and `boxed_math`: `\\log` and `\\ln` are two functions; sums written
+with dots, "Alice and Bob" in another order, thousands written 1.000.000 and `f(t)=t` for `f(x)=x`
+are not recognised; a closed bracket at infinity, the case of a choice letter, and a wrong
+calculation before the last "=" are overlooked; a decimal stands for a fraction or a root from four
+correct places on.
+"""
 
 Labelled = Iterator[tuple[Sample, bool]]
 
@@ -82,10 +100,10 @@ SETS = {
 
 def score(name: str, data: pathlib.Path, workers: int | None = None):
     """(samples, labels, rewards, seconds) of one set."""
-    folder, reader, verifier, options = SETS[name]
+    folder, reader, rule, options = SETS[name]
     samples, labels = zip(*reader(data / folder), strict=True)
     with Scorer(
-        {verifier: 1.0}, options={verifier: options}, workers=workers, max_failure_rate=1.0
+        {rule: 1.0}, options={rule: options}, workers=workers, max_failure_rate=1.0
     ) as scorer:
         scorer.score_batch([Sample("1", "1")] * 64)  # start the workers
         start = time.perf_counter()
@@ -105,8 +123,14 @@ def agreement(labels, rewards: list[Reward]) -> dict[str, float]:
     }
 
 
-def _print(name: str, data: pathlib.Path) -> None:
-    samples, labels, rewards, seconds = score(name, data, _WORKERS.value)
+def disagreements(samples, labels, rewards: list[Reward]) -> list[tuple[Sample, bool, Reward]]:
+    """The samples whose verdict is not their label, with both."""
+    rows = zip(samples, labels, rewards, strict=True)
+    return [(s, bool(label), r) for s, label, r in rows if bool(label) != (r.value > 0)]
+
+
+def _print(name: str, scored) -> None:
+    samples, labels, rewards, seconds = scored
     figures = agreement(labels, rewards)
     statuses = dict(collections.Counter(reward.status for reward in rewards))
     print(
@@ -114,13 +138,53 @@ def _print(name: str, data: pathlib.Path) -> None:
         f"precision {figures['precision']:.4f}, recall {figures['recall']:.4f}, "
         f"{len(labels) / seconds:.0f} verdicts/s, {statuses}"
     )
-    rows = zip(samples, labels, rewards, strict=True)
-    wrong = [row for row in rows if bool(row[1]) != (row[2].value > 0)]
-    for sample, label, reward in wrong[: _SHOWN.value]:
+    for sample, label, reward in disagreements(samples, labels, rewards)[: _SHOWN.value]:
         print(
             f"    labelled {'right' if label else 'wrong'}: gold {sample.answer[-60:]!r}, ", end=""
         )
         print(f"answer {reward.prediction!r} ({reward.status}), text {sample.response[-80:]!r}")
+
+
+def _reviews() -> dict[tuple[str, str, str], tuple[str, str]]:
+    """(set, gold, answer) → (who is right, why)."""
+    with _REVIEWS.open(encoding="utf-8") as lines:
+        rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return {tuple(row[:3]): (row[3], row[4]) for row in rows if row and row[0][0] != "#"}
+
+
+def _cell(text: str | None) -> str:
+    """A short text on one line; what a table would take for its own is escaped."""
+    text = " ".join((text if text is not None else "(none)").split())
+    return "`" + text[-60:].replace("|", "\\|").replace("`", "'") + "`"
+
+
+def _label(name: str) -> str:
+    return "`" + repr(verifier(*SETS[name][2:]).label)[1:-1] + "`"
+
+
+def markdown(results: dict[str, tuple]) -> str:
+    """The committed table."""
+    lines = [
+        _HEAD,
+        "| set | verifier | agree | of | precision | recall |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (_, labels, rewards, _) in results.items():
+        figures = agreement(labels, rewards)
+        lines.append(
+            f"| {name} | {_label(name)} | {figures['agree']} | "
+            f"{figures['total']} | {figures['precision']:.4f} | {figures['recall']:.4f} |"
+        )
+    lines += ["", "## Disagreements", ""]
+    lines += ["| set | gold | answer | label | right is | why |", "|---|---|---|---|---|---|"]
+    reviews = _reviews()
+    for name, (samples, labels, rewards, _) in results.items():
+        for sample, label, reward in disagreements(samples, labels, rewards):
+            gold, answer = _cell(sample.answer), _cell(reward.prediction)
+            who, why = reviews.get((name, gold, answer), ("open", "not reviewed"))
+            stated = "right" if label else "wrong"
+            lines.append(f"| {name} | {gold} | {answer} | {stated} | {who} | {why} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv) -> None:
@@ -129,8 +193,12 @@ def main(argv) -> None:
     present = [name for name, (folder, *_) in SETS.items() if (data / folder).is_dir()]
     if not present:
         raise SystemExit(f"--data={data} holds none of {', '.join(SETS)}")
+    results = {}
     for name in present:
-        _print(name, data)
+        results[name] = score(name, data, _WORKERS.value)
+        _print(name, results[name])
+    if _WRITE.value:
+        pathlib.Path(_WRITE.value).write_text(markdown(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

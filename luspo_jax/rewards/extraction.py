@@ -14,7 +14,7 @@ _BETWEEN_BOXES = re.compile(
 # What announces an answer. The strong forms are used for nothing else.
 _STRONG = re.compile(
     r"""(?ix)
-    \#\#\#\# | \bfinal[ ]+answer[ ]+is\b
+    \#\#\#\# | <answer> | \bfinal[ ]+answer[ ]+is\b
     | (?:^|[\n.!?*]) [ \t>]{0,8} (?:\*\*|\#{1,6}[ \t]{0,4})?
       (?:final[ ]{1,4})? answer [ ]{0,4} (?:\*\*)? [ ]{0,4} :
     """
@@ -80,10 +80,10 @@ def _last_boxes(text: str) -> list[tuple[int, int]]:
 def final_answer(text: str) -> str | None:
     """The answer that a response ends on, or None where it announces none.
 
-    It is the last box, unless "final answer is", "Answer:" or "####" comes after it; without any
-    of these, what follows the last "answer is". After such words the answer is the formula there
-    if there is one, else the rest of the sentence. A last number that nothing announces is no
-    answer: a response that was cut off would be right by luck.
+    It is the last box, unless "final answer is", "Answer:", "<answer>" or "####" comes after it;
+    without any of these, what follows the last "answer is". After such words the answer is the
+    formula there if there is one, else the rest of the sentence. A last number that nothing
+    announces is no answer: a response that was cut off would be right by luck.
     """
     boxes = _last_boxes(text)
     strong = _last_end(_STRONG, text, boxes[-1][1] if boxes else 0)

@@ -6,11 +6,21 @@ from fractions import Fraction
 LONGEST = 400  # digits
 
 _DECIMAL = re.compile(
-    r"([+-]?)\s*(?:\\?[$€£]\s*)?((?:[1-9]\d{0,2}(?:(?:,|\{,\}|\s)\d{3})+|\d+)?)((?:\.\d*)?)"
+    r"([+-]?)\s*(?:\\?[$€£]\s*)?((?:[1-9]\d{0,2}(?:(?:,|\{,\}|\s)\d{3})+|\d+)?)((?:\.\d*)?)(?:\s*\\?[$€£])?"
 )
 _RATIO = re.compile(r"([+-]?)\s*(?:\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")
+_MIXED = re.compile(
+    r"([+-]?)\s*(\d{1,9})(?:\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s+(\d+)\s*/\s*(\d+))"
+)
+_SCIENTIFIC = re.compile(
+    r"([+-]?\d+(?:\.\d+)?|\.\d+)\s*"
+    r"(?:[eE]\s*([+-]?\d{1,3})|\\(?:times|cdot)\s*10\s*\^\s*(?:\{\s*([+-]?\d{1,3})\s*\}|(\d)))"
+)
+_REPEATING = re.compile(
+    r"([+-]?)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?|\((\d+)\))(?:\s*\\ldots)?"
+)
+_CUT_OFF = re.compile(r"([+-]?\d*\.\d{3,})\s*\\ldots")
 _SIMPLE_DECIMAL = re.compile(r"[+-]?\d*\.(\d+)")
-_WITH_BASE = re.compile(r"([0-9A-Za-z]+)_\{(\d{1,2})\}")
 _COMMA_DECIMAL = re.compile(r"([+-]?\d+),(\d+)")
 
 
@@ -24,13 +34,49 @@ def exact_number(answer: str) -> Fraction | None:
         sign, whole, decimals = decimal.groups()
         digits = re.sub(r"\D", "", whole) or "0"
         return Fraction(sign + digits + (decimals if len(decimals) > 1 else ""))
-    ratio = _RATIO.fullmatch(answer)
-    if ratio is None:
+    return next((value for read in _READERS if (value := read(answer)) is not None), None)
+
+
+def _ratio(answer: str) -> Fraction | None:
+    match = _RATIO.fullmatch(answer)
+    if match is None:
         return None
-    above, below = (int(part) for part in ratio.groups()[1:] if part is not None)
+    above, below = (int(part) for part in match.groups()[1:] if part is not None)
+    return (Fraction(-above if match[1] == "-" else above, below)) if below else None
+
+
+def _mixed(answer: str) -> Fraction | None:
+    """3\\frac{1}{2} and 3 1/2."""
+    match = _MIXED.fullmatch(answer)
+    if match is None:
+        return None
+    whole, above, below = (int(part) for part in match.groups()[1:] if part is not None)
     if not below:
         return None
-    return Fraction(-above if ratio[1] == "-" else above, below)
+    return (-1 if match[1] == "-" else 1) * (whole + Fraction(above, below))
+
+
+def _scientific(answer: str) -> Fraction | None:
+    """1.6e-19 and 1.6 \\times 10^{-19}."""
+    match = _SCIENTIFIC.fullmatch(answer)
+    if match is None:
+        return None
+    return Fraction(match[1]) * Fraction(10) ** int(match[2] or match[3] or match[4])
+
+
+def _repeating(answer: str) -> Fraction | None:
+    """0.1\\overline{6}, and 0.1(6)."""
+    match = _REPEATING.fullmatch(answer)
+    if match is None:
+        return None
+    sign, whole, steady, *periods = match.groups()
+    period = periods[0] or periods[1]
+    tail = Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(steady)
+    value = Fraction(f"{whole or 0}.{steady or 0}") + tail
+    return -value if sign == "-" else value
+
+
+_READERS = (_ratio, _mixed, _scientific, _repeating)
 
 
 def numbers_equal(gold: str, prediction: str) -> bool:
@@ -50,10 +96,15 @@ def numbers_equal(gold: str, prediction: str) -> bool:
 
 
 def decimal_commas_agree(gold: str, prediction: str) -> bool:
-    """Whether one answer writes the other's decimal point as a comma: 1,22 and 1.22."""
+    """Whether one answer writes the other's decimal point as a comma: 1,22 and 1.22.
+
+    A gold of 1,2 is two answers sooner than 1.2.
+    """
     for comma, point in ((gold, prediction), (prediction, gold)):
         match = _COMMA_DECIMAL.fullmatch(comma.strip())
-        if match and exact_number(point) == Fraction(f"{match[1]}.{match[2]}"):
+        if match is None or (comma is gold and len(match[2]) == 1):
+            continue
+        if exact_number(point) == Fraction(f"{match[1]}.{match[2]}"):
             return True
     return False
 
@@ -64,15 +115,15 @@ def decimal_places(answer: str) -> int:
     return len(match[1]) if match else 0
 
 
-def in_base(answer: str) -> int | None:
-    """The value of a number with its base as a subscript, 2516_{8}; None for anything else."""
-    match = _WITH_BASE.fullmatch(answer.strip())
-    if match is None:
-        return None
-    try:
-        return int(match[1], int(match[2]))
-    except ValueError:  # no such digit in that base, or no such base
-        return None
+def cut_off_agrees(gold: str, prediction: str) -> bool:
+    """Whether one answer is the other's decimal expansion, cut off by dots: 0.333… and 1/3."""
+    for cut, other in ((gold, prediction), (prediction, gold)):
+        match, value = _CUT_OFF.fullmatch(cut.strip()), exact_number(other)
+        if match and value is not None and not _terminates(value):
+            digits = len(match[1].partition(".")[2])
+            if abs(value) * 10**digits // 1 == abs(Fraction(match[1])) * 10**digits:
+                return (value < 0) == match[1].startswith("-")
+    return False
 
 
 def _terminates(value: Fraction) -> bool:

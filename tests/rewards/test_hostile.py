@@ -1,9 +1,9 @@
 """Answers that make sympy hang, and labelled answers: what the pool is for."""
 
-import collections
 import os
 import time
 
+import psutil
 import pytest
 
 from luspo_jax.rewards import Sample, Scorer
@@ -21,6 +21,10 @@ ORDINARY = [(r"so $\boxed{\frac{%d}{2}}$", "%d"), (r"thus $\boxed{x^%d+1}$", "1+
 def _samples(count):
     pairs = (ORDINARY[n % 2] for n in range(count))
     return [Sample(r % (n % 40), g % (n % 40)) for n, (r, g) in enumerate(pairs)]
+
+
+def _descendants():
+    return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 def _score(scorer, samples):
@@ -45,6 +49,7 @@ def test_hostile_answers_get_their_status():
 def test_a_large_batch_with_twenty_hostile_answers_is_done_in_time():
     """Needs an idle machine: limits are in processor time, the bound is by the clock."""
     workers, limit = min(2, len(os.sched_getaffinity(0))), 3.0
+    before = _descendants()
     ordinary = _samples(1004)
     hostile = [Sample(text, "42") for text, _ in HOSTILE.values()] * 4
     mixed = [*ordinary[:500], *hostile, *ordinary[500:]]
@@ -54,9 +59,14 @@ def test_a_large_batch_with_twenty_hostile_answers_is_done_in_time():
         _score(scorer, _samples(8))
         expected, usual = _score(scorer, ordinary)
         rewards, elapsed = _score(scorer, mixed)
+        started = _descendants() - before
+    assert started
+    assert not [pid for pid in started if psutil.pid_exists(pid)]
+    assert len(rewards) == len(mixed) == 1024
     assert [r.value for r in [*rewards[:500], *rewards[520:]]] == [r.value for r in expected]
-    counts = collections.Counter(reward.status for reward in rewards[500:520])
-    assert counts == {"timeout": 8, "unparsed": 12}
+    assert [r.status for r in [*rewards[:500], *rewards[520:]]] == ["ok"] * 1004
+    statuses = [status for _, status in HOSTILE.values()] * 4
+    assert [reward.status for reward in rewards[500:520]] == statuses
     assert elapsed <= (-(-20 // workers) + 1) * limit + 1.5 * usual
 
 

@@ -21,9 +21,16 @@ from luspo_jax.rewards import latex
         (r"I_{\max }", "I_{max}"),
         (r"\\frac{1}{2}", r"\frac{1}{2}"),
         (r"\begin{pmatrix}1\\a\end{pmatrix}", r"\begin{pmatrix}1\\a\end{pmatrix}"),
-        (r"\begin{pmatrix}1\\ \frac12\end{pmatrix}", r"\begin{pmatrix}1\\ \frac12\end{pmatrix}"),
+        (
+            r"\begin{pmatrix}1\\ \frac12\end{pmatrix}",
+            r"\begin{pmatrix}1\\ \frac{1}{2}\end{pmatrix}",
+        ),
         ("−5 ≤ x", r"-5 \le  x"),
-        ("12 dollars", "12"),
+        ("12 dollars", "12 dollars"),
+        ("$12$ dollars", r"12 \text{dollars}"),
+        (r"\frac12", r"\frac{1}{2}"),
+        (r"5\,\mathrm{cm}", r"5 \text{cm}"),
+        ("2√3", r"2\sqrt{3}"),
         ("10 or 12", "10 or 12"),
         ("2 pi", "2 pi"),
         ("3 m²", "3"),
@@ -68,7 +75,9 @@ def test_prose():
     assert not latex.is_prose(r"5 \text{ of them there}")
 
 
-@pytest.mark.parametrize("piece", ["$", "(", "x ", "\\", "1,", "1 ", "_{", "\u200b", "a_"])
+@pytest.mark.parametrize(
+    "piece", ["$", "(", "x ", "\\", "1,", "1 ", "_{", "\u200b", "a_", "1 a  ", ", "]
+)
 def test_long_answers_take_no_longer_than_their_length_asks(piece):
     start = time.process_time()
     answer = latex.tidy(piece * (2_000 // len(piece)))

@@ -35,6 +35,8 @@ def _verdict(response, answer, extract="final", **meta):
         ("The answer is $x^2$, because", "x^2"),
         ("Thus, the answer is:\n\\[ \\frac{207}{64} \\]", r"\frac{207}{64}"),
         ("#### 18", "18"),
+        ("<think> 3? </think> <answer> 18 </answer>", "18"),
+        (r"<think>\boxed{3}</think><answer>The answer is $\frac{1}{2}$</answer>", r"\frac{1}{2}"),
         ("The answer is 3. No: the answer is 4.", "4"),
         ('The final answer is "even".', "even"),
         (r"The final answer is $1$ and $2$.", "1,2"),

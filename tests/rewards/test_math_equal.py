@@ -2,10 +2,13 @@
 
 import csv
 import pathlib
+import time
 
 import pytest
 
-from luspo_jax.rewards.math_equal import LONGEST, equal
+from luspo_jax.rewards.answer_lists import read_parts
+from luspo_jax.rewards.latex import tidy
+from luspo_jax.rewards.math_equal import LONGEST, RULES, WORD_RULES, equal
 
 TABLE = pathlib.Path(__file__).with_name("math_cases.tsv")
 CASES = [
@@ -48,3 +51,13 @@ def test_nothing_equals_an_empty_or_an_endless_answer():
     assert not equal("", "")
     assert not equal("5", " $ $ ")
     assert not equal("5", "1+" * LONGEST + "1")
+
+
+@pytest.mark.parametrize("piece", ["1 a  ", "A, ", "per ", "A and ", "(", "1,", "m^2/", "1 ", "x<"])
+def test_rules_take_no_longer_than_the_length_of_an_answer_asks(piece):
+    answer = "5 " + piece * (LONGEST // len(piece) - 2) + "!"
+    start = time.process_time()
+    for rule in (*WORD_RULES, *RULES[:-1]):  # the last asks the parser
+        rule(tidy(answer), "5")
+    read_parts(tidy(answer))
+    assert time.process_time() - start < 1.5

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from luspo_jax.rewards.plain_numbers import exact_number, in_base, numbers_equal
+from luspo_jax.rewards.plain_numbers import cut_off_agrees, exact_number, numbers_equal
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,15 @@ from luspo_jax.rewards.plain_numbers import exact_number, in_base, numbers_equal
         ("$", None),
         ("", None),
         ("x", None),
-        ("1e5", None),
+        ("1e5", 100_000),
+        (r"1.6\times 10^{-3}", Fraction(16, 10_000)),
+        (r"3\frac{1}{2}", Fraction(7, 2)),
+        ("-3 1/2", Fraction(-7, 2)),
+        (r"0.1\overline{6}", Fraction(1, 6)),
+        ("0.(3)", Fraction(1, 3)),
+        ("5$", 5),
+        ("1 2", None),
+        (r"1\frac{1}{0}", None),
         ("9" * 1000, None),
     ],
 )
@@ -48,12 +56,11 @@ def test_a_decimal_stands_for_a_fraction_from_four_places_on():
     assert not numbers_equal("1/4", "0.2501")
 
 
-def test_bases():
-    assert in_base("2516_{8}") == 0o2516
-    assert in_base("ff_{16}") == 255
-    assert in_base("9_{8}") is None
-    assert in_base("9_{99}") is None
-    assert in_base("9") is None
+def test_a_decimal_that_goes_on():
+    assert cut_off_agrees("1/3", r"0.333\ldots")
+    assert cut_off_agrees(r"0.1666\ldots", "1/6")
+    assert not cut_off_agrees("1/3", r"0.334\ldots")
+    assert not cut_off_agrees("1/3", "0.333")
 
 
 @pytest.mark.parametrize("piece", ["1", "1,", "1 ", "1,000", "-", "$"])

@@ -39,6 +39,23 @@ def test_parts_are_weighted_and_kept():
 
 
 @pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        ("<think>w</think> <answer> The answer is $\\boxed{5}$ </answer>", 1.5),
+        ("<think>w</think> <answer> The answer is $\\boxed{6}$ </answer>", 0.5),
+        ("so \\boxed{5}", 1.0),
+        ("so 5", 0.0),
+    ],
+)
+def test_the_papers_vision_language_reward(response, value):
+    """arXiv:2602.05261: 0.5 for the format, 1 for the accuracy."""
+    reward = score(
+        {"format": 0.5, "boxed_math": 1.0}, response, "5", options={"format": {"name": "luspo_vl"}}
+    )
+    assert reward.value == value
+
+
+@pytest.mark.parametrize(
     ("parts", "options", "message"),
     [
         ({"dapo": 1}, None, "did you mean 'dapo_math'"),
