@@ -35,7 +35,7 @@ _ESCAPES = str.maketrans({"\f": r"\f", "\b": r"\b", "\v": r"\v", "\a": r"\a"})
 
 def unescaped(cell) -> str:
     """An answer with the backslashes of its LaTeX commands restored."""
-    return optional_text(cell).translate(_ESCAPES)
+    return optional_text(cell.translate(_ESCAPES) if isinstance(cell, str) else cell)
 
 
 MATHVISION = Table(
@@ -108,13 +108,17 @@ def read_variants(paths: Sequence[str | pathlib.Path]) -> list[Example]:
     The variant's number stands in the name of its file or of the file's folder (`trial3`,
     `sample_variant3.json`); a single file may do without and is then variant 1.
 
+    Args:
+      paths: files, or folders of them, of which files without a number are left out.
+
     Raises:
-      DataError: a file without a number among several, or two files with the same.
+      DataError: a file without a number among several, two files with the same, or no file.
     """
     examples: list[Example] = []
     seen: dict[int, pathlib.Path] = {}
-    for path in map(pathlib.Path, paths):
-        numbers = _VARIANT.findall("/".join(path.parts[-2:])) or (["1"] * (len(paths) == 1))
+    paths = [file for path in map(pathlib.Path, paths) for file in _variant_files(path)]
+    for path in paths:
+        numbers = _VARIANT.findall(_last_names(path)) or (["1"] * (len(paths) == 1))
         if not numbers:
             raise DataError(f"{path}: its name must say which variant it is, as in trial3")
         variant = int(numbers[-1])
@@ -128,3 +132,16 @@ def read_variants(paths: Sequence[str | pathlib.Path]) -> list[Example]:
                 dataclasses.replace(example, id=len(examples), meta=example.meta | meta)
             )
     return examples
+
+
+def _variant_files(path: pathlib.Path) -> list[pathlib.Path]:
+    if not path.is_dir():
+        return [path]
+    files = [f for f in sorted(path.rglob("*.json")) if _VARIANT.search(_last_names(f))]
+    if not files:
+        raise DataError(f"{path}: holds no .json file whose name says which variant it is")
+    return files
+
+
+def _last_names(path: pathlib.Path) -> str:
+    return "/".join(path.parts[-2:])

@@ -19,7 +19,7 @@ from luspo_jax.datasets.visual_benchmarks import read_variants
         ("mathvision", "math_vision/test.jsonl", 3040, "1", 3040),
         ("mathvision", "math_vision/testmini.jsonl", 304, "4", 304),
         ("mathverse", "mathverse/testmini_text_only.json", 788, "1", 0),
-        ("mathverse", "mathverse/visualizer_all.json", 726, "1", 726),
+        ("mathverse", "mathverse/visualizer_all.json", 726, "1", 605),
         ("dynamath", "dynamath/trial3.dataset.json", 501, "1", 501),
         ("wemath", "wemath/testmini.json", 1740, "2steps_1/2steps_1", 1740),
         ("logicvista", "logicvista/dataset.json", 448, "v1_0", 448),
