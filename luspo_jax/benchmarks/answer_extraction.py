@@ -14,7 +14,7 @@ from luspo_jax.rewards.extraction import final_answer
 from luspo_jax.rewards.latex import named_value, squeeze, tidy
 from luspo_jax.rewards.plain_numbers import exact_number
 
-_SHORT = 60  # characters; a response of one line this short is its own answer
+_SHORT = 200  # characters; a response of one line this short is its own answer
 _SHORT_RESPONSE = 200  # characters up to which a response need not end with a full stop
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
 _QUOTES = "\"'“”‘’`*_ "
@@ -156,6 +156,9 @@ def announced_letters(text: str) -> frozenset[str] | None:
 
 def option_meant(answer: str, options: Mapping[str, str]) -> str | None:
     """The letter of the option that a short answer means; None where it means none, or several."""
+    verbatim = [c for c, option in options.items() if option.strip() == answer.strip()]
+    if len(verbatim) == 1 and len(answer.strip()) > 1:  # "(b)" may be the text of option C
+        return verbatim[0]
     text = plain(answer)
     alone = _LETTER_ALONE.fullmatch(text)
     if alone and _is_option(alone[1].upper(), options):
