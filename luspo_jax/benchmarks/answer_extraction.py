@@ -55,9 +55,7 @@ def stated_answer(response: str) -> str | None:
     announced = final_answer(part)
     if announced:
         return announced
-    if part and "\n" not in part and len(part) <= _SHORT:
-        return plain(part) or None
-    return None
+    return part if plain(part) and "\n" not in part and len(part) <= _SHORT else None
 
 
 def json_field(response: str, name: str) -> str | None:
@@ -97,7 +95,7 @@ def labelled_options(text: str) -> dict[str, str]:
             break
         marks.append((letter, mark.start(), mark.end()))
         position = mark.end()
-    ends = [start for _, start, _ in marks[1:]] + [len(text)]
+    ends = [*(start for _, start, _ in marks[1:]), *[len(text)][: len(marks)]]
     options = {
         letter: text[start:end].strip(" \t\n;,")
         for (letter, _, start), end in zip(marks, ends, strict=True)
@@ -233,6 +231,8 @@ def labels_in(answer: str) -> frozenset[str] | None:
     Of an answer that begins with one, as in `B. because …`, that one.
     """
     text = plain(answer)
+    if re.search(r"\d\.\d", text):
+        return None
     labels = [label for label in _SEPARATOR.split(_FILLER.sub(" ", text)) if label]
     if labels and all(_LABEL.fullmatch(label) for label in labels):
         return frozenset(label.upper() for label in labels)
@@ -263,10 +263,11 @@ def chosen_labels(response: str) -> frozenset[str] | None:
 _ABOUT = re.compile(r"(?i)^(?:about|approximately|approx\.?|roughly|around|\\approx|≈|~|=)\s*")
 _CURRENCY = re.compile(r"^([+-]?)\s*\\?[$€£¥]\s*")
 _POWER = re.compile(
-    r"([+-]?\d+(?:\.\d+)?)\s*(?:[eE]|(?:\\times|\*)\s*10\s*\^\s*\{?\s*)([+-]?\d{1,3})\s*\}?"
+    r"([+-]?\d+(?:\.\d+)?)\s*(?:[eE]|(?:\\times|\*)\s*10\s*\^\s*\{?\s*)([+-]?\d{1,2})\s*\}?"
 )
 _NUMERAL = re.compile(r"(?<![\w.])[+-]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?![\w]|\.\d)")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_CLAUSE_END = re.compile(r"[,;]\s|\s(?:which|so|because)\b")
 _VERB = re.compile(r"(?:\b(?:is|are|was|were|equals|be)\b|[=≈:])\s*")
 
 
@@ -290,8 +291,8 @@ def number_and_unit(answer: str) -> tuple[Fraction, str] | None:
 def stated_number(response: str) -> tuple[str, Fraction] | None:
     """(as written, value) of the number that a response states, its unit left out.
 
-    Without an announcement it is that of the last sentence: what follows its last verb, or else the
-    only number in it. A long response that breaks off in a sentence states none.
+    Without an announcement it is that of the last sentence: what follows a verb, the later the
+    better, or else the only number in it. A long response that breaks off in a sentence states none.
     """
     stated = stated_answer(response)
     found = _numeral(stated) if stated else None
@@ -302,12 +303,12 @@ def stated_number(response: str) -> tuple[str, Fraction] | None:
     if not lines or (len(part) > _SHORT_RESPONSE and not re.search(r"[.!?)\]}$*°%]\s*$", part)):
         return None
     sentence = _SENTENCE.split(lines[-1].strip())[-1]
-    verbs = list(_VERB.finditer(sentence))
-    after = sentence[verbs[-1].end() :] if verbs else ""
-    clause = re.split(r"[,;]\s|\s(?:which|so|because)\b", after)[0]
-    found = _numeral(clause)
+    for verb in reversed(list(_VERB.finditer(sentence))):
+        found = _numeral(_CLAUSE_END.split(sentence[verb.end() :])[0])
+        if found:
+            return found
     numerals = _NUMERAL.findall(plain(sentence))
-    return found or (_numeral(numerals[0]) if len(numerals) == 1 else None)
+    return _numeral(numerals[0]) if len(numerals) == 1 else None
 
 
 def _numeral(answer: str) -> tuple[str, Fraction] | None:

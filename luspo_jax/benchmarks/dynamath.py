@@ -177,9 +177,14 @@ def _by_group(figure: str, columns: list, suffix: str, group) -> list[Line]:
             members[group(outcome)].append(outcome)
     value = FIGURES[figure]
     return [
-        Line(figure + suffix, name, len(strict[name]), value(strict[name]), value(kit[name]))
-        for name in sorted(strict)
+        Line(figure + suffix, name, _behind(figure, found), value(found), value(kit[name]))
+        for name, found in sorted(strict.items())
     ]
+
+
+def _behind(figure: str, outcomes: Sequence[Outcome]) -> int:
+    """How many outcomes, or questions, a figure counts."""
+    return len({o.question for o in outcomes}) if figure == "worst case" else len(outcomes)
 
 
 DYNAMATH = Benchmark(
