@@ -34,7 +34,9 @@ _PREDICTIONS = flags.DEFINE_string("predictions", None, ".jsonl, .json, .csv or 
 _ID = flags.DEFINE_list("id", ["id"], "Column of the id; several are joined by '/'.")
 _PREDICTION = flags.DEFINE_string("prediction", "prediction", "Column of the response.")
 _JSON = flags.DEFINE_string("json", None, "File to write figures and every verdict to.")
-_WORKERS = flags.DEFINE_integer("workers", None, "Processes of the math verifier.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer(
+    "verifier_workers", None, "Processes of the math verifier.", lower_bound=1
+)
 _SHOWN = 5  # ids that a message lists
 
 

@@ -254,6 +254,8 @@ def chosen_labels(response: str) -> frozenset[str] | None:
     stated = final_answer(part)
     labels = labels_in(stated) if stated else None
     labels = labels or announced_letters(part)
+    if labels is None and len(part) <= _SHORT:
+        labels = labels_in(part)
     lines = [line for line in part.splitlines() if line.strip()]
     return labels or (labels_in(lines[-1]) if lines else None)
 
@@ -292,7 +294,7 @@ def stated_number(response: str) -> tuple[str, Fraction] | None:
     """(as written, value) of the number that a response states, its unit left out.
 
     Without an announcement it is that of the last sentence: what follows a verb, the later the
-    better, or else the only number in it. A long response that breaks off in a sentence states none.
+    better, or else the only number in it. A long response that breaks off states none.
     """
     stated = stated_answer(response)
     found = _numeral(stated) if stated else None

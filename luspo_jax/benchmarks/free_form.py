@@ -9,7 +9,8 @@ from luspo_jax.rewards.plain_numbers import exact_number, numbers_equal
 from luspo_jax.rewards.record import Sample, Verdict
 from luspo_jax.rewards.scorer import Scorer
 
-_FEWEST = 0.05  # share of time-outs and errors above which the verdicts cannot be trusted
+_FAILURES = 0.05  # share of time-outs and errors above which the verdicts cannot be trusted
+_TIME_LIMIT = 20.0  # seconds of processor time a verdict may take; an evaluation can wait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,11 @@ def equal_pairs(pairs: Sequence[Pair], *, workers: int | None = None) -> list[Ve
     if rest:
         options = {"math_answer": {"extract": "whole"}}
         with Scorer(
-            {"math_answer": 1.0}, options=options, workers=workers, max_failure_rate=_FEWEST
+            {"math_answer": 1.0},
+            options=options,
+            workers=workers,
+            time_limit=_TIME_LIMIT,
+            max_failure_rate=_FAILURES,
         ) as scorer:
             verdicts |= _in_workers(scorer, rest)
     return [verdicts[pair] for pair in pairs]

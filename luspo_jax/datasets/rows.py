@@ -8,6 +8,7 @@ from typing import Any
 
 from luspo_jax.datasets.example import DataError
 
+_LONGEST_CELL = 1 << 24  # characters of a CSV cell; a model's response may be long
 Row = dict[str, Any]
 KEY = "_key"  # column of a row's name, where a .json file is an object of named rows
 
@@ -54,6 +55,7 @@ def _json(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
 
 
 def _csv(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+    limit = csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8", newline="") as lines:
         number = 0
         try:
@@ -61,6 +63,8 @@ def _csv(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
                 yield number, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}, after row {number}: not readable CSV ({error})") from error
+        finally:
+            csv.field_size_limit(limit)  # it belongs to the process
 
 
 def _parquet(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
