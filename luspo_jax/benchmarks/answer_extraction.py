@@ -15,8 +15,11 @@ from luspo_jax.rewards.latex import named_value, squeeze, tidy
 from luspo_jax.rewards.plain_numbers import exact_number
 
 _SHORT = 200  # characters; a response of one line this short is its own answer
+_LONGEST = 2_000  # characters of a line, or of an announced answer, that is looked into
 _SHORT_RESPONSE = 200  # characters up to which a response need not end with a full stop
 _TEXT_COMMAND = re.compile(r"\\text\s*\{([^{}]*)\}")
+_DEGREES = re.compile(r"\^\s*\\circ(?![a-zA-Z])")
+_ANGLED = re.compile(r"^<+([^<>]*)>+$")  # <<B>>, as We-Math's prompt writes it
 _QUOTES = "\"'“”‘’`*_ "
 
 
@@ -36,8 +39,9 @@ def answer_part(response: str) -> str:
 
 def plain(answer: str) -> str:
     """An answer without emphasis, quotes, math delimiters and text commands."""
-    answer = tidy(answer.replace("**", " "))
-    return _TEXT_COMMAND.sub(r"\1", answer).strip(_QUOTES).strip()
+    answer = _DEGREES.sub(r"^{\\circ}", tidy(answer.replace("**", " ")))
+    answer = _TEXT_COMMAND.sub(r"\1", answer).strip(_QUOTES)
+    return _ANGLED.sub(r"\1", answer).strip()
 
 
 def same_text(a: str, b: str) -> bool:
@@ -114,14 +118,20 @@ _LETTER_AND_TEXT = re.compile(r"([A-Z])\s+(\S.*)", re.DOTALL)
 _NUMBER_AND_UNIT = re.compile(r"([+-]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))\s*((?:[^\d\s].*)?)", re.DOTALL)
 # "A" and "I" are words too.
 _LETTER = r"(?:[B-HJ-Z]|A(?!\s+[a-z])|A(?=\s+(?:is|was|because|since|as|and)\b))(?![\w'])"
-_ONE = rf"[*(\[{{$\s]*{_LETTER}[*)\]}}$]*"
-_RUN = rf"({_ONE}(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+){_ONE})*)"
+# Repetitions are bounded, and white space belongs to one of them only: a hostile text must cost no
+# more than a long one.
+_ONE = rf"[*(\[{{$]{{0,6}}{_LETTER}[*)\]}}$]{{0,6}}"
+_RUN = (
+    rf"({_ONE}(?:(?:\s{{0,4}}[,;&]\s{{0,4}}(?:and\s{{1,4}})?|\s{{1,4}}and\s{{1,4}}){_ONE}){{0,12}})"
+)
 _ANNOUNCED = re.compile(
     r"(?i:\b(?:answers?|options?|choices?|select|choose)\b"
-    r"(?:\s+(?:is|are|must\s+be|should\s+be|would\s+be))?\s{0,4}:?\s{0,4}(?:(?:options?|choices?)\s+)?)"
+    r"(?:\s{1,4}(?:is|are|must\s+be|should\s+be|would\s+be))?\s{0,4}:?\s{0,4}(?:(?:options?|choices?)\s+)?)"
     + _RUN
 )
-_CONFIRMED = re.compile(_RUN + r"\s+(?i:is|are)\s+(?i:the\s+)?(?i:correct|right|answer)")
+_CONFIRMED = re.compile(
+    _RUN + r"\s{1,4}(?i:is|are)\s{1,4}(?i:the\s{1,4})?(?i:correct|right|answer)"
+)
 _CAPITAL = re.compile(r"(?<![\w\\])[A-Z](?!\w)")
 
 
@@ -140,8 +150,8 @@ def chosen(response: str, options: Mapping[str, str]) -> str | None:
     announced = announced_letters(part)
     if announced is not None and len(announced) == 1 and _is_option(min(announced), options):
         return min(announced)
-    lines = [line.strip() for line in part.splitlines() if line.strip()]
-    return option_meant(lines[-1], options) if lines else None
+    last = _last_line(part)
+    return option_meant(last, options) if last else None
 
 
 def announced_letters(text: str) -> frozenset[str] | None:
@@ -256,18 +266,25 @@ def chosen_labels(response: str) -> frozenset[str] | None:
     labels = labels or announced_letters(part)
     if labels is None and len(part) <= _SHORT:
         labels = labels_in(part)
-    lines = [line for line in part.splitlines() if line.strip()]
-    return labels or (labels_in(lines[-1]) if lines else None)
+    last = _last_line(part)
+    return labels or (labels_in(last) if last else None)
+
+
+def _last_line(text: str) -> str:
+    """The last line with anything in it; nothing where it is too long to be an answer."""
+    line = text.strip().rpartition("\n")[2].strip()
+    return line if len(line) <= _LONGEST else ""
 
 
 # Numbers
 
+_LONGEST_NUMBER = 400  # characters
 _ABOUT = re.compile(r"(?i)^(?:about|approximately|approx\.?|roughly|around|\\approx|≈|~|=)\s*")
 _CURRENCY = re.compile(r"^([+-]?)\s*\\?[$€£¥]\s*")
 _POWER = re.compile(
     r"([+-]?\d+(?:\.\d+)?)\s*(?:[eE]|(?:\\times|\*)\s*10\s*\^\s*\{?\s*)([+-]?\d{1,2})\s*\}?"
 )
-_NUMERAL = re.compile(r"(?<![\w.])[+-]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?![\w]|\.\d)")
+_NUMERAL = re.compile(r"(?<![\w.])[+-]?(?:\d[\d,]{0,40}(?:\.\d{1,40})?|\.\d{1,40})(?![\w]|\.\d)")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _CLAUSE_END = re.compile(r"[,;]\s|\s(?:which|so|because)\b")
 _VERB = re.compile(r"(?:\b(?:is|are|was|were|equals|be)\b|[=≈:])\s*")
@@ -275,6 +292,8 @@ _VERB = re.compile(r"(?:\b(?:is|are|was|were|equals|be)\b|[=≈:])\s*")
 
 def number_and_unit(answer: str) -> tuple[Fraction, str] | None:
     """(value, unit without spaces) of an answer such as `5`, `x = 5 cm`, `about $1,200`, `25%`."""
+    if len(answer) > _LONGEST_NUMBER:
+        return None
     text = named_value(plain(answer))[1]
     text = _CURRENCY.sub(r"\1", _ABOUT.sub("", text)).replace("\\%", "%")
     value = exact_number(text)
@@ -301,10 +320,10 @@ def stated_number(response: str) -> tuple[str, Fraction] | None:
     if found or (stated and final_answer(answer_part(response))):
         return found
     part = answer_part(response)
-    lines = [line for line in part.splitlines() if line.strip()]
-    if not lines or (len(part) > _SHORT_RESPONSE and not re.search(r"[.!?)\]}$*°%]\s*$", part)):
+    last = _last_line(part)
+    if not last or (len(part) > _SHORT_RESPONSE and not re.search(r"[.!?)\]}$*°%]\s*$", part)):
         return None
-    sentence = _SENTENCE.split(lines[-1].strip())[-1]
+    sentence = _SENTENCE.split(last)[-1]
     for verb in reversed(list(_VERB.finditer(sentence))):
         found = _numeral(_CLAUSE_END.split(sentence[verb.end() :])[0])
         if found:
@@ -327,5 +346,5 @@ def _numeral(answer: str) -> tuple[str, Fraction] | None:
 
 def numbers_in(answer: str) -> list[Fraction]:
     """The plain numbers in a text, in their order."""
-    numerals = re.findall(r"(?<![\w.])[+-]?(?:\d+(?:\.\d+)?|\.\d+)", answer)
+    numerals = re.findall(r"(?<![\w.])[+-]?(?:\d{1,40}(?:\.\d{1,40})?|\.\d{1,40})", answer)
     return [Fraction(numeral) for numeral in numerals]

@@ -156,12 +156,13 @@ def score(
         _verdict(reading, settled, predictions.get(name))
         for name, reading in zip(ids, readings, strict=True)
     ]
+    known = set(ids)
     return Scores(
         scorer=benchmark.label,
         note=benchmark.note,
         lines=benchmark.lines(items, verdicts),
         verdicts=dict(zip(ids, verdicts, strict=True)),
-        unknown=[name for name in predictions if name not in set(ids)],
+        unknown=[name for name in predictions if name not in known],
     )
 
 

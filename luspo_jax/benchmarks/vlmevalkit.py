@@ -82,6 +82,7 @@ def _latex_value(text: str) -> float | None:
 
 
 _LONGEST = 100  # characters
+_CHARACTERS = re.compile(r"[\d\s.+\-*/()^eE]+")
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -96,7 +97,7 @@ _OPERATORS = {
 
 def arithmetic(text: str) -> float | None:
     """The value of Python arithmetic on plain numbers; None for anything else."""
-    if len(text) > _LONGEST:
+    if len(text) > _LONGEST or not _CHARACTERS.fullmatch(text):
         return None
     try:
         value = float(_value(ast.parse(text.strip(), mode="eval").body))

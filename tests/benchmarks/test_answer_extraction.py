@@ -1,5 +1,6 @@
 """Answers are found in verbose responses, and none is found where none was given."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -224,3 +225,29 @@ def test_stated_answers():
 )
 def test_json_fields(response, value):
     assert json_field(response, "short answer") == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 20_000 + "x",
+        "*" * 20_000,
+        "answer is " * 4_000,
+        "1,1," * 6_000 + "x",
+        "1" * 20_000,
+        "1" * 5_000 + "e5",
+        "A, " * 8_000 + "is",
+        "<answer>" * 4_000,
+        "(((" * 6_000 + "A",
+        '"short answer": ' * 2_000,
+        "\\boxed{" * 3_000,
+    ],
+)
+def test_hostile_texts_cost_no_more_than_long_ones(text):
+    start = time.process_time()
+    chosen(text, OPTIONS)
+    chosen_labels(text)
+    stated_number(text)
+    json_field(text, "short answer")
+    option_meant(text[:2000], OPTIONS)
+    assert time.process_time() - start < 2.0

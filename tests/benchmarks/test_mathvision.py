@@ -64,12 +64,15 @@ def test_values_end_to_end_by_subject_and_level():
         ("525/2", "262.5", True),
         (r"\pi-2", r"\boxed{1.14}", False),
         ("(3,-4)", "(3, -4)", True),
+        ("60", "Answer: 47 or 60", False),
+        ("60", r"\boxed{47, 60}", False),
+        ("60", "The answer is 60 cm.", True),
     ]
     items = [_item(gold, name=str(n), level=1 + n % 2) for n, (gold, _, _) in enumerate(cases)]
     predictions = {str(n): response for n, (_, response, _) in enumerate(cases)}
     scores = score(MATHVISION, items, predictions, workers=1)
     assert [v.strict for v in scores.verdicts.values()] == [right for _, _, right in cases]
     found = {(line.table, line.group): line.strict for line in scores.lines}
-    assert found["accuracy by level", "1"] == pytest.approx(1.0)
-    assert found["accuracy by level", "2"] == pytest.approx(2 / 3)
+    assert found["accuracy by level", "1"] == pytest.approx(4 / 5)
+    assert found["accuracy by level", "2"] == pytest.approx(3 / 5)
     assert found["accuracy by subject", "algebra"] == found["accuracy", "all"]
