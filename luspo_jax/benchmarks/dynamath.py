@@ -18,7 +18,7 @@ from luspo_jax.benchmarks.answer_extraction import (
     stated_answer,
     stated_number,
 )
-from luspo_jax.benchmarks.free_form import Pair
+from luspo_jax.benchmarks.free_form import VERIFIER, Pair
 from luspo_jax.benchmarks.verdicts import Benchmark, Item, ItemVerdict, Line, Reading, share
 
 TOLERANCE = 0.001
@@ -189,7 +189,7 @@ def _behind(figure: str, outcomes: Sequence[Outcome]) -> int:
 
 DYNAMATH = Benchmark(
     id="dynamath",
-    version="1",
+    version=f"1+{VERIFIER}",
     read=read,
     lines=lines,
     note=(

@@ -5,10 +5,14 @@ import re
 from collections.abc import Sequence
 
 from luspo_jax.rewards.latex import squeeze, tidy
+from luspo_jax.rewards.math_answer import whole
+from luspo_jax.rewards.math_equal import VERSION
 from luspo_jax.rewards.plain_numbers import exact_number, numbers_equal
 from luspo_jax.rewards.record import Sample, Verdict
 from luspo_jax.rewards.scorer import Scorer
 
+# Part of the version of every benchmark that compares free-form answers.
+VERIFIER = f"math_answer{VERSION}"
 _FAILURES = 0.05  # share of time-outs and errors above which the verdicts cannot be trusted
 _ALTERNATIVES = re.compile(r"\bor\b")
 _TIME_LIMIT = 20.0  # seconds of processor time a verdict may take; an evaluation can wait
@@ -74,7 +78,7 @@ def _score(scorer: Scorer, pairs: Sequence[Pair]) -> list[Verdict]:
 
 def _quickly(pair: Pair) -> bool | None:
     """The verdict where letters or plain numbers give it; None where the verifier must."""
-    gold, prediction = tidy(pair.gold), tidy(pair.prediction)
+    gold, prediction = tidy(whole(pair.gold)), tidy(whole(pair.prediction))
     if not gold or not prediction:
         return False
     if squeeze(gold) == squeeze(prediction):
@@ -108,7 +112,9 @@ _DEGREES = re.compile(r"\s*\^?\s*\{?\s*\\circ\s*\}?\s*$|\s*\\%\s*$|%\s*$")
 
 
 def _without_name_and_unit(pair: Pair) -> Pair:
-    return dataclasses.replace(pair, gold=_bare(pair.gold), prediction=_bare(pair.prediction))
+    return dataclasses.replace(
+        pair, gold=_bare(whole(pair.gold)), prediction=_bare(whole(pair.prediction))
+    )
 
 
 def _bare(answer: str) -> str:

@@ -9,7 +9,7 @@ from luspo_jax.benchmarks.answer_extraction import (
     stated_answer,
     stated_number,
 )
-from luspo_jax.benchmarks.free_form import Pair
+from luspo_jax.benchmarks.free_form import VERIFIER, Pair
 from luspo_jax.benchmarks.verdicts import Benchmark, Item, Reading, accuracy
 
 
@@ -65,7 +65,7 @@ def lines(items, verdicts) -> list:
 
 MATHVERSE = Benchmark(
     id="mathverse",
-    version="1",
+    version=f"1+{VERIFIER}",
     read=read,
     lines=lines,
     note=(

@@ -9,7 +9,7 @@ from luspo_jax.benchmarks.answer_extraction import (
     stated_answer,
     stated_number,
 )
-from luspo_jax.benchmarks.free_form import Pair
+from luspo_jax.benchmarks.free_form import VERIFIER, Pair
 from luspo_jax.benchmarks.verdicts import Benchmark, Item, Reading, accuracy
 from luspo_jax.benchmarks.vlmevalkit import equal_answers, inferred_option
 
@@ -52,7 +52,7 @@ def lines(items, verdicts) -> list:
 
 MATHVISION = Benchmark(
     id="mathvision",
-    version="1",
+    version=f"1+{VERIFIER}",
     read=read,
     lines=lines,
     note=(
