@@ -23,6 +23,7 @@ INSTALL_REQUIRES = [
     "array-record>=0.8",  # the random-access file format of those builders
     "grain>=0.2.10",  # shuffled, sharded, resumable prompt streams
     "pyarrow>=18",  # parquet files
+    "pillow>=10",  # images of visual problems
     "ml-collections>=1.0",  # configurations and their flags
     "absl-py>=2.1",  # launchers
     "math-verify[antlr4_13_2]>=0.8",  # equality of mathematical answers

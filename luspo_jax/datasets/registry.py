@@ -8,12 +8,22 @@ from collections.abc import Sequence
 from luspo_jax.datasets.contests import AIME, AMC, MATH500
 from luspo_jax.datasets.dapo_math import DAPO_LAYOUT
 from luspo_jax.datasets.example import DataError, Example, Report
+from luspo_jax.datasets.geometry3k import GEOMETRY3K
 from luspo_jax.datasets.gsm8k import GSM8K
 from luspo_jax.datasets.label_lookup import LabelLookup
 from luspo_jax.datasets.label_sums import LabelSums
 from luspo_jax.datasets.open_problems import MINERVA, OLYMPIADBENCH
 from luspo_jax.datasets.store import build_once, default_data_dir, file_sha256
 from luspo_jax.datasets.table import READER_VERSION, Table, read_examples
+from luspo_jax.datasets.virl39k import VIRL39K
+from luspo_jax.datasets.visual_benchmarks import (
+    DYNAMATH,
+    LOGICVISTA,
+    MATHVERSE,
+    MATHVISION,
+    MATHVISTA,
+    WEMATH,
+)
 
 # A Table reads a file. Anything else is a generator: called with the split and its own options,
 # it is a sequence of examples.
@@ -22,12 +32,20 @@ DATASETS = {
     "aime25": AIME,
     "amc23": AMC,
     "dapo_math_17k": DAPO_LAYOUT,
+    "dynamath": DYNAMATH,
+    "geometry3k": GEOMETRY3K,
     "gsm8k": GSM8K,
     "label_lookup": LabelLookup,
     "label_sums": LabelSums,
+    "logicvista": LOGICVISTA,
     "math500": MATH500,
+    "mathverse": MATHVERSE,
+    "mathvision": MATHVISION,
+    "mathvista": MATHVISTA,
     "minerva_math": MINERVA,
     "olympiadbench": OLYMPIADBENCH,
+    "virl39k": VIRL39K,
+    "wemath": WEMATH,
     # A user's own file: name its columns.
     "file": Table(problem=("problem",), answer=("answer",)),
 }
@@ -67,8 +85,9 @@ def load(
     if options:
         raise DataError(f"dataset {name!r} has no options {sorted(options)}")
     table, file = entry.with_columns(problem, answer), _file(name, path, split)
-    digest = file_sha256(file)
-    key = _key(READER_VERSION, digest, table.problem, table.answer, table.meta)
+    digest = _sha256(table, file)
+    read_from = (table.meta, table.fields, table.identity, table.images)
+    key = _key(READER_VERSION, digest, table.problem, table.answer, *read_from)
     folder = pathlib.Path(data_dir or default_data_dir()) / name / key
 
     def read() -> tuple[list[Example], Report]:
@@ -90,6 +109,14 @@ def _key(*what) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
+def _sha256(table: Table, source: pathlib.Path) -> str:
+    """Hex digest of a file; of a folder of problems, that of its files' names and digests."""
+    if source.is_file():
+        return file_sha256(source)
+    files = sorted(source.glob(table.folder))
+    return _key(*((str(file.relative_to(source)), file_sha256(file)) for file in files))
+
+
 def _entry(name: str):
     if name in DATASETS:
         return DATASETS[name]
@@ -106,6 +133,10 @@ def _file(name: str, path: str | pathlib.Path | None, split: str) -> pathlib.Pat
     if not path:
         raise DataError(f"dataset {name!r} needs a path to its file ({DATASETS[name].origin})")
     place = pathlib.Path(path)
+    pattern = DATASETS[name].folder
+    for folder in (place, place / split) if pattern else ():
+        if any(folder.glob(pattern)):
+            return folder
     if place.is_dir():
         candidates = [place / f"{split}{s}" for s in (".jsonl", ".parquet", ".json", ".csv")]
         files = [file for file in candidates if file.is_file()]

@@ -8,7 +8,9 @@ from typing import Any
 
 from luspo_jax.datasets.example import DataError
 
+_LONGEST_CELL = 1 << 24  # characters of a CSV cell; a model's response may be long
 Row = dict[str, Any]
+KEY = "_key"  # column of a row's name, where a .json file is an object of named rows
 
 
 def read_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
@@ -41,15 +43,28 @@ def _json(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
         items = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
+    if isinstance(items, dict) and items and all(isinstance(v, dict) for v in items.values()):
+        items = [{KEY: key, **item} for key, item in items.items()]
     if not isinstance(items, list):
-        raise DataError(f"{path}: a .json file must hold a list of objects; or use .jsonl")
+        raise DataError(
+            f"{path}: a .json file must hold a list of objects, or an object of named objects; "
+            "or use .jsonl"
+        )
     for number, item in enumerate(items, start=1):
         yield number, _object(item, path, number)
 
 
 def _csv(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+    limit = csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8", newline="") as lines:
-        yield from enumerate(csv.DictReader(lines), start=1)
+        number = 0
+        try:
+            for number, row in enumerate(csv.DictReader(lines), start=1):
+                yield number, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}, after row {number}: not readable CSV ({error})") from error
+        finally:
+            csv.field_size_limit(limit)  # it belongs to the process
 
 
 def _parquet(path: pathlib.Path) -> Iterator[tuple[int, Row]]:

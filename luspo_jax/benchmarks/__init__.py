@@ -1,0 +1,1 @@
+"""Evaluation sets and their scorers, one module each. Nothing here imports jax."""

@@ -1,0 +1,75 @@
+"""MathVerse testmini: one problem in several versions, from text to image (arXiv:2403.14624)."""
+
+from luspo_jax.benchmarks.answer_extraction import (
+    chosen,
+    chosen_labels,
+    labelled_options,
+    labels_in,
+    same_text,
+    stated_answer,
+    stated_number,
+)
+from luspo_jax.benchmarks.free_form import VERIFIER, Pair
+from luspo_jax.benchmarks.verdicts import Benchmark, Item, Reading, accuracy
+
+
+def read(item: Item, response: str) -> Reading:
+    """The reading of a response: letters where the reference is letters, else the math verifier."""
+    gold = labels_in(item.answer) if _is_choice(item) else None
+    if gold is None or not all(label.isalpha() for label in gold):
+        stated = stated_answer(response) or (stated_number(response) or (None,))[0]
+        kit = stated is not None and stated.strip() == item.answer.strip()
+        return Reading(False if stated is None else Pair(item.answer, stated), kit, stated)
+    if len(gold) > 1:
+        labels = chosen_labels(response)
+        extracted = None if labels is None else ", ".join(sorted(labels))
+        return Reading(labels == gold, extracted == item.answer.strip(), extracted)
+    options, (right,) = _options(item), gold
+    letter = chosen(response, options)
+    equal = letter in options and right in options and same_text(options[letter], options[right])
+    return Reading(letter == right or equal, letter == item.answer.strip(), letter)
+
+
+def _is_choice(item: Item) -> bool:
+    return item.meta["question_type"].replace("_", "-") == "multi-choice"
+
+
+def _options(item: Item) -> dict[str, str]:
+    """Letter → option, from a list of them or from the question; empty where neither has any."""
+    listed = item.meta.get("choices")
+    if listed:
+        return labelled_options("\n".join(listed))
+    question = item.problem or item.meta.get("question_for_eval") or ""
+    _, mark, after = question.rpartition("Choices:")
+    return labelled_options(after) if mark else {}
+
+
+def lines(items, verdicts) -> list:
+    """Accuracy overall, by version, subject and subfield, and by subject within each version."""
+
+    def both(item: Item):
+        return [f"{item.meta['problem_version']} / {item.meta['subject']}"]
+
+    return [
+        *accuracy("accuracy", items, verdicts),
+        *(
+            line
+            for name in ("problem_version", "subject", "subfield")
+            for line in accuracy(
+                f"accuracy by {name}", items, verdicts, lambda item, name=name: [item.meta[name]]
+            )
+        ),
+        *accuracy("accuracy by problem_version and subject", items, verdicts, both),
+    ]
+
+
+MATHVERSE = Benchmark(
+    id="mathverse",
+    version=f"1+{VERIFIER}",
+    read=read,
+    lines=lines,
+    note=(
+        "what it decides without its judge model: the extracted answer equals the reference letter "
+        "by letter; a lower bound of its published figures, not comparable with them"
+    ),
+)

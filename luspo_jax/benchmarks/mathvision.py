@@ -1,0 +1,62 @@
+"""MathVision: 3040 competition problems with figures, by subject and level (arXiv:2402.14804)."""
+
+import re
+
+from luspo_jax.benchmarks.answer_extraction import (
+    chosen,
+    lettered,
+    same_text,
+    stated_answer,
+    stated_number,
+)
+from luspo_jax.benchmarks.free_form import VERIFIER, Pair
+from luspo_jax.benchmarks.verdicts import Benchmark, Item, Reading, accuracy
+from luspo_jax.benchmarks.vlmevalkit import equal_answers, inferred_option
+
+
+def read(item: Item, response: str) -> Reading:
+    """The reading of a response: a letter where the question has options, else a value."""
+    options = lettered(item.meta["choices"] or ())
+    if options or re.fullmatch(r"[A-Z]", item.answer.strip()):
+        return _choice(item, response, options)
+    stated = stated_answer(response) or (stated_number(response) or (None,))[0]
+    if stated is None:
+        return Reading(False, equal_answers(response, item.answer))
+    kit = equal_answers(response, item.answer) or equal_answers(stated, item.answer)
+    return Reading(Pair(item.answer, stated), kit, stated)
+
+
+def _choice(item: Item, response: str, options: dict[str, str]) -> Reading:
+    gold, letter = item.answer.strip().upper(), chosen(response, options)
+    right = letter is not None and (
+        letter == gold
+        # Two options may read the same.
+        or (letter in options and gold in options and same_text(options[letter], options[gold]))
+    )
+    if not options:  # a letter that is no option: VLMEvalKit compares strings
+        return Reading(right, equal_answers(letter or response, gold), letter)
+    inferred = inferred_option(response, options)
+    if inferred is None:
+        inferred = inferred_option(stated_answer(response) or "", options)
+    return Reading(right, inferred == gold, letter)
+
+
+def lines(items, verdicts) -> list:
+    """Accuracy overall, by subject and by level."""
+    return [
+        *accuracy("accuracy", items, verdicts),
+        *accuracy("accuracy by subject", items, verdicts, lambda item: [item.meta["subject"]]),
+        *accuracy("accuracy by level", items, verdicts, lambda item: [str(item.meta["level"])]),
+    ]
+
+
+MATHVISION = Benchmark(
+    id="mathvision",
+    version=f"1+{VERIFIER}",
+    read=read,
+    lines=lines,
+    note=(
+        "its post_check, with our extraction for its judge's and safe arithmetic for its eval of "
+        "model text: roots, π and units match as strings only; it reports no levels"
+    ),
+)

@@ -1,0 +1,57 @@
+"""Geometry3K: problems about diagrams, each with four choices (arXiv:2105.04165).
+
+Two layouts are read: the authors' folders, `train/11/data.json` beside `img_diagram.png`, and the
+hub's table of `images`, `problem` and `answer`. The answer is the value in both, not its letter.
+"""
+
+import json
+import pathlib
+import string
+from collections.abc import Iterator
+
+from luspo_jax.datasets.example import DataError
+from luspo_jax.datasets.rows import Row, column, read_rows
+from luspo_jax.datasets.table import Table
+
+_DIAGRAM = "img_diagram.png"
+
+
+def problem_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+    """(row number, row) of each problem of a file or folder, with `id`, `answer` and `images`."""
+    if path.is_file():
+        for number, row in read_rows(path):  # the hub's table has no id of its own
+            yield number, {"id": number, **row}
+        return
+    files = sorted(path.glob("*/data.json"), key=lambda file: (len(file.parent.name), file))
+    for number, file in enumerate(files, start=1):
+        yield number, _folder_row(file, f"{path}, row {number} ({file.parent.name}/{file.name})")
+
+
+def _folder_row(file: pathlib.Path, place: str) -> Row:
+    try:
+        row = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{place}: not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: not an object but {type(row).__name__}")
+    choices, letter = (column(row, (name,), place)[1] for name in ("choices", "answer"))
+    labels = string.ascii_uppercase[: len(choices)] if isinstance(choices, list) else ""
+    if not isinstance(letter, str) or len(letter) != 1 or letter not in labels:
+        raise DataError(f"{place}: column 'answer' must be the letter of a choice, not {letter!r}")
+    return row | {
+        "letter": letter,
+        "answer": choices[labels.index(letter)],
+        "images": [f"{file.parent.name}/{_DIAGRAM}"],
+    }
+
+
+GEOMETRY3K = Table(
+    problem=("problem", "problem_text"),
+    answer=("answer",),
+    meta=("choices", "letter", "problem_type_graph", "problem_type_goal", "unit"),
+    identity=(("id",),),
+    images=("images",),
+    rows=problem_rows,
+    folder="*/data.json",
+    origin="github.com/lupantech/InterGPS or huggingface.co/datasets/hiyouga/geometry3k",
+)

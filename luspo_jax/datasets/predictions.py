@@ -1,0 +1,45 @@
+"""A model's responses to a benchmark, by id, from a file with named columns."""
+
+import pathlib
+from collections.abc import Sequence
+
+from luspo_jax.datasets.example import DataError
+from luspo_jax.datasets.rows import column, read_rows
+from luspo_jax.datasets.table import answer_text
+
+
+def read_predictions(
+    path: str | pathlib.Path, *, id_columns: Sequence[str] = ("id",), response: str = "prediction"
+) -> dict[str, str]:
+    """id → response of each row; a null or absent cell of a row is an empty response.
+
+    Args:
+      path: a .jsonl, .json, .csv or .parquet file.
+      id_columns: columns that together name a row; several are joined by "/".
+      response: column of the response.
+
+    Raises:
+      DataError: no such file, a missing column, no rows, or two rows with one id.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise DataError(f"predictions: no file {path}")
+    found: dict[str, str] = {}
+    rows: dict[str, int] = {}
+    for number, row in read_rows(path):
+        place = f"{path}, row {number}"
+        name = "/".join(_name(*column(row, (part,), place), place) for part in id_columns)
+        if name in found:
+            raise DataError(f"{place}: id {name!r} stands in row {rows[name]} already")
+        cell = column(row, (response,), place)[1]
+        found[name], rows[name] = "" if cell is None else str(cell), number
+    if not found:
+        raise DataError(f"{path}: there are no predictions")
+    return found
+
+
+def _name(name: str, cell, place: str) -> str:
+    try:
+        return answer_text(cell)
+    except ValueError as error:
+        raise DataError(f"{place}: column {name!r} {error}") from error
