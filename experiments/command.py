@@ -53,8 +53,8 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
 
 # By name, because importing the modules that define them would import jax before flags are read.
 _FORESEEN = (
-    "CheckpointError", "ConfigError", "DataError", "MismatchError", "TooManyFailures",
-    "UsageError", "WeightsError", "WorkdirError",
+    "BenchmarkError", "CheckpointError", "ConfigError", "DataError", "MismatchError",
+    "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
 )  # fmt: skip
 
 
