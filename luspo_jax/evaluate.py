@@ -1,7 +1,7 @@
 """Accuracy of a policy on held-out problems: the same prompts, sampler and rewards as training.
 
-Training validates with `evaluate`; `python -m experiments.evaluate` keeps what `respond` gives. Both
-ask and score by the same code, and their numbers come from `luspo_jax.benchmarks`.
+Training validates with `evaluate`; `python -m experiments.evaluate` keeps what `respond` gives.
+Both ask and score by the same code, and their numbers come from `luspo_jax.benchmarks`.
 """
 
 import dataclasses
