@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.command import UsageError
 from experiments.evaluation import storage
 from luspo_jax.benchmarks import Summary, summary
 from luspo_jax.benchmarks.registry import benchmark
@@ -23,23 +24,26 @@ def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
     Returns:
       The table with the protocol above it.
     """
-    summaries = {}
+    summaries, missing = {}, []
     for name, entry in manifest["benchmarks"].items():
-        records = storage.read_benchmark(folder, name, entry)
-        summaries[name] = summary(
-            records, metric=entry["metric"], split_by=benchmark(name).split_by
-        )
+        try:
+            records = storage.read_benchmark(folder, name, entry)
+        except UsageError as error:  # of an earlier command that was stopped
+            missing.append(f"no results of {error}")
+            continue
+        split_by = benchmark(name).split_by
+        summaries[name] = summary(records, metric=entry["metric"], split_by=split_by)
     results = dict(manifest) | {
         "benchmarks": {
-            name: dict(entry) | {"results": dataclasses.asdict(summaries[name])}
-            for name, entry in manifest["benchmarks"].items()
+            name: dict(manifest["benchmarks"][name]) | {"results": dataclasses.asdict(result)}
+            for name, result in summaries.items()
         }
     }
     write_atomically(
         folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     )
     write_atomically(folder / "results.md", markdown(manifest, summaries))
-    return console(manifest, summaries)
+    return "\n".join([console(manifest, summaries), *missing])
 
 
 def console(manifest: Mapping[str, Any], summaries: Mapping[str, Summary]) -> str:

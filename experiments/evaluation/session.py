@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -46,8 +46,7 @@ def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options:
 
 
 def scorer(entry: Benchmark, options: Options) -> Scorer:
-    """The scorer of a benchmark; a failed verification is counted, and never stops an evaluation
-    before a twentieth of them fail."""
+    """The scorer of a benchmark: failed verifications are counted, and stop it past one in 20."""
     return Scorer(
         entry.parts,
         options=entry.options,
@@ -166,14 +165,3 @@ def packages() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
-
-
-def unfinished(manifest: Mapping[str, Any], workdir: pathlib.Path) -> list[str]:
-    """Benchmarks of which some generations are missing."""
-    missing = []
-    for name, entry in manifest["benchmarks"].items():
-        try:
-            storage.read_benchmark(workdir, name, entry)
-        except UsageError:
-            missing.append(name)
-    return missing
