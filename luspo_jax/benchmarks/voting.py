@@ -2,12 +2,15 @@
 
 import collections
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from luspo_jax.rewards.latex import squeeze, tidy
 from luspo_jax.rewards.plain_numbers import exact_number
+
+_SHORT_FRACTION = re.compile(r"\\frac\s*(\w)\s*(\w)")
 
 
 def ballot(prediction: str | None) -> str | None:
@@ -18,7 +21,7 @@ def ballot(prediction: str | None) -> str | None:
     """
     if prediction is None or not prediction.strip():
         return None
-    plain = tidy(prediction[:2_000])
+    plain = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", tidy(prediction[:2_000]))
     number = exact_number(plain)
     return str(number) if number is not None else squeeze(plain)
 

@@ -10,15 +10,21 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
+from configs import quickstart
 from experiments.command import UsageError
 from experiments.evaluation import comparison, plan, policy, scoring, session, storage
 from experiments.evaluation.plan import Options
 from luspo_jax import evaluate
+from luspo_jax import run as runs
 from luspo_jax.benchmarks import BENCHMARKS, BenchmarkError, Summary, protocol
+from luspo_jax.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
+from luspo_jax.run import WorkdirError
+from luspo_jax.update import initial_state
 
 MODEL = "embedded:label_sums"
 CHOSEN = [BENCHMARKS["label_sums"]]
@@ -246,12 +252,42 @@ def test_data_is_looked_for_by_name(tmp_path):
 def test_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder at"):
         policy.load(str(tmp_path / "none"), step="latest", dtype="float32")
-    (tmp_path / "run.json").write_text('{"config": {}}')
-    with pytest.raises(Exception, match=r"model\.path|no model folder|no checkpoints|does not fit"):
+    (tmp_path / "run.json").write_text('{"config": {"nonsense": 1}}')
+    with pytest.raises(WorkdirError, match="does not fit this version"):
         policy.load(str(tmp_path), step="latest", dtype="float32")
 
 
-def _command(*arguments, cwd):
+def test_checkpoint_of_a_run_is_a_model(tmp_path):
+    """The weights of the step that was asked for, at no more than the run's folder."""
+    config = quickstart.get_config()
+    model = runs.load_model(config)
+    rule = runs.update_rule(config, model)
+    runs.Workdir(tmp_path / "run", config, {}).close()
+    with pytest.raises(CheckpointError, match="holds no checkpoints yet"):
+        policy.load(str(tmp_path / "run"), step="latest", dtype="float32")
+    base = decoder_weights.load_params(model.folder, model.config)
+    checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", keep_latest=2, keep_best=1)
+    for step, scale in ((1, 1.0), (2, 2.0)):
+        params = jax.tree.map(lambda x, scale=scale: scale * x, base)
+        checkpointer.save(step, initial_state(params, rule), {"a": 1}, metric=1 / step)
+    checkpointer.close()
+    latest, best = (
+        policy.load(str(tmp_path / "run"), step=step, dtype="float32")
+        for step in ("latest", "best")
+    )
+    assert latest.name.endswith("step 2")
+    assert best.name.endswith("step 1")
+    assert best.digest == policy.load(MODEL, step="latest", dtype="float32").digest
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), latest.params, base)
+    with pytest.raises(CheckpointError, match="latest, best or a number"):
+        policy.load(str(tmp_path / "run"), step="newest", dtype="float32")
+    busy = runs.Workdir(tmp_path / "run", config, {})
+    with pytest.raises(WorkdirError, match="in use by a training run"):
+        policy.load(str(tmp_path / "run"), step="latest", dtype="float32")
+    busy.close()
+
+
+def _command(*arguments):
     root = pathlib.Path(__file__).resolve().parents[2]
     return subprocess.run(
         [sys.executable, "-m", "experiments.evaluate", *arguments],
@@ -259,7 +295,6 @@ def _command(*arguments, cwd):
     )  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -269,8 +304,8 @@ def _command(*arguments, cwd):
         (["--compare=a"], "--compare takes two folders"),
     ],
 )
-def test_mistakes_get_one_message(tmp_path, arguments, message):
-    ran = _command(*arguments, cwd=tmp_path)
+def test_mistakes_get_one_message(arguments, message):
+    ran = _command(*arguments)
     assert ran.returncode == 2
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
