@@ -67,8 +67,9 @@ def test_no_digit_is_lost_at_many_responses():
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("0.5", r"\frac12"), ("1,000", "1000"), ("2.0", "2"), (r"\dfrac{x}{2}", r"\frac{x}{2}")]
-)  # fmt: skip
+    ("one", "other"),
+    [("0.5", r"\frac12"), ("1,000", "1000"), ("2.0", "2"), (r"\dfrac{x}{2}", r"\frac{x}{2}")],
+)
 def test_spellings_of_one_answer_are_one_vote(one, other):
     assert ballot(one) == ballot(other)
 

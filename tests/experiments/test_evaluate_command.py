@@ -1,4 +1,4 @@
-"""The evaluate command on the embedded model: results, resume, rescoring, predictions, comparison."""
+"""The evaluate command on the embedded model, from sampling to comparison."""
 
 import csv
 import dataclasses
