@@ -248,7 +248,9 @@ def properties(result: evaluate.Evaluation, lengths_B: np.ndarray) -> dict[str, 
     total = result.num_problems * result.num_samples
     return {
         "held-out problems × responses": f"{result.num_problems} × {result.num_samples}",
-        "right": f"{100 * result.accuracy:.1f} ± {100 * result.accuracy_ci95:.1f} %",
+        "right": "{:.1f} % ({:.1f} … {:.1f})".format(
+            *(100 * x for x in (result.accuracy, *result.accuracy_ci95))
+        ),
         f"truncated at {max_response_length()} tokens": f"{100 * result.truncated:.2f} %",
         "no answer found": f"{100 * result.statuses.get('unparsed', 0) / total:.2f} %",
         "right, shortest third of each problem's responses": f"{shortest:.1f} %",

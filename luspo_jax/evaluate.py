@@ -1,4 +1,8 @@
-"""Accuracy of a policy on held-out problems: the same prompts, sampler and rewards as training."""
+"""Accuracy of a policy on held-out problems: the same prompts, sampler and rewards as training.
+
+Training validates with `evaluate`; `python -m experiments.evaluate` keeps what `respond` gives.
+Both ask and score by the same code, and their numbers come from `luspo_jax.benchmarks`.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from luspo_jax.benchmarks import Record
+from luspo_jax.benchmarks.intervals import accuracy_interval
 from luspo_jax.length.coupling import accuracy_by_length_third
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward, Sample, Scorer
@@ -18,7 +24,8 @@ class Evaluation:
 
     Attributes:
       accuracy: mean@n, in [0, 1].
-      accuracy_ci95: half-width of the 95 % interval of the mean over problems.
+      accuracy_ci95: (low, high) of the 95 % interval for problems like these,
+        `luspo_jax.benchmarks.intervals.accuracy_interval`.
       mean_length: tokens a response, stop token included.
       truncated: share of responses that reached the length limit.
       accuracy_by_third: of the shortest, middle and longest third of each problem's responses.
@@ -27,7 +34,7 @@ class Evaluation:
     """
 
     accuracy: float
-    accuracy_ci95: float
+    accuracy_ci95: tuple[float, float]
     mean_length: float
     truncated: float
     accuracy_by_third: tuple[float, float, float]
@@ -36,9 +43,10 @@ class Evaluation:
     num_samples: int
 
     def __str__(self) -> str:
+        low, high = self.accuracy_ci95
         return (
-            f"accuracy {100 * self.accuracy:.1f} % ± {100 * self.accuracy_ci95:.1f} "
-            f"(mean@{self.num_samples} of {self.num_problems} problems), "
+            f"accuracy {100 * self.accuracy:.1f} % (95 %: {100 * low:.1f} … {100 * high:.1f}; "
+            f"mean@{self.num_samples} of {self.num_problems} problems), "
             f"mean length {self.mean_length:.1f} tokens, truncated {100 * self.truncated:.1f} %"
         )
 
@@ -71,14 +79,67 @@ def evaluate(
       seed: of the sampling noise.
       progress: called with (finished, total) responses.
     """
-    requests = [Request(p.prompt_id, p.tokens) for p in prompts]
-    responses, _ = engine.generate(
-        params, requests, group_size=num_samples, seed=seed, step=0, progress=progress
+    responses, _, rewards = _ask(
+        engine,
+        params,
+        prompts,
+        scorer,
+        decode=decode,
+        noise={"group_size": num_samples, "seed": seed, "progress": progress},
     )
+    return summarize(responses, rewards, metric=metric, num_samples=num_samples)
+
+
+def respond(
+    engine: Engine,
+    params: Any,
+    prompts: Sequence[PromptRecord],
+    scorer: Scorer,
+    *,
+    decode: Callable[[np.ndarray], str],
+    benchmark: str,
+    num_samples: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Record]:
+    """As `evaluate`, but every response with its verdict, prompt by prompt, for keeping."""
+    responses, texts, rewards = _ask(
+        engine,
+        params,
+        prompts,
+        scorer,
+        decode=decode,
+        noise={"group_size": num_samples, "seed": seed, "progress": progress},
+    )
+    asked = [prompt for prompt in prompts for _ in range(num_samples)]
+    rows = zip(asked, responses, texts, rewards, strict=True)
+    return [
+        Record(
+            benchmark=benchmark,
+            problem_id=prompt.prompt_id,
+            sample_id=response.sample_id,
+            prompt=prompt.text,
+            response=text,
+            answer=prompt.example.answer,
+            tokens=response.tokens.tolist(),
+            length=len(response.tokens),
+            truncated=not response.stopped,
+            meta=prompt.example.meta,
+            verdict=verdict,
+            scorers=scorer.labels,
+        )
+        for prompt, response, text, verdict in rows
+    ]
+
+
+def _ask(engine, params, prompts, scorer, *, decode, noise):
+    """(responses, their texts, their rewards), prompt by prompt."""
+    requests = [Request(p.prompt_id, p.tokens) for p in prompts]
+    responses, _ = engine.generate(params, requests, step=0, **noise)
     texts = [decode(response.tokens) for response in responses]
     limit = engine.sampling.max_response_length
     rewards = score(scorer, prompts, responses, texts=texts, max_length=limit)
-    return summarize(responses, rewards, metric=metric, num_samples=num_samples)
+    return responses, texts, rewards
 
 
 def score(
@@ -112,18 +173,17 @@ def summarize(
     lengths_B = np.array([len(r.tokens) for r in responses])
     correct_B = np.array([r.parts[metric] > 0.5 for r in rewards])
     groups_B = np.arange(len(responses)) // num_samples
-    by_problem = correct_B.reshape(-1, num_samples).mean(axis=1)
-    deviation = by_problem.std(ddof=1) if len(by_problem) > 1 else float("nan")
+    right_P = correct_B.reshape(-1, num_samples).sum(axis=1)
     statuses, counts = np.unique([r.status for r in rewards], return_counts=True)
     return Evaluation(
         accuracy=float(correct_B.mean()),
-        accuracy_ci95=float(1.96 * deviation / np.sqrt(len(by_problem))),
+        accuracy_ci95=accuracy_interval(right_P, np.full(len(right_P), num_samples)),
         mean_length=float(lengths_B.mean()),
         truncated=float(np.mean([not r.stopped for r in responses])),
         accuracy_by_third=tuple(
             float(x) for x in accuracy_by_length_third(lengths_B, correct_B, groups_B)
         ),
         statuses=dict(zip(statuses.tolist(), counts.tolist(), strict=True)),
-        num_problems=len(by_problem),
+        num_problems=len(right_P),
         num_samples=num_samples,
     )

@@ -114,6 +114,8 @@ _DECLARED = [
     Metric("response/repetition", "mean", "", "share of repeated n-grams"),
     Metric("response/compress_ratio", "mean", "", "plain over compressed size of the text"),
     Metric("val-core/*", "last", "", "validation: accuracy of a dataset"),
+    Metric("val-aux/*/acc/ci95_low", "last", "", "lower end of the accuracy's 95 % interval"),
+    Metric("val-aux/*/acc/ci95_high", "last", "", "upper end of the accuracy's 95 % interval"),
     Metric("val-aux/*", "last", "", "validation: lengths, truncation, statuses of a dataset"),
 ]
 

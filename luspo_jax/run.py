@@ -107,21 +107,7 @@ def build(config: ConfigDict) -> Run:
     """
     objective = configuration.check(config)
     model, length = load_model(config), configuration.build_length(config)
-    longest = config.rollout.max_response_length
-    scoring = _scoring(config, model)
-    rule = UpdateRule(
-        scoring=scoring,
-        objective=objective,
-        optimizer=optimizer.adamw(
-            b1=config.train.b1,
-            b2=config.train.b2,
-            eps=config.train.eps,
-            weight_decay=config.train.weight_decay,
-        ),
-        num_microbatches=config.train.num_microbatches,
-        max_grad_norm=config.train.max_grad_norm,
-        bin_edges=length.bins(longest),
-    )
+    longest, rule = config.rollout.max_response_length, update_rule(config, model)
     return Run(
         config=config,
         model=model,
@@ -140,11 +126,28 @@ def build(config: ConfigDict) -> Run:
         length=length,
         laboratory=laboratory.laboratory(
             length,
-            scoring,
+            rule.scoring,
             objective,
             max_response_length=longest,
             rows_at_once=configuration.batch_arithmetic(config).responses_per_microbatch,
         ),
+    )
+
+
+def update_rule(config: ConfigDict, model: Model) -> UpdateRule:
+    """What an optimizer step does, and with it the layout of the train state."""
+    return UpdateRule(
+        scoring=_scoring(config, model),
+        objective=configuration.build_objective(config),
+        optimizer=optimizer.adamw(
+            b1=config.train.b1,
+            b2=config.train.b2,
+            eps=config.train.eps,
+            weight_decay=config.train.weight_decay,
+        ),
+        num_microbatches=config.train.num_microbatches,
+        max_grad_norm=config.train.max_grad_norm,
+        bin_edges=configuration.build_length(config).bins(config.rollout.max_response_length),
     )
 
 

@@ -372,8 +372,11 @@ def _peak_memory() -> int:
 
 def _held_out_metrics(run: Run, measured: Evaluation) -> dict[str, float]:
     name = run.config.data.eval_name or run.config.data.name
+    low, high = measured.accuracy_ci95
     return {
         f"val-core/{name}/acc/mean@{measured.num_samples}": measured.accuracy,
+        f"val-aux/{name}/acc/ci95_low": low,
+        f"val-aux/{name}/acc/ci95_high": high,
         f"val-aux/{name}/response_length/mean": measured.mean_length,
         f"val-aux/{name}/response_length/clip_ratio": measured.truncated,
     }

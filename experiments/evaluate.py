@@ -1,0 +1,133 @@
+"""Evaluates a model on benchmarks:
+
+`python -m experiments.evaluate --model=MODEL --benchmarks=aime24,math500 --data=DIR --workdir=OUT`
+
+MODEL is a folder in Hugging Face format, embedded:NAME, hub:OWNER/NAME, or a run's workdir. Running
+the same command again continues an evaluation that was stopped, and gives the same responses. A
+workdir holds every generation, results.json and results.md. Without a model: `--rescore=OUT` judges
+stored generations again, `--predictions=FILE --benchmarks=NAME` scores a file with the columns id
+and prediction, `--compare=A,B` gives differences paired by problem.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from experiments import command
+
+_MODEL = flags.DEFINE_string("model", "", "What to evaluate.")
+_STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run: latest, best, or a number.")
+_BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Names, joined by commas.")
+_DATA = flags.DEFINE_string("data", "", "Folder with one entry a benchmark, or name=path,…")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of generations and results.")
+_PROTOCOL = flags.DEFINE_string("protocol", "dapo", "dapo, greedy, luspo, open_r1 or qwen3.")
+_N = flags.DEFINE_integer("n", None, "Responses a problem; unset = the protocol's.")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "In place of the protocol's.")
+_TOP_P = flags.DEFINE_float("top_p", None, "In place of the protocol's.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "In place of the protocol's; 0 = off.")
+_LENGTH = flags.DEFINE_integer("max_response_length", None, "Tokens, in place of the protocol's.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Only the first so many problems; 0 = all.", 0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", 0)
+_TEMPLATE = flags.DEFINE_string("template", "", "Prompt template; empty = the benchmark's.")
+_SYSTEM = flags.DEFINE_string("system_prompt", "", "A system message.")
+_THINKING = flags.DEFINE_bool("enable_thinking", None, "Passed to the chat template if set.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of sampling.")
+_SLOTS = flags.DEFINE_integer("num_slots", 64, "Responses decoded together.", 1)
+_SAVE_EVERY = flags.DEFINE_integer("save_every", 0, "Problems between two saves; 0 = chosen.", 0)
+_CACHE = flags.DEFINE_string("cache_dir", "", "For built datasets; empty = the user's cache.")
+_WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes of the scorer.", 1)
+_TIMEOUT = flags.DEFINE_float("timeout_s", 10.0, "Of one verification.", 0.01)
+_RESCORE = flags.DEFINE_string("rescore", "", "Folder of an evaluation to judge again.")
+_PREDICTIONS = flags.DEFINE_string("predictions", "", "File of predictions to score.")
+_COMPARE = flags.DEFINE_list("compare", [], "Two folders of evaluations: A,B.")
+
+
+def main() -> None:
+    """Does what the flags say."""
+    modes = {
+        "model": _MODEL.value,
+        "rescore": _RESCORE.value,
+        "predictions": _PREDICTIONS.value,
+        "compare": _COMPARE.value,
+    }
+    given = [name for name, value in modes.items() if value]
+    if len(given) != 1:
+        raise command.UsageError(
+            "give one of --model, --rescore, --predictions and --compare"
+            + (f", not {' and '.join(given)}" if given else "")
+        )
+    print({"model": _model, "rescore": _rescore, "compare": _compare}.get(given[0], _predict)())
+
+
+def _model() -> str:
+    from luspo_jax.benchmarks.registry import benchmarks
+
+    chosen, options = benchmarks(_BENCHMARKS.value), _options()  # before anything slow
+    from experiments.evaluation import session
+
+    return session.run(_MODEL.value, chosen, _workdir(), options)
+
+
+def _rescore() -> str:
+    from experiments.evaluation import scoring
+
+    return scoring.rescore(pathlib.Path(_RESCORE.value), _options())
+
+
+def _predict() -> str:
+    from luspo_jax.benchmarks.registry import benchmarks
+
+    chosen, workdir = benchmarks(_BENCHMARKS.value), _workdir()
+    if len(chosen) != 1:
+        raise command.UsageError("--predictions answers one benchmark: --benchmarks=NAME")
+    from experiments.evaluation import scoring
+
+    return scoring.predictions(pathlib.Path(_PREDICTIONS.value), chosen[0], workdir, _options())
+
+
+def _compare() -> str:
+    from experiments.evaluation import comparison
+
+    if len(_COMPARE.value) != 2:
+        raise command.UsageError("--compare takes two folders: --compare=A,B")
+    return comparison.compare(*map(pathlib.Path, _COMPARE.value))
+
+
+def _workdir() -> pathlib.Path:
+    if not _WORKDIR.value:
+        raise command.UsageError("--workdir is required")
+    return pathlib.Path(_WORKDIR.value)
+
+
+def _options():
+    from experiments.evaluation.plan import Options
+    from luspo_jax.benchmarks import protocol
+
+    return Options(
+        protocol=protocol(
+            _PROTOCOL.value,
+            temperature=_TEMPERATURE.value,
+            top_p=_TOP_P.value,
+            top_k=_TOP_K.value,
+            max_response_length=_LENGTH.value,
+            num_samples=_N.value,
+        ),
+        data=_DATA.value,
+        cache_dir=_CACHE.value,
+        limit=_LIMIT.value,
+        seed=_SEED.value,
+        template=_TEMPLATE.value,
+        system_prompt=_SYSTEM.value,
+        enable_thinking=_THINKING.value,
+        dtype=_DTYPE.value,
+        num_slots=_SLOTS.value,
+        save_every=_SAVE_EVERY.value,
+        workers=_WORKERS.value,
+        timeout_s=_TIMEOUT.value,
+        step=_STEP.value,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(command.call(main))

@@ -1,0 +1,1 @@
+"""What `python -m experiments.evaluate` does: plan, policy, storage, tables, comparison."""

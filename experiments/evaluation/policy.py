@@ -1,0 +1,126 @@
+"""The model that is evaluated: a Hugging Face folder, one in the package, or a run's weights."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from luspo_jax import config as configuration
+from luspo_jax import run as runs
+from luspo_jax.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.models import decoder, decoder_weights
+from luspo_jax.run import Model, WorkdirError
+from luspo_jax.update import initial_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A model with its weights.
+
+    Attributes:
+      name: what the user called it, and the step of a run.
+      model: architecture, tokenizer, folder.
+      params: weights in the dtype of sampling.
+      digest: twelve hex digits that change with any weight.
+    """
+
+    name: str
+    model: Model
+    params: Any
+    digest: str
+
+
+def load(path: str, *, step: str, dtype: str) -> Policy:
+    """The policy at a path, as `--model` takes it.
+
+    Args:
+      path: a folder with config.json and safetensors, embedded:NAME, hub:OWNER/NAME, or the
+        workdir of a run.
+      step: latest, best or a number; of a run only.
+      dtype: float32 or bfloat16.
+
+    Raises:
+      FileNotFoundError, CheckpointError, WorkdirError, WeightsError: naming what is missing.
+    """
+    if (pathlib.Path(path) / "run.json").is_file():
+        return _of_run(pathlib.Path(path), step, dtype)
+    config = configuration.default_config()
+    config.model.path = path
+    model = runs.load_model(config)
+    params = decoder_weights.load_params(model.folder, model.config, dtype=jnp.dtype(dtype))
+    return _policy(path, model, params, dtype)
+
+
+def _of_run(workdir: pathlib.Path, step: str, dtype: str) -> Policy:
+    config = runs.stored_config(workdir)
+    model = runs.load_model(config)
+    rule = runs.update_rule(config, model)
+    marked = configuration.build_length(config).every > 0
+
+    def empty():
+        params = decoder.init_params(jax.random.key(0), model.config)
+        return initial_state(params, rule, marked=marked)
+
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(empty)
+    )
+    with _idle(workdir), contextlib.closing(_checkpointer(workdir, config)) as checkpointer:
+        number = chosen_step(checkpointer, step)
+        if number is None:
+            raise CheckpointError(f"{workdir} holds no {step} checkpoint")
+        state, _ = checkpointer.restore(number, like)
+    return _policy(f"{workdir} step {number}", model, state.params, dtype)
+
+
+def chosen_step(checkpointer: Checkpointer, step: str) -> int | None:
+    """The number of the latest, the best or a numbered checkpoint; None where there is none.
+
+    Raises:
+      CheckpointError: neither of these words nor a number.
+    """
+    if step == "latest":
+        return checkpointer.latest_step()
+    if step == "best":
+        return checkpointer.best_step()
+    if not step.isdigit():
+        raise CheckpointError(f"--step={step!r}: give latest, best or a number")
+    return int(step)
+
+
+def _checkpointer(workdir, config) -> Checkpointer:
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise CheckpointError(f"{workdir} holds no checkpoints yet: evaluate after its first one")
+    keep = {"keep_latest": config.output.keep_latest, "keep_best": config.output.keep_best}
+    return Checkpointer(folder, **keep)
+
+
+@contextlib.contextmanager
+def _idle(workdir: pathlib.Path):
+    """Holds the run's lock: opening its checkpoints sweeps away a save that is under way."""
+    with (workdir / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkdirError(
+                f"--model={workdir} is in use by a training run: wait for its end, or evaluate a "
+                "copy of the folder"
+            ) from None
+        yield
+
+
+def _policy(name, model, params, dtype) -> Policy:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf).astype(np.float32)
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    cast = jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), params)
+    return Policy(name, model, cast, digest.hexdigest()[:12])

@@ -1,0 +1,167 @@
+"""An evaluation from beginning to end, its rescoring, and the scoring of others' predictions."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from experiments.command import UsageError
+from experiments.evaluation import plan, report, storage
+from experiments.evaluation.plan import Options, Task
+from experiments.evaluation.policy import Policy, load
+from luspo_jax import evaluate
+from luspo_jax.benchmarks import Benchmark, Protocol
+from luspo_jax.datasets import Example, Report
+from luspo_jax.rewards import Scorer
+from luspo_jax.rollout import Engine, Sampling
+
+_PACKAGES = ("luspo_jax", "jax", "transformers", "math-verify")
+_FILLS = 4  # times that the responses of a part fill the slots, so that few wait at its end
+
+
+def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options: Options) -> str:
+    """Evaluates a model, or goes on where an earlier call was stopped.
+
+    Returns:
+      The table.
+
+    Raises:
+      UsageError, DataError, CheckpointError, …: what cannot be used, by name.
+    """
+    with storage.locked(workdir):
+        policy = load(model, step=options.step, dtype=options.dtype)
+        tasks = plan.tasks(chosen, options, policy.model.tokenizer)
+        engines = [_engine(policy, task, options) for task in tasks]
+        manifest = storage.begin(workdir, _manifest(policy, tasks, options))
+        for task, engine in zip(tasks, engines, strict=True):
+            _generate(policy, task, engine, workdir, options)
+        return report.write(workdir, manifest)
+
+
+def scorer(entry: Benchmark, options: Options) -> Scorer:
+    """The scorer of a benchmark: failed verifications are counted, and stop it past one in 20."""
+    return Scorer(
+        entry.parts,
+        options=entry.options,
+        workers=options.workers,
+        time_limit=options.timeout_s,
+    )
+
+
+def _engine(policy: Policy, task: Task, options: Options) -> Engine:
+    chosen, config = options.protocol, policy.model.config
+    room = config.max_position - task.longest_prompt
+    if chosen.max_response_length > room:
+        raise UsageError(
+            f"{task.benchmark.name}: its longest prompt has {task.longest_prompt} tokens, and the "
+            f"model holds {config.max_position}: max_response_length={chosen.max_response_length} "
+            f"of protocol {chosen.name} does not fit; give --max_response_length={max(room, 1)} "
+            "or less (the protocol then says so)"
+        )
+    return Engine(
+        config,
+        Sampling(stop_token_ids=policy.model.stop_token_ids, **chosen.sampling),
+        num_slots=options.num_slots,
+        max_prompt_length=task.longest_prompt,
+        dtype=jnp.dtype(options.dtype),
+    )
+
+
+def _generate(
+    policy: Policy, task: Task, engine: Engine, workdir: pathlib.Path, options: Options
+) -> None:
+    """Samples, scores and stores the parts of a benchmark that are not there yet."""
+    size, samples = _part_size(options), options.protocol.num_samples
+    name, total = task.benchmark.name, len(task.prompts) * samples
+    bar = tqdm(total=total, desc=name, unit="response", disable=None, file=sys.stderr)
+    with bar, scorer(task.benchmark, options) as judge:
+        for number, start in enumerate(range(0, len(task.prompts), size)):
+            asked = task.prompts[start : start + size]
+            path = storage.part_path(workdir, name, number)
+            if not path.exists():
+                before = bar.n
+
+                def progress(finished: int, _: int, before=before) -> None:
+                    bar.update(before + finished - bar.n)
+
+                records = evaluate.respond(
+                    engine,
+                    policy.params,
+                    asked,
+                    judge,
+                    decode=policy.model.decode,
+                    benchmark=name,
+                    num_samples=samples,
+                    seed=options.seed,
+                    progress=progress,
+                )
+                storage.write_part(path, records)
+                bar.n = before
+            bar.update(len(asked) * samples)
+
+
+def _part_size(options: Options) -> int:
+    filling = _FILLS * options.num_slots // options.protocol.num_samples
+    return options.save_every or max(1, filling)
+
+
+def _manifest(policy: Policy, tasks: Sequence[Task], options: Options) -> dict[str, Any]:
+    """Everything that decides the responses and the verdicts."""
+    benchmarks = {}
+    for task in tasks:
+        problems = [prompt.example for prompt in task.prompts]
+        benchmarks[task.benchmark.name] = entry_facts(
+            task.benchmark, problems, task.report, options
+        ) | {"template": task.template, "template_hash": task.template_hash}
+    return {
+        "model": policy.name,
+        "weights": policy.digest,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "num_slots": options.num_slots,
+        "problems_a_part": _part_size(options),
+        **protocol_facts(options.protocol),
+        "benchmarks": benchmarks,
+        "packages": packages(),
+    }
+
+
+def protocol_facts(protocol: Protocol) -> dict[str, Any]:
+    """The protocol in words and in numbers."""
+    return {"protocol": protocol.label, "sampling": protocol.sampling}
+
+
+def entry_facts(
+    entry: Benchmark, problems: Sequence[Example], source: Report, options: Options
+) -> dict[str, Any]:
+    """What the numbers of a benchmark depend on beside model and protocol."""
+    what = [[e.id, e.problem, e.answer] for e in problems]
+    with scorer(entry, options) as judge:
+        labels = judge.labels
+    return {
+        "dataset": dataclasses.asdict(source),
+        "problems": len(problems),
+        "problems_in_dataset": source.examples,
+        "problems_hash": hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16],
+        "num_samples": options.protocol.num_samples,
+        "scorers": labels,
+        "metric": entry.metric,
+    }
+
+
+def packages() -> dict[str, str]:
+    """Versions, for the record."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

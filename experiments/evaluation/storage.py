@@ -1,0 +1,150 @@
+"""An evaluation's folder: what it is an evaluation of, and its generations in parts.
+
+A part holds all responses to a few problems and is written whole or not at all. Which problems
+make a part is fixed, so a continued evaluation samples the missing parts exactly as an
+uninterrupted one would have: the same problems in the same call, with noise that depends on seed,
+problem and sample only.
+"""
+
+import contextlib
+import fcntl
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from experiments.command import UsageError
+from luspo_jax.benchmarks import Record
+from luspo_jax.run import write_atomically
+
+MANIFEST = "evaluation.json"
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The folder, made if need be, for this process alone.
+
+    Raises:
+      UsageError: it cannot be written, or another process is using it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"--workdir={folder} cannot be written: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--workdir={folder} is in use by another process") from None
+        yield folder
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    """What an evaluation's folder says it holds.
+
+    Raises:
+      UsageError: it holds no evaluation, or a damaged one.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no evaluation: there is no {MANIFEST} in it")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): evaluate into another folder") from error
+
+
+def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Replaces it."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
+    write_atomically(folder / MANIFEST, text + "\n")
+
+
+def begin(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Begins an evaluation, or goes on with the one that the folder holds.
+
+    Returns:
+      The manifest with the benchmarks of earlier commands.
+
+    Raises:
+      UsageError: the folder holds another evaluation, or something else; says what differs.
+    """
+    manifest = json.loads(json.dumps(manifest))
+    if (folder / MANIFEST).exists():
+        stored = read_manifest(folder)
+        differences = list(_differences(stored, manifest))
+        if differences:
+            raise UsageError(
+                f"--workdir={folder} holds another evaluation:\n"
+                + "\n".join(f"  - {line}" for line in differences)
+                + "\nchoose another --workdir"
+            )
+        manifest["benchmarks"] = stored["benchmarks"] | manifest["benchmarks"]
+    elif any(path.name != ".lock" for path in folder.iterdir()):
+        raise UsageError(f"--workdir={folder} is not empty and holds no evaluation: choose another")
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _differences(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that make it another evaluation; versions of packages do not."""
+    for name in sorted({*stored, *new} - {"packages", "benchmarks"}):
+        if stored.get(name) != new.get(name):
+            yield f"{name}: {stored.get(name)!r} in the workdir, {new.get(name)!r} now"
+    for name, entry in new["benchmarks"].items():
+        old = stored["benchmarks"].get(name, entry)
+        for field in sorted({*old, *entry}):
+            if old.get(field) != entry.get(field):
+                yield f"{name}.{field}: {old.get(field)!r} in the workdir, {entry.get(field)!r} now"
+                if field == "scorers":
+                    yield "  (--rescore=WORKDIR judges stored generations by today's scorers)"
+
+
+def part_path(folder: pathlib.Path, benchmark: str, number: int) -> pathlib.Path:
+    """Where the generations of a part are."""
+    return folder / "generations" / benchmark / f"part_{number:05d}.jsonl"
+
+
+def write_part(path: pathlib.Path, records: Sequence[Record]) -> None:
+    """Writes a part whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(record.to_json() for record in records))
+
+
+def read_part(path: pathlib.Path) -> list[Record]:
+    """The records of a part."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [
+        Record.from_json(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line
+    ]
+
+
+def read_benchmark(folder: pathlib.Path, name: str, entry: Mapping[str, Any]) -> list[Record]:
+    """All records of a benchmark.
+
+    Args:
+      folder: of the evaluation.
+      name: of the benchmark.
+      entry: what the manifest says of it.
+
+    Raises:
+      UsageError: some are missing, or parts were judged by different scorers.
+    """
+    parts = sorted((folder / "generations" / name).glob("part_*.jsonl"))
+    records = [record for path in parts for record in read_part(path)]
+    wanted = entry["problems"] * entry["num_samples"]
+    if len(records) != wanted:
+        raise UsageError(
+            f"{folder}: {name} has {len(records)} of {wanted} responses: run the same evaluation "
+            "again to finish it"
+        )
+    labels = {json.dumps(dict(record.scorers), sort_keys=True) for record in records}
+    if len(labels) > 1:
+        raise UsageError(
+            f"{folder}: {name} was judged by different scorers ({'; '.join(sorted(labels))}): "
+            f"run --rescore={folder} to the end"
+        )
+    return records

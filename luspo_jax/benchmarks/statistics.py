@@ -1,0 +1,215 @@
+"""The numbers of an evaluation, from its records: avg@n, pass@k, maj@k, lengths, parts of a set."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from luspo_jax.benchmarks.intervals import accuracy_interval, paired_interval
+from luspo_jax.benchmarks.record import BenchmarkError, Record
+from luspo_jax.benchmarks.voting import majority_at_k
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_SHORTEST_BIN = 64  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a model does on a benchmark. Responses without a verdict (statuses timeout and error)
+    count as not right, and `statuses` says how many there are.
+
+    Attributes:
+      num_problems, num_samples: the size of it.
+      accuracy: avg@n, the mean over problems of the share of right responses.
+      accuracy_ci95: (low, high), `intervals.accuracy_interval`.
+      pass_at: k → pass@k, unbiased.
+      majority_at: k → maj@k.
+      statuses: how many verdicts had each status.
+      truncated: share of responses cut at the limit; None where unknown.
+      lengths: mean, quantiles, mean of right and of wrong responses, in tokens; empty where
+        unknown.
+      by_length: bin of tokens → accuracy and number of responses in it.
+      by_field: field → value → accuracy, interval, number of problems.
+    """
+
+    num_problems: int
+    num_samples: int
+    accuracy: float
+    accuracy_ci95: tuple[float, float]
+    pass_at: dict[int, float]
+    majority_at: dict[int, float]
+    statuses: dict[str, int]
+    truncated: float | None
+    lengths: dict[str, float | None]
+    by_length: dict[str, dict[str, float]]
+    by_field: dict[str, dict[str, dict[str, Any]]]
+
+
+def summary(records: Sequence[Record], *, metric: str, split_by: Iterable[str] = ()) -> Summary:
+    """The numbers of a benchmark's records.
+
+    Args:
+      records: equally many of each problem, in any order.
+      metric: the part of the verdict that stands for accuracy.
+      split_by: fields of meta to split by.
+
+    Raises:
+      BenchmarkError: no records, or not equally many of each problem.
+    """
+    problems = by_problem(records)
+    right = right_counts(problems, metric)
+    size = len(next(iter(problems.values())))
+    ks = powers(size)
+    votes = [
+        majority_at_k([r.verdict.prediction for r in group], [r.right(metric) for r in group], ks)
+        for group in problems.values()
+    ]
+    passes = [[pass_at_k(size, count, k) for k in ks] for count in right]
+    cut = [r.truncated for r in records if r.truncated is not None]
+    return Summary(
+        num_problems=len(problems),
+        num_samples=size,
+        accuracy=float(np.mean(right) / size),
+        accuracy_ci95=accuracy_interval(right, [size] * len(right)),
+        pass_at=dict(zip(ks, np.mean(passes, axis=0).tolist(), strict=True)),
+        majority_at=dict(zip(ks, np.mean(votes, axis=0).tolist(), strict=True)),
+        statuses=dict(sorted(collections.Counter(r.verdict.status for r in records).items())),
+        truncated=float(np.mean(cut)) if cut else None,
+        lengths=_lengths(records, metric),
+        by_length=_by_length(records, metric),
+        by_field={field: _by_field(problems, right, field) for field in split_by},
+    )
+
+
+def by_problem(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """problem → its records by sample, in the order of the problems' ids.
+
+    Raises:
+      BenchmarkError: no records, a response that occurs twice, or unequal numbers.
+    """
+    groups: dict[int, list[Record]] = collections.defaultdict(list)
+    for record in records:
+        groups[record.problem_id].append(record)
+    if not groups:
+        raise BenchmarkError("there are no responses to summarise")
+    for problem_id, group in groups.items():
+        group.sort(key=lambda record: record.sample_id)
+        if len({record.sample_id for record in group}) < len(group):
+            raise BenchmarkError(f"problem {problem_id} has the same sample twice")
+    sizes = collections.Counter(len(group) for group in groups.values())
+    if len(sizes) > 1:
+        usual = sizes.most_common(1)[0][0]
+        odd = [f"{i} has {len(group)}" for i, group in groups.items() if len(group) != usual]
+        raise BenchmarkError(
+            f"problems need equally many responses: most have {usual}, but problem "
+            + ", ".join(odd[:10])
+        )
+    return dict(sorted(groups.items()))
+
+
+def right_counts(problems: Mapping[int, Sequence[Record]], metric: str) -> list[int]:
+    """Right responses to each problem."""
+    return [sum(r.right(metric) for r in group) for group in problems.values()]
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """pass@k = 1 − C(n − c, k) / C(n, k): the chance that k of the n responses, drawn without
+    replacement, hold a right one. Unbiased for k ≤ n (arXiv:2107.03374, equation 1)."""
+    if not (1 <= k <= n and 0 <= right <= n):
+        raise ValueError(f"need 1 ≤ k ≤ n and 0 ≤ right ≤ n, not k={k}, n={n}, right={right}")
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def powers(n: int) -> list[int]:
+    """1, 2, 4 … up to n, and n itself."""
+    return sorted({*(1 << i for i in range(n.bit_length())), n})
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Accuracy of one evaluation minus another's, problem by problem.
+
+    Attributes:
+      difference: of the accuracies.
+      ci95: (low, high), `intervals.paired_interval`.
+      better, worse, equal: on how many problems.
+    """
+
+    difference: float
+    ci95: tuple[float, float]
+    better: int
+    worse: int
+    equal: int
+
+
+def difference(ours: Sequence[Record], theirs: Sequence[Record], *, metric: str) -> Difference:
+    """Ours minus theirs; the numbers of responses may differ, the problems may not.
+
+    Raises:
+      BenchmarkError: not the same problems.
+    """
+    sides = [by_problem(ours), by_problem(theirs)]
+    if sides[0].keys() != sides[1].keys():
+        alone = sorted(sides[0].keys() ^ sides[1].keys())
+        raise BenchmarkError(f"not the same problems; only one side has {alone[:10]}")
+    counts = [
+        (right_counts(side, metric), [len(group) for group in side.values()]) for side in sides
+    ]
+    shares = [np.divide(right, total) for right, total in counts]
+    gaps = shares[0] - shares[1]
+    signs = np.sign(np.where(np.abs(gaps) < 1e-12, 0.0, gaps))
+    return Difference(
+        difference=float(gaps.mean()),
+        ci95=paired_interval(*counts),
+        better=int((signs > 0).sum()),
+        worse=int((signs < 0).sum()),
+        equal=int((signs == 0).sum()),
+    )
+
+
+def _lengths(records: Sequence[Record], metric: str) -> dict[str, float | None]:
+    known = [r for r in records if r.length is not None]
+    if not known:
+        return {}
+    lengths = np.array([r.length for r in known], np.float64)
+    right = np.array([r.right(metric) for r in known])
+
+    def mean(rows: np.ndarray) -> float | None:
+        return float(lengths[rows].mean()) if rows.any() else None
+
+    spots = {f"q{q * 100:02.0f}": float(np.quantile(lengths, q)) for q in QUANTILES}
+    return {"mean": float(lengths.mean()), **spots, "right": mean(right), "wrong": mean(~right)}
+
+
+def _by_length(records: Sequence[Record], metric: str) -> dict[str, dict[str, float]]:
+    """Accuracy in bins whose edges are powers of two, the same for every evaluation."""
+    bins: dict[int, list[bool]] = collections.defaultdict(list)
+    for record in records:
+        if record.length is not None:
+            edge = _SHORTEST_BIN
+            while record.length > edge:
+                edge *= 2
+            bins[edge].append(record.right(metric))
+    return {
+        f"≤{edge}": {"accuracy": float(np.mean(hits)), "responses": len(hits)}
+        for edge, hits in sorted(bins.items())
+    }
+
+
+def _by_field(
+    problems: Mapping[int, Sequence[Record]], right: Sequence[int], field: str
+) -> dict[str, dict[str, Any]]:
+    parts: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
+    for count, group in zip(right, problems.values(), strict=True):
+        parts[str(group[0].meta.get(field, "unknown"))].append((count, len(group)))
+    return {
+        value: {
+            "accuracy": float(np.mean([count / total for count, total in counts])),
+            "ci95": accuracy_interval(*zip(*counts, strict=True)),
+            "problems": len(counts),
+        }
+        for value, counts in sorted(parts.items())
+    }

@@ -1,0 +1,95 @@
+"""Majority voting: maj@k in expectation over which k of a problem's n responses vote."""
+
+import collections
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from luspo_jax.rewards.latex import squeeze, tidy
+from luspo_jax.rewards.plain_numbers import exact_number
+
+_SHORT_FRACTION = re.compile(r"\\frac\s*(\w)\s*(\w)")
+
+
+def ballot(prediction: str | None) -> str | None:
+    """What an extracted answer votes for: 0.5 and 1/2 are one vote; None abstains.
+
+    The reference answer has no part in this: wrong answers that differ in spelling are joined by
+    the same rule as right ones.
+    """
+    if prediction is None or not prediction.strip():
+        return None
+    plain = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", tidy(prediction[:2_000]))
+    number = exact_number(plain)
+    return str(number) if number is not None else squeeze(plain)
+
+
+def majority_at_k(
+    predictions: Sequence[str | None], right: Sequence[bool], ks: Sequence[int]
+) -> list[float]:
+    """maj@k of one problem for each k: the chance that a vote among k responses comes out right.
+
+    maj@k = Σ_S score(winner of S) / C(n, k) over all subsets S of k of the n responses, exactly.
+    Answers that tie for most votes share the win evenly; an abstention votes for nothing, and a
+    vote in which all abstain is wrong. The score of an answer is the share of its responses that
+    were judged right (all or none, unless a verifier failed on some).
+
+    Args:
+      predictions: the n extracted answers.
+      right: the n verdicts.
+      ks: numbers of voters, each from 1 to n ≤ 1000.
+
+    Returns:
+      A probability for each k.
+    """
+    n = len(predictions)
+    if not 1 <= min(ks) <= max(ks) <= n <= 1000:
+        raise ValueError(f"ks {list(ks)} must lie in 1 … n = {n}, and n at most 1000")
+    ballots = [ballot(prediction) for prediction in predictions]
+    sizes = collections.Counter(ballots)
+    abstaining = sizes.pop(None, 0)
+    hits = collections.Counter()
+    for vote, is_right in zip(ballots, right, strict=True):
+        hits[vote] += bool(is_right)
+    ways = np.zeros(n + 1)
+    for vote, size in sizes.items():
+        if hits[vote]:
+            others = [count for other, count in sizes.items() if other != vote]
+            ways += hits[vote] / size * _winning_ways(size, others, abstaining)
+    return [float(ways[k] / math.comb(n, k)) for k in ks]
+
+
+def _winning_ways(size: int, others: Sequence[int], abstaining: int) -> np.ndarray:
+    """For each k, the number of subsets of k voters that an answer wins, a tie of s + 1 answers
+    counting 1/(s + 1).
+
+    With t votes for the answer, the others' votes are the coefficients of a product of truncated
+    binomial polynomials in x; y marks those that reach t. Those with fewer than t responses in
+    all cannot reach it, and multiply to (1 + x)^(their sum). All terms are positive: float64
+    loses no digits to cancellation.
+    """
+    n = size + sum(others) + abstaining
+    ways = np.zeros(n + 1)
+    for votes in range(1, size + 1):
+        rivals = [count for count in others if count >= votes]
+        free = abstaining + sum(count for count in others if count < votes)
+        product = np.zeros((len(rivals) + 1, n + 1))  # [ties, voters]
+        product[0, : free + 1] = [math.comb(free, u) for u in range(free + 1)]
+        for count in rivals:
+            product = _times_truncated(product, count, votes)
+        shares = (product / np.arange(1, len(rivals) + 2)[:, None]).sum(axis=0)
+        ways[votes:] += math.comb(size, votes) * shares[: n + 1 - votes]
+    return ways
+
+
+def _times_truncated(product: np.ndarray, count: int, votes: int) -> np.ndarray:
+    """product · (Σ_{u < votes} C(count, u) x^u + y C(count, votes) x^votes)."""
+    result = np.zeros_like(product)
+    width = product.shape[1]
+    for u in range(min(votes, width)):
+        result[:, u:] += math.comb(count, u) * product[:, : width - u]
+    if votes < width:
+        result[1:, votes:] += math.comb(count, votes) * product[:-1, : width - votes]
+    return result
