@@ -19,7 +19,7 @@ from luspo_jax.benchmarks.answer_extraction import (
     stated_number,
 )
 from luspo_jax.benchmarks.free_form import VERIFIER, Pair
-from luspo_jax.benchmarks.verdicts import Benchmark, Item, ItemVerdict, Line, Reading, share
+from luspo_jax.benchmarks.verdicts import Item, ItemVerdict, Line, Reading, VisualBenchmark, share
 
 TOLERANCE = 0.001
 _FIELD = "short answer"  # what the benchmark's prompt asks for, in JSON
@@ -187,7 +187,7 @@ def _behind(figure: str, outcomes: Sequence[Outcome]) -> int:
     return len({o.question for o in outcomes}) if figure == "worst case" else len(outcomes)
 
 
-DYNAMATH = Benchmark(
+DYNAMATH = VisualBenchmark(
     id="dynamath",
     version=f"1+{VERIFIER}",
     read=read,

@@ -1,7 +1,7 @@
 """LogicVista: 448 questions, whose answer is one letter or several, by skill (arXiv:2407.04973)."""
 
 from luspo_jax.benchmarks.answer_extraction import chosen_labels, labels_in, stated_answer
-from luspo_jax.benchmarks.verdicts import Benchmark, Item, Reading, accuracy
+from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accuracy
 
 
 def read(item: Item, response: str) -> Reading:
@@ -39,7 +39,7 @@ def lines(items, verdicts) -> list:
     ]
 
 
-LOGICVISTA = Benchmark(
+LOGICVISTA = VisualBenchmark(
     id="logicvista",
     version="1",
     read=read,

@@ -10,7 +10,7 @@ from luspo_jax.benchmarks.answer_extraction import (
     stated_number,
 )
 from luspo_jax.benchmarks.free_form import VERIFIER, Pair
-from luspo_jax.benchmarks.verdicts import Benchmark, Item, Reading, accuracy
+from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accuracy
 
 
 def read(item: Item, response: str) -> Reading:
@@ -63,7 +63,7 @@ def lines(items, verdicts) -> list:
     ]
 
 
-MATHVERSE = Benchmark(
+MATHVERSE = VisualBenchmark(
     id="mathverse",
     version=f"1+{VERIFIER}",
     read=read,

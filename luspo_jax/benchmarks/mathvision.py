@@ -10,7 +10,7 @@ from luspo_jax.benchmarks.answer_extraction import (
     stated_number,
 )
 from luspo_jax.benchmarks.free_form import VERIFIER, Pair
-from luspo_jax.benchmarks.verdicts import Benchmark, Item, Reading, accuracy
+from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accuracy
 from luspo_jax.benchmarks.vlmevalkit import equal_answers, inferred_option
 
 
@@ -50,7 +50,7 @@ def lines(items, verdicts) -> list:
     ]
 
 
-MATHVISION = Benchmark(
+MATHVISION = VisualBenchmark(
     id="mathvision",
     version=f"1+{VERIFIER}",
     read=read,

@@ -11,7 +11,7 @@ from luspo_jax.benchmarks.answer_extraction import (
     stated_answer,
     stated_number,
 )
-from luspo_jax.benchmarks.verdicts import Benchmark, BenchmarkError, Item, Reading, accuracy
+from luspo_jax.benchmarks.verdicts import BenchmarkError, Item, Reading, VisualBenchmark, accuracy
 from luspo_jax.benchmarks.vlmevalkit import inferred_option
 
 
@@ -104,7 +104,7 @@ def lines(items, verdicts) -> list:
     ]
 
 
-MATHVISTA = Benchmark(
+MATHVISTA = VisualBenchmark(
     id="mathvista",
     version="1",
     read=read,

@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from luspo_jax.benchmarks.free_form import Pair, equal_pairs
-
-
-class BenchmarkError(ValueError):
-    """Annotations or predictions that cannot be scored; the message says which and why."""
+from luspo_jax.benchmarks.record import BenchmarkError
 
 
 class Item(Protocol):
@@ -80,7 +77,7 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class Benchmark:
+class VisualBenchmark:
     """A named, versioned scoring rule for one evaluation set.
 
     Attributes:
@@ -126,7 +123,7 @@ class Scores:
 
 
 def score(
-    benchmark: Benchmark,
+    benchmark: VisualBenchmark,
     items: Sequence[Item],
     predictions: Mapping[str, str],
     *,
@@ -166,7 +163,7 @@ def score(
     )
 
 
-def _check(benchmark: Benchmark, ids: Sequence[str], predictions: Mapping[str, str]) -> None:
+def _check(benchmark: VisualBenchmark, ids: Sequence[str], predictions: Mapping[str, str]) -> None:
     if not ids:
         raise BenchmarkError(f"{benchmark.id}: there are no annotations")
     if not predictions:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from luspo_jax.benchmarks.answer_extraction import chosen, labelled_options, same_text
 from luspo_jax.benchmarks.verdicts import (
-    Benchmark,
     BenchmarkError,
     Item,
     ItemVerdict,
     Line,
     Reading,
+    VisualBenchmark,
     share,
 )
 
@@ -121,7 +121,7 @@ def _by_steps(ours: Sequence[Problem], kits: Sequence[Problem]) -> list[Line]:
     return found
 
 
-WEMATH = Benchmark(
+WEMATH = VisualBenchmark(
     id="wemath",
     version="1",
     read=read,
