@@ -45,7 +45,9 @@ def test_references_are_right(shared_data, name, phrase):
 def test_sentences_are_right_too(shared_data, name):
     """Where answers are letters and numbers, words around them do no harm."""
     items = [i for i in _items(name, shared_data / "vl" / FILES[name]) if "\\" not in i.answer]
+    if name != "wemath":  # whose problems need all their steps
+        items = items[:300]
     for phrase in ("First 3 steps.\n\nThe answer is {}.", "Well.\n**Answer:** {}"):
         predictions = {item.meta["id"]: phrase.format(item.answer) for item in items}
-        scores = score(VISUAL[name], items[:300], predictions, workers=1)
+        scores = score(VISUAL[name], items, predictions, workers=1)
         assert not [key for key, verdict in scores.verdicts.items() if verdict.strict is False]
