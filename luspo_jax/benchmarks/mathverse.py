@@ -19,7 +19,7 @@ def read(item: Item, response: str) -> Reading:
     if gold is None or not all(label.isalpha() for label in gold):
         stated = stated_answer(response) or (stated_number(response) or (None,))[0]
         kit = stated is not None and stated.strip() == item.answer.strip()
-        return Reading(False if stated is None else Pair(item.answer, stated), kit, stated)
+        return Reading(False if stated is None else Pair(_once(item.answer), stated), kit, stated)
     if len(gold) > 1:
         labels = chosen_labels(response)
         extracted = None if labels is None else ", ".join(sorted(labels))
@@ -28,6 +28,12 @@ def read(item: Item, response: str) -> Reading:
     letter = chosen(response, options)
     equal = letter in options and right in options and same_text(options[letter], options[right])
     return Reading(letter == right or equal, letter == item.answer.strip(), letter)
+
+
+def _once(answer: str) -> str:
+    """A reference that is written on several lines, each the same, is meant once."""
+    lines = {line.strip() for line in answer.strip().splitlines()}
+    return lines.pop() if len(lines) == 1 else answer
 
 
 def _is_choice(item: Item) -> bool:

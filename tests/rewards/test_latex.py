@@ -25,7 +25,7 @@ from luspo_jax.rewards import latex
             r"\begin{pmatrix}1\\ \frac12\end{pmatrix}",
             r"\begin{pmatrix}1\\ \frac{1}{2}\end{pmatrix}",
         ),
-        ("−5 ≤ x", r"-5 \le  x"),
+        ("−5 ≤ x", r"-5 \le x"),
         ("12 dollars", "12 dollars"),
         ("$12$ dollars", r"12 \text{dollars}"),
         (r"\frac12", r"\frac{1}{2}"),
