@@ -19,7 +19,9 @@ def read(item: Item, response: str) -> Reading:
     if gold is None or not all(label.isalpha() for label in gold):
         stated = stated_answer(response) or (stated_number(response) or (None,))[0]
         kit = stated is not None and stated.strip() == item.answer.strip()
-        return Reading(False if stated is None else Pair(_once(item.answer), stated), kit, stated)
+        return Reading(
+            False if stated is None else Pair(_once(item.answer), _once(stated)), kit, stated
+        )
     if len(gold) > 1:
         labels = chosen_labels(response)
         extracted = None if labels is None else ", ".join(sorted(labels))
@@ -31,7 +33,7 @@ def read(item: Item, response: str) -> Reading:
 
 
 def _once(answer: str) -> str:
-    """A reference that is written on several lines, each the same, is meant once."""
+    """An answer that is written on several lines, each the same, is meant once."""
     lines = {line.strip() for line in answer.strip().splitlines()}
     return lines.pop() if len(lines) == 1 else answer
 
