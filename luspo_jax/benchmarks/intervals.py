@@ -1,8 +1,8 @@
 """95 % intervals of an accuracy that was measured on few problems, several responses each.
 
 Responses to one problem are alike, so n responses to each of N problems are worth fewer than N·n
-independent ones. Two methods, each used where it holds its level (coverage by simulation:
-`python -m experiments.bench.coverage`, table in docs/evaluation.md):
+independent ones. Two methods, each used where it holds its level
+(`python -m experiments.bench.coverage` measures it):
 
 * Wilson's score interval at the effective number of responses, which the spread between problems
   gives. It assumes little of how hard the problems are, but needs right and wrong answers on
