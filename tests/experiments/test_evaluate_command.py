@@ -298,7 +298,7 @@ def _command(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=x", "--benchmarks=aime2", "--workdir=w"], "did you mean 'aime24'"),
+        (["--model=x", "--benchmarks=aime-24", "--workdir=w"], "did you mean 'aime24'"),
         (["--model=x", "--benchmarks=aime24", "--protocol=qwen", "--workdir=w"], "'qwen3'"),
         (["--benchmarks=aime24"], "give one of --model, --rescore"),
         (["--compare=a"], "--compare takes two folders"),
