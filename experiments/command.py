@@ -88,9 +88,10 @@ def description(run: Any) -> str:
         f"objective : {_objective(run)}",
         f"device(s) : {jax.device_count()} × {jax.devices()[0].device_kind}",
         f"model     : {run.model.folder.name}, {decoder_weights.num_params(model):,} parameters",
-        f"training  : {run.data.reports[0]}",
-        f"held out  : {run.data.reports[1]}"
-        + (" — THE TRAINING SET ITSELF" if run.data.reports[0] == run.data.reports[1] else ""),
+        *(f"training  : {report}" for report in run.data.reports),
+        f"held out  : {run.data.held_out_report}"
+        + (" — THE TRAINING SET ITSELF" if run.data.held_out_report in run.data.reports else ""),
+        *([f"overlap   : {run.data.overlap}"] if run.data.overlap else []),
         f"prompts   : {len(run.data.stream):,} to train on ({run.data.stream.dropped:,} dropped as "
         f"longer than {run.config.data.max_prompt_length} tokens), {len(run.data.held_out):,} held "
         f"out; template {run.data.template_hash}",

@@ -28,7 +28,9 @@ _FREE_TO_CHANGE = (
 
 
 # Sections whose field names are not ours to know.
-OPEN_SECTIONS = ("model.overrides.", "data.options.", "reward.parts.", "reward.options.")
+OPEN_SECTIONS = (
+    "model.overrides.", "data.mixture.", "data.options.", "reward.parts.", "reward.options.",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -59,6 +61,9 @@ def default_config() -> ConfigDict:
     config.data.path = ""  # Local file of a dataset that is not generated.
     config.data.split = "train"
     config.data.options = ConfigDict()  # Of a generated dataset.
+    # Several sources to train on in place of `name`: a name of yours → {name, path, split, weight,
+    # problem_column, answer_column}; weight is a share of the prompts.
+    config.data.mixture = ConfigDict()
     config.data.eval_name = ""  # Held-out set; empty = data.name.
     config.data.eval_path = ""  # Empty = data.path.
     config.data.eval_split = "test"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax.datasets import DataError, Example
+from luspo_jax.datasets import DataError, Example, Mixture
 from luspo_jax.datasets.dapo_math import PREFIX, SUFFIX
 
 
@@ -149,10 +149,11 @@ class PromptStream:
 
     The order is one sequence, drawn by grain from the seed. The prompts of a step are its next
     ones that are short enough, dealt out to the processes one by one, so that the same prompts are
-    seen whatever the number of processes, and every process has the same state.
+    seen whatever the number of processes, and every process has the same state. The sources of a
+    mixture are interleaved by their weights, each in an order and in epochs of its own.
 
     Args:
-      examples: the problems, by random access; ids must be unique.
+      examples: the problems, by random access, ids unique; or a Mixture.
       renderer: turns a problem into a prompt.
       max_length: longest prompt, in tokens; longer ones are dropped and counted.
       seed: decides the order.
@@ -181,7 +182,9 @@ class PromptStream:
             raise DataError("no prompts: the dataset is empty")
         self._examples, self._renderer, self._max_length = examples, renderer, max_length
         self._process_index, self._process_count = process_index, process_count
-        self._order = _draw_order(len(examples), seed, shuffle)
+        mixed = isinstance(examples, Mixture)
+        sizes, weights = (examples.sizes, examples.weights) if mixed else ((len(examples),), (1.0,))
+        self._order = _draw_order(sizes, weights, seed, shuffle)
         self._position = 0
         self.dropped = 0
         self._identity = {
@@ -191,6 +194,7 @@ class PromptStream:
             "template_hash": renderer.hash,
             "num_examples": len(examples),
             "examples_hash": _fingerprint(examples),
+            "mixture": [list(pair) for pair in zip(sizes, weights, strict=True)],
         }
 
     def __len__(self) -> int:
@@ -199,7 +203,7 @@ class PromptStream:
 
     @property
     def epoch(self) -> float:
-        """Epochs begun and done: 1.5 is half way through the second."""
+        """Epochs begun and done: 1.5 is half way through the second; of a mixture, the mean."""
         return self._position / len(self._examples)
 
     def next_prompts(self, count: int) -> list[PromptRecord]:
@@ -247,14 +251,18 @@ class PromptStream:
         self._position, self.dropped = int(state["position"]), int(state["dropped"])
 
 
-def _draw_order(size: int, seed: int, shuffle: bool):
+def _draw_order(sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool):
     """The endless sequence of places in the dataset, by random access."""
     import grain  # here: whoever only renders prompts need not wait for it
 
-    order = grain.MapDataset.range(size)
-    if shuffle:
-        order = order.shuffle(seed=seed % (1 << 32))
-    return order.repeat()
+    orders, start = [], 0
+    for source, size in enumerate(sizes):
+        order = grain.MapDataset.range(start, start + size)
+        if shuffle:
+            order = order.shuffle(seed=(seed + source) % (1 << 32))
+        orders.append(order.repeat())
+        start += size
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:

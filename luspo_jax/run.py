@@ -61,11 +61,22 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Prompts to train on and to be measured by, and what became of their sources' rows."""
+    """Prompts to train on and to be measured by.
+
+    Attributes:
+      stream: of the training prompts.
+      held_out: prompts of the held-out problems.
+      reports: what became of the rows of each training source.
+      held_out_report: likewise of the held-out set.
+      overlap: what training and held-out problems share; None where either is generated.
+      template_hash: changes with anything that changes a prompt.
+    """
 
     stream: prompts.PromptStream
     held_out: list[prompts.PromptRecord]
     reports: tuple[datasets.Report, ...]
+    held_out_report: datasets.Report
+    overlap: datasets.Overlap | None
     template_hash: str
 
 
@@ -192,7 +203,7 @@ def load_data(config: ConfigDict, tokenizer: Any) -> Data:
         "answer": data.answer_column or None,
         **data.options.to_dict(),
     }
-    train, report = datasets.load(data.name, data.path or None, data.split, **columns)
+    train, reports = _training_set(data, columns)
     held_out, held_out_report = datasets.load(
         data.eval_name or data.name, data.eval_path or data.path or None, data.eval_split, **columns
     )
@@ -206,7 +217,40 @@ def load_data(config: ConfigDict, tokenizer: Any) -> Data:
             f"no held-out prompt of {held_out_report.source} fits data.max_prompt_length="
             f"{data.max_prompt_length} tokens"
         )
-    return Data(stream, records, (report, held_out_report), renderer.hash)
+    # Generated splits are disjoint by construction; files may hold anything.
+    files = held_out_report.sha256 and all(report.sha256 for report in reports)
+    shared = datasets.overlap(wanted, train) if files else None
+    return Data(stream, records, reports, held_out_report, shared, renderer.hash)
+
+
+_SOURCE_FIELDS = ("name", "path", "split", "weight", "problem_column", "answer_column")
+
+
+def _training_set(data, columns):
+    """(examples, report of each source) of the one dataset or of the mixture."""
+    if not data.mixture:
+        examples, report = datasets.load(data.name, data.path or None, data.split, **columns)
+        return examples, (report,)
+    sources, weights, reports = {}, {}, []
+    for key, source in data.mixture.items():
+        place = f"data.mixture.{key}"
+        unknown = set(source) - set(_SOURCE_FIELDS)
+        if unknown or "name" not in source:
+            wrong = f"no field {sorted(unknown)[0]!r}" if unknown else "it needs a name"
+            raise configuration.ConfigError(
+                f"{place}: {wrong}; the fields are {', '.join(_SOURCE_FIELDS)}"
+            )
+        sources[key], report = datasets.load(
+            source.name,
+            source.get("path") or None,
+            source.get("split", "train"),
+            data_dir=columns["data_dir"],
+            problem=source.get("problem_column") or None,
+            answer=source.get("answer_column") or None,
+        )
+        weights[key] = float(source.get("weight", 1.0))
+        reports.append(report)
+    return datasets.Mixture(sources, weights), tuple(reports)
 
 
 def _scoring(config, model):
@@ -349,7 +393,10 @@ def facts(run: Run) -> dict[str, Any]:
     return {
         "template_hash": run.data.template_hash,
         "scorers": run.scorer.labels,
-        "datasets": [dataclasses.asdict(report) for report in run.data.reports],
+        "datasets": [
+            dataclasses.asdict(report) for report in (*run.data.reports, run.data.held_out_report)
+        ],
+        "overlap": dataclasses.asdict(run.data.overlap) if run.data.overlap else None,
         "parameters": decoder_weights.num_params(run.model.config),
     }
 

@@ -4,6 +4,8 @@ Nothing here imports jax.
 """
 
 from luspo_jax.datasets.example import DataError, Example, Report
+from luspo_jax.datasets.mixture import Mixture
+from luspo_jax.datasets.overlap import Overlap, overlap
 from luspo_jax.datasets.registry import DATASETS, load
 
-__all__ = ["DATASETS", "DataError", "Example", "Report", "load"]
+__all__ = ["DATASETS", "DataError", "Example", "Mixture", "Overlap", "Report", "load", "overlap"]

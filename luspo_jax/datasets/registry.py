@@ -10,6 +10,7 @@ from luspo_jax.datasets.dapo_math import DAPO_LAYOUT
 from luspo_jax.datasets.example import DataError, Example, Report
 from luspo_jax.datasets.geometry3k import GEOMETRY3K
 from luspo_jax.datasets.gsm8k import GSM8K
+from luspo_jax.datasets.hub import hub_file, is_hub
 from luspo_jax.datasets.label_lookup import LabelLookup
 from luspo_jax.datasets.label_sums import LabelSums
 from luspo_jax.datasets.open_problems import MINERVA, OLYMPIADBENCH
@@ -50,6 +51,8 @@ DATASETS = {
     "file": Table(problem=("problem",), answer=("answer",)),
 }
 
+_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
+
 
 def load(
     name: str,
@@ -65,8 +68,8 @@ def load(
 
     Args:
       name: a key of DATASETS.
-      path: the file, or a folder that holds `{split}.jsonl` or `.parquet`, `.json`, `.csv`; none
-        for a generator.
+      path: the file; a folder that holds `{split}.jsonl` or `.parquet`, `.json`, `.csv`; or
+        "hub:OWNER/NAME[@REVISION][/FILE]", which is downloaded; none for a generator.
       split: the split; a file is one split, so it matters for folders and generators only.
       data_dir: where the built dataset is kept; by default the user's cache.
       problem: column of the problem, in place of the dataset's own.
@@ -132,13 +135,15 @@ def _file(name: str, path: str | pathlib.Path | None, split: str) -> pathlib.Pat
     """The file that holds the split."""
     if not path:
         raise DataError(f"dataset {name!r} needs a path to its file ({DATASETS[name].origin})")
+    if is_hub(path):
+        return hub_file(str(path), split, _SUFFIXES)
     place = pathlib.Path(path)
     pattern = DATASETS[name].folder
     for folder in (place, place / split) if pattern else ():
         if any(folder.glob(pattern)):
             return folder
     if place.is_dir():
-        candidates = [place / f"{split}{s}" for s in (".jsonl", ".parquet", ".json", ".csv")]
+        candidates = [place / f"{split}{s}" for s in _SUFFIXES]
         files = [file for file in candidates if file.is_file()]
         if len(files) != 1:
             present = ", ".join(sorted(p.name for p in place.iterdir())) or "nothing"
