@@ -23,6 +23,7 @@ from luspo_jax.benchmarks import BENCHMARKS, BenchmarkError, Summary, protocol
 from luspo_jax.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
+from luspo_jax.rewards.math_equal import VERSION
 from luspo_jax.run import WorkdirError
 from luspo_jax.update import initial_state
 
@@ -344,6 +345,6 @@ def test_real_files_with_a_random_model(shared_data, tmp_path):
     stored = _results(tmp_path / "out")["benchmarks"]
     assert stored["aime24"]["dataset"]["sha256"]
     assert stored["math500"]["results"]["by_field"].keys() == {"subject", "level"}
-    assert stored["math500"]["scorers"] == {"boxed_math": "boxed_math@1"}
+    assert stored["math500"]["scorers"] == {"boxed_math": f"boxed_math@{VERSION}"}
     assert all(entry["results"]["truncated"] > 0 for entry in stored.values())
     assert "first 3 of 30" in table
