@@ -27,6 +27,9 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
       The exit status: 0; 2 for flags and configurations; 1 for anything else foreseen. What is
       not foreseen keeps its traceback, because it is a fault of ours.
     """
+    if {"--help", "-help", "-h"} & set(sys.argv[1:]):
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="")
+        return 0
     try:
         rest = flags.FLAGS(sys.argv)
         if len(rest) > 1:
@@ -83,6 +86,7 @@ def description(run: Any) -> str:
     model, memory = run.model.config, runs.memory_estimate(run.config, run.model.config)
     fields = configuration.flat(run.config)
     shown = {k: v for k, v in fields.items() if v is not None and v != ""}
+    overlap = run.data.overlap()
     lines = [
         *(f"  {name} = {value}" for name, value in shown.items()),
         f"objective : {_objective(run)}",
@@ -91,7 +95,7 @@ def description(run: Any) -> str:
         *(f"training  : {report}" for report in run.data.reports),
         f"held out  : {run.data.held_out_report}"
         + (" — THE TRAINING SET ITSELF" if run.data.held_out_report in run.data.reports else ""),
-        *([f"overlap   : {run.data.overlap}"] if run.data.overlap else []),
+        *([f"overlap   : {overlap}"] if overlap else []),
         f"prompts   : {len(run.data.stream):,} to train on ({run.data.stream.dropped:,} dropped as "
         f"longer than {run.config.data.max_prompt_length} tokens), {len(run.data.held_out):,} held "
         f"out; template {run.data.template_hash}",

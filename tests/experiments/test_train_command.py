@@ -1,5 +1,7 @@
 """What a user sees who mistypes: one message that names the field, and a non-zero status."""
 
+import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -7,6 +9,7 @@ from absl import flags
 
 from experiments import command, train
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUICKSTART = "--config=configs/quickstart.py"
 
 
@@ -104,3 +107,14 @@ def test_reward_of_several_parts_must_say_which_is_accuracy():
     config.eval.metric = ""
     with pytest.raises(ConfigError, match=r"eval\.metric is empty"):
         check(config)
+
+
+@pytest.mark.parametrize("launcher", ["train", "evaluate", "sweep", "score_vl"])
+def test_help_says_what_it_is_and_lists_the_flags(launcher):
+    ran = subprocess.run(
+        [sys.executable, "-m", f"experiments.{launcher}", "--help"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert f"python -m experiments.{launcher}" in ran.stdout
+    assert "--workdir" in ran.stdout or "--predictions" in ran.stdout
