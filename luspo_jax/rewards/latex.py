@@ -42,6 +42,7 @@ _WORD_END = r"(?![a-zA-Z])"
 _REWRITES = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
+        (r"(?<=\d)\.(?=\s*/)", ""),  # 1./3 is 1/3
         (r"\\!\s*", ""),  # negative space, as in 11,\! 111
         (rf"(?<!\\)(?:\\(?:[,;:> ]|q?quad{_WORD_END})|~)", " "),
         (rf"\\(?:display|text|script)style{_WORD_END}", ""),
@@ -100,6 +101,9 @@ _DOUBLED_COMMAND = re.compile(r"\\\\(?=[a-zA-Z]{2,})")
 _DELIMITERS = (("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
+_SIGN_BEFORE = re.compile(r"(-)\s*\$([^$]+)\$")
+
+
 def tidy(answer: str) -> str:
     """The answer without math delimiters, spacing and size commands, and Unicode signs."""
     # One space for many: patterns below may then try both sides of a space without harm.
@@ -116,6 +120,10 @@ def tidy(answer: str) -> str:
 
 
 def _undelimited(answer: str) -> str:
+    signed = _SIGN_BEFORE.fullmatch(answer)
+    if signed:
+        sign, inside = signed.groups()
+        return f"{sign}({inside})" if re.search(r"[^({]\s*[+-]", inside) else f"{sign}{inside}"
     measured = _FORMULA_AND_UNIT.fullmatch(answer)
     if measured:
         return rf"{measured[1].strip()} \text{{{measured[2]}}}"

@@ -235,4 +235,6 @@ _PERCENT = re.compile(
 def percent(answer: str) -> str | None:
     """What stands before a percent sign or the word; None without one."""
     match = _PERCENT.fullmatch(answer)
-    return match[1].rstrip("\\").strip().rstrip("$").strip() if match else None
+    if match is None:
+        return None
+    return re.sub(r"\\text\s*\{\s*$|\\$", "", match[1]).strip().rstrip("$").strip()

@@ -2,11 +2,13 @@
 Math-Verify. Both can hang or fill memory on hostile input: call this where it can be killed.
 """
 
+import dataclasses
 import functools
 import logging
 import random
+import re
 
-from luspo_jax.rewards.latex import is_prose
+from luspo_jax.rewards.latex import is_prose, is_running_text
 
 _DIGITS = 50  # of an evaluation
 _EXACT = 10.0**-40  # relative difference of equal values without decimals
@@ -14,6 +16,10 @@ _ROUNDED = 10.0**-12  # and with decimals, which carry 15 digits
 _LARGEST = 10.0**38  # beyond, whole numbers may differ by less than what is compared
 _POINTS = 10
 _FEWEST_POINTS = 2
+# What may stand around a formula without being part of it.
+_TRIMMINGS = re.compile(
+    r"^\s*(?:=|\\approx|\\sim)|\\(?:text|mbox|[hv]space\*?)\s*\{[^{}]*\}\s*$|\s+[a-z]{3,}\s*$|\\+\s*$"
+)
 
 
 @functools.cache
@@ -26,14 +32,15 @@ def _library():
 
 
 @functools.cache
-def _formula_reader():
+def _formula_reader(units: bool):
     """(normalise, read): as Math-Verify reads a formula, but R and r stay two variables."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
 
     library = _library()
     from math_verify.parser import LatexExtractionConfig, get_last_eq, should_treat_as_complex
 
-    rules = LatexExtractionConfig().normalization_config
+    # Without a sentence around it, 6m is six times a variable: `quantities` knows what a unit is.
+    rules = dataclasses.replace(LatexExtractionConfig().normalization_config, units=units)
     conversion = ConversionConfig(lowercase_symbols=False)
 
     def read(latex: str):
@@ -48,8 +55,8 @@ def _formula_reader():
     return functools.partial(normalize_latex, config=rules), read, get_last_eq, library
 
 
-def _formula(answer: str) -> list:
-    normalise, read, last_equation, _ = _formula_reader()
+def _formula(answer: str, *, units: bool = False) -> list:
+    normalise, read, last_equation, _ = _formula_reader(units)
     latex = normalise(answer)
     for candidate in dict.fromkeys((latex, last_equation(latex))):
         try:
@@ -63,10 +70,18 @@ def _formula(answer: str) -> list:
 def parse(answer: str) -> list:
     """Math-Verify's reading: of the formulas in a text, or of the answer as one formula."""
     is_text = "$" in answer.replace(r"\$", "") or r"\(" in answer or r"\[" in answer
-    parsed = [] if is_text or is_prose(answer) else _formula(answer)
-    if not parsed:
-        text = answer if is_text or is_prose(answer) else f"${answer}$"
-        parsed = _library().parse(text, parsing_timeout=None)
+    if is_text or is_prose(answer) or is_running_text(answer):
+        parsed = (
+            [] if is_text or is_prose(answer) else _formula(answer, units=True)
+        ) or _library().parse(
+            answer if is_text or is_prose(answer) else f"${answer}$", parsing_timeout=None
+        )
+    else:
+        # Formulas only: a plain number picked out of one that cannot be read is not its value.
+        formula = _TRIMMINGS.sub("", answer).strip() or answer
+        parsed = _formula(formula) or _library().parse(
+            f"${formula}$", [_library().LatexExtractionConfig()], parsing_timeout=None
+        )
     return [_plain_symbols(item) for item in parsed]
 
 
@@ -97,13 +112,42 @@ def _plain_symbols(item):
 
 def formulas_equal(gold: str, prediction: str) -> bool:
     """Whether two answers are equal as formulas."""
+    text = is_running_text(gold) or is_running_text(prediction)
+    if not text and _primes(gold) != _primes(prediction):
+        return False  # the parser drops them
     a, b = parse(gold), parse(prediction)
     if not a or not b:
         return False
-    verdict = equal_values(a[0], b[0])
+    verdict = _equations_equal(a[0], b[0])
+    if verdict is None:
+        verdict = equal_values(a[0], b[0])
     if verdict is not None:
         return verdict
     return _library().verify(a, b, timeout_seconds=None, allow_set_relation_comp=True)
+
+
+def _primes(answer: str) -> int:
+    """Primed names in an answer; the apostrophe of a word is none."""
+    return len(re.findall(r"(?<![A-Za-z])[A-Za-z](?:'(?![A-Za-z])|\s*\^\s*\{?\s*\\prime)", answer))
+
+
+def _equations_equal(a, b) -> bool | None:
+    """Whether two differential equations agree, up to sides and sign; a value given as n·x = v is
+    none. None for anything else."""
+    import sympy
+
+    for value, equation in ((a, b), (b, a)):
+        if isinstance(value, sympy.Expr) and isinstance(equation, sympy.Eq):
+            left = equation.lhs
+            if left.is_Mul and left.args[0].is_number and left.free_symbols:
+                return False
+    if not all(isinstance(e, sympy.Eq) and e.has(sympy.Derivative) for e in (a, b)):
+        return None
+    rates = sorted(a.atoms(sympy.Derivative) | b.atoms(sympy.Derivative), key=str)
+    names = {rate: sympy.Symbol(f"rate{k}") for k, rate in enumerate(rates)}
+    one, other = ((e.lhs - e.rhs).xreplace(names) for e in (a, b))
+    verdicts = [equal_values(one, other), equal_values(one, -other)]
+    return True if True in verdicts else None if None in verdicts else False
 
 
 def equal_values(a, b) -> bool | None:
@@ -118,6 +162,8 @@ def equal_values(a, b) -> bool | None:
 
     # Sums and the like to a symbolic limit have no value at a point that is no whole number.
     limits = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
+    # At small points all floors are alike.
+    limits += (sympy.floor, sympy.ceiling)
     unknown = (AppliedUndef, sympy.zoo, sympy.nan, sympy.oo, *limits)
     if not all(isinstance(e, sympy.Expr) and e.is_commutative for e in (a, b)):
         return None

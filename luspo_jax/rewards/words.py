@@ -5,8 +5,10 @@ import re
 from luspo_jax.rewards.plain_numbers import exact_number
 
 _TEXT = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
-_ARTICLE = re.compile(r"\b(?:the|an|a)\s+(?=[a-z])")
-_PHRASE = re.compile(r"[a-z][a-z' -]*")
+_ARTICLE = re.compile(r"\b(?:the|an|a)\s+(?=[a-z]{3})")  # a bc is a product
+_PHRASE = re.compile(r"[a-z]+(?:'[a-z]+)*(?: [a-z]+(?:'[a-z]+)*)*")
+_HYPHEN = re.compile(r"(?<=[a-z]{3})-(?=[a-z]{3})")  # a difference of letters has none
+_CALL = re.compile(r"(?<=[a-z]{4})!+$")  # n! is a factorial
 _CHOICE = re.compile(
     r"(?i)(?:(?:option|choice)\s*)?(?:\(\s*([A-J])\s*\)|([A-J])\s*[.):](?!\s*=)|([A-J])(?=\s*$))\s*(.*)",
     re.DOTALL,
@@ -33,16 +35,16 @@ _SYNONYMS = (
 
 def plain(answer: str) -> str:
     """The answer with its text commands opened, and no quotation marks or full stop."""
-    return _TEXT.sub(r"\1", answer).strip().strip("\"'“”`*").rstrip(".!").strip()
+    text = _TEXT.sub(r"\1", answer).strip().strip('"“”`*').rstrip(".").strip()
+    quoted = re.fullmatch(r"'([^']*)'", text)  # a single one is a prime
+    return quoted[1].rstrip(".").strip() if quoted else text
 
 
 def phrase(answer: str) -> str | None:
     """The words in one form, without article; None where anything else is in the answer."""
-    words = plain(answer).casefold()
-    if not _PHRASE.fullmatch(words):
-        return None
-    words = " ".join(words.replace("-", " ").split())
-    return _ARTICLE.sub("", words)
+    words = _CALL.sub("", plain(answer).casefold())
+    words = " ".join(_HYPHEN.sub(" ", words).split())
+    return _ARTICLE.sub("", words) if _PHRASE.fullmatch(words) else None
 
 
 def spelled(answer: str) -> int | None:
