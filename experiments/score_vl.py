@@ -103,7 +103,7 @@ def main() -> None:
     )
     scores = score(VISUAL[_BENCHMARK.value], items, predictions, workers=_WORKERS.value)
     if _JSON.value:
-        text = json.dumps(dataclasses.asdict(scores), ensure_ascii=False, indent=1)
+        text = json.dumps(dataclasses.asdict(scores), indent=1)
         pathlib.Path(_JSON.value).write_text(text + "\n", encoding="utf-8")
     print(table(scores))
 

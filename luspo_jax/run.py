@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ class Data:
       held_out: prompts of the held-out problems.
       reports: what became of the rows of each training source.
       held_out_report: likewise of the held-out set.
-      overlap: what training and held-out problems share; None where either is generated.
+      examples: training problems, and held-out problems.
       template_hash: changes with anything that changes a prompt.
     """
 
@@ -76,8 +76,18 @@ class Data:
     held_out: list[prompts.PromptRecord]
     reports: tuple[datasets.Report, ...]
     held_out_report: datasets.Report
-    overlap: datasets.Overlap | None
+    examples: tuple[Sequence[datasets.Example], Sequence[datasets.Example]]
     template_hash: str
+
+    def overlap(self) -> datasets.Overlap | None:
+        """What training and held-out problems share; reads the whole training set.
+
+        None where either is generated: generated splits are disjoint by construction.
+        """
+        if not all(report.sha256 for report in (*self.reports, self.held_out_report)):
+            return None
+        trained, held_out = self.examples
+        return datasets.overlap(held_out, trained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +227,7 @@ def load_data(config: ConfigDict, tokenizer: Any) -> Data:
             f"no held-out prompt of {held_out_report.source} fits data.max_prompt_length="
             f"{data.max_prompt_length} tokens"
         )
-    # Generated splits are disjoint by construction; files may hold anything.
-    files = held_out_report.sha256 and all(report.sha256 for report in reports)
-    shared = datasets.overlap(wanted, train) if files else None
-    return Data(stream, records, reports, held_out_report, shared, renderer.hash)
+    return Data(stream, records, reports, held_out_report, (train, wanted), renderer.hash)
 
 
 _SOURCE_FIELDS = ("name", "path", "split", "weight", "problem_column", "answer_column")
@@ -248,7 +255,7 @@ def _training_set(data, columns):
             problem=source.get("problem_column") or None,
             answer=source.get("answer_column") or None,
         )
-        weights[key] = float(source.get("weight", 1.0))
+        weights[key] = source.get("weight", 1.0)
         reports.append(report)
     return datasets.Mixture(sources, weights), tuple(reports)
 
@@ -337,6 +344,7 @@ class Workdir:
 
     def _check_or_write(self, config, facts):
         manifest = self.path / "run.json"
+        facts = json.loads(json.dumps(facts))  # as they will be read: tuples are lists there
         if manifest.exists():
             try:
                 stored = json.loads(manifest.read_text())
@@ -358,7 +366,7 @@ class Workdir:
                     + "\n".join(f"  - {line}" for line in differences)
                     + "\nchoose another --workdir, or set these fields back to continue that run"
                 )
-        elif any(p.name != ".lock" for p in self.path.iterdir()):
+        elif any(not p.name.startswith(".") for p in self.path.iterdir()):  # lock, broken write
             raise WorkdirError(
                 f"--workdir={self.path} is not empty and holds no run of luspo_jax: choose another"
             )
@@ -396,7 +404,6 @@ def facts(run: Run) -> dict[str, Any]:
         "datasets": [
             dataclasses.asdict(report) for report in (*run.data.reports, run.data.held_out_report)
         ],
-        "overlap": dataclasses.asdict(run.data.overlap) if run.data.overlap else None,
         "parameters": decoder_weights.num_params(run.model.config),
     }
 
@@ -404,8 +411,11 @@ def facts(run: Run) -> dict[str, Any]:
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file that is either the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _version(package):

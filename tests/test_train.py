@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from luspo_jax import batches, objectives, train
+from luspo_jax import batches, datasets, objectives, train
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
 from luspo_jax.checkpoint import CheckpointError
@@ -200,6 +200,29 @@ def test_workdir_in_use_is_refused(config, tmp_path):
     with pytest.raises(runs.WorkdirError, match="in use"):
         runs.Workdir(tmp_path / "run", config, runs.facts(run))
     first.close()
+
+
+def test_a_run_on_files_goes_on(config, tmp_path):
+    """What a manifest says of files must survive the way through JSON."""
+    problems, _ = datasets.load("label_sums", num_terms=4)
+    rows = [{"problem": problems[k].problem, "answer": problems[k].answer} for k in range(16)]
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.data.options = {}
+    config.data.name, config.data.path, config.data.cache_dir = "file", str(file), str(tmp_path)
+    config.num_steps = 1
+    _train(config, tmp_path / "run")
+    config.num_steps = 2
+    outcome = _train(config, tmp_path / "run")
+    assert [step for step, _ in outcome.evaluations][-1] == 2
+    assert runs.build(config).data.overlap().at_least(1)
+
+
+def test_a_write_that_broke_off_does_not_lock_the_folder(config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".run.json.tmp").write_text("{")
+    runs.Workdir(folder, config, {}).close()
 
 
 def test_damaged_checkpoint_is_named(finished, config, tmp_path):

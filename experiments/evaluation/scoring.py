@@ -36,11 +36,11 @@ def rescore(folder: pathlib.Path, options: Options) -> str:
             with session.scorer(entry, options) as judge:
                 changed, after = _rescore_parts(folder, name, judge), judge.labels
             facts["scorers"], facts["metric"] = after, entry.metric
+            storage.write_manifest(folder, manifest)  # what is done stays told, whatever comes
             lines.append(
                 f"{name}: {', '.join(before.values())} → {', '.join(after.values())}; "
                 f"{changed} verdicts changed"
             )
-        storage.write_manifest(folder, manifest)
         return "\n".join([*lines, report.write(folder, manifest)])
 
 

@@ -81,7 +81,7 @@ def begin(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
                 + "\nchoose another --workdir"
             )
         manifest["benchmarks"] = stored["benchmarks"] | manifest["benchmarks"]
-    elif any(path.name != ".lock" for path in folder.iterdir()):
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):  # lock, broken write
         raise UsageError(f"--workdir={folder} is not empty and holds no evaluation: choose another")
     write_manifest(folder, manifest)
     return manifest
@@ -141,7 +141,8 @@ def read_benchmark(folder: pathlib.Path, name: str, entry: Mapping[str, Any]) ->
             f"{folder}: {name} has {len(records)} of {wanted} responses: run the same evaluation "
             "again to finish it"
         )
-    labels = {json.dumps(dict(record.scorers), sort_keys=True) for record in records}
+    stated = json.dumps(entry["scorers"], sort_keys=True)
+    labels = {stated} | {json.dumps(dict(r.scorers), sort_keys=True) for r in records}
     if len(labels) > 1:
         raise UsageError(
             f"{folder}: {name} was judged by different scorers ({'; '.join(sorted(labels))}): "

@@ -46,8 +46,8 @@ class Record:
         return self.verdict.parts[part] > 0.5
 
     def to_json(self) -> str:
-        """One line."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n"
+        """One line, in ASCII: a model may write half a surrogate pair, which UTF-8 cannot."""
+        return json.dumps(dataclasses.asdict(self)) + "\n"
 
     @classmethod
     def from_json(cls, line: str, place: str) -> "Record":

@@ -29,8 +29,9 @@ class Mixture(Sequence):
         for name, examples in sources.items():
             if not len(examples):
                 raise DataError(f"data.mixture.{name}: the source is empty")
-            if not (weights[name] > 0 and math.isfinite(weights[name])):
-                raise DataError(f"data.mixture.{name}: weight={weights[name]} must be positive")
+            weight = weights[name]
+            if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise DataError(f"data.mixture.{name}: weight={weight!r} must be a positive number")
         self._names, self._sources = list(sources), list(sources.values())
         self.sizes = tuple(len(examples) for examples in self._sources)
         self._ends = [sum(self.sizes[: k + 1]) for k in range(len(self.sizes))]

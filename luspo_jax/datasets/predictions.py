@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from luspo_jax.datasets.example import DataError
 from luspo_jax.datasets.rows import column, read_rows
-from luspo_jax.datasets.table import answer_text
+from luspo_jax.datasets.table import answer_text, optional_text
 
 
 def read_predictions(
@@ -32,14 +32,18 @@ def read_predictions(
         if name in found:
             raise DataError(f"{place}: id {name!r} stands in row {rows[name]} already")
         cell = column(row, (response,), place)[1]
-        found[name], rows[name] = "" if cell is None else str(cell), number
+        found[name], rows[name] = _text(response, cell, place), number
     if not found:
         raise DataError(f"{path}: there are no predictions")
     return found
 
 
 def _name(name: str, cell, place: str) -> str:
+    return _text(name, cell, place, answer_text)
+
+
+def _text(name: str, cell, place: str, read=optional_text) -> str:
     try:
-        return answer_text(cell)
+        return read(cell)
     except ValueError as error:
         raise DataError(f"{place}: column {name!r} {error}") from error

@@ -1,6 +1,7 @@
 """A file of problems: which columns to read, how rows become examples, duplicates and conflicts."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,13 +11,15 @@ from luspo_jax.datasets.images import references
 from luspo_jax.datasets.rows import Row, column, read_rows
 
 # Part of every built dataset's key: raise it when a rule that turns rows into examples changes.
-READER_VERSION = 1
+READER_VERSION = 2
 
 
 def text(value: Any) -> str:
     """A cell as text; a whole number is written without a fraction, 27.0 as 27."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"must be text or a number, not {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"is {value}, which stands for no value")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     result = str(value)
@@ -27,7 +30,7 @@ def text(value: Any) -> str:
 
 def optional_text(value: Any) -> str:
     """A cell as text without white space around it; empty where it is null or blank."""
-    blank = value is None or (isinstance(value, str) and not value.strip())
+    blank = value is None or value != value or (isinstance(value, str) and not value.strip())
     return "" if blank else text(value).strip()
 
 

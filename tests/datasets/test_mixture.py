@@ -26,7 +26,7 @@ def test_places_ids_and_sources():
         mixture[25]
 
 
-@pytest.mark.parametrize("weight", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf"), "x"])
 def test_weights_must_be_positive(weight):
     with pytest.raises(DataError, match=r"data\.mixture\.b: weight"):
         Mixture({"a": _source("a", 1), "b": _source("b", 1)}, {"a": 1, "b": weight})

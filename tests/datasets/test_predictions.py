@@ -54,3 +54,10 @@ def test_long_responses(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"id,prediction\n1,\xff\n")
     with pytest.raises(DataError, match=r"a.csv, after row 0: not readable CSV"):
         read_predictions(tmp_path / "a.csv")
+
+
+def test_a_list_is_no_response(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"id": 1, "prediction": ["Answer: 3"]}\n')
+    with pytest.raises(DataError, match="row 1: column 'prediction' must be text"):
+        read_predictions(file)

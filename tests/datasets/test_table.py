@@ -5,7 +5,14 @@ import json
 import pytest
 
 from luspo_jax.datasets.example import DataError
-from luspo_jax.datasets.table import Table, answer_text, integer, read_examples, text
+from luspo_jax.datasets.table import (
+    Table,
+    answer_text,
+    integer,
+    optional_text,
+    read_examples,
+    text,
+)
 
 TABLE = Table(problem=("problem",), answer=("answer",), meta=("level",))
 
@@ -66,3 +73,9 @@ def test_cells():
     assert answer_text(" 27 ") == "27"
     cells = ("033", "0", "-03", "336^\\circ", "27.0", 27.0, "٣")
     assert [integer(cell) for cell in cells] == ["33", "0", "-03", "336^\\circ", "27.0", "27", "٣"]
+
+
+def test_not_a_number_is_no_answer():
+    with pytest.raises(ValueError, match="stands for no value"):
+        text(float("nan"))
+    assert optional_text(float("nan")) == ""

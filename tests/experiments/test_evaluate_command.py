@@ -146,6 +146,24 @@ def test_rescoring_changes_nothing_and_counts_what_it_changes(copy):
     assert statuses["unparsed"] >= 1
 
 
+def test_a_rescore_that_stopped_is_not_compared(finished, copy):
+    """Records of other scorers than the manifest states are no evaluation."""
+    manifest = storage.read_manifest(copy)
+    manifest["benchmarks"]["label_sums"]["scorers"] = {"gsm8k": "gsm8k@0"}
+    storage.write_manifest(copy, manifest)
+    with pytest.raises(UsageError, match="judged by different scorers"):
+        comparison.compare(copy, copy)
+
+
+def test_half_a_surrogate_pair_is_kept(finished):
+    """A response may hold what UTF-8 cannot."""
+    record = storage.read_part(storage.part_path(finished[0], "label_sums", 0))[0]
+    record = dataclasses.replace(record, response="\ud83d")
+    line = record.to_json()
+    line.encode("utf-8")
+    assert type(record).from_json(line, "here") == record
+
+
 def test_comparison_with_itself_is_zero(finished):
     text = comparison.compare(finished[0], finished[0])
     assert "+0.0 points" in text
