@@ -1,0 +1,198 @@
+"""Meshes, and which mesh axis each logical axis of an array is spread over.
+
+Arrays name their dimensions ("batch", "length", "embed" …); two tables say what these mean, one in
+training and one in the rollout. This is the only file that knows partition specs. Everything that
+takes a `layout` also takes None: one device, nothing to spread.
+
+In training, rows are spread over data, fsdp and expert, positions in a row over context, and heads,
+mlp and vocabulary over tensor; weights and optimizer state are cut along the embedding over every
+axis but data and tensor, and gathered one layer at a time. In the rollout every process works on
+devices of its own: weights are cut over tensor (and experts over expert) only, so that a decode step
+gathers none, and a cache longer than a device holds is cut along its positions over context.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Slowest links first: neighbours in a mesh row are neighbours in the machine.
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+_SHARED = {"heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",),
+           "experts": ("expert",), "layers": (), "head_dim": (), "norm": ()}  # fmt: skip
+TABLES = {
+    "train": {
+        **_SHARED,
+        "batch": ("data", "fsdp", "expert"),
+        "length": ("context",),
+        "embed": ("fsdp", "context", "expert"),
+    },
+    "rollout": {
+        **_SHARED,
+        "batch": ("data", "fsdp", "expert"),
+        "length": (),
+        "cache_length": ("context",),
+        "embed": (),
+    },
+}
+
+Axes = tuple[str | None, ...]  # the logical axis of each dimension; None is spread over nothing
+
+
+class MeshError(ValueError):
+    """A mesh that does not fit the devices or the model; the message names the numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the table by which logical axes are spread over it; hashable, static under jit."""
+
+    mesh: Mesh
+    table: str
+
+    def axis_names(self, axis: str | None) -> tuple[str, ...]:
+        """Mesh axes that a logical axis is spread over; those of size 1 are left out."""
+        if axis is None:
+            return ()
+        return tuple(name for name in TABLES[self.table][axis] if self.mesh.shape[name] > 1)
+
+    def size(self, axis: str | None) -> int:
+        """How many parts a logical axis is cut into."""
+        return math.prod(self.mesh.shape[name] for name in self.axis_names(axis))
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        """The partition of an array; a mesh axis goes to the first dimension that asks for it."""
+        used, parts = set(), []
+        for axis in axes:
+            names = tuple(name for name in self.axis_names(axis) if name not in used)
+            used.update(names)
+            parts.append(names or None)
+        return PartitionSpec(*parts)
+
+    def sharding(self, axes: Axes) -> NamedSharding:
+        """Where the parts of an array lie."""
+        return NamedSharding(self.mesh, self.spec(axes))
+
+
+def mesh_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """Sizes of all mesh axes; one of them may be −1, for as many as the devices leave.
+
+    Raises:
+      MeshError: where their product is not the number of devices.
+    """
+    named = {name: sizes.get(name, 1) for name in MESH_AXES}
+    free = [name for name, size in named.items() if size == -1]
+    asked = ", ".join(f"{name} {size}" for name, size in named.items() if size != 1) or "all 1"
+    if len(free) > 1 or any(size < 1 for size in named.values() if size != -1):
+        raise MeshError(f"mesh axes ({asked}) must be at least 1, and one of them may be -1")
+    fixed = math.prod(size for size in named.values() if size != -1)
+    if free and num_devices % fixed == 0:
+        named[free[0]] = num_devices // fixed
+    elif free or fixed != num_devices:
+        raise MeshError(
+            f"the mesh ({asked}) takes {'a multiple of ' if free else ''}{fixed} devices and "
+            f"there are {num_devices}: change the sizes, or set one of them to -1"
+        )
+    return named
+
+
+def layout(
+    table: str, sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> Layout | None:
+    """The layout of a table over `devices` (default: `available_devices`); None for one device.
+
+    Raises:
+      MeshError: where sizes and number of devices do not match.
+    """
+    devices = available_devices() if devices is None else list(devices)
+    named = mesh_sizes(sizes, len(devices))
+    if len(devices) == 1:
+        return None
+    shape = tuple(named.values())
+    if table == "train" and devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:  # process by process, which `on_own_devices` counts on
+        by_process = sorted(devices, key=lambda device: device.process_index)
+        grid = np.array(by_process).reshape(shape)
+    return Layout(Mesh(grid, MESH_AXES), table)
+
+
+def available_devices() -> list[jax.Device]:
+    """All devices of all processes, or the one that `jax_default_device` names."""
+    chosen = jax.config.jax_default_device
+    return [chosen] if isinstance(chosen, jax.Device) else jax.devices()
+
+
+def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
+    """`x`, laid out by its logical axes; for use under jit."""
+    if layout is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, layout.sharding(axes))
+
+
+def shard_map(
+    function: Callable, layout: Layout | None, in_axes: Sequence[Axes], out_axes: Any
+) -> Callable:
+    """`function` on each device's own part; with no layout, `function` itself.
+
+    `in_axes` has the logical axes of each argument, an array; `out_axes` those of the result, or a
+    tuple of them for a tuple of results.
+    """
+    if layout is None:
+        return function
+    many = not out_axes or isinstance(out_axes[0], tuple)
+    return jax.shard_map(
+        function,
+        mesh=layout.mesh,
+        in_specs=tuple(layout.spec(axes) for axes in in_axes),
+        out_specs=tuple(map(layout.spec, out_axes)) if many else layout.spec(out_axes),
+        check_vma=False,
+    )
+
+
+def shardings(axes_tree: Any, layout: Layout | None) -> Any:
+    """A tree of shardings from a tree of logical axes (tuples); None without a layout."""
+    if layout is None:
+        return None
+    return jax.tree.map(layout.sharding, axes_tree, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def put(x: Any, axes: Axes, layout: Layout | None) -> jax.Array:
+    """Puts one host array, the same on all processes, onto the mesh: each process its own part."""
+    if layout is None:
+        return x
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, layout.sharding(axes), lambda index: x[index])
+
+
+def put_rows(tree: Any, layout: Layout | None, second: str | None = None) -> Any:
+    """Puts host arrays whose first dimension is the batch (and the second, say, the length)."""
+    if layout is None:
+        return tree
+    return jax.tree.map(lambda x: put(x, ("batch", second)[: np.ndim(x)], layout), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as NumPy, whole, on every process.
+
+    Raises:
+      ValueError: for an array that is neither on this process whole nor replicated.
+    """
+    return jax.tree.map(np.asarray, jax.device_get(tree))
+
+
+@functools.cache
+def on_own_devices(layout: Layout) -> Layout:
+    """The part of a rollout layout over all processes that lies on this process's devices."""
+    own = [d for d in layout.mesh.devices.flat if d.process_index == jax.process_index()]
+    copies = layout.mesh.devices.shape[0]
+    own_data = copies * len(own) // layout.mesh.devices.size
+    grid = np.array(own).reshape(own_data, *layout.mesh.devices.shape[1:])
+    return Layout(Mesh(grid, MESH_AXES), layout.table)
