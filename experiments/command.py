@@ -56,7 +56,7 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
 
 # By name, because importing the modules that define them would import jax before flags are read.
 _FORESEEN = (
-    "BenchmarkError", "CheckpointError", "ConfigError", "DataError", "MismatchError",
+    "BenchmarkError", "CheckpointError", "ConfigError", "DataError", "MeshError", "MismatchError",
     "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
 )  # fmt: skip
 
@@ -83,14 +83,17 @@ def description(run: Any) -> str:
     from luspo_jax import run as runs
     from luspo_jax.models import decoder_weights
 
-    model, memory = run.model.config, runs.memory_estimate(run.config, run.model.config)
+    layouts = run.rule.scoring.layout, run.rollout_layout
+    model = run.model.config
+    memory = runs.memory_estimate(run.config, model, layouts)
     fields = configuration.flat(run.config)
     shown = {k: v for k, v in fields.items() if v is not None and v != ""}
     overlap = run.data.overlap()
     lines = [
         *(f"  {name} = {value}" for name, value in shown.items()),
         f"objective : {_objective(run)}",
-        f"device(s) : {jax.device_count()} × {jax.devices()[0].device_kind}",
+        f"device(s) : {jax.device_count()} × {jax.devices()[0].device_kind}; training "
+        f"{_mesh(layouts[0])}; rollout {_mesh(layouts[1])}; attention {run.rule.scoring.attention}",
         f"model     : {run.model.folder.name}, {decoder_weights.num_params(model):,} parameters",
         *(f"training  : {report}" for report in run.data.reports),
         f"held out  : {run.data.held_out_report}"
@@ -118,6 +121,13 @@ def _objective(run: Any) -> str:
         f"{name}={getattr(objective, name)}"
         for name in (*axes, *used_hyperparameters(objective), *shared)
     )
+
+
+def _mesh(layout: Any) -> str:
+    """The sizes of a mesh that are not 1."""
+    if layout is None:
+        return "on one"
+    return " × ".join(f"{name} {size}" for name, size in layout.mesh.shape.items() if size > 1)
 
 
 def _is_dry(name: str) -> bool:

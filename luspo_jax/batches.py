@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from luspo_jax import config as configuration
-from luspo_jax import objectives, packing
+from luspo_jax import objectives, packing, sharding
 from luspo_jax.experience import Rollouts
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.run import Run
@@ -130,7 +130,8 @@ def with_advantages(
 def _score(run, params, batch):
     sizes = configuration.batch_arithmetic(run.config)
     parts = sizes.responses_per_step // sizes.responses_per_microbatch
-    return score_rows(params, batch.rows, scoring=run.rule.scoring, num_microbatches=parts)
+    rows = sharding.put_rows(batch.rows, run.rule.scoring.layout)
+    return score_rows(params, rows, scoring=run.rule.scoring, num_microbatches=parts)
 
 
 def _kl_in_reward(objective):

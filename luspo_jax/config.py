@@ -13,9 +13,11 @@ from ml_collections.config_dict import placeholder
 from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS
 from luspo_jax.length.settings import LengthSettings
+from luspo_jax.models.decoder import REMAT
 from luspo_jax.prompts import TEMPLATES
 from luspo_jax.rewards.registry import verifiers
 from luspo_jax.shaping import Shaping
+from luspo_jax.update import OFFLOADS
 
 # Fields that may change between a run and its continuation in the same workdir.
 _FREE_TO_CHANGE = (
@@ -24,6 +26,9 @@ _FREE_TO_CHANGE = (
     "eval.num_slots",
     "rollout.num_slots",
     "rollout.chunk_length",
+    "mesh.",
+    "rollout_mesh.",
+    "train.offload",
 )
 
 
@@ -52,9 +57,24 @@ def default_config() -> ConfigDict:
     config.model.overrides = ConfigDict()  # Fields of config.json, with random_weights only.
     config.model.dtype = "float32"  # Compute dtype of training; master weights are float32.
     config.model.rollout_dtype = "float32"  # Of sampling: weights, activations and KV cache.
-    config.model.remat = False
+    config.model.remat = "none"  # What is kept for the backward pass: a key of decoder.REMAT.
     config.model.attention = "reference"
-    config.model.head_chunk_tokens = 2048
+    config.model.head_chunk_tokens = 2048  # Tokens whose logits exist at one time on a device.
+
+    # Devices of training, of all processes; one size may be -1, for as many as the others leave.
+    config.mesh = ConfigDict()
+    config.mesh.data = 1  # Copies of the weights.
+    config.mesh.fsdp = -1  # Rows and weights cut alike; weights are gathered a layer at a time.
+    config.mesh.expert = 1  # As fsdp, and experts are cut over it.
+    config.mesh.context = 1  # Parts of a row.
+    config.mesh.tensor = 1  # Parts of heads, mlp and vocabulary.
+
+    # Devices of the rollout; one copy of the weights lies within a process.
+    config.rollout_mesh = ConfigDict()
+    config.rollout_mesh.data = -1
+    config.rollout_mesh.expert = 1
+    config.rollout_mesh.context = 1  # Parts of the KV cache's positions.
+    config.rollout_mesh.tensor = 1
 
     config.data = ConfigDict()
     config.data.name = ""  # One of luspo_jax.datasets.DATASETS.
@@ -109,6 +129,8 @@ def default_config() -> ConfigDict:
     config.train.num_minibatches = 1  # Optimizer steps a pass over the rollouts.
     config.train.num_microbatches = 1  # Parts of a minibatch, to bound memory.
     config.train.num_length_buckets = 4  # Row lengths a step may have: each compiles once.
+    # What waits in host memory during the rollout: a key of update.OFFLOADS.
+    config.train.offload = "none"
     config.train.num_epochs = 1  # Passes over the rollouts.
     config.train.learning_rate = 1e-6
     config.train.warmup_steps = 20  # Rollout steps.
@@ -380,6 +402,10 @@ def _wrong_names(config: ConfigDict) -> Iterator[str]:
     for field in ("dtype", "rollout_dtype"):
         if config.model[field] not in ("float32", "bfloat16"):
             yield f'model.{field}="{config.model[field]}": valid: bfloat16, float32'
+    if config.train.offload not in OFFLOADS:
+        yield f'train.offload="{config.train.offload}": {nearest(config.train.offload, OFFLOADS)}'
+    if config.model.remat not in REMAT:
+        yield f'model.remat="{config.model.remat}": {nearest(config.model.remat, REMAT)}'
     if config.model.overrides and not config.model.random_weights:
         yield "model.overrides changes the architecture and needs model.random_weights=True"
 

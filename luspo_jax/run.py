@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
-from luspo_jax import datasets, optimizer, prompts
+from luspo_jax import datasets, optimizer, prompts, sharding
 from luspo_jax.length import laboratory
 from luspo_jax.length.laboratory import Laboratory
 from luspo_jax.length.settings import LengthSettings
@@ -25,7 +26,9 @@ from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_
 from luspo_jax.models.locate import model_folder
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Sampling
+from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.shaping import Shaping
+from luspo_jax.sharding import Layout, MeshError
 from luspo_jax.update import UpdateRule
 
 _PACKAGES = ("luspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -104,6 +107,7 @@ class Run:
     shaping: Shaping
     length: LengthSettings
     laboratory: Laboratory
+    rollout_layout: Layout | None = None
 
     @property
     def metric(self) -> str:
@@ -112,23 +116,38 @@ class Run:
 
     def initial_params(self) -> Any:
         """The base policy's weights, or random ones where the configuration says so."""
-        model = self.config.model
+        model, layout = self.config.model, self.rule.scoring.layout
         if model.random_weights:
-            return decoder.init_params(jax.random.key(self.config.seed), self.model.config)
+            key = jax.random.key(self.config.seed)
+            return decoder.init_params(key, self.model.config, layout=layout)
         return decoder_weights.load_params(
-            self.model.folder, self.model.config, dtype=jnp.float32, check_finite=True
+            self.model.folder, self.model.config, dtype=jnp.float32, layout=layout
+        )
+
+    def rollout_params(self, params: Any) -> Any:
+        """Weights of the policy as the sampler reads them."""
+        return rollout_params(
+            params,
+            config=self.model.config,
+            layout=self.rollout_layout,
+            dtype=self.config.model.rollout_dtype,
         )
 
 
-def build(config: ConfigDict) -> Run:
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Run:
     """Resolves a configuration, all but the weights.
 
+    Args:
+      config: the configuration.
+      devices: to run on; all of all processes unless given.
+
     Raises:
-      ConfigError, DataError, FileNotFoundError, ValueError: naming the field or file.
+      ConfigError, DataError, FileNotFoundError, MeshError, ValueError: naming the field or file.
     """
     objective = configuration.check(config)
     model, length = load_model(config), configuration.build_length(config)
-    longest, rule = config.rollout.max_response_length, update_rule(config, model)
+    layout, rollout_layout = layouts(config, model.config, devices)
+    longest, rule = config.rollout.max_response_length, update_rule(config, model, layout)
     return Run(
         config=config,
         model=model,
@@ -140,8 +159,8 @@ def build(config: ConfigDict) -> Run:
             time_limit=config.reward.timeout_s,
             max_failure_rate=config.reward.max_failure_rate,
         ),
-        sampler=_engine(config, model, config.rollout),
-        held_out_sampler=_engine(config, model, config.eval),
+        sampler=_engine(config, model, config.rollout, rollout_layout),
+        held_out_sampler=_engine(config, model, config.eval, rollout_layout),
         rule=rule,
         shaping=configuration.build_shaping(config),
         length=length,
@@ -152,13 +171,45 @@ def build(config: ConfigDict) -> Run:
             max_response_length=longest,
             rows_at_once=configuration.batch_arithmetic(config).responses_per_microbatch,
         ),
+        rollout_layout=rollout_layout,
     )
 
 
-def update_rule(config: ConfigDict, model: Model) -> UpdateRule:
+def layouts(
+    config: ConfigDict, model: DecoderConfig, devices: Sequence[jax.Device] | None = None
+) -> tuple[Layout | None, Layout | None]:
+    """Where training and rollout lay out their arrays over `devices`.
+
+    Raises:
+      MeshError: naming every number that does not fit the devices or the model.
+    """
+    train = sharding.layout("train", config.mesh, devices)
+    rollout = sharding.layout("rollout", config.rollout_mesh, devices)
+    rows = configuration.batch_arithmetic(config).responses_per_microbatch
+    sizes = {
+        "heads": ("num_attention_heads", model.num_heads),
+        "kv_heads": ("num_key_value_heads", model.num_kv_heads),
+        "mlp": ("intermediate_size", model.mlp_dim),
+        "vocab": ("vocab_size", model.vocab_size),
+        "embed": ("hidden_size", model.embed_dim),
+    }
+    problems = [
+        *sharding.misfits(train, {**sizes, "batch": ("responses of a micro-batch", rows)}),
+        *sharding.misfits(rollout, sizes),
+    ]
+    if problems:
+        raise MeshError(
+            "the mesh does not fit:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\nchange config.mesh or config.rollout_mesh (weights need no equal parts over data)"
+        )
+    return train, rollout
+
+
+def update_rule(config: ConfigDict, model: Model, layout: Layout | None = None) -> UpdateRule:
     """What an optimizer step does, and with it the layout of the train state."""
     return UpdateRule(
-        scoring=_scoring(config, model),
+        scoring=_scoring(config, model, layout),
         objective=configuration.build_objective(config),
         optimizer=optimizer.adamw(
             b1=config.train.b1,
@@ -260,7 +311,7 @@ def _training_set(data, columns):
     return datasets.Mixture(sources, weights), tuple(reports)
 
 
-def _scoring(config, model):
+def _scoring(config, model, layout):
     return Scoring(
         model=model.config,
         temperature=config.rollout.temperature,
@@ -268,10 +319,11 @@ def _scoring(config, model):
         remat=config.model.remat,
         attention=config.model.attention,
         head_chunk_tokens=config.model.head_chunk_tokens,
+        layout=layout,
     )
 
 
-def _engine(config, model, section):
+def _engine(config, model, section, layout):
     return Engine(
         model.config,
         Sampling(
@@ -285,10 +337,13 @@ def _engine(config, model, section):
         chunk_length=config.rollout.chunk_length,
         max_prompt_length=config.data.max_prompt_length,
         dtype=jnp.dtype(config.model.rollout_dtype),
+        layout=sharding.on_own_devices(layout),
     )
 
 
-def memory_estimate(config: ConfigDict, model: DecoderConfig) -> dict[str, int]:
+def memory_estimate(
+    config: ConfigDict, model: DecoderConfig, layouts: tuple[Layout | None, Layout | None]
+) -> dict[str, int]:
     """Bytes of the large arrays of a step on one device, by name.
 
     Activations are those of one micro-batch at its longest: per token and layer about
@@ -297,26 +352,41 @@ def memory_estimate(config: ConfigDict, model: DecoderConfig) -> dict[str, int]:
     sizes = configuration.batch_arithmetic(config)
     width = {"float32": 4, "bfloat16": 2}
     compute, sampling = width[config.model.dtype], width[config.model.rollout_dtype]
-    params = decoder_weights.num_params(model)
+    train, rollout = layouts
+    total = decoder_weights.num_params(model)
+    params = total // _parts(train, "embed", "mlp")
     tokens = sizes.responses_per_microbatch * sizes.tokens_per_row
+    tokens //= _parts(train, "batch", "length")
+    slots = config.rollout.num_slots * sizes.tokens_per_row
+    slots //= _parts(rollout, "batch", "cache_length")
     inside = 16 * model.embed_dim + 3 * model.mlp_dim + 4 * model.num_heads * model.head_dim
     kept = (
         model.embed_dim * model.num_layers + inside
-        if config.model.remat
+        if config.model.remat != "none"
         else (inside * model.num_layers)
     )
     cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    cached //= _parts(rollout, "kv_heads")
     return {
         "master weights (float32)": 4 * params,
         "Adam moments (float32)": 8 * params,
         "gradients (float32)": 4 * params,
         "reference policy": 4 * params if config.objective.kl_coef else 0,
         "policy before a measured update": 4 * params if config.length.every else 0,
-        "rollout weights": sampling * params if sampling != 4 else 0,
-        "rollout KV cache": sampling * config.rollout.num_slots * sizes.tokens_per_row * cached,
+        "rollout weights": sampling * total // _parts(rollout, "mlp")
+        if sampling != 4 or rollout
+        else 0,
+        "rollout KV cache": sampling * slots * cached,
         "activations of a micro-batch": compute * tokens * kept,
-        "head logits": 8 * config.model.head_chunk_tokens * model.vocab_size,
+        "head logits": 8
+        * config.model.head_chunk_tokens
+        * model.vocab_size
+        // _parts(train, "vocab"),
     }
+
+
+def _parts(layout, *axes):
+    return math.prod(layout.size(axis) for axis in axes) if layout else 1
 
 
 class Workdir:

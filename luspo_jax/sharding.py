@@ -4,11 +4,12 @@ Arrays name their dimensions ("batch", "length", "embed" …); two tables say wh
 training and one in the rollout. This is the only file that knows partition specs. Everything that
 takes a `layout` also takes None: one device, nothing to spread.
 
-In training, rows are spread over data, fsdp and expert, positions in a row over context, and heads,
-mlp and vocabulary over tensor; weights and optimizer state are cut along the embedding over every
-axis but data and tensor, and gathered one layer at a time. In the rollout every process works on
-devices of its own: weights are cut over tensor (and experts over expert) only, so that a decode step
-gathers none, and a cache longer than a device holds is cut along its positions over context.
+In training, rows are spread over data, fsdp and expert, positions in a row over context, and
+heads, mlp and vocabulary over tensor; weights and optimizer state are cut along the embedding over
+every axis but data and tensor, and gathered one layer at a time. In the rollout every process
+works on devices of its own: weights are cut over tensor (and experts over expert) only, so that a
+decode step gathers none, and a cache longer than a device holds is cut along its positions over
+context.
 """
 
 import dataclasses
@@ -164,6 +165,19 @@ def shardings(axes_tree: Any, layout: Layout | None) -> Any:
     return jax.tree.map(layout.sharding, axes_tree, is_leaf=lambda node: isinstance(node, tuple))
 
 
+def constrain_tree(tree: Any, shardings_tree: Any) -> Any:
+    """A tree laid out by a tree of shardings, or by nothing where that is None; under jit."""
+    if shardings_tree is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, shardings_tree)
+
+
+def moved(tree: Any, memory: str) -> Any:
+    """Copies of arrays in "device" or "pinned_host" memory, cut as before."""
+    where = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
+    return jax.device_put(tree, where)
+
+
 def put(x: Any, axes: Axes, layout: Layout | None) -> jax.Array:
     """Puts one host array, the same on all processes, onto the mesh: each process its own part."""
     if layout is None:
@@ -189,10 +203,57 @@ def fetch(tree: Any) -> Any:
 
 
 @functools.cache
-def on_own_devices(layout: Layout) -> Layout:
-    """The part of a rollout layout over all processes that lies on this process's devices."""
+def on_own_devices(layout: Layout | None) -> Layout | None:
+    """The part of a rollout layout over all processes that lies on this process's devices.
+
+    Raises:
+      MeshError: where one copy of the weights would lie on several processes.
+    """
+    if layout is None:
+        return None
     own = [d for d in layout.mesh.devices.flat if d.process_index == jax.process_index()]
-    copies = layout.mesh.devices.shape[0]
-    own_data = copies * len(own) // layout.mesh.devices.size
-    grid = np.array(own).reshape(own_data, *layout.mesh.devices.shape[1:])
+    _, *rest = layout.mesh.devices.shape
+    if len(own) % math.prod(rest):
+        raise MeshError(
+            f"the rollout mesh spreads one copy over {math.prod(rest)} devices and a process has "
+            f"{len(own)}: every process samples on its own devices, so the product of "
+            "rollout_mesh.fsdp, expert, context and tensor must divide the devices of a process"
+        )
+    if len(own) == 1:
+        return None
+    grid = np.array(own).reshape(len(own) // math.prod(rest), *rest)
     return Layout(Mesh(grid, MESH_AXES), layout.table)
+
+
+def own_part(tree: Any, axes_tree: Any, layout: Layout) -> Any:
+    """Arrays over the devices of all processes as arrays over this process's; nothing is copied."""
+    own = on_own_devices(layout)
+
+    def part(x, axes):
+        pieces = [shard.data for shard in x.addressable_shards]
+        if own is None:
+            return pieces[0]
+        return jax.make_array_from_single_device_arrays(x.shape, own.sharding(axes), pieces)
+
+    return jax.tree.map(part, tree, axes_tree)
+
+
+def same_order(sharding: jax.sharding.Sharding, layout: Layout) -> bool:
+    """Whether a program may read the one and write the other: their devices come in one order."""
+    devices = getattr(sharding, "mesh", None)
+    return devices is not None and list(devices.devices.flat) == list(layout.mesh.devices.flat)
+
+
+def misfits(layout: Layout | None, sizes: Mapping[str, tuple[str, int]]) -> list[str]:
+    """What cannot be cut into equal parts: `sizes` has, by logical axis, a name and a size."""
+    if layout is None:
+        return []
+    problems = []
+    for axis, (name, size) in sizes.items():
+        if size % layout.size(axis):
+            across = " × ".join(f"{n} {layout.mesh.shape[n]}" for n in layout.axis_names(axis))
+            problems.append(
+                f"{name} = {size} is cut into {layout.size(axis)} parts by the {layout.table} mesh "
+                f"({across}), which does not divide it"
+            )
+    return problems

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from luspo_jax import (
     objectives,
     optimizer,
     shaping,
+    sharding,
 )
 from luspo_jax import config as configuration
 from luspo_jax.checkpoint import Checkpointer
@@ -37,7 +37,10 @@ from luspo_jax.rollout import Request
 from luspo_jax.run import Run, Workdir
 from luspo_jax.types import TrainBatch, TrainState
 from luspo_jax.update import (
+    abstract_state,
+    fetched,
     initial_state,
+    parked,
     refresh_reference,
     update_step,
 )
@@ -79,6 +82,7 @@ def train(run: Run, workdir: Workdir) -> Outcome:
         stack.enter_context(contextlib.closing(checkpointer))
         stack.enter_context(run.scorer)
         state, start, evaluations, carried = begin(run, checkpointer)
+        state = parked(state, run.config.train.offload)
         bar = stack.enter_context(
             tqdm(total=num_steps, initial=start, unit="step", leave=False, disable=None)
         )
@@ -118,11 +122,11 @@ def begin(
     run: Run, checkpointer: Checkpointer
 ) -> tuple[TrainState, int, list[tuple[int, Evaluation]], Carried]:
     """State, steps taken, held-out results, what is carried: of the latest checkpoint, or new."""
-    state = begin_state(run)
     latest = checkpointer.latest_step()
     if latest is None:
-        return state, 0, [], Carried()
-    state, host = checkpointer.restore(latest, state)
+        return begin_state(run), 0, [], Carried()
+    like = abstract_state(run.rule, marked=run.length.every > 0)
+    state, host = checkpointer.restore(latest, like)
     run.data.stream.set_state(host["stream"])
     evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
     carried = Carried(experience.from_json(host["surplus"]), LengthState.from_json(host["length"]))
@@ -168,8 +172,10 @@ def rollout_step(
     Returns:
       The new state, what is carried over, the responses, and their advantages.
     """
+    offload = run.config.train.offload
     with timed(metrics, "step"):
         rollouts, surplus = collect(run, state.params, step, carried.surplus, metrics)
+        state = fetched(state, offload)
         length, flagged = instruments.observe(run, carried.length, rollouts, metrics)
         batch = batches.train_batch(run, rollouts)
         with timed(metrics, "old_log_prob"):
@@ -187,6 +193,7 @@ def rollout_step(
                 state = refresh_reference(state, decay=run.config.train.ref_decay)
         with timed(metrics, "length"):
             length = instruments.after_update(run, state, length, sample, step, metrics)
+        state = parked(state, offload)
     metrics.update(experience.metrics(rollouts, batch.advantages_B, correct=run.metric))
     metrics.update(_speed_metrics(metrics, rollouts))
     return state, Carried(surplus, length), rollouts, batch.advantages_B
@@ -197,7 +204,7 @@ def collect(
 ) -> tuple[Rollouts, list[Group]]:
     """A batch of scored groups, and what is carried over to the next step."""
     config, used = run.config, []
-    weights = sampling_params(params, dtype=config.model.rollout_dtype)
+    weights = run.rollout_params(params)
 
     def sample() -> list[Group]:
         prompts = run.data.stream.next_prompts(config.rollout.prompts_per_step)
@@ -255,6 +262,7 @@ def optimize(
     for epoch in range(settings.num_epochs):
         for rows in _minibatches(run, batch.group_ids_B, step, epoch):
             minibatch = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+            minibatch = sharding.put_rows(minibatch, run.rule.scoring.layout)
             state, measured = update_step(
                 state, minibatch, np.float32(rate), np.float32(alpha_shift), rule=run.rule
             )
@@ -267,19 +275,12 @@ def optimize(
     return state
 
 
-def sampling_params(params: Any, *, dtype: str) -> Any:
-    """Weights as the sampler uses them, cast where its dtype differs from the master weights'."""
-    if dtype == "float32":
-        return params
-    return _cast(params, jnp.dtype(dtype).name)
-
-
 def held_out(run: Run, state: TrainState) -> Evaluation:
     """Accuracy and length on the held-out problems; every call faces the same noise."""
     config = run.config
     return evaluate.evaluate(
         run.held_out_sampler,
-        sampling_params(state.params, dtype=config.model.rollout_dtype),
+        run.rollout_params(state.params),
         run.data.held_out,
         run.scorer,
         decode=run.model.decode,
@@ -296,7 +297,7 @@ def export_policy(
     source = None if run.config.model.overrides else run.model.folder
     decoder_weights.export(
         folder,
-        jax.device_get(state.params),
+        state.params,
         run.model.config,
         source=source,
         dtype=dtype,
@@ -304,13 +305,6 @@ def export_policy(
     )
     if source is None:
         run.model.tokenizer.save_pretrained(folder)
-
-
-def _cast_all(params, dtype):
-    return jax.tree.map(lambda x: x.astype(dtype), params)
-
-
-_cast = jax.jit(_cast_all, static_argnums=1)
 
 
 def _due(every: int, taken: int) -> bool:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from luspo_jax import objectives, optimizer
+from luspo_jax import objectives, optimizer, sharding
 from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.models import decoder
 from luspo_jax.objectives import Objective
 from luspo_jax.ops.precision import wide_type
 from luspo_jax.types import TokenBatch, TrainBatch, TrainState
@@ -43,6 +44,53 @@ def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> Tra
     The arrays are copies, because `update_step` gives its state's memory away. `marked` makes
     room for `TrainState.marked_params`.
     """
+    if rule.scoring.layout is None:
+        return _fresh(params, rule, marked)
+    fresh = functools.partial(_fresh, rule=rule, marked=marked)
+    where = state_shardings(jax.eval_shape(fresh, params), rule)
+    return jax.jit(fresh, out_shardings=where)(params)
+
+
+def abstract_state(rule: UpdateRule, *, marked: bool = False) -> TrainState:
+    """Shapes, types and places of `initial_state`; nothing is allocated."""
+    params = decoder.abstract_params(rule.scoring.model)
+    state = jax.eval_shape(functools.partial(_fresh, rule=rule, marked=marked), params)
+    if rule.scoring.layout is None:
+        return state
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        state_shardings(state, rule),
+    )
+
+
+def state_shardings(state: TrainState, rule: UpdateRule) -> TrainState | None:
+    """Where the leaves of a state lie: moments and copies as the parameters they belong to."""
+    layout = rule.scoring.layout
+    if layout is None:
+        return None
+    of_params, whole = param_shardings(rule.scoring), layout.sharding(())
+    return TrainState(
+        of_params,
+        optax.tree_utils.tree_map_params(
+            rule.optimizer,
+            lambda _, where: where,
+            state.opt_state,
+            of_params,
+            transform_non_params=lambda _: whole,
+        ),
+        whole,
+        None if state.ref_params is None else of_params,
+        None if state.marked_params is None else of_params,
+    )
+
+
+def param_shardings(scoring: Scoring) -> Any:
+    """Where the parameters lie; None on one device."""
+    return sharding.shardings(decoder.param_axes(scoring.model), scoring.layout)
+
+
+def _fresh(params, rule, marked):
     params = jax.tree.map(lambda x: jnp.array(x, wide_type(x)), params)
     reference = jax.tree.map(jnp.copy, params) if rule.objective.kl_coef else None
     return TrainState(
@@ -59,11 +107,13 @@ def score_rows(
     params: Any, rows: TokenBatch, *, scoring: Scoring, num_microbatches: int
 ) -> tuple[jax.Array, jax.Array]:
     """(logprobs_BT, entropy_BT) of rows without gradients, one micro-batch at a time."""
-    parts = _split(rows, num_microbatches)
+    parts = _split(rows, num_microbatches, scoring.layout)
     _, scored = jax.lax.scan(
         lambda _, part: (None, token_logprobs(params, part, scoring=scoring)), None, parts
     )
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scored)
+    scored = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scored)
+    # Whole on every process, because the host reads them.
+    return jax.tree.map(lambda x: sharding.constrain(x, (None, None), scoring.layout), scored)
 
 
 @functools.partial(jax.jit, static_argnames=("rule",), donate_argnames=("state",))
@@ -118,11 +168,12 @@ def update_step(
 
     def accumulate(grads, part):
         (_, metrics), new = jax.value_and_grad(loss, has_aux=True)(state.params, part)
-        return jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new), metrics
+        grads = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
+        return sharding.constrain_tree(grads, param_shardings(rule.scoring)), metrics
 
     # Gradients add up in float32, or float64 where the master weights are.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), state.params)
-    parts = _split((batch, length_scale_B), rule.num_microbatches)
+    parts = _split((batch, length_scale_B), rule.num_microbatches, rule.scoring.layout)
     grads, metrics = jax.lax.scan(accumulate, zeros, parts)
     metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
     return _step(state, grads, rate, metrics, rule)
@@ -135,6 +186,30 @@ def refresh_reference(state: TrainState, *, decay: float) -> TrainState:
         lambda ref, new: decay * ref + (1 - decay) * new, state.ref_params, state.params
     )
     return dataclasses.replace(state, ref_params=reference)
+
+
+OFFLOADS = {
+    "none": (),
+    "reference": ("ref_params",),
+    "optimizer": ("opt_state",),
+    "both": ("ref_params", "opt_state"),
+}
+
+
+def parked(state: TrainState, offload: str) -> TrainState:
+    """The state with the parts that OFFLOADS names in host memory, to make room for a rollout."""
+    return _moved(state, OFFLOADS[offload], "pinned_host")
+
+
+def fetched(state: TrainState, offload: str) -> TrainState:
+    """The state with all parts on the devices again."""
+    return _moved(state, OFFLOADS[offload], "device")
+
+
+def _moved(state, names, memory):
+    parts = {name: getattr(state, name) for name in names}
+    moved = {name: sharding.moved(x, memory) for name, x in parts.items() if x is not None}
+    return dataclasses.replace(state, **moved)
 
 
 def mark_params(state: TrainState) -> TrainState:
@@ -172,10 +247,10 @@ def _step(state, grads, rate, metrics, rule):
         opt_state=opt_state,
         skipped_updates=state.skipped_updates + skipped,
     )
-    return state, metrics
+    return sharding.constrain_tree(state, state_shardings(state, rule)), metrics
 
 
-def _split(tree, num_parts):
+def _split(tree, num_parts, layout):
     """[B, ...] -> [num_parts, B / num_parts, ...]; None leaves stay None."""
 
     def cut(x):
@@ -183,6 +258,7 @@ def _split(tree, num_parts):
             raise ValueError(
                 f"num_microbatches={num_parts} does not divide the {x.shape[0]} rows of a batch"
             )
-        return x.reshape(num_parts, x.shape[0] // num_parts, *x.shape[1:])
+        x = x.reshape(num_parts, x.shape[0] // num_parts, *x.shape[1:])
+        return sharding.constrain(x, (None, "batch", *[None] * (x.ndim - 2)), layout)
 
     return jax.tree.map(cut, tree)

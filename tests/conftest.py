@@ -4,11 +4,7 @@ import os
 import pathlib
 import tempfile
 
-# Before jax is imported anywhere: 8 fake CPU devices, so that every test can build a mesh.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in _flags:
-    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -17,6 +13,11 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# 8 fake CPU devices, so that every test can build a mesh; the run of a test that builds none has
+# one. Processes that a test starts see one device, as on a laptop.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_device", jax.devices("cpu")[0])
 
 # One compile cache for all workers of a run, and for the next run on the same machine.
 jax.config.update(

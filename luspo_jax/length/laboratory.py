@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from luspo_jax import objectives
+from luspo_jax import objectives, sharding
 from luspo_jax.length import pressure
 from luspo_jax.length.pressure import Half, Pressure
 from luspo_jax.length.settings import LengthSettings
@@ -116,14 +116,14 @@ def measure(
       sampled: of `chosen`.
       alpha_shift: of an adaptive length scale.
     """
-    sides = [_half(_rows(sampled, side)) for side in pressure.halves(sampled.group_ids_B)]
+    sides = [_half(_rows(sampled, side), lab) for side in pressure.halves(sampled.group_ids_B)]
     result = _measure(params, end_params, *sides, np.float32(alpha_shift), lab=lab)
     return jax.device_get(result)
 
 
 def taken(lab: Laboratory, params: Any, old_params: Any, sampled: Sampled) -> tuple[float, float]:
     """First-order change of mean length and mean reward by the update from `old_params`."""
-    return jax.device_get(_taken(params, old_params, _half(sampled), lab=lab))
+    return jax.device_get(_taken(params, old_params, _half(sampled, lab), lab=lab))
 
 
 def metrics(measured: Mapping[str, Pressure]) -> dict[str, float]:
@@ -200,18 +200,30 @@ def _rows(sampled, rows):
     )
 
 
-def _half(sampled):
+def _half(sampled, lab):
     mask_BT = sampled.rows.response_mask_BT & sampled.counted_B[:, None]
-    return Half(
+    half = Half(
         rows=dataclasses.replace(sampled.rows, response_mask_BT=mask_BT),
         response_mask_BT=mask_BT,
         rewards_B=sampled.rewards_B.astype(np.float32),
         group_ids_B=sampled.group_ids_B,
         trained_B=sampled.trained_B,
     )
+    # Empty rows, which count nowhere, so that devices have equally many.
+    missing = -len(sampled.rewards_B) % _row_parts(lab)
+    half = jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), half)
+    return sharding.put_rows(half, lab.scoring.layout)
+
+
+def _row_parts(lab):
+    return lab.scoring.layout.size("batch") if lab.scoring.layout else 1
 
 
 def _num_parts(lab, half):
-    """Fewest equal pieces of at most `rows_at_once` rows."""
-    total = half.rewards_B.shape[0]
-    return next(n for n in range(1, total + 1) if total % n == 0 and total // n <= lab.rows_at_once)
+    """Fewest equal pieces of at most `rows_at_once` rows, each spread evenly over the devices."""
+    total, even = half.rewards_B.shape[0], _row_parts(lab)
+    return next(
+        n
+        for n in range(1, total + 1)
+        if total % (n * even) == 0 and total // n <= max(lab.rows_at_once, even)
+    )

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from luspo_jax import sharding
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.layers import (
     along_last_axes,
+    embed,
     project,
     rms_norm,
     rotate,
@@ -26,6 +28,24 @@ from luspo_jax.ops.decode_attention import decode_attention
 
 INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
 _MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by the last key of their path
+
+# What a layer keeps for the backward pass, by name. "none" recomputes nothing and "full" all but
+# the layer's input; between them, the outputs of all matrix products, or of the attention alone,
+# whose recomputation is the dearest at long lengths. "offload" keeps the layer's attention output
+# in host memory.
+_policies = jax.checkpoint_policies
+REMAT = {
+    "none": None,
+    "full": _policies.nothing_saveable,
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "attention": _policies.save_only_these_names("attention_out", "attention_lse"),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["attention_out", "attention_lse"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 # Modules only declare shapes; `init_params` fills them, with one random draw for all.
 _zeros = nn.initializers.zeros
@@ -53,17 +73,20 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """x · kernel (+ bias) over the last `contracted` axes of x."""
+    """x · kernel (+ bias) over the last `contracted` axes of x; `axes` are those of the kernel."""
 
+    axes: tuple[str, ...]
     features: tuple[int, ...]
     param_dtype: Any
+    layout: Any
     use_bias: bool = False
     contracted: int = 1
 
     @nn.compact
     def __call__(self, x):
         shape = x.shape[x.ndim - self.contracted :] + self.features
-        y = project(x, self.param("kernel", _zeros, shape, self.param_dtype), self.contracted)
+        kernel = self.param("kernel", _zeros, shape, self.param_dtype)
+        y = project(x, kernel, self.contracted, self.axes, self.layout)
         if self.use_bias:
             bias = self.param("bias", _zeros, self.features, self.param_dtype)
             y = y + along_last_axes(bias.astype(y.dtype), y.ndim)
@@ -80,21 +103,30 @@ class Attention(nn.Module):
     config: DecoderConfig
     param_dtype: Any
     attend_fn: Any
+    layout: Any
 
     @nn.compact
     def __call__(self, x, cache, layer, rotation, context):
         c = self.config
         heads, kv_heads = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
-        query = Projection(heads, self.param_dtype, c.qkv_bias, name="query")(x)
-        key = Projection(kv_heads, self.param_dtype, c.qkv_bias, name="key")(x)
-        value = Projection(kv_heads, self.param_dtype, c.qkv_bias, name="value")(x)
+
+        def projected(name, features, axis):
+            axes = ("embed", axis, "head_dim")
+            of = Projection(axes, features, self.param_dtype, self.layout, c.qkv_bias, name=name)
+            return of(x)
+
+        query = projected("query", heads, "heads")
+        key, value = (projected(name, kv_heads, "kv_heads") for name in ("key", "value"))
         if c.qk_norm:
             query = RMSNorm(c, self.param_dtype, name="query_norm")(query)
             key = RMSNorm(c, self.param_dtype, name="key_norm")(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
         out, cache, kept = self.attend_fn(query, key, value, cache, layer, context)
-        out = Projection((c.embed_dim,), self.param_dtype, c.out_bias, 2, name="out")(out)
-        return out, cache, kept
+        axes = ("heads", "head_dim", "embed")
+        merge = Projection(
+            axes, (c.embed_dim,), self.param_dtype, self.layout, c.out_bias, 2, name="out"
+        )
+        return merge(out), cache, kept
 
 
 class MLP(nn.Module):
@@ -102,13 +134,17 @@ class MLP(nn.Module):
 
     config: DecoderConfig
     param_dtype: Any
+    layout: Any
 
     @nn.compact
     def __call__(self, x):
-        gate = Projection((self.config.mlp_dim,), self.param_dtype, name="gate")(x)
-        up = Projection((self.config.mlp_dim,), self.param_dtype, name="up")(x)
-        down = Projection((self.config.embed_dim,), self.param_dtype, name="down")
-        return down(swiglu(gate, up))
+        def projection(name, axes, features):
+            return Projection(axes, (features,), self.param_dtype, self.layout, name=name)
+
+        gate, up = (
+            projection(name, ("embed", "mlp"), self.config.mlp_dim)(x) for name in ("gate", "up")
+        )
+        return projection("down", ("mlp", "embed"), self.config.embed_dim)(swiglu(gate, up))
 
 
 class Layer(nn.Module):
@@ -117,17 +153,25 @@ class Layer(nn.Module):
     config: DecoderConfig
     param_dtype: Any
     attend_fn: Any
+    layout: Any
 
     @nn.compact
     def __call__(self, carry, layer, rotation, context):
         x, cache = carry
         c, dtype = self.config, self.param_dtype
         normed = RMSNorm(c, dtype, name="attention_norm")(x)
-        attention = Attention(c, dtype, self.attend_fn, name="attention")
+        attention = Attention(c, dtype, self.attend_fn, self.layout, name="attention")
         out, cache, kept = attention(normed, cache, layer, rotation, context)
-        x = x + out
-        x = x + MLP(c, dtype, name="mlp")(RMSNorm(c, dtype, name="mlp_norm")(x))
+        x = _placed(x + out, self.layout)
+        normed = RMSNorm(c, dtype, name="mlp_norm")(x)
+        x = _placed(x + MLP(c, dtype, self.layout, name="mlp")(normed), self.layout)
         return (x, cache), kept
+
+
+def _placed(x, layout):
+    """Activations [B, T, D], or [B, D] of one token a row, where they belong."""
+    axes = ("batch", None) if x.ndim == 2 else ("batch", "length", None)
+    return sharding.constrain(x, axes, layout)
 
 
 class Decoder(nn.Module):
@@ -137,7 +181,8 @@ class Decoder(nn.Module):
     attend_fn: Any
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
+    layout: Any = None
 
     @nn.compact
     def __call__(self, tokens, positions, context, cache=None, last_B=None):
@@ -146,25 +191,37 @@ class Decoder(nn.Module):
         embedding_VD = self.param("embedding", _zeros, matrix, self.param_dtype)
         if not c.tie_embeddings:
             self.param("head", _zeros, matrix, self.param_dtype)
-        x = jnp.take(embedding_VD, tokens, axis=0, mode="clip").astype(self.dtype)
-        body = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        x = embed(embedding_VD, tokens, self.dtype, self.layout)
+        body = Layer
+        if self.remat != "none":
+            body = nn.remat(Layer, prevent_cse=False, policy=REMAT[self.remat])
         stack = nn.scan(
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
-        )(c, self.param_dtype, self.attend_fn, name="layers")
+        )(c, self.param_dtype, self.attend_fn, self.layout, name="layers")
         rotation = rotation_of(positions, c.head_dim, c.rope_theta)
         (x, cache), kept = stack((x, cache), jnp.arange(c.num_layers), rotation, context)
         if last_B is not None:
             x = jnp.take_along_axis(x, last_B[:, None, None], axis=1, mode="clip")[:, 0]
+            x = _placed(x, self.layout)
         x = RMSNorm(c, self.param_dtype, name="final_norm")(x)
         return x, cache, kept
 
 
-def _attend_sequence(query, key, value, cache, layer, segment_ids_BT, *, implementation, keep):
-    out = attend(query, key, value, segment_ids_BT=segment_ids_BT, implementation=implementation)
+def _attend_sequence(
+    query, key, value, cache, layer, segment_ids_BT, *, implementation, keep, layout=None
+):
+    out = attend(
+        query,
+        key,
+        value,
+        segment_ids_BT=segment_ids_BT,
+        implementation=implementation,
+        layout=layout,
+    )
     kept = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)) if keep else None
     return out, cache, kept
 
@@ -195,8 +252,9 @@ def hidden_states(
     *,
     config,
     dtype=jnp.float32,
-    remat=False,
+    remat="none",
     attention="reference",
+    layout=None,
 ):
     """Hidden states [B, T, D] after the final norm.
 
@@ -207,11 +265,15 @@ def hidden_states(
       segment_ids_BT: int32, 0 on padding.
       config: the DecoderConfig of `params`.
       dtype: type of activations and matmuls; norms, rotation and softmax are float32.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: a key of REMAT: what of a layer is kept for the backward pass.
       attention: an implementation of `ops.attention.attention`.
+      layout: where rows, positions and heads lie; where positions are spread, arrays are in
+        `ops.attention.ring_order`.
     """
-    attend_fn = functools.partial(_attend_sequence, implementation=attention, keep=False)
-    decoder = Decoder(config, attend_fn, dtype, remat=remat)
+    attend_fn = functools.partial(
+        _attend_sequence, implementation=attention, keep=False, layout=layout
+    )
+    decoder = Decoder(config, attend_fn, dtype, remat=remat, layout=layout)
     return decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)[0]
 
 
@@ -256,7 +318,7 @@ def head_kernel(params):
     return params["head"] if "head" in params else params["embedding"]
 
 
-def init_params(key, config, dtype=jnp.float32):
+def init_params(key, config, dtype=jnp.float32, layout=None):
     """Random parameters: normal(0, 0.02) matrices, unit norms, zero biases.
 
     All matrices are cut from one draw: one random generator to compile instead of one a matrix.
@@ -284,7 +346,7 @@ def abstract_params(config, dtype=jnp.float32):
 
 def param_axes(config):
     """The logical axis of every dimension of every parameter, as a tree of tuples."""
-    norm, matrix = {"scale": ("embed",)}, ("vocab", "embed")
+    norm, matrix = {"scale": ("norm",)}, ("vocab", "embed")
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     attention = {
         "query": {"kernel": ("embed", *heads)},
@@ -296,7 +358,7 @@ def param_axes(config):
         attention["query"]["bias"] = heads
         attention["key"]["bias"] = attention["value"]["bias"] = kv_heads
     if config.out_bias:
-        attention["out"]["bias"] = ("embed",)
+        attention["out"]["bias"] = ("norm",)
     if config.qk_norm:
         attention["query_norm"] = attention["key_norm"] = {"scale": ("head_dim",)}
     mlp = {name: {"kernel": ("embed", "mlp")} for name in ("gate", "up")}

@@ -119,6 +119,7 @@ def load_params(
     *,
     dtype: Any = jnp.float32,
     check_finite: bool = True,
+    layout=None,
 ) -> dict:
     """Parameters of a checkpoint folder as NumPy arrays of `dtype`, layers stacked.
 

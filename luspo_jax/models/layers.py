@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from luspo_jax import sharding
 from luspo_jax.ops.precision import wide, wide_type
 
 # The element-wise functions keep their inputs only and are computed again in the backward pass:
@@ -16,26 +17,39 @@ from luspo_jax.ops.precision import wide, wide_type
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x, kernel, contracted=1):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def project(x, kernel, contracted=1, axes=None, layout=None):
     """x · kernel over the last `contracted` axes of x and the first of the kernel, in x's type.
 
     The kernel's gradient is summed in float32 and has the kernel's own type, so float32 master
-    weights under bfloat16 activations lose nothing to rounding.
+    weights under bfloat16 activations lose nothing to rounding. With a layout, a kernel of logical
+    `axes` is cut over the mesh: it is gathered in x's type where it is used, and its gradient comes
+    back cut the same way.
     """
-    axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
-    return lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+    dims = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
+    return lax.dot_general(x, gathered(kernel, x.dtype, axes, layout), (dims, ((), ())))
 
 
-def _project_forward(x, kernel, contracted):
-    return project(x, kernel, contracted), (x, kernel)
+def gathered(kernel, dtype, axes, layout):
+    """A parameter in `dtype`, whole along the axis that weights are cut by."""
+    if layout is None:
+        return kernel.astype(dtype)
+    # Cast first: half the bytes travel.
+    kernel = sharding.constrain(kernel.astype(dtype), axes, layout)
+    whole = tuple(None if axis == "embed" else axis for axis in axes)
+    return sharding.constrain(kernel, whole, layout)
 
 
-def _project_backward(contracted, residuals, grad):
+def _project_forward(x, kernel, contracted, axes, layout):
+    return project(x, kernel, contracted, axes, layout), (x, kernel)
+
+
+def _project_backward(contracted, axes, layout, residuals, grad):
     x, kernel = residuals
     lead = x.ndim - contracted
     outputs = (tuple(range(lead, grad.ndim)), tuple(range(contracted, kernel.ndim)))
-    dx = lax.dot_general(grad, kernel.astype(grad.dtype), (outputs, ((), ())))
+    whole = gathered(kernel, grad.dtype, axes, layout)
+    dx = lax.dot_general(grad, whole, (outputs, ((), ())))
     # As plain matrices: XLA on CPU has no bfloat16 product with float32 sums for other layouts.
     rows = math.prod(x.shape[:lead])
     dkernel = lax.dot_general(
@@ -44,10 +58,46 @@ def _project_backward(contracted, residuals, grad):
         (((0,), (0,)), ((), ())),
         preferred_element_type=wide_type(x),
     )
-    return dx, dkernel.reshape(kernel.shape).astype(kernel.dtype)
+    dkernel = dkernel.reshape(kernel.shape).astype(kernel.dtype)
+    return dx, sharding.constrain(dkernel, axes, layout)
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+def embed(table_VD, tokens, dtype, layout):
+    """Rows of the embedding by token, in `dtype`.
+
+    With a layout the table stays where it lies: each device looks up, for the tokens of all
+    devices that share its rows, the part of the embedding that it holds, and the parts are
+    exchanged. What travels are activations, not the table.
+    """
+    if layout is None:
+        return jnp.take(table_VD, tokens, axis=0, mode="clip").astype(dtype)
+    if tokens.ndim == 1:
+        return embed(table_VD, tokens[:, None], dtype, layout)[:, 0]
+    cut, of_length = layout.axis_names("embed"), layout.axis_names("length")
+    vocab = layout.axis_names("vocab")
+
+    def local(table_VD, tokens_BT):
+        for name in cut:
+            along = 1 if name in of_length else 0
+            tokens_BT = lax.all_gather(tokens_BT, name, axis=along, tiled=True)
+        if vocab:
+            tokens_BT = tokens_BT - lax.axis_index(vocab) * table_VD.shape[0]
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
+        if vocab:
+            own_BT = (tokens_BT >= 0) & (tokens_BT < table_VD.shape[0])
+            x_BTD = lax.psum(jnp.where(own_BT[..., None], x_BTD, 0), vocab)
+        x_BTD = x_BTD.astype(dtype)
+        for name in reversed(cut):  # the axis gathered last is the outermost
+            along = 1 if name in of_length else 0
+            x_BTD = lax.all_to_all(x_BTD, name, split_axis=along, concat_axis=2, tiled=True)
+        return x_BTD
+
+    rows = ("batch", "length")
+    spread = sharding.shard_map(local, layout, [("vocab", "embed"), rows], (*rows, None))
+    return spread(table_VD, tokens)
 
 
 @functools.partial(_recomputed, static_argnums=(2,))

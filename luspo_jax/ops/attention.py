@@ -26,6 +26,7 @@ def attention(
     *,
     segment_ids_BT,
     implementation="reference",
+    layout=None,
 ):
     """softmax(q·k / √H) v over the keys of the same segment that are not in the future.
 
@@ -51,6 +52,13 @@ def attention(
             f"attention implementation {implementation!r} is unknown; "
             f"use one of {sorted(IMPLEMENTATIONS)}"
         )
+    if layout is not None:
+        from luspo_jax import sharding
+
+        q, k = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+        return sharding.shard_map(
+            IMPLEMENTATIONS[implementation], layout, [q, k, k, ("batch", "length")], q
+        )(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
     return IMPLEMENTATIONS[implementation](query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
 
 

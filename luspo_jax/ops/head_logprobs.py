@@ -1,11 +1,14 @@
 """Log-probability and entropy of given tokens from hidden states, without a [B, T, V] array."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from luspo_jax import sharding
 from luspo_jax.ops.precision import wide_type
+from luspo_jax.sharding import Layout
 
 
 def head_logprobs(
@@ -15,7 +18,8 @@ def head_logprobs(
     mask_BT: jax.Array,
     *,
     temperature: float,
-    chunk_length: int,
+    chunk_tokens: int,
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores `targets_BT` under softmax(hidden · kernelᵀ / temperature), in chunks of positions.
 
@@ -25,78 +29,133 @@ def head_logprobs(
     them again), and chunks in which nothing is scored are skipped: prompts and right padding cost
     no head. Products accumulate in float32, or float64 where the inputs are.
 
+    With a layout each device scores its own rows and positions; the weights are gathered once, in
+    the hidden states' type, and their gradient is summed in float32 and handed back as they lie. A
+    vocabulary cut over devices stays cut: sums over it are summed over devices.
+
     Args:
       hidden_BTD: hidden state that predicts `targets_BT` at the same index.
-      kernel_VD: head weights.
+      kernel_VD: head weights in any float type; their gradient comes in the same.
       targets_BT: int32 tokens to score.
       mask_BT: bool, where to score.
       temperature: divides the logits, > 0.
-      chunk_length: positions a chunk; T is padded up to a multiple of it.
+      chunk_tokens: tokens (rows × positions) whose logits exist at one time on a device.
+      layout: where rows, positions and weights lie.
 
     Returns:
       Log-probabilities (nats, ≤ 0) and entropies (nats, ≥ 0) in the accumulator's type, both 0
       where masked.
 
     Raises:
-      ValueError: for a temperature or a chunk length that is not positive.
+      ValueError: for a temperature or a number of tokens that is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0 to score tokens, got {temperature}")
-    if chunk_length < 1:
-        raise ValueError(f"chunk_length must be ≥ 1, got {chunk_length}")
-    length = targets_BT.shape[1]
-    chunk = min(chunk_length, length)
-    pad = -length % chunk
-    if pad:
-        hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0)))
-        targets_BT = jnp.pad(targets_BT, ((0, 0), (0, pad)))
-        mask_BT = jnp.pad(mask_BT, ((0, 0), (0, pad)))
-    logprobs_BT, entropy_BT = _scored(
-        1.0 / temperature, chunk, hidden_BTD, kernel_VD, targets_BT, mask_BT
-    )
-    return logprobs_BT[:, :length], entropy_BT[:, :length]
-
-
-def _logits(hidden_BCD, kernel_VD, scale):
-    return scale * jnp.einsum(
-        "bcd,vd->bcv", hidden_BCD, kernel_VD, preferred_element_type=wide_type(hidden_BCD)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be ≥ 1, got {chunk_tokens}")
+    return _scored(
+        1.0 / temperature, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT
     )
 
 
-def _is_target(targets_BC, vocab):
-    # A comparison instead of a gather: it fuses, and stays local when the vocabulary is sharded.
-    return targets_BC[..., None] == jnp.arange(vocab, dtype=targets_BC.dtype)[None, None, :]
+_ROWS, _HIDDEN, _KERNEL = ("batch", "length"), ("batch", "length", None), ("vocab", "embed")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vocabulary:
+    """The part of the vocabulary that this device holds, and the mesh axes that hold the rest."""
+
+    kernel_VD: jax.Array
+    names: tuple[str, ...]
+
+    def logits(self, hidden_BCD, scale):
+        return scale * jnp.einsum(
+            "bcd,vd->bcv", hidden_BCD, self.kernel_VD, preferred_element_type=wide_type(hidden_BCD)
+        )
+
+    def is_target(self, targets_BC):
+        # A comparison instead of a gather: it fuses, and needs no token to be on this device.
+        vocab = self.kernel_VD.shape[0]
+        if self.names:
+            targets_BC = targets_BC - jax.lax.axis_index(self.names) * vocab
+        return targets_BC[..., None] == jnp.arange(vocab, dtype=targets_BC.dtype)[None, None, :]
+
+    def total(self, x):
+        """Sum of a partial sum over all parts of the vocabulary."""
+        return jax.lax.psum(x, self.names) if self.names else x
+
+    def logsumexp(self, logits_BCV):
+        if not self.names:
+            return jax.nn.logsumexp(logits_BCV, axis=-1)
+        top_BC = jax.lax.pmax(jnp.max(logits_BCV, axis=-1), self.names)
+        masses_BCV = jnp.exp(logits_BCV - top_BC[..., None])
+        return top_BC + jnp.log(self.total(jnp.sum(masses_BCV, axis=-1)))
+
+
+def _vocabulary(kernel_VD, dtype, layout):
+    kernel_VD = kernel_VD.astype(dtype)
+    if layout is None:
+        return _Vocabulary(kernel_VD, ())
+    if cut := layout.axis_names("embed"):
+        kernel_VD = jax.lax.all_gather(kernel_VD, cut, axis=1, tiled=True)
+    return _Vocabulary(kernel_VD, layout.axis_names("vocab"))
+
+
+def _summed(d_kernel_VD, layout):
+    """The kernel's gradient over all rows and positions, cut as the kernel is."""
+    if layout is None:
+        return d_kernel_VD
+    cut = layout.axis_names("embed")
+    if cut:
+        d_kernel_VD = jax.lax.psum_scatter(d_kernel_VD, cut, scatter_dimension=1, tiled=True)
+    rest = {*layout.axis_names("batch"), *layout.axis_names("length")} - {*cut}
+    return jax.lax.psum(d_kernel_VD, tuple(sorted(rest))) if rest else d_kernel_VD
+
+
+def _chunk_length(chunk_tokens, rows_BT):
+    return min(max(1, chunk_tokens // rows_BT.shape[0]), rows_BT.shape[1])
 
 
 def _to_chunks(x_BT, chunk):
-    """[B, T, ...] -> [T/chunk, B, chunk, ...]."""
+    """[B, T, ...] -> [⌈T/chunk⌉, B, chunk, ...], zeros at the end."""
+    x_BT = jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % chunk), *[(0, 0)] * (x_BT.ndim - 2)))
     batch, length = x_BT.shape[:2]
     return x_BT.reshape(batch, length // chunk, chunk, *x_BT.shape[2:]).swapaxes(0, 1)
 
 
-def _from_chunks(x_NBC):
+def _from_chunks(x_NBC, length):
     chunks, batch, chunk = x_NBC.shape[:3]
-    return x_NBC.swapaxes(0, 1).reshape(batch, chunks * chunk, *x_NBC.shape[3:])
+    x_BT = x_NBC.swapaxes(0, 1).reshape(batch, chunks * chunk, *x_NBC.shape[3:])
+    return x_BT[:, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scored(scale, chunk, hidden_BTD, kernel_VD, targets_BT, mask_BT):
-    (logprobs_BT, entropy_BT), _ = _scored_forward(
-        scale, chunk, hidden_BTD, kernel_VD, targets_BT, mask_BT
-    )
-    return logprobs_BT, entropy_BT
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scored(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT):
+    return _scored_forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT)[
+        0
+    ]
 
 
-def _scored_forward(scale, chunk, hidden_BTD, kernel_VD, targets_BT, mask_BT):
-    vocab = kernel_VD.shape[0]
+def _scored_forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT):
+    local = functools.partial(_forward, scale, chunk_tokens, layout)
+    spread = sharding.shard_map(local, layout, [_HIDDEN, _KERNEL, _ROWS, _ROWS], (_ROWS,) * 3)
+    logprobs_BT, entropy_BT, normalizer_BT = spread(hidden_BTD, kernel_VD, targets_BT, mask_BT)
+    residuals = (hidden_BTD, kernel_VD, targets_BT, mask_BT, entropy_BT, normalizer_BT)
+    return (logprobs_BT, entropy_BT), residuals
+
+
+def _forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT):
+    vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
+    chunk = _chunk_length(chunk_tokens, targets_BT)
 
     def score(hidden_BCD, targets_BC):
-        logits_BCV = _logits(hidden_BCD, kernel_VD, scale)
-        normalizer_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        target_BC = jnp.sum(jnp.where(_is_target(targets_BC, vocab), logits_BCV, 0.0), axis=-1)
+        logits_BCV = vocabulary.logits(hidden_BCD, scale)
+        normalizer_BC = vocabulary.logsumexp(logits_BCV)
+        is_target = vocabulary.is_target(targets_BC)
+        target_BC = vocabulary.total(jnp.sum(jnp.where(is_target, logits_BCV, 0.0), axis=-1))
         # −Σ p log p and not logsumexp − Σ p z, which cancels where logits are large.
         logp_BCV = logits_BCV - normalizer_BC[..., None]
-        entropy_BC = -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)
+        entropy_BC = -vocabulary.total(jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1))
         # Rounding may leave log p at +1e-7 and the entropy of a certain choice at −1e-7.
         logprobs_BC = jnp.minimum(target_BC - normalizer_BC, 0.0)
         return logprobs_BC, jnp.maximum(entropy_BC, 0.0), normalizer_BC
@@ -112,26 +171,40 @@ def _scored_forward(scale, chunk, hidden_BTD, kernel_VD, targets_BT, mask_BT):
 
     xs = tuple(_to_chunks(x, chunk) for x in (hidden_BTD, targets_BT, mask_BT))
     _, chunked = jax.lax.scan(one_chunk, None, xs)
-    logprobs_BT, entropy_BT, normalizer_BT = (_from_chunks(x) for x in chunked)
-    residuals = (hidden_BTD, kernel_VD, targets_BT, mask_BT, entropy_BT, normalizer_BT)
-    return (logprobs_BT, entropy_BT), residuals
+    return tuple(_from_chunks(x, targets_BT.shape[1]) for x in chunked)
 
 
-def _scored_backward(scale, chunk, residuals, cotangents):
-    hidden_BTD, kernel_VD, targets_BT, mask_BT, entropy_BT, normalizer_BT = residuals
-    vocab = kernel_VD.shape[0]
+def _scored_backward(scale, chunk_tokens, layout, residuals, cotangents):
+    local = functools.partial(_backward, scale, chunk_tokens, layout)
+    spread = sharding.shard_map(local, layout, [_HIDDEN, _KERNEL, *[_ROWS] * 6], (_HIDDEN, _KERNEL))
+    hidden_BTD, kernel_VD, *_ = residuals
+    d_hidden_BTD, d_kernel_VD = spread(*residuals, *cotangents)
+    return d_hidden_BTD.astype(hidden_BTD.dtype), d_kernel_VD.astype(kernel_VD.dtype), None, None
+
+
+def _backward(
+    scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT, entropy_BT,
+    normalizer_BT, *cotangents,
+):  # fmt: skip
+    vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
+    chunk = _chunk_length(chunk_tokens, targets_BT)
 
     def grads(
         carry_VD, hidden_BCD, targets_BC, entropy_BC, normalizer_BC, d_logprob_BC, d_entropy_BC
     ):
-        logp_BCV = _logits(hidden_BCD, kernel_VD, scale) - normalizer_BC[..., None]
+        logp_BCV = vocabulary.logits(hidden_BCD, scale) - normalizer_BC[..., None]
         # d log p / dz = 1[target] − p ;  dH / dz = −p (log p + H)
         d_logits_BCV = -jnp.exp(logp_BCV) * (
             d_logprob_BC[..., None] + d_entropy_BC[..., None] * (logp_BCV + entropy_BC[..., None])
-        ) + jnp.where(_is_target(targets_BC, vocab), d_logprob_BC[..., None], 0.0)
+        ) + jnp.where(vocabulary.is_target(targets_BC), d_logprob_BC[..., None], 0.0)
         d_logits_BCV = (scale * d_logits_BCV).astype(hidden_BTD.dtype)
-        d_hidden_BCD = jnp.einsum(
-            "bcv,vd->bcd", d_logits_BCV, kernel_VD, preferred_element_type=wide_type(kernel_VD)
+        d_hidden_BCD = vocabulary.total(
+            jnp.einsum(
+                "bcv,vd->bcd",
+                d_logits_BCV,
+                vocabulary.kernel_VD,
+                preferred_element_type=wide_type(hidden_BCD),
+            )
         )
         d_kernel_VD = jnp.einsum(
             "bcv,bcd->vd", d_logits_BCV, hidden_BCD, preferred_element_type=wide_type(hidden_BCD)
@@ -154,10 +227,9 @@ def _scored_backward(scale, chunk, residuals, cotangents):
             mask_BT, hidden_BTD, targets_BT, entropy_BT, normalizer_BT, d_logprobs_BT, d_entropy_BT
         )
     )  # fmt: skip
-    d_kernel_VD, d_hidden = jax.lax.scan(
-        one_chunk, jnp.zeros(kernel_VD.shape, wide_type(kernel_VD)), xs
-    )
-    return _from_chunks(d_hidden), d_kernel_VD.astype(kernel_VD.dtype), None, None
+    zeros_VD = jnp.zeros(vocabulary.kernel_VD.shape, wide_type(kernel_VD))
+    d_kernel_VD, d_hidden = jax.lax.scan(one_chunk, zeros_VD, xs)
+    return _from_chunks(d_hidden, targets_BT.shape[1]), _summed(d_kernel_VD, layout)
 
 
 _scored.defvjp(_scored_forward, _scored_backward)

@@ -43,6 +43,7 @@ class Engine:
         dtype=jnp.float32,
         refill_fraction=1 / 16,
         max_prefill_tokens=16_384,
+        layout=None,
     ):
         """Check the sizes; nothing is allocated or compiled yet.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import numpy as np
 import pytest
@@ -111,6 +112,9 @@ def _pressure(length, mass=1.0):
 def test_responses_without_a_verdict_are_masked_out():
     sampled = _sampled()
     sampled = dataclasses.replace(sampled, counted_B=np.arange(16) != 3)
-    half = laboratory._half(sampled)
+    lab = _laboratory(objectives.preset("luspo"))
+    half = laboratory._half(
+        sampled, dataclasses.replace(lab, scoring=types.SimpleNamespace(layout=None))
+    )
     assert not half.response_mask_BT[3].any()
     assert half.response_mask_BT[2].any()

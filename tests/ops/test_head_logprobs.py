@@ -48,7 +48,7 @@ def test_values_and_gradients_match_log_softmax(chunk_length, temperature):
 
     (_, ours), our_grads = total(
         lambda h, k: head_logprobs(
-            h, k, targets, mask, temperature=temperature, chunk_length=chunk_length
+            h, k, targets, mask, temperature=temperature, chunk_tokens=B * chunk_length
         )
     )
     (_, plain), plain_grads = total(lambda h, k: _plain(h, k, targets, mask, temperature))
@@ -61,7 +61,7 @@ def test_never_positive_and_zero_where_masked():
     hidden, kernel, targets, mask = _inputs(dtype=np.float32)
     # A certain choice: log p rounds to 0 and must not become positive.
     logprobs, entropy = head_logprobs(
-        hidden * 100, kernel, targets, mask, temperature=1.0, chunk_length=4
+        hidden * 100, kernel, targets, mask, temperature=1.0, chunk_tokens=4 * B
     )
     assert np.all(np.asarray(logprobs) <= 0)
     assert np.all(np.asarray(entropy) >= 0)
@@ -73,7 +73,7 @@ def test_masked_hidden_states_may_be_anything():
     poisoned = np.where(mask[..., None], hidden, np.nan).astype(np.float32)
 
     def score(h):
-        return head_logprobs(h, kernel, targets, mask, temperature=1.0, chunk_length=4)[0]
+        return head_logprobs(h, kernel, targets, mask, temperature=1.0, chunk_tokens=4 * B)[0]
 
     np.testing.assert_array_equal(score(poisoned), score(hidden))
 
@@ -90,7 +90,7 @@ def test_no_array_of_all_logits_is_made():
 
     def loss(hidden, kernel, targets, mask, chunk):
         return jnp.sum(
-            head_logprobs(hidden, kernel, targets, mask, temperature=1.0, chunk_length=chunk)[0]
+            head_logprobs(hidden, kernel, targets, mask, temperature=1.0, chunk_tokens=b * chunk)[0]
         )
 
     def temporary_bytes(chunk):
@@ -102,8 +102,8 @@ def test_no_array_of_all_logits_is_made():
     assert temporary_bytes(8) < temporary_bytes(128)
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", 0.0), ("chunk_length", 0)])
+@pytest.mark.parametrize(("field", "value"), [("temperature", 0.0), ("chunk_tokens", 0)])
 def test_bad_arguments_are_named(field, value):
-    arguments = {"temperature": 1.0, "chunk_length": 4, field: value}
+    arguments = {"temperature": 1.0, "chunk_tokens": 4, field: value}
     with pytest.raises(ValueError, match=field):
         head_logprobs(*_inputs(dtype=np.float32), **arguments)

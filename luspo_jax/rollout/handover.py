@@ -1,0 +1,57 @@
+"""Weights from where training keeps them to where the rollout reads them."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from luspo_jax import sharding
+from luspo_jax.models import decoder
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.sharding import Layout
+
+
+def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None, dtype: Any) -> Any:
+    """Weights in the sampler's type, cut as the rollout's table says, on this process's devices.
+
+    Cast and reshard are one program: what travels has the sampler's type, and no device ever
+    holds more than its part and one layer's message.
+
+    Args:
+      params: master weights as training lays them out.
+      config: of the model.
+      layout: the rollout's, over the devices of all processes; None on one device.
+      dtype: of the sampler.
+    """
+    dtype = jnp.dtype(dtype)
+    if layout is None:
+        return params if dtype == jnp.float32 else _cast(dtype)(params)
+    axes = decoder.param_axes(config)
+    where = sharding.shardings(axes, layout)
+    trained_on = jax.tree.leaves(params)[0].sharding
+    if sharding.same_order(trained_on, layout):
+        placed = _moved(dtype, layout, config)(params)
+    else:  # A mesh whose devices were ordered by their links: XLA wants one order in a program.
+        placed = jax.device_put(_cast(dtype)(params), where)
+    return sharding.own_part(placed, axes, layout)
+
+
+def lower_rollout_params(params: Any, *, config: DecoderConfig, layout: Layout, dtype: Any) -> Any:
+    """The lowered hand-over, for looking at what it moves."""
+    return _moved(jnp.dtype(dtype), layout, config).lower(params)
+
+
+@functools.cache
+def _moved(dtype, layout, config):
+    where = sharding.shardings(decoder.param_axes(config), layout)
+    return jax.jit(functools.partial(_cast_all, dtype=dtype), out_shardings=where)
+
+
+@functools.cache
+def _cast(dtype):
+    return jax.jit(functools.partial(_cast_all, dtype=dtype))
+
+
+def _cast_all(params, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), params)

@@ -1,0 +1,143 @@
+"""One optimizer step on 8 fake devices is the step of one device, however the mesh is cut."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from luspo_jax import objectives, optimizer, sharding, update
+from luspo_jax.logprobs import Scoring
+from luspo_jax.models import decoder
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.types import TokenBatch, TrainBatch
+from luspo_jax.update import UpdateRule
+
+LAYERS = 5  # a size that no other dimension has, so that a stack of layers is known in HLO
+CONFIG = DecoderConfig(
+    "qwen3", 96, LAYERS, 64, 128, 4, 2, 16, 1e4, 1e-6, False, True, False, 4096
+)  # fmt: skip
+B, T = 16, 48
+MESHES = {
+    "fsdp8": {"fsdp": 8},
+    "data2-fsdp4": {"data": 2, "fsdp": 4},
+    "fsdp4-tensor2": {"fsdp": 4, "tensor": 2},
+    "expert4-tensor2": {"expert": 4, "tensor": 2},
+}
+OPTIMIZER = optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
+RATE = np.float32(1e-6)  # the paper's
+
+
+def _batch(seed=0):
+    rng = np.random.default_rng(seed)
+    lengths_B1 = rng.integers(20, T + 1, (B, 1))
+    places = np.arange(T)[None]
+    segments_BT = (places < lengths_B1).astype(np.int32)
+    rows = TokenBatch(
+        rng.integers(0, CONFIG.vocab_size, (B, T)).astype(np.int32),
+        np.where(segments_BT > 0, places, 0).astype(np.int32),
+        segments_BT,
+        (places >= 8) & (segments_BT > 0),
+    )
+    others = [-3 * rng.random((B, T), np.float32) for _ in range(2)]
+    return TrainBatch(
+        rows=rows,
+        advantages_B=rng.normal(size=B).astype(np.float32),
+        group_ids_B=np.repeat(np.arange(4, dtype=np.int32), 4),
+        old_logprobs_BT=None,
+        old_entropy_BT=None,
+        ref_logprobs_BT=others[0],
+        sampler_logprobs_BT=others[1],
+    )
+
+
+def _rule(sizes, remat="full"):
+    layout = sharding.layout("train", sizes, jax.devices()) if sizes else None
+    objective = objectives.preset("luspo", kl_coef=0.01)
+    scoring = Scoring(CONFIG, remat=remat, head_chunk_tokens=64, layout=layout)
+    return UpdateRule(scoring, objective, OPTIMIZER, num_microbatches=2, max_grad_norm=1.0)
+
+
+def _stepped(sizes):
+    """(state, metrics) on the host after one step, and the text of its program."""
+    rule = _rule(sizes)
+    params = decoder.init_params(jax.random.key(0), CONFIG)
+    state = update.initial_state(params, rule, marked=True)
+    batch = sharding.put_rows(_batch(), rule.scoring.layout)
+    program = update.update_step.lower(state, batch, RATE, np.float32(0), rule=rule).compile()
+    before = update.state_shardings(state, rule)
+    state, metrics = update.update_step(state, batch, RATE, np.float32(0), rule=rule)
+    if before is not None:
+        kept = jax.tree.map(lambda x, s: s.is_equivalent_to(x.sharding, x.ndim), state, before)
+        assert all(jax.tree.leaves(kept))
+    return jax.device_get(state), jax.device_get(metrics), program.as_text()
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return _stepped(None)
+
+
+def _worst(tree, reference):
+    """max|Δ| / max|reference| of the leaf where it is largest."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
+    return max(
+        float(np.abs(a - b).max() / max(np.abs(b).max(), np.finfo(np.float32).tiny))
+        for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_step_is_that_of_one_device(one_device, mesh):
+    state, metrics, text = _stepped(MESHES[mesh])
+    expected, expected_metrics, _ = one_device
+    # The first moment is 0.1 · the clipped gradient.
+    assert _worst(state.opt_state[0].mu, expected.opt_state[0].mu) <= 1e-5
+    assert _worst(state.params, expected.params) <= 1e-5
+    assert _worst(metrics, expected_metrics) <= 1e-5
+    _check_gathers(text)
+
+
+def _check_gathers(text):
+    """No collective makes a stack of layers: weights are gathered one layer at a time."""
+    gathered = re.findall(r"= \(?\w+\[([\d,]*)\][^=]* all-gather(?:-start)?\(", text)
+    assert gathered
+    shapes = [tuple(map(int, dims.split(","))) for dims in gathered if dims]
+    assert not [shape for shape in shapes if LAYERS in shape]
+
+
+def test_scores_are_those_of_one_device(one_device):
+    params = decoder.init_params(jax.random.key(0), CONFIG)
+    scored = []
+    for sizes in (None, *MESHES.values()):
+        scoring = _rule(sizes).scoring
+        placed = jax.device_put(params, update.param_shardings(scoring)) if sizes else params
+        rows = sharding.put_rows(_batch().rows, scoring.layout)
+        scored.append(update.score_rows(placed, rows, scoring=scoring, num_microbatches=2))
+    for found in scored[1:]:
+        assert _worst(jax.device_get(found), jax.device_get(scored[0])) <= 1e-5
+
+
+def test_parameters_and_moments_are_never_whole_on_a_device():
+    rule = _rule({"fsdp": 4, "tensor": 2})
+    state = update.initial_state(decoder.init_params(jax.random.key(0), CONFIG), rule)
+    for leaf in jax.tree.leaves((state.params["layers"]["mlp"], state.opt_state[0].nu["head"])):
+        assert leaf.addressable_shards[0].data.size == leaf.size // 8
+    abstract = update.abstract_state(rule)
+    for real, planned in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert (real.shape, real.dtype) == (planned.shape, planned.dtype)
+        assert planned.sharding.is_equivalent_to(real.sharding, real.ndim)
+
+
+def test_parked_parts_wait_in_host_memory():
+    rule = _rule({"fsdp": 8})
+    state = update.initial_state(decoder.init_params(jax.random.key(0), CONFIG), rule)
+    before = jax.device_get(state)
+    state = update.parked(state, "both")
+    kinds = {"params": "device", "opt_state": "pinned_host", "ref_params": "pinned_host"}
+    for name, kind in kinds.items():
+        tree = getattr(state, name)
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(tree)} == {kind}
+    state = update.fetched(state, "both")
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, state, before)

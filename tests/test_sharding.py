@@ -1,0 +1,60 @@
+"""Meshes are resolved or refused with their numbers; tables cut arrays as they say."""
+
+import jax
+import numpy as np
+import pytest
+
+from luspo_jax import sharding
+from luspo_jax.sharding import MeshError
+
+
+def _layout(table="train", **sizes):
+    return sharding.layout(table, sizes, jax.devices())
+
+
+def test_one_size_may_be_left_open():
+    assert sharding.mesh_sizes({"data": 2, "fsdp": -1}, 8)["fsdp"] == 4
+    assert sharding.mesh_sizes({}, 1) == dict.fromkeys(sharding.MESH_AXES, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"fsdp": 4}, "takes 4 devices and there are 8"),
+        ({"fsdp": 3, "data": -1}, "a multiple of 3 devices and there are 8"),
+        ({"fsdp": -1, "data": -1}, "one of them may be -1"),
+        ({"tensor": 0}, "at least 1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, named):
+    with pytest.raises(MeshError, match=named):
+        sharding.layout("train", sizes, jax.devices())
+
+
+def test_a_mesh_axis_is_used_once_an_array():
+    layout = _layout(fsdp=4, expert=2)
+    shape = layout.sharding(("experts", "embed", "mlp")).shard_shape((2, 8, 3))
+    assert shape == (1, 2, 3)
+
+
+def test_one_device_needs_no_layout():
+    assert sharding.layout("train", {}, jax.devices()[:1]) is None
+    x = np.ones(3)
+    assert sharding.constrain(x, ("batch",), None) is x
+    assert sharding.layout("train", {"fsdp": -1}) is None  # the suite's default device alone
+
+
+def test_sizes_that_cannot_be_cut_are_named():
+    layout = _layout(fsdp=4, tensor=2)
+    problems = sharding.misfits(layout, {"heads": ("num_attention_heads", 3), "embed": ("d", 8)})
+    assert len(problems) == 1
+    assert "num_attention_heads = 3 is cut into 2 parts by the train mesh (tensor 2)" in problems[0]
+
+
+def test_rows_are_put_part_by_part():
+    layout = _layout(data=2, context=4)
+    x = np.arange(32).reshape(4, 8)
+    placed = sharding.put_rows({"x": x, "b": x[:, 0]}, layout, "length")
+    assert placed["x"].addressable_shards[0].data.shape == (2, 2)
+    np.testing.assert_array_equal(placed["x"], x)
+    np.testing.assert_array_equal(placed["b"], x[:, 0])
