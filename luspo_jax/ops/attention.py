@@ -1,22 +1,48 @@
-"""Causal attention within segments."""
+"""Causal attention within segments: one front, an implementation by platform, any mesh.
+
+| name | platform | what it is |
+|---|---|---|
+| reference | all | loops in plain XLA (`reference_attention`); alone has second derivatives |
+| splash | TPU | the Pallas kernels that come with jax (`splash_attention`) |
+| flash_gpu | GPU | Pallas kernels that read segment ids (`gpu_attention`) |
+| cudnn | GPU | cuDNN's, which takes lengths and not segment ids: one segment a row only |
+
+Rows may be spread over devices, heads over others, and a row's positions over others again, which
+makes the attention a ring (`ring_attention`).
+"""
 
 import functools
-import math
+import importlib
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from luspo_jax.ops.precision import wide, wide_type
+from luspo_jax.ops import reference_attention
+from luspo_jax.ops.ring_attention import (
+    backward_ring,
+    check_length,
+    forward_ring,
+    inverse_ring_order,
+    ring_order,
+)
+from luspo_jax.sharding import Layout, shard_map
 
-NEGATIVE = -1e30  # finite: the exponential of a masked score is exactly zero, never NaN
+__all__ = ["IMPLEMENTATIONS", "attention", "inverse_ring_order", "resolve", "ring_order"]
 
-# Measured on two CPU cores at B 64, T 192, N 8, K 4, H 32: small pieces that stay in the cache
-# beat one batched einsum 4 times forward and 2 times with the backward pass.
-_CHUNK = 32  # queries at a time
-_BLOCKS = 8  # static pieces of the causal triangle; keys beyond a piece's end are skipped
-_CACHED_SCORES = 2**18  # scores at a time while whole rows fit
-_MOST_SCORES = 2**22  # scores at a time at any length; bounds memory
+# Where each has its `forward_block` and `backward_block`; imported when used, as Pallas takes long.
+IMPLEMENTATIONS = {
+    "reference": "reference_attention",
+    "splash": "splash_attention",
+    "flash_gpu": "gpu_attention",
+    "cudnn": "cudnn_attention",
+}
+_GPUS = ("gpu", "cuda", "rocm")
+_PLATFORMS = {"splash": ("tpu",), "flash_gpu": _GPUS, "cudnn": ("gpu", "cuda")}
+
+_QUERY = ("batch", "length", "heads", None)
+_KEY = ("batch", "length", "kv_heads", None)
+_SEGMENTS = ("batch", "length")
+_INPUTS = (_QUERY, _KEY, _KEY, _SEGMENTS)
+_LSE = ("batch", "length", "heads")
 
 
 def attention(
@@ -26,243 +52,194 @@ def attention(
     *,
     segment_ids_BT,
     implementation="reference",
-    layout=None,
+    layout: Layout | None = None,
 ):
     """softmax(q·k / √H) v over the keys of the same segment that are not in the future.
 
-    Order is that of the arrays (S = T). Query head n reads key head n // (N / K). Scores, softmax
-    and sums are float32. The reference loops over rows: where rows are spread over devices, call
-    it within `shard_map`, so that each loops over its own.
+    Order is that of the arrays (S = T); where the layout cuts the length, the arrays are in
+    `ring_order`, and what counts is the order before that. Query head n reads key head
+    n // (N / K). Scores, softmax and sums are float32.
 
     Args:
       query_BTNH: queries, already rotated.
       key_BSKH: keys, already rotated.
       value_BSKH: values.
       segment_ids_BT: int32, 0 on padding (whose outputs are finite and mean nothing).
-      implementation: a key of IMPLEMENTATIONS.
+      implementation: a key of IMPLEMENTATIONS, as `resolve` gives it.
+      layout: how arrays lie on a mesh; each device works on its own rows, heads and positions.
 
     Returns:
       Weighted values [B, T, N, H] in the type of the queries.
 
     Raises:
-      ValueError: on an unknown implementation, naming the known ones.
+      ValueError: on an unknown implementation, naming the known ones; on a size that the mesh does
+        not divide, or on a mesh that cuts lengths with an implementation that cannot.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention implementation {implementation!r} is unknown; "
             f"use one of {sorted(IMPLEMENTATIONS)}"
+            + (", as ops.attention.resolve chooses" if implementation == "auto" else "")
         )
+    arrays = (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
+    if layout is None and implementation == "reference":
+        return reference_attention.attention(*arrays)
     if layout is not None:
-        from luspo_jax import sharding
-
-        q, k = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
-        return sharding.shard_map(
-            IMPLEMENTATIONS[implementation], layout, [q, k, k, ("batch", "length")], q
-        )(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
-    return IMPLEMENTATIONS[implementation](query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
+        _check_sizes(query_BTNH, key_BSKH, layout)
+        _check_ring(implementation, layout.size("length"))
+    return _by_parts(implementation, layout, *arrays)
 
 
-# ---------------------------------------------------------------- reference
-# Flash attention's two passes (Dao et al. 2022) without its online softmax: a piece holds few
-# queries and all keys before their end. Rows, then causal blocks, then chunks of queries.
+def resolve(
+    implementation: str,
+    *,
+    platform: str,
+    packed: bool,
+    head_dim: int,
+    dtype="bfloat16",
+    context: int = 1,
+    second_derivatives: bool = False,
+) -> str:
+    """The implementation that is meant, with "auto" decided; refuses one that does not fit.
 
+    "auto" is splash on TPU; on GPU cudnn where it fits and else flash_gpu; elsewhere, and where
+    these do not fit, the reference.
 
-@jax.custom_vjp
-def _reference(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT):
-    return _reference_forward(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)[0]
+    Args:
+      implementation: "auto" or a key of IMPLEMENTATIONS.
+      platform: of the devices ("cpu", "tpu", "gpu", "cuda", "rocm").
+      packed: whether a row may hold more than one segment.
+      head_dim: H.
+      dtype: type of queries, keys and values.
+      context: devices that share a row's length.
+      second_derivatives: whether the backward pass is differentiated, as length pressure does.
 
+    Returns:
+      A key of IMPLEMENTATIONS.
 
-def _reference_forward(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT):
-    B, T, N, _ = query_BTNH.shape
-    pieces = _pieces(B, T, N)
-    arrays = _grouped(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, pieces)
-    out_BKTGH, lse_BKTG = _over_rows(functools.partial(_forward_rows, pieces), arrays, pieces)
-    out_BTNH = _ungrouped(out_BKTGH, T).astype(query_BTNH.dtype)
-    return out_BTNH, (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, out_BTNH, lse_BKTG)
-
-
-def _reference_backward(residuals, grad_BTNH):
-    query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, out_BTNH, lse_BKTG = residuals
-    B, T, N, H = query_BTNH.shape
-    K = key_BSKH.shape[2]
-    pieces = _pieces(B, T, N)
-    arrays = _grouped(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, pieces)
-    # Σ_s weight · ∂weight of each query, by way of the output (Dao et al. 2022, eq. 4).
-    delta_BTN1 = jnp.sum(wide(out_BTNH) * wide(grad_BTNH), axis=-1, keepdims=True)
-    grad_BKTGH, delta_BKTG1 = (_by_kv_head(x, K, pieces) for x in (grad_BTNH, delta_BTN1))
-    arrays = (*arrays, lse_BKTG, delta_BKTG1[..., 0], grad_BKTGH)
-    dq_BKTGH, dk_BKHT, dv_BKHT = _over_rows(
-        functools.partial(_backward_rows, pieces), arrays, pieces
-    )
-    dk_BTKH, dv_BTKH = (jnp.transpose(x, (0, 3, 1, 2))[:, :T] for x in (dk_BKHT, dv_BKHT))
-    dq_BTNH = _ungrouped(dq_BKTGH, T) * H**-0.5
-    return (
-        dq_BTNH.astype(query_BTNH.dtype),
-        dk_BTKH.astype(key_BSKH.dtype),
-        dv_BTKH.astype(value_BSKH.dtype),
-        None,
-    )
-
-
-_reference.defvjp(_reference_forward, _reference_backward)
-
-
-def _pieces(B, T, N):
-    """(rows, block, chunk): rows at a time, and queries in a block and in a chunk of it."""
-    chunk = min(_CHUNK, T)
-    while chunk > 1 and N * chunk * T > _MOST_SCORES:
-        chunk //= 2
-    block = chunk * math.ceil(T / (chunk * _BLOCKS))
-    fit = max(1, _CACHED_SCORES // (N * chunk * T))
-    rows = max(divisor for divisor in range(1, B + 1) if B % divisor == 0 and divisor <= fit)
-    return rows, block, chunk
-
-
-def _grouped(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, pieces):
-    """Head-major arrays, padded to whole blocks; queries scaled and grouped by their key head."""
-    K = key_BSKH.shape[2]
-    return (
-        _by_kv_head(_scaled(query_BTNH), K, pieces),
-        _by_kv_head(key_BSKH, K, pieces)[:, :, :, 0],
-        _by_kv_head(value_BSKH, K, pieces)[:, :, :, 0],
-        _padded(segment_ids_BT, pieces),
-    )
-
-
-def _scaled(query):
-    return (wide(query) * query.shape[-1] ** -0.5).astype(query.dtype)
-
-
-def _padded(x_BT, pieces):
-    widths = [(0, 0)] * x_BT.ndim
-    widths[1] = (0, -x_BT.shape[1] % pieces[1])
-    return jnp.pad(x_BT, widths)
-
-
-def _by_kv_head(x_BTNH, K, pieces):
-    x_BTNH = _padded(x_BTNH, pieces)
-    B, T, N, H = x_BTNH.shape
-    return jnp.swapaxes(x_BTNH.reshape(B, T, K, N // K, H), 1, 2)
-
-
-def _ungrouped(x_BKTGH, T):
-    B, K, _, G, H = x_BKTGH.shape
-    return jnp.swapaxes(x_BKTGH, 1, 2)[:, :T].reshape(B, T, K * G, H)
-
-
-def _over_rows(function, arrays, pieces):
-    """function(*arrays) a few rows at a time."""
-    rows, B = pieces[0], arrays[0].shape[0]
-    if rows == B:
-        return function(*arrays)
-    split = [x.reshape(B // rows, rows, *x.shape[1:]) for x in arrays]
-    out = lax.map(lambda part: function(*part), split)
-    return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), out)
-
-
-def _over_chunks(function, carry, arrays, start, pieces):
-    """Scans `function(carry, first, *chunk)` over the chunks of the block at `start`.
-
-    `arrays` and results have queries on axis 2; `first` is the index of a chunk's first query.
+    Raises:
+      ValueError: what the implementation cannot do, and what to set instead.
     """
-    _, block, chunk = pieces
-    arrays = [lax.slice_in_dim(x, start, start + block, axis=2) for x in arrays]
-    if block == chunk:
-        return function(carry, start, *arrays)
-
-    def split(x):
-        x = x.reshape(*x.shape[:2], block // chunk, chunk, *x.shape[3:])
-        return jnp.moveaxis(x, 2, 0)
-
-    def join(x):
-        x = jnp.moveaxis(x, 0, 2)
-        return x.reshape(*x.shape[:2], block, *x.shape[4:])
-
-    firsts = start + chunk * jnp.arange(block // chunk)
-    carry, out = lax.scan(
-        lambda carry, part: function(carry, *part), carry, (firsts, *map(split, arrays))
-    )
-    return carry, jax.tree.map(join, out)
-
-
-def _forward_rows(pieces, query_RKTGH, key_RKTH, value_RKTH, segments_RT):
-    """Outputs, and logarithms of the softmax's denominators, of a few rows."""
-    T, block = query_RKTGH.shape[2], pieces[1]
-    outs = []
-    for start in range(0, T, block):
-        end = start + block
-        keys, values, segments = key_RKTH[:, :, :end], value_RKTH[:, :, :end], segments_RT[:, :end]
-
-        def chunk(carry, first, query_RKCGH, segments_R1C, k=keys, v=values, s=segments):
-            scores_RKCGS = _dot(query_RKCGH, k, 4, 3)
-            mask = _mask(segments_R1C, s, first)
-            scores_RKCGS = jnp.where(mask, scores_RKCGS, NEGATIVE)
-            top = jnp.max(scores_RKCGS, axis=-1, keepdims=True)
-            weights_RKCGS = jnp.exp(scores_RKCGS - top)
-            total = jnp.sum(weights_RKCGS, axis=-1, keepdims=True)
-            out_RKCGH = _dot(weights_RKCGS.astype(v.dtype), v, 4, 2) / total
-            return carry, (out_RKCGH, (top + jnp.log(total))[..., 0])
-
-        outs.append(
-            _over_chunks(chunk, None, (query_RKTGH, segments_RT[:, None]), start, pieces)[1]
+    needs = {
+        "platform": platform,
+        "packed": packed,
+        "head_dim": head_dim,
+        "dtype": jax.numpy.dtype(dtype).name,
+        "context": context,
+        "second_derivatives": second_derivatives,
+    }
+    if implementation == "auto":
+        fit = (name for name in ("splash", "cudnn", "flash_gpu") if not _unfit(name, **needs))
+        return next(fit, "reference")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention implementation {implementation!r} is unknown; "
+            f"use 'auto' or one of {sorted(IMPLEMENTATIONS)}"
         )
-    return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*outs, strict=True))
-
-
-def _backward_rows(pieces, query_RKTGH, key_RKTH, value_RKTH, segments_RT, *rest):
-    """Gradients of scaled queries [R, K, T, G, H], keys and values [R, K, H, T] of a few rows."""
-    T, block = query_RKTGH.shape[2], pieces[1]
-    R, K, _, H = key_RKTH.shape
-    dkv = [jnp.zeros((R, K, H, T), wide_type(key_RKTH))] * 2
-    dqs = []
-    for start in range(0, T, block):
-        end = start + block
-        chunk = functools.partial(
-            _backward_chunk, key_RKTH[:, :, :end], value_RKTH[:, :, :end], segments_RT[:, :end]
+    reason = _unfit(implementation, **needs)
+    if reason:
+        raise ValueError(
+            f"attention implementation {implementation!r} {reason}; "
+            f"here {resolve('auto', **needs)!r} does (or 'auto')"
         )
-        dkv_block, dq = _over_chunks(
-            chunk,
-            [x[..., :end] for x in dkv],
-            (query_RKTGH, segments_RT[:, None], *rest),
-            start,
-            pieces,
+    return implementation
+
+
+def _unfit(name, *, platform, packed, head_dim, dtype, context, second_derivatives):
+    """Why an implementation cannot do what is needed; None where it can."""
+    if name == "reference":
+        return None
+    if platform not in _PLATFORMS[name]:
+        return f"runs on {' or '.join(_PLATFORMS[name])}, not on {platform}"
+    if second_derivatives:
+        return "has no second derivatives, which length pressure takes"
+    if name == "cudnn" and packed:
+        return "takes lengths and not segment ids, so packed rows would see each other's tokens"
+    if name == "cudnn" and context > 1:
+        return f"cannot cut a row over {context} context devices"
+    if name == "cudnn" and dtype not in ("bfloat16", "float16"):
+        return f"takes bfloat16 or float16, not {dtype}"
+    if name == "cudnn" and (head_dim % 8 or head_dim > 128):
+        return f"takes head sizes up to 128 that are multiples of 8, not {head_dim}"
+    if dtype == "float64":
+        return "does not take float64"
+    least, most = (8, 256) if name == "splash" else (16, 128)
+    if name != "cudnn" and not least <= head_dim <= most:
+        return f"takes head sizes of {least} to {most}, not {head_dim}"
+    return None
+
+
+def _check_sizes(query_BTNH, key_BSKH, layout):
+    B, T, N, _ = query_BTNH.shape
+    counts = {"batch": (B, "rows"), "heads": (N, "query heads"), "kv_heads": (key_BSKH.shape[2],
+              "key heads")}  # fmt: skip
+    for axis, (size, name) in counts.items():
+        if size % layout.size(axis):
+            raise ValueError(
+                f"attention over {size} {name}: the mesh cuts them in {layout.size(axis)} parts "
+                f"({', '.join(layout.axis_names(axis))}), which must divide their number"
+            )
+    if layout.size("length") > 1:
+        check_length(T, layout.size("length"))
+
+
+def _check_ring(implementation, count):
+    if count > 1 and implementation == "cudnn":
+        raise ValueError(
+            f"attention implementation 'cudnn' cannot cut a row over {count} context devices; "
+            f"use 'flash_gpu'"
         )
-        dkv = [x.at[..., :end].set(new) for x, new in zip(dkv, dkv_block, strict=True)]
-        dqs.append(dq)
-    return jnp.concatenate(dqs, axis=2), *dkv
 
 
-def _backward_chunk(
-    keys, values, segments_RS, dkv, first, query_RKCGH, segments_R1C, lse_RKCG, delta_RKCG, grad
-):
-    dtype = query_RKCGH.dtype
-    scores_RKCGS = _dot(query_RKCGH, keys, 4, 3)
-    mask = _mask(segments_R1C, segments_RS, first)
-    weights = jnp.where(mask, jnp.exp(scores_RKCGS - lse_RKCG[..., None]), 0.0)
-    dscores = weights * (_dot(grad, values, 4, 3) - delta_RKCG[..., None])
-    weights, dscores = weights.astype(dtype), dscores.astype(dtype)
-    # As [H, S]: the transposed operand is the small one.
-    dk_RKHS, dv_RKHS = _dot_queries(query_RKCGH, dscores), _dot_queries(grad, weights)
-    return [dkv[0] + dk_RKHS, dkv[1] + dv_RKHS], _dot(dscores, keys, 4, 2)
+# ---------------------------------------------------------------- each device its own part
+# The derivative is declared out here, so that both passes are a plain shard_map of their own and
+# no rule of differentiation has to go through one.
 
 
-def _mask(segments_R1C, segments_RS, first):
-    """[R, 1, C, 1, S]: whether query first + c sees key s."""
-    same_RCS = segments_R1C[:, 0, :, None] == segments_RS[:, None, :]
-    queries_C = first + jnp.arange(segments_R1C.shape[2])
-    past_CS = queries_C[:, None] >= jnp.arange(segments_RS.shape[1])[None, :]
-    return (same_RCS & past_CS[None])[:, None, :, None]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_parts(implementation, layout, query_BTNH, key_BSKH, value_BSKH, segment_ids_BT):
+    arrays = (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
+    return _parts_forward(implementation, layout, *arrays)[0]
 
 
-def _dot(a, b, axis_a, axis_b):
-    """Contracts one axis of each, batched over the first two, with float32 sums."""
-    dims = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
-    return lax.dot_general(a, b, dims, preferred_element_type=wide_type(a))
+def _parts_forward(implementation, layout, *arrays):
+    function = functools.partial(_own_forward, implementation, layout)
+    out_BTNH, lse_BTN = shard_map(function, layout, _INPUTS, (_QUERY, _LSE))(*arrays)
+    return out_BTNH, (*arrays, out_BTNH, lse_BTN)
 
 
-def _dot_queries(a_RKCGH, b_RKCGS):
-    dims = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
-    return lax.dot_general(a_RKCGH, b_RKCGS, dims, preferred_element_type=wide_type(a_RKCGH))
+def _parts_backward(implementation, layout, residuals, grad_BTNH):
+    function = functools.partial(_own_backward, implementation, layout)
+    axes = (*_INPUTS, _QUERY, _LSE, _QUERY)
+    return *shard_map(function, layout, axes, (_QUERY, _KEY, _KEY))(*residuals, grad_BTNH), None
 
 
-IMPLEMENTATIONS = {"reference": _reference}
+_by_parts.defvjp(_parts_forward, _parts_backward)
+
+
+def _own_forward(implementation, layout, query, key, value, segments):
+    block, (axis, count) = _blocks(implementation).forward_block, _ring(layout)
+    if count > 1:
+        out, lse = forward_ring(block, axis, count, query, key, value, segments)
+    else:
+        out, lse = block(query, key, value, segments, segments, causal=True)
+    return out.astype(query.dtype), lse
+
+
+def _own_backward(implementation, layout, query, key, value, segments, *rest):
+    block, (axis, count) = _blocks(implementation).backward_block, _ring(layout)
+    if count > 1:
+        grads = backward_ring(block, axis, count, query, key, value, segments, *rest)
+    else:
+        grads = block(query, key, value, segments, segments, *rest, causal=True)
+    return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
+
+
+def _blocks(implementation):
+    return importlib.import_module(f"luspo_jax.ops.{IMPLEMENTATIONS[implementation]}")
+
+
+def _ring(layout):
+    """Name and size of the mesh axis that lengths are cut over."""
+    names = () if layout is None else layout.axis_names("length")
+    return (names[0], layout.size("length")) if names else (None, 1)

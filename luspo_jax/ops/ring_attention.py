@@ -1,0 +1,228 @@
+"""Attention over rows that are cut along their length: keys and values travel around a ring.
+
+Why a ring, and not keys and values gathered whole on every device: at the lengths that make one
+cut a row, memory per device is what bounds a run, and gathered keys and values grow with the whole
+length, as would the sums of their gradients. Here a device holds its own part and the one that has
+just arrived, whatever the number of devices; what travels is the same, and it travels while the
+part that arrived before is being worked on (Liu et al. 2023, arXiv:2310.01889).
+
+A causal row cut into `count` runs of positions would leave the first device idle most of the time.
+So a row is cut into 2·count chunks, and device i holds chunks i and 2·count − 1 − i, the "ring
+order". A device then has the same work in each turn: in the first its own two chunks (causal, and
+the later one over the earlier), and in each later turn two whole pairs of chunks: its later chunk
+over the earlier of those that arrived, and either its earlier chunk over that same one (they come
+from before it) or its later chunk over the later one (they come from after it). The pairs that lie
+in the future are the others; they are never computed, and no branch is needed.
+
+Parts are joined by their log-sum-exp in float32. The first turn holds each query's own key, so that
+a part in which a query sees nothing weighs exactly nothing.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from luspo_jax.ops.precision import wide, wide_type
+
+
+def ring_order(length: int, count: int) -> np.ndarray:
+    """Which position of a row lies where, when `count` devices share its length.
+
+    `x_ring = x[ring_order(length, count)]`: the row is 2·count chunks, and part i of the result
+    holds chunks i and 2·count − 1 − i. With one device it is the row itself.
+
+    Returns:
+      int64 positions [length].
+
+    Raises:
+      ValueError: where 2·count does not divide the length.
+    """
+    if count == 1:
+        return np.arange(length)
+    check_length(length, count)
+    chunks = np.arange(length).reshape(2 * count, -1)
+    return np.stack([chunks[:count], chunks[count:][::-1]], axis=1).reshape(-1)
+
+
+def inverse_ring_order(length: int, count: int) -> np.ndarray:
+    """Where each position went: `x = x_ring[inverse_ring_order(length, count)]`."""
+    return np.argsort(ring_order(length, count))
+
+
+def check_length(length: int, count: int) -> None:
+    """Refuses a row length that does not make two equal chunks for each of `count` devices."""
+    if length % (2 * count):
+        raise ValueError(
+            f"rows of {length} tokens cannot be cut over {count} context devices: each holds two "
+            f"equal chunks, so the length must be a multiple of {2 * count}; pad the rows to "
+            f"{length + -length % (2 * count)}"
+        )
+
+
+def forward_ring(block, axis, count, query_BTNH, key_BTKH, value_BTKH, segments_BT):
+    """(out_BTNH, lse_BTN), float32, of this device's queries over the keys of all devices.
+
+    For use inside `shard_map`; arrays are the device's own parts, in ring order.
+
+    Args:
+      block: a `forward_block`, as in `reference_attention`.
+      axis: name of the mesh axis.
+      count: its size.
+      query_BTNH: queries.
+      key_BTKH: keys.
+      value_BTKH: values.
+      segments_BT: int32 segment ids.
+    """
+    index, keys = lax.axis_index(axis), (key_BTKH, value_BTKH, segments_BT)
+    arriving = _passed_on(keys, axis, count)  # on its way while the own keys are read
+    queries = (query_BTNH, segments_BT)
+    own = _attend(block, _both(queries), _both(keys), causal=True)
+    early, late = _halves(own, axis=0)
+    whole = _attend(block, _late(queries), _early(keys), causal=False)
+    state = early, _joined(late, whole)
+
+    def turn(state, step):
+        (early, late), keys = state
+        arriving = _passed_on(keys, axis, count)
+        before = step <= index  # the keys come from a device before this one
+        parts = _attend(block, _pairs(before, queries), _pair_keys(before, keys), causal=False)
+        first, second = _halves(parts, axis=0)
+        late = _joined(late, first)
+        # One of the two takes the second part in, the other nothing.
+        early = _joined(early, _silenced(second, before))
+        late = _joined(late, _silenced(second, ~before))
+        return ((early, late), arriving), None
+
+    (state, _), _ = lax.scan(turn, (state, arriving), jnp.arange(1, count))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), *state)
+
+
+def backward_ring(
+    block, axis, count, query_BTNH, key_BTKH, value_BTKH, segments_BT, out_BTNH, lse_BTN, grad_BTNH
+):
+    """Gradients (dq, dk, dv), float32; those of keys and values travel with them and come home.
+
+    Arguments as in `forward_ring`; `block` is a `backward_block`, `out_BTNH` and `lse_BTN` are the
+    ring's, and `grad_BTNH` is the cotangent of `out_BTNH`.
+    """
+    index, keys = lax.axis_index(axis), (key_BTKH, value_BTKH, segments_BT)
+    arriving = _passed_on(keys, axis, count)
+    queries = (query_BTNH, segments_BT, out_BTNH, lse_BTN, grad_BTNH)
+    dq, dk, dv = (
+        jnp.concatenate(_halves(x, axis=0), axis=1)
+        for x in _pull(block, _both(queries), _both(keys), causal=True)
+    )
+    dq_late, dk_early, dv_early = _pull(block, _late(queries), _early(keys), causal=False)
+    dq, dk, dv = _added(dq, dq_late, 1), _added(dk, dk_early, 0), _added(dv, dv_early, 0)
+
+    def turn(state, step):
+        dq, dkv, keys = state
+        arriving = _passed_on(keys, axis, count)
+        dkv = _passed_on(dkv, axis, count)
+        before = step <= index
+        dqs, dks, dvs = _pull(
+            block, _pairs(before, queries), _pair_keys(before, keys), causal=False
+        )
+        first, second = _halves(dqs, axis=0)
+        dq = _added(_added(dq, first, 1), second, jnp.where(before, 0, 1))
+        dkv = tuple(
+            _added(
+                _added(x, new[: len(new) // 2], 0), new[len(new) // 2 :], jnp.where(before, 0, 1)
+            )
+            for x, new in zip(dkv, (dks, dvs), strict=True)
+        )
+        return (dq, dkv, arriving), None
+
+    (dq, dkv, _), _ = lax.scan(turn, (dq, (dk, dv), arriving), jnp.arange(1, count))
+    return dq, *_passed_on(dkv, axis, count)
+
+
+def _passed_on(arrays, axis, count):
+    """What the device before this one holds; the last hands to the first."""
+    ring = [(i, (i + 1) % count) for i in range(count)]
+    return jax.tree.map(lambda x: lax.ppermute(x, axis, ring), arrays)
+
+
+# ---------------------------------------------------------------- halves of a device's length
+
+
+def _halves(tree, axis=1):
+    """Each array's first and second half along an axis, as two trees."""
+    size = jax.tree.leaves(tree)[0].shape[axis] // 2
+    cut = lambda start: jax.tree.map(  # noqa: E731
+        lambda x: lax.slice_in_dim(x, start, start + size, axis=axis), tree
+    )
+    return cut(0), cut(size)
+
+
+def _early(tree):
+    return _halves(tree)[0]
+
+
+def _late(tree):
+    return _halves(tree)[1]
+
+
+def _stacked(first, second):
+    """Two halves as twice the rows."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=0), first, second)
+
+
+def _both(tree):
+    return _stacked(*_halves(tree))
+
+
+def _chosen(early_one, tree):
+    return jax.tree.map(functools.partial(jnp.where, early_one), *_halves(tree))
+
+
+def _pairs(before, queries):
+    """Queries of a turn's two pairs: the later chunk, and the earlier if the keys come from before
+    this device, else the later again."""
+    return _stacked(_late(queries), _chosen(before, queries))
+
+
+def _pair_keys(before, keys):
+    """Keys of a turn's two pairs: the earlier chunk, and that again if they come from before."""
+    return _stacked(_early(keys), _chosen(before, keys))
+
+
+def _added(total, part, half):
+    """`total` with `part` added to its half 0 or 1, which may be traced."""
+    size = part.shape[1]
+    old = lax.dynamic_slice_in_dim(total, half * size, size, axis=1)
+    return lax.dynamic_update_slice_in_dim(total, old + part, half * size, axis=1)
+
+
+# ---------------------------------------------------------------- one block, and joining two
+
+
+def _attend(block, queries, keys, *, causal):
+    (query, segments_q), (key, value, segments_k) = queries, keys
+    out, lse = block(query, key, value, segments_q, segments_k, causal=causal)
+    return wide(out), lse
+
+
+def _pull(block, queries, keys, *, causal):
+    (query, segments_q, *rest), (key, value, segments_k) = queries, keys
+    grads = block(query, key, value, segments_q, segments_k, *rest, causal=causal)
+    return tuple(map(wide, grads))
+
+
+def _joined(a, b):
+    """Two parts' outputs and log-sum-exps as those of their union of keys."""
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    top = jnp.maximum(lse_a, lse_b)
+    weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
+    total = weight_a + weight_b
+    out = (out_a * weight_a[..., None] + out_b * weight_b[..., None]) / total[..., None]
+    return out, top + jnp.log(total)
+
+
+def _silenced(part, kept):
+    """The part, or one that weighs nothing."""
+    out, lse = part
+    return out, jnp.where(kept, lse, jnp.asarray(-jnp.inf, wide_type(lse)))

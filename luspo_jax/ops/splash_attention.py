@@ -1,0 +1,129 @@
+"""Attention by the Pallas "splash" kernels that come with jax, for TPU.
+
+They take segment ids and grouped key heads as they are, skip blocks above the diagonal, and keep
+softmax and sums in float32. Forward is jax's public interface. Backward is not: its derivative
+uses the log-sum-exp of its own forward pass, and over a ring it must be that over all devices, so
+`backward_block` calls the function below it, `_splash_attention_bwd` (as of jax 0.10.2), whose
+arguments are queries, keys, values, outputs and log-sum-exps from wherever.
+
+Outputs and gradients of a block come in the type of the inputs: over a ring, bfloat16 parts are
+rounded once each before they are summed in float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+
+from luspo_jax.ops.precision import wide
+
+_LANES = 128  # lengths are padded to a multiple of this
+_BLOCKS = (512, 256, 128)  # tokens in a tile; larger ones load less and waste more on padding
+_WASTE = 8  # at most 1/8 more tokens than there are, where a smaller tile helps
+_PADDING = -1  # a segment of its own
+_INTERPRET = False  # tests run the kernels on CPU this way
+
+
+def forward_block(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, *, causal):
+    """(out_BTNH, lse_BTN); as in `reference_attention`, `out` in the type of the queries."""
+    T, S, N = query_BTNH.shape[1], key_BSKH.shape[1], query_BTNH.shape[2]
+    kernel = _kernel(T, S, N, causal)
+    arrays = _by_head(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
+    out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*arrays)
+    return jnp.swapaxes(out_BNTH, 1, 2)[:, :T], jnp.swapaxes(lse_BNT, 1, 2)[:, :T]
+
+
+def backward_block(
+    query_BTNH,
+    key_BSKH,
+    value_BSKH,
+    segments_BT,
+    segments_BS,
+    out_BTNH,
+    lse_BTN,
+    grad_BTNH,
+    *,
+    causal,
+):
+    """Gradients (dq, dk, dv); as in `reference_attention`, in the type of the inputs but for dq."""
+    T, S, (N, H) = query_BTNH.shape[1], key_BSKH.shape[1], query_BTNH.shape[2:]
+    kernel = _kernel(T, S, N, causal)
+    arrays = _by_head(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
+    block = _block(T)
+    # Padding has no cotangent and, with a log-sum-exp this high, no weight.
+    lse_BNT = jnp.swapaxes(_padded(lse_BTN, block, 1e30), 1, 2)
+    out_BNTH, grad_BNTH = (
+        jnp.swapaxes(_padded(x.astype(query_BTNH.dtype), block), 1, 2)
+        for x in (out_BTNH, grad_BTNH)
+    )
+
+    def row(query, key, value, segment_ids, out, lse, grad):
+        settings = dict(kernel.kwargs, save_residuals=False)
+        tiles = kernel.dq_mask_info, kernel.dkv_mask_info
+        residuals = (query, key, value, segment_ids, None, out, lse, *tiles)
+        return splash._splash_attention_bwd(res=residuals, do=grad, **settings)[3:6]
+
+    grads = jax.vmap(row)(*arrays, out_BNTH, lse_BNT, grad_BNTH)
+    dq_BTNH, dk_BSKH, dv_BSKH = (jnp.swapaxes(grad, 1, 2) for grad in grads)
+    return wide(dq_BTNH)[:, :T] * H**-0.5, dk_BSKH[:, :S], dv_BSKH[:, :S]
+
+
+def _by_head(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+    """Scaled queries, keys and values by head, and segment ids, padded to whole tiles."""
+    query_BTNH = (wide(query_BTNH) * query_BTNH.shape[-1] ** -0.5).astype(query_BTNH.dtype)
+    block_T, block_S = _block(query_BTNH.shape[1]), _block(key_BSKH.shape[1])
+    segment_ids = splash.SegmentIds(
+        _padded(segments_BT, block_T, _PADDING), _padded(segments_BS, block_S, _PADDING)
+    )
+    pairs = ((query_BTNH, block_T), (key_BSKH, block_S), (value_BSKH, block_S))
+    return *(jnp.swapaxes(_padded(x, block), 1, 2) for x, block in pairs), segment_ids
+
+
+def _block(length):
+    """Tokens in a tile."""
+    for block in _BLOCKS:
+        if -length % block <= length // _WASTE:
+            return block
+    return _LANES
+
+
+def _padded(x_BT, block, value=0):
+    widths = [(0, 0)] * x_BT.ndim
+    widths[1] = (0, -x_BT.shape[1] % block)
+    return jnp.pad(x_BT, widths, constant_values=value)
+
+
+@functools.lru_cache(maxsize=16)
+def _masks(T, S, N, causal):
+    mask = masks.CausalMask((T, S)) if causal else masks.FullMask((T, S))
+    return masks.MultiHeadMask([mask] * N)
+
+
+def _kernel(T, S, N, causal):
+    """The kernel for padded lengths; it holds which tiles to skip, worked out on the host."""
+    block_T, block_S = _block(T), _block(S)
+    shape = T + -T % block_T, S + -S % block_S
+    sizes = splash.BlockSizes(
+        block_q=block_T,
+        block_kv=block_S,
+        block_kv_compute=block_S,
+        block_q_dkv=block_T,
+        block_kv_dkv=block_S,
+        block_kv_dkv_compute=block_S,
+        block_q_dq=block_T,
+        block_kv_dq=block_S,
+    )
+    return splash.make_splash_mha(
+        _masks(*shape, N, causal),
+        block_sizes=sizes,
+        save_residuals=True,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=_INTERPRET,
+    )
