@@ -127,10 +127,33 @@ def with_advantages(
     return dataclasses.replace(batch, advantages_B=np.asarray(advantages_B, np.float32))
 
 
-def _score(run, params, batch):
+def packed(run: Run, batch: TrainBatch, metrics: StepMetrics) -> TrainBatch:
+    """The minibatch in packed rows, where the configuration says so."""
+    if not run.config.train.packing:
+        return batch
+    plan = _plan(run, batch.rows)
+    metrics.update(plan.metrics)
+    return packing.packed_batch(batch, plan)
+
+
+def _plan(run, rows):
     sizes = configuration.batch_arithmetic(run.config)
-    parts = sizes.responses_per_step // sizes.responses_per_microbatch
-    return score_rows(params, batch.rows, scoring=run.rule.scoring, num_microbatches=parts)
+    return packing.plan(
+        (rows.segment_ids_BT > 0).sum(axis=1),
+        row_length=sizes.pack_length,
+        rows_per_microbatch=sizes.packed_rows_per_microbatch,
+    )
+
+
+def _score(run, params, batch):
+    sizes, scoring = configuration.batch_arithmetic(run.config), run.rule.scoring
+    if not run.config.train.packing:
+        parts = sizes.responses_per_step // sizes.responses_per_microbatch
+        return score_rows(params, batch.rows, scoring=scoring, num_microbatches=parts)
+    plan = _plan(run, batch.rows)
+    rows = packing.packed_rows(batch.rows, plan)
+    scored = score_rows(params, rows, scoring=scoring, num_microbatches=1)
+    return tuple(packing.from_places(np.asarray(x_BT), plan) for x_BT in scored)
 
 
 def _kl_in_reward(objective):

@@ -38,29 +38,67 @@ class Scoring:
 def token_logprobs(
     params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring
 ) -> tuple[jax.Array, jax.Array]:
-    """(logprobs_BT ≤ 0, entropy_BT ≥ 0) of the response tokens in nats, float32; 0 elsewhere."""
+    """(logprobs_BT ≤ 0, entropy_BT ≥ 0) of the response tokens in nats, float32; 0 elsewhere.
+
+    Of packed rows, one micro-batch at a time: the model and the head read the dense rows, and what
+    they say of each token goes to where it stands in `rows`.
+    """
+    packed = rows.packed
+    if packed is None:
+        return _scored(
+            params,
+            rows.tokens_BT,
+            rows.positions_BT,
+            rows.segment_ids_BT,
+            rows.response_mask_BT,
+            scoring,
+        )
+    scored_RT = _scored(
+        params,
+        packed.tokens_RT,
+        packed.positions_RT,
+        packed.segment_ids_RT,
+        packed.response_mask_RT,
+        scoring,
+    )
+    logprobs_BT, entropy_BT = (_unpacked(x_RT, rows) for x_RT in scored_RT)
+    return logprobs_BT, entropy_BT
+
+
+def _scored(params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, scoring):
     dtype = jnp.dtype(scoring.dtype)
     hidden_BTD = decoder.hidden_states(
         params,
-        rows.tokens_BT,
-        rows.positions_BT,
-        rows.segment_ids_BT,
+        tokens_BT,
+        positions_BT,
+        segment_ids_BT,
         config=scoring.model,
         dtype=dtype,
         remat=scoring.remat,
         attention=scoring.attention,
     )
     # The state at t−1 predicts token t. Predictions are made where they stand (index t−1) and
-    # moved to the token they score, which is the alignment law of types.py.
+    # moved to the token they score, which is the alignment law of types.py. A segment begins with
+    # a prompt: nothing that is scored is predicted across a border.
     logprobs_BT, entropy_BT = head_logprobs(
         hidden_BTD,
         decoder.head_kernel(params).astype(dtype),
-        jnp.roll(rows.tokens_BT, -1, axis=1),
-        _shift_left(rows.response_mask_BT),
+        jnp.roll(tokens_BT, -1, axis=1),
+        _shift_left(response_mask_BT),
         temperature=scoring.temperature,
-        chunk_length=max(1, scoring.head_chunk_tokens // rows.tokens_BT.shape[0]),
+        chunk_length=max(1, scoring.head_chunk_tokens // tokens_BT.shape[0]),
     )
     return _shift_right(logprobs_BT), _shift_right(entropy_BT)
+
+
+def _unpacked(x_RT, rows):
+    """[R, T] -> [B, T'], masked. A sequence is one slice: cheaper than a place for every token."""
+    width = rows.response_mask_BT.shape[1]
+    flat = jnp.pad(x_RT.reshape(-1), (0, width))  # a slice may run past the last row
+    x_BT = jax.vmap(lambda start: jax.lax.dynamic_slice(flat, (start,), (width,)))(
+        rows.packed.starts_B
+    )
+    return jnp.where(rows.response_mask_BT, x_BT, 0.0)
 
 
 def _shift_left(x_BT):

@@ -255,6 +255,7 @@ def optimize(
     for epoch in range(settings.num_epochs):
         for rows in _minibatches(run, batch.group_ids_B, step, epoch):
             minibatch = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+            minibatch = batches.packed(run, minibatch, metrics)
             state, measured = update_step(
                 state, minibatch, np.float32(rate), np.float32(alpha_shift), rule=run.rule
             )

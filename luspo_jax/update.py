@@ -24,7 +24,7 @@ class UpdateRule:
       objective: the loss.
       optimizer: an optax transformation (compared by identity: build it once).
       num_microbatches: parts a minibatch is cut into, one after another; the result does not
-        depend on it.
+        depend on it. Packed rows bring their own.
       max_grad_norm: global-norm clipping, 0 = off.
       bin_edges: of the length bins of metrics, tokens; empty for none.
     """
@@ -58,11 +58,17 @@ def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> Tra
 def score_rows(
     params: Any, rows: TokenBatch, *, scoring: Scoring, num_microbatches: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(logprobs_BT, entropy_BT) of rows without gradients, one micro-batch at a time."""
-    parts = _split(rows, num_microbatches)
-    _, scored = jax.lax.scan(
-        lambda _, part: (None, token_logprobs(params, part, scoring=scoring)), None, parts
-    )
+    """(logprobs_BT, entropy_BT) of rows without gradients, one micro-batch at a time.
+
+    `num_microbatches` is that of rows that are not packed.
+    """
+
+    def score(carry, part):
+        return carry, token_logprobs(params, part, scoring=scoring)
+
+    parts = _split(rows, _num_parts(rows, num_microbatches))
+    step = score if rows.packed is None else _unless_empty(score, lambda part: part)
+    _, scored = jax.lax.scan(step, None, parts)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scored)
 
 
@@ -83,7 +89,7 @@ def update_step(
 
     Args:
       state: donated.
-      batch: rows whose number `rule.num_microbatches` divides; whole groups.
+      batch: rows whose number `rule.num_microbatches` divides, or packed rows; whole groups.
       rate: float32 scalar, the learning rate.
       alpha_shift: float32 scalar, added to the exponent of an adaptive length scale.
       rule: the static part.
@@ -122,7 +128,9 @@ def update_step(
 
     # Gradients add up in float32, or float64 where the master weights are.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), state.params)
-    parts = _split((batch, length_scale_B), rule.num_microbatches)
+    parts = _split((batch, length_scale_B), _num_parts(batch.rows, rule.num_microbatches))
+    if batch.rows.packed is not None:
+        accumulate = _unless_empty(accumulate, lambda part: part[0].rows)
     grads, metrics = jax.lax.scan(accumulate, zeros, parts)
     metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
     return _step(state, grads, rate, metrics, rule)
@@ -173,6 +181,28 @@ def _step(state, grads, rate, metrics, rule):
         skipped_updates=state.skipped_updates + skipped,
     )
     return state, metrics
+
+
+def _num_parts(rows, num_microbatches):
+    return num_microbatches if rows.packed is None else rows.packed.num_microbatches
+
+
+def _unless_empty(step, rows_of):
+    """A scan's `step` that leaves out micro-batches in which nothing is scored.
+
+    The number of packed micro-batches is rounded up so that few programs are compiled; what is
+    added is not computed. Its results are zeros, as those of a masked micro-batch are.
+    """
+
+    def step_or_skip(carry, part):
+        def skip(carry, part):
+            _, result = jax.eval_shape(step, carry, part)
+            return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
+
+        scored = jnp.any(rows_of(part).response_mask_BT)
+        return jax.lax.cond(scored, step, skip, carry, part)
+
+    return step_or_skip
 
 
 def _split(tree, num_parts):
