@@ -8,12 +8,12 @@ import dataclasses
 import numpy as np
 
 from luspo_jax import config as configuration
-from luspo_jax import objectives, packing, sharding
+from luspo_jax import objectives, packing
 from luspo_jax.experience import Rollouts
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.run import Run
 from luspo_jax.types import TrainBatch, TrainState
-from luspo_jax.update import score_rows
+from luspo_jax.update import put_rows, score_rows
 
 
 class MismatchError(RuntimeError):
@@ -127,11 +127,34 @@ def with_advantages(
     return dataclasses.replace(batch, advantages_B=np.asarray(advantages_B, np.float32))
 
 
-def _score(run, params, batch):
+def packed(run: Run, batch: TrainBatch, metrics: StepMetrics) -> TrainBatch:
+    """The minibatch in packed rows, where the configuration says so."""
+    if not run.config.train.packing:
+        return batch
+    plan = _plan(run, batch.rows)
+    metrics.update(plan.metrics)
+    return packing.packed_batch(batch, plan)
+
+
+def _plan(run, rows):
     sizes = configuration.batch_arithmetic(run.config)
-    parts = sizes.responses_per_step // sizes.responses_per_microbatch
-    rows = sharding.put_rows(batch.rows, run.rule.scoring.layout)
-    return score_rows(params, rows, scoring=run.rule.scoring, num_microbatches=parts)
+    return packing.plan(
+        (rows.segment_ids_BT > 0).sum(axis=1),
+        row_length=sizes.pack_length,
+        rows_per_microbatch=sizes.packed_rows_per_microbatch,
+    )
+
+
+def _score(run, params, batch):
+    sizes, scoring = configuration.batch_arithmetic(run.config), run.rule.scoring
+    if not run.config.train.packing:
+        parts = sizes.responses_per_step // sizes.responses_per_microbatch
+        rows = put_rows(batch.rows, scoring.layout)
+        return score_rows(params, rows, scoring=scoring, num_microbatches=parts)
+    plan = _plan(run, batch.rows)
+    rows = put_rows(packing.packed_rows(batch.rows, plan), scoring.layout)
+    scored = score_rows(params, rows, scoring=scoring, num_microbatches=1)
+    return tuple(packing.from_places(np.asarray(x_BT), plan) for x_BT in scored)
 
 
 def _kl_in_reward(objective):

@@ -128,6 +128,10 @@ def default_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.num_minibatches = 1  # Optimizer steps a pass over the rollouts.
     config.train.num_microbatches = 1  # Parts of a minibatch, to bound memory.
+    # Lay responses end to end in dense rows; micro-batches then hold as many as fit.
+    config.train.packing = False
+    config.train.microbatch_tokens = 0  # Of a packed micro-batch: rows × pack_length, at most.
+    config.train.pack_length = 0  # Tokens of a packed row; 0 = the longest sequence allowed.
     config.train.num_length_buckets = 4  # Row lengths a step may have: each compiles once.
     # What waits in host memory during the rollout: a key of update.OFFLOADS.
     config.train.offload = "none"
@@ -179,7 +183,7 @@ def check(config: ConfigDict) -> objectives.Objective:
     """
     problems = list(_unknown_fields(config))
     if not problems:
-        problems = [*_wrong_names(config), *_wrong_sizes(config)]
+        problems = [*_wrong_names(config), *_wrong_sizes(config), *_wrong_packing(config)]
     objective = None
     if not problems:
         try:
@@ -328,28 +332,48 @@ class BatchArithmetic:
     responses_per_microbatch: int
     updates_per_step: int
     tokens_per_row: int
+    pack_length: int = 0  # 0 without packing
+    packed_rows_per_microbatch: int = 0
 
     def __str__(self) -> str:
+        parts = (
+            f"{self.packed_rows_per_microbatch} packed rows × {self.pack_length} tokens, as many "
+            "as the responses fill"
+            if self.pack_length
+            else f"{self.responses_per_microbatch} rows × up to {self.tokens_per_row} tokens"
+        )
         return (
             f"{self.prompts_per_step} prompts × {self.group_size} responses = "
             f"{self.responses_per_step} responses a step; {self.updates_per_step} optimizer "
             f"step(s) of {self.responses_per_minibatch} responses, in micro-batches of "
-            f"{self.responses_per_microbatch} rows × up to {self.tokens_per_row} tokens"
+            f"{parts}"
         )
 
 
 def batch_arithmetic(config: ConfigDict) -> BatchArithmetic:
-    """Resolves the sizes of a step from a checked configuration."""
+    """Resolves the sizes of a step from a checked configuration.
+
+    With packing, `responses_per_microbatch` is how many of the longest fit.
+    """
     rollout, train = config.rollout, config.train
     responses = rollout.prompts_per_step * rollout.group_size
+    longest = config.data.max_prompt_length + rollout.max_response_length
+    together = responses // train.num_minibatches // train.num_microbatches
+    pack_length = rows = 0
+    if train.packing:
+        pack_length = train.pack_length or longest
+        rows = train.microbatch_tokens // pack_length
+        together = rows * pack_length // longest
     return BatchArithmetic(
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
         responses_per_step=responses,
         responses_per_minibatch=responses // train.num_minibatches,
-        responses_per_microbatch=responses // train.num_minibatches // train.num_microbatches,
+        responses_per_microbatch=together,
         updates_per_step=train.num_minibatches * train.num_epochs,
-        tokens_per_row=config.data.max_prompt_length + rollout.max_response_length,
+        tokens_per_row=longest,
+        pack_length=pack_length,
+        packed_rows_per_microbatch=rows,
     )
 
 
@@ -456,3 +480,32 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
                 f"{rows} responses of a minibatch (rollout.prompts_per_step × rollout.group_size / "
                 "train.num_minibatches)"
             )
+
+
+def _wrong_packing(config: ConfigDict) -> Iterator[str]:
+    train, prompt, response = (
+        config.train, config.data.max_prompt_length, config.rollout.max_response_length
+    )  # fmt: skip
+    if not train.packing:
+        for field in ("microbatch_tokens", "pack_length"):
+            if train[field]:
+                yield f"train.{field}={train[field]} is of packed rows: set train.packing=True"
+        return
+    longest = prompt + response
+    length = train.pack_length or longest
+    if length < longest:
+        yield (
+            f"train.pack_length={length} is shorter than the longest sequence, "
+            f"data.max_prompt_length + rollout.max_response_length = {prompt} + {response} = "
+            f"{longest}: raise it, or set 0 for that"
+        )
+    elif train.microbatch_tokens < length:
+        yield (
+            f"train.microbatch_tokens={train.microbatch_tokens} holds no packed row of {length} "
+            f"tokens: set it to {length} for each row that is to be computed at once"
+        )
+    if train.num_microbatches != 1:
+        yield (
+            f"train.num_microbatches={train.num_microbatches} cannot be set with train.packing: "
+            f"micro-batches are sized by train.microbatch_tokens={train.microbatch_tokens}"
+        )

@@ -185,7 +185,10 @@ def layouts(
     """
     train = sharding.layout("train", config.mesh, devices)
     rollout = sharding.layout("rollout", config.rollout_mesh, devices)
-    rows = configuration.batch_arithmetic(config).responses_per_microbatch
+    arithmetic = configuration.batch_arithmetic(config)
+    rows = ("responses of a micro-batch", arithmetic.responses_per_microbatch)
+    if config.train.packing:
+        rows = ("packed rows of a micro-batch", arithmetic.packed_rows_per_microbatch)
     sizes = {
         "heads": ("num_attention_heads", model.num_heads),
         "kv_heads": ("num_key_value_heads", model.num_kv_heads),
@@ -194,7 +197,7 @@ def layouts(
         "embed": ("hidden_size", model.embed_dim),
     }
     problems = [
-        *sharding.misfits(train, {**sizes, "batch": ("responses of a micro-batch", rows)}),
+        *sharding.misfits(train, {**sizes, "batch": rows}),
         *sharding.misfits(rollout, sizes),
     ]
     if problems:

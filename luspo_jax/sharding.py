@@ -186,22 +186,6 @@ def put(x: Any, axes: Axes, layout: Layout | None) -> jax.Array:
     return jax.make_array_from_callback(x.shape, layout.sharding(axes), lambda index: x[index])
 
 
-def put_rows(tree: Any, layout: Layout | None, second: str | None = None) -> Any:
-    """Puts host arrays whose first dimension is the batch (and the second, say, the length)."""
-    if layout is None:
-        return tree
-    return jax.tree.map(lambda x: put(x, ("batch", second)[: np.ndim(x)], layout), tree)
-
-
-def fetch(tree: Any) -> Any:
-    """Arrays as NumPy, whole, on every process.
-
-    Raises:
-      ValueError: for an array that is neither on this process whole nor replicated.
-    """
-    return jax.tree.map(np.asarray, jax.device_get(tree))
-
-
 @functools.cache
 def on_own_devices(layout: Layout | None) -> Layout | None:
     """The part of a rollout layout over all processes that lies on this process's devices.

@@ -24,7 +24,6 @@ from luspo_jax import (
     objectives,
     optimizer,
     shaping,
-    sharding,
 )
 from luspo_jax import config as configuration
 from luspo_jax.checkpoint import Checkpointer
@@ -41,6 +40,7 @@ from luspo_jax.update import (
     fetched,
     initial_state,
     parked,
+    put_rows,
     refresh_reference,
     update_step,
 )
@@ -262,7 +262,8 @@ def optimize(
     for epoch in range(settings.num_epochs):
         for rows in _minibatches(run, batch.group_ids_B, step, epoch):
             minibatch = jax.tree.map(lambda x, rows=rows: x[rows], batch)
-            minibatch = sharding.put_rows(minibatch, run.rule.scoring.layout)
+            minibatch = batches.packed(run, minibatch, metrics)
+            minibatch = put_rows(minibatch, run.rule.scoring.layout)
             state, measured = update_step(
                 state, minibatch, np.float32(rate), np.float32(alpha_shift), rule=run.rule
             )

@@ -23,6 +23,35 @@ import jax
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """The sequences of a TokenBatch laid end to end in rows of one length, micro-batch by
+    micro-batch; made by `packing.packed_rows`.
+
+    Attributes:
+      tokens_RT: int32 token ids.
+      positions_RT: int32 rotary positions, counted from 0 in each segment.
+      segment_ids_RT: int32, 1, 2, … along a row, 0 on padding.
+      response_mask_RT: bool, the tokens to score.
+      starts_B: int32, where each sequence begins in the rows of its micro-batch, counted through
+        them (r·T + t); 0 for an empty row of the TokenBatch.
+      rows_per_microbatch: rows that are computed together; static.
+    """
+
+    tokens_RT: jax.Array
+    positions_RT: jax.Array
+    segment_ids_RT: jax.Array
+    response_mask_RT: jax.Array
+    starts_B: jax.Array
+    rows_per_microbatch: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches that the rows hold, empty ones included."""
+        return self.tokens_RT.shape[0] // self.rows_per_microbatch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TokenBatch:
     """What the model reads: one row a sequence.
 
@@ -31,12 +60,15 @@ class TokenBatch:
       positions_BT: int32 rotary positions, counted from 0 in each segment.
       segment_ids_BT: int32, 0 on padding.
       response_mask_BT: bool, true on response tokens, the stop token included.
+      packed: the same sequences in dense rows, which the model then reads in place of these; None
+        where it reads these.
     """
 
     tokens_BT: jax.Array
     positions_BT: jax.Array
     segment_ids_BT: jax.Array
     response_mask_BT: jax.Array
+    packed: PackedRows | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -13,6 +13,7 @@ from luspo_jax.logprobs import Scoring, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.objectives import Objective
 from luspo_jax.ops.precision import wide_type
+from luspo_jax.sharding import Layout
 from luspo_jax.types import TokenBatch, TrainBatch, TrainState
 
 
@@ -25,7 +26,7 @@ class UpdateRule:
       objective: the loss.
       optimizer: an optax transformation (compared by identity: build it once).
       num_microbatches: parts a minibatch is cut into, one after another; the result does not
-        depend on it.
+        depend on it. Packed rows bring their own.
       max_grad_norm: global-norm clipping, 0 = off.
       bin_edges: of the length bins of metrics, tokens; empty for none.
     """
@@ -106,11 +107,17 @@ def _fresh(params, rule, marked):
 def score_rows(
     params: Any, rows: TokenBatch, *, scoring: Scoring, num_microbatches: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(logprobs_BT, entropy_BT) of rows without gradients, one micro-batch at a time."""
-    parts = _split(rows, num_microbatches, scoring.layout)
-    _, scored = jax.lax.scan(
-        lambda _, part: (None, token_logprobs(params, part, scoring=scoring)), None, parts
-    )
+    """(logprobs_BT, entropy_BT) of rows without gradients, one micro-batch at a time.
+
+    `num_microbatches` is that of rows that are not packed.
+    """
+
+    def score(carry, part):
+        return carry, token_logprobs(params, part, scoring=scoring)
+
+    parts = _split(rows, _num_parts(rows, num_microbatches), scoring.layout)
+    step = score if rows.packed is None else _unless_empty(score, lambda part: part)
+    _, scored = jax.lax.scan(step, None, parts)
     scored = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scored)
     # Whole on every process, because the host reads them.
     return jax.tree.map(lambda x: sharding.constrain(x, (None, None), scoring.layout), scored)
@@ -133,7 +140,7 @@ def update_step(
 
     Args:
       state: donated.
-      batch: rows whose number `rule.num_microbatches` divides; whole groups.
+      batch: rows whose number `rule.num_microbatches` divides, or packed rows; whole groups.
       rate: float32 scalar, the learning rate.
       alpha_shift: float32 scalar, added to the exponent of an adaptive length scale.
       rule: the static part.
@@ -173,7 +180,10 @@ def update_step(
 
     # Gradients add up in float32, or float64 where the master weights are.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), state.params)
-    parts = _split((batch, length_scale_B), rule.num_microbatches, rule.scoring.layout)
+    num_parts = _num_parts(batch.rows, rule.num_microbatches)
+    parts = _split((batch, length_scale_B), num_parts, rule.scoring.layout)
+    if batch.rows.packed is not None:
+        accumulate = _unless_empty(accumulate, lambda part: part[0].rows)
     grads, metrics = jax.lax.scan(accumulate, zeros, parts)
     metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
     return _step(state, grads, rate, metrics, rule)
@@ -250,6 +260,28 @@ def _step(state, grads, rate, metrics, rule):
     return sharding.constrain_tree(state, state_shardings(state, rule)), metrics
 
 
+def _num_parts(rows, num_microbatches):
+    return num_microbatches if rows.packed is None else rows.packed.num_microbatches
+
+
+def _unless_empty(step, rows_of):
+    """A scan's `step` that leaves out micro-batches in which nothing is scored.
+
+    The number of packed micro-batches is rounded up so that few programs are compiled; what is
+    added is not computed. Its results are zeros, as those of a masked micro-batch are.
+    """
+
+    def step_or_skip(carry, part):
+        def skip(carry, part):
+            _, result = jax.eval_shape(step, carry, part)
+            return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
+
+        scored = jnp.any(rows_of(part).response_mask_BT)
+        return jax.lax.cond(scored, step, skip, carry, part)
+
+    return step_or_skip
+
+
 def _split(tree, num_parts, layout):
     """[B, ...] -> [num_parts, B / num_parts, ...]; None leaves stay None."""
 
@@ -258,7 +290,43 @@ def _split(tree, num_parts, layout):
             raise ValueError(
                 f"num_microbatches={num_parts} does not divide the {x.shape[0]} rows of a batch"
             )
-        x = x.reshape(num_parts, x.shape[0] // num_parts, *x.shape[1:])
-        return sharding.constrain(x, (None, "batch", *[None] * (x.ndim - 2)), layout)
+        return x.reshape(num_parts, x.shape[0] // num_parts, *x.shape[1:])
 
-    return jax.tree.map(cut, tree)
+    return jax.tree.map(
+        lambda x, axes: sharding.constrain(x, (None, *axes), layout),
+        jax.tree.map(cut, tree),
+        _row_axes(tree),
+    )
+
+
+def put_rows(tree: Any, layout: Layout | None) -> Any:
+    """Puts a batch of NumPy arrays, the same on all processes, where a step reads it.
+
+    Rows that the model reads are spread over the devices. Of packed rows, what belongs to a
+    sequence and not to a row, some floats a token, is on every device.
+    """
+    if layout is None:
+        return tree
+    return jax.tree.map(lambda x, axes: sharding.put(x, axes, layout), tree, _row_axes(tree))
+
+
+def _row_axes(tree):
+    """The logical axes of every leaf of a batch."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = [[str(getattr(key, "name", "")) for key in path] for path, _ in leaves]
+    packed = any("packed" in name for name in names)
+
+    def spread(name):
+        return not packed or ("packed" in name and name[-1] != "starts_B")
+
+    return jax.tree.unflatten(
+        structure,
+        [
+            _Axes(("batch" if spread(name) else None, *[None] * (x.ndim - 1)))
+            for name, (_, x) in zip(names, leaves, strict=True)
+        ],
+    )
+
+
+class _Axes(tuple):
+    """A leaf of a tree, which a plain tuple is not."""

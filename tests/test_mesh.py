@@ -22,7 +22,8 @@ MESHES = {
     "fsdp8": {"fsdp": 8},
     "data2-fsdp4": {"data": 2, "fsdp": 4},
     "fsdp4-tensor2": {"fsdp": 4, "tensor": 2},
-    "expert4-tensor2": {"expert": 4, "tensor": 2},
+    "context4-data2": {"context": 4, "data": 2},
+    "expert2-context2-tensor2": {"expert": 2, "context": 2, "tensor": 2},
 }
 OPTIMIZER = optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
 RATE = np.float32(1e-6)  # the paper's
@@ -63,7 +64,7 @@ def _stepped(sizes):
     rule = _rule(sizes)
     params = decoder.init_params(jax.random.key(0), CONFIG)
     state = update.initial_state(params, rule, marked=True)
-    batch = sharding.put_rows(_batch(), rule.scoring.layout)
+    batch = update.put_rows(_batch(), rule.scoring.layout)
     program = update.update_step.lower(state, batch, RATE, np.float32(0), rule=rule).compile()
     before = update.state_shardings(state, rule)
     state, metrics = update.update_step(state, batch, RATE, np.float32(0), rule=rule)
@@ -112,7 +113,7 @@ def test_scores_are_those_of_one_device(one_device):
     for sizes in (None, *MESHES.values()):
         scoring = _rule(sizes).scoring
         placed = jax.device_put(params, update.param_shardings(scoring)) if sizes else params
-        rows = sharding.put_rows(_batch().rows, scoring.layout)
+        rows = update.put_rows(_batch().rows, scoring.layout)
         scored.append(update.score_rows(placed, rows, scoring=scoring, num_microbatches=2))
     for found in scored[1:]:
         assert _worst(jax.device_get(found), jax.device_get(scored[0])) <= 1e-5

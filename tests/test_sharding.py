@@ -51,10 +51,9 @@ def test_sizes_that_cannot_be_cut_are_named():
     assert "num_attention_heads = 3 is cut into 2 parts by the train mesh (tensor 2)" in problems[0]
 
 
-def test_rows_are_put_part_by_part():
+def test_arrays_are_put_part_by_part():
     layout = _layout(data=2, context=4)
     x = np.arange(32).reshape(4, 8)
-    placed = sharding.put_rows({"x": x, "b": x[:, 0]}, layout, "length")
-    assert placed["x"].addressable_shards[0].data.shape == (2, 2)
-    np.testing.assert_array_equal(placed["x"], x)
-    np.testing.assert_array_equal(placed["b"], x[:, 0])
+    placed = sharding.put(x, ("batch", "length"), layout)
+    assert placed.addressable_shards[0].data.shape == (2, 2)
+    np.testing.assert_array_equal(placed, x)

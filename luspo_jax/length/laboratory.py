@@ -212,7 +212,8 @@ def _half(sampled, lab):
     # Empty rows, which count nowhere, so that devices have equally many.
     missing = -len(sampled.rewards_B) % _row_parts(lab)
     half = jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), half)
-    return sharding.put_rows(half, lab.scoring.layout)
+    layout = lab.scoring.layout
+    return jax.tree.map(lambda x: sharding.put(x, ("batch", *[None] * (x.ndim - 1)), layout), half)
 
 
 def _row_parts(lab):
