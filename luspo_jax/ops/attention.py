@@ -204,13 +204,17 @@ def _by_parts(implementation, layout, query_BTNH, key_BSKH, value_BSKH, segment_
 
 def _parts_forward(implementation, layout, *arrays):
     function = functools.partial(_own_forward, implementation, layout)
-    out_BTNH, lse_BTN = shard_map(function, layout, _INPUTS, (_QUERY, _LSE))(*arrays)
+    query_BTNH, *rest, segments_BT = arrays
+    inputs = query_BTNH, *rest, reference_attention.tied(segments_BT, query_BTNH)
+    results = shard_map(function, layout, _INPUTS, (_QUERY, _LSE))(*inputs)
+    out_BTNH, lse_BTN = reference_attention.named(*results)
     return out_BTNH, (*arrays, out_BTNH, lse_BTN)
 
 
 def _parts_backward(implementation, layout, residuals, grad_BTNH):
     function = functools.partial(_own_backward, implementation, layout)
     axes = (*_INPUTS, _QUERY, _LSE, _QUERY)
+    residuals = reference_attention.tied(residuals, grad_BTNH)
     return *shard_map(function, layout, axes, (_QUERY, _KEY, _KEY))(*residuals, grad_BTNH), None
 
 

@@ -189,6 +189,8 @@ def _backward(
     vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
     chunk = _chunk_length(chunk_tokens, targets_BT)
 
+    # Length pressure differentiates this in the cotangents; the logits of a chunk are not kept.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def grads(
         carry_VD, hidden_BCD, targets_BC, entropy_BC, normalizer_BC, d_logprob_BC, d_entropy_BC
     ):

@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from luspo_jax.ops.precision import wide, wide_type
 
@@ -34,20 +35,35 @@ def attention(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT):
 
 def _attention_forward(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT):
     T = query_BTNH.shape[1]
-    arrays = (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
-    out_BKTGH, lse_BKTG = _forward(*arrays, segment_ids_BT, causal=True)
+    arrays = (query_BTNH, key_BSKH, value_BSKH, tied(segment_ids_BT, query_BTNH))
+    out_BKTGH, lse_BKTG = _forward(*arrays, arrays[-1], causal=True)
     out_BTNH = _ungrouped(out_BKTGH, T).astype(query_BTNH.dtype)
-    return out_BTNH, (*arrays, out_BTNH, lse_BKTG)
+    out_BTNH, lse_BKTG = named(out_BTNH, lse_BKTG)
+    return out_BTNH, (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, out_BTNH, lse_BKTG)
 
 
 def _attention_backward(residuals, grad_BTNH):
-    *arrays, segment_ids_BT, out_BTNH, lse_BKTG = residuals
+    *arrays, segment_ids_BT, out_BTNH, lse_BKTG = tied(residuals, grad_BTNH)
     segments = (segment_ids_BT, segment_ids_BT)
     grads = _backward(*arrays, *segments, out_BTNH, lse_BKTG, grad_BTNH, causal=True)
     return *(grad.astype(x.dtype) for grad, x in zip(grads, arrays, strict=True)), None
 
 
 attention.defvjp(_attention_forward, _attention_backward)
+
+
+def tied(tree, to):
+    """The same arrays, made to depend on `to`.
+
+    What depends on less than a loop's turn, as a mask of segments does, jax takes out of the loop
+    when it differentiates: for all chunks at once, which is a T × T array.
+    """
+    return lax.stop_gradient(lax.optimization_barrier((tree, to))[0])
+
+
+def named(out, lse):
+    """A forward pass's results, named for the remat policies that keep them."""
+    return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
 
 
 def forward_block(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, *, causal):
@@ -209,7 +225,7 @@ def _over_chunks(function, carry, arrays, start, pieces):
         x = jnp.moveaxis(x, 0, 2)
         return x.reshape(*x.shape[:2], block, *x.shape[4:])
 
-    firsts = start + chunk * jnp.arange(block // chunk)
+    firsts = tied(start + chunk * jnp.arange(block // chunk), arrays[0])
     carry, out = lax.scan(
         lambda carry, part: function(carry, *part), carry, (firsts, *map(split, arrays))
     )
@@ -269,6 +285,9 @@ def _backward_rows(
     return jnp.concatenate(dqs, axis=2), *dkv
 
 
+# Length pressure differentiates the backward pass in its cotangent. Recomputed, a chunk's weights
+# are not kept for that: those of all chunks would be a T × T array.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 def _backward_chunk(
     causal,
     keys,

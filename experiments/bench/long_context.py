@@ -1,0 +1,137 @@
+"""What a token costs as responses get longer: `python -m experiments.bench.long_context --out=DIR`.
+
+A small model takes one training step on one packed row of T tokens that is spread over fake CPU
+devices (context parallelism), for several T. For each: seconds of the step and a token's share,
+temporary bytes a device as XLA plans them, and the largest array of the program. The attention's
+share grows with T, everything else is flat; no array has T × T entries or a whole row of hidden
+states.
+"""
+
+import json
+import pathlib
+import re
+import sys
+import time
+
+from absl import flags
+
+from experiments import command
+
+_OUT = flags.DEFINE_string("out", None, "Folder for the table and the figure.")
+_LENGTHS = flags.DEFINE_list("lengths", ["8192", "32768", "131072"], "Tokens of a row.")
+_DEVICES = flags.DEFINE_integer("devices", 8, "Fake CPU devices that share a row.")
+
+_SHAPE = re.compile(r"\b(?:f32|bf16|s32|pred|u32)\[([\d,]+)\]")
+
+
+def main() -> None:
+    """Measures every length, prints the table and draws the figure."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+    out = pathlib.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for length in map(int, _LENGTHS.value):
+        rows.append(measured(length))
+        print(json.dumps(rows[-1]), flush=True)
+    (out / "long_context.json").write_text(json.dumps(rows, indent=2) + "\n")
+    _figure(rows, out / "long_context.png")
+
+
+def measured(length: int) -> dict[str, float]:
+    """One step on one row of `length` tokens over all devices."""
+    import jax
+    import numpy as np
+
+    from luspo_jax import update
+
+    state, batch, rule = case(length)
+    lower = update.update_step.lower(state, batch, np.float32(1e-6), rule=rule)
+    compiled = lower.compile()
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        state, metrics = jax.block_until_ready(
+            update.update_step(state, batch, np.float32(1e-6), rule=rule)
+        )
+        seconds.append(time.perf_counter() - started)
+    loss, _ = metrics["actor/pg_loss"]
+    if not np.isfinite(loss) or metrics["actor/skipped_updates"][0]:
+        raise FloatingPointError(f"the step at {length} tokens is not finite")
+    shapes = [tuple(map(int, found.split(","))) for found in _SHAPE.findall(compiled.as_text())]
+    return {
+        "tokens": length,
+        "devices": jax.device_count(),
+        "seconds": min(seconds),
+        "microseconds_a_token": 1e6 * min(seconds) / length,
+        "temporary_bytes_a_device": compiled.memory_analysis().temp_size_in_bytes,
+        "largest_array": max(int(np.prod(shape)) for shape in shapes),
+        "square": sum(shape.count(length) > 1 for shape in shapes),
+        # Tokens, positions and log-probs may be whole on a device; hidden states may not.
+        "whole_rows_of_states": sum(
+            length in shape and int(np.prod(shape)) >= length * _EMBED for shape in shapes
+        ),
+    }
+
+
+_EMBED = 32
+
+
+def case(length: int):
+    """(state, batch, rule) of a small model and one row whose response is all but 64 tokens."""
+    import jax
+    import numpy as np
+
+    from luspo_jax import objectives, optimizer, sharding, update
+    from luspo_jax.logprobs import Scoring
+    from luspo_jax.models import decoder
+    from luspo_jax.models.decoder_config import DecoderConfig
+    from luspo_jax.types import TokenBatch, TrainBatch
+
+    config = DecoderConfig(
+        model_type="qwen3", vocab_size=256, num_layers=2, embed_dim=_EMBED, mlp_dim=96, num_heads=2,
+        num_kv_heads=1, head_dim=16, rope_theta=1e6, rms_norm_eps=1e-6, qkv_bias=False,
+        qk_norm=True, tie_embeddings=True, max_position=length,
+    )  # fmt: skip
+    layout = sharding.layout("train", {"context": -1}, jax.devices())
+    rule = update.UpdateRule(
+        scoring=Scoring(config, remat="full", head_chunk_tokens=1024, layout=layout),
+        objective=objectives.preset("luspo"),
+        optimizer=optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
+        num_microbatches=1,
+        max_grad_norm=1.0,
+    )
+    places = np.arange(length, dtype=np.int32)[None]
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, length)).astype(np.int32)
+    batch = TrainBatch(
+        rows=TokenBatch(tokens, places, np.ones_like(places), places >= 64),
+        advantages_B=np.ones(1, np.float32),
+        group_ids_B=np.zeros(1, np.int32),
+        old_logprobs_BT=None,
+        old_entropy_BT=None,
+        ref_logprobs_BT=None,
+        sampler_logprobs_BT=np.zeros((1, length), np.float32),
+    )
+    params = decoder.init_params(jax.random.key(0), config, layout=layout)
+    return update.initial_state(params, rule), update.put_rows(batch, layout), rule
+
+
+def _figure(rows, path):
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    tokens = [row["tokens"] for row in rows]
+    left.plot(tokens, [row["microseconds_a_token"] for row in rows], "o-")
+    left.set(xscale="log", yscale="log", xlabel="tokens a row", ylabel="µs a token")
+    left.set_title("cost of a token, one training step", fontsize=10)
+    right.plot(tokens, [row["temporary_bytes_a_device"] / 2**20 for row in rows], "o-")
+    right.plot(tokens, [4 * n * n / 2**20 for n in tokens], "--", color="0.6", label="one T × T")
+    right.set(xscale="log", yscale="log", xlabel="tokens a row", ylabel="MiB a device")
+    right.set_title(f"temporary memory, {rows[0]['devices']} devices", fontsize=10)
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(command.call(main, required=("out",)))
