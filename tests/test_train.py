@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from configs import quickstart
 from luspo_jax import batches, datasets, objectives, train
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
@@ -356,3 +357,95 @@ def test_dynamic_sampling_resumes_bit_for_bit(config, tmp_path, monkeypatch):
 def many_digits(response, answer):
     """1 for responses that are mostly digits, which by chance few are."""
     return float(sum(c.isdigit() for c in response) > 0.5 * len(response))
+
+
+def _stepped(config, folder):
+    """Metrics of every step of a run, what packing and the clock say aside; and its weights."""
+    _train(config, folder)
+    rows, _, weights = _results(folder)
+    return [{k: v for k, v in row.items() if not k.startswith("packing/")} for row in rows], weights
+
+
+def test_packed_run_is_the_same_run(config, tmp_path):
+    """Two steps in which everything of a step that knows rows comes in: groups carried over,
+    responses filtered as overlong, old and reference log-probs, a correction, length pressure."""
+    config.shaping.dynamic_sampling = True
+    config.shaping.overlong_filter = True
+    config.shaping.max_tries = 8
+    config.eval.metric = "digits"
+    config.reward.options = {"digits": {"function": f"{__file__}:many_digits"}}
+    config.objective.kl_coef = 0.1
+    config.objective.correction = "tis"
+    config.num_steps = 2
+    config.length.every = 1
+    config.length.share = 0.5
+    config.length.objectives = "luspo"
+    config.train.learning_rate = 1e-4
+    expected, weights = _stepped(config, tmp_path / "rows")
+    assert expected[2]["shaping/groups_carried_in"] > 0
+    assert 0 < expected[1]["shaping/trained_responses"] < 16
+    config.train.packing = True
+    config.train.microbatch_tokens = 48
+    got, packed_weights = _stepped(config, tmp_path / "packed")
+    for row, packed in zip(expected, got, strict=True):
+        assert row.keys() == packed.keys()
+        for name, value in row.items():
+            np.testing.assert_allclose(packed[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    for name, tensor in weights.items():
+        np.testing.assert_allclose(packed_weights[name], tensor, rtol=1e-5, atol=1e-6)
+    row = list(read_metrics(tmp_path / "packed" / "metrics.jsonl"))[1]
+    assert row["packing/rows"] == 2 * row["packing/microbatches"]
+    assert 0 <= row["packing/padding"] < 0.5
+
+
+@pytest.mark.slow
+def test_packed_quickstart_starts_as_the_quickstart(tmp_path):
+    """The first step of the real configuration, scaled down."""
+    config = quickstart.get_config()
+    config.num_steps = config.train.warmup_steps = 1
+    config.rollout.prompts_per_step, config.rollout.num_slots = 8, 64
+    config.eval.num_problems, config.eval.num_samples, config.eval.num_slots = 4, 2, 8
+    config.output.tensorboard = False
+    expected, _ = _stepped(config, tmp_path / "rows")
+    config.train.packing = True
+    config.train.pack_length, config.train.microbatch_tokens = 112, 448
+    got, _ = _stepped(config, tmp_path / "packed")
+    for name, value in expected[1].items():
+        if not name.startswith("val-"):  # one token that flips on the way to a text
+            np.testing.assert_allclose(got[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"packing": True}, r"microbatch_tokens=0 holds no packed row of 24 tokens"),
+        ({"packing": True, "microbatch_tokens": 23}, r"microbatch_tokens=23 holds no packed row"),
+        (
+            {"packing": True, "microbatch_tokens": 64, "pack_length": 20},
+            r"pack_length=20 is shorter .* 12 \+ 12 = 24",
+        ),
+        (
+            {"packing": True, "microbatch_tokens": 64, "num_microbatches": 2},
+            r"num_microbatches=2 cannot be set with train.packing.*microbatch_tokens=64",
+        ),
+        ({"microbatch_tokens": 64}, r"microbatch_tokens=64 is of packed rows: set train.packing"),
+        ({"pack_length": 64}, r"pack_length=64 is of packed rows"),
+    ],
+    ids=str,
+)
+def test_packing_that_cannot_be_is_refused(config, fields, message):
+    for name, value in fields.items():
+        config.train[name] = value
+    with pytest.raises(configuration.ConfigError, match=message):
+        configuration.check(config)
+
+
+def test_arithmetic_says_how_rows_are_packed(config):
+    assert "in micro-batches of 8 rows × up to 24 tokens" in str(
+        configuration.batch_arithmetic(config)
+    )
+    config.train.packing, config.train.microbatch_tokens = True, 100
+    sizes = configuration.batch_arithmetic(config)
+    assert "micro-batches of 4 packed rows × 24 tokens" in str(sizes)
+    assert (sizes.packed_rows_per_microbatch, sizes.pack_length) == (4, 24)
+    assert sizes.responses_per_microbatch == 4

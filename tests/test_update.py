@@ -12,6 +12,7 @@ from luspo_jax import objectives, optimizer, packing, update
 from luspo_jax.logprobs import Scoring, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.objectives.presets import used_hyperparameters
 from luspo_jax.types import TrainBatch
 
 MODEL = DecoderConfig(
@@ -251,3 +252,136 @@ def test_bfloat16_steps_follow_float32(params):
     cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
     assert cosine > 0.99
     assert np.isfinite(metrics["actor/grad_norm"][0])
+
+
+# ---------------------------------------------------------------- packed rows
+
+
+def _packed(batch, row_length=16, rows_per_microbatch=2, **changes):
+    plan = packing.plan(
+        (batch.rows.segment_ids_BT > 0).sum(axis=1),
+        row_length=row_length,
+        rows_per_microbatch=rows_per_microbatch,
+    )
+    return packing.packed_batch(batch, dataclasses.replace(plan, **changes))
+
+
+def _everything(params, batch, rule):
+    """Gradient, parameters after the step, and metrics."""
+    state = update.initial_state(params, rule)
+    new, metrics = update.update_step(state, batch, np.float32(1.0), rule=rule)
+    return jax.device_get(((new.opt_state[0].mu, new.params), metrics))
+
+
+def _assert_same_step(params, batch, other, rule, tolerance):
+    expected, metrics = _everything(params, batch, rule)
+    got, got_metrics = _everything(params, other, rule)
+    assert max(np.abs(g).max() for g in jax.tree.leaves(expected[0])) > 0
+    _assert_same(got, expected, tolerance)
+    for key, (total, count) in metrics.items():
+        scale = max(abs(total), 1e-3)  # sums of differences near 0 are not known better
+        assert abs(got_metrics[key][0] - total) <= max(tolerance, 1e-6) * scale, key
+        np.testing.assert_allclose(got_metrics[key][1], count, rtol=1e-6, err_msg=key)
+
+
+def _filtered(batch):
+    """With two responses that carry no gradient, as the overlong filter leaves them."""
+    mask_BT = batch.rows.response_mask_BT & (~np.isin(np.arange(8), [1, 6]))[:, None]
+    rows = dataclasses.replace(batch.rows, response_mask_BT=mask_BT)
+    return dataclasses.replace(batch, rows=rows)
+
+
+# The order of rows, how many share a micro-batch, and which lie together: none of it matters.
+PLACEMENTS = {
+    "row by row": {"row_length": 16, "rows_per_microbatch": 1},
+    "all in one row": {"row_length": 112, "rows_per_microbatch": 1},
+    "one a row": {"row_length": 14, "rows_per_microbatch": 8, "rows_B": np.arange(8)[::-1].copy(),
+                  "starts_B": np.zeros(8, int), "places_B": np.arange(8), "num_microbatches": 1,
+                  "used_microbatches": 1, "responses_per_microbatch": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_packed_step_is_the_same_step(params64, placement):
+    order = np.random.default_rng(6).permutation(8)
+    packed = _packed(_batch(length=17, order=order), **PLACEMENTS[placement])
+    rule = _rule("luspo", scoring=SCORING64)
+    _assert_same_step(params64, _batch(), packed, rule, 1e-9)
+
+
+# Each reads arrays that the other does not: corrections, entropies of the whole minibatch; tokens
+# or sequences in the denominator; other rows of a group in the length scale.
+TERMS = {
+    "dapo": {"entropy_coef": 0.01, "correction": "tis+geometric-mask"},
+    "luspo": {"top_entropy_quantile": 0.5, "length_scale": "relative-group"},
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_packed_step_with_every_term_and_filtered_responses(params64, name):
+    batch = _filtered(_batch())
+    entropy = np.random.default_rng(2).uniform(0.5, 3, size=(8, 14)).astype(np.float32)
+    batch = dataclasses.replace(batch, old_entropy_BT=entropy)
+    rule = _rule(name, scoring=SCORING64, **TERMS[name])
+    _assert_same_step(params64, batch, _packed(batch), rule, 1e-9)
+
+
+def test_packed_step_in_float32_up_to_rounding(params):
+    _assert_same_step(params, _batch(), _packed(_batch()), _rule(), 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(objectives.PRESETS))
+@pytest.mark.slow
+def test_packed_step_is_the_same_under_every_preset(params64, params, name):
+    wide = dict.fromkeys({"clip_low", "clip_high"} & set(_reads(name)), 0.9)
+    objective = objectives.preset(name, kl_coef=0.1, **wide)
+    batch, rule = _filtered(_batch()), _rule()
+    exact = dataclasses.replace(rule, objective=objective, scoring=SCORING64)
+    _assert_same_step(params64, batch, _packed(batch), exact, 1e-9)
+    with jax.enable_x64(False):
+        rule = dataclasses.replace(rule, objective=objective)
+        _assert_same_step(params, batch, _packed(batch), rule, 1e-6)
+
+
+def _reads(name):
+    return used_hyperparameters(objectives.preset(name))
+
+
+def test_packed_scores_are_those_of_rows_alone(params):
+    batch = _filtered(_batch())
+    plan = packing.plan(
+        (batch.rows.segment_ids_BT > 0).sum(axis=1), row_length=16, rows_per_microbatch=1
+    )
+    plan = dataclasses.replace(plan, num_microbatches=plan.used_microbatches + 1)  # an empty one
+    packed = packing.packed_rows(batch.rows, plan)
+    alone = update.score_rows(params, batch.rows, scoring=SCORING, num_microbatches=1)
+    scored = update.score_rows(params, packed, scoring=SCORING, num_microbatches=1)
+    for x, y in zip(scored, alone, strict=True):
+        np.testing.assert_allclose(packing.from_places(np.asarray(x), plan), y, atol=2e-6)
+        assert not np.asarray(x)[~packed.response_mask_BT].any()
+
+
+def test_empty_microbatches_are_not_computed(params):
+    """Where one is computed, embeddings of its padding reach the gradient: NaN times 0."""
+    rows = packing.padded_rows(
+        [np.array([1, 2])] * 3, [np.full(14, 3)] * 3, length=16, pad_id=0
+    )  # no padding in the rows that are not empty
+    batch = TrainBatch(
+        rows=rows,
+        advantages_B=np.array([1, -1, 0.5], np.float32),
+        group_ids_B=np.zeros(3, np.int32),
+        old_logprobs_BT=None,
+        old_entropy_BT=None,
+        ref_logprobs_BT=None,
+        sampler_logprobs_BT=np.zeros((3, 16), np.float32),
+    )
+    untied = dataclasses.replace(MODEL, tie_embeddings=False)
+    params = decoder.init_params(jax.random.key(0), untied)
+    params["embedding"] = params["embedding"].at[0].set(jnp.nan)
+    rule = _rule(kl_coef=0.0, scoring=dataclasses.replace(SCORING, model=untied))
+    packed = _packed(batch, rows_per_microbatch=1, num_microbatches=6)
+    assert (packed.rows.packed.segment_ids_RT > 0).all(axis=1).sum() == 3
+    grads, metrics = _step(params, packed, rule)
+    assert float(metrics["actor/skipped_updates"][0]) == 0
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert all(np.isfinite(x) for pair in metrics.values() for x in pair)
