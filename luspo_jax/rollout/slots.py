@@ -2,6 +2,10 @@
 
 A slot is one row of the batch: a left-aligned sequence with its own length. Rows never read one
 another, so a finished or empty slot computes what nobody looks at.
+
+With a layout, slots and prompts of the pool are spread over "batch", key heads over "kv_heads" and
+the positions of the slots' cache over "cache_length"; without one, all is on one device. Every
+program here keeps slots where they are.
 """
 
 import dataclasses
@@ -10,7 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from luspo_jax import sharding
 from luspo_jax.models import decoder
+from luspo_jax.ops.decode_attention import CACHE_AXES
 from luspo_jax.rollout.sampling import row_keys, sample, uniforms
 
 BATCH_AXIS, SEQUENCE_AXIS = -4, -2  # of the arrays of a KVCache, [L, B, K, S, H]
@@ -75,29 +81,120 @@ class Chunk:
     steps: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("num_slots", "length", "config", "dtype"))
-def empty_slots(key, *, num_slots, length, config, dtype):
+_ROW, _ROWS, _STEPS = ("batch",), ("batch", None), (None, "batch")
+_PROMPT_AXES = (*CACHE_AXES[:3], None, None)
+SLOTS_AXES = Slots(decoder.KVCache(CACHE_AXES, CACHE_AXES), _ROWS, _ROW, _ROW, _ROW, _ROW)
+POOL_AXES = Pool(_ROWS, decoder.KVCache(_PROMPT_AXES, _PROMPT_AXES))
+REFILL_AXES = Refill(*[(None,)] * 6)
+CHUNK_AXES = Chunk(_STEPS, _STEPS, _ROW, _ROW, ())
+
+
+def _leaves(axes_tree):
+    return jax.tree.leaves(axes_tree, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def _placed(tree, axes_tree, layout):
+    leaves, treedef = jax.tree.flatten(tree)
+    placed = [
+        sharding.constrain(x, axes, layout)
+        for x, axes in zip(leaves, _leaves(axes_tree), strict=True)
+    ]
+    return jax.tree.unflatten(treedef, placed)
+
+
+@functools.partial(jax.jit, static_argnames=("num_slots", "length", "config", "dtype", "layout"))
+def empty_slots(key, *, num_slots, length, config, dtype, layout=None):
     """Slots that hold nothing, with room for `length` tokens each."""
-    return Slots(
-        cache=decoder.empty_cache(config, num_slots, length, dtype),
+    slots = Slots(
+        cache=decoder.empty_cache(config, num_slots, length, dtype, layout),
         hidden_BD=jnp.zeros((num_slots, config.embed_dim), dtype),
         keys_B=jnp.broadcast_to(key, (num_slots,)),
         lengths_B=jnp.zeros(num_slots, jnp.int32),
         limits_B=jnp.zeros(num_slots, jnp.int32),
         active_B=jnp.zeros(num_slots, bool),
     )
+    return _placed(slots, SLOTS_AXES, layout)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def prefill(params, tokens_PT, lengths_P, *, config, dtype):
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "attention", "layout"))
+def prefill(params, tokens_PT, lengths_P, *, config, dtype, attention="reference", layout=None):
     """A Pool of the left-aligned prompts `tokens_PT`."""
-    return Pool(*decoder.prefill(params, tokens_PT, lengths_P, config=config, dtype=dtype))
+    hidden_PD, cache = decoder.prefill(
+        params,
+        tokens_PT,
+        lengths_P,
+        config=config,
+        dtype=dtype,
+        attention=attention,
+        layout=layout,
+    )
+    return Pool(hidden_PD, cache)
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
-def fill(slots, pool, refill, key):
-    """Copy prompts of the pool into free slots and start their responses there."""
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
+def fill(slots, pool, refill, key, *, layout=None):
+    """Copy prompts of the pool into free slots and start their responses there.
+
+    With a layout, every device gathers the prompts of the pool from those it shares the batch
+    with, and copies those that go into its own slots. For the length of the call it holds
+    P · T · 2 L K H / size("kv_heads") elements more, P · T being the pool's padded tokens.
+    """
+    keys_B = row_keys(key, refill.prompt_ids_B, refill.sample_ids_B)
+    if layout is None:
+        count = jnp.sum(refill.slots_B < slots.lengths_B.shape[0])
+        return _filled(slots, pool, refill, keys_B, count)
+    leaves, treedef = jax.tree.flatten((slots, pool, refill, keys_B))
+
+    def function(*parts):
+        return tuple(jax.tree.leaves(_filled_part(*jax.tree.unflatten(treedef, parts), layout)))
+
+    axes = [*_leaves([SLOTS_AXES, POOL_AXES, REFILL_AXES]), (None,)]
+    filled = sharding.shard_map(function, layout, axes, tuple(_leaves(SLOTS_AXES)))(*leaves)
+    return jax.tree.unflatten(jax.tree.structure(slots), filled)
+
+
+def _filled_part(slots, pool, refill, keys_B, layout):
+    """`fill` on one device, with the slots, positions and prompts that it holds."""
+    batch, spread = layout.axis_names("batch"), layout.axis_names("cache_length")
     B = slots.lengths_B.shape[0]
+    pool, holds_some = _own_positions(pool, slots, spread)
+    if batch:
+
+        def gathered(x, axis):
+            return jax.lax.all_gather(x, batch, axis=axis, tiled=True)
+
+        cache = jax.tree.map(lambda x: gathered(x, x.ndim + BATCH_AXIS), pool.cache)
+        pool = Pool(gathered(pool.hidden_PD, 0), cache)
+        own_B = refill.slots_B - jax.lax.axis_index(batch) * B
+        own_B = jnp.where((own_B >= 0) & (own_B < B), own_B, B)
+        refill = dataclasses.replace(refill, slots_B=own_B)
+        order_B = jnp.argsort(own_B == B, stable=True)  # the used rows first
+        refill, keys_B = jax.tree.map(lambda x: x[order_B], (refill, keys_B))
+    count = jnp.where(holds_some, jnp.sum(refill.slots_B < B), 0)
+    return _filled(slots, pool, refill, keys_B, count)
+
+
+def _own_positions(pool, slots, spread):
+    """The pool cut to the positions that this device holds of the slots, and whether it has any.
+
+    Where the device's positions reach past the prompts, the rest are zeros, or none are there.
+    """
+    S, T = (x.cache.keys_LBKSH.shape[SEQUENCE_AXIS] for x in (slots, pool))
+    if not spread:
+        return pool, True
+    start = jax.lax.axis_index(spread) * S
+    if T <= S:
+        return pool, start < T
+
+    def cut(array):
+        array = _padded(array, -(-T // S) * S)
+        return jax.lax.dynamic_slice_in_dim(array, start, S, axis=array.ndim + SEQUENCE_AXIS)
+
+    return dataclasses.replace(pool, cache=jax.tree.map(cut, pool.cache)), start < T
+
+
+def _filled(slots, pool, refill, keys_B, count):
+    """Slots with the prompts of `refill`; of the first `count` of its rows the cache is copied."""
 
     def copy(i, cache):
         row, slot = refill.pool_rows_B[i], refill.slots_B[i]
@@ -115,8 +212,6 @@ def fill(slots, pool, refill, key):
     def put(array, new):
         return array.at[refill.slots_B].set(new, mode="drop")
 
-    count = jnp.sum(refill.slots_B < B)
-    keys_B = row_keys(key, refill.prompt_ids_B, refill.sample_ids_B)
     return Slots(
         cache=jax.lax.fori_loop(0, count, copy, slots.cache),
         hidden_BD=put(slots.hidden_BD, pool.hidden_PD[refill.pool_rows_B]),
@@ -127,24 +222,30 @@ def fill(slots, pool, refill, key):
     )
 
 
-@functools.partial(jax.jit, static_argnames="length")
-def grow(slots, *, length):
-    """The same slots with room for `length` tokens each."""
+@functools.partial(jax.jit, static_argnames=("length", "layout"))
+def grow(slots, *, length, layout=None):
+    """The same slots with room for `length` tokens each.
 
-    def pad(array):
-        widths = [(0, 0)] * array.ndim
-        widths[SEQUENCE_AXIS] = (0, length - array.shape[SEQUENCE_AXIS])
-        return jnp.pad(array, widths)
+    Where positions are spread, devices hand one another the positions that change hands.
+    """
+    cache = jax.tree.map(lambda array: _padded(array, length), slots.cache)
+    return _placed(dataclasses.replace(slots, cache=cache), SLOTS_AXES, layout)
 
-    return dataclasses.replace(slots, cache=jax.tree.map(pad, slots.cache))
+
+def _padded(array, length):
+    widths = [(0, 0)] * array.ndim
+    widths[SEQUENCE_AXIS] = (0, length - array.shape[SEQUENCE_AXIS])
+    return jnp.pad(array, widths)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "sampling", "chunk_length", "dtype"),
+    static_argnames=("config", "sampling", "chunk_length", "dtype", "layout"),
     donate_argnames="slots",
 )
-def decode_chunk(params, slots, max_steps, leave_at, *, config, sampling, chunk_length, dtype):
+def decode_chunk(
+    params, slots, max_steps, leave_at, *, config, sampling, chunk_length, dtype, layout=None
+):
     """Up to `max_steps` ≤ chunk_length tokens for every active slot, in one program.
 
     Leaves as soon as `leave_at` slots are free. The slots are donated: the cache is updated in
@@ -162,6 +263,13 @@ def decode_chunk(params, slots, max_steps, leave_at, *, config, sampling, chunk_
         active_B=slots.active_B,
         steps=jnp.int32(0),
     )
+    chunk = _placed(chunk, CHUNK_AXES, layout)
+    # Whole rows of logits on every device, so that a token is drawn as on one.
+    draw = sharding.shard_map(
+        functools.partial(_draw, sampling=sampling), layout, (_ROWS, _ROW, _ROW), (_ROW, _ROW)
+    )
+
+    step = functools.partial(_advance, config=config, sampling=sampling, dtype=dtype, layout=layout)
 
     def unfinished(carry):
         slots, chunk = carry
@@ -172,14 +280,17 @@ def decode_chunk(params, slots, max_steps, leave_at, *, config, sampling, chunk_
         logits_BV = jnp.einsum(
             "BD,VD->BV", slots.hidden_BD, kernel_VD, preferred_element_type=jnp.float32
         )
-        uniforms_B2 = uniforms(slots.keys_B, slots.lengths_B)
-        tokens_B, logprobs_B = sample(logits_BV, uniforms_B2, sampling=sampling)
+        tokens_B, logprobs_B = draw(logits_BV, slots.keys_B, slots.lengths_B)
         chunk = _record(chunk, slots.active_B, tokens_B, logprobs_B)
-        slots = _advance(slots, tokens_B, params, config=config, sampling=sampling, dtype=dtype)
-        return slots, chunk
+        slots = step(slots, tokens_B, params)
+        return _placed(slots, SLOTS_AXES, layout), _placed(chunk, CHUNK_AXES, layout)
 
     slots, chunk = jax.lax.while_loop(unfinished, body, (slots, chunk))
     return slots, dataclasses.replace(chunk, active_B=slots.active_B)
+
+
+def _draw(logits_BV, keys_B, positions_B, *, sampling):
+    return sample(logits_BV, uniforms(keys_B, positions_B), sampling=sampling)
 
 
 def _record(chunk, active_B, tokens_B, logprobs_B):
@@ -192,12 +303,12 @@ def _record(chunk, active_B, tokens_B, logprobs_B):
     )
 
 
-def _advance(slots, tokens_B, params, *, config, sampling, dtype):
+def _advance(slots, tokens_B, params, *, config, sampling, dtype, layout):
     """Append `tokens_B` to the active rows, and end those that stop or are full."""
     # Others decode at position 0 of their own row: it costs least, and a refill writes over it.
     positions_B = jnp.where(slots.active_B, slots.lengths_B, 0)
     hidden_BD, cache = decoder.decode_step(
-        params, tokens_B, positions_B, slots.cache, config=config, dtype=dtype
+        params, tokens_B, positions_B, slots.cache, config=config, dtype=dtype, layout=layout
     )
     lengths_B = slots.lengths_B + slots.active_B.astype(jnp.int32)
     stops = jnp.asarray(sampling.stop_token_ids, jnp.int32)
