@@ -255,8 +255,8 @@ def decode_step(
 
     Token b sits at position `lengths_B[b]`, where its key and value are written, and sees the
     entries up to and including its own. `attention` is an implementation of
-    `ops.decode_attention`; under a layout the cache lies as its CACHE_AXES say. Donate the cache:
-    it is updated in place.
+    `ops.decode_attention`; under a layout the cache lies as its `append_and_attend` says. Donate
+    the cache: it is updated in place.
     """
     attend_fn = functools.partial(_attend_cache, implementation=attention, layout=layout)
     hidden_BD, cache, _ = Decoder(config, attend_fn, dtype).apply(

@@ -55,8 +55,9 @@ def append_and_attend(
     """Writes one key and value a row into the cache, and attends to it up to and including them.
 
     With a layout, rows lie over "batch", heads over "heads" and "kv_heads" and the positions of
-    the cache over "cache_length". Every device writes where the position is its own, and attends
-    to the entries it holds; the softmax is put together from its parts,
+    the cache over "cache_length": dealt out in turn (`dealt_positions`), so that parts are equally
+    full at any length. Every device writes where the position is its own, and attends to the
+    entries it holds; the softmax is put together from its parts,
 
       out = Σ_c exp(m_c − m) o_c / Σ_c exp(m_c − m) s_c,  m = max_c m_c,
 
@@ -79,9 +80,8 @@ def append_and_attend(
     Raises:
       ValueError: on an unknown implementation, naming the known ones.
     """
-    spread = () if layout is None else layout.axis_names("cache_length")
-    if spread:
-        function = functools.partial(_append_and_attend_part, implementation, spread)
+    if layout is not None and layout.size("cache_length") > 1:
+        function = functools.partial(_append_and_attend_part, implementation, layout)
     else:
         function = functools.partial(_append_and_attend, implementation)
     query_axes, row_axes = ("batch", "heads", None), ("batch", "kv_heads", None)
@@ -103,23 +103,39 @@ def _append_and_attend(implementation, query, key, value, keys, values, layer, p
 
 
 def _append_and_attend_part(
-    implementation, spread, query, key, value, keys, values, layer, positions_B
+    implementation, layout, query, key, value, keys, values, layer, positions_B
 ):
-    """The same where this device holds some of the positions, and `spread` are the mesh axes."""
-    S = keys.shape[3]
-    own_B = positions_B - lax.axis_index(spread) * S
-    # A negative index would count from the end; past it a write is dropped.
-    target_B = jnp.where(own_B < 0, S, own_B)
-    keys = _written(keys, key, layer, target_B)
-    values = _written(values, value, layer, target_B)
+    """The same where this device holds one part of the positions."""
+    spread, C = layout.axis_names("cache_length"), layout.size("cache_length")
+    part = lax.axis_index(spread)
+    # Other parts' positions are sent past the end, where a write is dropped.
+    own_B = jnp.where(positions_B % C == part, positions_B // C, keys.shape[3])
+    keys = _written(keys, key, layer, own_B)
+    values = _written(values, value, layer, own_B)
+    lengths_B = (positions_B - part) // C + 1  # ≥ 0: positions ≥ 0 and part < C
     out, top, total = _known(implementation)(
-        _scaled_groups(query, keys), keys, values, layer, jnp.clip(own_B + 1, 0, S), finish=_parts
+        _scaled_groups(query, keys), keys, values, layer, lengths_B, finish=_parts
     )
     # A part of no entries has top = NEGATIVE, which weighs nothing beside any other.
     share = jnp.exp(top - lax.pmax(top, spread))
     sums = lax.psum(share * jnp.concatenate([out, total], axis=-1), spread)
     out = sums[..., :-1] / sums[..., -1:]
     return out.reshape(query.shape).astype(query.dtype), keys, values
+
+
+def dealt_positions(x_LBKTH, layout):
+    """What this device holds of entries in order: position p is entry p // C of part p mod C.
+
+    For use within `shard_map`. C is layout.size("cache_length"); T is padded to a multiple of it.
+    """
+    C = layout.size("cache_length")
+    if C == 1:
+        return x_LBKTH
+    *lead, T, H = x_LBKTH.shape
+    widths = [(0, 0)] * len(lead) + [(0, -T % C), (0, 0)]
+    dealt = jnp.pad(x_LBKTH, widths).reshape(*lead, -(-T // C), C, H)
+    part = lax.axis_index(layout.axis_names("cache_length"))
+    return lax.dynamic_index_in_dim(dealt, part, -2, keepdims=False)
 
 
 def _written(cached_LBKSH, new_BKH, layer, positions_B):

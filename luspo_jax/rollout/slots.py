@@ -4,8 +4,8 @@ A slot is one row of the batch: a left-aligned sequence with its own length. Row
 another, so a finished or empty slot computes what nobody looks at.
 
 With a layout, slots and prompts of the pool are spread over "batch", key heads over "kv_heads" and
-the positions of the slots' cache over "cache_length"; without one, all is on one device. Every
-program here keeps slots where they are.
+the positions of the slots' cache are dealt out over "cache_length"; without one, all is on one
+device. Every program here keeps slots where they are.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from luspo_jax import sharding
 from luspo_jax.models import decoder
-from luspo_jax.ops.decode_attention import CACHE_AXES
+from luspo_jax.ops.decode_attention import CACHE_AXES, dealt_positions
 from luspo_jax.rollout.sampling import row_keys, sample, uniforms
 
 BATCH_AXIS, SEQUENCE_AXIS = -4, -2  # of the arrays of a KVCache, [L, B, K, S, H]
@@ -136,13 +136,13 @@ def fill(slots, pool, refill, key, *, layout=None):
     """Copy prompts of the pool into free slots and start their responses there.
 
     With a layout, every device gathers the prompts of the pool from those it shares the batch
-    with, and copies those that go into its own slots. For the length of the call it holds
-    P · T · 2 L K H / size("kv_heads") elements more, P · T being the pool's padded tokens.
+    with, and copies those that go into its own slots. While it does it holds the pool's P · T
+    padded tokens, 2 L K H / (size("kv_heads") · size("cache_length")) elements each, and a copy of
+    the keys or the values of them.
     """
     keys_B = row_keys(key, refill.prompt_ids_B, refill.sample_ids_B)
     if layout is None:
-        count = jnp.sum(refill.slots_B < slots.lengths_B.shape[0])
-        return _filled(slots, pool, refill, keys_B, count)
+        return _filled(slots, pool, refill, keys_B)
     leaves, treedef = jax.tree.flatten((slots, pool, refill, keys_B))
 
     def function(*parts):
@@ -155,9 +155,9 @@ def fill(slots, pool, refill, key, *, layout=None):
 
 def _filled_part(slots, pool, refill, keys_B, layout):
     """`fill` on one device, with the slots, positions and prompts that it holds."""
-    batch, spread = layout.axis_names("batch"), layout.axis_names("cache_length")
-    B = slots.lengths_B.shape[0]
-    pool, holds_some = _own_positions(pool, slots, spread)
+    B, batch = slots.lengths_B.shape[0], layout.axis_names("batch")
+    cache = jax.tree.map(lambda x: dealt_positions(x, layout), pool.cache)
+    pool = dataclasses.replace(pool, cache=cache)
     if batch:
 
         def gathered(x, axis):
@@ -167,34 +167,14 @@ def _filled_part(slots, pool, refill, keys_B, layout):
         pool = Pool(gathered(pool.hidden_PD, 0), cache)
         own_B = refill.slots_B - jax.lax.axis_index(batch) * B
         own_B = jnp.where((own_B >= 0) & (own_B < B), own_B, B)
-        refill = dataclasses.replace(refill, slots_B=own_B)
         order_B = jnp.argsort(own_B == B, stable=True)  # the used rows first
+        refill = dataclasses.replace(refill, slots_B=own_B)
         refill, keys_B = jax.tree.map(lambda x: x[order_B], (refill, keys_B))
-    count = jnp.where(holds_some, jnp.sum(refill.slots_B < B), 0)
-    return _filled(slots, pool, refill, keys_B, count)
+    return _filled(slots, pool, refill, keys_B)
 
 
-def _own_positions(pool, slots, spread):
-    """The pool cut to the positions that this device holds of the slots, and whether it has any.
-
-    Where the device's positions reach past the prompts, the rest are zeros, or none are there.
-    """
-    S, T = (x.cache.keys_LBKSH.shape[SEQUENCE_AXIS] for x in (slots, pool))
-    if not spread:
-        return pool, True
-    start = jax.lax.axis_index(spread) * S
-    if T <= S:
-        return pool, start < T
-
-    def cut(array):
-        array = _padded(array, -(-T // S) * S)
-        return jax.lax.dynamic_slice_in_dim(array, start, S, axis=array.ndim + SEQUENCE_AXIS)
-
-    return dataclasses.replace(pool, cache=jax.tree.map(cut, pool.cache)), start < T
-
-
-def _filled(slots, pool, refill, keys_B, count):
-    """Slots with the prompts of `refill`; of the first `count` of its rows the cache is copied."""
+def _filled(slots, pool, refill, keys_B):
+    B = slots.lengths_B.shape[0]
 
     def copy(i, cache):
         row, slot = refill.pool_rows_B[i], refill.slots_B[i]
@@ -212,6 +192,7 @@ def _filled(slots, pool, refill, keys_B, count):
     def put(array, new):
         return array.at[refill.slots_B].set(new, mode="drop")
 
+    count = jnp.sum(refill.slots_B < B)
     return Slots(
         cache=jax.lax.fori_loop(0, count, copy, slots.cache),
         hidden_BD=put(slots.hidden_BD, pool.hidden_PD[refill.pool_rows_B]),
@@ -224,18 +205,17 @@ def _filled(slots, pool, refill, keys_B, count):
 
 @functools.partial(jax.jit, static_argnames=("length", "layout"))
 def grow(slots, *, length, layout=None):
-    """The same slots with room for `length` tokens each.
+    """The same slots with room for `length` tokens each; no position changes its device."""
+    parts = 1 if layout is None else layout.size("cache_length")
 
-    Where positions are spread, devices hand one another the positions that change hands.
-    """
-    cache = jax.tree.map(lambda array: _padded(array, length), slots.cache)
-    return _placed(dataclasses.replace(slots, cache=cache), SLOTS_AXES, layout)
+    def pad(array):
+        widths = [(0, 0)] * array.ndim
+        widths[SEQUENCE_AXIS] = (0, length // parts - array.shape[SEQUENCE_AXIS])
+        return jnp.pad(array, widths)
 
-
-def _padded(array, length):
-    widths = [(0, 0)] * array.ndim
-    widths[SEQUENCE_AXIS] = (0, length - array.shape[SEQUENCE_AXIS])
-    return jnp.pad(array, widths)
+    pad_part = sharding.shard_map(pad, layout, (CACHE_AXES,), CACHE_AXES)
+    slots = dataclasses.replace(slots, cache=jax.tree.map(pad_part, slots.cache))
+    return _placed(slots, SLOTS_AXES, layout)
 
 
 @functools.partial(
@@ -268,7 +248,6 @@ def decode_chunk(
     draw = sharding.shard_map(
         functools.partial(_draw, sampling=sampling), layout, (_ROWS, _ROW, _ROW), (_ROW, _ROW)
     )
-
     step = functools.partial(_advance, config=config, sampling=sampling, dtype=dtype, layout=layout)
 
     def unfinished(carry):
@@ -280,6 +259,8 @@ def decode_chunk(
         logits_BV = jnp.einsum(
             "BD,VD->BV", slots.hidden_BD, kernel_VD, preferred_element_type=jnp.float32
         )
+        # Products where the head's parts lie: gathered are the logits, not the head.
+        logits_BV = sharding.constrain(logits_BV, ("batch", "vocab"), layout)
         tokens_B, logprobs_B = draw(logits_BV, slots.keys_B, slots.lengths_B)
         chunk = _record(chunk, slots.active_B, tokens_B, logprobs_B)
         slots = step(slots, tokens_B, params)
