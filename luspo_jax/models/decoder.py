@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from luspo_jax import sharding
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.layers import (
     along_last_axes,
@@ -23,7 +24,6 @@ from luspo_jax.models.layers import (
 )
 from luspo_jax.ops.attention import attention as attend
 from luspo_jax.ops.decode_attention import CACHE_AXES, append_and_attend
-from luspo_jax.sharding import constrain
 
 INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
 _MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by the last key of their path
@@ -226,7 +226,7 @@ def prefill(
     "batch" and key heads over "kv_heads"; positions are on every device.
     """
     B, T = tokens_BT.shape
-    tokens_BT = constrain(tokens_BT, ("batch", None), layout)
+    tokens_BT = sharding.constrain(tokens_BT, ("batch", None), layout)
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
     attend_fn = functools.partial(
@@ -236,8 +236,8 @@ def prefill(
         {"params": params}, tokens_BT, positions_BT, segment_ids_BT, last_B=lengths_B - 1
     )
     axes = (*CACHE_AXES[:3], None, None)
-    cache = KVCache(*(constrain(x, axes, layout) for x in kept))
-    return constrain(hidden_BD, ("batch", None), layout), cache
+    cache = KVCache(*(sharding.constrain(x, axes, layout) for x in kept))
+    return sharding.constrain(hidden_BD, ("batch", None), layout), cache
 
 
 def decode_step(
@@ -262,13 +262,15 @@ def decode_step(
     hidden_BD, cache, _ = Decoder(config, attend_fn, dtype).apply(
         {"params": params}, tokens_B, lengths_B, lengths_B, cache
     )
-    return constrain(hidden_BD, ("batch", None), layout), cache
+    return sharding.constrain(hidden_BD, ("batch", None), layout), cache
 
 
 def empty_cache(config, batch, length, dtype=jnp.float32, layout=None):
     """A zero KVCache for `batch` rows of up to `length` tokens."""
     shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-    return KVCache(*(constrain(jnp.zeros(shape, dtype), CACHE_AXES, layout) for _ in range(2)))
+    return KVCache(
+        *(sharding.constrain(jnp.zeros(shape, dtype), CACHE_AXES, layout) for _ in range(2))
+    )
 
 
 def head_kernel(params):

@@ -20,7 +20,7 @@ from luspo_jax.rollout.schedule import (
     queue_of,
     rounded_up,
 )
-from luspo_jax.sharding import MeshError, put_rows
+from luspo_jax.sharding import MeshError
 
 SMALLEST_PROMPT = 64  # tokens of the shortest prefill program
 SMALLEST_ROOM = 256  # tokens of the shortest cache
@@ -268,7 +268,7 @@ class _Rollout:
         prompts = padded_prompts(requests, length=length, multiple=engine.row_multiple)
         self.pool = device.prefill(
             self.params,
-            *put_rows(prompts, engine.layout),
+            *prompts,
             config=engine.config,
             dtype=engine.dtype,
             attention=engine.attention,

@@ -174,6 +174,7 @@ def _filled_part(slots, pool, refill, keys_B, layout):
 
 
 def _filled(slots, pool, refill, keys_B):
+    """Slots with the prompts of the used rows of `refill`."""
     B = slots.lengths_B.shape[0]
 
     def copy(i, cache):
