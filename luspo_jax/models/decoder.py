@@ -24,7 +24,7 @@ from luspo_jax.models.layers import (
     swiglu,
 )
 from luspo_jax.ops.attention import attention as attend
-from luspo_jax.ops.decode_attention import decode_attention
+from luspo_jax.ops.decode_attention import CACHE_AXES, append_and_attend
 
 INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
 _MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by the last key of their path
@@ -226,22 +226,17 @@ def _attend_sequence(
     return out, cache, kept
 
 
-def _attend_cache(query, key, value, cache, layer, lengths_B, *, implementation):
-    rows_B = jnp.arange(lengths_B.shape[0])
-
-    def written(cached_LBKSH, new_BKH):
-        return cached_LBKSH.at[layer, rows_B, :, lengths_B].set(new_BKH, mode="drop")
-
-    cache = KVCache(written(cache.keys_LBKSH, key), written(cache.values_LBKSH, value))
-    out = decode_attention(
+def _attend_cache(query, key, value, cache, layer, lengths_B, *, implementation, layout=None):
+    out, keys, values = append_and_attend(
         query,
-        cache.keys_LBKSH,
-        cache.values_LBKSH,
+        (key, value),
+        (cache.keys_LBKSH, cache.values_LBKSH),
         layer,
-        lengths_B=lengths_B + 1,
+        positions_B=lengths_B,
         implementation=implementation,
+        layout=layout,
     )
-    return out, cache, None
+    return out, KVCache(keys, values), None
 
 
 def hidden_states(
@@ -277,40 +272,61 @@ def hidden_states(
     return decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)[0]
 
 
-def prefill(params, tokens_BT, lengths_B, *, config, dtype=jnp.float32, attention="reference"):
+def prefill(
+    params, tokens_BT, lengths_B, *, config, dtype=jnp.float32, attention="reference", layout=None
+):
     """Hidden state of each row's last token [B, D], and the cache of all, of length T.
 
     Rows are left-aligned and `lengths_B` ≥ 1 long; what follows a row's length is ignored, and
-    what the cache holds there is overwritten as decoding advances.
+    what the cache holds there is overwritten as decoding advances. Under a layout rows lie over
+    "batch" and key heads over "kv_heads"; positions are on every device.
     """
     B, T = tokens_BT.shape
+    tokens_BT = sharding.constrain(tokens_BT, ("batch", None), layout)
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-    attend_fn = functools.partial(_attend_sequence, implementation=attention, keep=True)
-    hidden_BD, _, (keys, values) = Decoder(config, attend_fn, dtype).apply(
+    attend_fn = functools.partial(
+        _attend_sequence, implementation=attention, keep=True, layout=layout
+    )
+    hidden_BD, _, kept = Decoder(config, attend_fn, dtype, layout=layout).apply(
         {"params": params}, tokens_BT, positions_BT, segment_ids_BT, last_B=lengths_B - 1
     )
-    return hidden_BD, KVCache(keys, values)
+    axes = (*CACHE_AXES[:3], None, None)
+    cache = KVCache(*(sharding.constrain(x, axes, layout) for x in kept))
+    return sharding.constrain(hidden_BD, ("batch", None), layout), cache
 
 
-def decode_step(params, tokens_B, lengths_B, cache, *, config, dtype=jnp.float32, attention="auto"):
+def decode_step(
+    params,
+    tokens_B,
+    lengths_B,
+    cache,
+    *,
+    config,
+    dtype=jnp.float32,
+    attention="auto",
+    layout=None,
+):
     """Hidden state [B, D] of one more token a row, and the cache with it written in.
 
     Token b sits at position `lengths_B[b]`, where its key and value are written, and sees the
     entries up to and including its own. `attention` is an implementation of
-    `ops.decode_attention`. Donate the cache: it is updated in place.
+    `ops.decode_attention`; under a layout the cache lies as its `append_and_attend` says. Donate
+    the cache: it is updated in place.
     """
-    attend_fn = functools.partial(_attend_cache, implementation=attention)
-    hidden_BD, cache, _ = Decoder(config, attend_fn, dtype).apply(
+    attend_fn = functools.partial(_attend_cache, implementation=attention, layout=layout)
+    hidden_BD, cache, _ = Decoder(config, attend_fn, dtype, layout=layout).apply(
         {"params": params}, tokens_B, lengths_B, lengths_B, cache
     )
-    return hidden_BD, cache
+    return sharding.constrain(hidden_BD, ("batch", None), layout), cache
 
 
-def empty_cache(config, batch, length, dtype=jnp.float32):
+def empty_cache(config, batch, length, dtype=jnp.float32, layout=None):
     """A zero KVCache for `batch` rows of up to `length` tokens."""
     shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return KVCache(
+        *(sharding.constrain(jnp.zeros(shape, dtype), CACHE_AXES, layout) for _ in range(2))
+    )
 
 
 def head_kernel(params):

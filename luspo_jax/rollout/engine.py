@@ -18,7 +18,9 @@ from luspo_jax.rollout.schedule import (
     padded_prompts,
     prefill_batches,
     queue_of,
+    rounded_up,
 )
+from luspo_jax.sharding import MeshError
 
 SMALLEST_PROMPT = 64  # tokens of the shortest prefill program
 SMALLEST_ROOM = 256  # tokens of the shortest cache
@@ -29,7 +31,7 @@ class Engine:
     """Samples responses of one decoder under one Sampling; token in, token out.
 
     Compiled programs depend on sizes only and are shared by all engines of a process, so a second
-    call compiles nothing.
+    call compiles nothing. On a mesh every process samples on devices of its own.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Engine:
         dtype=jnp.float32,
         refill_fraction=1 / 16,
         max_prefill_tokens=16_384,
+        attention="reference",
         layout=None,
     ):
         """Check the sizes; nothing is allocated or compiled yet.
@@ -52,16 +55,25 @@ class Engine:
           sampling: the Sampling.
           num_slots: rows decoded together. Where a step costs by the row (a CPU), a half to a
             quarter of the responses of a call wastes least; where it costs by the weights read,
-            as many as memory holds.
+            as many as memory holds. Rounded up to a multiple of layout.size("batch"); what is
+            added idles only where there are fewer responses.
           max_prompt_length: the longest prompt accepted.
           chunk_length: most decode steps between two looks from the host.
           dtype: type of activations and of the cache.
           refill_fraction: share of the slots that must be free before they are refilled.
-          max_prefill_tokens: most padded prompt tokens in one prefill.
+          max_prefill_tokens: most prompt tokens in one prefill, padded to the longest of the
+            batch, where it holds more than one prompt a device; rounding both sizes up to few
+            makes at most four times as many. On a mesh a device gathers the cache of them all for
+            the moment of a refill: 1.5 · kv_bytes_per_slot(tokens).
+          attention: the implementation of `ops.attention.attention` for prompts.
+          layout: a `sharding.Layout` of table "rollout" over devices of this process, on which
+            `params` already lie by `decoder.param_axes`; None for one device.
 
         Raises:
           ValueError: naming the argument that makes no sense.
+          MeshError: where the layout does not fit this engine or the model.
         """
+        _check_layout(layout, config)
         counts = {
             "num_slots": num_slots,
             "max_prompt_length": max_prompt_length,
@@ -84,9 +96,31 @@ class Engine:
                 f"{sampling.max_response_length} must be <= max_position {config.max_position}"
             )
         self.config, self.sampling, self.dtype = config, sampling, jnp.dtype(dtype)
-        self.num_slots, self.max_prompt_length = num_slots, max_prompt_length
+        self.attention, self.layout = attention, layout
+        self.row_multiple = 1 if layout is None else layout.size("batch")
+        self.num_slots = -(-num_slots // self.row_multiple) * self.row_multiple
+        self.max_prompt_length = max_prompt_length
         self.chunk_length, self.max_prefill_tokens = chunk_length, max_prefill_tokens
-        self.leave_at = max(1, math.ceil(refill_fraction * num_slots))
+        self.leave_at = max(1, math.ceil(refill_fraction * self.num_slots))
+
+    def kv_bytes_per_slot(self, length):
+        """Bytes of cache that a slot of `length` tokens takes on each device that holds it.
+
+        2 · L · K · H · length elements, over the parts that key heads and positions are cut into.
+        """
+        heads, positions = (
+            1 if self.layout is None else self.layout.size(axis)
+            for axis in ("kv_heads", "cache_length")
+        )
+        c = self.config
+        per_token = 2 * c.num_layers * (c.num_kv_heads // heads) * c.head_dim * self.dtype.itemsize
+        return per_token * -(-length // positions)
+
+    def room(self, length):
+        """Positions of the cache that is allocated where a slot needs `length` of them."""
+        positions = 1 if self.layout is None else self.layout.size("cache_length")
+        room = bucket(length, limit=self.max_length, smallest=SMALLEST_ROOM)
+        return -(-room // positions) * positions
 
     def generate(self, params, requests, *, group_size, seed, step=0, progress=None):
         """`group_size` responses to each of `requests`.
@@ -141,6 +175,27 @@ class Engine:
             raise ValueError(f"{name} has tokens outside [0, vocab_size {self.config.vocab_size})")
 
 
+def _check_layout(layout, config):
+    if layout is None:
+        return
+    if layout.table != "rollout":
+        raise MeshError(f'layout must be of the table "rollout", not {layout.table!r}')
+    others = {d.process_index for d in layout.mesh.devices.flat} - {jax.process_index()}
+    if others:
+        raise MeshError(
+            f"layout has devices of the processes {sorted(others)}, and this is process "
+            f"{jax.process_index()}: hand over sharding.on_own_devices(layout)"
+        )
+    sizes = {"num_kv_heads": "kv_heads", "num_heads": "heads", "mlp_dim": "mlp"}
+    for field, axis in (sizes | {"vocab_size": "vocab"}).items():
+        size, parts = getattr(config, field), layout.size(axis)
+        if size % parts:
+            raise MeshError(
+                f"{field} {size} cannot be cut into {parts} equal parts (mesh "
+                f"{', '.join(layout.axis_names(axis))} {parts}): use a divisor of {size}"
+            )
+
+
 def _check_call(group_size, seed, step):
     if group_size < 1:
         raise ValueError(f"group_size must be >= 1, not {group_size}")
@@ -157,13 +212,14 @@ class _Rollout:
         self.requests, self.group_size = requests, group_size
         total = len(requests) * group_size
         # No more slots than responses, in few sizes.
-        self.num_slots = min(engine.num_slots, 1 << max(0, total - 1).bit_length())
+        self.num_slots = min(engine.num_slots, rounded_up(max(1, total), engine.row_multiple))
         self.table = SlotTable(self.num_slots, total)
         self.batches = prefill_batches(
             requests,
             group_size=group_size,
             num_slots=self.num_slots,
             max_tokens=engine.max_prefill_tokens,
+            multiple=engine.row_multiple,
         )
         self.queue = ()
         self.pool = self.slots = None
@@ -202,20 +258,21 @@ class _Rollout:
             free = free[len(taken) :]
 
     def _prefill(self, batch):
-        requests = [self.requests[index] for index in batch]
+        engine, requests = self.engine, [self.requests[index] for index in batch]
         length = bucket(
             max(len(request.tokens) for request in requests),
-            limit=self.engine.max_prompt_length,
+            limit=engine.max_prompt_length,
             smallest=SMALLEST_PROMPT,
         )
         self._reserve(length + 1)
-        tokens_PT, lengths_P = padded_prompts(requests, length=length)
+        prompts = padded_prompts(requests, length=length, multiple=engine.row_multiple)
         self.pool = device.prefill(
             self.params,
-            tokens_PT,
-            lengths_P,
-            config=self.engine.config,
-            dtype=self.engine.dtype,
+            *prompts,
+            config=engine.config,
+            dtype=engine.dtype,
+            attention=engine.attention,
+            layout=engine.layout,
         )
         self.queue = queue_of(batch, self.requests, self.group_size)
         self.prefill_calls += 1
@@ -237,14 +294,14 @@ class _Rollout:
             )
             self.table.occupants[slot] = occupant
         refill = device.Refill(*columns[:4].astype(np.int32), *columns[4:])
-        self.slots = device.fill(self.slots, self.pool, refill, self.key)
+        self.slots = device.fill(self.slots, self.pool, refill, self.key, layout=self.engine.layout)
 
     def _reserve(self, length):
         """Make room for `length` tokens a slot."""
         if length <= self.room:
             return
         engine = self.engine
-        self.room = bucket(length, limit=engine.max_length, smallest=SMALLEST_ROOM)
+        self.room = engine.room(length)
         if self.slots is None:
             self.slots = device.empty_slots(
                 self.key,
@@ -252,9 +309,10 @@ class _Rollout:
                 length=self.room,
                 config=engine.config,
                 dtype=engine.dtype,
+                layout=engine.layout,
             )
         else:
-            self.slots = device.grow(self.slots, length=self.room)
+            self.slots = device.grow(self.slots, length=self.room, layout=engine.layout)
 
     def _decode(self):
         engine, longest = self.engine, self.table.longest
@@ -271,6 +329,7 @@ class _Rollout:
             sampling=engine.sampling,
             chunk_length=engine.chunk_length,
             dtype=engine.dtype,
+            layout=engine.layout,
         )
         chunk = jax.device_get(chunk)
         self.decode_steps += int(chunk.steps)

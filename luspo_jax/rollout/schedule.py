@@ -19,30 +19,36 @@ def bucket(length, *, limit, smallest):
     return min(size, limit)
 
 
-def prefill_batches(requests, *, group_size, num_slots, max_tokens):
+def rounded_up(count, multiple):
+    """`count`, or the next of multiple · {1, 2, 4, …}: few sizes that `multiple` devices share."""
+    return multiple * (1 << (-(-count // multiple) - 1).bit_length())
+
+
+def prefill_batches(requests, *, group_size, num_slots, max_tokens, multiple=1):
     """Indices of `requests` in the batches in which to prefill them.
 
     Longest prompts first, so that the prompts of a batch need little padding. A batch holds about
-    as many prompts as fill the slots, fewer where its padded tokens would pass `max_tokens`.
+    as many prompts as fill the slots, fewer where its padded tokens would pass `max_tokens`, and
+    no fewer than `multiple`, since it has that many rows in any case.
     """
-    most = max(1, num_slots // group_size)
-    most = 1 << (most.bit_length() - 1)
+    most = max(1, num_slots // group_size // multiple)
+    most = multiple * (1 << (most.bit_length() - 1))
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
     batches = []
     while order:
         longest = len(requests[order[0]].tokens)
-        count = min(most, max(1, max_tokens // longest))
+        count = min(most, max(multiple, max_tokens // longest))
         batches.append(order[:count])
         order = order[count:]
     return batches
 
 
-def padded_prompts(requests, *, length):
-    """Left-aligned tokens_PT and lengths_P of `requests`, P rounded up to a power of two.
+def padded_prompts(requests, *, length, multiple=1):
+    """Left-aligned tokens_PT and lengths_P of `requests`, P rounded up by `rounded_up`.
 
     Rows that pad the batch hold one token.
     """
-    count = 1 << (len(requests) - 1).bit_length()
+    count = rounded_up(len(requests), multiple)
     tokens_PT = np.zeros((count, length), np.int32)
     lengths_P = np.ones(count, np.int32)
     for row, request in enumerate(requests):

@@ -2,6 +2,10 @@
 
 A slot is one row of the batch: a left-aligned sequence with its own length. Rows never read one
 another, so a finished or empty slot computes what nobody looks at.
+
+With a layout, slots and prompts of the pool are spread over "batch", key heads over "kv_heads" and
+the positions of the slots' cache are dealt out over "cache_length"; without one, all is on one
+device. Every program here keeps slots where they are.
 """
 
 import dataclasses
@@ -10,7 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from luspo_jax import sharding
 from luspo_jax.models import decoder
+from luspo_jax.ops.decode_attention import CACHE_AXES, dealt_positions
 from luspo_jax.rollout.sampling import row_keys, sample, uniforms
 
 BATCH_AXIS, SEQUENCE_AXIS = -4, -2  # of the arrays of a KVCache, [L, B, K, S, H]
@@ -75,28 +81,100 @@ class Chunk:
     steps: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("num_slots", "length", "config", "dtype"))
-def empty_slots(key, *, num_slots, length, config, dtype):
+_ROW, _ROWS, _STEPS = ("batch",), ("batch", None), (None, "batch")
+_PROMPT_AXES = (*CACHE_AXES[:3], None, None)
+SLOTS_AXES = Slots(decoder.KVCache(CACHE_AXES, CACHE_AXES), _ROWS, _ROW, _ROW, _ROW, _ROW)
+POOL_AXES = Pool(_ROWS, decoder.KVCache(_PROMPT_AXES, _PROMPT_AXES))
+REFILL_AXES = Refill(*[(None,)] * 6)
+CHUNK_AXES = Chunk(_STEPS, _STEPS, _ROW, _ROW, ())
+
+
+def _leaves(axes_tree):
+    return jax.tree.leaves(axes_tree, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def _placed(tree, axes_tree, layout):
+    leaves, treedef = jax.tree.flatten(tree)
+    placed = [
+        sharding.constrain(x, axes, layout)
+        for x, axes in zip(leaves, _leaves(axes_tree), strict=True)
+    ]
+    return jax.tree.unflatten(treedef, placed)
+
+
+@functools.partial(jax.jit, static_argnames=("num_slots", "length", "config", "dtype", "layout"))
+def empty_slots(key, *, num_slots, length, config, dtype, layout=None):
     """Slots that hold nothing, with room for `length` tokens each."""
-    return Slots(
-        cache=decoder.empty_cache(config, num_slots, length, dtype),
+    slots = Slots(
+        cache=decoder.empty_cache(config, num_slots, length, dtype, layout),
         hidden_BD=jnp.zeros((num_slots, config.embed_dim), dtype),
         keys_B=jnp.broadcast_to(key, (num_slots,)),
         lengths_B=jnp.zeros(num_slots, jnp.int32),
         limits_B=jnp.zeros(num_slots, jnp.int32),
         active_B=jnp.zeros(num_slots, bool),
     )
+    return _placed(slots, SLOTS_AXES, layout)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def prefill(params, tokens_PT, lengths_P, *, config, dtype):
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "attention", "layout"))
+def prefill(params, tokens_PT, lengths_P, *, config, dtype, attention="reference", layout=None):
     """A Pool of the left-aligned prompts `tokens_PT`."""
-    return Pool(*decoder.prefill(params, tokens_PT, lengths_P, config=config, dtype=dtype))
+    hidden_PD, cache = decoder.prefill(
+        params,
+        tokens_PT,
+        lengths_P,
+        config=config,
+        dtype=dtype,
+        attention=attention,
+        layout=layout,
+    )
+    return Pool(hidden_PD, cache)
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
-def fill(slots, pool, refill, key):
-    """Copy prompts of the pool into free slots and start their responses there."""
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
+def fill(slots, pool, refill, key, *, layout=None):
+    """Copy prompts of the pool into free slots and start their responses there.
+
+    With a layout, every device gathers the prompts of the pool from those it shares the batch
+    with, and copies those that go into its own slots. While it does it holds the pool's P · T
+    padded tokens, 2 L K H / (size("kv_heads") · size("cache_length")) elements each, and a copy of
+    the keys or the values of them.
+    """
+    keys_B = row_keys(key, refill.prompt_ids_B, refill.sample_ids_B)
+    if layout is None:
+        return _filled(slots, pool, refill, keys_B)
+    leaves, treedef = jax.tree.flatten((slots, pool, refill, keys_B))
+
+    def function(*parts):
+        return tuple(jax.tree.leaves(_filled_part(*jax.tree.unflatten(treedef, parts), layout)))
+
+    axes = [*_leaves([SLOTS_AXES, POOL_AXES, REFILL_AXES]), (None,)]
+    filled = sharding.shard_map(function, layout, axes, tuple(_leaves(SLOTS_AXES)))(*leaves)
+    return jax.tree.unflatten(jax.tree.structure(slots), filled)
+
+
+def _filled_part(slots, pool, refill, keys_B, layout):
+    """`fill` on one device, with the slots, positions and prompts that it holds."""
+    B, batch = slots.lengths_B.shape[0], layout.axis_names("batch")
+    cache = jax.tree.map(lambda x: dealt_positions(x, layout), pool.cache)
+    pool = dataclasses.replace(pool, cache=cache)
+    if batch:
+
+        def gathered(x, axis):
+            return jax.lax.all_gather(x, batch, axis=axis, tiled=True)
+
+        cache = jax.tree.map(lambda x: gathered(x, x.ndim + BATCH_AXIS), pool.cache)
+        pool = Pool(gathered(pool.hidden_PD, 0), cache)
+        own_B = refill.slots_B - jax.lax.axis_index(batch) * B
+        own_B = jnp.where((own_B >= 0) & (own_B < B), own_B, B)
+        order_B = jnp.argsort(own_B == B, stable=True)  # the used rows first
+        refill = dataclasses.replace(refill, slots_B=own_B)
+        refill, keys_B = jax.tree.map(lambda x: x[order_B], (refill, keys_B))
+    return _filled(slots, pool, refill, keys_B)
+
+
+def _filled(slots, pool, refill, keys_B):
+    """Slots with the prompts of the used rows of `refill`."""
     B = slots.lengths_B.shape[0]
 
     def copy(i, cache):
@@ -116,7 +194,6 @@ def fill(slots, pool, refill, key):
         return array.at[refill.slots_B].set(new, mode="drop")
 
     count = jnp.sum(refill.slots_B < B)
-    keys_B = row_keys(key, refill.prompt_ids_B, refill.sample_ids_B)
     return Slots(
         cache=jax.lax.fori_loop(0, count, copy, slots.cache),
         hidden_BD=put(slots.hidden_BD, pool.hidden_PD[refill.pool_rows_B]),
@@ -127,24 +204,29 @@ def fill(slots, pool, refill, key):
     )
 
 
-@functools.partial(jax.jit, static_argnames="length")
-def grow(slots, *, length):
-    """The same slots with room for `length` tokens each."""
+@functools.partial(jax.jit, static_argnames=("length", "layout"))
+def grow(slots, *, length, layout=None):
+    """The same slots with room for `length` tokens each; no position changes its device."""
+    parts = 1 if layout is None else layout.size("cache_length")
 
     def pad(array):
         widths = [(0, 0)] * array.ndim
-        widths[SEQUENCE_AXIS] = (0, length - array.shape[SEQUENCE_AXIS])
+        widths[SEQUENCE_AXIS] = (0, length // parts - array.shape[SEQUENCE_AXIS])
         return jnp.pad(array, widths)
 
-    return dataclasses.replace(slots, cache=jax.tree.map(pad, slots.cache))
+    pad_part = sharding.shard_map(pad, layout, (CACHE_AXES,), CACHE_AXES)
+    slots = dataclasses.replace(slots, cache=jax.tree.map(pad_part, slots.cache))
+    return _placed(slots, SLOTS_AXES, layout)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "sampling", "chunk_length", "dtype"),
+    static_argnames=("config", "sampling", "chunk_length", "dtype", "layout"),
     donate_argnames="slots",
 )
-def decode_chunk(params, slots, max_steps, leave_at, *, config, sampling, chunk_length, dtype):
+def decode_chunk(
+    params, slots, max_steps, leave_at, *, config, sampling, chunk_length, dtype, layout=None
+):
     """Up to `max_steps` ≤ chunk_length tokens for every active slot, in one program.
 
     Leaves as soon as `leave_at` slots are free. The slots are donated: the cache is updated in
@@ -162,6 +244,12 @@ def decode_chunk(params, slots, max_steps, leave_at, *, config, sampling, chunk_
         active_B=slots.active_B,
         steps=jnp.int32(0),
     )
+    chunk = _placed(chunk, CHUNK_AXES, layout)
+    # Whole rows of logits on every device, so that a token is drawn as on one.
+    draw = sharding.shard_map(
+        functools.partial(_draw, sampling=sampling), layout, (_ROWS, _ROW, _ROW), (_ROW, _ROW)
+    )
+    step = functools.partial(_advance, config=config, sampling=sampling, dtype=dtype, layout=layout)
 
     def unfinished(carry):
         slots, chunk = carry
@@ -172,14 +260,19 @@ def decode_chunk(params, slots, max_steps, leave_at, *, config, sampling, chunk_
         logits_BV = jnp.einsum(
             "BD,VD->BV", slots.hidden_BD, kernel_VD, preferred_element_type=jnp.float32
         )
-        uniforms_B2 = uniforms(slots.keys_B, slots.lengths_B)
-        tokens_B, logprobs_B = sample(logits_BV, uniforms_B2, sampling=sampling)
+        # Products where the head's parts lie: gathered are the logits, not the head.
+        logits_BV = sharding.constrain(logits_BV, ("batch", "vocab"), layout)
+        tokens_B, logprobs_B = draw(logits_BV, slots.keys_B, slots.lengths_B)
         chunk = _record(chunk, slots.active_B, tokens_B, logprobs_B)
-        slots = _advance(slots, tokens_B, params, config=config, sampling=sampling, dtype=dtype)
-        return slots, chunk
+        slots = step(slots, tokens_B, params)
+        return _placed(slots, SLOTS_AXES, layout), _placed(chunk, CHUNK_AXES, layout)
 
     slots, chunk = jax.lax.while_loop(unfinished, body, (slots, chunk))
     return slots, dataclasses.replace(chunk, active_B=slots.active_B)
+
+
+def _draw(logits_BV, keys_B, positions_B, *, sampling):
+    return sample(logits_BV, uniforms(keys_B, positions_B), sampling=sampling)
 
 
 def _record(chunk, active_B, tokens_B, logprobs_B):
@@ -192,12 +285,12 @@ def _record(chunk, active_B, tokens_B, logprobs_B):
     )
 
 
-def _advance(slots, tokens_B, params, *, config, sampling, dtype):
+def _advance(slots, tokens_B, params, *, config, sampling, dtype, layout):
     """Append `tokens_B` to the active rows, and end those that stop or are full."""
     # Others decode at position 0 of their own row: it costs least, and a refill writes over it.
     positions_B = jnp.where(slots.active_B, slots.lengths_B, 0)
     hidden_BD, cache = decoder.decode_step(
-        params, tokens_B, positions_B, slots.cache, config=config, dtype=dtype
+        params, tokens_B, positions_B, slots.cache, config=config, dtype=dtype, layout=layout
     )
     lengths_B = slots.lengths_B + slots.active_B.astype(jnp.int32)
     stops = jnp.asarray(sampling.stop_token_ids, jnp.int32)

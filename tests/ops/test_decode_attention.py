@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from luspo_jax.ops.decode_attention import IMPLEMENTATIONS, decode_attention
+from luspo_jax import sharding
+from luspo_jax.ops.decode_attention import (
+    CACHE_AXES,
+    IMPLEMENTATIONS,
+    append_and_attend,
+    dealt_positions,
+    decode_attention,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -82,3 +89,87 @@ def test_an_unknown_implementation_is_refused():
     query, keys, values, lengths = _inputs()
     with pytest.raises(ValueError, match=r"'paged' is unknown; use one of .*'batched'"):
         decode_attention(query, keys, values, 0, lengths_B=lengths, implementation="paged")
+
+
+# On a mesh.
+
+MESHES = [
+    {"data": 2, "context": 4},
+    {"fsdp": 2, "tensor": 2, "context": 2},
+    {"context": 8},
+    {"data": 4, "tensor": 2},
+]
+
+
+def _dealt(entries_S, C):
+    """Where entries in order lie among the C parts, one part after the other."""
+    return np.concatenate([entries_S[part::C] for part in range(C)])
+
+
+def _on_mesh(layout, implementation, new, cached, query, layer, positions):
+    """Output, and the cache in order again."""
+    append = jax.jit(
+        functools.partial(append_and_attend, implementation=implementation, layout=layout),
+        donate_argnums=2,
+    )
+    order_S = _dealt(np.arange(cached[0].shape[3]), layout.size("cache_length"))
+    cached = tuple(sharding.put(x[:, :, :, order_S], CACHE_AXES, layout) for x in cached)
+    out, *written = append(query, new, cached, np.int32(layer), positions_B=positions)
+    assert all(x.is_deleted() for x in cached)
+    assert all(x.sharding.is_equivalent_to(layout.sharding(CACHE_AXES), 5) for x in written)
+    return np.asarray(out), [np.asarray(x)[:, :, :, np.argsort(order_S)] for x in written]
+
+
+@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_mesh_writes_one_entry_a_row_and_attends_as_one_device(sizes, implementation):
+    layout = sharding.layout("rollout", sizes)
+    query, keys, values, _ = _inputs(B=8, S=48)
+    rng = np.random.default_rng(1)
+    new = tuple(rng.normal(size=(2, 8, 2, 6)).astype(np.float32))
+    # The first and last entries of parts and of the row, and one that lies in no part.
+    positions = np.array([0, 1, 7, 8, 23, 47, 40, 48], np.int32)
+    out, written = _on_mesh(layout, implementation, new, (keys, values), query, 1, positions)
+    expected = [keys.copy(), values.copy()]
+    for b in range(7):
+        for cache, entry in zip(expected, new, strict=True):
+            cache[1, b, :, positions[b]] = entry[b]
+    for got, want in zip(written, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    plain = _plain(query, *expected, np.minimum(positions + 1, 48), 1)
+    np.testing.assert_allclose(out, plain, atol=2e-6)
+
+
+def test_parts_without_entries_weigh_nothing_beside_any_score():
+    """Scores of −1000 in the only part with entries, and huge values in the others."""
+    layout = sharding.layout("rollout", {"context": 8})
+    query, keys, values, _ = _inputs(B=8, S=16)
+    query, positions = np.full_like(query, 30.0), np.zeros(8, np.int32)
+    new = (np.full((8, 2, 6), -15.0, np.float32), np.full((8, 2, 6), 2.5, np.float32))
+    values = np.full_like(values, 1e9)
+    for implementation in ("rows", "batched"):
+        out, _ = _on_mesh(layout, implementation, new, (keys, values), query, 0, positions)
+        np.testing.assert_array_equal(out, np.full_like(out, 2.5))
+
+
+def test_dealt_positions_are_every_cth_with_zeros_to_fill_up():
+    layout = sharding.layout("rollout", {"data": 2, "context": 4})
+    x = np.arange(1, 2 * 3 * 10 + 1, dtype=np.float32).reshape(2, 3, 10, 1)
+    axes = ("batch", None, None, None)
+    deal = sharding.shard_map(
+        lambda x: dealt_positions(x, layout), layout, (axes,), ("batch", None, "cache_length", None)
+    )
+    padded = np.pad(x, ((0, 0), (0, 0), (0, 2), (0, 0)))
+    expected = padded[:, :, _dealt(np.arange(12), 4)]
+    np.testing.assert_array_equal(jax.jit(deal)(x), expected)
+
+
+def test_a_mesh_refuses_an_unknown_implementation():
+    layout = sharding.layout("rollout", {"data": 2, "context": 4})
+    query, keys, values, _ = _inputs(B=8, S=16)
+    new = (query[:, :2], query[:, :2])
+    with pytest.raises(ValueError, match=r"'paged' is unknown"):
+        append_and_attend(
+            query, new, (keys, values), np.int32(0),
+            positions_B=np.zeros(8, np.int32), implementation="paged", layout=layout,
+        )  # fmt: skip

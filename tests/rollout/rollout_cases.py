@@ -12,9 +12,10 @@ from luspo_jax.rollout import Request
 from luspo_jax.rollout import sampling as s
 
 
-def config(vocab_size=97, *, embed_dim=32, num_layers=2, tie_embeddings=True):
+def config(vocab_size=97, *, embed_dim=32, num_layers=2, tie_embeddings=True, model_type="qwen3"):
+    """A small decoder of either family: Qwen3 norms queries and keys, Qwen2 adds to them."""
     return DecoderConfig(
-        model_type="qwen3",
+        model_type=model_type,
         vocab_size=vocab_size,
         num_layers=num_layers,
         embed_dim=embed_dim,
@@ -24,8 +25,8 @@ def config(vocab_size=97, *, embed_dim=32, num_layers=2, tie_embeddings=True):
         head_dim=8,
         rope_theta=10_000.0,
         rms_norm_eps=1e-6,
-        qkv_bias=False,
-        qk_norm=True,
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
         tie_embeddings=tie_embeddings,
         max_position=512,
     )
@@ -36,6 +37,8 @@ def random_params(model, *, scale=10.0):
     """Random weights, matrices `scale` times the usual, so that the next token matters."""
 
     def scaled(path, x):
+        if path[-1].key == "bias":
+            return 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
         return x if path[-1].key == "scale" else x * scale
 
     return jax.tree_util.tree_map_with_path(scaled, decoder.init_params(jax.random.key(0), model))
