@@ -125,6 +125,7 @@ def start(
         return
     folder = pathlib.Path(workdir).absolute()
     attempt = gather(uuid.uuid4().hex)[0]
+    check_shared(folder, attempt)  # before the watch: no heartbeat can be seen without it
     watchdog.join(
         watchdog.Membership(
             folder=str(folder / "processes"),
@@ -136,7 +137,6 @@ def start(
             phase_timeout_s=phase_timeout_s,
         )
     )
-    check_shared(folder, attempt)
 
 
 def stop() -> None:

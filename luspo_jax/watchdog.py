@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import selectors
 import signal
 import socket
@@ -30,6 +31,10 @@ _VARIABLE = "LUSPO_JAX_GUARD"  # descriptor of the channel between guard and wor
 _NEWS_S = 0.5  # after which a new phase is in the file
 _TICK_S = 0.25  # between two looks at the own worker
 _GRACE_S = 5.0  # beyond a limit, for those who only wait: whoever caused it is named first
+# How an error of jax's runtime begins.
+_STATUS = re.compile(
+    "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +154,9 @@ def _tell(**news: Any) -> None:
 def _is_collective(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, is one of the runtime that connects processes."""
     while error is not None:
+        # A collective that breaks surfaces as either, whichever line happens to wait for it.
         runtime = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
-        if runtime and "RESOURCE_EXHAUSTED" not in str(error):
+        if (runtime or _STATUS.match(str(error))) and "RESOURCE_EXHAUSTED" not in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
