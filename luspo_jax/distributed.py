@@ -50,6 +50,7 @@ def initialize(arguments: Mapping[str, Any], *, dead_after_s: float, timeout_s: 
     """
     # What is given is all that counts: no look at SLURM or at a cloud's metadata then.
     method = {"cluster_detection_method": "deactivate"} if arguments else {}
+    watchdog.may_be_aborted(_not_joined(arguments, timeout_s, "jax gave up"))
     try:
         jax.distributed.initialize(
             **arguments,
@@ -188,9 +189,9 @@ def _all_rows(row: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(row))
 
 
-def _pieces(size: int, num: int, most: int = _GATHERED_BYTES) -> list[tuple[int, int]]:
+def _pieces(size: int, num: int) -> list[tuple[int, int]]:
     """(start, width) of the parts in which `size` bytes of each of `num` processes travel."""
-    largest = 1 << max(10, (most // num).bit_length() - 1)
+    largest = 1 << max(10, (_GATHERED_BYTES // num).bit_length() - 1)
     width = min(largest, 1 << max(10, (size - 1).bit_length()))
     return [(start_, width) for start_ in range(0, size, width)]
 

@@ -71,6 +71,14 @@ def join(membership: Membership) -> None:
     _tell(join=dataclasses.asdict(membership))
 
 
+def may_be_aborted(message: str) -> None:
+    """What it means if this process is aborted from now on and before it has joined.
+
+    jax does not raise an error where processes do not come together: it aborts the process.
+    """
+    _tell(note=message)
+
+
 def at_step(step: int) -> None:
     """The rollout step, counted from 1, that is being taken."""
     _here["step"] = step
@@ -179,15 +187,19 @@ class Peers:
         self._seen: dict[int, tuple[Any, float]] = {i: (None, now) for i in others}
         self._last: dict[int, dict[str, Any]] = {}
 
-    def look(self) -> str | None:
-        """What ends the run, in words; None while nothing does."""
+    def look(self, trust_silence: bool = True) -> str | None:
+        """What ends the run, in words; None while nothing does.
+
+        Silence proves nothing where this process cannot write to the folder either.
+        """
         for index in self._seen:
             self._read(index)
         for status, verdict in (("failed", _failure), ("stopped", lambda post: post["message"])):
             for post in self._last.values():
                 if post["status"] == status:
                     return verdict(post)
-        return next((text for index in self._seen if (text := self._silence(index))), None)
+        silent = filter(None, map(self._silence, self._seen))
+        return next(silent, None) if trust_silence else None
 
     def _read(self, index: int) -> None:
         post = read_post(pathlib.Path(self._us.folder) / f"{index}.json")
@@ -251,13 +263,16 @@ class _Guard:
         self._peers: Peers | None = None
         self._post = {
             "process": None, "host": socket.gethostname(), "pid": worker.pid, "attempt": "",
-            "phase": "start", "phase_s": 0.0, "step": 0, "beat": 0, "status": "running", "message": "",
+            "phase": "start", "phase_s": 0.0, "step": 0, "beat": 0,
+            "status": "running", "message": "",
         }  # fmt: skip
         self._phase_since, self._next_look = time.monotonic(), 0.0
         self._last_write = self._next_write = 0.0
         self._exit: int | None = None  # of the worker; −n where signal n ended it
         self._wait_until: float | None = None  # for another process to be named
+        self._muted = False  # the heartbeat file could not be written
         self._signal: int | None = None
+        self._note = ""  # what an abort before joining means
         self._buffer, self._told = b"", True  # what the worker says, and whether it can say more
 
     def watch(self) -> int:
@@ -295,6 +310,7 @@ class _Guard:
                 self._join(Membership(**news.pop("join")))
             if "phase" in news:
                 self._phase_since = time.monotonic()
+            self._note = news.pop("note", self._note)
             self._post.update(news)
             self._next_write = min(self._next_write, self._last_write + _NEWS_S)
 
@@ -315,7 +331,7 @@ class _Guard:
         if now < self._next_look:
             return None
         self._next_look = now + BEAT_S
-        cause = (self._peers.look() if self._peers else None) or self._hang(now)
+        cause = (self._peers.look(not self._muted) if self._peers else None) or self._hang(now)
         if cause is not None:
             return self._stop(cause)
         if self._wait_until is not None and now > self._wait_until:
@@ -343,8 +359,8 @@ class _Guard:
 
     def _give_up(self) -> int:
         """Nobody else is to blame."""
-        if self._post["status"] == "broken" and self._peers is not None:
-            self._say(_failure(self._named()))
+        if self._post["status"] == "broken":
+            self._say(self._note if self._note and not self._peers else _failure(self._named()))
         self._finish("failed", self._post["message"])
         return self._exit if self._exit > 0 else 128 - self._exit
 
@@ -396,11 +412,14 @@ class _Guard:
         self._post["beat"] += 1
         self._post["phase_s"] = round(time.monotonic() - self._phase_since, 1)
         path = pathlib.Path(self._membership.folder) / f"{self._membership.index}.json"
-        with contextlib.suppress(OSError):
+        scratch = path.with_name(f".{path.name}.tmp")
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_name(f".{path.name}.tmp")
             scratch.write_text(json.dumps(self._post) + "\n")
             scratch.replace(path)
+            self._muted = False
+        except OSError:
+            self._muted = True
 
 
 def _ending(code: int, forwarded: int | None) -> str:

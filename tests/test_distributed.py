@@ -1,5 +1,7 @@
 """Shares, what is gathered, and what processes must agree on; with one process, nothing changes."""
 
+import pickle
+
 import numpy as np
 import pytest
 from absl import flags
@@ -26,72 +28,37 @@ def test_one_process_has_everything_and_gathers_nothing():
     distributed.barrier("nobody to wait for")
 
 
-class _Network:
-    """Rows of several processes, one after the other, in place of a collective."""
-
-    def __init__(self, monkeypatch, values):
-        self.values, self.sent, self.index = values, [], 0
-        monkeypatch.setattr(distributed.jax, "process_count", lambda: len(values))
-        monkeypatch.setattr(distributed.jax, "process_index", lambda: self.index)
-        monkeypatch.setattr(distributed, "_all_rows", self._all_rows)
-        monkeypatch.setattr(distributed, "_GATHERED_BYTES", 1 << 13)
-
-    def _all_rows(self, row):
-        """What process `index` would get: rows of the others come from a run of their own."""
-        self.sent.append(row.copy())
-        return self.answers.pop(0) if self.answers else np.stack([row] * len(self.values))
-
-    def gather_everywhere(self):
-        rows = []
-        for self.index, value in enumerate(self.values):
-            self.sent, self.answers = [], [self.sizes(), *self.parts()]
-            got = distributed.gather(value)
-            rows.append((got, self.sent))
-        return rows
-
-    def sizes(self):
-        import pickle
-
-        self.data = [np.frombuffer(pickle.dumps(v, protocol=5), np.uint8) for v in self.values]
-        return np.stack([np.array([len(d)], np.uint64).view(np.uint8) for d in self.data])
-
-    def parts(self):
-        most = max(map(len, self.data))
-        pieces = distributed._pieces(most, len(self.data), 1 << 13)
-        for start, width in pieces:
-            yield np.stack(
-                [np.pad(d[start : start + width], (0, width))[:width] for d in self.data]
-            )
-
-
 def test_gather_puts_pieces_of_unequal_values_together(monkeypatch):
+    """Every process in turn, the others' rows made here: parts of 2 KiB, cut out anew."""
     rng = np.random.default_rng(0)
     values = [
         {"tokens": rng.integers(0, 99, 5000), "logprobs": rng.normal(size=3000).astype(np.float32)},
         [],
         "text" * 3000,
     ]
-    network = _Network(monkeypatch, values)
-    monkeypatch.setattr(
-        distributed, "_pieces", lambda size, num, _p=distributed._pieces: _p(size, num, 1 << 13)
-    )
-    monkeypatch.setattr(network, "parts", lambda: _padded(network.data))
-    for index, (got, sent) in enumerate(network.gather_everywhere()):
+    data = [np.frombuffer(pickle.dumps(v, protocol=5), np.uint8) for v in values]
+    lengths = np.array([[len(d)] for d in data], np.uint64).view(np.uint8)
+    num_parts = -(-max(map(len, data)) // 2048)
+    rows = np.stack([np.pad(d, (0, num_parts * 2048 - len(d))) for d in data])
+    parts = list(rows.reshape(3, num_parts, 2048).transpose(1, 0, 2))
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(distributed, "_GATHERED_BYTES", 3 * 2048)
+    for index, value in enumerate(values):
+        answers, sent = iter([lengths, *parts]), []
+
+        def collective(row, answers=answers, sent=sent):
+            sent.append(row)
+            return next(answers)
+
+        monkeypatch.setattr(distributed, "_all_rows", collective)
+        got = distributed.gather(value)
         np.testing.assert_array_equal(got[0]["tokens"], values[0]["tokens"])
         np.testing.assert_array_equal(got[0]["logprobs"], values[0]["logprobs"])
         assert got[0]["logprobs"].dtype == np.float32
         assert got[1:] == values[1:]
-        assert len(sent) > 10  # in parts
-        assert len({len(row) for row in sent[1:]}) == 1  # of one size
-        own = np.concatenate(sent[1:])[: len(network.data[index])]
-        np.testing.assert_array_equal(own, network.data[index])
-
-
-def _padded(data):
-    """Parts of 2 KiB, as `_pieces` cuts 8 KiB among three; written out anew."""
-    whole = -(-max(map(len, data)) // 2048) * 2048
-    rows = np.stack([np.pad(d, (0, whole - len(d))) for d in data])
-    return list(rows.reshape(len(data), -1, 2048).transpose(1, 0, 2))
+        np.testing.assert_array_equal(sent[0], lengths[index])
+        np.testing.assert_array_equal(np.concatenate(sent[1:]), rows[index])
+        assert len(sent) == 1 + num_parts > 10
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 10**6, 3 * 2**30])
@@ -206,7 +173,7 @@ def test_cluster_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(distributed.ClusterError, match="--distributed=auto could not start"):
         distributed.initialize({}, dead_after_s=30)
     named = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
-    with pytest.raises(distributed.ClusterError, match="process 1 of 2 could not meet .* a:1"):
+    with pytest.raises(distributed.ClusterError, match=r"process 1 of 2 could not meet .* a:1"):
         distributed.initialize(named, dead_after_s=30)
 
 
@@ -227,7 +194,7 @@ def test_workdir_of_another_process_is_read_only_and_must_be_the_same(monkeypatc
     monkeypatch.setattr(distributed.jax, "process_index", lambda: 1)
     seen = runs.Workdir(tmp_path / "run", config, {})
     seen.close()
-    with pytest.raises(runs.WorkdirError, match="process 1 does not see there the run.json"):
+    with pytest.raises(runs.WorkdirError, match=r"does not see there the run\.json"):
         runs.Workdir(tmp_path / "elsewhere", config, {})
     assert not (tmp_path / "elsewhere").exists()
     config.seed = 5
@@ -241,7 +208,7 @@ def test_more_processes_than_prompts_are_refused(monkeypatch):
     config = configuration.default_config()
     runs.check_processes(config)
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 17)
-    with pytest.raises(configuration.ConfigError, match="prompts_per_step=16 .* processes, 17"):
+    with pytest.raises(configuration.ConfigError, match=r"prompts_per_step=16 .* processes, 17"):
         runs.check_processes(config)
 
 

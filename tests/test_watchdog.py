@@ -119,13 +119,9 @@ def test_errors_of_collectives_are_told_from_others():
     assert not watchdog._is_collective(JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
     assert watchdog._is_collective(ValueError("UNKNOWN: Gloo AllGather failed: closed by peer"))
     assert not watchdog._is_collective(ValueError("bad data"))
-    try:
-        try:
-            raise JaxRuntimeError("UNAVAILABLE")
-        except JaxRuntimeError as error:
-            raise OSError("a checkpoint") from error
-    except OSError as error:
-        assert watchdog._is_collective(error)
+    wrapped = OSError("a checkpoint")
+    wrapped.__cause__ = JaxRuntimeError("UNAVAILABLE")
+    assert watchdog._is_collective(wrapped)
 
 
 def test_phases_nest_and_keep_the_one_that_failed(monkeypatch):
@@ -145,13 +141,17 @@ MEMBER = """
 import os, signal, subprocess, sys, time
 sys.path.insert(0, os.environ["ROOT"])
 from luspo_jax import watchdog
+watchdog.BEAT_S, watchdog._GRACE_S = 0.5, 2.0  # a test need not wait as long as hosts do
 index, folder, what = sys.argv[1:]
 
 def main():
+    if what == "alone":
+        watchdog.may_be_aborted("process 0 of 2 could not meet the others")
+        os.abort()
     assert "jax" not in sys.modules
     watchdog.join(watchdog.Membership(
         folder=folder + "/processes", checkpoints=folder + "/checkpoints", index=int(index),
-        count=2, attempt="now", dead_after_s=6.0, phase_timeout_s=3.0 if what == "hang" else 0.0))
+        count=2, attempt="now", dead_after_s=4.0, phase_timeout_s=3.0 if what == "hang" else 0.0))
     watchdog.at_step(3)
     with watchdog.phase("reward"):
         time.sleep(1.0)
@@ -212,11 +212,11 @@ def test_members_that_are_done_leave_files_that_say_so(tmp_path):
         ("exit", 7, "it ended with exit status 7", 6),
         ("raise", 1, "ValueError: bad data on this host", 6),
         ("kill", 137, "killed by SIGKILL", 6),
-        ("abort", 134, "killed by SIGABRT", 20),  # first it is waited for another cause
-        ("broken", 1, "Gloo AllGather failed", 20),
-        ("host", -9, "no sign of life", 14),
-        ("guard", -9, "no sign of life", 14),
-        ("hang", 1, "hosts.phase_timeout_s=3", 8),
+        ("abort", 134, "killed by SIGABRT", 15),  # first it is waited for another cause
+        ("broken", 1, "Gloo AllGather failed", 15),
+        ("host", -9, "no sign of life", 12),
+        ("guard", -9, "no sign of life", 12),
+        ("hang", 1, "hosts.phase_timeout_s=3", 10),
     ],
 )
 def test_survivor_names_the_other(tmp_path, what, code, message, seconds):
@@ -262,6 +262,21 @@ def test_worker_ends_with_its_guard(tmp_path):
         time.sleep(0.1)
     else:
         pytest.fail("the worker outlived its guard")
+
+
+def test_process_that_jax_aborts_before_it_has_joined_says_what_that_means(tmp_path):
+    (member,) = _members(tmp_path, "alone")
+    assert member.communicate(timeout=10)[1] == "process 0 of 2 could not meet the others\n"
+    assert member.returncode == 128 + signal.SIGABRT
+
+
+def test_silence_proves_nothing_where_nobody_can_write(tmp_path, clock):
+    peers = watchdog.Peers(_membership(tmp_path, count=2), clock)
+    _post(tmp_path, 1)
+    assert peers.look() is None
+    clock.now += 31
+    assert peers.look(trust_silence=False) is None
+    assert "process 1 (host host-1, pid 101) is dead" in peers.look()
 
 
 def test_signal_of_a_scheduler_reaches_the_worker(tmp_path):
