@@ -15,6 +15,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from absl import flags
 
+from luspo_jax import watchdog
+
 
 class UsageError(ValueError):
     """Flags that do not say what to do."""
@@ -43,9 +45,11 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
     warnings.showwarning = lambda message, *_, **__: sys.stderr.write(f"warning: {message}\n")
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        watchdog.failed(interrupt, "interrupted")
         return _refuse("interrupted: run the same command again to continue", 130)
     except Exception as error:
+        watchdog.failed(error, str(error) or type(error).__name__)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return _refuse(f"{error}: free some space, then run the same command again", 1)
         if type(error).__name__ not in _FORESEEN and type(error) is not FileNotFoundError:
@@ -56,8 +60,9 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
 
 # By name, because importing the modules that define them would import jax before flags are read.
 _FORESEEN = (
-    "BenchmarkError", "CheckpointError", "ConfigError", "DataError", "MeshError", "MismatchError",
-    "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
+    "AgreementError", "BenchmarkError", "CheckpointError", "ClusterError", "ConfigError",
+    "DataError", "MeshError", "MismatchError", "TooManyFailures", "UsageError", "WeightsError",
+    "WorkdirError",
 )  # fmt: skip
 
 

@@ -2,14 +2,20 @@
 
 Any field of the configuration can be set by flag: `--config.rollout.group_size=16`. Running the
 same command again continues the run. `--dry_run` prints what would run, and stops.
+
+On several hosts: the same command on each, with `--coordinator=HOST:PORT --num_processes=N
+--process_id=I`, or with `--distributed=auto` on a TPU pod or under SLURM, Open MPI or Kubernetes.
+The workdir must be on storage that all share; its folder `processes` tells what each is doing.
 """
 
+import pathlib
+import platform
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import command
+from experiments import cluster, command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: metrics, checkpoints, export.")
@@ -19,20 +25,52 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved run and stop.
 def main() -> None:
     """Runs what the flags say."""
     from experiments import figures  # Imports after flags are parsed: a typo answers at once.
+    from luspo_jax import distributed, train, watchdog
     from luspo_jax import run as runs
-    from luspo_jax import train
 
-    config = command.config_value(_CONFIG)
-    run = runs.build(config)
-    print(command.description(run))
+    config, several = command.config_value(_CONFIG), cluster.arguments()
+    if several is not None:
+        _join(config, several)
+    with watchdog.phase("build"):
+        run = runs.build(config)
+        runs.check_processes(config)
+        if distributed.is_writer():
+            print(command.description(run))
     if _DRY_RUN.value:
+        distributed.stop()
         return
     workdir = runs.Workdir(_WORKDIR.value, config, runs.facts(run))
     outcome = train.train(run, workdir)
-    figure = figures.run_figure(workdir.path)
-    print(f"base : {outcome.base}\nfinal: {outcome.final}")
-    print(f"figure: {figure}" + (f"\nexport: {outcome.export}" if outcome.export else ""))
+    if distributed.is_writer():
+        figure = figures.run_figure(workdir.path)
+        print(f"base : {outcome.base}\nfinal: {outcome.final}")
+        print(f"figure: {figure}" + (f"\nexport: {outcome.export}" if outcome.export else ""))
+    distributed.stop()
+
+
+def _join(config, arguments) -> None:
+    """Brings this process together with the others, and makes sure that they run the same."""
+    from luspo_jax import config as configuration
+    from luspo_jax import distributed
+    from luspo_jax import run as runs
+
+    distributed.start(
+        arguments,
+        None if _DRY_RUN.value else _WORKDIR.value,
+        dead_after_s=config.hosts.dead_after_s,
+        phase_timeout_s=config.hosts.phase_timeout_s,
+    )
+    print(distributed.describe(arguments), flush=True)
+    root = pathlib.Path(distributed.__file__).parents[1]
+    distributed.agree(
+        {
+            **{f"--config.{name}": value for name, value in configuration.flat(config).items()},
+            "python": platform.python_version(),
+            **runs.package_versions(),
+            **distributed.source_hashes(root / "luspo_jax", root / "experiments"),
+        }
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(command.call(main, required=("config", "workdir")))
+    sys.exit(cluster.call(main, required=("config", "workdir")))

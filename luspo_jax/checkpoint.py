@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -73,6 +74,14 @@ class Checkpointer:
                 f"{self.folder} has {free / 1e6:.0f} MB free and a checkpoint needs "
                 f"{needed / 1e6:.0f} MB: free some space or lower output.keep_latest, then run "
                 "the same command again to continue from the last checkpoint"
+            )
+        if jax.process_count() > 1:
+            # Orbax refuses arrays that every process has for itself; process 0 writes NumPy ones.
+            state = jax.tree.map(
+                lambda x: (
+                    x if isinstance(x, jax.Array) and not x.is_fully_addressable else np.asarray(x)
+                ),
+                state,
             )
         with _named_os_errors(self.folder):
             self._manager.save(

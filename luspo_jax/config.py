@@ -18,11 +18,13 @@ from luspo_jax.prompts import TEMPLATES
 from luspo_jax.rewards.registry import verifiers
 from luspo_jax.shaping import Shaping
 from luspo_jax.update import OFFLOADS
+from luspo_jax.watchdog import BEAT_S
 
 # Fields that may change between a run and its continuation in the same workdir.
 _FREE_TO_CHANGE = (
     "num_steps",
     "output.",
+    "hosts.",
     "eval.num_slots",
     "rollout.num_slots",
     "rollout.chunk_length",
@@ -171,6 +173,10 @@ def default_config() -> ConfigDict:
     config.output.tensorboard = True
     config.output.wandb_project = ""  # Empty = no Weights & Biases.
     config.output.export = True  # Write a Hugging Face folder at the end.
+
+    config.hosts = ConfigDict()  # Of a run of several processes; see luspo_jax.watchdog.
+    config.hosts.dead_after_s = 30.0  # Without a sign of life a process counts as dead.
+    config.hosts.phase_timeout_s = 0.0  # Longest that a phase may take; 0 = no limit.
     config.lock()
     return config
 
@@ -448,10 +454,15 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
     for field in (
         "rollout.top_k", "eval.top_k", "eval.every", "eval.temperature", "train.warmup_steps",
         "train.weight_decay", "train.max_grad_norm", "output.checkpoint_every",
-        "output.keep_best", "output.dump_every", "train.ref_every",
+        "output.keep_best", "output.dump_every", "train.ref_every", "hosts.phase_timeout_s",
     ):  # fmt: skip
         if values[field] < 0:
             yield f"{field}={values[field]} must not be negative"
+    if not config.hosts.dead_after_s >= 3 * BEAT_S:
+        yield (
+            f"hosts.dead_after_s={config.hosts.dead_after_s} must be at least {3 * BEAT_S:g}: "
+            f"processes give a sign of life every {BEAT_S:g} s"
+        )
     if not config.rollout.temperature > 0:
         yield (
             f"rollout.temperature={config.rollout.temperature} must be > 0: greedy responses "

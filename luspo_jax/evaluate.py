@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from luspo_jax import distributed
 from luspo_jax.benchmarks import Record
 from luspo_jax.benchmarks.intervals import accuracy_interval
 from luspo_jax.length.coupling import accuracy_by_length_third
@@ -77,7 +78,7 @@ def evaluate(
       metric: a part of the reward.
       num_samples: responses a problem.
       seed: of the sampling noise.
-      progress: called with (finished, total) responses.
+      progress: called with (finished, total) responses, of this process's share.
     """
     responses, _, rewards = _ask(
         engine,
@@ -133,13 +134,15 @@ def respond(
 
 
 def _ask(engine, params, prompts, scorer, *, decode, noise):
-    """(responses, their texts, their rewards), prompt by prompt."""
+    """(responses, their texts, their rewards), prompt by prompt; each process asks its share."""
+    prompts = prompts[distributed.share(len(prompts))]
     requests = [Request(p.prompt_id, p.tokens) for p in prompts]
-    responses, _ = engine.generate(params, requests, step=0, **noise)
+    responses, _ = engine.generate(params, requests, step=0, **noise) if requests else ([], None)
     texts = [decode(response.tokens) for response in responses]
     limit = engine.sampling.max_response_length
     rewards = score(scorer, prompts, responses, texts=texts, max_length=limit)
-    return responses, texts, rewards
+    parts = distributed.gather((responses, texts, rewards))
+    return [[row for part in parts for row in part[column]] for column in range(3)]
 
 
 def score(
@@ -151,7 +154,7 @@ def score(
     max_length: int,
 ) -> list[Reward]:
     """Rewards of responses and their texts, which come prompt by prompt in equal numbers."""
-    group_size = len(responses) // len(prompts)
+    group_size = len(responses) // max(1, len(prompts))
     return scorer.score_batch(
         [
             Sample(

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from luspo_jax import watchdog
+
 REDUCERS = ("mean", "sum", "max", "min", "last")
 
 
@@ -168,9 +170,10 @@ class StepMetrics:
 
 @contextlib.contextmanager
 def timed(metrics: StepMetrics, phase: str) -> Iterator[None]:
-    """Adds the seconds inside to `timing_s/{phase}`."""
+    """Adds the seconds inside to `timing_s/{phase}`, and marks the phase for the watchdog."""
     started = time.perf_counter()
-    yield
+    with watchdog.phase("rollout" if phase == "gen" else phase):
+        yield
     metrics.add(f"timing_s/{phase}", time.perf_counter() - started)
 
 
@@ -317,6 +320,22 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class SilentWriter:
+    """In place of a MetricsWriter in the processes that write nothing."""
+
+    def truncate_after(self, step: int) -> None:
+        """Nothing."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
-from luspo_jax import datasets, optimizer, prompts, sharding
+from luspo_jax import datasets, distributed, optimizer, prompts, sharding
 from luspo_jax.length import laboratory
 from luspo_jax.length.laboratory import Laboratory
 from luspo_jax.length.settings import LengthSettings
@@ -341,6 +341,7 @@ def _engine(config, model, section, layout):
         max_prompt_length=config.data.max_prompt_length,
         dtype=jnp.dtype(config.model.rollout_dtype),
         layout=sharding.on_own_devices(layout),
+        attention=config.model.attention,
     )
 
 
@@ -395,11 +396,16 @@ def _parts(layout, *axes):
 class Workdir:
     """A run's folder: refused where it holds another run, locked while in use.
 
-    `run.json` holds the configuration and everything that figures made from the folder depend on.
+    Process 0 alone locks and writes; the others make sure that they see what it wrote. `run.json`
+    holds the configuration and everything that figures made from the folder depend on.
     """
 
     def __init__(self, path: str | os.PathLike, config: ConfigDict, facts: Mapping[str, Any]):
-        self.path = pathlib.Path(path).absolute()
+        self.path, self._lock = pathlib.Path(path).absolute(), None
+        if not distributed.is_writer():
+            distributed.barrier("workdir")
+            self._check_seen(config)
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
@@ -410,10 +416,23 @@ class Workdir:
         except BlockingIOError:
             raise WorkdirError(f"--workdir={self.path} is in use by another process") from None
         self._check_or_write(config, facts)
+        distributed.barrier("workdir")
 
     def close(self) -> None:
         """Lets another process use the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _check_seen(self, config):
+        try:
+            seen = json.loads((self.path / "run.json").read_text())["config"]
+        except (OSError, ValueError, KeyError):
+            seen = None
+        if seen != json.loads(json.dumps(configuration.flat(config))):
+            raise WorkdirError(
+                f"--workdir={self.path} must be on storage that all processes share: process "
+                f"{jax.process_index()} does not see there the run.json that process 0 wrote"
+            )
 
     def _check_or_write(self, config, facts):
         manifest = self.path / "run.json"
@@ -439,14 +458,16 @@ class Workdir:
                     + "\n".join(f"  - {line}" for line in differences)
                     + "\nchoose another --workdir, or set these fields back to continue that run"
                 )
-        elif any(not p.name.startswith(".") for p in self.path.iterdir()):  # lock, broken write
+        elif any(  # other than lock, broken write, and heartbeats
+            not p.name.startswith(".") and p.name != "processes" for p in self.path.iterdir()
+        ):
             raise WorkdirError(
                 f"--workdir={self.path} is not empty and holds no run of luspo_jax: choose another"
             )
         record = {
             "config": configuration.flat(config),
             **facts,
-            "packages": {name: _version(name) for name in _PACKAGES},
+            "packages": package_versions(),
         }
         write_atomically(manifest, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
@@ -479,6 +500,25 @@ def facts(run: Run) -> dict[str, Any]:
         ],
         "parameters": decoder_weights.num_params(run.model.config),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a run's numbers may depend on."""
+    return {name: _version(name) for name in _PACKAGES}
+
+
+def check_processes(config: ConfigDict) -> None:
+    """Refuses a run whose processes have nothing to do.
+
+    Raises:
+      ConfigError: fewer prompts in a step than processes.
+    """
+    count, prompts_per_step = jax.process_count(), config.rollout.prompts_per_step
+    if prompts_per_step < count:
+        raise configuration.ConfigError(
+            f"rollout.prompts_per_step={prompts_per_step} must be at least the number of "
+            f"processes, {count}: each samples responses to its share of the prompts"
+        )
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

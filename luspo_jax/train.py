@@ -18,21 +18,23 @@ from tqdm import tqdm
 
 from luspo_jax import (
     batches,
+    distributed,
     evaluate,
     experience,
     instruments,
     objectives,
     optimizer,
     shaping,
+    watchdog,
 )
 from luspo_jax import config as configuration
 from luspo_jax.checkpoint import Checkpointer
 from luspo_jax.evaluate import Evaluation
 from luspo_jax.experience import Group, Rollouts
 from luspo_jax.length.steering import LengthState
-from luspo_jax.metrics import MetricsWriter, StepMetrics, timed
+from luspo_jax.metrics import MetricsWriter, SilentWriter, StepMetrics, timed
 from luspo_jax.models import decoder_weights
-from luspo_jax.rollout import Request
+from luspo_jax.rollout import Request, RolloutStats
 from luspo_jax.run import Run, Workdir
 from luspo_jax.types import TrainBatch, TrainState
 from luspo_jax.update import (
@@ -81,18 +83,22 @@ def train(run: Run, workdir: Workdir) -> Outcome:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(checkpointer))
         stack.enter_context(run.scorer)
-        state, start, evaluations, carried = begin(run, checkpointer)
-        state = parked(state, run.config.train.offload)
+        with watchdog.phase("restore"):
+            state, start, evaluations, carried = begin(run, checkpointer)
+            state = parked(state, run.config.train.offload)
+        silent = None if distributed.is_writer() else True  # None: silent where there is no console
         bar = stack.enter_context(
-            tqdm(total=num_steps, initial=start, unit="step", leave=False, disable=None)
+            tqdm(total=num_steps, initial=start, unit="step", leave=False, disable=silent)
         )
         writer = stack.enter_context(contextlib.closing(_writer(run, workdir, bar)))
         # A run without a checkpoint starts over, whatever an earlier attempt has written.
         writer.truncate_after(start if evaluations else -1)
         if not evaluations:
-            evaluations = [(0, held_out(run, state))]
+            with watchdog.phase("evaluate"):
+                evaluations = [(0, held_out(run, state))]
             writer.write(0, _held_out_metrics(run, evaluations[0][1]))
         for step in range(start, num_steps):
+            watchdog.at_step(step + 1)
             metrics = StepMetrics()
             state, carried, rollouts, advantages_B = rollout_step(
                 run, state, carried, step, metrics=metrics, check_mismatch=step == start
@@ -110,11 +116,13 @@ def train(run: Run, workdir: Workdir) -> Outcome:
             if taken == num_steps or _due(output.checkpoint_every, taken):
                 host = host_state(run, evaluations, carried)
                 score = measured.accuracy if measured else None
-                checkpointer.save(taken, state, host, metric=score)
+                with watchdog.phase("checkpoint"):
+                    checkpointer.save(taken, state, host, metric=score)
             bar.update()
         export = workdir.path / "export" if output.export else None
         if export is not None:
-            export_policy(run, state, export)
+            with watchdog.phase("export"):
+                export_policy(run, state, export)
     return Outcome(evaluations, export)
 
 
@@ -204,12 +212,15 @@ def collect(
 ) -> tuple[Rollouts, list[Group]]:
     """A batch of scored groups, and what is carried over to the next step."""
     config, used = run.config, []
+    size = config.rollout.prompts_per_step
     weights = run.rollout_params(params)
 
     def sample() -> list[Group]:
-        prompts = run.data.stream.next_prompts(config.rollout.prompts_per_step)
+        # The same prompts on all processes, of which each samples and scores its own share.
+        prompts = run.data.stream.next_prompts(size)
         used.extend(prompt.prompt_id for prompt in prompts)
-        noise_ids = _noise_ids(used)[-len(prompts) :]
+        own = distributed.share(size)
+        prompts, noise_ids = prompts[own], _noise_ids(used)[-size:][own]
         with timed(metrics, "gen"):
             responses, stats = run.sampler.generate(
                 weights,
@@ -218,17 +229,18 @@ def collect(
                 seed=config.seed,
                 step=step,
             )
-        for name in ("decode_steps", "prefill_tokens", "prefill_calls", "generated_tokens"):
-            metrics.add(f"rollout/{name}", getattr(stats, name))
-        metrics.add("rollout/slot_utilisation", stats.slot_utilisation)
         with timed(metrics, "reward"):
-            return experience.scored(
+            groups = experience.scored(
                 prompts,
                 responses,
                 scorer=run.scorer,
                 decode=run.model.decode,
                 max_length=config.rollout.max_response_length,
             )
+        with timed(metrics, "gather"):
+            parts = distributed.gather((groups, stats))
+        metrics.update(_rollout_metrics([stats for _, stats in parts]))
+        return [group for groups, _ in parts for group in groups]
 
     collected = shaping.collect(
         sample,
@@ -276,6 +288,15 @@ def optimize(
     return state
 
 
+def _rollout_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
+    """Sums over the processes' samplers; the mean of how well they were used."""
+    names = ("decode_steps", "prefill_tokens", "prefill_calls", "generated_tokens")
+    return {
+        **{f"rollout/{name}": sum(getattr(s, name) for s in stats) for name in names},
+        "rollout/slot_utilisation": sum(s.slot_utilisation for s in stats) / len(stats),
+    }
+
+
 def held_out(run: Run, state: TrainState) -> Evaluation:
     """Accuracy and length on the held-out problems; every call faces the same noise."""
     config = run.config
@@ -294,7 +315,7 @@ def held_out(run: Run, state: TrainState) -> Evaluation:
 def export_policy(
     run: Run, state: TrainState, folder: pathlib.Path, *, dtype: str = "float32"
 ) -> None:
-    """Writes the policy as a folder that `transformers` loads."""
+    """Writes the policy as a folder that `transformers` loads; process 0 writes, all call."""
     source = None if run.config.model.overrides else run.model.folder
     decoder_weights.export(
         folder,
@@ -304,8 +325,9 @@ def export_policy(
         dtype=dtype,
         overwrite=True,
     )
-    if source is None:
+    if source is None and distributed.is_writer():
         run.model.tokenizer.save_pretrained(folder)
+    distributed.barrier("export")
 
 
 def _due(every: int, taken: int) -> bool:
@@ -334,7 +356,10 @@ def _minibatches(run, group_ids_B, step, epoch) -> Iterator[np.ndarray]:
         yield np.concatenate([np.flatnonzero(group_ids_B == group) for group in part])
 
 
-def _writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter:
+def _writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWriter:
+    """One process writes; times, throughput and memory are what it sees."""
+    if not distributed.is_writer():
+        return SilentWriter()
     output = run.config.output
     return MetricsWriter(
         workdir.path,

@@ -1,0 +1,258 @@
+"""Shares, what is gathered, and what processes must agree on; with one process, nothing changes."""
+
+import pickle
+
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import cluster, command
+from luspo_jax import distributed, evaluate
+from luspo_jax import run as runs
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("count", [0, 1, 5, 16, 100])
+def test_shares_are_contiguous_complete_and_even(count, num):
+    things = list(range(count))
+    parts = [things[distributed.share(count, index, num)] for index in range(num)]
+    assert [thing for part in parts for thing in part] == things
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_one_process_has_everything_and_gathers_nothing():
+    assert distributed.is_writer()
+    value = object()
+    assert distributed.gather(value)[0] is value
+    assert list(range(5))[distributed.share(5)] == list(range(5))
+    distributed.barrier("nobody to wait for")
+
+
+def test_gather_puts_pieces_of_unequal_values_together(monkeypatch):
+    """Every process in turn, the others' rows made here: parts of 2 KiB, cut out anew."""
+    rng = np.random.default_rng(0)
+    values = [
+        {"tokens": rng.integers(0, 99, 5000), "logprobs": rng.normal(size=3000).astype(np.float32)},
+        [],
+        "text" * 3000,
+    ]
+    data = [np.frombuffer(pickle.dumps(v, protocol=5), np.uint8) for v in values]
+    lengths = np.array([[len(d)] for d in data], np.uint64).view(np.uint8)
+    num_parts = -(-max(map(len, data)) // 2048)
+    rows = np.stack([np.pad(d, (0, num_parts * 2048 - len(d))) for d in data])
+    parts = list(rows.reshape(3, num_parts, 2048).transpose(1, 0, 2))
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(distributed, "_GATHERED_BYTES", 3 * 2048)
+    for index, value in enumerate(values):
+        answers, sent = iter([lengths, *parts]), []
+
+        def collective(row, answers=answers, sent=sent):
+            sent.append(row)
+            return next(answers)
+
+        monkeypatch.setattr(distributed, "_all_rows", collective)
+        got = distributed.gather(value)
+        np.testing.assert_array_equal(got[0]["tokens"], values[0]["tokens"])
+        np.testing.assert_array_equal(got[0]["logprobs"], values[0]["logprobs"])
+        assert got[0]["logprobs"].dtype == np.float32
+        assert got[1:] == values[1:]
+        np.testing.assert_array_equal(sent[0], lengths[index])
+        np.testing.assert_array_equal(np.concatenate(sent[1:]), rows[index])
+        assert len(sent) == 1 + num_parts > 10
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 10**6, 3 * 2**30])
+@pytest.mark.parametrize("num", [2, 64, 2048])
+def test_pieces_cover_and_are_bounded(size, num):
+    pieces = distributed._pieces(size, num)
+    starts, widths = zip(*pieces, strict=True)
+    assert len(set(widths)) == 1
+    assert widths[0] * num <= max(2**27, 1024 * num)
+    assert starts == tuple(range(0, size, widths[0]))
+    assert widths[0].bit_count() == 1
+
+
+def test_differences_name_process_field_and_both_values():
+    same = {"python": "3.12.1", "--config.seed": 0}
+    assert distributed.differences([same, dict(same), dict(same)]) == []
+    other = same | {"--config.seed": 1, "source a.py": "12ab"}
+    lines = distributed.differences([same, same, other])
+    assert lines == [
+        "  - process 2: --config.seed is 1, and 0 on process 0",
+        "  - process 2: source a.py is '12ab', and 'absent' on process 0",
+    ]
+    many = {f"f{i:02}": i for i in range(30)}
+    assert distributed.differences([{}, many])[-1] == "  - and 20 more"
+
+
+def test_agree_raises_what_differs(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda facts: [facts, {"jax": "0.9"}])
+    with pytest.raises(distributed.AgreementError, match=r"process 1: jax is '0\.9', and '1\.0'"):
+        distributed.agree({"jax": "1.0"})
+
+
+def test_unequal_numbers_of_devices_are_refused():
+    distributed.check_devices({0: 4, 1: 4})
+    with pytest.raises(distributed.AgreementError, match="process 0 has 4, process 1 has 2"):
+        distributed.check_devices({0: 4, 1: 2})
+
+
+def test_source_hashes_see_every_byte(tmp_path):
+    package = tmp_path / "package"
+    (package / "inner").mkdir(parents=True)
+    (package / "a.py").write_text("x = 1\n")
+    (package / "inner" / "b.py").write_text("y = 1\n")
+    (package / "notes.txt").write_text("not code")
+    before = distributed.source_hashes(package)
+    assert set(before) == {"source package/a.py", "source package/inner/b.py"}
+    (package / "inner" / "b.py").write_text("y = 2\n")
+    after = distributed.source_hashes(package)
+    assert [name for name in before if before[name] != after[name]] == ["source package/inner/b.py"]
+
+
+def test_shared_folder_is_seen_or_refused(monkeypatch, tmp_path):
+    """Process 1 looks into a folder of its own, where process 0's mark does not appear."""
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda label: None)
+    monkeypatch.setattr(distributed, "_VISIBLE_AFTER_S", 0.1)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, value])
+    distributed.check_shared(tmp_path / "run", "token")
+    assert not list((tmp_path / "run").iterdir())  # the mark is taken away
+    monkeypatch.setattr(
+        distributed, "gather", lambda value: [value, False if value is True else value]
+    )
+    with pytest.raises(distributed.AgreementError, match=r"is not seen by process 1$"):
+        distributed.check_shared(tmp_path / "run", "token")
+
+
+FLAGS = ("coordinator", "num_processes", "process_id", "distributed")
+
+
+def _arguments(*given):
+    for name in FLAGS:
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(["train", *given])
+    try:
+        return cluster.arguments()
+    finally:
+        for name in FLAGS:
+            flags.FLAGS[name].unparse()
+
+
+def test_flags_of_a_cluster():
+    assert _arguments() is None
+    assert _arguments("--distributed=auto") == {}
+    assert _arguments("--coordinator=a:1", "--num_processes=2", "--process_id=0") == {
+        "coordinator_address": "a:1",
+        "num_processes": 2,
+        "process_id": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--process_id=0",), "--coordinator and --num_processes missing"),
+        (("--coordinator=a:1", "--num_processes=2"), "--process_id missing"),
+        (("--distributed=auto", "--num_processes=2"), "leave out --num_processes"),
+        (("--coordinator=a", "--num_processes=2", "--process_id=0"), "must be HOST:PORT"),
+        (("--coordinator=a:1", "--num_processes=2", "--process_id=2"), "less than --num_proc"),
+        (("--coordinator=a:1", "--num_processes=0", "--process_id=0"), "must be at least 1"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(given, message):
+    with pytest.raises(command.UsageError, match=message):
+        _arguments(*given)
+
+
+def test_cluster_that_is_not_there_is_named(monkeypatch):
+    def refuse(**arguments):
+        raise ValueError("coordinator_address should be defined.\nmore")
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", refuse)
+    with pytest.raises(distributed.ClusterError, match="--distributed=auto could not start"):
+        distributed.initialize({}, dead_after_s=30)
+    named = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
+    with pytest.raises(distributed.ClusterError, match=r"process 1 of 2 could not meet .* a:1"):
+        distributed.initialize(named, dead_after_s=30)
+
+
+def test_jax_is_slower_than_the_watchdog(monkeypatch):
+    seen = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **a: seen.append(a))
+    for dead_after_s in (6, 30, 600):
+        distributed.initialize({}, dead_after_s=dead_after_s)
+        assert seen[-1]["heartbeat_timeout_seconds"] >= max(100, 2 * dead_after_s)
+
+
+def test_workdir_of_another_process_is_read_only_and_must_be_the_same(monkeypatch, tmp_path):
+    from luspo_jax import config as configuration
+
+    config = configuration.default_config()
+    (tmp_path / "run" / "processes").mkdir(parents=True)  # heartbeats come before the run
+    runs.Workdir(tmp_path / "run", config, {}).close()
+    monkeypatch.setattr(distributed.jax, "process_index", lambda: 1)
+    seen = runs.Workdir(tmp_path / "run", config, {})
+    seen.close()
+    with pytest.raises(runs.WorkdirError, match=r"does not see there the run\.json"):
+        runs.Workdir(tmp_path / "elsewhere", config, {})
+    assert not (tmp_path / "elsewhere").exists()
+    config.seed = 5
+    with pytest.raises(runs.WorkdirError, match="on storage that all processes share"):
+        runs.Workdir(tmp_path / "run", config, {})
+
+
+def test_more_processes_than_prompts_are_refused(monkeypatch):
+    from luspo_jax import config as configuration
+
+    config = configuration.default_config()
+    runs.check_processes(config)
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 17)
+    with pytest.raises(configuration.ConfigError, match=r"prompts_per_step=16 .* processes, 17"):
+        runs.check_processes(config)
+
+
+def test_evaluation_of_shares_is_the_evaluation(monkeypatch):
+    """Two processes ask contiguous shares; put together they are what one process asks."""
+
+    class Engine:
+        class sampling:
+            max_response_length = 9
+
+        def generate(self, params, requests, **noise):
+            ids = [r.prompt_id for r in requests for _ in range(noise["group_size"])]
+            return [_Response(i) for i in ids], None
+
+    class Scorer:
+        def score_batch(self, samples):
+            return [(s.answer, s.response) for s in samples]
+
+    prompts = [_Prompt(i) for i in range(5)]
+    noise = {"group_size": 2, "seed": 0, "progress": None}
+
+    def ask():
+        return evaluate._ask(Engine(), None, prompts, Scorer(), decode=str, noise=noise)
+
+    whole = ask()
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    parts = []
+    monkeypatch.setattr(distributed, "gather", lambda value: parts.append(value) or [value])
+    for index in range(2):
+        monkeypatch.setattr(distributed.jax, "process_index", lambda index=index: index)
+        ask()
+    assert [len(part[0]) for part in parts] == [4, 6]
+    monkeypatch.setattr(distributed, "gather", lambda value: parts)
+    together = ask()
+    assert [r.prompt_id for r in together[0]] == [r.prompt_id for r in whole[0]]
+    assert together[1:] == whole[1:]
+
+
+class _Response:
+    def __init__(self, prompt_id):
+        self.prompt_id, self.tokens = prompt_id, np.array([prompt_id])
+
+
+class _Prompt:
+    def __init__(self, prompt_id):
+        self.prompt_id, self.tokens = prompt_id, np.array([1])
+        self.example = type("Example", (), {"answer": str(prompt_id), "meta": {}})

@@ -1,0 +1,245 @@
+"""Two real processes on this host: the numbers of one, deaths named, and a run that goes on."""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from luspo_jax.metrics import read_metrics
+from tests.test_train import _assert_same_results, _results
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SETTINGS = (
+    "--config=configs/quickstart.py",
+    "--config.num_steps=4",
+    "--config.rollout.prompts_per_step=7",  # shares of 3 and 4
+    "--config.rollout.group_size=8",
+    "--config.rollout.num_slots=16",
+    "--config.train.num_minibatches=1",
+    "--config.train.num_epochs=2",
+    "--config.eval.every=2",
+    "--config.eval.num_problems=15",
+    "--config.eval.num_samples=2",
+    "--config.eval.num_slots=8",
+    "--config.output.checkpoint_every=1",
+    "--config.output.tensorboard=False",
+    "--config.shaping.dynamic_sampling=True",
+    "--config.objective.kl_coef=0.01",
+)
+DEAD_AFTER = 8
+
+# Runs the launcher, and does to its own process what the variable FAULT says: no part of the
+# product knows of it. FAULT is process:phase:step:what.
+DRIVER = """
+import contextlib, os, signal, sys, time
+from luspo_jax import watchdog
+from experiments import cluster, train
+
+index, at, step, what = os.environ.get("FAULT", "-:-:-:-").split(":")
+here, real = f"--process_id={index}" in sys.argv and watchdog.guarded(), watchdog.phase
+
+@contextlib.contextmanager
+def phase(name):
+    with real(name):
+        if here and name == at and watchdog._here["step"] == int(step):
+            time.sleep(1.0)  # until the heartbeat file tells the phase
+            if what == "hang":
+                time.sleep(600)
+            if what == "error":
+                raise RuntimeError("the data of this host is bad")
+            if what == "host":  # both at once, as when the power fails
+                os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+watchdog.phase = phase
+if os.environ.get("VISIBLE_AFTER"):
+    from luspo_jax import distributed
+    distributed._VISIBLE_AFTER_S = float(os.environ["VISIBLE_AFTER"])
+if os.environ.get("OTHER_SOURCE") and here:
+    from luspo_jax import distributed
+    real_hashes = distributed.source_hashes
+    distributed.source_hashes = lambda *f: real_hashes(*f) | {"source luspo_jax/train.py": "0"}
+sys.exit(cluster.call(train.main, required=("config", "workdir")))
+"""
+
+
+class Pair:
+    """Two processes of one run, started together."""
+
+    def __init__(self, folder, workdir, *extra, flags=((), ()), fault="", **environment):
+        self.folder = folder
+        driver = folder / "driver.py"
+        driver.write_text(DRIVER)
+        environment = {
+            **{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+            "PYTHONPATH": str(ROOT),
+            "FAULT": fault or "-:-:-:-",
+            **environment,
+        }
+        port = _free_port()
+        self.processes, self.ended = [], {}
+        for index in range(2):
+            command = [
+                sys.executable,
+                str(driver),
+                *SETTINGS,
+                f"--config.hosts.dead_after_s={DEAD_AFTER}",
+                f"--workdir={workdir}",
+                f"--coordinator=127.0.0.1:{port}",
+                "--num_processes=2",
+                f"--process_id={index}",
+                *extra,
+                *flags[index],
+            ]
+            with self.log(index).open("w") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                    )
+                )
+
+    def log(self, index):
+        return self.folder / f"process_{index}.log"
+
+    def wait(self, seconds=400):
+        """(exit statuses, what both said, seconds between the two ends)."""
+        until = time.monotonic() + seconds
+        while len(self.ended) < 2 and time.monotonic() < until:
+            for index, process in enumerate(self.processes):
+                if index not in self.ended and process.poll() is not None:
+                    self.ended[index] = time.monotonic()
+            time.sleep(0.05)
+        said = [self.log(index).read_text() for index in range(2)]
+        for process in self.processes:
+            process.kill()
+        assert len(self.ended) == 2, f"still running after {seconds} s:\n" + "\n".join(said)
+        apart = abs(self.ended[0] - self.ended[1])
+        return [process.returncode for process in self.processes], said, apart
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _single(folder, workdir):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments.train", *SETTINGS, f"--workdir={workdir}"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pair")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    codes, said, _ = Pair(folder, folder / "undisturbed").wait()
+    assert codes == [0, 0], "\n".join(said)
+    return folder / "undisturbed", said
+
+
+def _without_sampler_counts(results):
+    """How two samplers fill their slots differs from how one does; nothing else may."""
+    counts = ("rollout/decode_steps", "rollout/slot_utilisation", "rollout/prefill_calls")
+    rows = [{k: v for k, v in row.items() if k not in counts} for row in results[0]]
+    return rows, *results[1:]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(folder, undisturbed):
+    workdir, said = undisturbed
+    _single(folder, folder / "single")
+    _assert_same_results(
+        _without_sampler_counts(_results(workdir)),
+        _without_sampler_counts(_results(folder / "single")),
+    )
+    posts = [json.loads((workdir / "processes" / f"{i}.json").read_text()) for i in range(2)]
+    assert [post["status"] for post in posts] == ["done", "done"]
+    assert "process 0 of 2" in said[0]
+    assert "process 1 of 2" in said[1]
+    assert "step 1/4" in said[0]
+    assert "step 1/4" not in said[1]
+
+
+FAULTS = (
+    "1:rollout:2:worker",
+    "1:rollout:2:host",
+    "1:reward:2:host",
+    "1:update_actor:2:host",
+    "1:checkpoint:2:host",
+    "1:testing:2:host",
+    "1:reward:2:error",
+    "0:rollout:2:worker",
+    "0:update_actor:2:host",
+    "0:checkpoint:2:host",
+)
+
+
+@pytest.mark.slow
+def test_deaths_are_named_and_the_run_goes_on(folder, undisturbed):
+    workdir = folder / "disturbed"
+    seconds = {}
+    for fault in FAULTS:
+        victim, phase, step, what = fault.split(":")
+        codes, said, seconds[fault] = Pair(folder, workdir, fault=fault).wait()
+        print(fault, "ended", f"{seconds[fault]:.1f} s apart")
+        assert all(codes), (fault, codes, *said)
+        named = rf"process {victim} \(host .*, pid \d+\) .*phase {phase} of step {step}"
+        survivor = said[1 - int(victim)]
+        found = re.search(named + ".*", survivor)
+        assert found, (fault, survivor[-4000:])
+        assert "continues from checkpoint step 1" in found[0]
+        if what == "error":
+            assert "the data of this host is bad" in found[0]
+        assert seconds[fault] < 60
+    codes, said, _ = Pair(folder, workdir).wait()
+    assert codes == [0, 0], "\n".join(said)
+    rows = list(read_metrics(workdir / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == list(range(5))
+    _assert_same_results(_results(workdir), _results(undisturbed[0]))
+
+
+@pytest.mark.slow
+def test_a_phase_that_hangs_ends_the_run(folder):
+    limits = ("--config.hosts.phase_timeout_s=40",)
+    codes, said, apart = Pair(folder, folder / "hung", *limits, fault="1:reward:1:hang").wait()
+    assert all(codes)
+    assert apart < 20
+    for text in said:
+        assert re.search(r"process 1 \(.*\) hangs in phase reward of step 1: .*starts over", text)
+
+
+@pytest.mark.slow
+def test_processes_that_differ_are_refused(folder):
+    flags = ((), ("--config.train.learning_rate=1e-3",))
+    codes, said, _ = Pair(folder, folder / "differ", flags=flags).wait()
+    assert all(codes)
+    expected = "process 1: --config.train.learning_rate is 0.001, and 0.0002 on process 0"
+    assert all(expected in text for text in said), "\n".join(said)
+    fault = {"fault": "1:-:-:-", "OTHER_SOURCE": "1"}
+    codes, said, _ = Pair(folder, folder / "differ", **fault).wait()
+    assert all(codes)
+    assert all("process 1: source luspo_jax/train.py is '0', and" in text for text in said), said
+
+
+@pytest.mark.slow
+def test_workdir_that_is_not_shared_is_refused(folder):
+    flags = ((f"--workdir={folder}/here",), (f"--workdir={folder}/there",))
+    codes, said, _ = Pair(folder, "-", flags=flags, VISIBLE_AFTER="2").wait()
+    assert all(codes)
+    assert all("must be on storage that all processes share" in text for text in said), said
