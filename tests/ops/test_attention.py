@@ -1,4 +1,4 @@
-"""Attention against a plain float64 computation, and the arrays it must not make."""
+"""The front: which implementation is meant, what is refused, and a mesh without a cut length."""
 
 import functools
 
@@ -7,144 +7,138 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from luspo_jax.ops import attention as module
-from luspo_jax.ops.attention import IMPLEMENTATIONS, attention
+from luspo_jax.ops.attention import IMPLEMENTATIONS, attention, resolve
+from luspo_jax.sharding import Layout
+from tests.ops import attention_cases as cases
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
-
-def _inputs(B, T, N, K, H, dtype=np.float32):
-    rng = np.random.default_rng(B * T + N)
-    query = rng.normal(size=(B, T, N, H)).astype(dtype)
-    key, value = rng.normal(size=(2, B, T, K, H)).astype(dtype)
-    segments = np.sort(rng.integers(0, 4, (B, T)), axis=1).astype(np.int32)
-    segments = np.where(segments == 3, 0, segments + 1)  # three segments, then padding
-    segments[0] = 1
-    if B > 2:
-        segments[1] = 0  # a row of padding only
-    return query, key, value, segments
+TRAINING = {"packed": True, "head_dim": 128}
 
 
-def _plain(query, key, value, segments):
-    """Every query by itself, in float64."""
-    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    B, T, N, H = query.shape
-    out = np.zeros_like(query)
-    for b, t, n in np.ndindex(B, T, N):
-        k = n // (N // key.shape[2])
-        sees = (segments[b] == segments[b, t]) & (np.arange(T) <= t)
-        scores = np.where(sees, key[b, :, k] @ query[b, t, n] / np.sqrt(H), -np.inf)
-        weights = np.exp(scores - scores.max())
-        out[b, t, n] = weights / weights.sum() @ value[b, :, k]
-    return out
-
-
-@functools.partial(jax.jit, static_argnames="implementation")
-def _attention(query, key, value, segments, implementation="reference"):
-    return attention(query, key, value, segment_ids_BT=segments, implementation=implementation)
-
-
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
 @pytest.mark.parametrize(
-    "shape",
-    [(2, 9, 4, 2, 8), (3, 5, 3, 1, 4), (1, 40, 2, 2, 6), (1, 1, 2, 1, 2), (4, 21, 4, 2, 4)],
+    ("needs", "expected"),
+    [
+        ({"platform": "cpu"}, "reference"),
+        ({"platform": "tpu"}, "splash"),
+        ({"platform": "tpu", "context": 8}, "splash"),
+        ({"platform": "gpu"}, "flash_gpu"),
+        ({"platform": "gpu", "packed": False}, "cudnn"),
+        ({"platform": "gpu", "packed": False, "context": 2}, "flash_gpu"),
+        ({"platform": "gpu", "packed": False, "dtype": "float32"}, "flash_gpu"),
+        ({"platform": "gpu", "head_dim": 8}, "reference"),
+        ({"platform": "tpu", "second_derivatives": True}, "reference"),
+        ({"platform": "metal"}, "reference"),
+    ],
+    ids=str,
 )
-def test_values_match_a_plain_computation(implementation, shape):
-    inputs = _inputs(*shape)
-    got = _attention(*inputs, implementation)
-    np.testing.assert_allclose(got, _plain(*inputs), atol=3e-6)
+def test_auto_takes_what_fits(needs, expected):
+    assert resolve("auto", **{**TRAINING, **needs}) == expected
 
 
-def test_pieces_give_the_values_and_gradients_of_one_piece(monkeypatch):
-    inputs = _inputs(4, 21, 4, 2, 4)
-    weights = np.random.default_rng(0).normal(size=inputs[0].shape).astype(np.float32)
-
-    def values_and_gradients():
-        out, vjp = jax.vjp(jax.jit(lambda *x: module._reference(*x, inputs[3])), *inputs[:3])
-        return out, *jax.jit(vjp)(weights)
-
-    whole = values_and_gradients()
-    # Now every loop turns: rows, causal blocks that do not divide T, chunks of a block.
-    monkeypatch.setattr(module, "_CHUNK", 4)
-    monkeypatch.setattr(module, "_BLOCKS", 3)
-    monkeypatch.setattr(module, "_CACHED_SCORES", 2 * 4 * 4 * 21)
-    assert module._pieces(4, 21, 4) == (2, 8, 4)
-    for a, b in zip(values_and_gradients(), whole, strict=True):
-        np.testing.assert_allclose(a, b, atol=5e-6)
-
-
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
-def test_gradients_match_those_of_a_masked_softmax(implementation):
-    query, key, value, segments = _inputs(3, 12, 4, 2, 4)
-    weights = np.random.default_rng(0).normal(size=query.shape).astype(np.float32)
-
-    def masked_softmax(query, key, value):
-        key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
-        scores = jnp.einsum("btnh,bsnh->bnts", query, key) * jnp.float32(0.5)
-        sees = (segments[:, :, None] == segments[:, None]) & np.tri(12, dtype=bool)
-        scores = jnp.where(sees[:, None], scores, -jnp.inf)
-        return jnp.sum(jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value) * weights)
-
-    def ours(query, key, value):
-        out = attention(query, key, value, segment_ids_BT=segments, implementation=implementation)
-        return jnp.sum(out * weights)
-
-    expected, got = (
-        jax.jit(jax.grad(f, argnums=(0, 1, 2)))(query, key, value) for f in (masked_softmax, ours)
-    )
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=5e-6)
+@pytest.mark.parametrize(
+    ("name", "needs", "message"),
+    [
+        ("splash", {"platform": "cpu"}, r"'splash' runs on tpu, not on cpu; here 'reference'"),
+        ("flash_gpu", {"platform": "tpu"}, r"runs on gpu or cuda or rocm, not on tpu.*'splash'"),
+        ("cudnn", {"platform": "gpu"}, r"lengths and not segment ids.*here 'flash_gpu' does"),
+        ("cudnn", {"platform": "gpu", "packed": False, "context": 4}, r"over 4 context devices"),
+        ("cudnn", {"platform": "gpu", "packed": False, "dtype": "float32"}, r"not float32"),
+        ("cudnn", {"platform": "gpu", "packed": False, "head_dim": 100}, r"multiples of 8, not 1"),
+        ("flash_gpu", {"platform": "gpu", "head_dim": 8}, r"head sizes of 16 to 128, not 8"),
+        ("splash", {"platform": "tpu", "second_derivatives": True}, r"length pressure"),
+        ("splash", {"platform": "tpu", "dtype": "float64"}, r"not take float64"),
+        ("flash", {"platform": "gpu"}, r"'flash' is unknown; use 'auto' or one of"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_by_name(name, needs, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(name, **{**TRAINING, **needs})
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
-@pytest.mark.parametrize("changed", [0, 7, 13, 19])
-def test_the_future_and_other_segments_have_no_influence(implementation, changed):
-    """Exact: neither the values of the others, nor the gradients that reach this position."""
-    query, key, value, _ = _inputs(1, 20, 4, 2, 4)
-    segments = np.array([[1] * 6 + [2] * 10 + [0] * 4], np.int32)
-    key_2, value_2 = key.copy(), value.copy()
-    key_2[:, changed] = -3.0
-    value_2[:, changed] = 1e9
-    before = np.asarray(_attention(query, key, value, segments, implementation))
-    after = np.asarray(_attention(query, key_2, value_2, segments, implementation))
-    sees = (segments[0] == segments[0, changed]) & (np.arange(20) >= changed)
-    np.testing.assert_array_equal((before != after).any(axis=(0, 2, 3)), sees)
-
-    def of_unseeing(key, value):
-        out = attention(query, key, value, segment_ids_BT=segments, implementation=implementation)
-        return jnp.sum(out * jnp.where(sees, 0.0, 1.0)[None, :, None, None])
-
-    for gradient in jax.jit(jax.grad(of_unseeing, argnums=(0, 1)))(key, value):
-        assert not np.asarray(gradient)[:, changed].any()
+def test_what_fits_is_kept():
+    assert resolve("reference", platform="tpu", **TRAINING) == "reference"
+    assert resolve("splash", platform="tpu", **TRAINING) == "splash"
 
 
-def test_extreme_scores_stay_finite():
-    query, key, value, segments = _inputs(3, 10, 2, 1, 4)
-    loss = lambda q, k, v: jnp.sum(attention(q, k, v, segment_ids_BT=segments))  # noqa: E731
-    for scale in (np.float32(0), np.float32(1e4)):
-        gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(scale * query, scale * key, value)
-        assert all(np.isfinite(g).all() for g in gradients)
+@pytest.mark.parametrize("name", ["flash", "auto"])
+def test_an_unknown_implementation_is_refused(name):
+    query, key, value, segments = cases.inputs(1, 2, 1, 1, 2)
+    with pytest.raises(
+        ValueError, match=rf"'{name}' is unknown; use one of \['cudnn', 'flash_gpu'"
+    ):
+        attention(query, key, value, segment_ids_BT=segments, implementation=name)
 
 
-def test_bfloat16_sums_in_float32():
-    query, key, value, segments = _inputs(2, 16, 4, 2, 8)
-    exact = _plain(query, key, value, segments)
-    rough = _attention(*(jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)), segments)
-    assert rough.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(rough, np.float64), exact, atol=0.04)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 4}, r"over 6 rows: the mesh cuts them in 4 parts \(data\)"),
+        ({"tensor": 8}, r"over 4 query heads: the mesh cuts them in 8 parts \(tensor\)"),
+        ({"tensor": 4}, r"over 2 key heads: the mesh cuts them in 4 parts \(tensor\)"),
+    ],
+)
+def test_sizes_that_a_mesh_does_not_divide_are_refused(sizes, message):
+    query, key, value, segments = cases.inputs(6, 8, 4, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        attention(query, key, value, segment_ids_BT=segments, layout=cases.layout_of(**sizes))
 
 
-def test_no_array_grows_with_the_square_of_the_length(monkeypatch):
-    """Forward and backward at 1 × 8192, 2 heads: one T × T float32 array alone is 256 MiB."""
-    monkeypatch.setattr(module, "_BLOCKS", 2)  # less to compile
-    shapes = [jax.ShapeDtypeStruct((1, 8192, 2, 8), jnp.float32)] * 3
-    segments = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
-    loss = lambda q, k, v, s: jnp.sum(attention(q, k, v, segment_ids_BT=s))  # noqa: E731
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, segments).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
+def test_cudnn_refuses_a_cut_length():
+    query, key, value, segments = cases.inputs(1, 8, 2, 2, 8)
+    settings = {"implementation": "cudnn", "layout": cases.layout_of(context=2)}
+    with pytest.raises(ValueError, match=r"'cudnn' cannot cut a row over 2 context devices"):
+        attention(query, key, value, segment_ids_BT=segments, **settings)
 
 
-def test_an_unknown_implementation_is_refused():
-    query, key, value, segments = _inputs(1, 2, 1, 1, 2)
-    with pytest.raises(ValueError, match=r"'flash' is unknown; use one of \['reference'\]"):
-        attention(query, key, value, segment_ids_BT=segments, implementation="flash")
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"fsdp": 4}], ids=str)
+def test_each_device_works_on_its_own_rows_and_heads(sizes):
+    arrays = cases.inputs(4, 12, 4, 2, 8)
+    grad = cases.cotangent(arrays[0])
+    layout = cases.layout_of(**sizes)
+    ours = cases.computed(arrays, grad, layout=layout)
+    assert cases.error(ours, cases.dense(*arrays, grad)) < 1e-6
+    # In the rollout a row is whole on every device of the context axis.
+    rollout = Layout(cases.layout_of(**sizes, context=2).mesh, "rollout")
+    assert cases.error(cases.computed(arrays, grad, layout=rollout), ours) < 1e-6
+
+
+def test_no_layout_is_the_reference_itself_and_a_layout_sends_nothing():
+    arrays = [jnp.asarray(x) for x in cases.inputs(4, 12, 4, 2, 8)]
+    layout = cases.layout_of(data=2, tensor=2)
+
+    def text(layout):
+        function = lambda q, k, v, s: attention(q, k, v, segment_ids_BT=s, layout=layout)  # noqa: E731
+        return jax.jit(function).lower(*arrays)
+
+    assert "sdy" not in text(None).as_text()
+    compiled = text(layout).compile().as_text()
+    for operation in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
+        assert operation not in compiled
+
+
+def test_the_pullback_has_a_derivative_in_its_cotangent():
+    """Length pressure transposes the backward pass: on a mesh as on one device."""
+    query, key, value, segments = (jnp.asarray(x) for x in cases.inputs(4, 8, 4, 2, 4))
+    direction = tuple(jnp.asarray(cases.cotangent(x)) for x in (query, key, value))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def along(layout):
+        function = lambda *x: attention(*x, segment_ids_BT=segments, layout=layout)  # noqa: E731
+        out, pull = jax.vjp(function, query, key, value)
+        return jax.vjp(pull, jnp.zeros_like(out))[1](direction)[0]
+
+    on_mesh, alone = (np.asarray(along(x)) for x in (cases.layout_of(data=2, tensor=2), None))
+    assert np.abs(alone).max() > 0.1
+    assert cases.error([on_mesh], [alone]) < 1e-6
+
+
+def test_every_implementation_has_its_blocks():
+    """Names in the table are modules with the two functions that the front calls."""
+    from luspo_jax.ops import attention as front  # the module; the name above is its function
+
+    for name in IMPLEMENTATIONS:
+        module = front._blocks(name)
+        assert callable(module.forward_block)
+        assert callable(module.backward_block)
