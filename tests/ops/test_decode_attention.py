@@ -123,7 +123,7 @@ def _on_mesh(layout, implementation, new, cached, query, layer, positions):
 @pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_mesh_writes_one_entry_a_row_and_attends_as_one_device(sizes, implementation):
-    layout = sharding.layout("rollout", sizes)
+    layout = sharding.layout("rollout", sizes, jax.devices())
     query, keys, values, _ = _inputs(B=8, S=48)
     rng = np.random.default_rng(1)
     new = tuple(rng.normal(size=(2, 8, 2, 6)).astype(np.float32))
@@ -142,7 +142,7 @@ def test_a_mesh_writes_one_entry_a_row_and_attends_as_one_device(sizes, implemen
 
 def test_parts_without_entries_weigh_nothing_beside_any_score():
     """Scores of −1000 in the only part with entries, and huge values in the others."""
-    layout = sharding.layout("rollout", {"context": 8})
+    layout = sharding.layout("rollout", {"context": 8}, jax.devices())
     query, keys, values, _ = _inputs(B=8, S=16)
     query, positions = np.full_like(query, 30.0), np.zeros(8, np.int32)
     new = (np.full((8, 2, 6), -15.0, np.float32), np.full((8, 2, 6), 2.5, np.float32))
@@ -153,7 +153,7 @@ def test_parts_without_entries_weigh_nothing_beside_any_score():
 
 
 def test_dealt_positions_are_every_cth_with_zeros_to_fill_up():
-    layout = sharding.layout("rollout", {"data": 2, "context": 4})
+    layout = sharding.layout("rollout", {"data": 2, "context": 4}, jax.devices())
     x = np.arange(1, 2 * 3 * 10 + 1, dtype=np.float32).reshape(2, 3, 10, 1)
     axes = ("batch", None, None, None)
     deal = sharding.shard_map(
@@ -165,7 +165,7 @@ def test_dealt_positions_are_every_cth_with_zeros_to_fill_up():
 
 
 def test_a_mesh_refuses_an_unknown_implementation():
-    layout = sharding.layout("rollout", {"data": 2, "context": 4})
+    layout = sharding.layout("rollout", {"data": 2, "context": 4}, jax.devices())
     query, keys, values, _ = _inputs(B=8, S=16)
     new = (query[:, :2], query[:, :2])
     with pytest.raises(ValueError, match=r"'paged' is unknown"):

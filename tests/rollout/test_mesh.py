@@ -34,7 +34,9 @@ def small_rooms(monkeypatch):
 
 
 def _layout(mesh):
-    return None if mesh is None else sharding.layout("rollout", MESHES.get(mesh) or dict(mesh))
+    if mesh is None:
+        return None
+    return sharding.layout("rollout", MESHES.get(mesh) or dict(mesh), jax.devices())
 
 
 def _placed(params, model, layout):
@@ -305,7 +307,7 @@ def test_refills_put_what_one_device_puts(mesh):
     ],
 )
 def test_layouts_that_do_not_fit_are_refused_with_their_numbers(sizes, table, message):
-    layout = sharding.layout(table, sizes)
+    layout = sharding.layout(table, sizes, jax.devices())
     with pytest.raises(sharding.MeshError, match=message):
         Engine(MODELS["qwen3"], SAMPLING, num_slots=6, max_prompt_length=17, layout=layout)
 
