@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from luspo_jax import objectives, optimizer
+from luspo_jax import objectives, optimizer, sharding
 from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.models import decoder
+from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.objectives import Objective
 from luspo_jax.ops.precision import wide_type
 from luspo_jax.types import TokenBatch, TrainBatch, TrainState
@@ -37,21 +39,62 @@ class UpdateRule:
     bin_edges: tuple[int, ...] = ()
 
 
-def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> TrainState:
+def initial_state(
+    params: Any, rule: UpdateRule, *, marked: bool = False, layout: sharding.Layout | None = None
+) -> TrainState:
     """A state that has taken no step; the reference policy, if the objective has one, is `params`.
 
     The arrays are copies, because `update_step` gives its state's memory away. `marked` makes
-    room for `TrainState.marked_params`.
+    room for `TrainState.marked_params`. With a layout, `params` lie on its mesh; what belongs to a
+    parameter lies like it, and counters on every device.
     """
     params = jax.tree.map(lambda x: jnp.array(x, wide_type(x)), params)
-    reference = jax.tree.map(jnp.copy, params) if rule.objective.kl_coef else None
+    opt_state = rule.optimizer.init(params)
     return TrainState(
         params,
-        rule.optimizer.init(params),
-        jnp.zeros((), jnp.int32),
-        reference,
+        jax.tree.map(lambda x: x if x.ndim else sharding.put(x, (), layout), opt_state),
+        sharding.put(jnp.zeros((), jnp.int32), (), layout),
+        jax.tree.map(jnp.copy, params) if rule.objective.kl_coef else None,
         jax.tree.map(jnp.copy, params) if marked else None,
     )
+
+
+def abstract_state(
+    config: DecoderConfig,
+    rule: UpdateRule,
+    *,
+    marked: bool = False,
+    layout: sharding.Layout | None = None,
+) -> TrainState:
+    """Shapes, types and places of an `initial_state`, for `Checkpointer.restore`: no memory."""
+    state = jax.eval_shape(
+        functools.partial(initial_state, rule=rule, marked=marked), decoder.abstract_params(config)
+    )
+    if layout is None:
+        return state
+    places = sharding.shardings(decoder.param_axes(config), layout)
+    everywhere = layout.sharding(())
+
+    def like_params(tree):
+        return jax.tree.map(_placed, tree, places)
+
+    return TrainState(
+        like_params(state.params),
+        optax.tree.map_params(
+            rule.optimizer,
+            _placed,
+            state.opt_state,
+            places,
+            transform_non_params=lambda x: _placed(x, everywhere),
+        ),
+        _placed(state.skipped_updates, everywhere),
+        None if state.ref_params is None else like_params(state.ref_params),
+        None if state.marked_params is None else like_params(state.marked_params),
+    )
+
+
+def _placed(x, place):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 @functools.partial(jax.jit, static_argnames=("scoring", "num_microbatches"))

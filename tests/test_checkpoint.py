@@ -1,15 +1,38 @@
 """Checkpoints: exact, complete or absent, and clear about what is wrong."""
 
+import dataclasses
 import errno
+import functools
+import re
 import shutil
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from luspo_jax.checkpoint import Checkpointer, CheckpointError
-from luspo_jax.types import TrainState
+from luspo_jax import optimizer, sharding, update
+from luspo_jax.checkpoint import Checkpointer, CheckpointError, bytes_written
+from luspo_jax.logprobs import Scoring
+from luspo_jax.models import decoder
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.objectives import preset
+from luspo_jax.rollout.compile_clock import CompileClock
+from luspo_jax.types import TokenBatch, TrainBatch, TrainState
+
+MODEL = DecoderConfig(
+    model_type="qwen3", vocab_size=24, num_layers=2, embed_dim=16, mlp_dim=32, num_heads=4,
+    num_kv_heads=2, head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6, qkv_bias=True, out_bias=False,
+    qk_norm=True, tie_embeddings=False, max_position=64, eos_token_ids=(1,), pad_token_id=0,
+    dtype="float32",
+)  # fmt: skip
+MESHES = {
+    "one": None,
+    "fsdp8": sharding.layout("train", {"fsdp": 8}),
+    "fsdp4_tensor2": sharding.layout("train", {"fsdp": 4, "tensor": 2}),
+    "data2_fsdp4": sharding.layout("train", {"data": 2, "fsdp": 4}),
+}
 
 
 def _state(value):
