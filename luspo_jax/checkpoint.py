@@ -20,7 +20,7 @@ from luspo_jax.types import TrainState
 # Free space asked for before a save, as a multiple of the state's bytes: Orbax writes beside the
 # finished checkpoint and renames, so a save that fits leaves nothing half-written.
 _HEADROOM = 1.1
-_SHOWN = 4  # names listed of each kind in an error
+_SHOWN = 8  # names listed of each kind in an error
 
 
 class CheckpointError(Exception):
@@ -196,11 +196,15 @@ def _misfits(stored, like):
         "not in the checkpoint": [f"{name} {ours[name]}" for name in ours.keys() - theirs.keys()],
     }
     return [
-        f"{len(names)} arrays {kind}: {', '.join(sorted(names)[:_SHOWN])}"
+        f"{len(names)} arrays {kind}: {', '.join(sorted(names, key=_params_first)[:_SHOWN])}"
         + (", ..." if len(names) > _SHOWN else "")
         for kind, names in kinds.items()
         if names
     ]
+
+
+def _params_first(name):
+    return not name.startswith("params/"), name
 
 
 def _described(x):

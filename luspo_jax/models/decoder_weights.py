@@ -373,6 +373,8 @@ def _reader(params, entry):
 def _on_host(leaf, layer):
     """A parameter, or one layer of it, whole on the host; of several processes, on each."""
     part = leaf if layer is None else leaf[layer]
+    if part is leaf and isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        part = jnp.copy(leaf)  # a spread array keeps what of it has come to the host
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         return multihost_utils.process_allgather(part, tiled=True)
     return np.asarray(part)
