@@ -111,30 +111,34 @@ class Checkpointer:
           CheckpointError: other arrays than those of `like`, named from the metadata before
             anything is read, or a damaged checkpoint.
         """
-        abstract = jax.tree.map(_abstract, like)
+        restored = self._read(step, jax.tree.map(_abstract, like))
+        leaves, tree = jax.tree.flatten(restored["state"])
+        host = restored["host"]
+        del restored  # so that each array goes as soon as it is replaced
+        for i, x in enumerate(jax.tree.leaves(like)):
+            leaves[i] = _freed(leaves[i], x)
+        return jax.tree.unflatten(tree, leaves), host
+
+    def _read(self, step, abstract):
         try:
             stored = self._manager.item_metadata(step)["state"].tree
             problems = _misfits(stored, abstract)
             if not problems:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()
-                    ),
+                args = ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()
                 )
+                return self._manager.restore(step, args=args)
         except Exception as error:  # Orbax raises many types; all mean the same to the user.
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} cannot be read "
                 f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}): if it is "
                 "damaged, delete that folder to continue from the one before"
             ) from error
-        if problems:
-            raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} is of another model, optimizer or "
-                f"objective: {'; '.join(problems)}. Go on with the settings that it was written "
-                "with, or start in a new --workdir"
-            )
-        return jax.tree.map(_freed, restored["state"], like), restored["host"]
+        raise CheckpointError(
+            f"checkpoint {self.folder / str(step)} is of another model, optimizer or objective: "
+            f"{'; '.join(problems)}. Go on with the settings that it was written with, or start "
+            "in a new --workdir"
+        )
 
     def close(self) -> None:
         """Releases Orbax's threads."""

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import gc
 import shutil
 import types
 
@@ -212,6 +213,15 @@ def test_resuming_compiles_nothing_new(checkpointer):
             resumed, _ = step(again)
         assert clock.count == 0
         jax.tree.map(np.testing.assert_array_equal, resumed, expected)
+
+
+def test_restoring_leaves_one_state_in_memory(checkpointer):
+    checkpointer.save(1, _state(1.1), {})
+    gc.collect()
+    before = {id(x) for x in jax.live_arrays()}
+    state, _ = checkpointer.restore(1, jax.eval_shape(_state, 0.0))
+    new = [x for x in jax.live_arrays() if id(x) not in before and x.size > 1]
+    assert sum(x.nbytes for x in new) == sum(x.nbytes for x in jax.tree.leaves(state) if x.size > 1)
 
 
 def test_resuming_on_a_mesh_compiles_nothing_new(checkpointer):
