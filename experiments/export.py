@@ -21,10 +21,11 @@ def main() -> None:
     from luspo_jax import config as configuration
     from luspo_jax import run as runs
     from luspo_jax import train
+    from luspo_jax import workdir as workdirs
     from luspo_jax.checkpoint import Checkpointer, CheckpointError
 
     workdir = pathlib.Path(_WORKDIR.value)
-    config = runs.stored_config(workdir)
+    config = workdirs.stored_config(workdir)
     run = runs.build(config)
     checkpointer = Checkpointer(
         workdir / "checkpoints",

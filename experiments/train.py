@@ -27,19 +27,20 @@ def main() -> None:
     from experiments import figures  # Imports after flags are parsed: a typo answers at once.
     from luspo_jax import distributed, train, watchdog
     from luspo_jax import run as runs
+    from luspo_jax import workdir as workdirs
 
     config, several = command.config_value(_CONFIG), cluster.arguments()
     if several is not None:
         _join(config, several)
     with watchdog.phase("build"):
         run = runs.build(config)
-        runs.check_processes(config)
+        workdirs.check_processes(config)
         if distributed.is_writer():
             print(command.description(run))
     if _DRY_RUN.value:
         distributed.stop()
         return
-    workdir = runs.Workdir(_WORKDIR.value, config, runs.facts(run))
+    workdir = workdirs.Workdir(_WORKDIR.value, config, runs.facts(run))
     outcome = train.train(run, workdir)
     if distributed.is_writer():
         figure = figures.run_figure(workdir.path)
@@ -52,7 +53,7 @@ def _join(config, arguments) -> None:
     """Brings this process together with the others, and makes sure that they run the same."""
     from luspo_jax import config as configuration
     from luspo_jax import distributed
-    from luspo_jax import run as runs
+    from luspo_jax import workdir as workdirs
 
     distributed.start(
         arguments,
@@ -66,7 +67,7 @@ def _join(config, arguments) -> None:
         {
             **{f"--config.{name}": value for name, value in configuration.flat(config).items()},
             "python": platform.python_version(),
-            **runs.package_versions(),
+            **workdirs.package_versions(),
             **distributed.source_hashes(root / "luspo_jax", root / "experiments"),
         }
     )

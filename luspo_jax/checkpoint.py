@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import logging
+import math
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
@@ -18,6 +20,7 @@ from luspo_jax.types import TrainState
 # Free space asked for before a save, as a multiple of the state's bytes: Orbax writes beside the
 # finished checkpoint and renames, so a save that fits leaves nothing half-written.
 _HEADROOM = 1.1
+_SHOWN = 8  # names listed of each kind in an error
 
 
 class CheckpointError(Exception):
@@ -29,6 +32,7 @@ class Checkpointer:
 
     A checkpoint is named by the number of rollout steps taken when it was written. It holds the
     train state and a JSON record of the host's state (prompt stream, surplus prompts, counters).
+    A state may be spread over a mesh, and be restored onto another mesh or one device.
     """
 
     def __init__(self, folder: str | pathlib.Path, *, keep_latest: int, keep_best: int):
@@ -47,6 +51,10 @@ class Checkpointer:
         with _named_os_errors(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "host": ocp.JsonCheckpointHandler(),
+                },
                 options=ocp.CheckpointManagerOptions(
                     best_fn=_best,
                     preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -66,8 +74,12 @@ class Checkpointer:
     def save(
         self, step: int, state: TrainState, host: Mapping[str, Any], *, metric: float | None = None
     ) -> None:
-        """Writes a checkpoint; it is complete when this returns, or absent when it raises."""
-        needed = int(_HEADROOM * sum(x.nbytes for x in jax.tree.leaves(state)))
+        """Writes a checkpoint; it is complete when this returns, or absent when it raises.
+
+        Of several processes each writes parts of its own, and asks for space for these.
+        """
+        own = jax.local_devices()
+        needed = int(_HEADROOM * sum(bytes_written(x, own) for x in jax.tree.leaves(state)))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise CheckpointError(
@@ -95,22 +107,46 @@ class Checkpointer:
             self._manager.wait_until_finished()
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads checkpoint `step` into the shapes, dtypes and shardings of `like`."""
+        """Reads checkpoint `step` into the shapes, types and places of `like`.
+
+        Args:
+          step: names the checkpoint.
+          like: a state, or jax.ShapeDtypeStructs of one: with a sharding, that is where the array
+            goes; without, or on the default device, the array is like one that jnp made there,
+            so that programs compiled for a new state take it.
+
+        Raises:
+          CheckpointError: other arrays than those of `like`, named from the metadata before
+            anything is read, or a damaged checkpoint.
+        """
+        restored = self._read(step, jax.tree.map(_abstract, like))
+        leaves, tree = jax.tree.flatten(restored["state"])
+        host = restored["host"]
+        del restored  # so that each array goes as soon as it is replaced
+        for i, x in enumerate(jax.tree.leaves(like)):
+            leaves[i] = _freed(leaves[i], x)
+        return jax.tree.unflatten(tree, leaves), host
+
+    def _read(self, step, abstract):
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(_abstract(like)), host=ocp.args.JsonRestore()
-                ),
-            )
+            stored = self._manager.item_metadata(step)["state"].tree
+            problems = _misfits(stored, abstract)
+            if not problems:
+                args = ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()
+                )
+                return self._manager.restore(step, args=args)
         except Exception as error:  # Orbax raises many types; all mean the same to the user.
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} cannot be read "
-                f"({type(error).__name__}: {str(error).splitlines()[0][:200]}): if it is damaged, "
-                "delete that folder to continue from the one before; if the model or optimizer "
-                "changed, start in a new --workdir"
+                f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}): if it is "
+                "damaged, delete that folder to continue from the one before"
             ) from error
-        return restored["state"], restored["host"]
+        raise CheckpointError(
+            f"checkpoint {self.folder / str(step)} is of another model, optimizer or objective: "
+            f"{'; '.join(problems)}. Go on with the settings that it was written with, or start "
+            "in a new --workdir"
+        )
 
     def close(self) -> None:
         """Releases Orbax's threads."""
@@ -121,11 +157,70 @@ def _best(metrics: Mapping[str, float]) -> float:
     return metrics["best"]
 
 
-def _abstract(state):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-        state,
+def bytes_written(x: Any, devices: Collection[jax.Device]) -> int:
+    """Bytes of an array that a process with these devices writes.
+
+    Orbax shares a part that several devices hold among them, or leaves it to the first of them;
+    this is the larger of the two.
+    """
+    if not isinstance(x, jax.Array):
+        return x.nbytes
+    part = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    held = [shard.replica_id for shard in x.global_shards if shard.device in devices]
+    copies = max(shard.replica_id for shard in x.global_shards) + 1
+    return part * max(held.count(0), -(-len(held) // copies))
+
+
+def _abstract(like):
+    place = getattr(like, "sharding", None) or jnp.zeros(()).sharding
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=place)
+
+
+def _freed(x, like):
+    """`x`, but not tied to its device where `like` is not: else every jitted function that takes
+    it compiles again. Only the host can hand over such an array: one at a time goes there."""
+    default = jnp.zeros(()).sharding
+    tied = getattr(like, "committed", False) or len(x.sharding.device_set) > 1
+    named = not isinstance(x.sharding, jax.sharding.SingleDeviceSharding)
+    if tied or named or x.sharding.device_set != default.device_set:
+        return x
+    return jnp.array(np.asarray(x))
+
+
+def _misfits(stored, like):
+    """What two trees of arrays differ in: one line for each kind of difference."""
+    theirs, ours = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): _described(x)
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (stored, like)
     )
+    kinds = {
+        "of another shape or type": [
+            f"{name} is {theirs[name]}, not {ours[name]}"
+            for name in theirs
+            if name in ours and theirs[name] != ours[name]
+        ],
+        "in the checkpoint only": [
+            f"{name} {theirs[name]}" for name in theirs.keys() - ours.keys()
+        ],
+        "not in the checkpoint": [f"{name} {ours[name]}" for name in ours.keys() - theirs.keys()],
+    }
+    return [
+        f"{len(names)} arrays {kind}: {', '.join(sorted(names, key=_params_first)[:_SHOWN])}"
+        + (", ..." if len(names) > _SHOWN else "")
+        for kind, names in kinds.items()
+        if names
+    ]
+
+
+def _params_first(name):
+    return not name.startswith("params/"), name
+
+
+def _described(x):
+    return f"{np.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

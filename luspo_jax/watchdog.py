@@ -412,14 +412,22 @@ class _Guard:
         self._post["beat"] += 1
         self._post["phase_s"] = round(time.monotonic() - self._phase_since, 1)
         path = pathlib.Path(self._membership.folder) / f"{self._membership.index}.json"
-        scratch = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps(self._post) + "\n")
-            scratch.replace(path)
+            write_atomically(path, json.dumps(self._post) + "\n")
             self._muted = False
         except OSError:
             self._muted = True
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _ending(code: int, forwarded: int | None) -> str:

@@ -1,15 +1,39 @@
 """Checkpoints: exact, complete or absent, and clear about what is wrong."""
 
+import dataclasses
 import errno
+import functools
+import gc
 import shutil
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from luspo_jax.checkpoint import Checkpointer, CheckpointError
-from luspo_jax.types import TrainState
+from luspo_jax import optimizer, sharding, update
+from luspo_jax.checkpoint import Checkpointer, CheckpointError, bytes_written
+from luspo_jax.logprobs import Scoring
+from luspo_jax.models import decoder
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.objectives import preset
+from luspo_jax.rollout.compile_clock import CompileClock
+from luspo_jax.types import TokenBatch, TrainBatch, TrainState
+
+MODEL = DecoderConfig(
+    model_type="qwen3", vocab_size=24, num_layers=2, embed_dim=16, mlp_dim=32, num_heads=4,
+    num_kv_heads=2, head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6, qkv_bias=True, out_bias=False,
+    qk_norm=True, tie_embeddings=False, max_position=64, eos_token_ids=(1,), pad_token_id=0,
+    dtype="float32",
+)  # fmt: skip
+MESHES = {
+    "one": None,
+    "fsdp8": sharding.layout("train", {"fsdp": 8}, jax.devices()),
+    "fsdp4_tensor2": sharding.layout("train", {"fsdp": 4, "tensor": 2}, jax.devices()),
+    "data2_fsdp4": sharding.layout("train", {"data": 2, "fsdp": 4}, jax.devices()),
+}
 
 
 def _state(value):
@@ -95,3 +119,194 @@ def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not write under"):
         Checkpointer(tmp_path / "file" / "checkpoints", keep_latest=1, keep_best=0)
+
+
+def _rule(**fields):
+    adam = optimizer.adamw(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1)
+    return update.UpdateRule(
+        Scoring(MODEL, head_chunk_tokens=16), preset("luspo", **fields), adam, 1, 0.0
+    )
+
+
+RULE = _rule(kl_coef=0.1)
+_double = jax.jit(functools.partial(jax.tree.map, lambda x: x + x))
+
+
+def _on(where, config, rule):
+    scoring = dataclasses.replace(rule.scoring, model=config, layout=MESHES[where])
+    return dataclasses.replace(rule, scoring=scoring)
+
+
+def _policy_state(where, config=MODEL, rule=RULE, marked=True):
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32), decoder.abstract_params(config)
+    )
+    if where != "one":
+        places = sharding.shardings(decoder.param_axes(config), MESHES[where])
+        params = jax.tree.map(jax.device_put, params, places)
+    state = update.initial_state(params, _on(where, config, rule), marked=marked)
+    return dataclasses.replace(state, params=_double(state.params))
+
+
+def _abstract(where, config=MODEL, rule=RULE, marked=True):
+    return update.abstract_state(_on(where, config, rule), marked=marked)
+
+
+def _assert_placed(state, like):
+    def check(x, y):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        if y.sharding is None:
+            assert not x.committed
+        else:
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+    jax.tree.map(check, state, like)
+
+
+@pytest.mark.parametrize("where", MESHES)
+def test_abstract_state_is_that_of_a_new_one(where):
+    state = _policy_state(where)
+    _assert_placed(state, _abstract(where))
+    mesh = MESHES[where] and MESHES[where].mesh
+    for x in jax.tree.leaves(state):
+        assert mesh is None or x.sharding.mesh == mesh  # counters too
+
+
+@pytest.mark.parametrize("written", ["fsdp8", "one"])
+def test_state_moves_between_meshes(checkpointer, written):
+    """Equal bits on one device and on every mesh, with nothing made there beforehand."""
+    checkpointer.save(3, _policy_state(written), {})
+    expected = jax.device_get(_policy_state("one"))
+    for where in MESHES:
+        like = _abstract(where)
+        state, _ = checkpointer.restore(3, like)
+        _assert_placed(state, like)
+        jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def _batch():
+    rows = np.ones((4, 8), np.int32)
+    mask_BT = np.tile(np.arange(8) > 2, (4, 1))
+    logprobs_BT = np.full((4, 8), -3, np.float32)
+    return TrainBatch(
+        rows=TokenBatch(rows, np.cumsum(rows, 1, dtype=np.int32) - 1, rows, mask_BT),
+        advantages_B=np.array([1, -1, 2, -2], np.float32),
+        group_ids_B=np.zeros(4, np.int32),
+        old_logprobs_BT=None,
+        old_entropy_BT=None,
+        ref_logprobs_BT=logprobs_BT,
+        sampler_logprobs_BT=logprobs_BT,
+    )
+
+
+def test_resuming_compiles_nothing_new(checkpointer):
+    """A restored state is to jit what a new one is, whether `like` is a state or abstract."""
+    step = functools.partial(update.update_step, batch=_batch(), rate=np.float32(0.1), rule=RULE)
+    state, _ = step(_policy_state("one"))
+    checkpointer.save(1, state, {})
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    named = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=default), _abstract("one")
+    )
+    restored = [
+        checkpointer.restore(1, like)[0] for like in (_policy_state("one"), _abstract("one"), named)
+    ]
+    expected, _ = step(state)
+    for again in restored:
+        with CompileClock() as clock:
+            resumed, _ = step(again)
+        assert clock.count == 0
+        jax.tree.map(np.testing.assert_array_equal, resumed, expected)
+
+
+def test_restoring_leaves_one_state_in_memory(checkpointer):
+    checkpointer.save(1, _state(1.1), {})
+    gc.collect()
+    before = {id(x) for x in jax.live_arrays()}
+    state, _ = checkpointer.restore(1, jax.eval_shape(_state, 0.0))
+    new = [x for x in jax.live_arrays() if id(x) not in before and x.size > 1]
+    assert sum(x.nbytes for x in new) == sum(x.nbytes for x in jax.tree.leaves(state) if x.size > 1)
+
+
+def test_resuming_on_a_mesh_compiles_nothing_new(checkpointer):
+    state = _policy_state("fsdp4_tensor2")
+    checkpointer.save(1, state, {})
+    expected = _double(state)
+    restored, _ = checkpointer.restore(1, _abstract("fsdp4_tensor2"))
+    with CompileClock() as clock:
+        again = _double(restored)
+    assert clock.count == 0
+    jax.tree.map(np.testing.assert_array_equal, again, expected)
+
+
+def test_a_device_that_was_chosen_is_kept(checkpointer):
+    checkpointer.save(1, _state(1.1), {})
+    device = jax.devices()[5]
+    like = jax.device_put(_state(0.0), device)
+    state, _ = checkpointer.restore(1, like)
+    assert all(x.devices() == {device} and x.committed for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("where", ["one", "fsdp4_tensor2"])
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"num_layers": 3}, ["params/layers/attention/out/kernel is float32[2,4,8,16], not"]),
+        ({"vocab_size": 32}, ["10 arrays", "params/embedding is float32[24,16], not float32[32,"]),
+        ({"num_heads": 8}, ["params/layers/attention/out/kernel is float32[2,4,8,16], not"]),
+        ({"mlp_dim": 64}, ["params/layers/mlp/up/kernel is float32[2,16,32], not float32[2,16,"]),
+        ({"embed_dim": 32}, ["another shape or type", "params/final_norm/scale", "], ..."]),
+        ({"tie_embeddings": True}, ["5 arrays in the checkpoint only: params/head float32[24,16"]),
+        ({"qk_norm": False}, ["in the checkpoint only: params/layers/attention/key_norm/scale"]),
+    ],
+)
+def test_another_model_is_refused_by_name(checkpointer, monkeypatch, where, changed, parts):
+    checkpointer.save(1, _policy_state("one"), {})
+    monkeypatch.setattr(
+        checkpointer._manager, "restore", lambda *_, **__: pytest.fail("something was read")
+    )
+    other = dataclasses.replace(MODEL, **changed)
+    with pytest.raises(CheckpointError, match="start in a new --workdir") as error:
+        checkpointer.restore(1, _abstract(where, other))
+    for part in parts:
+        assert part in str(error.value)
+    assert len(str(error.value)) < 2000
+
+
+def test_another_objective_or_optimizer_is_refused_by_name(checkpointer):
+    plain = _rule(kl_coef=0.0)
+    checkpointer.save(1, _policy_state("one", rule=plain, marked=False), {})
+    with pytest.raises(CheckpointError, match=r"17 arrays not in the checkpoint: ref_params/"):
+        checkpointer.restore(1, _abstract("one", marked=False))
+    with pytest.raises(CheckpointError, match="arrays not in the checkpoint: marked_params/"):
+        checkpointer.restore(1, _abstract("one", rule=plain))
+    other = dataclasses.replace(plain, optimizer=optax.sgd(0.1))
+    with pytest.raises(CheckpointError, match="arrays in the checkpoint only: opt_state/0/count"):
+        checkpointer.restore(1, _abstract("one", rule=other, marked=False))
+    narrow = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+        _abstract("one", rule=plain, marked=False),
+    )
+    with pytest.raises(CheckpointError, match=r"is float32\[16\], not bfloat16\[16\]"):
+        checkpointer.restore(1, narrow)
+
+
+def test_a_damaged_checkpoint_is_named(checkpointer, tmp_path):
+    checkpointer.save(1, _state(1), {})
+    for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="if it is damaged, delete that folder"):
+        checkpointer.restore(1, _state(0.0))
+
+
+@pytest.mark.parametrize(
+    ("where", "share"), [("fsdp8", 0.5), ("fsdp4_tensor2", 0.5), ("data2_fsdp4", 1.0)]
+)
+def test_a_process_asks_for_space_for_its_own_bytes(where, share):
+    """Half the devices hold half the parts, or a copy of all that they may have to write."""
+    x = jax.device_put(np.zeros((16, 16), np.float32), MESHES[where].sharding(("mlp", "embed")))
+    assert bytes_written(x, jax.devices()[:4]) == share * x.nbytes
+    assert bytes_written(x, jax.devices()) == x.nbytes
+    assert bytes_written(np.zeros(3), jax.devices()) == 24

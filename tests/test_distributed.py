@@ -8,7 +8,7 @@ from absl import flags
 
 from experiments import cluster, command
 from luspo_jax import distributed, evaluate
-from luspo_jax import run as runs
+from luspo_jax import workdir as workdirs
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 7, 16])
@@ -190,26 +190,26 @@ def test_workdir_of_another_process_is_read_only_and_must_be_the_same(monkeypatc
 
     config = configuration.default_config()
     (tmp_path / "run" / "processes").mkdir(parents=True)  # heartbeats come before the run
-    runs.Workdir(tmp_path / "run", config, {}).close()
+    workdirs.Workdir(tmp_path / "run", config, {}).close()
     monkeypatch.setattr(distributed.jax, "process_index", lambda: 1)
-    seen = runs.Workdir(tmp_path / "run", config, {})
+    seen = workdirs.Workdir(tmp_path / "run", config, {})
     seen.close()
-    with pytest.raises(runs.WorkdirError, match=r"does not see there the run\.json"):
-        runs.Workdir(tmp_path / "elsewhere", config, {})
+    with pytest.raises(workdirs.WorkdirError, match=r"does not see there the run\.json"):
+        workdirs.Workdir(tmp_path / "elsewhere", config, {})
     assert not (tmp_path / "elsewhere").exists()
     config.seed = 5
-    with pytest.raises(runs.WorkdirError, match="on storage that all processes share"):
-        runs.Workdir(tmp_path / "run", config, {})
+    with pytest.raises(workdirs.WorkdirError, match="on storage that all processes share"):
+        workdirs.Workdir(tmp_path / "run", config, {})
 
 
 def test_more_processes_than_prompts_are_refused(monkeypatch):
     from luspo_jax import config as configuration
 
     config = configuration.default_config()
-    runs.check_processes(config)
+    workdirs.check_processes(config)
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 17)
     with pytest.raises(configuration.ConfigError, match=r"prompts_per_step=16 .* processes, 17"):
-        runs.check_processes(config)
+        workdirs.check_processes(config)
 
 
 def test_evaluation_of_shares_is_the_evaluation(monkeypatch):

@@ -13,6 +13,7 @@ from configs import quickstart
 from luspo_jax import batches, datasets, objectives, train
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
+from luspo_jax import workdir as workdirs
 from luspo_jax.checkpoint import CheckpointError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights
@@ -88,7 +89,7 @@ def digits(response, answer):
 
 def _train(config, folder):
     run = runs.build(config)
-    workdir = runs.Workdir(folder, config, runs.facts(run))
+    workdir = workdirs.Workdir(folder, config, runs.facts(run))
     try:
         return train.train(run, workdir)
     finally:
@@ -184,22 +185,22 @@ def test_workdir_of_another_configuration_is_refused(finished, config):
     config.train.learning_rate = 3e-3
     config.rollout.group_size = 2
     with pytest.raises(
-        runs.WorkdirError, match=r"learning_rate: 0\.001 in the workdir, 0\.003 now"
+        workdirs.WorkdirError, match=r"learning_rate: 0\.001 in the workdir, 0\.003 now"
     ):
         _train(config, finished)
 
 
 def test_foreign_folder_is_refused(config, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(runs.WorkdirError, match="not empty"):
+    with pytest.raises(workdirs.WorkdirError, match="not empty"):
         _train(config, tmp_path)
 
 
 def test_workdir_in_use_is_refused(config, tmp_path):
     run = runs.build(config)
-    first = runs.Workdir(tmp_path / "run", config, runs.facts(run))
-    with pytest.raises(runs.WorkdirError, match="in use"):
-        runs.Workdir(tmp_path / "run", config, runs.facts(run))
+    first = workdirs.Workdir(tmp_path / "run", config, runs.facts(run))
+    with pytest.raises(workdirs.WorkdirError, match="in use"):
+        workdirs.Workdir(tmp_path / "run", config, runs.facts(run))
     first.close()
 
 
@@ -223,7 +224,7 @@ def test_a_write_that_broke_off_does_not_lock_the_folder(config, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".run.json.tmp").write_text("{")
-    runs.Workdir(folder, config, {}).close()
+    workdirs.Workdir(folder, config, {}).close()
 
 
 def test_damaged_checkpoint_is_named(finished, config, tmp_path):

@@ -13,10 +13,12 @@ import numpy as np
 
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
+from luspo_jax import workdir as workdirs
 from luspo_jax.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.models import decoder, decoder_weights
-from luspo_jax.run import Model, WorkdirError
+from luspo_jax.run import Model
 from luspo_jax.update import initial_state
+from luspo_jax.workdir import WorkdirError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ def load(path: str, *, step: str, dtype: str) -> Policy:
 
 
 def _of_run(workdir: pathlib.Path, step: str, dtype: str) -> Policy:
-    config = runs.stored_config(workdir)
+    config = workdirs.stored_config(workdir)
     model = runs.load_model(config)
     rule = runs.update_rule(config, model)
     marked = configuration.build_length(config).every > 0

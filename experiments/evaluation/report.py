@@ -10,7 +10,7 @@ from experiments.command import UsageError
 from experiments.evaluation import storage
 from luspo_jax.benchmarks import Summary, summary
 from luspo_jax.benchmarks.registry import benchmark
-from luspo_jax.run import write_atomically
+from luspo_jax.watchdog import write_atomically
 
 _HEAD = (
     "benchmark", "problems", "n", "avg@n %", "95 % interval", "pass@n %", "maj@n %", "length",

@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.command import UsageError
 from luspo_jax.benchmarks import Record
-from luspo_jax.run import write_atomically
+from luspo_jax.watchdog import write_atomically
 
 MANIFEST = "evaluation.json"
 

@@ -20,7 +20,8 @@ from experiments.sweeps.spec import Member, Sweep
 from luspo_jax import config as configuration
 from luspo_jax.config import ConfigError
 from luspo_jax.metrics import read_metrics
-from luspo_jax.run import WorkdirError, write_atomically
+from luspo_jax.watchdog import write_atomically
+from luspo_jax.workdir import WorkdirError
 
 Task = dict  # what a worker reads: folder, log, config, fingerprint, compile_cache
 

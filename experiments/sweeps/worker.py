@@ -53,7 +53,8 @@ def run_member(task: dict[str, Any]) -> None:
 
     from luspo_jax import config as configuration
     from luspo_jax import run as runs
-    from luspo_jax import train
+    from luspo_jax import train, watchdog
+    from luspo_jax import workdir as workdirs
 
     jax.config.update("jax_compilation_cache_dir", task["compile_cache"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -61,11 +62,11 @@ def run_member(task: dict[str, Any]) -> None:
     configuration.assign(config, task["config"])
     run = runs.build(config)
     folder = pathlib.Path(task["folder"])
-    workdir = runs.Workdir(folder, config, runs.facts(run))
+    workdir = workdirs.Workdir(folder, config, runs.facts(run))
     with contextlib.closing(workdir):
         train.train(run, workdir)
     mark = {"fingerprint": task["fingerprint"]}
-    runs.write_atomically(folder / "finished.json", json.dumps(mark) + "\n")
+    watchdog.write_atomically(folder / "finished.json", json.dumps(mark) + "\n")
 
 
 @contextlib.contextmanager

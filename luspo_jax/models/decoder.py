@@ -6,10 +6,12 @@ and everything is a function of `(params, arrays)`.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from luspo_jax import sharding
@@ -25,6 +27,8 @@ from luspo_jax.models.layers import (
 )
 from luspo_jax.ops.attention import attention as attend
 from luspo_jax.ops.decode_attention import CACHE_AXES, append_and_attend
+from luspo_jax.ops.normal_slice import normal_slice
+from luspo_jax.sharding import constrain
 
 INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
 _MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by the last key of their path
@@ -338,18 +342,41 @@ def init_params(key, config, dtype=jnp.float32, layout=None):
     """Random parameters: normal(0, 0.02) matrices, unit norms, zero biases.
 
     All matrices are cut from one draw: one random generator to compile instead of one a matrix.
+    With a layout the same numbers are made in place, each device its part.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
+    axes = jax.tree.leaves(param_axes(config), is_leaf=lambda node: isinstance(node, tuple))
     drawn = [leaf.size if path[-1].key in _MATRICES else 0 for path, leaf in leaves]
-    noise = INIT_STDDEV * jax.random.normal(key, (sum(drawn),), jnp.float32)
+    if layout is None:
+        noise = INIT_STDDEV * jax.random.normal(key, (sum(drawn),), jnp.float32)
     params, start = [], 0
-    for (path, leaf), size in zip(leaves, drawn, strict=True):
-        if size:
+    for (path, leaf), size, names in zip(leaves, drawn, axes, strict=True):
+        place = None if layout is None else layout.sharding(names)
+        if not size:
+            value = float(path[-1].key == "scale")
+            params.append(jnp.full(leaf.shape, value, dtype, device=place))
+        elif layout is None:
             params.append(noise[start : start + size].reshape(leaf.shape).astype(dtype))
-            start += size
         else:
-            params.append(jnp.full(leaf.shape, float(path[-1].key == "scale"), dtype))
+            with jax.enable_x64(True):
+                part = _normal_part(key, np.uint64(start), leaf.shape, names, layout)
+            params.append(jax.device_put((INIT_STDDEV * part).astype(dtype), place))
+        start += size
     return jax.tree.unflatten(tree, params)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _normal_part(key, start, shape, axes, layout):
+    """`normal_slice`, spread over the mesh, one layer after another to spare memory."""
+    if axes[0] != "layers":
+        return constrain(normal_slice(key, start, shape), axes, layout)
+
+    def one(layer):
+        offset = layer * np.uint64(math.prod(shape[1:]))
+        return constrain(normal_slice(key, start + offset, shape[1:]), axes[1:], layout)
+
+    layers = jax.lax.map(one, jnp.arange(shape[0], dtype=jnp.uint64))
+    return constrain(layers, axes, layout)
 
 
 def abstract_params(config, dtype=jnp.float32):

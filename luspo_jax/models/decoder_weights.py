@@ -1,8 +1,10 @@
 """Decoder weights from and to a Hugging Face folder, by one table of names.
 
-Both directions, the parameter count and every check read the same table.
+Both directions, the parameter count and every check read the same table. On a mesh, parameters are
+made part by part where they belong, and written tensor by tensor: no host ever holds them all.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,12 +12,15 @@ import pathlib
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
+from luspo_jax import sharding
 from luspo_jax.models import decoder, safetensors_folder
 from luspo_jax.models.decoder_config import ConfigError, DecoderConfig, decoder_config, hf_config
 from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError
@@ -42,6 +47,7 @@ _LAYER = {
     "mlp.up_proj.weight": ("mlp", "up", "kernel"),
     "mlp.down_proj.weight": ("mlp", "down", "kernel"),
 }
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # in old checkpoints: computed, not learnt
 _SHOWN = 8  # names listed of each kind in an error
 
@@ -58,6 +64,9 @@ COPIED_FILES = (
 )
 
 
+Index = tuple[slice, ...]  # a part of an array: start and stop in every dimension
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One tensor of a checkpoint and its place in the parameters.
@@ -68,6 +77,7 @@ class Entry:
       shape: of the parameter, without the layer axis.
       hf_shape: of the tensor, which stores a matrix as [outputs, inputs], heads merged.
       transposed: whether the tensor is such a matrix.
+      merged: for each dimension of the tensor, which axes of the parameter it merges: (from, to).
     """
 
     path: tuple[str, ...]
@@ -75,11 +85,29 @@ class Entry:
     shape: tuple[int, ...]
     hf_shape: tuple[int, ...]
     transposed: bool
+    merged: tuple[tuple[int, int], ...]
 
-    def from_hf(self, array: np.ndarray) -> np.ndarray:
-        return (array.T if self.transposed else array).reshape(self.shape)
+    def hf_index(self, index: Index) -> Index:
+        """The least range of each dimension of the tensor that covers a part of the parameter.
+
+        Where only the first of merged axes is cut (heads, not their insides), nothing besides it.
+        """
+        inner = [math.prod(self.shape[first + 1 : last]) for first, last in self.merged]
+        outer = [index[first] for first, _ in self.merged]
+        return tuple(slice(s.start * n, s.stop * n) for s, n in zip(outer, inner, strict=True))
+
+    def from_hf(self, array: np.ndarray, index: Index) -> np.ndarray:
+        """The part `index` of the parameter, from the part `hf_index(index)` of the tensor."""
+        outer = {first for first, _ in self.merged}
+        shape = [
+            s.stop - s.start if axis in outer else size
+            for axis, (s, size) in enumerate(zip(index, self.shape, strict=True))
+        ]
+        rest = tuple(slice(None) if axis in outer else s for axis, s in enumerate(index))
+        return (array.T if self.transposed else array).reshape(shape)[rest]
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """The tensor, from the whole parameter."""
         if self.transposed:
             return array.reshape(self.hf_shape[::-1]).T
         return array.reshape(self.hf_shape)
@@ -91,20 +119,21 @@ def weight_table(config: DecoderConfig) -> dict[str, Entry]:
     table = {}
     for name, path in _TOP.items():
         if (leaf := _leaf(abstract, path)) is not None:
-            table[name] = Entry(path, None, leaf.shape, leaf.shape, False)
+            own = tuple((axis, axis + 1) for axis in range(len(leaf.shape)))
+            table[name] = Entry(path, None, leaf.shape, leaf.shape, False, own)
     for suffix, path in _LAYER.items():
         path = ("layers", *path)
         if (leaf := _leaf(abstract, path)) is None:
             continue
         shape = leaf.shape[1:]
-        hf_shape, transposed = (math.prod(shape),), False
-        if path[-1] == "kernel":
+        merged, transposed = ((0, len(shape)),), path[-1] == "kernel"
+        if transposed:
             inputs = 2 if "out" in path else 1  # how many leading axes are contracted
-            hf_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-            transposed = True
+            merged = ((inputs, len(shape)), (0, inputs))
+        hf_shape = tuple(math.prod(shape[first:last]) for first, last in merged)
         for layer in range(config.num_layers):
             name = f"model.layers.{layer}.{suffix}"
-            table[name] = Entry(path, layer, shape, hf_shape, transposed)
+            table[name] = Entry(path, layer, shape, hf_shape, transposed, merged)
     return table
 
 
@@ -119,40 +148,128 @@ def load_params(
     *,
     dtype: Any = jnp.float32,
     check_finite: bool = True,
-    layout=None,
+    layout: sharding.Layout | None = None,
 ) -> dict:
-    """Parameters of a checkpoint folder as NumPy arrays of `dtype`, layers stacked.
+    """Parameters of a checkpoint folder, layers stacked.
 
-    Tensors are read one at a time into the stacks. Put the result on devices before use.
+    Without a layout: NumPy arrays of `dtype`; put the result on devices before use. With one:
+    global arrays of `dtype`, cut by `decoder.param_axes`. Every process then reads only what its
+    own devices hold, one device's part of one parameter at a time, so that the host holds no more
+    than that part and the tensor it is being read from; a part that several devices hold is read
+    once. (A part cut along the tensor's last dimension lies scattered over the file: its bytes
+    alone are copied, yet the disk reads whole pages.)
 
     Raises:
       WeightsError: a missing or damaged file; or all missing, surplus and misshapen tensors at
-        once; or, with `check_finite`, all tensors that hold NaN or infinity.
+        once; or, with `check_finite`, all tensors that hold NaN or infinity. Of several
+        processes, those whose own parts are sound say that another's are not.
+    """
+    with opened(folder, config, dtype=dtype, check_finite=check_finite) as weights:
+        abstract = decoder.abstract_params(config)
+        if layout is None:
+            params = _map_paths(lambda path, x: weights.part(path, _whole(x.shape)), abstract)
+        else:
+            places = sharding.shardings(decoder.param_axes(config), layout)
+            params = _map_paths(
+                lambda path, x, place: _assembled(x.shape, place, path, weights), abstract, places
+            )
+        _raise_together(weights.problem(), layout)
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint folder whose names and shapes are right, open to be read part by part.
+
+    Attributes:
+      folder: where it is.
+      read: reads a range of each dimension of a named tensor.
+      files: the file of each tensor.
+      tensors: (name, Entry) of the tensors that make up each parameter, by its path, in order.
+      dtype: of the parts made.
+      check_finite: whether parts are searched for NaN and infinity.
+      tied_head: whether a head is stored that must equal the embedding.
+      faults: names of the tensors in which something was found.
+    """
+
+    folder: pathlib.Path
+    read: Callable[[str, Index], np.ndarray]
+    files: dict[str, pathlib.Path]
+    tensors: dict[tuple[str, ...], list[tuple[str, Entry]]]
+    dtype: np.dtype
+    check_finite: bool
+    tied_head: bool
+    faults: set[str] = dataclasses.field(default_factory=set)
+
+    def part(self, path: tuple[str, ...], index: Index) -> np.ndarray:
+        """One part of the parameter at `path`; reads nothing else."""
+        made = np.empty([s.stop - s.start for s in index], self.dtype)
+        tensors = self.tensors[path]
+        if tensors[0][1].layer is None:
+            made[...] = self._tensor_part(*tensors[0], index)
+            return made
+        for row, (name, entry) in enumerate(tensors[index[0]]):
+            made[row] = self._tensor_part(name, entry, index[1:])
+        return made
+
+    def problem(self) -> str | None:
+        """What was wrong in the parts read so far; None where nothing was."""
+        if _HEAD in self.faults and self.tied_head:
+            return (
+                f"{self.folder}: tie_word_embeddings is true, yet {_HEAD} differs from "
+                f"{_EMBEDDING}; set it to false in config.json to use that head"
+            )
+        if self.faults:
+            named = [f"{name} ({self.files[name].name})" for name in sorted(self.faults)]
+            return (
+                f"{self.folder}: {len(named)} tensors hold NaN or infinity: {_some(named)}; "
+                f"use an earlier checkpoint or download it again"
+            )
+        return None
+
+    def _tensor_part(self, name, entry, index):
+        hf_index = entry.hf_index(index)
+        array = self.read(name, hf_index)
+        if self.check_finite and not np.isfinite(array).all():
+            self.faults.add(name)
+        compared = self.tied_head and name == _EMBEDDING
+        if compared and not np.array_equal(self.read(_HEAD, hf_index), array, equal_nan=True):
+            self.faults.add(_HEAD)
+        return entry.from_hf(array, index)
+
+
+@contextlib.contextmanager
+def opened(
+    folder: str | pathlib.Path, config: DecoderConfig, *, dtype: Any, check_finite: bool
+) -> Iterator[Source]:
+    """Opens a checkpoint folder of `config`.
+
+    Raises:
+      WeightsError: a missing or damaged file; or all missing, surplus and misshapen tensors.
     """
     folder = pathlib.Path(folder)
     stored = safetensors_folder.contents(folder)
     table = weight_table(config)
     _check_names(folder, stored, table)
-    _check_tied_head(folder, stored, config)
-    params = _empty(config, np.dtype(dtype))
-    by_file = defaultdict(list)
-    for name in table:
-        by_file[stored[name].file].append(name)
-    bad = []
-    for file, names in by_file.items():
-        with safetensors_folder.opened(file) as handle:
-            for name in names:
-                array, entry = handle.get_tensor(name), table[name]
-                if check_finite and not np.isfinite(array).all():
-                    bad.append(f"{name} ({file.name})")
-                target = _leaf(params, entry.path)
-                target[() if entry.layer is None else entry.layer] = entry.from_hf(array)
-    if bad:
-        raise WeightsError(
-            f"{folder}: {len(bad)} tensors hold NaN or infinity: {_some(bad)}; "
-            f"use an earlier checkpoint or download it again"
-        )
-    return params
+    tensors = defaultdict(list)
+    for name, entry in table.items():
+        tensors[entry.path].append((name, entry))
+    tied_head = config.tie_embeddings and _HEAD in stored
+    with safetensors_folder.reader(stored) as read:
+        files = {name: tensor.file for name, tensor in stored.items()}
+        yield Source(folder, read, files, tensors, np.dtype(dtype), check_finite, tied_head)
+
+
+def parts_on(
+    shape: tuple[int, ...], place: jax.sharding.Sharding, devices: Collection[jax.Device]
+) -> list[tuple[Index, list[jax.Device]]]:
+    """The different parts of an array that `devices` hold, each with those that hold it."""
+    holders = defaultdict(list)
+    for device, index in place.devices_indices_map(shape).items():
+        if device in devices:
+            ranges = (s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+            holders[tuple(ranges)].append(device)
+    return [(tuple(slice(*r) for r in ranges), held) for ranges, held in holders.items()]
 
 
 def export(
@@ -167,9 +284,13 @@ def export(
 ) -> None:
     """Writes a folder that `transformers` loads; it appears whole or not at all.
 
+    One tensor at a time comes to the host. Where `params` are spread over several processes, all
+    of them call this with the same arguments: each tensor is gathered by all, process 0 writes,
+    and all return once the folder is there. If process 0 fails, its exit ends the others' wait.
+
     Args:
       folder: must not exist yet, unless `overwrite`.
-      params: as `load_params` or `init_params` make them; one tensor at a time is copied.
+      params: as `load_params` or `init_params` make them, on the host or on devices.
       config: of `params`.
       source: folder whose config, generation config and tokenizer files are taken along.
       dtype: type to store: float32, bfloat16 or float16.
@@ -189,15 +310,21 @@ def export(
         Planned(name, entry.hf_shape, _reader(params, entry))
         for name, entry in weight_table(config).items()
     ]
-    with safetensors_folder.new_folder(pathlib.Path(folder), overwrite=overwrite) as partial:
-        safetensors_folder.write_shards(
-            partial, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes
-        )
-        _write_json(partial / "config.json", hf)
-        _write_json(partial / "generation_config.json", _generation_config(config))
-        for name in COPIED_FILES if source is not None else ():
-            if (pathlib.Path(source) / name).is_file():
-                shutil.copyfile(pathlib.Path(source) / name, partial / name)
+    if jax.process_index() == 0:
+        with safetensors_folder.new_folder(pathlib.Path(folder), overwrite=overwrite) as partial:
+            safetensors_folder.write_shards(
+                partial, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes
+            )
+            _write_json(partial / "config.json", hf)
+            _write_json(partial / "generation_config.json", _generation_config(config))
+            for name in COPIED_FILES if source is not None else ():
+                if (pathlib.Path(source) / name).is_file():
+                    shutil.copyfile(pathlib.Path(source) / name, partial / name)
+    else:
+        for tensor in tensors:
+            tensor.read()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("export")
 
 
 def _leaf(tree, path):
@@ -208,21 +335,49 @@ def _leaf(tree, path):
     return tree
 
 
+def _map_paths(function, *trees):
+    """`function` of path and leaves, over nested dicts."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(tuple(key.key for key in path), *leaves), *trees
+    )
+
+
+def _whole(shape):
+    return tuple(slice(0, size) for size in shape)
+
+
+def _assembled(shape, place, path, weights):
+    """A global array; this process makes the parts on its own devices, one after another."""
+    arrays = []
+    for index, devices in parts_on(shape, place, place.addressable_devices):
+        part = weights.part(path, index)
+        copies = [jax.device_put(part, device) for device in devices]
+        arrays += jax.block_until_ready(copies)  # before the next part takes memory
+    return jax.make_array_from_single_device_arrays(shape, place, arrays)
+
+
+def _raise_together(problem, layout):
+    """Raises where any process has a problem: one that went on alone would wait for the others."""
+    shared = layout is not None and jax.process_count() > 1
+    anywhere = shared and multihost_utils.process_allgather(np.array(problem is not None)).any()
+    if problem is not None:
+        raise WeightsError(problem)
+    if anywhere:
+        raise WeightsError("another process found these weights damaged; its message says where")
+
+
 def _reader(params, entry):
-    def read():
-        leaf = _leaf(params, entry.path)
-        return entry.to_hf(np.asarray(leaf if entry.layer is None else leaf[entry.layer]))
-
-    return read
+    return lambda: entry.to_hf(_on_host(_leaf(params, entry.path), entry.layer))
 
 
-def _empty(config, dtype):
-    def fill(node):
-        if isinstance(node, dict):
-            return {key: fill(value) for key, value in node.items()}
-        return np.empty(node.shape, dtype)
-
-    return fill(decoder.abstract_params(config))
+def _on_host(leaf, layer):
+    """A parameter, or one layer of it, whole on the host; of several processes, on each."""
+    part = leaf if layer is None else leaf[layer]
+    if part is leaf and isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        part = jnp.copy(leaf)  # a spread array keeps what of it has come to the host
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        return multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)
 
 
 def _check_params(params, config):
@@ -245,7 +400,7 @@ def _check_names(folder, stored, table):
     surplus = [
         f"{name} ({stored[name].file.name})"
         for name in sorted(stored)
-        if name not in table and name != "lm_head.weight" and not _BUFFERS.search(name)
+        if name not in table and name != _HEAD and not _BUFFERS.search(name)
     ]
     misshapen = [
         f"{name} is {list(stored[name].shape)}, not {list(entry.hf_shape)}"
@@ -261,21 +416,6 @@ def _check_names(folder, stored, table):
         raise WeightsError(
             f"the weights of {folder} do not fit its config.json: {'; '.join(problems)}. "
             f"Use the config.json that belongs to these weights, or download the folder again"
-        )
-
-
-def _check_tied_head(folder, stored, config):
-    """A tied checkpoint may repeat its embedding as lm_head.weight; a different head is refused."""
-    if not config.tie_embeddings or "lm_head.weight" not in stored:
-        return
-    arrays = []
-    for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        with safetensors_folder.opened(stored[name].file) as handle:
-            arrays.append(handle.get_tensor(name))
-    if not np.array_equal(arrays[0], arrays[1], equal_nan=True):
-        raise WeightsError(
-            f"{folder}: tie_word_embeddings is true, yet lm_head.weight differs from "
-            f"model.embed_tokens.weight; set it to false in config.json to use that head"
         )
 
 

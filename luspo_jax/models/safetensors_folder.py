@@ -88,6 +88,29 @@ def opened(file: pathlib.Path):
         yield open_handle
 
 
+@contextlib.contextmanager
+def reader(stored: dict[str, Stored]) -> Iterator[Callable[..., np.ndarray]]:
+    """A function (name, a slice of each dimension) -> array, of the tensors of a folder.
+
+    Files are mapped into memory and stay open until the block ends.
+    """
+    with contextlib.ExitStack() as stack:
+        handles = {}
+
+        def read(name: str, slices: tuple[slice, ...]) -> np.ndarray:
+            file = stored[name].file
+            if file not in handles:
+                handles[file] = stack.enter_context(opened(file))
+            return read_slice(handles[file], name, slices)
+
+        yield read
+
+
+def read_slice(handle, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+    """A copy of one part of a tensor; every byte of weights that is read passes here."""
+    return handle.get_slice(name)[slices]
+
+
 def _files(folder):
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder; give one that holds a checkpoint")

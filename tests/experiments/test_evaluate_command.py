@@ -19,13 +19,14 @@ from experiments.evaluation import comparison, plan, policy, scoring, session, s
 from experiments.evaluation.plan import Options
 from luspo_jax import evaluate
 from luspo_jax import run as runs
+from luspo_jax import workdir as workdirs
 from luspo_jax.benchmarks import BENCHMARKS, BenchmarkError, Summary, protocol
 from luspo_jax.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
 from luspo_jax.rewards.math_equal import VERSION
-from luspo_jax.run import WorkdirError
 from luspo_jax.update import initial_state
+from luspo_jax.workdir import WorkdirError
 
 MODEL = "embedded:label_sums"
 CHOSEN = [BENCHMARKS["label_sums"]]
@@ -281,7 +282,7 @@ def test_checkpoint_of_a_run_is_a_model(tmp_path):
     config = quickstart.get_config()
     model = runs.load_model(config)
     rule = runs.update_rule(config, model)
-    runs.Workdir(tmp_path / "run", config, {}).close()
+    workdirs.Workdir(tmp_path / "run", config, {}).close()
     with pytest.raises(CheckpointError, match="holds no checkpoints yet"):
         policy.load(str(tmp_path / "run"), step="latest", dtype="float32")
     base = decoder_weights.load_params(model.folder, model.config)
@@ -300,7 +301,7 @@ def test_checkpoint_of_a_run_is_a_model(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), latest.params, base)
     with pytest.raises(CheckpointError, match="latest, best or a number"):
         policy.load(str(tmp_path / "run"), step="newest", dtype="float32")
-    busy = runs.Workdir(tmp_path / "run", config, {})
+    busy = workdirs.Workdir(tmp_path / "run", config, {})
     with pytest.raises(WorkdirError, match="in use by a training run"):
         policy.load(str(tmp_path / "run"), step="latest", dtype="float32")
     busy.close()

@@ -11,7 +11,7 @@ from experiments.studies.length_bias import design
 from experiments.sweeps import report, spec
 from experiments.sweeps.report import Estimate, Result
 from experiments.sweeps.spec import Sweep
-from luspo_jax.run import write_atomically
+from luspo_jax.watchdog import write_atomically
 
 Ran = tuple[Sweep, pathlib.Path]  # a sweep and the folder of its runs
 WINDOW = 5  # rollout steps between two held-out lengths

@@ -1,0 +1,154 @@
+"""Every field of a run's configuration, with its default."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from luspo_jax import objectives
+from luspo_jax.length.settings import LengthSettings
+from luspo_jax.shaping import Shaping
+
+
+def default_config() -> ConfigDict:
+    """A new configuration with every field there is, at its default; `configs/` fill it in."""
+    config = ConfigDict()
+    config.seed = 0
+    config.num_steps = 100  # Rollout steps.
+
+    config.model = ConfigDict()
+    # A folder in Hugging Face format, "embedded:NAME" for a model inside this package, or
+    # "hub:OWNER/NAME" to download one.
+    config.model.path = ""
+    config.model.tokenizer = ""  # Folder; empty = the model's.
+    config.model.random_weights = False  # Read config.json only and draw weights from `seed`.
+    config.model.overrides = ConfigDict()  # Fields of config.json, with random_weights only.
+    config.model.dtype = "float32"  # Compute dtype of training; master weights are float32.
+    config.model.rollout_dtype = "float32"  # Of sampling: weights, activations and KV cache.
+    config.model.remat = "none"  # What is kept for the backward pass: a key of decoder.REMAT.
+    config.model.attention = "reference"
+    config.model.head_chunk_tokens = 2048  # Tokens whose logits exist at one time on a device.
+
+    # Devices of training, of all processes; one size may be -1, for as many as the others leave.
+    config.mesh = ConfigDict()
+    config.mesh.data = 1  # Copies of the weights.
+    config.mesh.fsdp = -1  # Rows and weights cut alike; weights are gathered a layer at a time.
+    config.mesh.expert = 1  # As fsdp, and experts are cut over it.
+    config.mesh.context = 1  # Parts of a row.
+    config.mesh.tensor = 1  # Parts of heads, mlp and vocabulary.
+
+    # Devices of the rollout; one copy of the weights lies within a process.
+    config.rollout_mesh = ConfigDict()
+    config.rollout_mesh.data = -1
+    config.rollout_mesh.expert = 1
+    config.rollout_mesh.context = 1  # Parts of the KV cache's positions.
+    config.rollout_mesh.tensor = 1
+
+    config.data = ConfigDict()
+    config.data.name = ""  # One of luspo_jax.datasets.DATASETS.
+    config.data.path = ""  # Local file of a dataset that is not generated.
+    config.data.split = "train"
+    config.data.options = ConfigDict()  # Of a generated dataset.
+    # Several sources to train on in place of `name`: a name of yours → {name, path, split, weight,
+    # problem_column, answer_column}; weight is a share of the prompts.
+    config.data.mixture = ConfigDict()
+    config.data.eval_name = ""  # Held-out set; empty = data.name.
+    config.data.eval_path = ""  # Empty = data.path.
+    config.data.eval_split = "test"
+    config.data.cache_dir = ""  # Where built datasets are kept; empty = the user's cache folder.
+    config.data.problem_column = ""  # Of a user's own jsonl or parquet.
+    config.data.answer_column = ""
+    config.data.template = "plain"  # One of luspo_jax.prompts.TEMPLATES.
+    config.data.system_prompt = ""
+    config.data.enable_thinking = placeholder(bool)  # Passed to the chat template where set.
+    config.data.max_prompt_length = 1024  # Tokens; longer prompts are dropped and counted.
+
+    config.reward = ConfigDict()
+    config.reward.parts = ConfigDict()  # Verifier → weight.
+    # Verifier → its options, e.g. overlong: {buffer: 4096, factor: 0.3}. A reward of your own is
+    # any name with the option function: "module:function" or "file.py:function".
+    config.reward.options = ConfigDict()
+    config.reward.timeout_s = 10.0  # Of one verification.
+    config.reward.num_workers = 2  # Processes for verifiers that need a hard time limit.
+    config.reward.max_failure_rate = 0.05  # Share of time-outs and errors that stops the run.
+
+    config.rollout = ConfigDict()
+    config.rollout.prompts_per_step = 16
+    config.rollout.group_size = 8
+    config.rollout.max_response_length = 256
+    config.rollout.temperature = 1.0
+    config.rollout.top_p = 1.0
+    config.rollout.top_k = 0  # 0 = off.
+    config.rollout.num_slots = 128  # Sequences decoded at once.
+    config.rollout.chunk_length = 64  # Decode steps between two looks by the host.
+    config.rollout.mismatch_limit = 0.05  # |sampler − trainer| log-prob refused at the first step.
+
+    config.shaping = ConfigDict()  # See luspo_jax.shaping.Shaping.
+    for field in dataclasses.fields(Shaping):
+        config.shaping[field.name] = field.default
+
+    config.objective = ConfigDict()
+    config.objective.preset = "luspo"
+    for field in dataclasses.fields(objectives.Objective):
+        # Unset = the preset's value.
+        config.objective[field.name] = placeholder(_plain_type(field))
+
+    config.train = ConfigDict()
+    config.train.num_minibatches = 1  # Optimizer steps a pass over the rollouts.
+    config.train.num_microbatches = 1  # Parts of a minibatch, to bound memory.
+    # Lay responses end to end in dense rows; micro-batches then hold as many as fit.
+    config.train.packing = False
+    config.train.microbatch_tokens = 0  # Of a packed micro-batch: rows × pack_length, at most.
+    config.train.pack_length = 0  # Tokens of a packed row; 0 = the longest sequence allowed.
+    config.train.num_length_buckets = 4  # Row lengths a step may have: each compiles once.
+    # What waits in host memory during the rollout: a key of update.OFFLOADS.
+    config.train.offload = "none"
+    config.train.num_epochs = 1  # Passes over the rollouts.
+    config.train.learning_rate = 1e-6
+    config.train.warmup_steps = 20  # Rollout steps.
+    config.train.b1 = 0.9
+    config.train.b2 = 0.999
+    config.train.eps = 1e-8
+    config.train.weight_decay = 0.0
+    config.train.max_grad_norm = 1.0  # 0 = off.
+    # Every so many rollout steps, π_ref ← ref_decay · π_ref + (1 − ref_decay) · π; 0 = never.
+    config.train.ref_every = 0
+    config.train.ref_decay = 0.0
+
+    config.length = ConfigDict()  # See luspo_jax.length.settings.LengthSettings.
+    for field in dataclasses.fields(LengthSettings):
+        config.length[field.name] = field.default
+
+    config.eval = ConfigDict()
+    config.eval.every = 10  # Rollout steps; 0 = only before and after training.
+    config.eval.num_problems = 500
+    config.eval.num_samples = 4  # Responses a problem.
+    config.eval.temperature = 1.0
+    config.eval.top_p = 1.0
+    config.eval.top_k = 0
+    config.eval.num_slots = 256
+    config.eval.seed = 7  # Of the noise: one value for all runs, so that runs compare in pairs.
+    # Reward part that counts as accuracy; may stay empty where there is only one.
+    config.eval.metric = ""
+
+    config.output = ConfigDict()
+    config.output.checkpoint_every = 10  # Rollout steps; 0 = only at the end.
+    config.output.keep_latest = 2
+    config.output.keep_best = 1  # By held-out accuracy.
+    config.output.dump_every = 1  # Rollout steps between dumps of all responses; 0 = never.
+    config.output.tensorboard = True
+    config.output.wandb_project = ""  # Empty = no Weights & Biases.
+    config.output.export = True  # Write a Hugging Face folder at the end.
+
+    config.hosts = ConfigDict()  # Of a run of several processes; see luspo_jax.watchdog.
+    config.hosts.dead_after_s = 30.0  # Without a sign of life a process counts as dead.
+    config.hosts.phase_timeout_s = 0.0  # Longest that a phase may take; 0 = no limit.
+    config.lock()
+    return config
+
+
+def _plain_type(field: dataclasses.Field) -> type:
+    for plain in (bool, int, float, str):
+        if field.type is plain or (plain.__name__ in str(field.type)):
+            return plain
+    raise TypeError(f"Objective.{field.name} has type {field.type}, which no flag can set")
