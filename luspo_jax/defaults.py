@@ -26,7 +26,7 @@ def default_config() -> ConfigDict:
     config.model.dtype = "float32"  # Compute dtype of training; master weights are float32.
     config.model.rollout_dtype = "float32"  # Of sampling: weights, activations and KV cache.
     config.model.remat = "none"  # What is kept for the backward pass: a key of decoder.REMAT.
-    config.model.attention = "reference"
+    config.model.attention = "auto"  # By platform, or a name of luspo_jax.ops.attention.
     config.model.head_chunk_tokens = 2048  # Tokens whose logits exist at one time on a device.
 
     # Devices of training, of all processes; one size may be -1, for as many as the others leave.

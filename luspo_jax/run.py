@@ -21,6 +21,7 @@ from luspo_jax.logprobs import Scoring
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
 from luspo_jax.models.locate import model_folder
+from luspo_jax.ops import attention as attention_op
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
@@ -157,7 +158,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
         length=length,
         laboratory=laboratory.laboratory(
             length,
-            rule.scoring,
+            # Length pressure differentiates the backward pass, which kernels do not allow.
+            dataclasses.replace(rule.scoring, attention="reference"),
             objective,
             max_response_length=longest,
             rows_at_once=configuration.batch_arithmetic(config).responses_per_microbatch,
@@ -311,7 +313,7 @@ def _scoring(config, model, layout):
         temperature=config.rollout.temperature,
         dtype=config.model.dtype,
         remat=config.model.remat,
-        attention=config.model.attention,
+        attention=_attention(config, model.config, layout),
         head_chunk_tokens=config.model.head_chunk_tokens,
         layout=layout,
     )
@@ -332,8 +334,33 @@ def _engine(config, model, section, layout):
         max_prompt_length=config.data.max_prompt_length,
         dtype=jnp.dtype(config.model.rollout_dtype),
         layout=sharding.on_own_devices(layout),
-        attention=config.model.attention,
+        attention=attention_op.resolve(
+            config.model.attention,
+            platform=_platform(layout),
+            packed=False,
+            head_dim=model.config.head_dim,
+            dtype=config.model.rollout_dtype,
+        ),
     )
+
+
+def _attention(config, model, layout):
+    """The name of the trainer's attention on this platform."""
+    try:
+        return attention_op.resolve(
+            config.model.attention,
+            platform=_platform(layout),
+            packed=config.train.packing,
+            head_dim=model.head_dim,
+            dtype=config.model.dtype,
+            context=layout.size("length") if layout else 1,
+        )
+    except ValueError as error:
+        raise configuration.ConfigError(f"model.attention: {error}") from None
+
+
+def _platform(layout):
+    return (layout.mesh.devices.flat[0] if layout else sharding.available_devices()[0]).platform
 
 
 def memory_estimate(

@@ -35,7 +35,7 @@ from luspo_jax.length.steering import LengthState
 from luspo_jax.metrics import MetricsWriter, SilentWriter, StepMetrics, timed
 from luspo_jax.models import decoder_weights
 from luspo_jax.rollout import Request, RolloutStats
-from luspo_jax.run import Run, Workdir
+from luspo_jax.run import Run
 from luspo_jax.types import TrainBatch, TrainState
 from luspo_jax.update import (
     abstract_state,
@@ -46,6 +46,7 @@ from luspo_jax.update import (
     refresh_reference,
     update_step,
 )
+from luspo_jax.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
