@@ -128,6 +128,7 @@ def begin(
     """State, steps taken, held-out results, what is carried: of the latest checkpoint, or new."""
     state = begin_state(run)
     latest = checkpointer.latest_step()
+    distributed.agree({"the checkpoint to continue from": latest})  # each looked for itself
     if latest is None:
         return state, 0, [], Carried()
     state, host = checkpointer.restore(latest, state)
