@@ -132,6 +132,7 @@ def begin(
 ) -> tuple[TrainState, int, list[tuple[int, Evaluation]], Carried]:
     """State, steps taken, held-out results, what is carried: of the latest checkpoint, or new."""
     latest = checkpointer.latest_step()
+    distributed.agree({"the checkpoint to continue from": latest})  # each looked for itself
     if latest is None:
         return begin_state(run), 0, [], Carried()
     like = abstract_state(run.rule, marked=run.length.every > 0)
