@@ -28,11 +28,7 @@ def backward_block(
     *,
     causal,
 ):
-<<<<<<< HEAD
-    """Gradients (dq, dk, dv) in the inputs' type; `out_BTNH` and `lse_BTN` must be its own."""
-=======
     """Gradients (dq, dk, dv) in the type of the inputs, recomputed; no part of a ring."""
->>>>>>> attention
     _, pull = jax.vjp(
         lambda *arrays: _attend(*arrays, segments_BT, segments_BS, causal=causal)[0],
         query_BTNH,
