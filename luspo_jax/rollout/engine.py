@@ -62,9 +62,10 @@ class Engine:
           dtype: type of activations and of the cache.
           refill_fraction: share of the slots that must be free before they are refilled.
           max_prefill_tokens: most prompt tokens in one prefill, padded to the longest of the
-            batch, where it holds more than one prompt a device; rounding both sizes up to few
-            makes at most four times as many. On a mesh a device gathers the cache of them all for
-            the moment of a refill: 1.5 · kv_bytes_per_slot(tokens).
+            batch, where it holds more than one prompt a device; rounding rows and lengths up to
+            few sizes makes at most four times as many (more of prompts shorter than
+            SMALLEST_PROMPT). On a mesh a device gathers the cache of them all for the moment of a
+            refill: 1.5 · kv_bytes_per_slot(tokens).
           attention: the implementation of `ops.attention.attention` for prompts.
           layout: a `sharding.Layout` of table "rollout" over devices of this process, on which
             `params` already lie by `decoder.param_axes`; None for one device.
