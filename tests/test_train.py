@@ -117,6 +117,35 @@ def _assert_same_results(got, expected):
         np.testing.assert_array_equal(tensor, expected[2][name], err_msg=name)
 
 
+def without_sampler_counts(results):
+    """How slots are filled differs with their number and place; nothing else may."""
+    counts = ("rollout/decode_steps", "rollout/slot_utilisation", "rollout/prefill_calls")
+    rows = [{k: v for k, v in row.items() if k not in counts} for row in results[0]]
+    return rows, *results[1:]
+
+
+def assert_near_results(got, expected, tolerance=1e-5):
+    """The same tokens and rewards; sums may be taken in another order, as on another mesh."""
+    for a, b in zip(got[0], expected[0], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            where = f"step {a['step']} {name}"
+            if isinstance(b[name], str):
+                assert a[name] == b[name], where
+            else:
+                np.testing.assert_allclose(a[name], b[name], tolerance, tolerance, err_msg=where)
+    assert got[1].keys() == expected[1].keys()
+    for name in got[1]:
+        for a, b in zip(*(r[1][name].splitlines() for r in (got, expected)), strict=True):
+            a, b = json.loads(a), json.loads(b)
+            np.testing.assert_allclose(a.pop("advantage"), b.pop("advantage"), 1e-5, 1e-5)
+            assert a == b, name
+    assert got[2].keys() == expected[2].keys()
+    for name, tensor in got[2].items():
+        worst = np.abs(tensor - expected[2][name]).max() / np.abs(expected[2][name]).max()
+        assert worst <= tolerance, (name, worst)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """Folder for the uninterrupted run, made by the first test that needs it."""
@@ -449,3 +478,15 @@ def test_arithmetic_says_how_rows_are_packed(config):
     assert "micro-batches of 4 packed rows × 24 tokens" in str(sizes)
     assert (sizes.packed_rows_per_microbatch, sizes.pack_length) == (4, 24)
     assert sizes.responses_per_microbatch == 4
+
+
+def test_a_run_on_a_mesh_is_that_of_one_device(finished, config, tmp_path):
+    config.mesh.data, config.mesh.context = 2, 2
+    config.rollout_mesh.context = 2
+    run = runs.build(config, jax.devices())
+    assert run.rule.scoring.layout.mesh.shape["fsdp"] == 2
+    workdir = workdirs.Workdir(tmp_path / "run", config, runs.facts(run))
+    train.train(run, workdir)
+    workdir.close()
+    got, expected = _results(tmp_path / "run"), _results(finished)
+    assert_near_results(without_sampler_counts(got), without_sampler_counts(expected))
