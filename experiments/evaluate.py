@@ -34,6 +34,7 @@ _SYSTEM = flags.DEFINE_string("system_prompt", "", "A system message.")
 _THINKING = flags.DEFINE_bool("enable_thinking", None, "Passed to the chat template if set.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of sampling.")
 _SLOTS = flags.DEFINE_integer("num_slots", 64, "Responses decoded together.", 1)
+_TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share one copy of the weights.", 1)
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 0, "Problems between two saves; 0 = chosen.", 0)
 _CACHE = flags.DEFINE_string("cache_dir", "", "For built datasets; empty = the user's cache.")
 _WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes of the scorer.", 1)
@@ -121,6 +122,7 @@ def _options():
         system_prompt=_SYSTEM.value,
         enable_thinking=_THINKING.value,
         dtype=_DTYPE.value,
+        tensor=_TENSOR.value,
         num_slots=_SLOTS.value,
         save_every=_SAVE_EVERY.value,
         workers=_WORKERS.value,

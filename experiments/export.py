@@ -23,6 +23,7 @@ def main() -> None:
     from luspo_jax import train
     from luspo_jax import workdir as workdirs
     from luspo_jax.checkpoint import Checkpointer, CheckpointError
+    from luspo_jax.update import abstract_state
 
     workdir = pathlib.Path(_WORKDIR.value)
     config = workdirs.stored_config(workdir)
@@ -35,7 +36,7 @@ def main() -> None:
     step = _step(checkpointer)
     if step is None:
         raise CheckpointError(f"{workdir} holds no {_STEP.value} checkpoint")
-    state, _ = checkpointer.restore(step, train.begin_state(run))
+    state, _ = checkpointer.restore(step, abstract_state(run.rule, marked=run.length.every > 0))
     train.export_policy(run, state, pathlib.Path(_OUT.value), dtype=_DTYPE.value)
     print(f"step {step} of {configuration.fingerprint(config)} written to {_OUT.value}")
 

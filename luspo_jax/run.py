@@ -334,33 +334,37 @@ def _engine(config, model, section, layout):
         max_prompt_length=config.data.max_prompt_length,
         dtype=jnp.dtype(config.model.rollout_dtype),
         layout=sharding.on_own_devices(layout),
-        attention=attention_op.resolve(
-            config.model.attention,
-            platform=_platform(layout),
-            packed=False,
-            head_dim=model.config.head_dim,
-            dtype=config.model.rollout_dtype,
+        attention=prefill_attention(
+            model.config, layout, config.model.rollout_dtype, config.model.attention
         ),
     )
 
 
 def _attention(config, model, layout):
     """The name of the trainer's attention on this platform."""
+    return _resolved(
+        config.model.attention,
+        layout,
+        packed=config.train.packing,
+        head_dim=model.head_dim,
+        dtype=config.model.dtype,
+        context=layout.size("length") if layout else 1,
+    )
+
+
+def prefill_attention(
+    model: DecoderConfig, layout: Layout | None, dtype: str, name: str = "auto"
+) -> str:
+    """The name of the sampler's attention over prompts, which lie one in a row."""
+    return _resolved(name, layout, packed=False, head_dim=model.head_dim, dtype=dtype)
+
+
+def _resolved(name, layout, **needs):
+    device = layout.mesh.devices.flat[0] if layout else sharding.available_devices()[0]
     try:
-        return attention_op.resolve(
-            config.model.attention,
-            platform=_platform(layout),
-            packed=config.train.packing,
-            head_dim=model.head_dim,
-            dtype=config.model.dtype,
-            context=layout.size("length") if layout else 1,
-        )
+        return attention_op.resolve(name, platform=device.platform, **needs)
     except ValueError as error:
         raise configuration.ConfigError(f"model.attention: {error}") from None
-
-
-def _platform(layout):
-    return (layout.mesh.devices.flat[0] if layout else sharding.available_devices()[0]).platform
 
 
 def memory_estimate(
@@ -378,6 +382,8 @@ def memory_estimate(
     total = decoder_weights.num_params(model)
     params = total // _parts(train, "embed", "mlp")
     tokens = sizes.responses_per_microbatch * sizes.tokens_per_row
+    if config.train.packing:
+        tokens = sizes.packed_rows_per_microbatch * sizes.pack_length
     tokens //= _parts(train, "batch", "length")
     slots = config.rollout.num_slots * sizes.tokens_per_row
     slots //= _parts(rollout, "batch", "cache_length")

@@ -28,6 +28,7 @@ class Options:
         the benchmark's.
       dtype: of weights, activations and cache.
       num_slots: responses decoded together.
+      tensor: devices that share one copy of the weights.
       save_every: problems between two saves; 0 for as many as fill the slots four times.
       workers, timeout_s: of the scorer.
       step: which checkpoint of a run.
@@ -43,6 +44,7 @@ class Options:
     enable_thinking: bool | None = None
     dtype: str = "float32"
     num_slots: int = 64
+    tensor: int = 1
     save_every: int = 0
     workers: int = 2
     timeout_s: float = 10.0

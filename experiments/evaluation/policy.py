@@ -13,11 +13,14 @@ import numpy as np
 
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
+from luspo_jax import sharding
 from luspo_jax import workdir as workdirs
 from luspo_jax.checkpoint import Checkpointer, CheckpointError
-from luspo_jax.models import decoder, decoder_weights
+from luspo_jax.models import decoder_weights
+from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.run import Model
-from luspo_jax.update import initial_state
+from luspo_jax.sharding import Layout, MeshError
+from luspo_jax.update import abstract_state
 from luspo_jax.workdir import WorkdirError
 
 
@@ -29,16 +32,18 @@ class Policy:
       name: what the user called it, and the step of a run.
       model: architecture, tokenizer, folder.
       params: weights in the dtype of sampling.
+      layout: where they lie; None on one device.
       digest: twelve hex digits that change with any weight.
     """
 
     name: str
     model: Model
     params: Any
+    layout: Layout | None
     digest: str
 
 
-def load(path: str, *, step: str, dtype: str) -> Policy:
+def load(path: str, *, step: str, dtype: str, tensor: int = 1) -> Policy:
     """The policy at a path, as `--model` takes it.
 
     Args:
@@ -46,39 +51,55 @@ def load(path: str, *, step: str, dtype: str) -> Policy:
         workdir of a run.
       step: latest, best or a number; of a run only.
       dtype: float32 or bfloat16.
+      tensor: devices that share one copy of the weights; there are as many copies as fit.
 
     Raises:
       FileNotFoundError, CheckpointError, WorkdirError, WeightsError: naming what is missing.
+      MeshError: `tensor` does not divide the devices or the model.
     """
+    layout = sharding.layout("rollout", {"data": -1, "tensor": tensor})
     if (pathlib.Path(path) / "run.json").is_file():
-        return _of_run(pathlib.Path(path), step, dtype)
+        return _of_run(pathlib.Path(path), step, dtype, layout)
     config = configuration.default_config()
     config.model.path = path
     model = runs.load_model(config)
-    params = decoder_weights.load_params(model.folder, model.config, dtype=jnp.dtype(dtype))
-    return _policy(path, model, params, dtype)
+    _check(model, layout)
+    params = decoder_weights.load_params(
+        model.folder, model.config, dtype=jnp.dtype(dtype), layout=layout
+    )
+    return _policy(path, model, params, dtype, layout)
 
 
-def _of_run(workdir: pathlib.Path, step: str, dtype: str) -> Policy:
+def _of_run(workdir: pathlib.Path, step: str, dtype: str, layout: Layout | None) -> Policy:
     config = workdirs.stored_config(workdir)
     model = runs.load_model(config)
-    rule = runs.update_rule(config, model)
-    marked = configuration.build_length(config).every > 0
-
-    def empty():
-        params = decoder.init_params(jax.random.key(0), model.config)
-        return initial_state(params, rule, marked=marked)
-
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(empty)
-    )
+    _check(model, layout)
+    # The optimizer's state comes along with the weights, so all of it is cut over the devices.
+    cut = sharding.layout("train", {"fsdp": -1}) if layout else None
+    if sharding.misfits(cut, {"embed": ("hidden_size", model.config.embed_dim)}):
+        cut = sharding.layout("train", {"data": -1})
+    rule = runs.update_rule(config, model, cut)
+    like = abstract_state(rule, marked=configuration.build_length(config).every > 0)
     with _idle(workdir), contextlib.closing(_checkpointer(workdir, config)) as checkpointer:
         number = chosen_step(checkpointer, step)
         if number is None:
             raise CheckpointError(f"{workdir} holds no {step} checkpoint")
         state, _ = checkpointer.restore(number, like)
-    return _policy(f"{workdir} step {number}", model, state.params, dtype)
+    return _policy(f"{workdir} step {number}", model, state.params, dtype, layout)
+
+
+def _check(model, layout):
+    problems = sharding.misfits(
+        layout,
+        {
+            "heads": ("num_attention_heads", model.config.num_heads),
+            "kv_heads": ("num_key_value_heads", model.config.num_kv_heads),
+            "mlp": ("intermediate_size", model.config.mlp_dim),
+            "vocab": ("vocab_size", model.config.vocab_size),
+        },
+    )
+    if problems:
+        raise MeshError("; ".join(problems) + "; choose another --tensor")
 
 
 def chosen_step(checkpointer: Checkpointer, step: str) -> int | None:
@@ -118,11 +139,14 @@ def _idle(workdir: pathlib.Path):
         yield
 
 
-def _policy(name, model, params, dtype) -> Policy:
+def _policy(name, model, params, dtype, layout) -> Policy:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf).astype(np.float32)
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(array).tobytes())
-    cast = jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), params)
-    return Policy(name, model, cast, digest.hexdigest()[:12])
+    if layout is None:
+        cast = jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), params)
+    else:
+        cast = rollout_params(params, config=model.config, layout=layout, dtype=dtype)
+    return Policy(name, model, cast, layout, digest.hexdigest()[:12])

@@ -16,7 +16,8 @@ from experiments.command import UsageError
 from experiments.evaluation import plan, report, storage
 from experiments.evaluation.plan import Options, Task
 from experiments.evaluation.policy import Policy, load
-from luspo_jax import evaluate
+from luspo_jax import evaluate, sharding
+from luspo_jax import run as runs
 from luspo_jax.benchmarks import Benchmark, Protocol
 from luspo_jax.datasets import Example, Report
 from luspo_jax.rewards import Scorer
@@ -36,7 +37,7 @@ def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options:
       UsageError, DataError, CheckpointError, …: what cannot be used, by name.
     """
     with storage.locked(workdir):
-        policy = load(model, step=options.step, dtype=options.dtype)
+        policy = load(model, step=options.step, dtype=options.dtype, tensor=options.tensor)
         tasks = plan.tasks(chosen, options, policy.model.tokenizer)
         engines = [_engine(policy, task, options) for task in tasks]
         manifest = storage.begin(workdir, _manifest(policy, tasks, options))
@@ -71,6 +72,8 @@ def _engine(policy: Policy, task: Task, options: Options) -> Engine:
         num_slots=options.num_slots,
         max_prompt_length=task.longest_prompt,
         dtype=jnp.dtype(options.dtype),
+        layout=sharding.on_own_devices(policy.layout),
+        attention=runs.prefill_attention(config, policy.layout, options.dtype),
     )
 
 

@@ -166,7 +166,7 @@ def _measure(params, end_params, half_a, half_b, alpha_shift, *, lab):
         )
         for half in (half_a, half_b)
     )
-    return pressure.cross_fitted(
+    found = pressure.cross_fitted(
         score,
         params,
         half_a,
@@ -176,12 +176,20 @@ def _measure(params, end_params, half_a, half_b, alpha_shift, *, lab):
         num_parts=parts,
         alpha_shift=alpha_shift,
     )
+    return _whole(found, lab)
 
 
 @functools.partial(jax.jit, static_argnames=("lab",))
 def _taken(params, old_params, half, *, lab):
     change = jax.tree.map(lambda new, old: new - old, params, old_params)
-    return pressure.taken(_score(lab), params, change, half, num_parts=_num_parts(lab, half))
+    found = pressure.taken(_score(lab), params, change, half, num_parts=_num_parts(lab, half))
+    return _whole(found, lab)
+
+
+def _whole(tree, lab):
+    """Results on every process, because the host reads them."""
+    layout = lab.scoring.layout
+    return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim, layout), tree)
 
 
 def _score(lab):

@@ -1,0 +1,85 @@
+"""Memory of the head by chunk and length: `python -m experiments.bench.head_memory --out=DIR`.
+
+Log-probabilities, entropies and their gradients of T tokens over a vocabulary of V: temporary bytes
+as XLA plans them, of the chunked head and of a plain log-softmax. Nothing is run.
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import flags
+
+from experiments import command
+
+_OUT = flags.DEFINE_string("out", None, "Folder for the table and the figure.")
+_LENGTHS = flags.DEFINE_list("lengths", ["4096", "16384", "65536"], "T.")
+_CHUNKS = flags.DEFINE_list("chunks", ["512", "2048", "8192"], "Tokens whose logits exist at once.")
+_VOCAB = flags.DEFINE_integer("vocab", 151_936, "V; the default is Qwen's.")
+_EMBED = flags.DEFINE_integer("embed", 1024, "D.")
+
+
+def main() -> None:
+    """Compiles every case, prints the table and draws the figure."""
+    out = pathlib.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for length in map(int, _LENGTHS.value):
+        row = {"tokens": length, "plain": temporary_bytes(length, None)}
+        row |= {chunk: temporary_bytes(length, int(chunk)) for chunk in _CHUNKS.value}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    (out / "head_memory.json").write_text(json.dumps(rows, indent=2) + "\n")
+    _figure(rows, out / "head_memory.png")
+
+
+def temporary_bytes(length: int, chunk_tokens: int | None) -> int:
+    """Of the value and gradient of Σ log p + Σ H over one row; `None` is a plain log-softmax."""
+    import jax
+    import jax.numpy as jnp
+
+    from luspo_jax.ops.head_logprobs import head_logprobs
+
+    def total(hidden_BTD, kernel_VD, targets_BT, mask_BT):
+        if chunk_tokens is not None:
+            logprobs_BT, entropy_BT = head_logprobs(
+                hidden_BTD,
+                kernel_VD,
+                targets_BT,
+                mask_BT,
+                temperature=1.0,
+                chunk_tokens=chunk_tokens,
+            )
+        else:
+            logp_BTV = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden_BTD, kernel_VD))
+            logprobs_BT = jnp.take_along_axis(logp_BTV, targets_BT[..., None], -1)[..., 0]
+            entropy_BT = -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
+        return jnp.sum(jnp.where(mask_BT, logprobs_BT + entropy_BT, 0.0))
+
+    shapes = (
+        jax.ShapeDtypeStruct((1, length, _EMBED.value), jnp.float32),
+        jax.ShapeDtypeStruct((_VOCAB.value, _EMBED.value), jnp.float32),
+        jax.ShapeDtypeStruct((1, length), jnp.int32),
+        jax.ShapeDtypeStruct((1, length), jnp.bool_),
+    )
+    compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _figure(rows, path):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    tokens = [row["tokens"] for row in rows]
+    for name in [*_CHUNKS.value, "plain"]:
+        label = "log-softmax of all logits" if name == "plain" else f"chunks of {int(name):,} tokens"
+        style = "--" if name == "plain" else "-"
+        axes.plot(tokens, [row[name] / 2**30 for row in rows], f"o{style}", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="temporary memory, GiB")
+    axes.set_title(f"head and log-probs, V = {_VOCAB.value:,}, D = {_EMBED.value:,}", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(command.call(main, required=("out",)))
