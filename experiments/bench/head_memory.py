@@ -72,10 +72,14 @@ def _figure(rows, path):
     figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     tokens = [row["tokens"] for row in rows]
     for name in [*_CHUNKS.value, "plain"]:
-        label = "log-softmax of all logits" if name == "plain" else f"chunks of {int(name):,} tokens"
+        label = (
+            "log-softmax of all logits" if name == "plain" else f"chunks of {int(name):,} tokens"
+        )
         style = "--" if name == "plain" else "-"
         axes.plot(tokens, [row[name] / 2**30 for row in rows], f"o{style}", label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="temporary memory, GiB")
+    axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
+    axes.minorticks_off()
     axes.set_title(f"head and log-probs, V = {_VOCAB.value:,}, D = {_EMBED.value:,}", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
