@@ -197,7 +197,7 @@ def layouts(
         raise MeshError(
             "the mesh does not fit:\n"
             + "\n".join(f"  - {problem}" for problem in problems)
-            + "\nchange config.mesh or config.rollout_mesh (weights need no equal parts over data)"
+            + "\nchange config.mesh or config.rollout_mesh"
         )
     return train, rollout
 

@@ -31,7 +31,7 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
     where = sharding.shardings(axes, layout)
     trained_on = jax.tree.leaves(params)[0].sharding
     if sharding.same_order(trained_on, layout):
-        placed = _moved(dtype, layout, config)(params)
+        placed = _moved(dtype, trained_on.mesh, layout, config)(params)
     else:  # A mesh whose devices were ordered by their links: XLA wants one order in a program.
         placed = jax.device_put(_cast(dtype)(params), where)
     return sharding.own_part(placed, axes, layout)
@@ -39,13 +39,20 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
 
 def lower_rollout_params(params: Any, *, config: DecoderConfig, layout: Layout, dtype: Any) -> Any:
     """The lowered hand-over, for looking at what it moves."""
-    return _moved(jnp.dtype(dtype), layout, config).lower(params)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    return _moved(jnp.dtype(dtype), mesh, layout, config).lower(params)
 
 
 @functools.cache
-def _moved(dtype, layout, config):
-    where = sharding.shardings(decoder.param_axes(config), layout)
-    return jax.jit(functools.partial(_cast_all, dtype=dtype), out_shardings=where)
+def _moved(dtype, mesh, layout, config):
+    axes = decoder.param_axes(config)
+    as_trained = sharding.shardings(axes, Layout(mesh, "train"))
+
+    def cast(params):
+        # Still where it was: what travels is the cast array.
+        return sharding.constrain_tree(_cast_all(params, dtype), as_trained)
+
+    return jax.jit(cast, out_shardings=sharding.shardings(axes, layout))
 
 
 @functools.cache
