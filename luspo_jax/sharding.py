@@ -158,6 +158,21 @@ def shard_map(
     )
 
 
+def summed_over_rows(part: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
+    """Within `shard_map`: a parameter's gradient from each device's rows and positions, summed.
+
+    `part` is whole along "embed"; the sum comes back cut along it, as the parameter is.
+    """
+    if layout is None:
+        return part
+    cut = layout.axis_names("embed")
+    if cut:
+        dimension = axes.index("embed")
+        part = jax.lax.psum_scatter(part, cut, scatter_dimension=dimension, tiled=True)
+    rest = {*layout.axis_names("batch"), *layout.axis_names("length")} - {*cut}
+    return jax.lax.psum(part, tuple(sorted(rest))) if rest else part
+
+
 def shardings(axes_tree: Any, layout: Layout | None) -> Any:
     """A tree of shardings from a tree of logical axes (tuples); None without a layout."""
     if layout is None:

@@ -105,6 +105,8 @@ def _check_gathers(text):
     assert gathered
     shapes = [tuple(map(int, dims.split(","))) for dims in gathered if dims]
     assert not [shape for shape in shapes if LAYERS in shape]
+    # Nor does one make activations of whole rows: whole are at most some numbers a token.
+    assert not [shape for shape in shapes if T in shape and len(shape) > 2]
 
 
 def test_scores_are_those_of_one_device(one_device):

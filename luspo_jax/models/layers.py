@@ -50,16 +50,29 @@ def _project_backward(contracted, axes, layout, residuals, grad):
     outputs = (tuple(range(lead, grad.ndim)), tuple(range(contracted, kernel.ndim)))
     whole = gathered(kernel, grad.dtype, axes, layout)
     dx = lax.dot_general(grad, whole, (outputs, ((), ())))
+    local = functools.partial(_kernel_gradient, contracted, axes, layout)
+    if layout is not None:
+        # Every device its own rows and positions: XLA would gather whole rows of activations where
+        # their positions are cut.
+        rows = ("batch", "length")[:lead]
+        inner = tuple(None if axis == "embed" else axis for axis in axes)
+        inputs = (*rows, *inner[:contracted]), (*rows, *inner[contracted:])
+        local = sharding.shard_map(local, layout, inputs, axes)
+    return dx, local(x, grad).astype(kernel.dtype)
+
+
+def _kernel_gradient(contracted, axes, layout, x, grad):
+    """Σ over rows and positions of x ⊗ grad, in float32, cut as the kernel is."""
+    lead = x.ndim - contracted
+    shape, rows = (*x.shape[lead:], *grad.shape[lead:]), math.prod(x.shape[:lead])
     # As plain matrices: XLA on CPU has no bfloat16 product with float32 sums for other layouts.
-    rows = math.prod(x.shape[:lead])
     dkernel = lax.dot_general(
         x.reshape(rows, -1),
         grad.reshape(rows, -1),
         (((0,), (0,)), ((), ())),
         preferred_element_type=wide_type(x),
-    )
-    dkernel = dkernel.reshape(kernel.shape).astype(kernel.dtype)
-    return dx, sharding.constrain(dkernel, axes, layout)
+    ).reshape(shape)
+    return sharding.summed_over_rows(dkernel, axes, layout)
 
 
 project.defvjp(_project_forward, _project_backward)

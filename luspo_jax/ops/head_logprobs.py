@@ -101,17 +101,6 @@ def _vocabulary(kernel_VD, dtype, layout):
     return _Vocabulary(kernel_VD, layout.axis_names("vocab"))
 
 
-def _summed(d_kernel_VD, layout):
-    """The kernel's gradient over all rows and positions, cut as the kernel is."""
-    if layout is None:
-        return d_kernel_VD
-    cut = layout.axis_names("embed")
-    if cut:
-        d_kernel_VD = jax.lax.psum_scatter(d_kernel_VD, cut, scatter_dimension=1, tiled=True)
-    rest = {*layout.axis_names("batch"), *layout.axis_names("length")} - {*cut}
-    return jax.lax.psum(d_kernel_VD, tuple(sorted(rest))) if rest else d_kernel_VD
-
-
 def _chunk_length(chunk_tokens, rows_BT):
     return min(max(1, chunk_tokens // rows_BT.shape[0]), rows_BT.shape[1])
 
@@ -231,7 +220,9 @@ def _backward(
     )  # fmt: skip
     zeros_VD = jnp.zeros(vocabulary.kernel_VD.shape, wide_type(kernel_VD))
     d_kernel_VD, d_hidden = jax.lax.scan(one_chunk, zeros_VD, xs)
-    return _from_chunks(d_hidden, targets_BT.shape[1]), _summed(d_kernel_VD, layout)
+    return _from_chunks(d_hidden, targets_BT.shape[1]), sharding.summed_over_rows(
+        d_kernel_VD, _KERNEL, layout
+    )
 
 
 _scored.defvjp(_scored_forward, _scored_backward)
