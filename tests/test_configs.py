@@ -1,6 +1,7 @@
 """The configurations: each can run, says what it is, and has the paper's constants."""
 
 import importlib
+import json
 import math
 import pathlib
 
@@ -154,6 +155,17 @@ TOPOLOGIES = [
     ("qwen2_5_7b_dapo17k", 8, {}, {"fsdp": 8}, 8),
     ("qwen2_5_7b_dapo17k", 16, {"train__microbatch_tokens": 557_056}, {"fsdp": 16}, 16),
     ("qwen2_5_7b_dapo17k", 16, {"mesh__context": 2}, {"fsdp": 8, "context": 2}, 8),
+    (
+        "qwen2_5_7b_dapo17k",
+        64,
+        {
+            "rollout__max_response_length": 129_024,
+            "mesh__context": 4,
+            "train__microbatch_tokens": 2_097_152,
+        },
+        {"fsdp": 16, "context": 4},
+        16,
+    ),
     ("qwen3_30b_a3b_dapo17k", 32, {}, {"fsdp": 4, "expert": 8}, 32),
     *((name, n, {}, {"fsdp": n}, 8) for name in SMALL for n in (1, 2, 4, 8)),
 ]
@@ -250,3 +262,29 @@ def test_experts_are_refused_by_name_for_now():
     """The header of the 30B run says so; this test goes with the refusal."""
     with pytest.raises(ConfigError, match="model_type 'qwen3_moe' is not implemented"):
         decoder_config(architecture(_config(PAPER[1]).model.path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [PAPER[0], *SMALL])
+def test_runs_are_built_from_real_tokenizers_and_data(name, shared_data, tmp_path):
+    """All but the weights: prompts fit, rewards are read, meshes are laid out."""
+    qwen, math_eval = shared_data / "qwen", shared_data / "math_eval"
+    config = _config(name)
+    tokenizer = "Qwen2.5-VL-7B-Instruct" if "qwen2_5" in name else "Qwen3-1.7B"
+    (tmp_path / "config.json").write_text(json.dumps(architecture(config.model.path)))
+    config.model.path, config.model.tokenizer = str(tmp_path), str(qwen / tokenizer)
+    config.data.cache_dir = str(tmp_path / "data")
+    if config.data.name == "gsm8k":
+        config.data.path = str(math_eval / "gsm8k" / "train.jsonl")
+        config.data.eval_path = str(math_eval / "gsm8k" / "test.jsonl")
+    else:
+        train = shared_data / "math_train" / "dapo17k" / "dapo_math_17k.parquet"
+        config.data.path = str(train)
+        config.data.eval_path = str(math_eval / "aime24" / "dapo_aime-2024.parquet")
+    run = runs.build(config, jax.devices()[:8])
+    assert len(run.data.held_out) == min(config.eval.num_problems, 500)
+    assert len(run.data.stream) == {"gsm8k": 7473}.get(config.data.name, 17_279)
+    assert run.rule.scoring.layout.size("batch") == 8
+    prompts = run.data.stream.next_prompts(256)
+    assert run.data.stream.dropped == 0
+    assert all("<|im_start|>user" in prompt.text for prompt in prompts)
