@@ -59,7 +59,7 @@ setup(
     python_requires=">=3.11",
     # Launchers and configurations are run from a checkout: `python -m experiments.train`.
     packages=find_packages(include=["luspo_jax", "luspo_jax.*"]),
-    package_data={"luspo_jax.models": ["embedded/*/*"]},
+    package_data={"luspo_jax.models": ["embedded/*/*", "architectures/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

@@ -30,6 +30,7 @@ def main() -> None:
     from luspo_jax import workdir as workdirs
 
     config, several = command.config_value(_CONFIG), cluster.arguments()
+    workdirs.check_place(_WORKDIR.value or "")
     if several is not None:
         _join(config, several)
     with watchdog.phase("build"):

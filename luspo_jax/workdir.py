@@ -30,6 +30,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike, config: ConfigDict, facts: Mapping[str, Any]):
+        check_place(path)
         self.path, self._lock = pathlib.Path(path).absolute(), None
         if not distributed.is_writer():
             distributed.barrier("workdir")
@@ -99,6 +100,21 @@ class Workdir:
             "packages": package_versions(),
         }
         write_atomically(manifest, json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def check_place(path: str | os.PathLike) -> None:
+    """Refuses a bucket's address, which would become a folder of that name on the local disk.
+
+    Raises:
+      WorkdirError: with what to do.
+    """
+    scheme, found, _ = str(path).partition("://")
+    if found:
+        raise WorkdirError(
+            f"--workdir={path}: a run writes files, renames them and locks them, which {scheme}:// "
+            "cannot do: name a folder on a disk or on storage that all hosts mount, and copy it to "
+            "the bucket (docs/launch.md)"
+        )
 
 
 def stored_config(workdir: str | os.PathLike) -> ConfigDict:

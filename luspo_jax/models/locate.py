@@ -1,8 +1,12 @@
 """Where a model's folder is: on disk, inside this package, or on the Hugging Face hub."""
 
+import json
 import pathlib
+from typing import Any
 
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
+ARCHITECTURES = pathlib.Path(__file__).parent / "architectures"
+_OWNER = "Qwen"  # on the hub, of all that ARCHITECTURES holds
 
 
 def embedded_models() -> list[str]:
@@ -32,6 +36,45 @@ def model_folder(path: str) -> pathlib.Path:
             "or hub:OWNER/NAME to download one"
         )
     return folder
+
+
+def shipped_architectures() -> list[str]:
+    """The hub ids of the models whose sizes are known without a network."""
+    return sorted(f"{_OWNER}/{path.stem}" for path in ARCHITECTURES.glob("*.json"))
+
+
+def architecture(path: str) -> dict[str, Any]:
+    """The `config.json` of a model, without its weights and without a network.
+
+    Args:
+      path: as for `model_folder`. Of "hub:OWNER/NAME[@REVISION]" the file shipped in this package
+        is read, whatever the revision: good for sizes (its README says what is not confirmed). A
+        run reads the file that comes with the weights.
+
+    Raises:
+      FileNotFoundError: naming what is missing and what there is.
+      ValueError: a file that holds no JSON object.
+    """
+    if path.startswith("hub:"):
+        name = path.removeprefix("hub:").partition("@")[0]
+        if name not in shipped_architectures():
+            raise FileNotFoundError(
+                f"the sizes of {name} are not in this package; there are those of: "
+                f"{', '.join(shipped_architectures())}. Download its config.json and name the "
+                "folder that holds it"
+            )
+        file = ARCHITECTURES / f"{name.partition('/')[2]}.json"
+    else:
+        file = model_folder(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: a model's folder holds a config.json")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}): download it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(values).__name__}")
+    return values
 
 
 def _download(name: str) -> pathlib.Path:

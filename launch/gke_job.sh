@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Kubernetes: an Indexed Job of one pod a host, and the headless service by which pods find pod 0.
+#
+#   export IMAGE=REGISTRY/luspo_jax:1 CLAIM=runs HOSTS=4
+#   bash launch/gke_job.sh --config=configs/qwen2_5_7b_dapo17k.py --workdir=/runs/luspo_7b
+#
+# --dry_run prints the manifest. IMAGE is built by launch/Dockerfile; CLAIM is a
+# PersistentVolumeClaim that many hosts may write (ReadWriteMany: Filestore, NFS, Lustre), mounted
+# at /runs. A pod that is evicted or fails is replaced, the others end and are replaced with it, and
+# the run continues from its last checkpoint; a configuration that cannot run fails the Job.
+#
+# GPUs (the default) need no permission and no package of Kubernetes: pods get the coordinator by
+# flags. TPU slices on GKE: ACCELERATOR=tpu TPU_TYPE=tpu-v5p-slice TPU_TOPOLOGY=2x2x4 CHIPS=4; GKE
+# tells each pod its place in the slice, and --distributed=auto reads it.
+# Variables: IMAGE, CLAIM, NAME (luspo), HOSTS (1), GPUS (8), RETRIES (3, of each host).
+set -euo pipefail
+
+dry_run=false flags=()
+for flag in "$@"; do
+  if [[ $flag == --dry_run ]]; then dry_run=true; else flags+=("$flag"); fi
+done
+if [[ -z ${IMAGE:-} || -z ${CLAIM:-} || " ${flags[*]}" != *" --config="* ||
+  " ${flags[*]}" != *" --workdir="* ]]; then
+  echo "usage: IMAGE=… CLAIM=… bash launch/gke_job.sh [--dry_run] --config=FILE --workdir=/runs/NAME" >&2
+  exit 2
+fi
+name=${NAME:-luspo} hosts=${HOSTS:-1}
+train="exec python -m experiments.train"
+case ${ACCELERATOR:-gpu} in
+  gpu)
+    resource="nvidia.com/gpu: ${GPUS:-8}" selector="{}"
+    if ((hosts > 1)); then
+      train+=" --coordinator=$name-0.$name:8476 --num_processes=$hosts"
+      train+=" --process_id=\$JOB_COMPLETION_INDEX"
+    fi
+    ;;
+  tpu)
+    : "${TPU_TYPE:?names the slice, as tpu-v5p-slice}" "${TPU_TOPOLOGY:?as 2x2x4}"
+    resource="google.com/tpu: ${CHIPS:-4}"
+    selector="{cloud.google.com/gke-tpu-accelerator: $TPU_TYPE,"
+    selector+=" cloud.google.com/gke-tpu-topology: \"$TPU_TOPOLOGY\"}"
+    train+=" --distributed=auto"
+    ;;
+  *)
+    echo "ACCELERATOR=$ACCELERATOR: gpu or tpu" >&2
+    exit 2
+    ;;
+esac
+
+manifest() {
+  cat <<YAML
+apiVersion: v1
+kind: Service
+metadata:
+  name: $name
+spec:
+  clusterIP: None
+  publishNotReadyAddresses: true
+  selector:
+    job-name: $name
+---
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: $name
+spec:
+  completionMode: Indexed
+  completions: $hosts
+  parallelism: $hosts
+  backoffLimit: $((${RETRIES:-3} * hosts))
+  podReplacementPolicy: Failed
+  podFailurePolicy:
+    rules:
+      - action: FailJob  # a flag or configuration that no restart mends
+        onExitCodes: {containerName: train, operator: In, values: [2]}
+      - action: Ignore  # preemption and draining do not count
+        onPodConditions: [{type: DisruptionTarget}]
+  template:
+    spec:
+      subdomain: $name
+      restartPolicy: Never
+      shareProcessNamespace: true  # so that a process, not being the first, ends when asked to
+      terminationGracePeriodSeconds: 30
+      nodeSelector: $selector
+      containers:
+        - name: train
+          image: $IMAGE
+          workingDir: /luspo_jax
+          command: [sh, -c, '$train "\$@"', train]
+          args:
+YAML
+  for flag in "${flags[@]}"; do
+    flag=${flag//\\/\\\\}
+    # $$ keeps Kubernetes from reading $(…) in an argument
+    flag=${flag//\$\(/\$\$(}
+    echo "            - \"${flag//\"/\\\"}\""
+  done
+  cat <<YAML
+          env:
+            - {name: XLA_PYTHON_CLIENT_MEM_FRACTION, value: "0.92"}
+            - {name: JAX_COMPILATION_CACHE_DIR, value: /runs/.cache/xla}
+            - {name: HF_HOME, value: /runs/.cache/huggingface}
+          resources:
+            limits: {$resource}
+          volumeMounts:
+            - {name: runs, mountPath: /runs}
+            - {name: shm, mountPath: /dev/shm}
+      volumes:
+        - {name: runs, persistentVolumeClaim: {claimName: $CLAIM}}
+        - {name: shm, emptyDir: {medium: Memory}}
+YAML
+}
+
+if $dry_run; then
+  manifest
+else
+  manifest | kubectl apply -f -
+  echo "follow it: kubectl logs -f -l job-name=$name,batch.kubernetes.io/job-completion-index=0"
+  echo "end it   : kubectl delete job,service $name"
+fi

@@ -1,0 +1,290 @@
+"""The configurations: each can run, says what it is, and has the paper's constants."""
+
+import importlib
+import json
+import math
+import pathlib
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+from luspo_jax import config as configuration
+from luspo_jax import run as runs
+from luspo_jax import sharding
+from luspo_jax.models.decoder_config import ConfigError, decoder_config
+from luspo_jax.models.locate import architecture
+from luspo_jax.rewards.registry import score
+from luspo_jax.sharding import MeshError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+PAPER = ("qwen2_5_7b_dapo17k", "qwen3_30b_a3b_dapo17k")
+SMALL = ("qwen3_0_6b_gsm8k", "qwen3_1_7b_dapo17k")
+
+
+def _module(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+def _config(name, **leaves):
+    config = _module(name).get_config()
+    configuration.assign(config, {name.replace("__", "."): x for name, x in leaves.items()})
+    return config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_can_run_and_says_how(name):
+    config = _config(name)
+    assert configuration.check(config) is not None
+    text = _module(name).__doc__
+    assert "Command : " in text
+    assert "Hardware: " in text
+    assert f"configs/{name}.py" in text
+    # A fresh one each time: flags of one run must not reach the next.
+    assert _module(name).get_config() is not config
+
+
+@pytest.mark.parametrize("name", PAPER + SMALL)
+def test_headers_are_honest_and_their_recipe_exists(name):
+    text = _module(name).__doc__
+    assert "Rehearsed: see experiments/studies/rehearsal/README.md" in text
+    assert "not run" in text
+    recipes = [word for word in text.split() if word.startswith("launch/")]
+    assert recipes
+    assert all((ROOT / recipe.rstrip(":,.")).is_file() for recipe in recipes)
+
+
+# ALGORITHMS of the paper, §5.1: typed here from its table, not read from the configuration.
+PAPER_TABLE = {
+    "rollout.prompts_per_step": 128,
+    "rollout.group_size": 8,
+    "rollout.max_response_length": 32_768,
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.top_k": 0,
+    "train.learning_rate": 1e-6,
+    "train.warmup_steps": 20,
+    "train.num_epochs": 1,
+    "train.max_grad_norm": 1.0,
+    "train.weight_decay": 0.1,
+    "eval.every": 10,
+    "eval.num_problems": 30,
+    "eval.num_samples": 32,
+    "eval.temperature": 1.0,
+    "eval.top_p": 0.7,
+    "data.name": "dapo_math_17k",
+    "data.eval_name": "aime24",
+    "data.template": "dapo",
+    "reward.parts.dapo_math": 1.0,
+    "reward.parts.format": 0.5,
+    "reward.parts.overlong": 1.0,
+    "reward.options.overlong.buffer": 4096,
+    "reward.options.overlong.factor": 0.3,
+    "eval.metric": "dapo_math",
+    "model.dtype": "bfloat16",
+    "model.rollout_dtype": "bfloat16",
+    "train.packing": True,
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_constants_are_those_of_the_paper(name):
+    config = _config(name)
+    found = configuration.flat(config)
+    assert {field: found[field] for field in PAPER_TABLE} == PAPER_TABLE
+    assert config.num_steps == {"qwen2_5_7b_dapo17k": 140, "qwen3_30b_a3b_dapo17k": 50}[name]
+    sizes = configuration.batch_arithmetic(config)
+    assert sizes.responses_per_step == 1024
+    assert sizes.responses_per_minibatch == 16 * 8  # 16 prompts
+    assert sizes.updates_per_step == 8
+
+
+@pytest.mark.parametrize("name", PAPER + SMALL)
+@pytest.mark.parametrize(
+    ("preset", "ratio", "scale", "low", "high"),
+    [
+        ("luspo", "sequence", "length", 2e-3, 2.5e-3),
+        ("gspo", "sequence", "none", 3e-4, 4e-4),
+        ("grpo", "token", "none", 0.2, 0.2),
+    ],
+)
+def test_the_compared_objectives_are_one_flag_away(name, preset, ratio, scale, low, high):
+    objective = configuration.check(_config(name, objective__preset=preset))
+    assert (objective.ratio, objective.length_scale) == (ratio, scale)
+    assert (objective.clip_low, objective.clip_high) == (low, high)
+    assert (objective.aggregation, objective.kl_coef) == ("seq-mean-token-mean", 0.0)
+
+
+def test_gspo_with_the_papers_clip_is_what_the_header_says():
+    clip = {"objective__clip_low": 2e-3, "objective__clip_high": 2.5e-3}
+    config = _config(PAPER[0], objective__preset="gspo", **clip)
+    assert configuration.check(config).clip_high == 2.5e-3
+
+
+@pytest.mark.parametrize(
+    ("response", "length", "reward"),
+    [
+        ("Well.\nAnswer: 33", 1000, 1.5),  # right, in form
+        ("Answer: 33\nor so", 1000, 0.0),  # not the last line: "33" is not what it says
+        ("Well.\nAnswer: 34", 1000, 0.5),  # in form
+        ("33", 1000, 0.0),
+        ("Well.\nAnswer: 33", 32_768 - 4096, 1.5),  # where the buffer begins
+        ("Well.\nAnswer: 33", 32_768 - 2048, 1.5 - 0.15),
+        ("33", 32_768, -0.3),  # the floor
+    ],
+)
+def test_reward_is_accuracy_format_and_length(response, length, reward):
+    config = _config(PAPER[0]).reward
+    scored = score(
+        config.parts.to_dict(),
+        response,
+        "33",
+        length=length,
+        max_length=32_768,
+        options=config.options.to_dict(),
+    )
+    if response == "Answer: 33\nor so":
+        assert scored.parts["format"] == 0.0
+    else:
+        assert scored.value == pytest.approx(reward)
+
+
+# devices → (name of a mesh axis → size) and rows of a micro-batch, by hand.
+TOPOLOGIES = [
+    ("qwen2_5_7b_dapo17k", 8, {}, {"fsdp": 8}, 8),
+    ("qwen2_5_7b_dapo17k", 16, {"train__microbatch_tokens": 557_056}, {"fsdp": 16}, 16),
+    ("qwen2_5_7b_dapo17k", 16, {"mesh__context": 2}, {"fsdp": 8, "context": 2}, 8),
+    (
+        "qwen2_5_7b_dapo17k",
+        64,
+        {
+            "rollout__max_response_length": 129_024,
+            "mesh__context": 4,
+            "train__microbatch_tokens": 2_097_152,
+        },
+        {"fsdp": 16, "context": 4},
+        16,
+    ),
+    ("qwen3_30b_a3b_dapo17k", 32, {}, {"fsdp": 4, "expert": 8}, 32),
+    *((name, n, {}, {"fsdp": n}, 8) for name in SMALL for n in (1, 2, 4, 8)),
+]
+
+
+@pytest.mark.parametrize(("name", "devices", "flags", "axes", "rows"), TOPOLOGIES)
+def test_stated_topologies_fit(name, devices, flags, axes, rows):
+    config = _config(name, **flags)
+    configuration.check(config)
+    mesh = sharding.mesh_sizes(config.mesh, devices)
+    assert {axis: size for axis, size in mesh.items() if size > 1} == {
+        axis: size for axis, size in axes.items() if size > 1
+    }
+    assert math.prod(sharding.mesh_sizes(config.rollout_mesh, devices).values()) == devices
+    sizes = configuration.batch_arithmetic(config)
+    assert sizes.packed_rows_per_microbatch == rows
+    assert rows % math.prod(mesh[axis] for axis in ("data", "fsdp", "expert")) == 0
+    assert not _misfits(config, devices, sizes)
+
+
+def _misfits(config, devices, sizes):
+    """What a mesh of that many devices cannot cut, of a machine that need not be there."""
+    hf = architecture(config.model.path)
+    named = {
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "mlp": "moe_intermediate_size" if "num_experts" in hf else "intermediate_size",
+        "vocab": "vocab_size",
+        "embed": "hidden_size",
+        "experts": "num_experts",
+    }
+    problems = []
+    for table, section in (("train", config.mesh), ("rollout", config.rollout_mesh)):
+        shape = tuple(sharding.mesh_sizes(section, devices).values())
+        layout = sharding.Layout(AbstractMesh(shape, sharding.MESH_AXES), table)
+        parts = {axis: (field, hf.get(field, 0)) for axis, field in named.items()}
+        if table == "train":
+            parts["batch"] = ("packed rows", sizes.packed_rows_per_microbatch)
+        problems += sharding.misfits(layout, parts)
+    return problems
+
+
+@pytest.mark.parametrize("name", [PAPER[0], *SMALL])
+def test_a_mesh_of_eight_is_laid_out_and_wrong_ones_are_refused(name):
+    config = _config(name)
+    model = decoder_config(architecture(config.model.path))
+    train, rollout = runs.layouts(config, model, jax.devices()[:8])
+    assert train.size("batch") == rollout.size("batch") == 8
+    with pytest.raises(MeshError, match="packed rows of a micro-batch = 8 is cut into 6 parts"):
+        runs.layouts(config, model, jax.devices()[:6])
+    with pytest.raises(MeshError, match="takes a multiple of 3 devices and there are 8"):
+        runs.layouts(_config(name, mesh__tensor=3), model, jax.devices()[:8])
+
+
+def test_more_parts_than_key_heads_are_refused():
+    config = _config(PAPER[0], rollout_mesh__tensor=8)
+    model = decoder_config(architecture(config.model.path))
+    with pytest.raises(MeshError, match="num_key_value_heads = 4 is cut into 8 parts by the roll"):
+        runs.layouts(config, model, jax.devices()[:8])
+
+
+def test_sixteen_devices_need_what_the_header_says():
+    config = _config(PAPER[0])
+    problems = _misfits(config, 16, configuration.batch_arithmetic(config))
+    assert problems == [
+        "packed rows = 8 is cut into 16 parts by the train mesh (fsdp 16), which does not divide it"
+    ]
+
+
+@pytest.mark.parametrize("name", PAPER + SMALL)
+def test_sequences_fit_the_model(name):
+    config = _config(name)
+    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    assert longest <= architecture(config.model.path)["max_position_embeddings"]
+    assert config.train.microbatch_tokens % longest == 0
+    assert longest % 128 == 0  # blocks of the attention kernels
+    assert config.reward.options.overlong.buffer * 8 == config.rollout.max_response_length
+    assert config.eval.every % config.output.checkpoint_every == 0  # else the best are not kept
+
+
+def test_headers_state_the_memory_that_the_sizes_give():
+    for name in (PAPER[0], *SMALL):
+        config, text = _config(name), _module(name).__doc__
+        model = decoder_config(architecture(config.model.path))
+        memory = runs.memory_estimate(config, model, (None, None))
+        state = memory["master weights (float32)"] + memory["Adam moments (float32)"]
+        written = f"{state / 1e9:.0f}" if state > 5e10 else f"{state / 1e9:.1f}"
+        assert f"weights and Adam's moments are {written} GB" in text
+        slot = memory["rollout KV cache"] / config.rollout.num_slots / 1e9
+        assert (f"takes {slot:.1f} GB of cache" in text) or (f"{slot:.2f} GB of cache" in text)
+
+
+def test_experts_are_refused_by_name_for_now():
+    """The header of the 30B run says so; this test goes with the refusal."""
+    with pytest.raises(ConfigError, match="model_type 'qwen3_moe' is not implemented"):
+        decoder_config(architecture(_config(PAPER[1]).model.path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [PAPER[0], *SMALL])
+def test_runs_are_built_from_real_tokenizers_and_data(name, shared_data, tmp_path):
+    """All but the weights: prompts fit, rewards are read, meshes are laid out."""
+    qwen, math_eval = shared_data / "qwen", shared_data / "math_eval"
+    config = _config(name)
+    tokenizer = "Qwen2.5-VL-7B-Instruct" if "qwen2_5" in name else "Qwen3-1.7B"
+    (tmp_path / "config.json").write_text(json.dumps(architecture(config.model.path)))
+    config.model.path, config.model.tokenizer = str(tmp_path), str(qwen / tokenizer)
+    config.data.cache_dir = str(tmp_path / "data")
+    if config.data.name == "gsm8k":
+        config.data.path = str(math_eval / "gsm8k" / "train.jsonl")
+        config.data.eval_path = str(math_eval / "gsm8k" / "test.jsonl")
+    else:
+        train = shared_data / "math_train" / "dapo17k" / "dapo_math_17k.parquet"
+        config.data.path = str(train)
+        config.data.eval_path = str(math_eval / "aime24" / "dapo_aime-2024.parquet")
+    run = runs.build(config, jax.devices()[:8])
+    assert len(run.data.held_out) == min(config.eval.num_problems, 500)
+    assert len(run.data.stream) == {"gsm8k": 7473}.get(config.data.name, 17_279)
+    assert run.rule.scoring.layout.size("batch") == 8
+    prompts = run.data.stream.next_prompts(256)
+    assert run.data.stream.dropped == 0
+    assert all("<|im_start|>user" in prompt.text for prompt in prompts)
