@@ -10,8 +10,8 @@
 # the run continues from its last checkpoint; a configuration that cannot run fails the Job.
 #
 # GPUs (the default) need no permission and no package of Kubernetes: pods get the coordinator by
-# flags. TPU slices on GKE: ACCELERATOR=tpu TPU_TYPE=tpu-v5p-slice TPU_TOPOLOGY=2x2x4 CHIPS=4; GKE
-# tells each pod its place in the slice, and --distributed=auto reads it.
+# flags. TPU slices on GKE: ACCELERATOR=tpu TPU_TYPE=tpu-v5p-slice TPU_TOPOLOGY=2x2x4 CHIPS=4
+# (of each host); GKE tells each pod its place in the slice, and --distributed=auto reads it.
 # Variables: IMAGE, CLAIM, NAME (luspo), HOSTS (1), GPUS (8), RETRIES (3, of each host).
 set -euo pipefail
 
@@ -36,6 +36,12 @@ case ${ACCELERATOR:-gpu} in
     ;;
   tpu)
     : "${TPU_TYPE:?names the slice, as tpu-v5p-slice}" "${TPU_TOPOLOGY:?as 2x2x4}"
+    chips=$((${TPU_TOPOLOGY//x/*}))
+    if ((chips != hosts * ${CHIPS:-4})); then
+      echo "TPU_TOPOLOGY=$TPU_TOPOLOGY has $chips chips, and HOSTS=$hosts of CHIPS=${CHIPS:-4} make" \
+        "$((hosts * ${CHIPS:-4}))" >&2
+      exit 2
+    fi
     resource="google.com/tpu: ${CHIPS:-4}"
     selector="{cloud.google.com/gke-tpu-accelerator: $TPU_TYPE,"
     selector+=" cloud.google.com/gke-tpu-topology: \"$TPU_TOPOLOGY\"}"

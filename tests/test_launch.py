@@ -17,6 +17,7 @@ import time
 import pytest
 import yaml
 
+from luspo_jax.metrics import read_metrics
 from luspo_jax.workdir import WorkdirError, check_place
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -133,6 +134,33 @@ def test_one_host_passes_a_signal_on_and_does_not_retry(call, tmp_path):
     assert (tmp_path / "calls").read_text() == "started\nasked\n"
 
 
+@pytest.mark.slow
+def test_one_host_continues_a_run_that_was_killed(call, tmp_path):
+    workdir = tmp_path / "run"
+    flags = (
+        "--config.num_steps=6", "--config.output.checkpoint_every=1",
+        "--config.eval.num_problems=8", "--config.eval.every=0",
+    )  # fmt: skip
+    # The first start tells its number, and is killed once it has written a checkpoint.
+    _script(
+        tmp_path / "bin" / "python",
+        f'[[ -e {tmp_path}/pid ]] || echo $$ >{tmp_path}/pid; exec {sys.executable} "$@"',
+    )
+    process = subprocess.Popen(
+        ["bash", "launch/one_host.sh", QUICKSTART, f"--workdir={workdir}", *flags],
+        cwd=ROOT, env=call.environment | {"PYTHON": "python"}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    _wait_for(workdir / "metrics.jsonl", '"step": 3', seconds=200)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert process.wait(timeout=200) == 0
+    steps = [record["step"] for record in read_metrics(workdir / "metrics.jsonl")]
+    assert steps == list(range(7))
+    said = (tmp_path / "run.log").read_text()
+    assert "exit status 137: continuing in 0 s" in said
+    assert said.count("objective : luspo") == 2
+    assert said.count("step 1/6 |") == 1, "it started over instead of going on"
+
+
 def _wait_for(path, text, seconds=60.0):
     until = time.monotonic() + seconds
     while not (path.exists() and text in path.read_text()):
@@ -144,18 +172,22 @@ def _wait_for(path, text, seconds=60.0):
 
 
 def _slurm(tmp_path, status=None):
-    """Stand-ins: srun starts one task with SLURM's variables, or ends with a status."""
+    """Stand-ins: srun starts tasks with SLURM's variables, or ends with a status."""
     task = f"sleep {status}" if status == "60" else f"exit {status}"
     real = (
         "while [[ $1 == --* ]]; do shift; done\n"
-        "export SLURM_STEP_NODELIST=127.0.0.1 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0\n"
-        'exec "$@" --dry_run'
+        "export SLURM_STEP_NODELIST=127.0.0.1 SLURM_LOCALID=0\n"
+        "for ((i = 1; i < SLURM_NTASKS; i++)); do\n"
+        '  SLURM_PROCID=$i "$@" --dry_run &\n'
+        "done\n"
+        'SLURM_PROCID=0 "$@" --dry_run && wait'
     )
     _script(tmp_path / "bin" / "srun", real if status is None else task)
     _script(tmp_path / "bin" / "scontrol", f'echo "$@" >>{tmp_path}/scontrol')
 
 
-def test_slurm_prints_a_command_that_runs(call, tmp_path):
+@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_slurm_prints_a_command_that_runs(call, tmp_path, tasks):
     _slurm(tmp_path)
     arguments = ("launch/slurm.sbatch", "--dry_run", QUICKSTART, f"--workdir={tmp_path}/run")
     ran = call("bash", *arguments, SLURM_GPUS_ON_NODE="4")
@@ -166,12 +198,13 @@ def test_slurm_prints_a_command_that_runs(call, tmp_path):
     assert "--distributed=auto" in command
     ran = call(
         "bash", "-c", "\n".join([*exports, command]),
-        SLURM_JOB_ID="7", JAX_COORDINATOR_PORT=_free_port(),
+        SLURM_JOB_ID="7", SLURM_NTASKS=str(tasks), JAX_COORDINATOR_PORT=_free_port(),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    assert "process 0 of 1" in ran.stdout
-    assert "found through SLURM" in ran.stdout
-    assert TOLD in ran.stdout
+    for index in range(tasks):
+        assert f"process {index} of {tasks} on " in ran.stdout
+    assert ran.stdout.count("found through SLURM") == tasks
+    assert ran.stdout.count(TOLD) == 1
 
 
 def test_slurm_with_a_task_a_gpu_leaves_the_choice_to_jax(call):
@@ -353,6 +386,16 @@ def test_kubernetes_tpu_slices_are_asked_for(call):
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert "--distributed=auto" in container["command"][2]
     assert "--coordinator" not in container["command"][2]
+
+
+def test_kubernetes_slices_must_have_the_chips_of_the_hosts(call):
+    given = {"IMAGE": "i", "CLAIM": "c", "ACCELERATOR": "tpu", "TPU_TYPE": "t", "HOSTS": "2"}
+    ran = call(
+        "bash", "launch/gke_job.sh", "--dry_run", QUICKSTART, "--workdir=/runs/x",
+        TPU_TOPOLOGY="2x2x4", **given,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert "2x2x4 has 16 chips, and HOSTS=2 of CHIPS=4 make 8" in ran.stderr
 
 
 # ---------------------------------------------------------------------- what is promised
