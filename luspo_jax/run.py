@@ -386,7 +386,7 @@ def memory_estimate(
         tokens = sizes.packed_rows_per_microbatch * sizes.pack_length
     tokens //= _parts(train, "batch", "length")
     slots = config.rollout.num_slots * sizes.tokens_per_row
-    slots //= _parts(rollout, "batch", "cache_length")
+    slots //= _parts(sharding.on_own_devices(rollout), "batch", "cache_length")
     inside = 16 * model.embed_dim + 3 * model.mlp_dim + 4 * model.num_heads * model.head_dim
     kept = (
         model.embed_dim * model.num_layers + inside
