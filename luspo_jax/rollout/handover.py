@@ -1,5 +1,6 @@
 """Weights from where training keeps them to where the rollout reads them."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,8 +16,8 @@ from luspo_jax.sharding import Layout
 def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None, dtype: Any) -> Any:
     """Weights in the sampler's type, cut as the rollout's table says, on this process's devices.
 
-    Cast and reshard are one program: what travels has the sampler's type, and no device ever
-    holds more than its part and one layer's message.
+    Cast and reshard are one program: what travels has the sampler's type, and no device receives
+    more of a parameter than the part that it samples with.
 
     Args:
       params: master weights as training lays them out.
@@ -44,8 +45,15 @@ def lower_rollout_params(params: Any, *, config: DecoderConfig, layout: Layout, 
 
 @functools.cache
 def _moved(dtype, layout, config):
-    where = sharding.shardings(decoder.param_axes(config), layout)
-    return jax.jit(functools.partial(_cast_all, dtype=dtype), out_shardings=where)
+    axes, between = decoder.param_axes(config), dataclasses.replace(layout, table="handover")
+    even = config.embed_dim % between.size("embed") == 0
+    halfway = sharding.shardings(axes, between) if even else None
+
+    def move(params):
+        # In one stride XLA may make whole stacks of layers on every device, and cut them then.
+        return sharding.constrain_tree(_cast_all(params, dtype), halfway)
+
+    return jax.jit(move, out_shardings=sharding.shardings(axes, layout))
 
 
 @functools.cache
