@@ -43,6 +43,8 @@ TABLES = {
         "embed": (),
     },
 }
+# Halfway from the one to the other: cut as in the rollout, and along the embedding over the rest.
+TABLES["handover"] = {**TABLES["rollout"], "embed": ("data", "fsdp", "expert", "context")}
 
 Axes = tuple[str | None, ...]  # the logical axis of each dimension; None is spread over nothing
 

@@ -207,7 +207,13 @@ OFFLOADS = {
 
 
 def parked(state: TrainState, offload: str) -> TrainState:
-    """The state with the parts that OFFLOADS names in host memory, to make room for a rollout."""
+    """The state with the parts that OFFLOADS names in host memory, to make room for a rollout.
+
+    What stays is tied to its device, as what comes back will be: jitted functions would compile
+    again for that.
+    """
+    if OFFLOADS[offload]:
+        state = _moved(state, [field.name for field in dataclasses.fields(state)], "device")
     return _moved(state, OFFLOADS[offload], "pinned_host")
 
 

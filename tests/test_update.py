@@ -13,6 +13,7 @@ from luspo_jax.logprobs import Scoring, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.objectives.presets import used_hyperparameters
+from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.types import TrainBatch
 
 MODEL = DecoderConfig(
@@ -385,3 +386,16 @@ def test_empty_microbatches_are_not_computed(params):
     assert float(metrics["actor/skipped_updates"][0]) == 0
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert all(np.isfinite(x) for pair in metrics.values() for x in pair)
+
+
+def test_steps_between_which_parts_wait_on_the_host_compile_once(params):
+    rule = _rule()
+    state = update.parked(update.initial_state(params, rule), "both")
+    counts = []
+    for _ in range(2):
+        with CompileClock() as clock:
+            state = update.fetched(state, "both")
+            state, _ = update.update_step(state, _batch(), np.float32(1.0), rule=rule)
+        state = update.parked(state, "both")
+        counts.append(clock.count)
+    assert counts[1] == 0

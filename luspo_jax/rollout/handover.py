@@ -1,5 +1,6 @@
 """Weights from where training keeps them to where the rollout reads them."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,8 +16,8 @@ from luspo_jax.sharding import Layout
 def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None, dtype: Any) -> Any:
     """Weights in the sampler's type, cut as the rollout's table says, on this process's devices.
 
-    Cast and reshard are one program: what travels has the sampler's type, and no device ever
-    holds more than its part and one layer's message.
+    Cast and reshard are one program: what travels has the sampler's type, and no device receives
+    more of a parameter than the part that it samples with.
 
     Args:
       params: master weights as training lays them out.
@@ -45,14 +46,18 @@ def lower_rollout_params(params: Any, *, config: DecoderConfig, layout: Layout, 
 
 @functools.cache
 def _moved(dtype, mesh, layout, config):
-    axes = decoder.param_axes(config)
-    as_trained = sharding.shardings(axes, Layout(mesh, "train"))
+    axes, between = decoder.param_axes(config), dataclasses.replace(layout, table="handover")
+    start = sharding.shardings(axes, Layout(mesh, "train"))
+    even = config.embed_dim % between.size("embed") == 0
+    halfway = sharding.shardings(axes, between) if even else None
 
-    def cast(params):
-        # Still where it was: what travels is the cast array.
-        return sharding.constrain_tree(_cast_all(params, dtype), as_trained)
+    def move(params):
+        # Cast where they lie, so that what travels is in the sampler's type. In one stride from
+        # there XLA may make whole stacks of layers on every device, and cut them then.
+        params = sharding.constrain_tree(_cast_all(params, dtype), start)
+        return sharding.constrain_tree(params, halfway)
 
-    return jax.jit(cast, out_shardings=sharding.shardings(axes, layout))
+    return jax.jit(move, out_shardings=sharding.shardings(axes, layout))
 
 
 @functools.cache

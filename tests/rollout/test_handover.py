@@ -1,4 +1,7 @@
-"""Weights go from the training mesh to the rollout's in one program, cast on the way."""
+"""Weights handed from training to rollout: the same numbers, and no more of them than it takes."""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,44 +10,34 @@ import pytest
 
 from luspo_jax import sharding
 from luspo_jax.models import decoder
-from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.rollout.handover import lower_rollout_params, rollout_params
+from luspo_jax.rollout import handover
+from tests.rollout import rollout_cases as cases
 
-CONFIG = DecoderConfig(
-    "qwen2", 24, 2, 16, 32, 4, 2, 8, 1e4, 1e-6, True, False, False, 64
-)  # fmt: skip
-
-
-def _trained(sizes):
-    layout = sharding.layout("train", sizes, jax.devices())
-    return decoder.init_params(jax.random.key(0), CONFIG, layout=layout)
-
-
-def _rollout(**sizes):
-    return sharding.layout("rollout", {"data": -1, **sizes}, jax.devices())
+MODEL = cases.config(98, model_type="qwen3")
+MESHES = [  # of training, and of the rollout
+    ({"fsdp": 8}, {"data": 4, "tensor": 2}),
+    ({"fsdp": 2, "context": 4}, {"data": 2, "context": 2, "tensor": 2}),
+    ({"data": 2, "fsdp": 4}, {"data": 8}),
+    ({"fsdp": 4, "tensor": 2}, {"data": 4, "tensor": 2}),
+]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_the_sampler_gets_the_same_numbers_where_it_reads_them(dtype, tensor):
-    params, layout = _trained({"fsdp": 4, "tensor": 2}), _rollout(tensor=tensor)
-    placed = rollout_params(params, config=CONFIG, layout=layout, dtype=dtype)
-    where = sharding.shardings(decoder.param_axes(CONFIG), layout)
-    for x, y, place in zip(*map(jax.tree.leaves, (params, placed, where)), strict=True):
-        assert y.dtype == dtype
-        assert y.sharding.is_equivalent_to(place, y.ndim)
-        np.testing.assert_array_equal(np.asarray(x).astype(dtype), y)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("train", "rollout"), MESHES)
+def test_handing_over(train, rollout, dtype):
+    train = sharding.layout("train", train, jax.devices())
+    rollout = sharding.layout("rollout", rollout, jax.devices())
+    params, axes = cases.random_params(MODEL), decoder.param_axes(MODEL)
+    spread = jax.device_put(params, sharding.shardings(axes, train))
 
+    placed = handover.rollout_params(spread, config=MODEL, layout=rollout, dtype=dtype)
 
-def test_what_travels_is_the_cast_array():
-    params, layout = _trained({"fsdp": 8}), _rollout()
-    lowered = lower_rollout_params(params, config=CONFIG, layout=layout, dtype=jnp.bfloat16)
-    gathers = [line for line in lowered.compile().as_text().splitlines() if " all-gather(" in line]
-    # XLA on CPU sends bfloat16 as float32, after the cast.
-    assert gathers
-    assert all("all-gather(%convert" in line or "= bf16[" in line for line in gathers)
-
-
-def test_one_device_gives_its_own_arrays():
-    params = decoder.init_params(jax.random.key(0), CONFIG)
-    assert rollout_params(params, config=CONFIG, layout=None, dtype=jnp.float32) is params
+    where = sharding.shardings(axes, rollout)
+    for x, original, place in zip(*map(jax.tree.leaves, (placed, params, where)), strict=True):
+        np.testing.assert_array_equal(x, jnp.asarray(original, dtype))
+        assert x.sharding.is_equivalent_to(place, x.ndim)
+    program = handover.lower_rollout_params(spread, config=MODEL, layout=rollout, dtype=dtype)
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", program.compile().as_text())
+    largest = max(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(placed))
+    assert gathered
+    assert max(math.prod(map(int, shape.split(","))) for shape in gathered) <= largest
