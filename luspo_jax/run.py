@@ -151,8 +151,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
             time_limit=config.reward.timeout_s,
             max_failure_rate=config.reward.max_failure_rate,
         ),
-        sampler=_engine(config, model, config.rollout, rollout_layout),
-        held_out_sampler=_engine(config, model, config.eval, rollout_layout),
+        sampler=sampler(config, model, config.rollout, rollout_layout),
+        held_out_sampler=sampler(config, model, config.eval, rollout_layout),
         rule=rule,
         shaping=configuration.build_shaping(config),
         length=length,
@@ -319,7 +319,8 @@ def _scoring(config, model, layout):
     )
 
 
-def _engine(config, model, section, layout):
+def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layout | None) -> Engine:
+    """What samples as `section` says: config.rollout, or config.eval."""
     return Engine(
         model.config,
         Sampling(

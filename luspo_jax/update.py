@@ -316,6 +316,17 @@ def put_rows(tree: Any, layout: Layout | None) -> Any:
     return jax.tree.map(lambda x, axes: sharding.put(x, axes, layout), tree, _row_axes(tree))
 
 
+def abstract_rows(tree: Any, layout: Layout | None) -> Any:
+    """Shapes and types of a batch with the places that `put_rows` gives; nothing is allocated."""
+    if layout is None:
+        return tree
+    return jax.tree.map(
+        lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(axes)),
+        tree,
+        _row_axes(tree),
+    )
+
+
 def _row_axes(tree):
     """The logical axes of every leaf of a batch."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)

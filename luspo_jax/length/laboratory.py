@@ -121,6 +121,24 @@ def measure(
     return jax.device_get(result)
 
 
+def lower_measure(lab: Laboratory, params: Any, sampled: Sampled) -> Any:
+    """The lowered program of `measure`, for looking at what it holds; nothing is computed.
+
+    `params` may be shapes with shardings; `end_params` are taken to lie alike.
+    """
+    layout = lab.scoring.layout
+
+    def shape(x):
+        where = layout.sharding(("batch", *[None] * (x.ndim - 1))) if layout else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    sides = [
+        jax.tree.map(shape, _half_rows(_rows(sampled, side), lab))
+        for side in pressure.halves(sampled.group_ids_B)
+    ]
+    return _measure.lower(params, params, *sides, np.float32(0), lab=lab)
+
+
 def taken(lab: Laboratory, params: Any, old_params: Any, sampled: Sampled) -> tuple[float, float]:
     """First-order change of mean length and mean reward by the update from `old_params`."""
     return jax.device_get(_taken(params, old_params, _half(sampled, lab), lab=lab))
@@ -209,6 +227,14 @@ def _rows(sampled, rows):
 
 
 def _half(sampled, lab):
+    layout = lab.scoring.layout
+    return jax.tree.map(
+        lambda x: sharding.put(x, ("batch", *[None] * (x.ndim - 1)), layout),
+        _half_rows(sampled, lab),
+    )
+
+
+def _half_rows(sampled, lab):
     mask_BT = sampled.rows.response_mask_BT & sampled.counted_B[:, None]
     half = Half(
         rows=dataclasses.replace(sampled.rows, response_mask_BT=mask_BT),
@@ -219,9 +245,7 @@ def _half(sampled, lab):
     )
     # Empty rows, which count nowhere, so that devices have equally many.
     missing = -len(sampled.rewards_B) % _row_parts(lab)
-    half = jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), half)
-    layout = lab.scoring.layout
-    return jax.tree.map(lambda x: sharding.put(x, ("batch", *[None] * (x.ndim - 1)), layout), half)
+    return jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), half)
 
 
 def _row_parts(lab):

@@ -139,8 +139,11 @@ def dealt_positions(x_LBKTH, layout):
 
 
 def _written(cached_LBKSH, new_BKH, layer, positions_B):
-    rows_B = jnp.arange(positions_B.shape[0])
-    return cached_LBKSH.at[layer, rows_B, :, positions_B].set(new_BKH, mode="drop")
+    # One vector [H] an index. For matrices [K, H], XLA on TPU would turn K and S of the whole cache
+    # around, and hold it twice.
+    rows_B1, heads_K = jnp.arange(new_BKH.shape[0])[:, None], jnp.arange(new_BKH.shape[1])
+    at = cached_LBKSH.at[layer, rows_B1, heads_K[None], positions_B[:, None]]
+    return at.set(new_BKH, mode="drop")
 
 
 def _known(implementation):

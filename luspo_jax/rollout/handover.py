@@ -38,10 +38,18 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
     return sharding.own_part(placed, axes, layout)
 
 
-def lower_rollout_params(params: Any, *, config: DecoderConfig, layout: Layout, dtype: Any) -> Any:
-    """The lowered hand-over, for looking at what it moves."""
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-    return _moved(jnp.dtype(dtype), mesh, layout, config).lower(params)
+def lower_rollout_params(
+    params: Any, *, config: DecoderConfig, layout: Layout | None, dtype: Any
+) -> Any:
+    """The lowered hand-over, for looking at what it moves and holds.
+
+    On one device, and where the meshes order devices differently, the cast: what follows then is
+    no program of ours.
+    """
+    trained_on = jax.tree.leaves(params)[0].sharding
+    if layout is None or not sharding.same_order(trained_on, layout):
+        return _cast(jnp.dtype(dtype)).lower(params)
+    return _moved(jnp.dtype(dtype), trained_on.mesh, layout, config).lower(params)
 
 
 @functools.cache

@@ -63,8 +63,14 @@ def test_it_lowers_for_cuda(head_dim):
         out = attention(query, key, value, segment_ids_BT=segments, implementation="flash_gpu")
         return jnp.sum(out.astype(jnp.float32))
 
-    exported = jax.export.export(
+    export = jax.export.export(
         jax.jit(jax.grad(loss, argnums=(0, 1, 2))), platforms=["cuda"], disabled_checks=[_TRITON]
-    )(query, key, key, segments)
+    )
+    try:
+        exported = export(query, key, key, segments)
+    except RuntimeError as error:  # jax ≥ 0.11
+        if "No supported GPU devices found" not in str(error):
+            raise
+        pytest.skip("this jax lowers Triton kernels only where there is a GPU")
     for name in ("attention_forward", "attention_query_gradient", "attention_key_gradients"):
         assert name in exported.mlir_module()

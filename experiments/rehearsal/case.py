@@ -1,0 +1,244 @@
+"""What is rehearsed: a configuration resolved for a machine, without tokenizer, data or weights."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.command import UsageError
+from experiments.rehearsal import costs
+from experiments.rehearsal.topologies import Topology
+from luspo_jax import config as configuration
+from luspo_jax import packing
+from luspo_jax import run as runs
+from luspo_jax.config import BatchArithmetic
+from luspo_jax.models import decoder_weights, locate
+from luspo_jax.models.decoder_config import DecoderConfig, decoder_config
+from luspo_jax.rollout import Engine, Request
+from luspo_jax.rollout.engine import SMALLEST_PROMPT
+from luspo_jax.rollout.schedule import bucket, prefill_batches, rounded_up
+from luspo_jax.sharding import Layout
+from luspo_jax.update import UpdateRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens that are assumed: every prompt has `prompt`, responses `power_lengths`."""
+
+    prompt: int
+    mean: float
+    longest: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A configuration on a machine.
+
+    Attributes:
+      layouts: of training, and of the rollout over all hosts.
+      engine: what samples on one host.
+      held_out: what samples held-out problems there.
+    """
+
+    config: ConfigDict
+    topology: Topology
+    lengths: Lengths
+    model: DecoderConfig
+    rule: UpdateRule
+    layouts: tuple[Layout | None, Layout | None]
+    engine: Engine
+    held_out: Engine
+
+    @property
+    def sizes(self) -> BatchArithmetic:
+        """The batch arithmetic."""
+        return configuration.batch_arithmetic(self.config)
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the model."""
+        return decoder_weights.num_params(self.model)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value in training's compute type."""
+        return np.dtype(jax.numpy.dtype(self.config.model.dtype)).itemsize
+
+    @functools.cached_property
+    def train_parts(self) -> costs.Parts:
+        """How training shares work."""
+        return costs.parts(self.layouts[0])
+
+    @functools.cached_property
+    def rollout_parts(self) -> costs.Parts:
+        """How the devices of one host share a rollout."""
+        return costs.parts(self.engine.layout, length="cache_length")
+
+    def on(self, tree: Any) -> Any:
+        """Shapes on the only device, where there is one; as they are on a mesh."""
+        if self.layouts[0] is not None:
+            return tree
+        where = jax.sharding.SingleDeviceSharding(self.topology.devices[0])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    def on_host(self, tree: Any, axes_tree: Any) -> Any:
+        """Shapes over the devices of one host, by their logical axes."""
+        layout = self.engine.layout
+        single = jax.sharding.SingleDeviceSharding(self.topology.devices[0])
+        leaves, treedef = jax.tree.flatten(tree)
+        axes = jax.tree.leaves(axes_tree, is_leaf=lambda node: isinstance(node, tuple))
+        placed = [
+            jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=layout.sharding(names) if layout else single
+            )
+            for x, names in zip(leaves, axes, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, placed)
+
+    @functools.cached_property
+    def response_lengths(self) -> list[int]:
+        """Assumed lengths of a step's responses, shuffled by a fixed seed."""
+        found = costs.power_lengths(
+            self.lengths.mean, self.lengths.longest, self.sizes.responses_per_step
+        )
+        return np.random.default_rng(0).permutation(found).tolist()
+
+    def share(self, total: int) -> int:
+        """Of `total` prompts, those of one host: the most that one has."""
+        return -(-total // self.topology.hosts)
+
+    def prompt_batch(self, engine: Engine, prompts: int, group_size: int) -> tuple[int, int]:
+        """(P, T) of the largest prefill of `prompts` longest prompts."""
+        longest = np.zeros(self.config.data.max_prompt_length, np.int32)
+        slots = self.slots(engine, prompts * group_size)
+        batches = prefill_batches(
+            [Request(i, longest) for i in range(prompts)],
+            group_size=group_size,
+            num_slots=slots,
+            max_tokens=engine.max_prefill_tokens,
+            multiple=engine.row_multiple,
+        )
+        length = bucket(len(longest), limit=engine.max_prompt_length, smallest=SMALLEST_PROMPT)
+        return rounded_up(len(batches[0]), engine.row_multiple), length
+
+    def slots(self, engine: Engine, responses: int) -> int:
+        """Slots that a host decodes: those asked for, or as many as there are responses."""
+        return min(engine.num_slots, rounded_up(max(1, responses), engine.row_multiple))
+
+    def rooms(self, engine: Engine) -> list[int]:
+        """Cache lengths that are allocated one after another, up to the longest response."""
+        rooms = [engine.room(self.config.data.max_prompt_length + 1)]
+        most = engine.room(self.config.data.max_prompt_length + self.lengths.longest)
+        while rooms[-1] < most:
+            rooms.append(engine.room(rooms[-1] + 1))
+        return rooms
+
+
+def architecture(config: ConfigDict) -> DecoderConfig:
+    """The decoder of `config.model`, from its config.json alone."""
+    path = config.model.path
+    values = (
+        locate.architecture(path)
+        if hasattr(locate, "architecture")
+        else json.loads((locate.model_folder(path) / "config.json").read_text())
+    )
+    return decoder_config({**values, **config.model.overrides.to_dict()})
+
+
+class _NoTokenizer:
+    """Stands where a run has its tokenizer, whose tokens change no size."""
+
+    eos_token_id = None
+    pad_token_id = None
+
+
+def build(
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    mean_length: float | None = None,
+    max_length: int | None = None,
+    live: int = 0,
+) -> Case:
+    """Resolves a configuration for a machine.
+
+    Args:
+      config: of the run.
+      topology: the machine.
+      mean_length: assumed mean of the response lengths; a quarter of the longest unless given.
+      max_length: assumed longest response; the configuration's limit unless given. What is
+        allocated goes by it, but the packed rows' length does not.
+      live: sequences decoded together on a host, in place of rollout.num_slots.
+
+    Raises:
+      ConfigError, MeshError, UsageError: what does not fit, before anything is compiled.
+    """
+    config = config.copy_and_resolve_references()
+    if live:
+        config.rollout.num_slots = live
+    configuration.check(config)
+    longest = max_length or config.rollout.max_response_length
+    if not 1 <= longest <= config.rollout.max_response_length:
+        raise UsageError(
+            f"--max_length={longest} must lie between 1 and rollout.max_response_length="
+            f"{config.rollout.max_response_length}"
+        )
+    mean = mean_length or max(1.0, longest / 4)
+    if not 1 <= mean <= longest:
+        raise UsageError(f"--mean_length={mean:g} must lie between 1 and the longest, {longest}")
+    model = runs.Model(locate.EMBEDDED, architecture(config), _NoTokenizer())
+    layouts = runs.layouts(config, model.config, topology.devices)
+    with _device_of(topology):
+        return Case(
+            config=config,
+            topology=topology,
+            lengths=Lengths(config.data.max_prompt_length, mean, longest),
+            model=model.config,
+            rule=runs.update_rule(config, model, layouts[0]),
+            layouts=layouts,
+            engine=runs.sampler(config, model, config.rollout, layouts[1]),
+            held_out=runs.sampler(config, model, config.eval, layouts[1]),
+        )
+
+
+def _device_of(topology):
+    """Without a mesh, the platform is that of jax's default device."""
+    if len(topology.devices) > 1 or topology.name == "local":
+        return contextlib.nullcontext()
+    return jax.default_device(topology.devices[0])
+
+
+def plan(case: Case, responses: int) -> packing.Plan:
+    """Where the first `responses` of a step lie in packed rows, at the assumed lengths."""
+    lengths = np.array(case.response_lengths[:responses]) + case.lengths.prompt
+    return packing.plan(
+        lengths,
+        row_length=case.sizes.pack_length,
+        rows_per_microbatch=case.sizes.packed_rows_per_microbatch,
+    )
+
+
+def row_length(case: Case) -> int:
+    """Tokens of a row that is not packed, or of the arrays beside packed ones."""
+    return packing.bucket_length(
+        case.lengths.prompt + case.lengths.longest,
+        case.sizes.tokens_per_row,
+        num_buckets=case.config.train.num_length_buckets,
+    )
+
+
+def whole_host(case: Case) -> str:
+    """Meshes in words."""
+
+    def words(layout):
+        if layout is None:
+            return "one device"
+        named = [f"{k} {v}" for k, v in layout.mesh.shape.items() if v > 1]
+        return " × ".join(named) or "one device"
+
+    return f"training {words(case.layouts[0])}; a host's rollout {words(case.engine.layout)}"

@@ -1,0 +1,347 @@
+"""Operations and bytes of a run's programs, counted by hand, on one device.
+
+Conventions. A product of [m, k] and [k, n] is 2·m·k·n operations. M is the entries of all layers'
+matrices, V·D those of the head. `pairs` are (query, key) pairs that a kernel computes: T(T+1)/2 a
+row of T tokens, as the kernels skip what lies above the diagonal, and nothing else: packed
+segments in a row are masked, not skipped. A pair costs 2·N·H operations a product and layer.
+
+Passes of a training step, in units of the forward pass:
+
+    layers      forward 1, backward 2; again what remat computes again: "full" all but the last
+                product (its result is not needed), "attention" and "offload" the same without the
+                attention, "dots" the attention alone
+    attention   forward 2 products a pair; backward 7 (two kernels, each with scores of its own;
+                "cudnn" and "reference" 5)
+    head        forward 1, backward 3 (logits again, and two gradients); scored tokens only
+
+Memory traffic is the least a program can do: every operand of a product read and every result
+written once a pass, weights also written where they are gathered; logits of a chunk 3 times
+forward and 4 times backward, in float32; the optimizer 9 float32 a parameter. Links: bytes that a
+device receives: (k − 1)/k of what an all-gather over k devices makes whole or a reduce-scatter
+adds up, twice that of an all-reduce; a ring passes keys and values on k − 1 times.
+
+What is left out: norms, rotations, element-wise work that compilers fuse, latencies, sampling.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from luspo_jax.models.decoder_config import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one device: operations, bytes to and from its memory, bytes received from others."""
+
+    flops: float = 0.0
+    memory: float = 0.0
+    links: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.memory + other.memory, self.links + other.links)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.flops * times, self.memory * times, self.links * times)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Operations and bytes a second of one device, at their peak or as they are expected."""
+
+    flops: float
+    memory: float
+    links: float
+
+    def seconds(self, work: Work) -> dict[str, float]:
+        """Seconds that each resource is busy; the largest is the roofline."""
+        return {
+            "compute": work.flops / self.flops,
+            "memory": work.memory / self.memory,
+            "interconnect": work.links / self.links,
+        }
+
+    def roofline(self, work: Work) -> float:
+        """Seconds where all three overlap perfectly."""
+        return max(self.seconds(work).values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How many devices share what: sizes of a layout's logical axes.
+
+    Attributes:
+      batch: rows.
+      length: positions of a row in training, or of the cache in the rollout.
+      embed: devices that weights are cut over and gathered from.
+      tensor: heads, mlp and vocabulary.
+      copies: devices that hold the same part of the weights and sum gradients.
+    """
+
+    batch: int = 1
+    length: int = 1
+    embed: int = 1
+    tensor: int = 1
+    copies: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Devices that tokens are spread over."""
+        return self.batch * self.length
+
+
+def parts(layout, *, length: str = "length") -> Parts:
+    """The Parts of a layout; None is one device."""
+    if layout is None:
+        return Parts()
+    return Parts(
+        batch=layout.size("batch"),
+        length=layout.size(length),
+        embed=layout.size("embed"),
+        tensor=layout.size("mlp"),
+        copies=layout.mesh.size // (layout.size("embed") * layout.size("mlp")),
+    )
+
+
+def matrices(model: DecoderConfig) -> int:
+    """M: entries of the matrices of all layers."""
+    attention = model.embed_dim * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
+    return model.num_layers * (attention + 3 * model.embed_dim * model.mlp_dim)
+
+
+def head(model: DecoderConfig) -> int:
+    """V·D: entries of the output matrix."""
+    return model.vocab_size * model.embed_dim
+
+
+def kv_bytes(model: DecoderConfig, width: int) -> int:
+    """Bytes of cache a token, all heads: 2·L·K·H values."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
+
+
+def causal_pairs(rows: int, length: int) -> int:
+    """Pairs that causal kernels compute on whole rows."""
+    return rows * length * (length + 1) // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a forward or training pass reads at once, over all devices: one micro-batch.
+
+    Attributes:
+      tokens: rows × length, padding included.
+      pairs: (query, key) pairs of one layer.
+      scored: tokens that the head scores, rounded up to chunks where that matters.
+    """
+
+    tokens: int
+    pairs: int
+    scored: int
+
+
+def forward(
+    model: DecoderConfig, rows: Rows, part: Parts, width: int, *, share: float = 1.0
+) -> Work:
+    """Layers forward over a micro-batch; `share` of the matrices, for a recomputation."""
+    M, c = matrices(model), width
+    tokens, t = rows.tokens / part.tokens, part.tensor
+    flops = 2 * tokens * M * share / t
+    gathered = c * M / t
+    memory = gathered * (2 if part.embed > 1 else 1) + c * tokens * _touched(model) / t
+    links = gathered * _others(part.embed)
+    # Two all-reduces a layer, after the products that sum over heads and over mlp.
+    links += 2 * model.num_layers * 2 * c * tokens * model.embed_dim * _others(t)
+    return Work(flops, memory, links) + attention(model, rows, part, width, products=2)
+
+
+def attention(model: DecoderConfig, rows: Rows, part: Parts, width: int, *, products: int) -> Work:
+    """`products` products a pair; queries, keys, values and results pass memory once."""
+    pairs = rows.pairs / (part.tokens * part.tensor)
+    tokens = rows.tokens / part.tokens
+    flops = products * 2 * model.num_heads * model.head_dim * model.num_layers * pairs
+    values = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim / part.tensor
+    memory = products / 2 * width * tokens * values * model.num_layers
+    ring = (part.length - 1) * tokens * kv_bytes(model, width) / part.tensor
+    if products > 2:  # gradients of keys and values travel with them, in float32
+        ring += (part.length - 1) * tokens * kv_bytes(model, 4) / part.tensor
+    return Work(flops, memory, ring)
+
+
+_RECOMPUTED = {"none": (0, 0), "full": (1, 1), "attention": (1, 0), "offload": (1, 0),
+               "dots": (0, 1)}  # fmt: skip
+
+
+def backward(
+    model: DecoderConfig, rows: Rows, part: Parts, width: int, *, remat: str, kernel: str
+) -> Work:
+    """Layers backward, with what is computed again."""
+    M, c, t = matrices(model), width, part.tensor
+    tokens = rows.tokens / part.tokens
+    layers, with_attention = _RECOMPUTED[remat]
+    # The products themselves twice; weights gathered once more, gradients reduced in float32.
+    plain = dataclasses.replace(rows, pairs=0)
+    work = forward(model, plain, part, width)
+    work = Work(2 * work.flops, 2 * work.memory, work.links)
+    grads = 4 * M / t
+    work += Work(0, 2 * grads + 3 * grads / part.embed, grads * _others(part.embed))
+    work += Work(0, 0, 2 * grads / part.embed * _others(part.copies))
+    products = 5 if kernel in ("cudnn", "reference") else 7
+    work += attention(model, rows, part, width, products=products)
+    if layers:
+        last = model.num_layers * model.embed_dim * model.mlp_dim
+        again = dataclasses.replace(rows, pairs=rows.pairs if with_attention else 0)
+        work += forward(model, again, part, width, share=1 - last / M)
+    elif with_attention:
+        work += attention(model, rows, part, width, products=2)
+    # Rows of the embedding travel as activations, and their gradients.
+    work += Work(
+        0, 4 * tokens * model.embed_dim, c * tokens * model.embed_dim * _others(part.embed)
+    )
+    return work
+
+
+def scoring(
+    model: DecoderConfig, rows: Rows, part: Parts, width: int, chunk: int, *, gradient: bool
+) -> Work:
+    """The head over the scored tokens, forward, and backward with `gradient`."""
+    VD, t = head(model), part.tensor
+    scored = rows.scored / part.tokens
+    passes, touched, gathers = (4, 7, 2) if gradient else (1, 3, 1)
+    chunks = math.ceil(scored / chunk) if scored else 0
+    memory = 4 * touched * scored * model.vocab_size / t + passes * chunks * width * VD / t
+    links = gathers * width * VD / t * _others(part.embed)
+    if gradient:
+        memory += 3 * 4 * VD / t * chunks  # the gradient is summed in float32, chunk by chunk
+        links += 4 * VD / t * _others(part.embed)
+        links += 2 * 4 * VD / t / part.embed * _others(part.copies)
+    return Work(passes * 2 * scored * VD / t, memory, links)
+
+
+def training(
+    model: DecoderConfig,
+    rows: Rows,
+    part: Parts,
+    width: int,
+    *,
+    remat: str,
+    kernel: str,
+    chunk: int,
+) -> Work:
+    """One micro-batch of an update: forward, head, backward."""
+    return (
+        forward(model, rows, part, width)
+        + scoring(model, rows, part, width, chunk, gradient=True)
+        + backward(model, rows, part, width, remat=remat, kernel=kernel)
+    )
+
+
+def optimizer(num_params: int, part: Parts) -> Work:
+    """AdamW in float32: clip (read, write), then weights, both moments and the gradient."""
+    return Work(0, 4 * 9 * num_params / (part.embed * part.tensor), 0)
+
+
+def prefill(model: DecoderConfig, prompts: int, length: int, part: Parts, width: int) -> Work:
+    """Forward over a batch of prompts on a rollout's mesh; the cache is written."""
+    rows = Rows(prompts * length, causal_pairs(prompts, length), 0)
+    written = rows.tokens / part.batch * kv_bytes(model, width) / part.tensor
+    return forward(model, rows, dataclasses.replace(part, length=1), width) + Work(0, written, 0)
+
+
+def decode_step(model: DecoderConfig, slots: int, room: int, part: Parts, width: int) -> Work:
+    """One token for every slot of a host: all weights and the whole cache are read.
+
+    `room` is the allocated length of the cache, which is read however short the rows are.
+    """
+    rows, t = slots / part.batch, part.tensor
+    weights = matrices(model) + head(model)
+    seen = room / part.length
+    flops = 2 * rows * weights / t
+    flops += 4 * model.num_heads * model.head_dim * model.num_layers * rows * seen / t
+    memory = width * weights / t + rows * seen * kv_bytes(model, width) / t
+    memory += 4 * 4 * rows * model.vocab_size
+    links = 4 * model.num_layers * width * rows * model.embed_dim * _others(t)
+    links += 4 * rows * model.vocab_size * _others(t)
+    sums = 2 * 4 * model.num_heads * (model.head_dim + 1) / t * model.num_layers * rows
+    return Work(flops, memory, links + sums * _others(part.length))
+
+
+def fill(model: DecoderConfig, tokens: int, slots: int, part: Parts, width: int) -> Work:
+    """Prompts of the pool into slots: every device gathers the pool, and copies its own."""
+    a_token = kv_bytes(model, width) / (part.tensor * part.length)
+    copied = slots / part.batch * tokens * a_token
+    return Work(0, 2 * copied, tokens * a_token * _others(part.batch))
+
+
+def hand_over(num_params: int, train: Parts, rollout: Parts, width: int) -> Work:
+    """Master weights read, cast, and made as whole as the rollout wants them."""
+    own = num_params / (train.embed * train.tensor)
+    wanted = num_params / rollout.tensor
+    received = width * max(0.0, wanted - own)
+    return Work(0, 4 * own + width * (own + wanted), received)
+
+
+def power_lengths(mean: float, longest: int, count: int) -> list[int]:
+    """`count` response lengths with about this mean, up to `longest`: longest · uᵏ at even u.
+
+    ∫ uᵏ du = 1/(k+1), so k = longest/mean − 1: mostly short ones, and a few of the longest.
+    """
+    if not 1 <= mean <= longest:
+        raise ValueError(f"a mean length of {mean:g} must lie between 1 and {longest}")
+    power = longest / mean - 1
+    return [
+        max(1, round(longest * ((i + 0.5) / count) ** power)) if i < count - 1 else longest
+        for i in range(count)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What continuous batching makes of a set of lengths.
+
+    Attributes:
+      steps: decode steps until the last response ends.
+      by_room: steps at each allocated cache length.
+      utilisation: share of slot-steps that make a token.
+    """
+
+    steps: int
+    by_room: Mapping[int, int]
+    utilisation: float
+
+
+def decoding(lengths: list[int], prompt: int, slots: int, rooms: list[int]) -> Decoding:
+    """Responses into slots in turn, as slots come free; caches grow as the longest does.
+
+    Args:
+      lengths: of the responses, in the order in which they start.
+      prompt: tokens before each.
+      slots: decoded together.
+      rooms: cache lengths that are allocated, ascending; the last holds the longest.
+    """
+    free = [0] * min(slots, len(lengths))
+    starts = []
+    for length in lengths:
+        slot = min(range(len(free)), key=free.__getitem__)
+        starts.append(free[slot])
+        free[slot] += length
+    steps = max(free)
+    reached = [0]  # the step at which each room but the first is first needed
+    for room in rooms[:-1]:
+        needed = room - prompt
+        times = [s + max(0, needed) for s, n in zip(starts, lengths, strict=True) if n > needed]
+        reached.append(min(times, default=steps))
+    reached.append(steps)
+    by_room = {room: max(0, reached[i + 1] - reached[i]) for i, room in enumerate(rooms)}
+    return Decoding(steps, by_room, sum(lengths) / (steps * len(free)))
+
+
+def _touched(model):
+    """Values a token that a layer's products read and write, all layers."""
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    attention = model.embed_dim + heads + model.num_heads * model.head_dim + model.embed_dim
+    mlp = model.embed_dim + 2 * model.mlp_dim + model.mlp_dim + model.embed_dim
+    return model.num_layers * (attention + mlp)
+
+
+def _others(count):
+    return (count - 1) / count

@@ -1,0 +1,461 @@
+"""Every program of a run, at the shapes of a case, ready to be lowered; and compiled."""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.rehearsal import case as cases
+from experiments.rehearsal import costs
+from experiments.rehearsal.case import Case
+from experiments.rehearsal.costs import Rows, Work
+from luspo_jax import config as configuration
+from luspo_jax import update
+from luspo_jax.length import laboratory
+from luspo_jax.models import decoder
+from luspo_jax.rollout import handover, slots
+from luspo_jax.rollout.sampling import rollout_key
+from luspo_jax.sharding import MESH_AXES, Layout, same_order
+from luspo_jax.types import PackedRows, TokenBatch, TrainBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program of a run.
+
+    Attributes:
+      name: in reports.
+      lower: makes the lowered program; nothing is allocated.
+      work: of one device in one call.
+      calls: in one rollout step.
+      resident: bytes on a device while it runs that are not its arguments, by name.
+      repeats: turns of its loop that `work` counts, or 1.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    work: Work
+    calls: float
+    resident: Mapping[str, float]
+    repeats: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program; bytes are a device's.
+
+    Attributes:
+      over_by: bytes by which the compiler refused it, 0 where it did not.
+      error: its message in that case.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    on_host: int
+    lower_seconds: float
+    compile_seconds: float
+    over_by: float = 0.0
+    error: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Most that arguments, results and temporaries take together."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+def compiled(program: Program) -> Compiled:
+    """Lowers and compiles; a program that the compiler finds too large is reported, not raised."""
+    started = time.perf_counter()
+    lowered = program.lower()
+    lowered_at = time.perf_counter()
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed, there = _sizes_of(str(error))
+        return Compiled(
+            0, 0, 0, int(needed), 0, lowered_at - started, time.perf_counter() - lowered_at,
+            over_by=max(1.0, needed - there), error=str(error).splitlines()[0][:300],
+        )  # fmt: skip
+    return Compiled(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        on_host=memory.host_temp_size_in_bytes,
+        lower_seconds=lowered_at - started,
+        compile_seconds=time.perf_counter() - lowered_at,
+    )
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _sizes_of(message):
+    """(bytes needed, bytes there) of an out-of-memory message; (1, 0) where it names none."""
+    found = re.findall(r"([\d.]+)([KMGT])i?B?\b", message)
+    sizes = [float(number) * _UNITS[unit] for number, unit in found[:2]]
+    return tuple(sizes) if len(sizes) == 2 else (1.0, 0.0)
+
+
+def programs(case: Case, *, pressure: bool = True) -> list[Program]:
+    """The programs of a run in the order of a step; `pressure` where the run measures it."""
+    found = [*_hand_over(case), *_rollout(case), *_training(case)]
+    if case.config.length.every and pressure:
+        found.append(_pressure(case))
+    return found
+
+
+# ---------------------------------------------------------------- what lies beside a program
+
+
+def state_bytes(case: Case, *names: str) -> dict[str, float]:
+    """Bytes on a device of those parts of the train state that there are."""
+    one = 4 * case.num_params / (case.train_parts.embed * case.train_parts.tensor)
+    marked = case.config.length.every > 0
+    sizes = {
+        "params": one,
+        "opt_state": 2 * one,
+        "ref_params": one if case.rule.objective.kl_coef else 0,
+        "marked_params": one if marked else 0,
+    }
+    return {name: sizes[name] for name in names if sizes[name]}
+
+
+def parked(case: Case, *without: str) -> dict[str, float]:
+    """The train state during a rollout, what is offloaded left out."""
+    gone = {*update.OFFLOADS[case.config.train.offload], *without}
+    names = ("params", "opt_state", "ref_params", "marked_params")
+    return state_bytes(case, *[name for name in names if name not in gone])
+
+
+# ---------------------------------------------------------------- hand-over
+
+
+def _hand_over(case):
+    train, rollout = case.layouts
+    dtype = jnp.dtype(case.config.model.rollout_dtype)
+    if train is None and dtype == jnp.float32:
+        return []  # the sampler reads the master weights
+    params = case.on(update.abstract_state(case.rule).params)
+    whole = costs.parts(rollout)
+    args = {"config": case.model, "layout": rollout, "dtype": dtype}
+    beside = parked(case, "params")
+    lower = functools.partial(handover.lower_rollout_params, params, **args)
+    work = costs.hand_over(case.num_params, case.train_parts, whole, dtype.itemsize)
+    if train is None or same_order(jax.tree.leaves(params)[0].sharding, rollout):
+        return [Program("hand-over", lower, work, 1, beside)]
+    # Two programs: the cast, and jax's own move to devices in another order.
+    again = Layout(Mesh(rollout.mesh.devices.reshape(train.mesh.devices.shape), MESH_AXES), "train")
+    cast = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where),
+        params,
+        jax.tree.map(
+            again.sharding, decoder.param_axes(case.model), is_leaf=lambda x: isinstance(x, tuple)
+        ),
+    )
+    move = functools.partial(handover.lower_rollout_params, cast, **args)
+    own = case.num_params / (case.train_parts.embed * case.train_parts.tensor)
+    only_cast = Work(0, (4 + dtype.itemsize) * own, 0)
+    beside_cast = {**beside, **state_bytes(case, "params")}
+    return [
+        Program("hand-over cast", lower, only_cast, 1, beside),
+        Program("hand-over", move, work, 1, beside_cast),
+    ]
+
+
+# ---------------------------------------------------------------- rollout
+
+
+def _rollout(case):
+    config = case.config
+    sampled = _sampler(
+        case,
+        case.engine,
+        case.share(config.rollout.prompts_per_step),
+        config.rollout.group_size,
+        "",
+    )
+    tested = _sampler(
+        case, case.held_out, case.share(config.eval.num_problems), config.eval.num_samples,
+        " (held out)",
+    )  # fmt: skip
+    return [*sampled, *[p for p in tested if not p.name.startswith(("prefill", "fill"))]]
+
+
+def _sampler(case, engine, prompts, group_size, suffix):
+    """Prefill, fill, grow and decode of one host."""
+    count = case.slots(engine, prompts * group_size)
+    rooms = case.rooms(engine)
+    room, before = rooms[-1], rooms[-2] if len(rooms) > 1 else rooms[-1]
+    P, T = case.prompt_batch(engine, prompts, group_size)
+    width = engine.dtype.itemsize
+    part = case.rollout_parts
+    kept, on_rollout = parked(case), weights_bytes(case)
+    pool = P * T * costs.kv_bytes(case.model, width) / (part.batch * part.tensor)
+    held = {**kept, "pool of prompts": pool}
+    cache = cache_bytes(case, count, room, width)
+    arrays = functools.cache(functools.partial(_arrays, case, engine, count, P, T))
+    static = {"config": case.model, "dtype": engine.dtype, "layout": engine.layout}
+
+    def prefill():
+        a = arrays(room)
+        return slots.prefill.lower(
+            a["params"], a["tokens"], a["lengths"], attention=engine.attention, **static
+        )
+
+    def fill():
+        a = arrays(room)
+        return slots.fill.lower(a["slots"], a["pool"], a["refill"], a["key"], layout=engine.layout)
+
+    def grow():
+        return slots.grow.lower(arrays(before)["slots"], length=room, layout=engine.layout)
+
+    def decode():
+        a = arrays(room)
+        return slots.decode_chunk.lower(
+            a["params"], a["slots"], jnp.int32(1), jnp.int32(1), sampling=engine.sampling,
+            chunk_length=engine.chunk_length, **static,
+        )  # fmt: skip
+
+    steps = decoding(case, engine, prompts, group_size)
+    one_step = costs.decode_step(case.model, count, room, part, width)
+    chunk = engine.chunk_length
+    prefills = -(-prompts // P)
+    beside_fill = {**kept, "rollout weights": on_rollout}
+    found = [
+        Program(
+            f"prefill{suffix}", prefill, costs.prefill(case.model, P, T, part, width), prefills,
+            {**held, "KV cache": cache},
+        ),
+        Program(
+            f"fill{suffix}", fill, costs.fill(case.model, P * T, count, part, width),
+            max(1, math.ceil(prompts * group_size / count)), beside_fill,
+        ),
+    ]  # fmt: skip
+    if before < room:
+        growth = Work(0, cache + cache_bytes(case, count, before, width), 0)
+        beside = {**held, "rollout weights": on_rollout}
+        found.append(Program(f"grow{suffix}", grow, growth, 1, beside))
+    found.append(
+        Program(
+            f"decode chunk{suffix}",
+            decode,
+            one_step * chunk,
+            steps.steps / chunk,
+            held,
+            repeats=chunk,
+        )
+    )
+    return found
+
+
+def weights_bytes(case: Case) -> float:
+    """Bytes of the sampler's weights on a device, 0 where it reads the master weights."""
+    dtype = jnp.dtype(case.config.model.rollout_dtype)
+    if case.layouts[0] is None and dtype == jnp.float32:
+        return 0
+    return dtype.itemsize * case.num_params / case.rollout_parts.tensor
+
+
+def cache_bytes(case: Case, count: int, room: int, width: int) -> float:
+    """Bytes on a device of the cache of `count` slots of a host."""
+    part = case.rollout_parts
+    whole = count * room * costs.kv_bytes(case.model, width)
+    return whole / (part.batch * part.length * part.tensor)
+
+
+def decoding(case: Case, engine: Any, prompts: int, group_size: int) -> costs.Decoding:
+    """Decode steps of one host for its share of the responses."""
+    wanted = prompts * group_size
+    lengths = costs.power_lengths(case.lengths.mean, case.lengths.longest, wanted)
+    order = np.random.default_rng(0).permutation(lengths).tolist()
+    return costs.decoding(
+        order, case.lengths.prompt, case.slots(engine, wanted), case.rooms(engine)
+    )
+
+
+def _arrays(case, engine, count, prompts, length, room):
+    """Abstract inputs of the rollout's programs."""
+    model, dtype, layout = case.model, engine.dtype, engine.layout
+    key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
+    params = case.on_host(decoder.abstract_params(model, dtype), decoder.param_axes(model))
+    static = {"config": model, "dtype": dtype, "layout": layout}
+    held = jax.eval_shape(
+        functools.partial(slots.empty_slots, num_slots=count, length=room, **static), key
+    )
+    tokens = jax.ShapeDtypeStruct((prompts, length), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32)
+    pool = jax.eval_shape(
+        functools.partial(slots.prefill, attention=engine.attention, **static),
+        params, tokens, lengths,
+    )  # fmt: skip
+    signed, unsigned = (jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.int32, jnp.uint32))
+    return {
+        "params": params,
+        "slots": case.on_host(held, slots.SLOTS_AXES),
+        "pool": case.on_host(pool, slots.POOL_AXES),
+        "refill": slots.Refill(*[signed] * 4, *[unsigned] * 2),
+        "key": key,
+        "tokens": tokens,
+        "lengths": lengths,
+    }
+
+
+# ---------------------------------------------------------------- training
+
+
+def _training(case):
+    sizes, objective = case.sizes, case.rule.objective
+    state = case.on(update.abstract_state(case.rule, marked=case.config.length.every > 0))
+    found = []
+    if scores_old(case):
+        rows, parts, work = scored_rows(case)
+        found.append(
+            Program(
+                "log-probs",
+                lambda: update.score_rows.lower(
+                    state.params, rows, scoring=case.rule.scoring, num_microbatches=parts
+                ),
+                work,
+                1 + bool(objective.kl_coef),
+                state_bytes(case, "opt_state", "ref_params", "marked_params"),
+            )
+        )
+    batch, work = train_batch(case)
+    number = case.on(jax.ShapeDtypeStruct((), jnp.float32))
+    found.append(
+        Program(
+            "update",
+            lambda: update.update_step.lower(state, batch, number, number, rule=case.rule),
+            work,
+            sizes.updates_per_step,
+            {},
+        )
+    )
+    return found
+
+
+def scores_old(case: Case) -> bool:
+    """Whether a step scores its responses before it updates."""
+    objective = case.rule.objective
+    return (
+        case.sizes.updates_per_step > 1
+        or objective.top_entropy_quantile < 1
+        or objective.kl_coef > 0
+    )
+
+
+def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
+    """(rows, num_microbatches, work) of the pass that scores all responses of a step."""
+    sizes = case.sizes
+    rows, used, micro = _rows(case, sizes.responses_per_step)
+    parts = (
+        1
+        if case.config.train.packing
+        else (sizes.responses_per_step // sizes.responses_per_microbatch)
+    )
+    part, width, scoring = case.train_parts, case.width, case.rule.scoring
+    work = costs.forward(case.model, micro, part, width) + costs.scoring(
+        case.model, micro, part, width, scoring.head_chunk_tokens, gradient=False
+    )
+    return update.abstract_rows(case.on(rows), scoring.layout), parts, work * used
+
+
+def train_batch(case: Case) -> tuple[TrainBatch, Work]:
+    """(batch, work) of one optimizer step."""
+    scoring, objective = case.rule.scoring, case.rule.objective
+    rows, used, micro = _rows(case, case.sizes.responses_per_minibatch)
+    B, T = rows.tokens_BT.shape
+    numbers_BT = jax.ShapeDtypeStruct((B, T), jnp.float32)
+    several = case.sizes.updates_per_step > 1
+    ranked = objective.top_entropy_quantile < 1
+    batch = TrainBatch(
+        rows=rows,
+        advantages_B=jax.ShapeDtypeStruct((B,), jnp.float32),
+        group_ids_B=jax.ShapeDtypeStruct((B,), jnp.int32),
+        old_logprobs_BT=numbers_BT if several or ranked else None,
+        old_entropy_BT=numbers_BT if ranked else None,
+        ref_logprobs_BT=numbers_BT if objective.kl_coef else None,
+        sampler_logprobs_BT=numbers_BT,
+    )
+    work = costs.training(
+        case.model, micro, case.train_parts, case.width,
+        remat=scoring.remat, kernel=scoring.attention, chunk=scoring.head_chunk_tokens,
+    )  # fmt: skip
+    work = work * used + costs.optimizer(case.num_params, case.train_parts)
+    return update.abstract_rows(case.on(batch), scoring.layout), work
+
+
+def _rows(case, responses):
+    """(TokenBatch of shapes, micro-batches computed, Rows of one) of `responses` responses."""
+    T = cases.row_length(case)
+    lengths = case.response_lengths[:responses]
+    packed = None
+    if case.config.train.packing:
+        plan = cases.plan(case, responses)
+        B = plan.num_microbatches * plan.responses_per_microbatch
+        R, long = plan.num_microbatches * plan.rows_per_microbatch, plan.row_length
+        ints = jax.ShapeDtypeStruct((R, long), jnp.int32)
+        packed = PackedRows(
+            ints, ints, ints, jax.ShapeDtypeStruct((R, long), bool),
+            jax.ShapeDtypeStruct((B,), jnp.int32), plan.rows_per_microbatch,
+        )  # fmt: skip
+        used, at_once = plan.used_microbatches, plan.rows_per_microbatch
+    else:
+        B, long = responses, T
+        at_once = case.sizes.responses_per_microbatch
+        used = responses // at_once
+    ints = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    rows = TokenBatch(ints, ints, ints, jax.ShapeDtypeStruct((B, T), bool), packed)
+    scored = math.ceil(sum(lengths) / used)
+    return rows, used, Rows(at_once * long, costs.causal_pairs(at_once, long), scored)
+
+
+# ---------------------------------------------------------------- length pressure
+
+
+def _pressure(case):
+    config, sizes = case.config, case.sizes
+    settings = configuration.build_length(config)
+    lab = laboratory.laboratory(
+        settings,
+        dataclasses.replace(case.rule.scoring, attention="reference"),
+        case.rule.objective,
+        max_response_length=config.rollout.max_response_length,
+        rows_at_once=sizes.responses_per_microbatch,
+    )
+    groups = math.ceil(settings.share * sizes.prompts_per_step)
+    B, T = groups * sizes.group_size, cases.row_length(case)
+    params = case.on(update.abstract_state(case.rule).params)
+    sampled = laboratory.Sampled(
+        TokenBatch(*[np.broadcast_to(np.int32(0), (B, T))] * 3, np.broadcast_to(False, (B, T))),
+        np.zeros(B, np.float32), np.repeat(np.arange(groups), sizes.group_size),
+        *[np.ones(B, bool)] * 3,
+    )  # fmt: skip
+    part, width = case.train_parts, case.width
+    rows = Rows(B * T, B * T * T, B * T)  # the reference computes squares, or nearly
+    chunk = case.rule.scoring.head_chunk_tokens
+    args = (case.model, rows, part, width)
+    # A gradient, a derivative along it (twice the forward), a score of the end: over both halves.
+    work = costs.training(*args, remat=config.model.remat, kernel="reference", chunk=chunk)
+    work += (costs.forward(*args) + costs.scoring(*args, chunk, gradient=False)) * 3
+    beside = state_bytes(case, "opt_state", "ref_params")
+    return Program(
+        "pressure",
+        lambda: laboratory.lower_measure(lab, params, sampled),
+        work,
+        1 / config.length.every,
+        beside,
+    )

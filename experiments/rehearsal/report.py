@@ -1,0 +1,288 @@
+"""Verdicts: every program against the chip's memory, a step's time, and how many sequences fit."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from experiments.rehearsal import case as cases
+from experiments.rehearsal import costs, programs
+from experiments.rehearsal.case import Case
+from experiments.rehearsal.programs import Compiled, Program
+from experiments.rehearsal.topologies import Topology
+from luspo_jax import update
+from luspo_jax.models import decoder_weights
+
+# Shares of the peak that a run is expected to reach, for the estimate beside the roofline: MaxText
+# publishes 45 % of a v5p's compute for pre-training, verl 31 to 40 % of an H100's for RL updates;
+# decoding libraries reach 60 to 80 % of the memory's bandwidth.
+EXPECTED = {"compute": 0.4, "memory": 0.65, "interconnect": 0.65}
+_HOST_LINK = 25e9  # bytes a second between a device and its host's memory, for offloading
+_HELD_OUT = "(held out)"
+
+
+def rehearse(
+    case: Case, *, pressure: bool = True, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Compiles every program and reports; JSON values.
+
+    Args:
+      case: what to rehearse.
+      pressure: compile the program of length pressure too, where the run measures it.
+      say: told of every program when it starts and ends.
+    """
+    started = time.perf_counter()
+    found, records = programs.programs(case, pressure=pressure), {}
+    for number, program in enumerate(found, 1):
+        say(f"[{number}/{len(found)}] {program.name} …")
+        made = programs.compiled(program)
+        records[program.name] = record(case.topology, program, made)
+        say(f"    {line(records[program.name])}")
+    left_out = bool(case.config.length.every) and not pressure
+    return {
+        "topology": _machine(case.topology),
+        "meshes": cases.whole_host(case),
+        "attention": {"training": case.rule.scoring.attention, "prefill": case.engine.attention},
+        "parameters": decoder_weights.num_params(case.model),
+        "lengths": {"prompt": case.lengths.prompt, "mean": case.lengths.mean,
+                    "longest": case.lengths.longest},
+        "batch": str(case.sizes),
+        "programs": records,
+        "not_rehearsed": ["pressure"] if left_out else [],
+        "capacity": capacity(case, records),
+        "step": step(case, found),
+        "fits": all(one["fits"] for one in records.values()),
+        "seconds": time.perf_counter() - started,
+        "host_peak_bytes": _peak_bytes(),
+    }  # fmt: skip
+
+
+def record(topology: Topology, program: Program, made: Compiled) -> dict[str, Any]:
+    """One program's bytes on a device against the chip's, and its roofline."""
+    beside = sum(program.resident.values())
+    peak = made.bytes + beside
+    over = max(0.0, peak - topology.chip.usable, made.over_by)
+    taken = rates(topology).seconds(program.work)
+    bound = max(taken, key=taken.get)
+    return {
+        "fits": over == 0,
+        "bytes": {"arguments": made.arguments, "outputs": made.outputs, "aliased": made.aliased,
+                  "temporaries": made.temporaries, "beside": dict(program.resident)},
+        "peak_bytes": peak,
+        "usable_bytes": topology.chip.usable,
+        "over_bytes": over,
+        "compiler_error": made.error,
+        "flops": program.work.flops,
+        "memory_bytes": program.work.memory,
+        "link_bytes": program.work.links,
+        "seconds": taken,
+        "roofline_s": taken[bound],
+        "bound": bound,
+        "calls_a_step": program.calls,
+        "lower_s": made.lower_seconds,
+        "compile_s": made.compile_seconds,
+    }  # fmt: skip
+
+
+def rates(topology: Topology, share: dict[str, float] | None = None) -> costs.Rates:
+    """Peak rates of a device, or shares of them."""
+    share = share or dict.fromkeys(EXPECTED, 1.0)
+    chip = topology.chip
+    return costs.Rates(
+        chip.flops * share["compute"],
+        chip.bandwidth * share["memory"],
+        topology.links * share["interconnect"],
+    )
+
+
+def step(case: Case, found: list[Program]) -> dict[str, Any]:
+    """Seconds of a rollout step by phase, at the roofline and as expected.
+
+    Rewards, the host's work and waiting for the slowest host are left out.
+    """
+    peak, expected = rates(case.topology), rates(case.topology, EXPECTED)
+    phases: dict[str, list[float]] = {}
+    held_out = [0.0, 0.0]
+    for program in found:
+        both = [seconds(case, program, by) for by in (peak, expected)]
+        if program.name.endswith(_HELD_OUT):
+            held_out = [a + b for a, b in zip(held_out, both, strict=True)]
+        else:
+            phases[program.name] = both
+    moved = sum(programs.state_bytes(case, *update.OFFLOADS[case.config.train.offload]).values())
+    if moved:
+        phases["offload and back"] = [2 * moved / _HOST_LINK] * 2
+    total = [sum(both[i] for both in phases.values()) for i in (0, 1)]
+    tokens = sum(case.response_lengths)
+    sampled = programs.decoding(
+        case, case.engine, case.share(case.config.rollout.prompts_per_step),
+        case.config.rollout.group_size,
+    )  # fmt: skip
+    return {
+        "phases": {name: {"roofline_s": a, "expected_s": b} for name, (a, b) in phases.items()},
+        "roofline_s": total[0],
+        "expected_s": total[1],
+        "held_out_evaluation": {"roofline_s": held_out[0], "expected_s": held_out[1]},
+        "expected_shares_of_peak": EXPECTED,
+        "response_tokens": tokens,
+        "expected_tokens_a_second": tokens / total[1],
+        "decode_steps": sampled.steps,
+        "slot_utilisation": sampled.utilisation,
+    }
+
+
+def seconds(case: Case, program: Program, by: costs.Rates) -> float:
+    """Of all calls in a step; decode steps cost by the cache that is allocated at the time."""
+    if not program.name.startswith("decode chunk"):
+        return program.calls * by.roofline(program.work)
+    held_out = program.name.endswith(_HELD_OUT)
+    section = case.config.eval if held_out else case.config.rollout
+    engine = case.held_out if held_out else case.engine
+    total = section.num_problems if held_out else section.prompts_per_step
+    group = section.num_samples if held_out else section.group_size
+    prompts = case.share(total)
+    sampled = programs.decoding(case, engine, prompts, group)
+    count = case.slots(engine, prompts * group)
+    return sum(
+        steps
+        * by.roofline(
+            costs.decode_step(case.model, count, room, case.rollout_parts, engine.dtype.itemsize)
+        )
+        for room, steps in sampled.by_room.items()
+    )
+
+
+def capacity(case: Case, records: dict[str, Any]) -> dict[str, Any]:
+    """Live sequences of a host that fit at the longest, by what is left for the cache.
+
+    While decoding, the cache is beside the sampler's weights, the train state that stays, and the
+    decode program's temporaries; while it grows, the old one is there too.
+    """
+    engine, width = case.engine, case.engine.dtype.itemsize
+    rooms, batch = case.rooms(engine), case.rollout_parts.batch
+    decode = records["decode chunk"]
+    count = case.slots(
+        engine, case.share(case.config.rollout.prompts_per_step) * case.config.rollout.group_size
+    )
+    a_slot = programs.cache_bytes(case, batch, rooms[-1], width)  # one on every device
+    before = programs.cache_bytes(case, batch, rooms[-2], width) if len(rooms) > 1 else 0.0
+    beside = sum(decode["bytes"]["beside"].values()) + programs.weights_bytes(case)
+    # What the program holds beside weights and cache; of a refused one that is not known.
+    rest = 0.0 if decode["compiler_error"] else decode["bytes"]["temporaries"]
+    free = case.topology.chip.usable - beside
+    decoding, growing = ((free - r) / s for r, s in ((rest, a_slot), (0, a_slot + before)))
+    found = {"while decoding": max(0, int(decoding)) * batch, "while growing": max(
+        0, int(growing)) * batch}  # fmt: skip
+    return {
+        "live_sequences_a_host": min(found.values()),
+        **found,
+        "asked_for": count,
+        "cache_tokens": rooms[-1],
+        "cache_bytes_a_sequence": costs.kv_bytes(case.model, width) * rooms[-1],
+        "free_bytes_a_device": free,
+    }
+
+
+def _machine(topology):
+    chip = topology.chip
+    return {
+        "name": topology.name, "devices": len(topology.devices), "hosts": topology.hosts,
+        "memory_bytes": chip.memory, "reserve_bytes": chip.reserve, "flops": chip.flops,
+        "memory_bandwidth": chip.bandwidth, "link_bandwidth": topology.links,
+        "source": chip.source,
+    }  # fmt: skip
+
+
+def _peak_bytes():
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+# ---------------------------------------------------------------- as text
+
+
+def line(one: dict[str, Any]) -> str:
+    """A program's verdict in a line."""
+    verdict = "fits" if one["fits"] else f"DOES NOT FIT, {_gb(one['over_bytes'])} GB over"
+    return (
+        f"{_gb(one['peak_bytes'])} of {_gb(one['usable_bytes'])} GB: {verdict}; "
+        f"{_time(one['roofline_s'])} by {one['bound']}; compiled in {one['compile_s']:.1f} s"
+    )
+
+
+def table(report: dict[str, Any]) -> str:
+    """The programs as a Markdown table: bytes of one device, and one call."""
+    rows = [
+        "| program | arguments | temporaries | results | beside it | peak GB | fits "
+        "| TFLOP | memory GB | links GB | roofline | bound | calls a step | compile s |",
+        "|---|" + "---:|" * 5 + "---|" + "---:|" * 4 + "---|" + "---:|" * 2,
+    ]
+    for name, one in report["programs"].items():
+        size = one["bytes"]
+        new = max(0, size["outputs"] - size["aliased"])
+        beside = sum(size["beside"].values())
+        numbers = (size["arguments"], size["temporaries"], new, beside, one["peak_bytes"])
+        verdict = "yes" if one["fits"] else f"NO: {_gb(one['over_bytes'])} over"
+        rows.append(
+            f"| {name} | "
+            + " | ".join(map(_gb, numbers))
+            + f" | {verdict} | {one['flops'] / 1e12:.3g} | {one['memory_bytes'] / 1e9:.4g} | "
+            f"{one['link_bytes'] / 1e9:.3g} | {_time(one['roofline_s'])} | {one['bound']} | "
+            f"{one['calls_a_step']:.4g} | {one['compile_s']:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def text(report: dict[str, Any]) -> str:
+    """The whole report in Markdown."""
+    live, taken = report["capacity"], report["step"]
+    phases = [
+        f"| {name} | {_time(both['roofline_s'])} | {_time(both['expected_s'])} |"
+        for name, both in taken["phases"].items()
+    ]
+    usable = next(iter(report["programs"].values()))["usable_bytes"]
+    return "\n".join(
+        [
+            f"**{report['topology']['name']}**, {report['topology']['devices']} devices of "
+            f"{report['topology']['hosts']} host(s); {report['meshes']}; attention "
+            f"{report['attention']['training']} (training), {report['attention']['prefill']} "
+            "(prompts).",
+            "",
+            f"{report['parameters']:,} parameters; {report['batch']}. Assumed: prompts of "
+            f"{report['lengths']['prompt']:,} tokens, responses of "
+            f"{report['lengths']['mean']:,.0f} on average"
+            f" and up to {report['lengths']['longest']:,}. A device has "
+            f"{usable / 1e9:.2f} GB to use.",
+            "",
+            table(report),
+            "",
+            "| phase of a step | roofline | expected |",
+            "|---|---:|---:|",
+            *phases,
+            f"| **step** | **{_time(taken['roofline_s'])}** | **{_time(taken['expected_s'])}** |",
+            "",
+            f"Decoding takes {taken['decode_steps']:,} steps at {taken['slot_utilisation']:.0%} of "
+            f"the slots; a step makes {taken['response_tokens']:,} tokens, "
+            f"{taken['expected_tokens_a_second']:,.0f} a second as expected. A held-out evaluation "
+            f"takes {_time(taken['held_out_evaluation']['expected_s'])} more.",
+            "",
+            f"Live sequences of {live['cache_tokens']:,} tokens that a host has room for: "
+            f"{live['while decoding']} while decoding, {live['while growing']} while its cache "
+            f"grows; asked for {live['asked_for']}.",
+            "",
+            f"Rehearsed in {report['seconds']:.0f} s, with at most "
+            f"{report['host_peak_bytes'] / 1e9:.1f} GB of host memory.",
+            *[f"Not rehearsed: {name}." for name in report["not_rehearsed"]],
+        ]
+    )
+
+
+def _gb(size):
+    return f"{size / 1e9:.2f}" if size >= 1e8 else f"{size / 1e9:.3g}"
+
+
+def _time(seconds):
+    if seconds >= 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"

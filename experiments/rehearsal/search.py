@@ -1,0 +1,284 @@
+"""What to change where a program does not fit, and the fastest settings that do.
+
+Settings are compared by hand-counted bytes and times, which cost nothing; what the compiler said
+of the settings at hand corrects the bytes. Only the most promising are compiled.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from experiments.rehearsal import case as cases
+from experiments.rehearsal import costs, programs, report
+from experiments.rehearsal.case import Case
+from luspo_jax import config as configuration
+from luspo_jax import run as runs
+from luspo_jax.config import ConfigError
+from luspo_jax.sharding import MeshError
+
+Changes = dict[str, Any]  # dotted field → value
+_COMPILED = 4  # settings that a search compiles, of training and of the rollout each
+_TRAINING = ("log-probs", "update", "pressure")
+_REMAT = ("none", "dots", "attention", "full")
+
+
+def changed(case: Case, changes: Changes) -> Case:
+    """The case with fields set.
+
+    Raises:
+      ConfigError, MeshError: where they do not go together.
+    """
+    config = case.config.copy_and_resolve_references()
+    configuration.assign(config, changes)
+    lengths = case.lengths
+    return cases.build(config, case.topology, mean_length=lengths.mean, max_length=lengths.longest)
+
+
+def advice(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """For every program that does not fit, the smallest change that should make it.
+
+    Counted by hand and not compiled: {"program", "over_bytes", "change"}, the change empty where
+    nothing here helps.
+    """
+    given = []
+    for name, one in found["programs"].items():
+        if one["fits"]:
+            continue
+        options = _training(case) if name in _TRAINING else _rollout(case, found)
+        fitting = [
+            (len(changes), _speed(other, name), changes)
+            for changes, other in options
+            if _predicted(case, other, name, found) <= one["usable_bytes"]
+        ]
+        best = min(fitting, key=lambda option: option[:2], default=(0, 0, {}))[2]
+        if "(held out)" in name and "rollout.num_slots" in best:
+            best = {"eval.num_slots": best["rollout.num_slots"]}
+        given.append({"program": name, "over_bytes": one["over_bytes"], "change": best})
+    return given
+
+
+def refusal(found: dict[str, Any]) -> str:
+    """The programs that do not fit, in words, with what to change."""
+    lines = [f"the run does not fit {found['topology']['name']}:"]
+    for one in found["advice"]:
+        lines.append(
+            f"  - {one['program']} is {one['over_bytes'] / 1e9:.2f} GB "
+            f"({one['over_bytes']:,.0f} bytes) a device over: {flags(one['change'])}"
+        )
+    return "\n".join(lines)
+
+
+def flags(changes: Changes) -> str:
+    """Changes as flags of a launcher."""
+    if not changes:
+        return "take a larger machine, shorter responses or a smaller model"
+    return "set " + " ".join(f"--config.{name}={value}" for name, value in changes.items())
+
+
+def search(
+    case: Case, found: dict[str, Any], *, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """The fastest settings of training and of the rollout whose programs compile and fit.
+
+    Returns:
+      {"changes", "fits", "step", "tried"}: fields to set, whether all programs fit then, the
+      step's times with them, and every setting that was compiled with its verdict.
+    """
+    tried: list[dict[str, Any]] = []
+    changes: Changes = {}
+    for part, options in (
+        (_TRAINING, list(_training(case))),
+        (("grow", "decode chunk"), list(_rollout(case, found))),
+    ):
+        best = _best(case, found, part, options, tried, say)
+        if best is None:
+            return {"changes": {}, "fits": False, "step": {}, "tried": tried}
+        changes |= best
+    if "rollout.num_slots" in changes:
+        changes["eval.num_slots"] = min(case.config.eval.num_slots, changes["rollout.num_slots"])
+    other = changed(case, changes)
+    step = report.step(other, programs.programs(other, pressure=False))
+    return {"changes": changes, "fits": True, "step": step, "tried": tried}
+
+
+def text(result: dict[str, Any]) -> str:
+    """What a search found, in words."""
+    count = len(result["tried"])
+    if not result["fits"]:
+        return f"search: none of the {count} settings that were compiled fits"
+    return (
+        f"search: of {count} settings compiled, the fastest that fits: "
+        f"{flags(result['changes']) if result['changes'] else 'the settings as they are'} "
+        f"(step {result['step']['expected_s']:.0f} s as expected, "
+        f"{result['step']['roofline_s']:.0f} s at the roofline)"
+    )
+
+
+def _best(case, found, names, options, tried, say):
+    """Changes of the fastest option whose programs fit, compiled; None where none does."""
+    ranked = []
+    for changes, other in options:
+        present = [name for name in names if name in found["programs"]]
+        limit = case.topology.chip.usable
+        if all(_predicted(case, other, name, found) <= limit for name in present):
+            ranked.append((sum(_speed(other, name) for name in present), len(changes), changes))
+    ranked.sort(key=lambda option: option[:2])
+    for _, _, changes in ranked[:_COMPILED]:
+        other = changed(case, changes)
+        records = {}
+        for program in programs.programs(other):
+            if program.name in names:
+                say(f"search: {flags(changes) if changes else 'as it is'}: {program.name} …")
+                made = programs.compiled(program) if changes else None
+                records[program.name] = (
+                    report.record(case.topology, program, made)
+                    if changes
+                    else found["programs"][program.name]
+                )
+                say(f"    {report.line(records[program.name])}")
+        fits = all(one["fits"] for one in records.values())
+        # fmt: off
+        tried.append({"changes": changes, "fits": fits,
+                      "peak_bytes": {n: one["peak_bytes"] for n, one in records.items()}})
+        # fmt: on
+        if fits:
+            return changes
+    return None
+
+
+# ---------------------------------------------------------------- settings worth looking at
+
+
+def _valid(case, options) -> Iterator[tuple[Changes, Case]]:
+    """Options that a run would accept, without the fields that they leave as they are."""
+    seen = []
+    now = configuration.flat(case.config)
+    for option in options:
+        changes = {name: value for name, value in option.items() if now[name] != value}
+        if changes in seen:
+            continue
+        seen.append(changes)
+        try:
+            yield changes, changed(case, changes)
+        except (ConfigError, MeshError, ValueError):
+            continue
+
+
+def _training(case):
+    """Remat, rows at once, devices a row, and tokens whose logits exist at one time."""
+    config, devices = case.config, len(case.topology.devices)
+    contexts = [c for c in (1, 2, 4, 8, 16) if devices % c == 0]
+    head = sorted({config.model.head_chunk_tokens, 512})
+    options = []
+    for remat, context, chunk, times in itertools.product(_REMAT, contexts, head, (1, 2, 4)):
+        option = {"model.remat": remat, "model.head_chunk_tokens": chunk}
+        option |= {"mesh.context": context} if context != config.mesh.context else {}
+        batch = devices // context // max(1, config.mesh.tensor)
+        if config.train.packing:
+            option["train.microbatch_tokens"] = times * batch * case.sizes.pack_length
+        else:
+            rows = case.sizes.responses_per_minibatch
+            if times * batch > rows or rows % (times * batch):
+                continue
+            option["train.num_microbatches"] = rows // (times * batch)
+        options.append(option)
+    return _valid(case, [{}, *options])
+
+
+def _rollout(case, found):
+    """Slots, what waits in host memory, and devices that share the weights."""
+    config = case.config
+    offload = "both" if case.rule.objective.kl_coef else "optimizer"
+    options: list[Changes] = [{}]
+    for tensor, waits in itertools.product((1, 2, 4, 8), (config.train.offload, offload)):
+        option = {"rollout_mesh.tensor": tensor, "train.offload": waits}
+        try:
+            other = changed(case, option)
+        except (ConfigError, MeshError, ValueError):
+            continue
+        live = _live(case, other, found)
+        slots = [n for n in (live, live * 3 // 4, config.rollout.num_slots) if 0 < n <= live]
+        options += [option | {"rollout.num_slots": n} for n in slots]
+    return _valid(case, options)
+
+
+def _live(case, other, found):
+    """Slots of a host that fit the settings of `other`, in whole rows of its mesh."""
+    width, rooms = other.engine.dtype.itemsize, other.rooms(other.engine)
+    batch = other.rollout_parts.batch
+    cache = sum(programs.cache_bytes(other, batch, room, width) for room in rooms[-2:])
+    one = found["programs"]["decode chunk"]
+    beside = sum(_beside(other, "grow").values()) + programs.weights_bytes(other)
+    rest = 0 if one["compiler_error"] else one["bytes"]["temporaries"]
+    wanted = other.share(other.config.rollout.prompts_per_step) * other.config.rollout.group_size
+    free = max(0.0, other.topology.chip.usable - beside - 1.5 * rest / max(1, len(rooms)))
+    return min(int(free / cache) * batch, wanted)
+
+
+def _speed(case, name):
+    """Expected seconds of a program in a step."""
+    expected = report.rates(case.topology, report.EXPECTED)
+    for program in programs.programs(case):
+        if program.name == name:
+            return report.seconds(case, program, expected)
+    return 0.0
+
+
+def _beside(case, name):
+    for program in programs.programs(case):
+        if program.name == name:
+            return program.resident
+    return programs.parked(case)
+
+
+def _predicted(case, other, name, found):
+    """Bytes of a program with other settings: what it took with these, and the counted change."""
+    one = found["programs"][name]
+    difference = _counted(other, name) - _counted(case, name)
+    # Where the compiler refused, it told what its own arrays take.
+    own = (
+        one["peak_bytes"]
+        if not one["compiler_error"]
+        else (one["usable_bytes"] + one["over_bytes"])
+    )
+    return own + difference
+
+
+def _counted(case, name):
+    """Bytes that a program's large arrays take with what lies beside it, counted by hand."""
+    if name in _TRAINING:
+        return _counted_training(case, name)
+    width, engine = case.engine.dtype.itemsize, case.engine
+    section = case.config.rollout
+    if "(held out)" in name:
+        engine, section = case.held_out, case.config.eval
+    total = section.num_problems if section is case.config.eval else section.prompts_per_step
+    group = section.num_samples if section is case.config.eval else section.group_size
+    count = case.slots(engine, case.share(total) * group)
+    rooms = case.rooms(engine)
+    held = rooms[-2:] if name.startswith("grow") else rooms[-1:]
+    cache = sum(programs.cache_bytes(case, count, room, width) for room in held)
+    return cache + programs.weights_bytes(case) + sum(programs.parked(case).values())
+
+
+def _counted_training(case, name):
+    memory = runs.memory_estimate(case.config, case.model, case.layouts)
+    part, width = case.train_parts, case.width
+    sizes = case.sizes
+    rows = sizes.packed_rows_per_microbatch or sizes.responses_per_microbatch
+    tokens = rows * (sizes.pack_length or sizes.tokens_per_row) / part.tokens
+    model = case.model
+    layer = 16 * model.embed_dim + 3 * model.mlp_dim + 4 * model.num_heads * model.head_dim
+    kept = {
+        "none": layer, "full": model.embed_dim, "offload": model.embed_dim,
+        "attention": model.embed_dim + model.num_heads * model.head_dim,
+        "dots": 4 * model.embed_dim + 2 * model.mlp_dim + 2 * model.num_heads * model.head_dim,
+    }[case.config.model.remat]  # fmt: skip
+    if name == "log-probs":
+        kept = 0
+    inside = 0 if case.config.model.remat == "none" and name != "log-probs" else layer
+    activations = width * tokens * (model.num_layers * kept + inside) / part.tensor
+    head = costs.head(model) / part.tensor * (width + (4 if name != "log-probs" else 0))
+    state = sum(size for key, size in memory.items() if "rollout" not in key
+                and not key.startswith(("activations", "head")))  # fmt: skip
+    return state + activations + head + memory["head logits"]

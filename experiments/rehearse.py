@@ -1,0 +1,84 @@
+"""Rehearses a run without its hardware:
+
+`python -m experiments.rehearse --config=configs/FILE.py --topology=v5p:2x2x4 --json=FILE`
+
+Every program of the run is compiled for the machine named, at the configuration's real sizes, and
+held against its memory; with it come operations, bytes, the time that a step cannot beat, and how
+many sequences fit. No weights, data or tokenizer are read and no accelerator is needed: a TPU
+slice (v4, v5e, v5p, v6e, tpu7x) takes `pip install "jax[tpu]"`, GPUs (h100:1x8, h200:1x8,
+a100-80g:4x8: hosts × cards) `pip install "jax[cuda13]"`; `local` is the devices that are here.
+
+Exits with 1 where something does not fit, naming the program, the bytes and a change that helps;
+`--search` looks for the fastest settings that fit.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import command
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Machine, as v5p:2x2x4, h100:1x8 or local.")
+_JSON = flags.DEFINE_string("json", "", "File for the report as JSON.")
+_MARKDOWN = flags.DEFINE_string("markdown", "", "File for the report as Markdown.")
+_MEAN = flags.DEFINE_float("mean_length", None, "Assumed mean response length; unset = longest/4.")
+_LONGEST = flags.DEFINE_integer("max_length", None, "Assumed longest response; unset = the limit.")
+_LIVE = flags.DEFINE_integer("live", 0, "Sequences a host decodes, for rollout.num_slots.", 0)
+_PRESSURE = flags.DEFINE_bool("pressure", True, "Rehearse length pressure where the run has it.")
+_SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest settings that fit.")
+
+
+def main() -> None:
+    """Rehearses, prints, writes, and refuses what does not fit."""
+    if _TOPOLOGY.value != "local":
+        # Nothing runs here: programs are made for devices that are not.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if _TOPOLOGY.value.split(":")[0] in ("h100", "h200", "a100-80g"):
+            os.environ["JAX_PLATFORMS"] = "cpu,cuda"
+            os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+            os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    from experiments.rehearsal import case as cases
+    from experiments.rehearsal import report as reports
+    from experiments.rehearsal import search, topologies
+
+    config = command.config_value(_CONFIG)
+    topology = topologies.topology(_TOPOLOGY.value)
+    print(topologies.shown(topology), flush=True)
+    case = cases.build(
+        config,
+        topology,
+        mean_length=_MEAN.value,
+        max_length=_LONGEST.value,
+        live=_LIVE.value,
+    )
+    print(f"{cases.whole_host(case)}; attention {case.rule.scoring.attention}", flush=True)
+
+    def say(line):
+        print(line, flush=True)
+
+    report = reports.rehearse(case, pressure=_PRESSURE.value, say=say)
+    report["advice"] = search.advice(case, report)
+    if _SEARCH.value:
+        report["search"] = search.search(case, report, say=say)
+    print(reports.text(report))
+    _written(_JSON.value, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    _written(_MARKDOWN.value, reports.text(report) + "\n")
+    if _SEARCH.value:
+        print(search.text(report["search"]))
+    if not report["fits"]:
+        raise SystemExit(search.refusal(report))
+
+
+def _written(path, content):
+    if path:
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(path).write_text(content)
+
+
+if __name__ == "__main__":
+    sys.exit(command.call(main, required=("config", "topology")))
