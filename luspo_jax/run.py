@@ -179,9 +179,15 @@ def layouts(
     train = sharding.layout("train", config.mesh, devices)
     rollout = sharding.layout("rollout", config.rollout_mesh, devices)
     arithmetic = configuration.batch_arithmetic(config)
-    rows = ("responses of a micro-batch", arithmetic.responses_per_microbatch)
+    rows = (
+        "responses of a micro-batch (train.num_microbatches)",
+        arithmetic.responses_per_microbatch,
+    )
     if config.train.packing:
-        rows = ("packed rows of a micro-batch", arithmetic.packed_rows_per_microbatch)
+        rows = (
+            "packed rows of a micro-batch (train.microbatch_tokens)",
+            arithmetic.packed_rows_per_microbatch,
+        )
     sizes = {
         "heads": ("num_attention_heads", model.num_heads),
         "kv_heads": ("num_key_value_heads", model.num_kv_heads),
@@ -313,7 +319,14 @@ def _scoring(config, model, layout):
         temperature=config.rollout.temperature,
         dtype=config.model.dtype,
         remat=config.model.remat,
-        attention=_attention(config, model.config, layout),
+        attention=_attention(
+            config,
+            model.config,
+            layout,
+            dtype=config.model.dtype,
+            packed=config.train.packing,
+            context=layout.size("length") if layout else 1,
+        ),
         head_chunk_tokens=config.model.head_chunk_tokens,
         layout=layout,
     )
@@ -334,26 +347,22 @@ def _engine(config, model, section, layout):
         max_prompt_length=config.data.max_prompt_length,
         dtype=jnp.dtype(config.model.rollout_dtype),
         layout=sharding.on_own_devices(layout),
-        attention=attention_op.resolve(
-            config.model.attention,
-            platform=_platform(layout),
-            packed=False,
-            head_dim=model.config.head_dim,
-            dtype=config.model.rollout_dtype,
+        attention=_attention(
+            config, model.config, layout, dtype=config.model.rollout_dtype, packed=False, context=1
         ),
     )
 
 
-def _attention(config, model, layout):
-    """The name of the trainer's attention on this platform."""
+def _attention(config, model, layout, *, dtype, packed, context):
+    """The name of the attention on this platform, of the trainer or of prompts to the sampler."""
     try:
         return attention_op.resolve(
             config.model.attention,
             platform=_platform(layout),
-            packed=config.train.packing,
+            packed=packed,
             head_dim=model.head_dim,
-            dtype=config.model.dtype,
-            context=layout.size("length") if layout else 1,
+            dtype=dtype,
+            context=context,
         )
     except ValueError as error:
         raise configuration.ConfigError(f"model.attention: {error}") from None

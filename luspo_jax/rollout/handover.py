@@ -28,14 +28,12 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
     dtype = jnp.dtype(dtype)
     if layout is None:
         return params if dtype == jnp.float32 else _cast(dtype)(params)
-    axes = decoder.param_axes(config)
-    where = sharding.shardings(axes, layout)
     trained_on = jax.tree.leaves(params)[0].sharding
-    if sharding.same_order(trained_on, layout):
-        placed = _moved(dtype, layout, config)(params)
-    else:  # A mesh whose devices were ordered by their links: XLA wants one order in a program.
-        placed = jax.device_put(_cast(dtype)(params), where)
-    return sharding.own_part(placed, axes, layout)
+    if not sharding.same_order(trained_on, layout):
+        # A mesh whose devices were ordered by their links: XLA wants one order in a program.
+        params = sharding.reordered(_cast(dtype)(params), layout)
+    placed = _moved(dtype, layout, config)(params)
+    return sharding.own_part(placed, decoder.param_axes(config), layout)
 
 
 def lower_rollout_params(params: Any, *, config: DecoderConfig, layout: Layout, dtype: Any) -> Any:
