@@ -179,9 +179,15 @@ def layouts(
     train = sharding.layout("train", config.mesh, devices)
     rollout = sharding.layout("rollout", config.rollout_mesh, devices)
     arithmetic = configuration.batch_arithmetic(config)
-    rows = ("responses of a micro-batch", arithmetic.responses_per_microbatch)
+    rows = (
+        "responses of a micro-batch (train.num_microbatches)",
+        arithmetic.responses_per_microbatch,
+    )
     if config.train.packing:
-        rows = ("packed rows of a micro-batch", arithmetic.packed_rows_per_microbatch)
+        rows = (
+            "packed rows of a micro-batch (train.microbatch_tokens)",
+            arithmetic.packed_rows_per_microbatch,
+        )
     sizes = {
         "heads": ("num_attention_heads", model.num_heads),
         "kv_heads": ("num_key_value_heads", model.num_kv_heads),

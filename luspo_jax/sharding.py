@@ -84,8 +84,10 @@ class Layout:
         return NamedSharding(self.mesh, self.spec(axes))
 
 
-def mesh_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+def mesh_sizes(sizes: Mapping[str, int], num_devices: int, mesh: str = "mesh") -> dict[str, int]:
     """Sizes of all mesh axes; one of them may be −1, for as many as the devices leave.
+
+    `mesh` is what a message calls it.
 
     Raises:
       MeshError: where their product is not the number of devices.
@@ -94,13 +96,13 @@ def mesh_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     free = [name for name, size in named.items() if size == -1]
     asked = ", ".join(f"{name} {size}" for name, size in named.items() if size != 1) or "all 1"
     if len(free) > 1 or any(size < 1 for size in named.values() if size != -1):
-        raise MeshError(f"mesh axes ({asked}) must be at least 1, and one of them may be -1")
+        raise MeshError(f"{mesh} axes ({asked}) must be at least 1, and one of them may be -1")
     fixed = math.prod(size for size in named.values() if size != -1)
     if free and num_devices % fixed == 0:
         named[free[0]] = num_devices // fixed
     elif free or fixed != num_devices:
         raise MeshError(
-            f"the mesh ({asked}) takes {'a multiple of ' if free else ''}{fixed} devices and "
+            f"the {mesh} ({asked}) takes {'a multiple of ' if free else ''}{fixed} devices and "
             f"there are {num_devices}: change the sizes, or set one of them to -1"
         )
     return named
@@ -115,7 +117,7 @@ def layout(
       MeshError: where sizes and number of devices do not match.
     """
     devices = available_devices() if devices is None else list(devices)
-    named = mesh_sizes(sizes, len(devices))
+    named = mesh_sizes(sizes, len(devices), f"{table} mesh")
     if len(devices) == 1:
         return None
     shape = tuple(named.values())
@@ -243,6 +245,17 @@ def same_order(sharding: jax.sharding.Sharding, layout: Layout) -> bool:
     """Whether a program may read the one and write the other: their devices come in one order."""
     devices = getattr(sharding, "mesh", None)
     return devices is not None and list(devices.devices.flat) == list(layout.mesh.devices.flat)
+
+
+def in_order_of(layout: Layout, tree: Any) -> Any:
+    """Shardings that cut arrays as they are cut, over the devices in the order of a layout."""
+
+    def place(x):
+        old = x.sharding.mesh
+        mesh = Mesh(layout.mesh.devices.reshape(old.devices.shape), old.axis_names)
+        return NamedSharding(mesh, x.sharding.spec)
+
+    return jax.tree.map(place, tree)
 
 
 def misfits(layout: Layout | None, sizes: Mapping[str, tuple[str, int]]) -> list[str]:

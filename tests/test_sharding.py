@@ -20,7 +20,7 @@ def test_one_size_may_be_left_open():
 @pytest.mark.parametrize(
     ("sizes", "named"),
     [
-        ({"fsdp": 4}, "takes 4 devices and there are 8"),
+        ({"fsdp": 4}, r"the train mesh \(fsdp 4\) takes 4 devices and there are 8"),
         ({"fsdp": 3, "data": -1}, "a multiple of 3 devices and there are 8"),
         ({"fsdp": -1, "data": -1}, "one of them may be -1"),
         ({"tensor": 0}, "at least 1"),

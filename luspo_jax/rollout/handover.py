@@ -28,28 +28,31 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
     dtype = jnp.dtype(dtype)
     if layout is None:
         return params if dtype == jnp.float32 else _cast(dtype)(params)
-    axes = decoder.param_axes(config)
-    where = sharding.shardings(axes, layout)
     trained_on = jax.tree.leaves(params)[0].sharding
-    if sharding.same_order(trained_on, layout):
-        placed = _moved(dtype, trained_on.mesh, layout, config)(params)
-    else:  # A mesh whose devices were ordered by their links: XLA wants one order in a program.
-        placed = jax.device_put(_cast(dtype)(params), where)
-    return sharding.own_part(placed, axes, layout)
+    if not sharding.same_order(trained_on, layout):
+        # A mesh whose devices were ordered by their links: XLA wants one order in a program.
+        params = _cast(dtype)(params)
+        params = jax.device_put(params, sharding.in_order_of(layout, params))
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    placed = _moved(dtype, mesh, layout, config)(params)
+    return sharding.own_part(placed, decoder.param_axes(config), layout)
 
 
 def lower_rollout_params(
     params: Any, *, config: DecoderConfig, layout: Layout | None, dtype: Any
 ) -> Any:
-    """The lowered hand-over, for looking at what it moves and holds.
+    """The lowered hand-over, for looking at what it moves and holds; `params` may be shapes.
 
-    On one device, and where the meshes order devices differently, the cast: what follows then is
-    no program of ours.
+    On one device it is the cast.
     """
-    trained_on = jax.tree.leaves(params)[0].sharding
-    if layout is None or not sharding.same_order(trained_on, layout):
+    if layout is None:
         return _cast(jnp.dtype(dtype)).lower(params)
-    return _moved(jnp.dtype(dtype), trained_on.mesh, layout, config).lower(params)
+    places = sharding.in_order_of(layout, params)
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
+    )
+    mesh = jax.tree.leaves(places)[0].mesh
+    return _moved(jnp.dtype(dtype), mesh, layout, config).lower(params)
 
 
 @functools.cache

@@ -41,3 +41,26 @@ def test_handing_over(train, rollout, dtype):
     largest = max(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(placed))
     assert gathered
     assert max(math.prod(map(int, shape.split(","))) for shape in gathered) <= largest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_handing_over_from_a_mesh_in_another_order(dtype):
+    train = sharding.layout("train", {"fsdp": 4, "tensor": 2}, jax.devices())
+    order = [jax.devices()[i] for i in (0, 4, 2, 6, 3, 7, 1, 5)]
+    grid = np.array(order).reshape(train.mesh.devices.shape)
+    train = sharding.Layout(jax.sharding.Mesh(grid, train.mesh.axis_names), "train")
+    rollout = sharding.layout("rollout", {"data": 4, "tensor": 2}, jax.devices())
+    params, axes = cases.random_params(MODEL), decoder.param_axes(MODEL)
+    spread = jax.device_put(params, sharding.shardings(axes, train))
+
+    moved = sharding.reordered(spread, rollout)  # parts go whole from device to device
+    for x, y in zip(*map(jax.tree.leaves, (spread, moved)), strict=True):
+        parts = [{s.device.id: s.data for s in z.addressable_shards} for z in (x, y)]
+        for i, device in enumerate(order):
+            np.testing.assert_array_equal(parts[0][device.id], parts[1][i])
+
+    placed = handover.rollout_params(spread, config=MODEL, layout=rollout, dtype=dtype)
+    where = sharding.shardings(axes, rollout)
+    for x, original, place in zip(*map(jax.tree.leaves, (placed, params, where)), strict=True):
+        np.testing.assert_array_equal(x, jnp.asarray(original, dtype))
+        assert x.sharding.is_equivalent_to(place, x.ndim)
