@@ -14,7 +14,7 @@ from experiments.command import UsageError
 from experiments.rehearsal import costs
 from experiments.rehearsal.topologies import Topology
 from luspo_jax import config as configuration
-from luspo_jax import packing
+from luspo_jax import packing, update
 from luspo_jax import run as runs
 from luspo_jax.config import BatchArithmetic
 from luspo_jax.models import decoder_weights, locate
@@ -23,6 +23,7 @@ from luspo_jax.rollout import Engine, Request
 from luspo_jax.rollout.engine import SMALLEST_PROMPT
 from luspo_jax.rollout.schedule import bucket, prefill_batches, rounded_up
 from luspo_jax.sharding import Layout
+from luspo_jax.types import TrainState
 from luspo_jax.update import UpdateRule
 
 
@@ -62,7 +63,12 @@ class Case:
     @property
     def num_params(self) -> int:
         """Parameters of the model."""
-        return decoder_weights.num_params(self.model)
+        return _num_params(self.model)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """Shapes and places of the train state."""
+        return self.on(update.abstract_state(self.rule, marked=self.config.length.every > 0))
 
     @property
     def width(self) -> int:
@@ -137,6 +143,9 @@ class Case:
         while rooms[-1] < most:
             rooms.append(engine.room(rooms[-1] + 1))
         return rooms
+
+
+_num_params = functools.cache(decoder_weights.num_params)  # traces the model
 
 
 def architecture(config: ConfigDict) -> DecoderConfig:

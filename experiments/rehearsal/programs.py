@@ -37,7 +37,7 @@ class Program:
       work: of one device in one call.
       calls: in one rollout step.
       resident: bytes on a device while it runs that are not its arguments, by name.
-      repeats: turns of its loop that `work` counts, or 1.
+      given: bytes on a device of all that it is called with, read or not; None where it reads all.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Program:
     work: Work
     calls: float
     resident: Mapping[str, float]
-    repeats: int = 1
+    given: Callable[[], float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def compiled(program: Program) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed, there = _sizes_of(str(error))
+        needed, there = memory_named(str(error))
         return Compiled(
             0, 0, 0, int(needed), 0, lowered_at - started, time.perf_counter() - lowered_at,
             over_by=max(1.0, needed - there), error=str(error).splitlines()[0][:300],
@@ -102,7 +102,7 @@ def compiled(program: Program) -> Compiled:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _sizes_of(message):
+def memory_named(message: str) -> tuple[float, float]:
     """(bytes needed, bytes there) of an out-of-memory message; (1, 0) where it names none."""
     found = re.findall(r"([\d.]+)([KMGT])i?B?\b", message)
     sizes = [float(number) * _UNITS[unit] for number, unit in found[:2]]
@@ -148,24 +148,31 @@ def _hand_over(case):
     dtype = jnp.dtype(case.config.model.rollout_dtype)
     if train is None and dtype == jnp.float32:
         return []  # the sampler reads the master weights
-    params = case.on(update.abstract_state(case.rule).params)
     whole = costs.parts(rollout)
     args = {"config": case.model, "layout": rollout, "dtype": dtype}
     beside = parked(case, "params")
-    lower = functools.partial(handover.lower_rollout_params, params, **args)
     work = costs.hand_over(case.num_params, case.train_parts, whole, dtype.itemsize)
-    if train is None or same_order(jax.tree.leaves(params)[0].sharding, rollout):
+
+    def lower():
+        return handover.lower_rollout_params(case.state.params, **args)
+
+    if train is None or same_order(train.sharding(()), rollout):
         return [Program("hand-over", lower, work, 1, beside)]
     # Two programs: the cast, and jax's own move to devices in another order.
-    again = Layout(Mesh(rollout.mesh.devices.reshape(train.mesh.devices.shape), MESH_AXES), "train")
-    cast = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype, sharding=where),
-        params,
-        jax.tree.map(
-            again.sharding, decoder.param_axes(case.model), is_leaf=lambda x: isinstance(x, tuple)
-        ),
-    )
-    move = functools.partial(handover.lower_rollout_params, cast, **args)
+
+    def move():
+        grid = rollout.mesh.devices.reshape(train.mesh.devices.shape)
+        again = Layout(Mesh(grid, MESH_AXES), "train")
+        leaves, treedef = jax.tree.flatten(case.state.params)
+        axes = jax.tree.leaves(
+            decoder.param_axes(case.model), is_leaf=lambda node: isinstance(node, tuple)
+        )
+        cast = [
+            jax.ShapeDtypeStruct(x.shape, dtype, sharding=again.sharding(names))
+            for x, names in zip(leaves, axes, strict=True)
+        ]
+        return handover.lower_rollout_params(jax.tree.unflatten(treedef, cast), **args)
+
     own = case.num_params / (case.train_parts.embed * case.train_parts.tensor)
     only_cast = Work(0, (4 + dtype.itemsize) * own, 0)
     beside_cast = {**beside, **state_bytes(case, "params")}
@@ -206,7 +213,7 @@ def _sampler(case, engine, prompts, group_size, suffix):
     pool = P * T * costs.kv_bytes(case.model, width) / (part.batch * part.tensor)
     held = {**kept, "pool of prompts": pool}
     cache = cache_bytes(case, count, room, width)
-    arrays = functools.cache(functools.partial(_arrays, case, engine, count, P, T))
+    arrays = functools.cache(functools.partial(rollout_arrays, case, engine, count, P, T))
     static = {"config": case.model, "dtype": engine.dtype, "layout": engine.layout}
 
     def prefill():
@@ -220,7 +227,8 @@ def _sampler(case, engine, prompts, group_size, suffix):
         return slots.fill.lower(a["slots"], a["pool"], a["refill"], a["key"], layout=engine.layout)
 
     def grow():
-        return slots.grow.lower(arrays(before)["slots"], length=room, layout=engine.layout)
+        keys = arrays(before)["slots"].cache.keys_LBKSH
+        return slots.grow_array.lower(keys, length=room, layout=engine.layout)
 
     def decode():
         a = arrays(room)
@@ -245,9 +253,10 @@ def _sampler(case, engine, prompts, group_size, suffix):
         ),
     ]  # fmt: skip
     if before < room:
-        growth = Work(0, cache + cache_bytes(case, count, before, width), 0)
-        beside = {**held, "rollout weights": on_rollout}
-        found.append(Program(f"grow{suffix}", grow, growth, 1, beside))
+        # Keys, and then values; beside the values lie the keys that have grown.
+        growth = Work(0, (cache + cache_bytes(case, count, before, width)) / 2, 0)
+        beside = {**held, "rollout weights": on_rollout, "keys": cache / 2}
+        found.append(Program(f"grow{suffix}", grow, growth, 2, beside))
     found.append(
         Program(
             f"decode chunk{suffix}",
@@ -255,7 +264,6 @@ def _sampler(case, engine, prompts, group_size, suffix):
             one_step * chunk,
             steps.steps / chunk,
             held,
-            repeats=chunk,
         )
     )
     return found
@@ -276,6 +284,12 @@ def cache_bytes(case: Case, count: int, room: int, width: int) -> float:
     return whole / (part.batch * part.length * part.tensor)
 
 
+def growing_bytes(case: Case, count: int, rooms: list[int], width: int) -> float:
+    """Bytes on a device while the cache grows for the last time: half of the old one is left."""
+    old = cache_bytes(case, count, rooms[-2], width) / 2 if len(rooms) > 1 else 0.0
+    return cache_bytes(case, count, rooms[-1], width) + old
+
+
 def decoding(case: Case, engine: Any, prompts: int, group_size: int) -> costs.Decoding:
     """Decode steps of one host for its share of the responses."""
     wanted = prompts * group_size
@@ -286,7 +300,9 @@ def decoding(case: Case, engine: Any, prompts: int, group_size: int) -> costs.De
     )
 
 
-def _arrays(case, engine, count, prompts, length, room):
+def rollout_arrays(
+    case: Case, engine: Any, count: int, prompts: int, length: int, room: int
+) -> dict[str, Any]:
     """Abstract inputs of the rollout's programs."""
     model, dtype, layout = case.model, engine.dtype, engine.layout
     key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
@@ -318,7 +334,6 @@ def _arrays(case, engine, count, prompts, length, room):
 
 def _training(case):
     sizes, objective = case.sizes, case.rule.objective
-    state = case.on(update.abstract_state(case.rule, marked=case.config.length.every > 0))
     found = []
     if scores_old(case):
         rows, parts, work = scored_rows(case)
@@ -326,11 +341,12 @@ def _training(case):
             Program(
                 "log-probs",
                 lambda: update.score_rows.lower(
-                    state.params, rows, scoring=case.rule.scoring, num_microbatches=parts
+                    case.state.params, rows, scoring=case.rule.scoring, num_microbatches=parts
                 ),
                 work,
                 1 + bool(objective.kl_coef),
                 state_bytes(case, "opt_state", "ref_params", "marked_params"),
+                lambda: device_bytes((case.state.params, rows)),
             )
         )
     batch, work = train_batch(case)
@@ -338,13 +354,22 @@ def _training(case):
     found.append(
         Program(
             "update",
-            lambda: update.update_step.lower(state, batch, number, number, rule=case.rule),
+            lambda: update.update_step.lower(case.state, batch, number, number, rule=case.rule),
             work,
             sizes.updates_per_step,
             {},
+            lambda: device_bytes((case.state, batch)),
         )
     )
     return found
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes that a device holds of arrays, by their shapes and shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
 
 
 def scores_old(case: Case) -> bool:
@@ -438,7 +463,6 @@ def _pressure(case):
     )
     groups = math.ceil(settings.share * sizes.prompts_per_step)
     B, T = groups * sizes.group_size, cases.row_length(case)
-    params = case.on(update.abstract_state(case.rule).params)
     sampled = laboratory.Sampled(
         TokenBatch(*[np.broadcast_to(np.int32(0), (B, T))] * 3, np.broadcast_to(False, (B, T))),
         np.zeros(B, np.float32), np.repeat(np.arange(groups), sizes.group_size),
@@ -454,7 +478,7 @@ def _pressure(case):
     beside = state_bytes(case, "opt_state", "ref_params")
     return Program(
         "pressure",
-        lambda: laboratory.lower_measure(lab, params, sampled),
+        lambda: laboratory.lower_measure(lab, case.state.params, sampled),
         work,
         1 / config.length.every,
         beside,

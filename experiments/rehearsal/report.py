@@ -60,15 +60,18 @@ def rehearse(
 
 def record(topology: Topology, program: Program, made: Compiled) -> dict[str, Any]:
     """One program's bytes on a device against the chip's, and its roofline."""
-    beside = sum(program.resident.values())
-    peak = made.bytes + beside
+    resident = dict(program.resident)
+    unread = program.given() - made.arguments if program.given and not made.error else 0
+    if unread > 0:
+        resident["inputs that it does not read"] = unread
+    peak = made.bytes + sum(resident.values())
     over = max(0.0, peak - topology.chip.usable, made.over_by)
     taken = rates(topology).seconds(program.work)
     bound = max(taken, key=taken.get)
     return {
         "fits": over == 0,
         "bytes": {"arguments": made.arguments, "outputs": made.outputs, "aliased": made.aliased,
-                  "temporaries": made.temporaries, "beside": dict(program.resident)},
+                  "temporaries": made.temporaries, "beside": resident},
         "peak_bytes": peak,
         "usable_bytes": topology.chip.usable,
         "over_bytes": over,
@@ -157,7 +160,7 @@ def capacity(case: Case, records: dict[str, Any]) -> dict[str, Any]:
     """Live sequences of a host that fit at the longest, by what is left for the cache.
 
     While decoding, the cache is beside the sampler's weights, the train state that stays, and the
-    decode program's temporaries; while it grows, the old one is there too.
+    decode program's temporaries; while it grows, half of the old one is there too.
     """
     engine, width = case.engine, case.engine.dtype.itemsize
     rooms, batch = case.rooms(engine), case.rollout_parts.batch
@@ -171,7 +174,8 @@ def capacity(case: Case, records: dict[str, Any]) -> dict[str, Any]:
     # What the program holds beside weights and cache; of a refused one that is not known.
     rest = 0.0 if decode["compiler_error"] else decode["bytes"]["temporaries"]
     free = case.topology.chip.usable - beside
-    decoding, growing = ((free - r) / s for r, s in ((rest, a_slot), (0, a_slot + before)))
+    grown = a_slot + before / 2  # keys grow before values do
+    decoding, growing = ((free - r) / s for r, s in ((rest, a_slot), (0, grown)))
     found = {"while decoding": max(0, int(decoding)) * batch, "while growing": max(
         0, int(growing)) * batch}  # fmt: skip
     return {

@@ -12,7 +12,6 @@ from experiments.rehearsal import case as cases
 from experiments.rehearsal import costs, programs, report
 from experiments.rehearsal.case import Case
 from luspo_jax import config as configuration
-from luspo_jax import run as runs
 from luspo_jax.config import ConfigError
 from luspo_jax.sharding import MeshError
 
@@ -197,8 +196,11 @@ def _rollout(case, found):
         except (ConfigError, MeshError, ValueError):
             continue
         live = _live(case, other, found)
-        slots = [n for n in (live, live * 3 // 4, config.rollout.num_slots) if 0 < n <= live]
-        options += [option | {"rollout.num_slots": n} for n in slots]
+        now, batch = config.rollout.num_slots, other.rollout_parts.batch
+        slots = {live, live * 3 // 4, now, now // 2 // batch * batch, batch}
+        options += [
+            option | {"rollout.num_slots": n} for n in sorted(slots) if 0 < n <= max(now, live)
+        ]
     return _valid(case, options)
 
 
@@ -206,13 +208,14 @@ def _live(case, other, found):
     """Slots of a host that fit the settings of `other`, in whole rows of its mesh."""
     width, rooms = other.engine.dtype.itemsize, other.rooms(other.engine)
     batch = other.rollout_parts.batch
-    cache = sum(programs.cache_bytes(other, batch, room, width) for room in rooms[-2:])
     one = found["programs"]["decode chunk"]
-    beside = sum(_beside(other, "grow").values()) + programs.weights_bytes(other)
+    beside = sum(programs.parked(other).values()) + programs.weights_bytes(other)
+    free = other.topology.chip.usable - beside - one["bytes"]["beside"]["pool of prompts"]
     rest = 0 if one["compiler_error"] else one["bytes"]["temporaries"]
+    growing = free / programs.growing_bytes(other, batch, rooms, width)
+    decoding = (free - rest) / programs.cache_bytes(other, batch, rooms[-1], width)
     wanted = other.share(other.config.rollout.prompts_per_step) * other.config.rollout.group_size
-    free = max(0.0, other.topology.chip.usable - beside - 1.5 * rest / max(1, len(rooms)))
-    return min(int(free / cache) * batch, wanted)
+    return min(max(0, int(min(growing, decoding))) * batch, wanted)
 
 
 def _speed(case, name):
@@ -222,13 +225,6 @@ def _speed(case, name):
         if program.name == name:
             return report.seconds(case, program, expected)
     return 0.0
-
-
-def _beside(case, name):
-    for program in programs.programs(case):
-        if program.name == name:
-            return program.resident
-    return programs.parked(case)
 
 
 def _predicted(case, other, name, found):
@@ -256,13 +252,14 @@ def _counted(case, name):
     group = section.num_samples if section is case.config.eval else section.group_size
     count = case.slots(engine, case.share(total) * group)
     rooms = case.rooms(engine)
-    held = rooms[-2:] if name.startswith("grow") else rooms[-1:]
-    cache = sum(programs.cache_bytes(case, count, room, width) for room in held)
+    if name.startswith("grow"):
+        cache = programs.growing_bytes(case, count, rooms, width)
+    else:
+        cache = programs.cache_bytes(case, count, rooms[-1], width)
     return cache + programs.weights_bytes(case) + sum(programs.parked(case).values())
 
 
 def _counted_training(case, name):
-    memory = runs.memory_estimate(case.config, case.model, case.layouts)
     part, width = case.train_parts, case.width
     sizes = case.sizes
     rows = sizes.packed_rows_per_microbatch or sizes.responses_per_microbatch
@@ -279,6 +276,7 @@ def _counted_training(case, name):
     inside = 0 if case.config.model.remat == "none" and name != "log-probs" else layer
     activations = width * tokens * (model.num_layers * kept + inside) / part.tensor
     head = costs.head(model) / part.tensor * (width + (4 if name != "log-probs" else 0))
-    state = sum(size for key, size in memory.items() if "rollout" not in key
-                and not key.startswith(("activations", "head")))  # fmt: skip
-    return state + activations + head + memory["head logits"]
+    logits = 8 * case.config.model.head_chunk_tokens * model.vocab_size / part.tensor
+    state = sum(programs.state_bytes(case, "params", "opt_state", "ref_params").values())
+    gradients = 2 * 4 * case.num_params / (part.embed * part.tensor)
+    return state + gradients + activations + head + logits

@@ -204,9 +204,24 @@ def _filled(slots, pool, refill, keys_B):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("length", "layout"))
 def grow(slots, *, length, layout=None):
-    """The same slots with room for `length` tokens each; no position changes its device."""
+    """The same slots with room for `length` tokens each; no position changes its device.
+
+    The slots' arrays are given away: keys go before values come, so that no more than one and a
+    half caches are held at a time.
+    """
+
+    def grown(array):
+        longer = grow_array(array, length=length, layout=layout)
+        array.delete()
+        return longer
+
+    return dataclasses.replace(slots, cache=jax.tree.map(grown, slots.cache))
+
+
+@functools.partial(jax.jit, static_argnames=("length", "layout"))
+def grow_array(array, *, length, layout=None):
+    """Keys or values [L, B, K, S, H] with room for `length` tokens a slot."""
     parts = 1 if layout is None else layout.size("cache_length")
 
     def pad(array):
@@ -215,8 +230,7 @@ def grow(slots, *, length, layout=None):
         return jnp.pad(array, widths)
 
     pad_part = sharding.shard_map(pad, layout, (CACHE_AXES,), CACHE_AXES)
-    slots = dataclasses.replace(slots, cache=jax.tree.map(pad_part, slots.cache))
-    return _placed(slots, SLOTS_AXES, layout)
+    return sharding.constrain(pad_part(array), CACHE_AXES, layout)
 
 
 @functools.partial(

@@ -162,7 +162,8 @@ def _compiled(mesh, program):
     elif program == "fill":
         lowered = slots.fill.lower(state, pool, _refill([]), jax.random.key(0), layout=layout)
     else:
-        lowered = slots.grow.lower(state, length=2 * LENGTH, layout=layout)
+        keys = state.cache.keys_LBKSH
+        lowered = slots.grow_array.lower(keys, length=2 * LENGTH, layout=layout)
     return lowered.compile()
 
 

@@ -1,0 +1,378 @@
+"""Rehearsals: machines by name, costs against counting, verdicts, and changes that help."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.command import UsageError
+from experiments.rehearsal import case as cases
+from experiments.rehearsal import costs, programs, report, search, topologies
+from experiments.rehearsal.costs import Parts, Rows, Work
+from luspo_jax import packing, update
+from luspo_jax.config import ConfigError, default_config
+from luspo_jax.models import decoder
+from luspo_jax.sharding import MeshError
+from luspo_jax.types import TrainBatch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CHIP = topologies.Chip("cpu", 1e9, 0.0, 1e11, 1e10, 1e9, 1e9, 8, (), "made up")
+
+
+def tiny(**leaves):
+    """A configuration small enough to be compiled in seconds, with every kind of program."""
+    config = default_config()
+    config.model.path = "embedded:label_sums"
+    config.model.random_weights = True
+    config.model.overrides = {"num_hidden_layers": 2}
+    config.model.head_chunk_tokens = 64
+    config.data.name = "label_sums"
+    config.data.max_prompt_length = 16
+    config.reward.parts = {"gsm8k": 1.0}
+    config.rollout.prompts_per_step = 16
+    config.rollout.max_response_length = 1008
+    config.model.overrides.max_position_embeddings = 1024
+    config.rollout.num_slots = 16
+    config.eval.num_slots = 16
+    config.train.num_minibatches = 2
+    config.train.packing = True
+    config.train.microbatch_tokens = 8 * 1024
+    config.train.num_length_buckets = 1
+    for name, value in leaves.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    return config
+
+
+def machine(devices=8, memory=1e9):
+    """The first fake devices, as a machine with this much memory each."""
+    chip = dataclasses.replace(CHIP, memory=memory)
+    return topologies.Topology("local", chip, tuple(jax.devices("cpu")[:devices]))
+
+
+# ---------------------------------------------------------------- machines
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [("v9:2x2", "v5p"), ("v5p:3x2x1", "v5p:2x2x4"), ("v5e:2x3", "v5e:16x16"),
+     ("v5p", "v5p:4x4x4"), ("h100:1x3", "h100:4x8"), ("h100:8", "h100:1x8"), ("v5p:axb", "v5p:")],
+)  # fmt: skip
+def test_machines_that_do_not_exist_are_refused_with_those_that_do(text, valid):
+    with pytest.raises(UsageError, match=text) as refused:
+        topologies.topology(text)
+    assert valid in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "command"), [("v5p:2x2x4", r"jax\[tpu\]"), ("h100:1x8", r"jax\[cuda13\]")]
+)
+def test_a_missing_compiler_is_told_with_what_installs_it(text, command, monkeypatch):
+    from jax.experimental import topologies as described
+
+    def absent(*_, **__):
+        raise RuntimeError("no plugin")
+
+    monkeypatch.setattr(described, "get_topology_desc", absent)
+    with pytest.raises(UsageError, match=f'pip install "{command}"') as refused:
+        topologies.topology(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_order_of_a_slice_does_not_matter(monkeypatch):
+    from jax.experimental import topologies as described
+
+    asked = []
+
+    def found(name, **settings):
+        asked.append((name, settings))
+        return type("Described", (), {"devices": jax.devices("cpu")})
+
+    monkeypatch.setattr(described, "get_topology_desc", found)
+    assert len(topologies.topology("v5p:4x2x2").devices) == 8
+    topologies.topology("v4:2x2x4")
+    topologies.topology("v5e:2x4")
+    assert [name for name, _ in asked] == ["v5p:4x2x2", "v4:2x2x4", "v5e:2x4"]
+    assert asked[1][1]["chip_config_name"] == "megacore"
+    assert asked[2][1]["chips_per_host_bounds"] == (2, 4, 1)
+
+
+def test_cards_are_described_by_their_own_numbers():
+    text = topologies.gpu_target("a100-80g")
+    assert "core_count: 108" in text
+    assert "memory_bandwidth: 2039000000000" in text
+    assert "major: 8 feature_extension: NONE" in text
+
+
+def test_a_mesh_or_a_size_that_does_not_fit_is_refused_before_anything_is_compiled():
+    config = tiny()
+    config.mesh.fsdp = 3
+    with pytest.raises(MeshError, match="takes 3 devices and there are 8"):
+        cases.build(config, machine())
+    with pytest.raises(ConfigError, match="microbatch_tokens=512 holds no packed row"):
+        cases.build(tiny(train__microbatch_tokens=512), machine())
+    with pytest.raises(UsageError, match="--max_length=2000"):
+        cases.build(tiny(), machine(), max_length=2000)
+    with pytest.raises(UsageError, match="--mean_length=2000"):
+        cases.build(tiny(), machine(), mean_length=2000)
+
+
+# ---------------------------------------------------------------- costs
+
+
+def products(jaxpr):
+    """Operations of all products of a program, loops counted by their turns."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            inner = int(np.prod([shape[axis] for axis in contracted]))
+            total += 2 * int(np.prod(equation.outvars[0].aval.shape)) * inner
+        elif name == "cond":
+            total += max(products(branch.jaxpr) for branch in params["branches"])
+        elif name == "while":
+            total += products(params["body_jaxpr"].jaxpr)  # a single turn
+        else:
+            turns = params["length"] if name == "scan" else 1
+            for value in params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    total += turns * products(inner)
+    return total
+
+
+SMALL = {"data__max_prompt_length": 8, "rollout__max_response_length": 24,
+         "train__microbatch_tokens": 4 * 32, "train__num_minibatches": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "attention"])
+def test_operations_of_an_update_are_those_of_its_program(remat):
+    case = cases.build(tiny(model__remat=remat, **SMALL), machine(1), mean_length=12)
+    batch, _ = programs.train_batch(case)
+    packed = batch.rows.packed
+    number = jax.ShapeDtypeStruct((), np.float32)
+    state = update.abstract_state(case.rule)
+    traced = update.update_step.trace(state, batch, number, number, rule=case.rule)
+    R, T = packed.tokens_RT.shape
+    at_once = packed.rows_per_microbatch
+    # At 32 tokens the reference attention computes whole squares, and the head every chunk.
+    rows = Rows(at_once * T, at_once * T * T, at_once * T)
+    counted = costs.training(
+        case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=64
+    )
+    # The recomputation still computes the last product in the trace; XLA drops it.
+    last = 0
+    if remat != "none":
+        model = case.model
+        last = 2 * rows.tokens * model.num_layers * model.embed_dim * model.mlp_dim
+    found = products(traced.jaxpr.jaxpr) / (R // at_once)
+    assert found == pytest.approx(counted.flops + last, rel=1e-3) or found == pytest.approx(
+        counted.flops, rel=1e-3
+    )
+
+
+def test_operations_of_a_decode_step_are_those_of_its_program():
+    case = cases.build(tiny(**SMALL), machine(1), mean_length=12)
+    program = next(p for p in programs.programs(case) if p.name == "decode chunk")
+    count, room = case.slots(case.engine, 128), case.rooms(case.engine)[-1]
+    step = costs.decode_step(case.model, count, room, Parts(), 4)
+    assert program.work.flops == pytest.approx(step.flops * case.engine.chunk_length)
+    arrays = programs.rollout_arrays(case, case.engine, count, 8, 8, room)
+    from luspo_jax.rollout import slots
+
+    traced = slots.decode_chunk.trace(
+        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), config=case.model,
+        sampling=case.engine.sampling, chunk_length=4, dtype=case.engine.dtype,
+    )  # fmt: skip
+    found = products(traced.jaxpr.jaxpr)
+    assert found == pytest.approx(step.flops, rel=0.01)
+
+
+def test_mesh_sizes_divide_the_work():
+    case = cases.build(tiny(), machine(1))
+    rows = Rows(8 * 1024, costs.causal_pairs(8, 1024), 4096)
+    settings = {"remat": "full", "kernel": "splash", "chunk": 64}
+    alone = costs.training(case.model, rows, Parts(), 2, **settings)
+    assert alone.links == 0
+    for part in (Parts(8, 1, 8, 1, 1), Parts(2, 4, 8, 1, 1), Parts(4, 1, 4, 2, 1)):
+        shared = costs.training(case.model, rows, part, 2, **settings)
+        assert shared.flops == pytest.approx(alone.flops / 8)
+        assert shared.links > 0
+    gathered = costs.forward(case.model, rows, Parts(8, 1, 8, 1, 1), 2).links
+    assert gathered == pytest.approx(2 * costs.matrices(case.model) * 7 / 8)
+
+
+def test_matrices_are_those_of_the_parameters():
+    model = cases.build(tiny(), machine(1)).model
+    layers = decoder.abstract_params(model)["layers"]
+    kernels = [x.size for path, x in jax.tree.leaves_with_path(layers) if path[-1].key == "kernel"]
+    assert costs.matrices(model) == sum(kernels)
+
+
+@pytest.mark.parametrize(("slots", "rooms"), [(3, [8, 16, 40]), (5, [40]), (1, [10, 20, 40])])
+def test_decoding_is_what_playing_it_step_by_step_gives(slots, rooms):
+    lengths, prompt = [30, 2, 9, 17, 4, 1, 25, 3], 5
+    waiting, live, steps, by_room = list(lengths), [], 0, dict.fromkeys(rooms, 0)
+    room = rooms[0]
+    while waiting or live:
+        while waiting and len(live) < slots:
+            live.append([waiting.pop(0), 0])
+        longest = max(done for _, done in live) + prompt + 1
+        room = max(room, next(r for r in rooms if r >= longest))
+        by_room[room] += 1
+        live = [[n, done + 1] for n, done in live if done + 1 < n]
+        steps += 1
+    found = costs.decoding(lengths, prompt, slots, rooms)
+    assert found.steps == steps
+    assert found.by_room == by_room
+    assert found.utilisation == pytest.approx(sum(lengths) / (steps * slots))
+
+
+def test_assumed_lengths_have_their_mean_and_their_longest():
+    lengths = costs.power_lengths(4000, 32768, 1024)
+    assert max(lengths) == 32768
+    assert np.mean(lengths) == pytest.approx(4000, rel=0.01)
+    with pytest.raises(ValueError, match="mean length of 9"):
+        costs.power_lengths(9, 8, 4)
+
+
+def test_the_bound_is_what_takes_longest():
+    topology = machine()
+    program = programs.Program("p", None, Work(1e11, 5e10, 1e9), 1, {"beside": 3e8})
+    made = programs.Compiled(4 * 10**8, 10**8, 10**8, 4 * 10**8, 0, 0.1, 0.2)
+    one = report.record(topology, program, made)
+    assert one["seconds"] == {"compute": 1.0, "memory": 5.0, "interconnect": 1.0}
+    assert one["bound"] == "memory"
+    assert one["peak_bytes"] == 1.1e9
+    assert one["over_bytes"] == pytest.approx(1e8)
+    assert not one["fits"]
+
+
+def test_a_compilers_own_refusal_is_read():
+    message = "Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm."
+    assert programs.memory_named(message) == (120.5 * 2**30, 95.74 * 2**30)
+    assert programs.memory_named("RESOURCE_EXHAUSTED") == (1.0, 0.0)
+
+
+# ---------------------------------------------------------------- whole rehearsals
+
+
+def test_shapes_are_those_that_a_run_would_bring():
+    case = cases.build(tiny(), machine(), mean_length=100)
+    count = case.sizes.responses_per_minibatch
+    lengths = case.response_lengths[:count]
+    prompts = [np.ones(16, np.int32)] * count
+    rows = packing.padded_rows(
+        prompts, [np.ones(n, np.int32) for n in lengths], length=cases.row_length(case), pad_id=0
+    )
+    real = packing.packed_batch(
+        TrainBatch(
+            rows, np.zeros(count, np.float32), np.zeros(count, np.int32),
+            np.zeros(rows.tokens_BT.shape, np.float32), None, None,
+            np.zeros(rows.tokens_BT.shape, np.float32),
+        ),
+        cases.plan(case, count),
+    )  # fmt: skip
+    batch, _ = programs.train_batch(case)
+    assert jax.tree.structure(batch) == jax.tree.structure(real)
+    for made, wanted in zip(jax.tree.leaves(batch), jax.tree.leaves(real), strict=True):
+        assert made.shape == wanted.shape
+        assert made.dtype == wanted.dtype
+    where = batch.rows.packed.tokens_RT.sharding
+    assert where == update.put_rows(real, case.rule.scoring.layout).rows.packed.tokens_RT.sharding
+
+
+FIELDS = {
+    "fits", "bytes", "peak_bytes", "usable_bytes", "over_bytes", "compiler_error", "flops",
+    "memory_bytes", "link_bytes", "seconds", "roofline_s", "bound", "calls_a_step", "lower_s",
+    "compile_s",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rehearsed():
+    """A case, and its rehearsal where memory is plenty."""
+    case = cases.build(tiny(), machine(), mean_length=100)
+    return case, report.rehearse(case, say=lambda _: None)
+
+
+def test_a_rehearsal_reports_every_program(rehearsed):
+    _, found = rehearsed
+    assert found["fits"]
+    assert list(found["programs"]) == [
+        "hand-over", "prefill", "fill", "grow", "decode chunk", "grow (held out)",
+        "decode chunk (held out)", "log-probs", "update",
+    ]  # fmt: skip
+    for one in found["programs"].values():
+        assert set(one) == FIELDS
+        assert one["fits"]
+        assert one["peak_bytes"] > 0
+    again = json.loads(json.dumps(found, allow_nan=False))
+    assert again["step"]["expected_s"] > again["step"]["roofline_s"] > 0
+    assert again["capacity"]["asked_for"] == 16
+    text = report.text(found)
+    assert "| update |" in text
+    assert "while its cache grows" in text
+
+
+def test_arguments_are_the_bytes_of_the_arrays_themselves(rehearsed):
+    case, found = rehearsed
+    size = found["programs"]["update"]["bytes"]
+    batch, _ = programs.train_batch(case)
+    rows = batch.rows
+    read = (
+        update.abstract_state(case.rule), rows.packed, rows.response_mask_BT, batch.advantages_B,
+        batch.old_logprobs_BT, batch.sampler_logprobs_BT,
+    )  # fmt: skip
+    assert size["arguments"] == pytest.approx(programs.device_bytes(read), rel=0.01)
+    unread = (rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT)
+    beside = size["beside"]["inputs that it does not read"]
+    assert beside == pytest.approx(programs.device_bytes(unread), rel=0.01)
+    cache = programs.cache_bytes(case, 16, 1024, 4) + programs.weights_bytes(case)
+    decode = found["programs"]["decode chunk"]["bytes"]["arguments"]
+    assert decode == pytest.approx(cache, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["update", "grow"])
+def test_what_is_too_large_is_named_with_a_change_that_fits(rehearsed, name):
+    case, found = rehearsed
+    memory = 0.75 * found["programs"][name]["peak_bytes"]
+    small = cases.build(case.config, machine(memory=memory), mean_length=100)
+    records = {key: resized(one, memory) for key, one in found["programs"].items()}
+    found = {**found, "programs": records}
+    assert not records[name]["fits"]
+    found["capacity"] = report.capacity(small, records)
+    found["advice"] = [one for one in search.advice(small, found) if one["program"] == name]
+    (one,) = found["advice"]
+    assert one["change"]
+    told = search.refusal(found)
+    assert f"{name} is " in told
+    assert f"({one['over_bytes']:,.0f} bytes)" in told
+    assert search.flags(one["change"]) in told
+    other = search.changed(small, one["change"])
+    program = next(p for p in programs.programs(other) if p.name == name)
+    assert report.record(other.topology, program, programs.compiled(program))["fits"]
+
+
+def resized(one, memory):
+    """A program's record on a machine with other memory."""
+    over = max(0.0, one["peak_bytes"] - memory)
+    return {**one, "usable_bytes": memory, "over_bytes": over, "fits": not over}
+
+
+def test_the_launcher_refuses_in_a_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.rehearse", "--config=configs/quickstart.py",
+         "--topology=v5p:9x9x9"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "does not exist; valid: v5p:2x2x1" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
