@@ -53,7 +53,9 @@ def test_handing_over_from_a_mesh_in_another_order(dtype):
     params, axes = cases.random_params(MODEL), decoder.param_axes(MODEL)
     spread = jax.device_put(params, sharding.shardings(axes, train))
 
-    moved = sharding.reordered(spread, rollout)  # parts go whole from device to device
+    moved = jax.device_put(
+        spread, sharding.in_order_of(rollout, spread)
+    )  # parts go whole from device to device
     for x, y in zip(*map(jax.tree.leaves, (spread, moved)), strict=True):
         parts = [{s.device.id: s.data for s in z.addressable_shards} for z in (x, y)]
         for i, device in enumerate(order):
