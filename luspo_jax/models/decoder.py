@@ -342,7 +342,7 @@ def init_params(key, config, dtype=jnp.float32, layout=None):
     """Random parameters: normal(0, 0.02) matrices, unit norms, zero biases.
 
     All matrices are cut from one draw: one random generator to compile instead of one a matrix.
-    With a layout the same numbers are made in place, each device its part.
+    With a layout the same numbers, up to rounding, are made in place, each device its part.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     axes = jax.tree.leaves(param_axes(config), is_leaf=lambda node: isinstance(node, tuple))

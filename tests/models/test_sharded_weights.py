@@ -59,14 +59,14 @@ def _params(config=CONFIG, seed=0):
     )
 
 
-def _assert_same(spread, whole, layout, config=CONFIG):
+def _assert_same(spread, whole, layout, config=CONFIG, rtol=0.0):
     places = sharding.shardings(decoder.param_axes(config), layout)
 
     def check(x, y, place):
         assert isinstance(x, jax.Array)
         assert x.sharding == place
         assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=0)
 
     jax.tree.map(check, spread, whole, places)
 
@@ -205,9 +205,11 @@ def test_all_wrong_names_come_in_one_error_on_a_mesh(folder):
 @pytest.mark.parametrize("sizes", MESHES[1:4:2])
 def test_random_parameters_are_those_of_one_device(sizes):
     layout, key = _layout(sizes), jax.random.key(5)
-    _assert_same(
-        decoder.init_params(key, CONFIG, layout=layout), decoder.init_params(key, CONFIG), layout
-    )
+    spread = decoder.init_params(key, CONFIG, layout=layout)
+    # Bit for bit with jax 0.10; another program may round the same formula by two units, and with
+    # 0.11 does.
+    rtol = 0.0 if jax.__version_info__ < (0, 11) else 5e-7
+    _assert_same(spread, decoder.init_params(key, CONFIG), layout, rtol=rtol)
 
 
 def test_random_parameters_of_another_type_and_tied_head():
