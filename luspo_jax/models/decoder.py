@@ -17,7 +17,7 @@ from flax import linen as nn
 from luspo_jax import sharding
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.layers import (
-    along_last_axes,
+    add_bias,
     embed,
     project,
     rms_norm,
@@ -93,7 +93,7 @@ class Projection(nn.Module):
         y = project(x, kernel, self.contracted, self.axes, self.layout)
         if self.use_bias:
             bias = self.param("bias", _zeros, self.features, self.param_dtype)
-            y = y + along_last_axes(bias.astype(y.dtype), y.ndim)
+            y = add_bias(y, bias)
         return y
 
 

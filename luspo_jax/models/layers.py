@@ -78,6 +78,20 @@ def _kernel_gradient(contracted, axes, layout, x, grad):
 project.defvjp(_project_forward, _project_backward)
 
 
+@jax.custom_vjp
+def add_bias(y, bias):
+    """y + bias over the last axes, in y's type; the bias's gradient is summed in float32."""
+    return y + along_last_axes(bias.astype(y.dtype), y.ndim)
+
+
+def _add_bias_backward(bias, grad):
+    lead = tuple(range(grad.ndim - bias.ndim))
+    return grad, jnp.sum(grad, axis=lead, dtype=wide_type(grad)).astype(bias.dtype)
+
+
+add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
+
+
 def embed(table_VD, tokens, dtype, layout):
     """Rows of the embedding by token, in `dtype`.
 

@@ -79,3 +79,15 @@ def test_rotation_turns_pairs_by_position_over_frequency():
     pairs = np.asarray(x)[0, :, 0, :2] + 1j * np.asarray(x)[0, :, 0, 2:]
     turned = pairs * np.exp(1j * np.array([0, 1, 5])[:, None] * np.array([1.0, 0.1]))
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-6)
+
+
+def test_bias_gradient_of_many_bfloat16_tokens_is_summed_in_float32():
+    rng = np.random.default_rng(0)
+    grad = jnp.asarray(1 + 0.1 * rng.normal(size=(4, 16_384, 2, 3)), jnp.bfloat16)
+    y, bias = jnp.zeros_like(grad), jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    out, vjp = jax.vjp(layers.add_bias, y, bias)
+    np.testing.assert_array_equal(out[3, 7], bias.astype(jnp.bfloat16))
+    dy, dbias = jax.jit(vjp)(grad)
+    np.testing.assert_array_equal(dy, grad)
+    assert dbias.dtype == jnp.float32
+    np.testing.assert_allclose(dbias, np.asarray(grad, np.float64).sum((0, 1)), rtol=1e-6)
