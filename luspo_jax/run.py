@@ -319,9 +319,7 @@ def _scoring(config, model, layout):
     )
 
 
-def sampler(
-    config: ConfigDict, model: Model, section: ConfigDict, layout: Layout | None
-) -> Engine:
+def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layout | None) -> Engine:
     """What samples as `section` says: config.rollout, or config.eval."""
     return Engine(
         model.config,
