@@ -265,11 +265,13 @@ def decode_step(model: DecoderConfig, slots: int, room: int, part: Parts, width:
     return Work(flops, memory, links + sums * _others(part.length))
 
 
-def fill(model: DecoderConfig, tokens: int, slots: int, part: Parts, width: int) -> Work:
-    """Prompts of the pool into slots: every device gathers the pool, and copies its own."""
+def fill(
+    model: DecoderConfig, prompts: int, length: int, slots: int, part: Parts, width: int
+) -> Work:
+    """Prompts of the pool into slots: every device gathers the pool, and copies one to each."""
     a_token = kv_bytes(model, width) / (part.tensor * part.length)
-    copied = slots / part.batch * tokens * a_token
-    return Work(0, 2 * copied, tokens * a_token * _others(part.batch))
+    copied = slots / part.batch * length * a_token
+    return Work(0, 2 * copied, prompts * length * a_token * _others(part.batch))
 
 
 def hand_over(num_params: int, train: Parts, rollout: Parts, width: int) -> Work:

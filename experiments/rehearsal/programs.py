@@ -248,7 +248,7 @@ def _sampler(case, engine, prompts, group_size, suffix):
             {**held, "KV cache": cache},
         ),
         Program(
-            f"fill{suffix}", fill, costs.fill(case.model, P * T, count, part, width),
+            f"fill{suffix}", fill, costs.fill(case.model, P, T, count, part, width),
             max(1, math.ceil(prompts * group_size / count)), beside_fill,
         ),
     ]  # fmt: skip

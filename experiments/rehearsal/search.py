@@ -36,23 +36,29 @@ def changed(case: Case, changes: Changes) -> Case:
 def advice(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
     """For every program that does not fit, the smallest change that should make it.
 
-    Counted by hand and not compiled: {"program", "over_bytes", "change"}, the change empty where
-    nothing here helps.
+    Counted by hand and not compiled: {"program", "over_bytes", "change"}. The change makes all of
+    training's programs fit, or all of the rollout's; it is empty where nothing here helps.
     """
     given = []
-    for name, one in found["programs"].items():
-        if one["fits"]:
+    for training in (False, True):
+        records = {k: v for k, v in found["programs"].items() if (k in _TRAINING) == training}
+        wrong = {name: one for name, one in records.items() if not one["fits"]}
+        if not wrong:
             continue
-        options = _training(case) if name in _TRAINING else _rollout(case, found)
+        slowest = "update" if training else "decode chunk"
         fitting = [
-            (len(changes), _speed(other, name), changes)
-            for changes, other in options
-            if _predicted(case, other, name, found) <= one["usable_bytes"]
+            (len(changes), _speed(other, slowest), changes)
+            for changes, other in (_training(case) if training else _rollout(case, found))
+            if all(
+                _predicted(case, other, name, found) <= one["usable_bytes"]
+                for name, one in records.items()
+            )
         ]
         best = min(fitting, key=lambda option: option[:2], default=(0, 0, {}))[2]
-        if "(held out)" in name and "rollout.num_slots" in best:
-            best = {"eval.num_slots": best["rollout.num_slots"]}
-        given.append({"program": name, "over_bytes": one["over_bytes"], "change": best})
+        given += [
+            {"program": name, "over_bytes": one["over_bytes"], "change": best}
+            for name, one in wrong.items()
+        ]
     return given
 
 
@@ -93,8 +99,6 @@ def search(
         if best is None:
             return {"changes": {}, "fits": False, "step": {}, "tried": tried}
         changes |= best
-    if "rollout.num_slots" in changes:
-        changes["eval.num_slots"] = min(case.config.eval.num_slots, changes["rollout.num_slots"])
     other = changed(case, changes)
     step = report.step(other, programs.programs(other, pressure=False))
     return {"changes": changes, "fits": True, "step": step, "tried": tried}
@@ -198,8 +202,11 @@ def _rollout(case, found):
         live = _live(case, other, found)
         now, batch = config.rollout.num_slots, other.rollout_parts.batch
         slots = {live, live * 3 // 4, now, now // 2 // batch * batch, batch}
+        tested = config.eval.num_slots
         options += [
-            option | {"rollout.num_slots": n} for n in sorted(slots) if 0 < n <= max(now, live)
+            option | {"rollout.num_slots": n, "eval.num_slots": min(n, tested)}
+            for n in sorted(slots)
+            if 0 < n <= max(now, live)
         ]
     return _valid(case, options)
 
@@ -252,7 +259,9 @@ def _counted(case, name):
     group = section.num_samples if section is case.config.eval else section.group_size
     count = case.slots(engine, case.share(total) * group)
     rooms = case.rooms(engine)
-    if name.startswith("grow"):
+    if name.startswith("hand-over"):
+        cache = 0.0
+    elif name.startswith("grow"):
         cache = programs.growing_bytes(case, count, rooms, width)
     else:
         cache = programs.cache_bytes(case, count, rooms[-1], width)

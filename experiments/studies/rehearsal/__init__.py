@@ -1,0 +1,1 @@
+"""Tables of rehearsals, and what they are worth: predictions beside measurements."""
