@@ -12,7 +12,9 @@ Hardware: one host of 8 GPUs with 80 GB each, as in the paper (8 H800).
           --config.rollout.num_slots=16 --config.eval.num_slots=16
 Memory  : weights and Adam's moments are 91 GB, 11.4 GB on each of 8 GPUs; a response of 32,768
           tokens takes 2.0 GB of cache; a checkpoint is 91 GB and three are kept.
-Time    : Rehearsed: see experiments/studies/rehearsal/README.md.
+Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
+          takes at least 13.4 min on h100:1x8 (expected 22.5; 50 of 78 GB a device in use at most)
+          and at least 10.7 min on v5p:2x2x4 (expected 18.6; 68 GB); decoding is most of it.
 Result  : not run here. The paper's Table 2, AIME24 avg@32: base 1.6, GSPO 11.8, LUSPO 14.7.
 
 Stated by the paper: data, lengths, batch and minibatch, rate and warm-up, temperature, clip range,

@@ -7,7 +7,8 @@ Hardware: one GPU of 40 GB or more (24 GB with --config.rollout.num_slots=16
           computed at once, so 1, 2, 4 or 8 devices.
 Memory  : weights and Adam's moments are 7.2 GB, a full response takes 0.18 GB of cache; a
           checkpoint is 7.2 GB and three are kept.
-Time    : Rehearsed: see experiments/studies/rehearsal/README.md.
+Time    : rehearsed, not run: a step takes at least 7 s on one H100 (expected 13). `python -m
+          experiments.rehearse --config=configs/qwen3_0_6b_gsm8k.py --topology=h100:1x1`
 Result  : not run yet.
 
 The method is the LUSPO paper's at a size for one device: its rate, warm-up, temperature, clip range

@@ -11,7 +11,7 @@ Hardware: 4 hosts of 8 GPUs with 80 GB each, as in the paper (4×8 H800); 8 devi
           experts, within a host.
 Memory  : weights and Adam's moments are 366 GB, 11.5 GB on each of 32 GPUs; a response of 32,768
           tokens takes 3.4 GB of cache; a checkpoint is 366 GB and three are kept.
-Time    : Rehearsed: see experiments/studies/rehearsal/README.md.
+Time    : not rehearsed before the experts are ported.
 Result  : not run here. The paper's Table 2: AIME24 76.7 with GSPO, 83.6 with LUSPO.
 
 Stated by the paper and chosen here: as in configs/qwen2_5_7b_dapo17k.py. The paper's

@@ -31,6 +31,9 @@ _FREE_TO_CHANGE = (
     "mesh.",
     "rollout_mesh.",
     "train.offload",
+    # Another mesh may need other micro-batches; results depend on them by rounding only.
+    "train.num_microbatches",
+    "train.microbatch_tokens",
 )
 
 
@@ -329,7 +332,7 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
             yield f"{field}={values[field]} must be in (0, 1]"
     if not 0 <= config.train.ref_decay < 1:
         yield f"train.ref_decay={config.train.ref_decay} must be in [0, 1)"
-    if config.train.ref_every and not config.objective.kl_coef:
+    if config.train.ref_every and not _of_objective(config, "kl_coef"):
         yield "train.ref_every refreshes the reference of a KL term, but objective.kl_coef is 0"
     if not config.train.learning_rate > 0:
         yield f"train.learning_rate={config.train.learning_rate} must be > 0"

@@ -406,7 +406,7 @@ def memory_estimate(
         "master weights (float32)": 4 * params,
         "Adam moments (float32)": 8 * params,
         "gradients (float32)": 4 * params,
-        "reference policy": 4 * params if config.objective.kl_coef else 0,
+        "reference policy": 4 * params if configuration.build_objective(config).kl_coef else 0,
         "policy before a measured update": 4 * params if config.length.every else 0,
         "rollout weights": sampling * total // _parts(rollout, "mlp")
         if sampling != 4 or rollout
