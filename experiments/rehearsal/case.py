@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from typing import Any
 
 import jax
@@ -150,12 +149,7 @@ _num_params = functools.cache(decoder_weights.num_params)  # traces the model
 
 def architecture(config: ConfigDict) -> DecoderConfig:
     """The decoder of `config.model`, from its config.json alone."""
-    path = config.model.path
-    values = (
-        locate.architecture(path)
-        if hasattr(locate, "architecture")
-        else json.loads((locate.model_folder(path) / "config.json").read_text())
-    )
+    values = locate.architecture(config.model.path)
     return decoder_config({**values, **config.model.overrides.to_dict()})
 
 
