@@ -118,7 +118,7 @@ def _figure(rows, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     tokens = [row["tokens"] for row in rows]
     left.plot(tokens, [row["microseconds_a_token"] for row in rows], "o-")
-    left.set(xscale="log", yscale="log", xlabel="tokens a row", ylabel="µs a token")
+    left.set(xscale="log", ylim=(0, None), xlabel="tokens a row", ylabel="µs a token")
     left.set_title("cost of a token, one training step", fontsize=10)
     right.plot(tokens, [row["temporary_bytes_a_device"] / 2**20 for row in rows], "o-")
     right.plot(tokens, [4 * n * n / 2**20 for n in tokens], "--", color="0.6", label="one T × T")
