@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import pathlib
+import re
 
 import jax
 import pytest
@@ -48,11 +49,22 @@ def test_each_can_run_and_says_how(name):
 @pytest.mark.parametrize("name", PAPER + SMALL)
 def test_headers_are_honest_and_their_recipe_exists(name):
     text = _module(name).__doc__
-    assert "rehearsed" in text
     assert "not run" in text
+    # Times come from a rehearsal that can be repeated, or there are none.
+    assert "studies/rehearsal/" in text or "experiments.rehearse" in text or "not rehearsed" in text
     recipes = [word for word in text.split() if word.startswith("launch/")]
     assert recipes
     assert all((ROOT / recipe.rstrip(":,.")).is_file() for recipe in recipes)
+
+
+def test_rehearsed_times_of_the_7b_run_are_those_of_the_study():
+    text = " ".join(_module("qwen2_5_7b_dapo17k").__doc__.split())
+    for machine, name in (("h100:1x8", "h100"), ("v5p:2x2x4", "v5p")):
+        table = (ROOT / f"experiments/studies/rehearsal/{name}.md").read_text()
+        bound, expected = re.search(
+            r"\*\*step\*\* \| \*\*([\d.]+) min\*\* \| \*\*([\d.]+) min", table
+        ).groups()
+        assert f"at least {bound} min on {machine} (expected {expected}" in text
 
 
 # ALGORITHMS of the paper, §5.1: typed here from its table, not read from the configuration.
