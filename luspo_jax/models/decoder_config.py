@@ -6,12 +6,33 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ConfigError(ValueError):
     """A `config.json` that this decoder cannot honour; the message names the field and a remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Consecutive layers of one kind, whose parameters are stacked under one name.
+
+    Attributes:
+      name: key in the parameters.
+      start: index of the first layer.
+      count: layers.
+      experts: whether their MLPs are mixtures of experts.
+    """
+
+    name: str
+    start: int
+    count: int
+    experts: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +47,11 @@ class DecoderConfig:
       max_position: the longest sequence that the weights were trained for.
       eos_token_ids: every token that ends a response, sorted.
       dtype: the type that the checkpoint declares, or None; the caller chooses the type to load.
+      num_experts: MLPs among which a router chooses, in every layer but `dense_layers`; 0 = none.
+      experts_per_token: how many of them a token goes to.
+      expert_dim: width of each.
+      norm_topk: the weights of a token's experts are divided by their sum.
+      dense_layers: indices of layers with an ordinary MLP of width mlp_dim.
     """
 
     model_type: str
@@ -47,6 +73,11 @@ class DecoderConfig:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     dtype: str | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_dim: int = 0
+    norm_topk: bool = False
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.model_type not in ARCHITECTURES:
@@ -69,6 +100,42 @@ class DecoderConfig:
                 f"eos_token_ids, bos_token_id and pad_token_id must lie in the vocabulary of "
                 f"{self.vocab_size}, {outside} do not"
             )
+        if self.num_experts:
+            self._check_experts()
+
+    def _check_experts(self):
+        for name in ("experts_per_token", "expert_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} ({_EXPERT_FIELDS[name]}) must be a positive integer")
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"experts_per_token (num_experts_per_tok) {self.experts_per_token} must be <= "
+                f"num_experts {self.num_experts}"
+            )
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Runs of layers of one kind, in order; one stack, "layers", where all are alike."""
+        kinds = [
+            self.num_experts > 0 and layer not in self.dense_layers
+            for layer in range(self.num_layers)
+        ]
+        starts = [i for i in range(self.num_layers) if i == 0 or kinds[i] != kinds[i - 1]]
+        ends = [*starts[1:], self.num_layers]
+        return tuple(
+            Stack(
+                "layers" if len(starts) == 1 else f"layers_{start:03d}",
+                start,
+                end - start,
+                kinds[start],
+            )
+            for start, end in zip(starts, ends, strict=True)
+        )
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers with experts."""
+        return sum(stack.count for stack in self.stacks if stack.experts)
 
 
 _POSITIVE = (
@@ -98,6 +165,14 @@ _FIELDS = {
     "tie_embeddings": "tie_word_embeddings",
 }
 
+# Required too where the model has experts.
+_EXPERT_FIELDS = {
+    "num_experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_dim": "moe_intermediate_size",
+    "norm_topk": "norm_topk_prob",
+}
+
 # Read by the functions below, each with its own rule.
 _RULED = {
     "model_type",
@@ -113,6 +188,8 @@ _RULED = {
     "bos_token_id",
     "pad_token_id",
     "layer_types",
+    "decoder_sparse_step",
+    "mlp_only_layers",
 }
 
 # Switches that are implemented in one position only.
@@ -144,6 +221,8 @@ _INERT = {
     "label2id",
     "problem_type",
     "tokenizer_class",
+    "output_router_logits",  # of training as HF does it, like the coefficient of its loss
+    "router_aux_loss_coef",
     "unsloth_fixed",
     "unsloth_version",
 }
@@ -163,13 +242,17 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         )
     _refuse_unimplemented(hf, model_type)
     values = {ours: _required(hf, name) for ours, name in _FIELDS.items()}
+    qwen3 = model_type in ("qwen3", "qwen3_moe")
+    if model_type == "qwen3_moe":
+        values |= {ours: _required(hf, name) for ours, name in _EXPERT_FIELDS.items()}
+        values["dense_layers"] = _dense_layers(hf)
     return DecoderConfig(
         model_type=model_type,
         head_dim=_head_dim(hf, model_type),
         rope_theta=_rope_theta(hf),
-        qk_norm=model_type == "qwen3",
-        qkv_bias=_attention_bias(hf) or model_type == "qwen2",
-        out_bias=model_type == "qwen3" and _attention_bias(hf),
+        qk_norm=qwen3,
+        qkv_bias=_attention_bias(hf) or not qwen3,
+        out_bias=qwen3 and _attention_bias(hf),
         eos_token_ids=_token_ids(hf.get("eos_token_id")),
         bos_token_id=hf.get("bos_token_id"),
         pad_token_id=hf.get("pad_token_id"),
@@ -223,8 +306,11 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,
     }
-    if config.model_type == "qwen3":
+    if config.model_type != "qwen2":
         values["attention_bias"] = config.qkv_bias
+    if config.num_experts:
+        values |= {name: getattr(config, ours) for ours, name in _EXPERT_FIELDS.items()}
+        values |= {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
     if config.dtype is not None:
         values["torch_dtype"] = config.dtype
     return dict(sorted(values.items()))
@@ -264,7 +350,7 @@ def _refuse_unimplemented(hf, model_type):
             f"layer_types {sorted(layer_types)} are not implemented, only 'full_attention'; "
             f"use a checkpoint without sliding windows"
         )
-    known = {*_FIELDS.values(), *_RULED, *_ONLY, *_INERT}
+    known = {*_FIELDS.values(), *_EXPERT_FIELDS.values(), *_RULED, *_ONLY, *_INERT}
     for name, value in hf.items():
         if name not in known and not name.startswith("_") and value is not None:
             raise ConfigError(
@@ -279,10 +365,17 @@ def _required(hf, name):
     return hf[name]
 
 
+def _dense_layers(hf):
+    """Layers without experts: `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+    step, listed = _required(hf, "decoder_sparse_step"), hf.get("mlp_only_layers") or []
+    count = _required(hf, "num_hidden_layers")
+    return tuple(i for i in range(count) if i in listed or (i + 1) % step)
+
+
 def _head_dim(hf, model_type):
     if hf.get("head_dim") is not None:
         return hf["head_dim"]
-    if model_type == "qwen3":  # nothing to derive it from: Qwen3's differs from D/N by design
+    if model_type != "qwen2":  # nothing to derive it from: Qwen3's differs from D/N by design
         return _required(hf, "head_dim")
     embed_dim, num_heads = _required(hf, "hidden_size"), _required(hf, "num_attention_heads")
     _check_type("embed_dim", embed_dim)
