@@ -188,9 +188,8 @@ _RULED = {
     "bos_token_id",
     "pad_token_id",
     "layer_types",
-    "decoder_sparse_step",
-    "mlp_only_layers",
 }
+_EXPERT_RULED = {"decoder_sparse_step", "mlp_only_layers"}
 
 # Switches that are implemented in one position only.
 _ONLY = {
@@ -350,7 +349,9 @@ def _refuse_unimplemented(hf, model_type):
             f"layer_types {sorted(layer_types)} are not implemented, only 'full_attention'; "
             f"use a checkpoint without sliding windows"
         )
-    known = {*_FIELDS.values(), *_EXPERT_FIELDS.values(), *_RULED, *_ONLY, *_INERT}
+    known = {*_FIELDS.values(), *_RULED, *_ONLY, *_INERT}
+    if model_type == "qwen3_moe":
+        known |= {*_EXPERT_FIELDS.values(), *_EXPERT_RULED}
     for name, value in hf.items():
         if name not in known and not name.startswith("_") and value is not None:
             raise ConfigError(
