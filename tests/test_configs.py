@@ -13,7 +13,8 @@ from jax.sharding import AbstractMesh
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
 from luspo_jax import sharding
-from luspo_jax.models.decoder_config import ConfigError, decoder_config
+from luspo_jax.models import decoder
+from luspo_jax.models.decoder_config import decoder_config
 from luspo_jax.models.locate import architecture
 from luspo_jax.rewards.registry import score
 from luspo_jax.sharding import MeshError
@@ -262,10 +263,10 @@ def test_headers_state_the_memory_that_the_sizes_give():
         assert (f"takes {slot:.1f} GB of cache" in text) or (f"{slot:.2f} GB of cache" in text)
 
 
-def test_experts_are_refused_by_name_for_now():
-    """The header of the 30B run says so; this test goes with the refusal."""
-    with pytest.raises(ConfigError, match="model_type 'qwen3_moe' is not implemented"):
-        decoder_config(architecture(_config(PAPER[1]).model.path))
+def test_experts_of_the_paper_run_are_read():
+    model = decoder_config(architecture(_config(PAPER[1]).model.path))
+    assert (model.num_experts, model.experts_per_token, model.expert_dim) == (128, 8, 768)
+    assert (model.norm_topk, model.num_expert_layers, model.num_layers) == (True, 48, 48)
 
 
 @pytest.mark.slow

@@ -301,8 +301,8 @@ def param_axes(config):
 def cut_sizes(config):
     """What a mesh must cut into equal parts: name in config.json → (logical axis, size)."""
     sizes = {
-        "num_attention_heads": ("heads", config.num_heads),
         "num_key_value_heads": ("kv_heads", config.num_kv_heads),
+        "num_attention_heads": ("heads", config.num_heads),
         "vocab_size": ("vocab", config.vocab_size),
         "hidden_size": ("embed", config.embed_dim),
     }

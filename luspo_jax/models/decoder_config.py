@@ -6,16 +6,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from luspo_jax.models import expert_config
+from luspo_jax.models.expert_config import ConfigError, is_int, required
+
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class ConfigError(ValueError):
-    """A `config.json` that this decoder cannot honour; the message names the field and a remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +99,7 @@ class DecoderConfig:
                 f"eos_token_ids, bos_token_id and pad_token_id must lie in the vocabulary of "
                 f"{self.vocab_size}, {outside} do not"
             )
-        if self.num_experts:
-            self._check_experts()
-
-    def _check_experts(self):
-        for name in ("experts_per_token", "expert_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} ({_EXPERT_FIELDS[name]}) must be a positive integer")
-        if self.experts_per_token > self.num_experts:
-            raise ConfigError(
-                f"experts_per_token (num_experts_per_tok) {self.experts_per_token} must be <= "
-                f"num_experts {self.num_experts}"
-            )
+        expert_config.check_experts(self)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -148,8 +136,9 @@ _POSITIVE = (
     "head_dim",
     "max_position",
 )
+_OF_EXPERTS = ("num_experts", "experts_per_token", "expert_dim")  # 0 where there are none
 _NUMBERS = ("rope_theta", "rms_norm_eps")
-_SWITCHES = ("qkv_bias", "out_bias", "qk_norm", "tie_embeddings")
+_SWITCHES = ("qkv_bias", "out_bias", "qk_norm", "tie_embeddings", "norm_topk")
 _TOKENS = ("bos_token_id", "pad_token_id")
 
 # Our field: its name in config.json. All of them are required.
@@ -163,14 +152,6 @@ _FIELDS = {
     "max_position": "max_position_embeddings",
     "rms_norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
-}
-
-# Required too where the model has experts.
-_EXPERT_FIELDS = {
-    "num_experts": "num_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "expert_dim": "moe_intermediate_size",
-    "norm_topk": "norm_topk_prob",
 }
 
 # Read by the functions below, each with its own rule.
@@ -189,7 +170,6 @@ _RULED = {
     "pad_token_id",
     "layer_types",
 }
-_EXPERT_RULED = {"decoder_sparse_step", "mlp_only_layers"}
 
 # Switches that are implemented in one position only.
 _ONLY = {
@@ -202,6 +182,7 @@ _ONLY = {
     "is_decoder": False,
     "chunk_size_feed_forward": 0,
     "use_mrope": False,
+    **expert_config.NEUTRAL,
 }
 
 # Nothing that the forward pass computes depends on these. `sliding_window` and
@@ -220,8 +201,6 @@ _INERT = {
     "label2id",
     "problem_type",
     "tokenizer_class",
-    "output_router_logits",  # of training as HF does it, like the coefficient of its loss
-    "router_aux_loss_coef",
     "unsloth_fixed",
     "unsloth_version",
 }
@@ -237,14 +216,14 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     if model_type not in ARCHITECTURES:
         raise ConfigError(
             f"model_type {model_type!r} is not implemented; use a checkpoint of one of "
-            f"{sorted(ARCHITECTURES)}"
+            f"{sorted(ARCHITECTURES)}{expert_config.mixture_hint(hf)}"
         )
     _refuse_unimplemented(hf, model_type)
-    values = {ours: _required(hf, name) for ours, name in _FIELDS.items()}
+    values = {ours: required(hf, name) for ours, name in _FIELDS.items()}
     qwen3 = model_type in ("qwen3", "qwen3_moe")
     if model_type == "qwen3_moe":
-        values |= {ours: _required(hf, name) for ours, name in _EXPERT_FIELDS.items()}
-        values["dense_layers"] = _dense_layers(hf)
+        _check_type("num_layers", values["num_layers"])
+        values |= expert_config.expert_fields(hf, values["num_layers"])
     return DecoderConfig(
         model_type=model_type,
         head_dim=_head_dim(hf, model_type),
@@ -308,7 +287,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
     if config.model_type != "qwen2":
         values["attention_bias"] = config.qkv_bias
     if config.num_experts:
-        values |= {name: getattr(config, ours) for ours, name in _EXPERT_FIELDS.items()}
+        values |= {name: getattr(config, ours) for ours, name in expert_config.FIELDS.items()}
         values |= {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
     if config.dtype is not None:
         values["torch_dtype"] = config.dtype
@@ -317,15 +296,17 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
 
 def _check_type(name, value):
     """Refuses a field of the wrong type or range, under both of its names."""
-    both = f"{name} ({_FIELDS[name]})" if _FIELDS.get(name, name) != name else name
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    if name in _POSITIVE and not (is_int and value > 0):
+    theirs = (_FIELDS | expert_config.FIELDS).get(name, name)
+    both = f"{name} ({theirs})" if theirs != name else name
+    if name in _POSITIVE and not (is_int(value) and value > 0):
         raise ConfigError(f"{both} must be a positive integer, not {value!r}")
-    if name in _NUMBERS and not ((is_int or isinstance(value, float)) and value > 0):
+    if name in _OF_EXPERTS and not (is_int(value) and value >= 0):
+        raise ConfigError(f"{both} must be a positive integer, not {value!r}")
+    if name in _NUMBERS and not ((is_int(value) or isinstance(value, float)) and value > 0):
         raise ConfigError(f"{both} must be a positive number, not {value!r}")
     if name in _SWITCHES and not isinstance(value, bool):
         raise ConfigError(f"{both} must be true or false, not {value!r}")
-    if name in _TOKENS and not (value is None or is_int):
+    if name in _TOKENS and not (value is None or is_int(value)):
         raise ConfigError(f"{both} must be a token number, not {value!r}")
 
 
@@ -350,35 +331,23 @@ def _refuse_unimplemented(hf, model_type):
             f"use a checkpoint without sliding windows"
         )
     known = {*_FIELDS.values(), *_RULED, *_ONLY, *_INERT}
-    if model_type == "qwen3_moe":
-        known |= {*_EXPERT_FIELDS.values(), *_EXPERT_RULED}
+    known |= expert_config.KNOWN if model_type == expert_config.MODEL_TYPE else set()
     for name, value in hf.items():
         if name not in known and not name.startswith("_") and value is not None:
+            mixture = name in expert_config.KNOWN
             raise ConfigError(
-                f"{name} = {value!r} is not known to the {model_type} decoder; if it changes "
-                f"nothing that the model computes, delete it from config.json"
+                f"{name} = {value!r} is not known to the {model_type} decoder; "
+                + (f"the one with experts is {expert_config.MODEL_TYPE}; " if mixture else "")
+                + "if it changes nothing that the model computes, delete it from config.json"
             )
-
-
-def _required(hf, name):
-    if hf.get(name) is None:
-        raise ConfigError(f"{name} is missing; add it to config.json")
-    return hf[name]
-
-
-def _dense_layers(hf):
-    """Layers without experts: `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
-    step, listed = _required(hf, "decoder_sparse_step"), hf.get("mlp_only_layers") or []
-    count = _required(hf, "num_hidden_layers")
-    return tuple(i for i in range(count) if i in listed or (i + 1) % step)
 
 
 def _head_dim(hf, model_type):
     if hf.get("head_dim") is not None:
         return hf["head_dim"]
     if model_type != "qwen2":  # nothing to derive it from: Qwen3's differs from D/N by design
-        return _required(hf, "head_dim")
-    embed_dim, num_heads = _required(hf, "hidden_size"), _required(hf, "num_attention_heads")
+        return required(hf, "head_dim")
+    embed_dim, num_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     _check_type("embed_dim", embed_dim)
     _check_type("num_heads", num_heads)
     if embed_dim % num_heads:
