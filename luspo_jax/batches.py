@@ -5,14 +5,16 @@ NumPy in, NumPy out: what a step trains on is settled on the host, once, before 
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from luspo_jax import config as configuration
 from luspo_jax import objectives, packing
 from luspo_jax.experience import Rollouts
+from luspo_jax.logprobs import Scored
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.run import Run
-from luspo_jax.types import TrainBatch, TrainState
+from luspo_jax.types import Experts, TrainBatch, TrainState
 from luspo_jax.update import put_rows, score_rows
 
 
@@ -35,8 +37,9 @@ def train_batch(run: Run, rollouts: Rollouts) -> TrainBatch:
         [response.logprobs for response in rollouts.responses], rows.response_mask_BT
     )
     mask_BT = rows.response_mask_BT & rollouts.trained_B[:, None]
+    experts = _sampler_experts(run, rollouts, length)
     return TrainBatch(
-        rows=dataclasses.replace(rows, response_mask_BT=mask_BT),
+        rows=dataclasses.replace(rows, response_mask_BT=mask_BT, experts=experts),
         advantages_B=np.zeros(len(tokens), np.float32),
         group_ids_B=rollouts.group_ids_B,
         old_logprobs_BT=None,
@@ -58,7 +61,7 @@ def with_old_logprobs(
 
     A step of one update does not need them: its first forward pass is that policy's. Groups that
     were carried over were sampled by the policy of an earlier step, whose log-probs the sampler
-    recorded: those are taken.
+    recorded: those are taken. So it is with the experts of a mixture.
     """
     objective = run.rule.objective
     sizes = configuration.batch_arithmetic(run.config)
@@ -72,7 +75,11 @@ def with_old_logprobs(
     )
     if not (needed or check_mismatch):
         return batch
-    logprobs_BT, entropy_BT = map(np.asarray, _score(run, state.params, batch))
+    scored = _score(run, state.params, batch)
+    logprobs_BT, entropy_BT = scored.logprobs_BT, scored.entropy_BT
+    if scored.router is not None:
+        shared, tokens = scored.router.agreement["sampler"], scored.router.tokens
+        metrics.add("router/agreement/sampler_old", float(shared / tokens))
     mask_BT = batch.rows.response_mask_BT & ~carried_B[:, None]
     gap = float(np.max(np.abs(logprobs_BT - batch.sampler_logprobs_BT)[mask_BT], initial=0.0))
     metrics.add("rollout_corr/max_abs_diff", gap)
@@ -85,8 +92,13 @@ def with_old_logprobs(
         )
     if not needed:
         return batch
+    rows = batch.rows
+    if scored.router is not None:
+        old = np.where(carried_B[:, None, None, None], rows.experts.sampler, scored.router.experts)
+        rows = dataclasses.replace(rows, experts=dataclasses.replace(rows.experts, old=old))
     return dataclasses.replace(
         batch,
+        rows=rows,
         old_logprobs_BT=np.where(carried_B[:, None], batch.sampler_logprobs_BT, logprobs_BT),
         old_entropy_BT=entropy_BT if ranks_entropy else None,
     )
@@ -96,8 +108,9 @@ def with_ref_logprobs(run: Run, state: TrainState, batch: TrainBatch) -> TrainBa
     """Adds log-probs of the reference policy, where the objective has a KL term."""
     if state.ref_params is None:
         return batch
-    logprobs_BT, _ = _score(run, state.ref_params, batch)
-    return dataclasses.replace(batch, ref_logprobs_BT=np.asarray(logprobs_BT))
+    # Its routers choose for themselves: another policy's experts are not its own.
+    logprobs_BT = _score(run, state.ref_params, batch, replay="none").logprobs_BT
+    return dataclasses.replace(batch, ref_logprobs_BT=logprobs_BT)
 
 
 def with_advantages(
@@ -145,16 +158,41 @@ def _plan(run, rows):
     )
 
 
-def _score(run, params, batch):
-    sizes, scoring = configuration.batch_arithmetic(run.config), run.rule.scoring
+def _score(run, params, batch, **changes):
+    """Scored of all rows in NumPy; the router's experts row by row, as everything else."""
+    sizes = configuration.batch_arithmetic(run.config)
+    scoring = dataclasses.replace(run.rule.scoring, **changes)
     if not run.config.train.packing:
         parts = sizes.responses_per_step // sizes.responses_per_microbatch
         rows = put_rows(batch.rows, scoring.layout)
-        return score_rows(params, rows, scoring=scoring, num_microbatches=parts)
+        scored = score_rows(params, rows, scoring=scoring, num_microbatches=parts)
+        return jax.tree.map(np.asarray, scored)
     plan = _plan(run, batch.rows)
     rows = put_rows(packing.packed_rows(batch.rows, plan), scoring.layout)
     scored = score_rows(params, rows, scoring=scoring, num_microbatches=1)
-    return tuple(packing.from_places(np.asarray(x_BT), plan) for x_BT in scored)
+    scored = jax.tree.map(np.asarray, scored)
+    router = scored.router
+    if router is not None:
+        width = batch.rows.tokens_BT.shape[1]
+        experts = packing.from_rows(router.experts, plan, width)
+        router = dataclasses.replace(router, experts=experts)
+    of_rows = (packing.from_places(x, plan) for x in (scored.logprobs_BT, scored.entropy_BT))
+    return Scored(*of_rows, router)
+
+
+def _sampler_experts(run, rollouts, length):
+    """What the sampler's routers chose, at the tokens of each row; None without experts."""
+    model = run.model.config
+    if not model.num_experts:
+        return None
+    layers, count = model.num_expert_layers, model.experts_per_token
+    kind = np.uint8 if model.num_experts <= 256 else np.uint16
+    placed = np.zeros((len(rollouts.responses), length, layers, count), kind)
+    for row, response in enumerate(rollouts.responses):
+        start = len(response.prompt_experts)
+        placed[row, :start] = response.prompt_experts
+        placed[row, start : start + len(response.experts)] = response.experts
+    return Experts(sampler=placed)
 
 
 def _kl_in_reward(objective):

@@ -13,6 +13,7 @@ from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS
 from luspo_jax.defaults import default_config
 from luspo_jax.length.settings import LengthSettings
+from luspo_jax.logprobs import REPLAYS
 from luspo_jax.models.decoder import REMAT
 from luspo_jax.prompts import TEMPLATES
 from luspo_jax.rewards.registry import verifiers
@@ -293,6 +294,11 @@ def _wrong_names(config: ConfigDict) -> Iterator[str]:
             yield f'model.{field}="{config.model[field]}": valid: bfloat16, float32'
     if config.train.offload not in OFFLOADS:
         yield f'train.offload="{config.train.offload}": {nearest(config.train.offload, OFFLOADS)}'
+    if config.train.router_replay not in REPLAYS:
+        yield (
+            f'train.router_replay="{config.train.router_replay}": '
+            f"{nearest(config.train.router_replay, REPLAYS)}"
+        )
     if config.model.remat not in REMAT:
         yield f'model.remat="{config.model.remat}": {nearest(config.model.remat, REMAT)}'
     if config.model.overrides and not config.model.random_weights:
@@ -314,6 +320,7 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
         "rollout.top_k", "eval.top_k", "eval.every", "eval.temperature", "train.warmup_steps",
         "train.weight_decay", "train.max_grad_norm", "output.checkpoint_every",
         "output.keep_best", "output.dump_every", "train.ref_every", "hosts.phase_timeout_s",
+        "train.router_aux_coef",
     ):  # fmt: skip
         if values[field] < 0:
             yield f"{field}={values[field]} must not be negative"

@@ -27,6 +27,7 @@ def default_config() -> ConfigDict:
     config.model.rollout_dtype = "float32"  # Of sampling: weights, activations and KV cache.
     config.model.remat = "none"  # What is kept for the backward pass: a key of decoder.REMAT.
     config.model.attention = "auto"  # By platform, or a name of luspo_jax.ops.attention.
+    config.model.experts = "auto"  # By platform, or a name of luspo_jax.ops.grouped_matmul.
     config.model.head_chunk_tokens = 2048  # Tokens whose logits exist at one time on a device.
 
     # Devices of training, of all processes; one size may be -1, for as many as the others leave.
@@ -103,6 +104,10 @@ def default_config() -> ConfigDict:
     config.train.num_length_buckets = 4  # Row lengths a step may have: each compiles once.
     # What waits in host memory during the rollout: a key of update.OFFLOADS.
     config.train.offload = "none"
+    # Experts that a mixture's update uses in place of its routers' choice: those of the trainer's
+    # pass before the step ("old", R2), of the sampler ("sampler", R3), or "none".
+    config.train.router_replay = "none"
+    config.train.router_aux_coef = 0.0  # Of the load-balancing loss; Qwen's files say 0.001.
     config.train.num_epochs = 1  # Passes over the rollouts.
     config.train.learning_rate = 1e-6
     config.train.warmup_steps = 20  # Rollout steps.

@@ -199,6 +199,7 @@ def to_json(groups: Iterable[Group]) -> list[dict[str, Any]]:
                     "tokens": _packed(r.tokens, "<i4"),
                     "logprobs": _packed(r.logprobs, "<f4"),
                     "stopped": r.stopped,
+                    **_experts_to_json(r),
                 }
                 for r in group.responses
             ],
@@ -229,6 +230,7 @@ def _group(values):
             tokens=_unpacked(r["tokens"], "<i4"),
             logprobs=_unpacked(r["logprobs"], "<f4"),
             stopped=r["stopped"],
+            **_experts_from_json(r),
         )
         for r in values["responses"]
     ]
@@ -241,6 +243,26 @@ def _group(values):
         trained=np.array(values["trained"], bool),
         carried=True,
     )
+
+
+def _experts_to_json(response):
+    if response.experts is None:
+        return {}
+    return {
+        name: {"shape": list(ids.shape), "type": ids.dtype.str, "ids": _packed(ids, ids.dtype)}
+        for name, ids in (
+            ("experts", response.experts),
+            ("prompt_experts", response.prompt_experts),
+        )
+    }
+
+
+def _experts_from_json(stored):
+    return {
+        name: _unpacked(stored[name]["ids"], stored[name]["type"]).reshape(stored[name]["shape"])
+        for name in ("experts", "prompt_experts")
+        if name in stored
+    }
 
 
 def _packed(array, dtype):

@@ -27,6 +27,9 @@ class Scoring:
       dtype: name of the compute dtype; the head always accumulates in float32.
       remat: what of a layer is kept for the backward pass, a key of `decoder.REMAT`.
       attention: name of the implementation in `ops.attention`.
+      experts: name of the implementation in `ops.grouped_matmul`.
+      replay: which recorded experts stand in for the routers' choice, a key of REPLAYS; rows
+        without that record are routed as the policy does.
       head_chunk_tokens: tokens (rows × positions) whose logits exist at one time on a device.
       layout: where parameters, rows and positions lie; None on one device.
     """
@@ -38,12 +41,59 @@ class Scoring:
     attention: str = "reference"
     head_chunk_tokens: int = 2048
     layout: Layout | None = None
+    experts: str = "reference"
+    replay: str = "none"
+
+
+# Router replay: "old" is R2 and "sampler" R3 of arXiv:2512.01374.
+REPLAYS = ("none", "old", "sampler")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterPass:
+    """What the routers did in a pass over rows; counts are over real tokens, prompts included.
+
+    Attributes:
+      experts: [rows, T, L, K] the routers' own choice at each token of the rows that the model
+        read, packed ones where there are, whatever was replayed.
+      load_LE: float32 tokens that each expert was sent.
+      mass_LE: float32 sums of the routers' probabilities.
+      tokens: float32 real tokens.
+      agreement: record → float32 share of a token's K experts that both chose, mean over layers,
+        summed over real tokens.
+    """
+
+    experts: jax.Array
+    load_LE: jax.Array
+    mass_LE: jax.Array
+    tokens: jax.Array
+    agreement: dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Log-probs ≤ 0 and entropies ≥ 0 of the response tokens in nats, float32; 0 elsewhere.
+
+    `router` is None without experts.
+    """
+
+    logprobs_BT: jax.Array
+    entropy_BT: jax.Array
+    router: RouterPass | None = None
 
 
 def token_logprobs(
     params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring
 ) -> tuple[jax.Array, jax.Array]:
-    """(logprobs_BT ≤ 0, entropy_BT ≥ 0) of the response tokens in nats, float32; 0 elsewhere.
+    """(logprobs_BT, entropy_BT) of `scored`."""
+    result = scored(params, rows, scoring=scoring)
+    return result.logprobs_BT, result.entropy_BT
+
+
+def scored(params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring) -> Scored:
+    """Log-probs and entropies of the response tokens of rows, and what routers did.
 
     Of packed rows, one micro-batch at a time: the model and the head read the dense rows, and what
     they say of each token goes to where it stands in `rows`.
@@ -56,24 +106,29 @@ def token_logprobs(
             rows.positions_BT,
             rows.segment_ids_BT,
             rows.response_mask_BT,
+            rows.experts,
             scoring,
         )
-    scored_RT = _scored(
+    of_rows = _scored(
         params,
         packed.tokens_RT,
         packed.positions_RT,
         packed.segment_ids_RT,
         packed.response_mask_RT,
+        packed.experts,
         scoring,
     )
-    logprobs_BT, entropy_BT = (_unpacked(x_RT, rows, scoring.layout) for x_RT in scored_RT)
-    return logprobs_BT, entropy_BT
+    unpacked = (
+        _unpacked(x_RT, rows, scoring.layout) for x_RT in (of_rows.logprobs_BT, of_rows.entropy_BT)
+    )
+    return Scored(*unpacked, of_rows.router)
 
 
-def _scored(params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, scoring):
+def _scored(params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, experts, scoring):
     layout = scoring.layout
     order, back = _ring(tokens_BT.shape[1], layout)
-    hidden_BTD = decoder.hidden_states(
+    replayed = _replayed(experts, scoring.replay)
+    hidden_BTD, routed = decoder.forward(
         params,
         order(tokens_BT),
         order(positions_BT),
@@ -82,6 +137,8 @@ def _scored(params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, s
         dtype=jnp.dtype(scoring.dtype),
         remat=scoring.remat,
         attention=scoring.attention,
+        experts=scoring.experts,
+        replayed_BTLK=None if replayed is None else order(replayed),
         layout=layout,
     )
     # The state at t−1 predicts token t. Predictions are made where they stand (index t−1) and
@@ -96,13 +153,36 @@ def _scored(params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, s
         chunk_tokens=scoring.head_chunk_tokens,
         layout=layout,
     )
-    return _shift_right(back(logprobs_BT)), _shift_right(back(entropy_BT))
+    router = None if routed is None else _router_pass(routed, back, segment_ids_BT > 0, experts)
+    return Scored(_shift_right(back(logprobs_BT)), _shift_right(back(entropy_BT)), router)
+
+
+def _replayed(experts, replay):
+    return None if experts is None or replay == "none" else getattr(experts, replay)
+
+
+def _router_pass(routed, back, real_BT, experts):
+    ids = back(routed.experts)
+    agreement = {}
+    for name in ("sampler", "old"):
+        recorded = None if experts is None else getattr(experts, name)
+        if recorded is not None:
+            shared = jnp.any(ids[..., :, None] == recorded[..., None, :], axis=-1)
+            share_BT = jnp.mean(shared.astype(jnp.float32), axis=(-2, -1))
+            agreement[name] = jnp.sum(jnp.where(real_BT, share_BT, 0))
+    return RouterPass(
+        experts=ids,
+        load_LE=routed.load_LE,
+        mass_LE=routed.mass_LE,
+        tokens=jnp.sum(real_BT, dtype=jnp.float32),
+        agreement=agreement,
+    )
 
 
 def _ring(length, layout):
-    """Functions on [B, T] into the order of attention over cut rows, padded to it, and back.
+    """Functions on [B, T, ...] into the order of attention over cut rows, padded to it, and back.
 
-    What they move is a number a token.
+    What they move is a number a token, or the ids of its experts.
     """
     count = layout.size("length") if layout else 1
     if count == 1:
@@ -111,10 +191,12 @@ def _ring(length, layout):
     order, inverse = ring_order(padded, count), inverse_ring_order(padded, count)
 
     def into(x_BT):
-        return jnp.pad(x_BT, ((0, 0), (0, padded - length)))[:, order]
+        widths = ((0, 0), (0, padded - length), *[(0, 0)] * (x_BT.ndim - 2))
+        return jnp.pad(x_BT, widths)[:, order]
 
     def back(x_BT):
-        return sharding.constrain(x_BT, ("batch", None), layout)[:, inverse][:, :length]
+        axes = ("batch", *[None] * (x_BT.ndim - 1))
+        return sharding.constrain(x_BT, axes, layout)[:, inverse][:, :length]
 
     return into, back
 

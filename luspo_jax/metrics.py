@@ -85,6 +85,17 @@ _DECLARED = [
     Metric("rollout_corr/log_ppl_abs_diff", "mean", "nats", "|difference of mean log-probs|"),
     Metric("rollout_corr/max_abs_diff", "max", "nats", "largest |sampler − trainer| log-prob"),
     Metric("rollout_corr/*", "mean", "", "another measure of sampler against trainer"),
+    Metric(
+        "router/agreement/*", "mean", "", "share of a token's experts that two passes both chose"
+    ),
+    Metric(
+        "router/max_violation", "mean", "", "fullest expert's load over even, − 1; layers' mean"
+    ),
+    Metric("router/max_violation/worst_layer", "mean", "", "the same of the layer with the most"),
+    Metric("router/max_violation/*", "mean", "", "the same of one layer with experts"),
+    Metric("router/avg_violation", "mean", "", "mean |expert's load over even − 1|; layers' mean"),
+    Metric("router/avg_violation/*", "mean", "", "the same of one layer with experts"),
+    Metric("router/aux_loss", "mean", "", "load-balancing loss before its coefficient; even: K"),
     Metric("rollout/decode_steps", "sum", "steps", "decode steps of the sampler"),
     Metric("rollout/prefill_tokens", "sum", "tokens", "prompt tokens prefilled"),
     Metric("rollout/prefill_calls", "sum", "calls", "prefill calls of the sampler"),

@@ -188,8 +188,8 @@ def packed_rows(rows: TokenBatch, plan: Plan) -> TokenBatch:
     size = plan.num_microbatches * plan.rows_per_microbatch
 
     def laid(x_BT):
-        x_RT = np.zeros((size, plan.row_length), x_BT.dtype)
-        x_RT.reshape(-1)[at] = x_BT[present_BT]
+        x_RT = np.zeros((size, plan.row_length, *x_BT.shape[2:]), x_BT.dtype)
+        x_RT.reshape(-1, *x_BT.shape[2:])[at] = x_BT[present_BT]
         return x_RT
 
     segments_B = 1 + _number_within(plan.rows_B, plan.starts_B)
@@ -203,8 +203,10 @@ def packed_rows(rows: TokenBatch, plan: Plan) -> TokenBatch:
         response_mask_RT=laid(rows.response_mask_BT),
         starts_B=to_places(_start_in_microbatch(plan), plan),
         rows_per_microbatch=plan.rows_per_microbatch,
+        experts=jax.tree.map(laid, rows.experts),
     )
-    placed = jax.tree.map(lambda x: to_places(x, plan), dataclasses.replace(rows, packed=None))
+    own = dataclasses.replace(rows, packed=None, experts=None)
+    placed = jax.tree.map(lambda x: to_places(x, plan), own)
     return dataclasses.replace(placed, packed=packed)
 
 
@@ -219,6 +221,16 @@ def to_places(values: np.ndarray, plan: Plan) -> np.ndarray:
 def from_places(values: np.ndarray, plan: Plan) -> np.ndarray:
     """The rows of a packed batch → [B, …], in the order of the sequences."""
     return values[plan.places_B]
+
+
+def from_rows(values_RT: np.ndarray, plan: Plan, width: int) -> np.ndarray:
+    """Packed rows [R, T, …] → [B, width, …], a sequence each; 0 after its end."""
+    present_BT = np.arange(width) < plan.lengths_B[:, None]
+    first_B = plan.rows_B * plan.row_length + plan.starts_B
+    values_BT = np.zeros((*present_BT.shape, *values_RT.shape[2:]), values_RT.dtype)
+    at = (first_B[:, None] + np.arange(width))[present_BT]
+    values_BT[present_BT] = values_RT.reshape(-1, *values_RT.shape[2:])[at]
+    return values_BT
 
 
 def _spread(lengths_B, row_length, rows_per_microbatch):

@@ -22,6 +22,7 @@ from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
 from luspo_jax.models.locate import model_folder
 from luspo_jax.ops import attention as attention_op
+from luspo_jax.ops import grouped_matmul
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
@@ -138,6 +139,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     """
     objective = configuration.check(config)
     model, length = load_model(config), configuration.build_length(config)
+    _check_router(config, model.config)
     layout, rollout_layout = layouts(config, model.config, devices)
     longest, rule = config.rollout.max_response_length, update_rule(config, model, layout)
     return Run(
@@ -159,13 +161,23 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
         laboratory=laboratory.laboratory(
             length,
             # Length pressure differentiates the backward pass, which kernels do not allow.
-            dataclasses.replace(rule.scoring, attention="reference"),
+            dataclasses.replace(rule.scoring, attention="reference", experts="reference"),
             objective,
             max_response_length=longest,
             rows_at_once=configuration.batch_arithmetic(config).responses_per_microbatch,
         ),
         rollout_layout=rollout_layout,
     )
+
+
+def _check_router(config, model):
+    for field in ("router_replay", "router_aux_coef"):
+        value = config.train[field]
+        if not model.num_experts and value not in ("none", 0):
+            raise configuration.ConfigError(
+                f"train.{field}={value} is of a mixture of experts, and the model of "
+                f"{config.model.path} has none: leave it at its default"
+            )
 
 
 def layouts(
@@ -179,24 +191,22 @@ def layouts(
     train = sharding.layout("train", config.mesh, devices)
     rollout = sharding.layout("rollout", config.rollout_mesh, devices)
     arithmetic = configuration.batch_arithmetic(config)
-    rows = (
-        "responses of a micro-batch (train.num_microbatches)",
-        arithmetic.responses_per_microbatch,
-    )
-    if config.train.packing:
-        rows = (
-            "packed rows of a micro-batch (train.microbatch_tokens)",
-            arithmetic.packed_rows_per_microbatch,
+    rows = {
+        "responses of a micro-batch (train.num_microbatches)": (
+            "batch",
+            arithmetic.responses_per_microbatch,
         )
-    sizes = {
-        "heads": ("num_attention_heads", model.num_heads),
-        "kv_heads": ("num_key_value_heads", model.num_kv_heads),
-        "mlp": ("intermediate_size", model.mlp_dim),
-        "vocab": ("vocab_size", model.vocab_size),
-        "embed": ("hidden_size", model.embed_dim),
     }
+    if config.train.packing:
+        rows = {
+            "packed rows of a micro-batch (train.microbatch_tokens)": (
+                "batch",
+                arithmetic.packed_rows_per_microbatch,
+            )
+        }
+    sizes = decoder.cut_sizes(model)
     problems = [
-        *sharding.misfits(train, {**sizes, "batch": rows}),
+        *sharding.misfits(train, sizes | rows),
         *sharding.misfits(rollout, sizes),
     ]
     if problems:
@@ -222,6 +232,7 @@ def update_rule(config: ConfigDict, model: Model, layout: Layout | None = None) 
         num_microbatches=config.train.num_microbatches,
         max_grad_norm=config.train.max_grad_norm,
         bin_edges=configuration.build_length(config).bins(config.rollout.max_response_length),
+        router_aux_coef=config.train.router_aux_coef,
     )
 
 
@@ -322,11 +333,13 @@ def _scoring(config, model, layout):
         attention=_attention(config, model.config, layout),
         head_chunk_tokens=config.model.head_chunk_tokens,
         layout=layout,
+        experts=expert_products(layout, config.model.experts),
+        replay=config.train.router_replay,
     )
 
 
 def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layout | None) -> Engine:
-    """What samples as `section` says: config.rollout, or config.eval."""
+    """What samples as `section` says: config.rollout (experts are recorded), or config.eval."""
     return Engine(
         model.config,
         Sampling(
@@ -344,6 +357,8 @@ def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layou
         attention=prefill_attention(
             model.config, layout, config.model.rollout_dtype, config.model.attention
         ),
+        experts=expert_products(layout, config.model.experts),
+        record_experts=section is config.rollout and model.config.num_experts > 0,
     )
 
 
@@ -366,10 +381,21 @@ def prefill_attention(
     return _resolved(name, layout, packed=False, head_dim=model.head_dim, dtype=dtype)
 
 
-def _resolved(name, layout, **needs):
-    device = layout.mesh.devices.flat[0] if layout else sharding.available_devices()[0]
+def expert_products(layout: Layout | None, name: str = "auto") -> str:
+    """The name of the grouped product of experts on this platform."""
     try:
-        return attention_op.resolve(name, platform=device.platform, **needs)
+        return grouped_matmul.resolve(name, platform=_platform(layout))
+    except ValueError as error:
+        raise configuration.ConfigError(f"model.experts: {error}") from None
+
+
+def _platform(layout):
+    return (layout.mesh.devices.flat[0] if layout else sharding.available_devices()[0]).platform
+
+
+def _resolved(name, layout, **needs):
+    try:
+        return attention_op.resolve(name, platform=_platform(layout), **needs)
     except ValueError as error:
         raise configuration.ConfigError(f"model.attention: {error}") from None
 

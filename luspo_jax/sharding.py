@@ -70,14 +70,18 @@ class Layout:
         """How many parts a logical axis is cut into."""
         return math.prod(self.mesh.shape[name] for name in self.axis_names(axis))
 
-    def spec(self, axes: Axes) -> PartitionSpec:
-        """The partition of an array; a mesh axis goes to the first dimension that asks for it."""
+    def cuts(self, axes: Axes) -> tuple[tuple[str, ...], ...]:
+        """Mesh axes that cut each dimension of an array; one goes to the first that asks for it."""
         used, parts = set(), []
         for axis in axes:
             names = tuple(name for name in self.axis_names(axis) if name not in used)
             used.update(names)
-            parts.append(names or None)
-        return PartitionSpec(*parts)
+            parts.append(names)
+        return tuple(parts)
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        """The partition of an array."""
+        return PartitionSpec(*(names or None for names in self.cuts(axes)))
 
     def sharding(self, axes: Axes) -> NamedSharding:
         """Where the parts of an array lie."""
@@ -165,15 +169,18 @@ def shard_map(
 def summed_over_rows(part: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
     """Within `shard_map`: a parameter's gradient from each device's rows and positions, summed.
 
-    `part` is whole along "embed"; the sum comes back cut along it, as the parameter is.
+    `part` is whole along "embed"; the sum comes back cut along it, as the parameter is. Devices
+    that hold other parts of the parameter along other dimensions (other experts) are left alone.
     """
     if layout is None:
         return part
-    cut = layout.axis_names("embed")
+    cuts = layout.cuts(axes)
+    cut = cuts[axes.index("embed")] if "embed" in axes else ()
     if cut:
         dimension = axes.index("embed")
         part = jax.lax.psum_scatter(part, cut, scatter_dimension=dimension, tiled=True)
-    rest = {*layout.axis_names("batch"), *layout.axis_names("length")} - {*cut}
+    rows = {*layout.axis_names("batch"), *layout.axis_names("length")}
+    rest = rows - {name for names in cuts for name in names}
     return jax.lax.psum(part, tuple(sorted(rest))) if rest else part
 
 
@@ -259,11 +266,11 @@ def in_order_of(layout: Layout, tree: Any) -> Any:
 
 
 def misfits(layout: Layout | None, sizes: Mapping[str, tuple[str, int]]) -> list[str]:
-    """What cannot be cut into equal parts: `sizes` has, by logical axis, a name and a size."""
+    """What cannot be cut into equal parts: `sizes` has, by name, a logical axis and a size."""
     if layout is None:
         return []
     problems = []
-    for axis, (name, size) in sizes.items():
+    for name, (axis, size) in sizes.items():
         if size % layout.size(axis):
             across = " × ".join(f"{n} {layout.mesh.shape[n]}" for n in layout.axis_names(axis))
             problems.append(

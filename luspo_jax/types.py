@@ -23,6 +23,22 @@ import jax
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """The experts that routers chose for each token of some rows, as passes before recorded them.
+
+    Ids are [rows, T, L, K]: K experts of each of the L layers that have experts, unsigned integers.
+
+    Attributes:
+      sampler: of the pass that sampled the tokens; None where it was not recorded.
+      old: of the trainer's pass with the policy that starts the step; None where there was none.
+    """
+
+    sampler: jax.Array | None = None
+    old: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PackedRows:
     """The sequences of a TokenBatch laid end to end in rows of one length, micro-batch by
     micro-batch; made by `packing.packed_rows`.
@@ -35,6 +51,7 @@ class PackedRows:
       starts_B: int32, where each sequence begins in the rows of its micro-batch, counted through
         them (r·T + t); 0 for an empty row of the TokenBatch.
       rows_per_microbatch: rows that are computed together; static.
+      experts: of a mixture of experts, what was recorded; else None.
     """
 
     tokens_RT: jax.Array
@@ -43,6 +60,7 @@ class PackedRows:
     response_mask_RT: jax.Array
     starts_B: jax.Array
     rows_per_microbatch: int = dataclasses.field(metadata={"static": True})
+    experts: Experts | None = None
 
     @property
     def num_microbatches(self) -> int:
@@ -62,6 +80,7 @@ class TokenBatch:
       response_mask_BT: bool, true on response tokens, the stop token included.
       packed: the same sequences in dense rows, which the model then reads in place of these; None
         where it reads these.
+      experts: of a mixture of experts, what was recorded, unless `packed` has it; else None.
     """
 
     tokens_BT: jax.Array
@@ -69,6 +88,7 @@ class TokenBatch:
     segment_ids_BT: jax.Array
     response_mask_BT: jax.Array
     packed: PackedRows | None = None
+    experts: Experts | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from luspo_jax import objectives, optimizer, sharding
-from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.logprobs import RouterPass, Scored, Scoring, scored
 from luspo_jax.models import decoder
 from luspo_jax.objectives import Objective
 from luspo_jax.ops.precision import wide_type
@@ -29,6 +29,7 @@ class UpdateRule:
         depend on it. Packed rows bring their own.
       max_grad_norm: global-norm clipping, 0 = off.
       bin_edges: of the length bins of metrics, tokens; empty for none.
+      router_aux_coef: of the load-balancing loss of a mixture of experts; needs recorded experts.
     """
 
     scoring: Scoring
@@ -37,6 +38,7 @@ class UpdateRule:
     num_microbatches: int
     max_grad_norm: float
     bin_edges: tuple[int, ...] = ()
+    router_aux_coef: float = 0.0
 
 
 def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> TrainState:
@@ -104,23 +106,29 @@ def _fresh(params, rule, marked):
 
 
 @functools.partial(jax.jit, static_argnames=("scoring", "num_microbatches"))
-def score_rows(
-    params: Any, rows: TokenBatch, *, scoring: Scoring, num_microbatches: int
-) -> tuple[jax.Array, jax.Array]:
-    """(logprobs_BT, entropy_BT) of rows without gradients, one micro-batch at a time.
+def score_rows(params: Any, rows: TokenBatch, *, scoring: Scoring, num_microbatches: int) -> Scored:
+    """Scores rows without gradients, one micro-batch at a time; everything on every device.
 
-    `num_microbatches` is that of rows that are not packed.
+    `num_microbatches` is that of rows that are not packed. Of packed rows, `router.experts` are in
+    the order of the dense rows.
     """
 
     def score(carry, part):
-        return carry, token_logprobs(params, part, scoring=scoring)
+        return carry, scored(params, part, scoring=scoring)
 
     parts = _split(rows, _num_parts(rows, num_microbatches), scoring.layout)
     step = score if rows.packed is None else _unless_empty(score, lambda part: part)
-    _, scored = jax.lax.scan(step, None, parts)
-    scored = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scored)
-    # Whole on every process, because the host reads them.
-    return jax.tree.map(lambda x: sharding.constrain(x, (None, None), scoring.layout), scored)
+    _, result = jax.lax.scan(step, None, parts)
+
+    def whole(x):  # on every process, because the host reads them
+        x = x.reshape(-1, *x.shape[2:])
+        return sharding.constrain(x, (None,) * x.ndim, scoring.layout)
+
+    router = result.router
+    if router is not None:
+        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), dataclasses.replace(router, experts=None))
+        router = dataclasses.replace(sums, experts=whole(router.experts))
+    return Scored(whole(result.logprobs_BT), whole(result.entropy_BT), router)
 
 
 @functools.partial(jax.jit, static_argnames=("rule",), donate_argnames=("state",))
@@ -153,30 +161,37 @@ def update_step(
     lengths_B = jnp.sum(response_mask_BT, axis=1, dtype=jnp.int32)
     length_scale_B = objectives.length_scales(objective, lengths_B, batch.group_ids_B, alpha_shift)
     denominators = objectives.denominators(objective, response_mask_BT, batch.old_entropy_BT)
+    balance_LE = balance_weights(batch.rows, rule)
 
     def loss(params, part):
         micro, scale_B = part
-        logprobs_BT, entropy_BT = token_logprobs(params, micro.rows, scoring=rule.scoring)
-        return objectives.loss(
+        found = scored(params, micro.rows, scoring=rule.scoring)
+        total, metrics = objectives.loss(
             objective,
             objectives.PolicyBatch(
-                logprobs_BT=logprobs_BT,
+                logprobs_BT=found.logprobs_BT,
                 old_logprobs_BT=micro.old_logprobs_BT,
                 advantages_B=micro.advantages_B,
                 response_mask_BT=micro.rows.response_mask_BT,
                 length_scale_B=scale_B,
-                entropy_BT=entropy_BT,
+                entropy_BT=found.entropy_BT,
                 ref_logprobs_BT=micro.ref_logprobs_BT,
                 sampler_logprobs_BT=micro.sampler_logprobs_BT,
             ),
             denominators,
             bin_edges=rule.bin_edges,
         )
+        router = found.router
+        if router is not None:
+            if balance_LE is not None:
+                total = total + rule.router_aux_coef * jnp.sum(balance_LE * router.mass_LE)
+            router = jax.lax.stop_gradient(dataclasses.replace(router, experts=None))
+        return total, (metrics, router)
 
     def accumulate(grads, part):
-        (_, metrics), new = jax.value_and_grad(loss, has_aux=True)(state.params, part)
+        (_, found), new = jax.value_and_grad(loss, has_aux=True)(state.params, part)
         grads = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
-        return sharding.constrain_tree(grads, param_shardings(rule.scoring)), metrics
+        return sharding.constrain_tree(grads, param_shardings(rule.scoring)), found
 
     # Gradients add up in float32, or float64 where the master weights are.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), state.params)
@@ -184,9 +199,70 @@ def update_step(
     parts = _split((batch, length_scale_B), num_parts, rule.scoring.layout)
     if batch.rows.packed is not None:
         accumulate = _unless_empty(accumulate, lambda part: part[0].rows)
-    grads, metrics = jax.lax.scan(accumulate, zeros, parts)
-    metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+    grads, found = jax.lax.scan(accumulate, zeros, parts)
+    metrics, router = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
+    if router is not None:
+        metrics |= router_metrics(router, balance_LE)
     return _step(state, grads, rate, metrics, rule)
+
+
+def balance_weights(rows: TokenBatch, rule: UpdateRule) -> jax.Array | None:
+    """c_LE such that Σ c · mass is the load-balancing loss of the rows; None without such a loss.
+
+    Mean over layers of E · Σ_e f_e · P_e: f_e the tokens that went to expert e over all tokens, P_e
+    the mean of the router's probability (Switch Transformer, arXiv:2101.03961, equations 4–6); K
+    where the load is even. f is of recorded experts, which are data: it is that of the whole
+    minibatch however this is cut, and the loss has one scale under every aggregation.
+
+    Raises:
+      ValueError: where no experts were recorded.
+    """
+    if not rule.router_aux_coef:
+        return None
+    model, source = rule.scoring.model, rows if rows.packed is None else rows.packed
+    experts, real = source.experts, source.segment_ids_BT > 0
+    if rows.packed is not None:
+        real = source.segment_ids_RT > 0
+    used = None
+    if experts is not None:
+        sampled = rule.scoring.replay == "sampler" or experts.old is None
+        used = experts.sampler if sampled else experts.old
+    if used is None:
+        raise ValueError(
+            "router_aux_coef > 0 needs the experts that the sampler recorded (TokenBatch.experts)"
+        )
+    hits = jnp.sum(used[..., None] == jnp.arange(model.num_experts, dtype=used.dtype), axis=-2)
+    counts_LE = jnp.sum(jnp.where(real[..., None, None], hits, 0), axis=(0, 1))
+    tokens = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1)
+    scale = model.num_experts / counts_LE.shape[0] / tokens
+    return scale * counts_LE.astype(jnp.float32) / tokens
+
+
+def router_metrics(
+    router: RouterPass, balance_LE: jax.Array | None = None
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Agreement of the current routing with recorded ones, and load, as (sum, count).
+
+    Violation of a layer: the fullest expert's load over an even one's, less 1 (max), and the mean
+    of |load over even − 1| (avg); 0 where the load is even (arXiv:2408.15664).
+    """
+    one = jnp.ones((), jnp.float32)
+    even_L1 = jnp.maximum(jnp.mean(router.load_LE, axis=1, keepdims=True), 1e-9)
+    excess_LE = router.load_LE / even_L1 - 1
+    most_L, mean_L = jnp.max(excess_LE, axis=1), jnp.mean(jnp.abs(excess_LE), axis=1)
+    metrics = {
+        "router/max_violation": (jnp.mean(most_L), one),
+        "router/max_violation/worst_layer": (jnp.max(most_L), one),
+        "router/avg_violation": (jnp.mean(mean_L), one),
+    }
+    for layer in range(most_L.size):
+        metrics[f"router/max_violation/layer_{layer:02d}"] = (most_L[layer], one)
+        metrics[f"router/avg_violation/layer_{layer:02d}"] = (mean_L[layer], one)
+    for name, shared in router.agreement.items():
+        metrics[f"router/agreement/{name}_current"] = (shared, router.tokens)
+    if balance_LE is not None:
+        metrics["router/aux_loss"] = (jnp.sum(balance_LE * router.mass_LE), one)
+    return metrics
 
 
 @functools.partial(jax.jit, static_argnames=("decay",), donate_argnames=("state",))

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
 from luspo_jax import sharding
+from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import decoder_config
 from luspo_jax.models.locate import architecture
 from luspo_jax.rewards.registry import score
@@ -200,22 +201,14 @@ def test_stated_topologies_fit(name, devices, flags, axes, rows):
 
 def _misfits(config, devices, sizes):
     """What a mesh of that many devices cannot cut, of a machine that need not be there."""
-    hf = architecture(config.model.path)
-    named = {
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "mlp": "moe_intermediate_size" if "num_experts" in hf else "intermediate_size",
-        "vocab": "vocab_size",
-        "embed": "hidden_size",
-        "experts": "num_experts",
-    }
+    sizes_of_model = decoder.cut_sizes(decoder_config(architecture(config.model.path)))
     problems = []
     for table, section in (("train", config.mesh), ("rollout", config.rollout_mesh)):
         shape = tuple(sharding.mesh_sizes(section, devices).values())
         layout = sharding.Layout(AbstractMesh(shape, sharding.MESH_AXES), table)
-        parts = {axis: (field, hf.get(field, 0)) for axis, field in named.items()}
+        parts = dict(sizes_of_model)
         if table == "train":
-            parts["batch"] = ("packed rows", sizes.packed_rows_per_microbatch)
+            parts["packed rows"] = ("batch", sizes.packed_rows_per_microbatch)
         problems += sharding.misfits(layout, parts)
     return problems
 

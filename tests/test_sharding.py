@@ -46,7 +46,7 @@ def test_one_device_needs_no_layout():
 
 def test_sizes_that_cannot_be_cut_are_named():
     layout = _layout(fsdp=4, tensor=2)
-    problems = sharding.misfits(layout, {"heads": ("num_attention_heads", 3), "embed": ("d", 8)})
+    problems = sharding.misfits(layout, {"num_attention_heads": ("heads", 3), "d": ("embed", 8)})
     assert len(problems) == 1
     assert "num_attention_heads = 3 is cut into 2 parts by the train mesh (tensor 2)" in problems[0]
 

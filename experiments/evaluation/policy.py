@@ -16,7 +16,7 @@ from luspo_jax import run as runs
 from luspo_jax import sharding
 from luspo_jax import workdir as workdirs
 from luspo_jax.checkpoint import Checkpointer, CheckpointError
-from luspo_jax.models import decoder_weights
+from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.run import Model
 from luspo_jax.sharding import Layout, MeshError
@@ -76,7 +76,7 @@ def _of_run(workdir: pathlib.Path, step: str, dtype: str, layout: Layout | None)
     _check(model, layout)
     # The optimizer's state comes along with the weights, so all of it is cut over the devices.
     cut = sharding.layout("train", {"fsdp": -1}) if layout else None
-    if sharding.misfits(cut, {"embed": ("hidden_size", model.config.embed_dim)}):
+    if sharding.misfits(cut, {"hidden_size": ("embed", model.config.embed_dim)}):
         cut = sharding.layout("train", {"data": -1})
     rule = runs.update_rule(config, model, cut)
     like = abstract_state(rule, marked=configuration.build_length(config).every > 0)
@@ -89,15 +89,8 @@ def _of_run(workdir: pathlib.Path, step: str, dtype: str, layout: Layout | None)
 
 
 def _check(model, layout):
-    problems = sharding.misfits(
-        layout,
-        {
-            "heads": ("num_attention_heads", model.config.num_heads),
-            "kv_heads": ("num_key_value_heads", model.config.num_kv_heads),
-            "mlp": ("intermediate_size", model.config.mlp_dim),
-            "vocab": ("vocab_size", model.config.vocab_size),
-        },
-    )
+    sizes = {n: s for n, s in decoder.cut_sizes(model.config).items() if n != "hidden_size"}
+    problems = sharding.misfits(layout, sizes)
     if problems:
         raise MeshError("; ".join(problems) + "; choose another --tensor")
 
@@ -146,7 +139,7 @@ def _policy(name, model, params, dtype, layout) -> Policy:
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     if layout is None:
-        cast = jax.tree.map(lambda x: jnp.asarray(x, jnp.dtype(dtype)), params)
+        cast = decoder.cast(jax.tree.map(jnp.asarray, params), jnp.dtype(dtype))
     else:
         cast = rollout_params(params, config=model.config, layout=layout, dtype=dtype)
     return Policy(name, model, cast, layout, digest.hexdigest()[:12])

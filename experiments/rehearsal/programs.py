@@ -219,7 +219,13 @@ def _sampler(case, engine, prompts, group_size, suffix):
     def prefill():
         a = arrays(room)
         return slots.prefill.lower(
-            a["params"], a["tokens"], a["lengths"], attention=engine.attention, **static
+            a["params"],
+            a["tokens"],
+            a["lengths"],
+            attention=engine.attention,
+            experts=engine.experts,
+            record=engine.record_experts,
+            **static,
         )
 
     def fill():
@@ -234,7 +240,8 @@ def _sampler(case, engine, prompts, group_size, suffix):
         a = arrays(room)
         return slots.decode_chunk.lower(
             a["params"], a["slots"], jnp.int32(1), jnp.int32(1), sampling=engine.sampling,
-            chunk_length=engine.chunk_length, **static,
+            chunk_length=engine.chunk_length, experts=engine.experts,
+            record=engine.record_experts, **static,
         )  # fmt: skip
 
     steps = decoding(case, engine, prompts, group_size)
@@ -313,8 +320,10 @@ def rollout_arrays(
     )
     tokens = jax.ShapeDtypeStruct((prompts, length), jnp.int32)
     lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32)
-    pool = jax.eval_shape(
-        functools.partial(slots.prefill, attention=engine.attention, **static),
+    pool, _ = jax.eval_shape(
+        functools.partial(
+            slots.prefill, attention=engine.attention, experts=engine.experts, **static
+        ),
         params, tokens, lengths,
     )  # fmt: skip
     signed, unsigned = (jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.int32, jnp.uint32))
@@ -456,7 +465,7 @@ def _pressure(case):
     settings = configuration.build_length(config)
     lab = laboratory.laboratory(
         settings,
-        dataclasses.replace(case.rule.scoring, attention="reference"),
+        dataclasses.replace(case.rule.scoring, attention="reference", experts="reference"),
         case.rule.objective,
         max_response_length=config.rollout.max_response_length,
         rows_at_once=sizes.responses_per_microbatch,

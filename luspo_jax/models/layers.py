@@ -17,17 +17,18 @@ from luspo_jax.ops.precision import wide, wide_type
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def project(x, kernel, contracted=1, axes=None, layout=None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
     """x · kernel over the last `contracted` axes of x and the first of the kernel, in x's type.
 
     The kernel's gradient is summed in float32 and has the kernel's own type, so float32 master
     weights under bfloat16 activations lose nothing to rounding. With a layout, a kernel of logical
     `axes` is cut over the mesh: it is gathered in x's type where it is used, and its gradient comes
-    back cut the same way.
+    back cut the same way. `precision` is of the products, a `lax.Precision`.
     """
     dims = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
-    return lax.dot_general(x, gathered(kernel, x.dtype, axes, layout), (dims, ((), ())))
+    whole = gathered(kernel, x.dtype, axes, layout)
+    return lax.dot_general(x, whole, (dims, ((), ())), precision=precision)
 
 
 def gathered(kernel, dtype, axes, layout):
@@ -40,17 +41,17 @@ def gathered(kernel, dtype, axes, layout):
     return sharding.constrain(kernel, whole, layout)
 
 
-def _project_forward(x, kernel, contracted, axes, layout):
-    return project(x, kernel, contracted, axes, layout), (x, kernel)
+def _project_forward(x, kernel, contracted, axes, layout, precision):
+    return project(x, kernel, contracted, axes, layout, precision), (x, kernel)
 
 
-def _project_backward(contracted, axes, layout, residuals, grad):
+def _project_backward(contracted, axes, layout, precision, residuals, grad):
     x, kernel = residuals
     lead = x.ndim - contracted
     outputs = (tuple(range(lead, grad.ndim)), tuple(range(contracted, kernel.ndim)))
     whole = gathered(kernel, grad.dtype, axes, layout)
-    dx = lax.dot_general(grad, whole, (outputs, ((), ())))
-    local = functools.partial(_kernel_gradient, contracted, axes, layout)
+    dx = lax.dot_general(grad, whole, (outputs, ((), ())), precision=precision)
+    local = functools.partial(_kernel_gradient, contracted, axes, layout, precision)
     if layout is not None:
         # Every device its own rows and positions: XLA would gather whole rows of activations where
         # their positions are cut.
@@ -61,7 +62,7 @@ def _project_backward(contracted, axes, layout, residuals, grad):
     return dx, local(x, grad).astype(kernel.dtype)
 
 
-def _kernel_gradient(contracted, axes, layout, x, grad):
+def _kernel_gradient(contracted, axes, layout, precision, x, grad):
     """Σ over rows and positions of x ⊗ grad, in float32, cut as the kernel is."""
     lead = x.ndim - contracted
     shape, rows = (*x.shape[lead:], *grad.shape[lead:]), math.prod(x.shape[:lead])
@@ -70,6 +71,7 @@ def _kernel_gradient(contracted, axes, layout, x, grad):
         x.reshape(rows, -1),
         grad.reshape(rows, -1),
         (((0,), (0,)), ((), ())),
+        precision=precision,
         preferred_element_type=wide_type(x),
     ).reshape(shape)
     return sharding.summed_over_rows(dkernel, axes, layout)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from luspo_jax.models import decoder
 from luspo_jax.rollout import slots as device
 from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.rollout.records import RolloutStats
@@ -46,6 +47,8 @@ class Engine:
         refill_fraction=1 / 16,
         max_prefill_tokens=16_384,
         attention="reference",
+        experts="reference",
+        record_experts=False,
         layout=None,
     ):
         """Check the sizes; nothing is allocated or compiled yet.
@@ -67,6 +70,8 @@ class Engine:
             SMALLEST_PROMPT). On a mesh a device gathers the cache of them all for the moment of a
             refill: 1.5 · kv_bytes_per_slot(tokens).
           attention: the implementation of `ops.attention.attention` for prompts.
+          experts: the implementation of `ops.grouped_matmul`, of a mixture of experts.
+          record_experts: responses carry the experts of each of their and the prompt's tokens.
           layout: a `sharding.Layout` of table "rollout" over devices of this process, on which
             `params` already lie by `decoder.param_axes`; None for one device.
 
@@ -97,7 +102,10 @@ class Engine:
                 f"{sampling.max_response_length} must be <= max_position {config.max_position}"
             )
         self.config, self.sampling, self.dtype = config, sampling, jnp.dtype(dtype)
+        if record_experts and not config.num_experts:
+            raise ValueError("record_experts=True needs a mixture of experts")
         self.attention, self.layout = attention, layout
+        self.experts, self.record_experts = experts, record_experts
         self.row_multiple = 1 if layout is None else layout.size("batch")
         self.num_slots = -(-num_slots // self.row_multiple) * self.row_multiple
         self.max_prompt_length = max_prompt_length
@@ -187,9 +195,8 @@ def _check_layout(layout, config):
             f"layout has devices of the processes {sorted(others)}, and this is process "
             f"{jax.process_index()}: hand over sharding.on_own_devices(layout)"
         )
-    sizes = {"num_kv_heads": "kv_heads", "num_heads": "heads", "mlp_dim": "mlp"}
-    for field, axis in (sizes | {"vocab_size": "vocab"}).items():
-        size, parts = getattr(config, field), layout.size(axis)
+    for field, (axis, size) in decoder.cut_sizes(config).items():
+        parts = layout.size(axis)
         if size % parts:
             raise MeshError(
                 f"{field} {size} cannot be cut into {parts} equal parts (mesh "
@@ -267,15 +274,17 @@ class _Rollout:
         )
         self._reserve(length + 1)
         prompts = padded_prompts(requests, length=length, multiple=engine.row_multiple)
-        self.pool = device.prefill(
+        self.pool, experts = device.prefill(
             self.params,
             *prompts,
             config=engine.config,
             dtype=engine.dtype,
             attention=engine.attention,
+            experts=engine.experts,
+            record=engine.record_experts,
             layout=engine.layout,
         )
-        self.queue = queue_of(batch, self.requests, self.group_size)
+        self.queue = queue_of(batch, self.requests, self.group_size, jax.device_get(experts))
         self.prefill_calls += 1
         self.prefill_tokens += sum(len(request.tokens) for request in requests)
 
@@ -330,6 +339,8 @@ class _Rollout:
             sampling=engine.sampling,
             chunk_length=engine.chunk_length,
             dtype=engine.dtype,
+            experts=engine.experts,
+            record=engine.record_experts,
             layout=engine.layout,
         )
         chunk = jax.device_get(chunk)

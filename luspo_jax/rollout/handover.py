@@ -77,4 +77,4 @@ def _cast(dtype):
 
 
 def _cast_all(params, dtype):
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    return decoder.cast(params, dtype)

@@ -67,9 +67,11 @@ class Occupant:
     length: int  # of the row, prompt included
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    experts: list[np.ndarray] = dataclasses.field(default_factory=list)
+    prompt_experts: np.ndarray | None = None
 
-    def extend(self, tokens, logprobs):
-        """Append what one chunk sampled.
+    def extend(self, tokens, logprobs, experts=None):
+        """Append what one chunk sampled, and where routers sent it.
 
         Raises:
           FloatingPointError: on a log-probability that is not finite.
@@ -81,6 +83,8 @@ class Occupant:
             )
         self.tokens.append(tokens)
         self.logprobs.append(logprobs)
+        if experts is not None:
+            self.experts.append(experts)
         self.length += len(tokens)
 
     def response(self, stop_token_ids):
@@ -91,6 +95,8 @@ class Occupant:
             tokens=tokens,
             logprobs=np.concatenate(self.logprobs),
             stopped=int(tokens[-1]) in stop_token_ids,
+            experts=np.concatenate(self.experts) if self.experts else None,
+            prompt_experts=self.prompt_experts,
         )
 
 
@@ -119,7 +125,12 @@ class SlotTable:
             if occupant is None:
                 continue
             count = chunk.counts_B[slot]
-            occupant.extend(tokens_BC[slot, :count].copy(), logprobs_BC[slot, :count].copy())
+            experts = (
+                None if chunk.experts_CBLK is None else chunk.experts_CBLK[:count, slot].copy()
+            )
+            occupant.extend(
+                tokens_BC[slot, :count].copy(), logprobs_BC[slot, :count].copy(), experts
+            )
             if not chunk.active_B[slot]:
                 self.responses[occupant.index] = occupant.response(stop_token_ids)
                 self.occupants[slot] = None
@@ -127,18 +138,14 @@ class SlotTable:
         self.generated_tokens += int(chunk.counts_B.sum())
 
 
-def queue_of(batch, requests, group_size):
+def queue_of(batch, requests, group_size, experts_PTLK=None):
     """(pool row, Occupant) of every sample of the prefilled `batch`, in order."""
-    return collections.deque(
-        (
-            row,
-            Occupant(
-                requests[index],
-                index * group_size + sample_id,
-                sample_id,
-                len(requests[index].tokens),
-            ),
-        )
-        for row, index in enumerate(batch)
-        for sample_id in range(group_size)
-    )
+    queue = collections.deque()
+    for row, index in enumerate(batch):
+        length = len(requests[index].tokens)
+        experts = None if experts_PTLK is None else experts_PTLK[row, :length].copy()
+        for sample_id in range(group_size):
+            occupant = Occupant(requests[index], index * group_size + sample_id, sample_id, length)
+            occupant.prompt_experts = experts
+            queue.append((row, occupant))
+    return queue

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from luspo_jax import sharding
 from luspo_jax.models import decoder
+from luspo_jax.models.experts import id_type
 from luspo_jax.ops.decode_attention import CACHE_AXES, dealt_positions
 from luspo_jax.rollout.sampling import row_keys, sample, uniforms
 
@@ -72,13 +73,17 @@ class Refill:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Tokens of up to C decode steps; row b holds its counts_B[b] tokens in the first steps."""
+    """Tokens of up to C decode steps; row b holds its counts_B[b] tokens in the first steps.
+
+    `experts_CBLK` has the experts of each token, None where they are not recorded.
+    """
 
     tokens_CB: jax.Array
     logprobs_CB: jax.Array
     counts_B: jax.Array
     active_B: jax.Array
     steps: jax.Array
+    experts_CBLK: jax.Array | None = None
 
 
 _ROW, _ROWS, _STEPS = ("batch",), ("batch", None), (None, "batch")
@@ -87,6 +92,7 @@ SLOTS_AXES = Slots(decoder.KVCache(CACHE_AXES, CACHE_AXES), _ROWS, _ROW, _ROW, _
 POOL_AXES = Pool(_ROWS, decoder.KVCache(_PROMPT_AXES, _PROMPT_AXES))
 REFILL_AXES = Refill(*[(None,)] * 6)
 CHUNK_AXES = Chunk(_STEPS, _STEPS, _ROW, _ROW, ())
+_EXPERTS = (*_STEPS, None, None)
 
 
 def _leaves(axes_tree):
@@ -116,19 +122,33 @@ def empty_slots(key, *, num_slots, length, config, dtype, layout=None):
     return _placed(slots, SLOTS_AXES, layout)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "attention", "layout"))
-def prefill(params, tokens_PT, lengths_P, *, config, dtype, attention="reference", layout=None):
-    """A Pool of the left-aligned prompts `tokens_PT`."""
-    hidden_PD, cache = decoder.prefill(
+@functools.partial(
+    jax.jit, static_argnames=("config", "dtype", "attention", "experts", "record", "layout")
+)
+def prefill(
+    params,
+    tokens_PT,
+    lengths_P,
+    *,
+    config,
+    dtype,
+    attention="reference",
+    experts="reference",
+    record=False,
+    layout=None,
+):
+    """(Pool of the left-aligned prompts `tokens_PT`, their experts [P, T, L, K] with `record`)."""
+    hidden_PD, cache, ids = decoder.prefill(
         params,
         tokens_PT,
         lengths_P,
         config=config,
         dtype=dtype,
         attention=attention,
+        experts=experts,
         layout=layout,
     )
-    return Pool(hidden_PD, cache)
+    return Pool(hidden_PD, cache), ids if record else None
 
 
 @functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
@@ -235,16 +255,29 @@ def grow_array(array, *, length, layout=None):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "sampling", "chunk_length", "dtype", "layout"),
+    static_argnames=(
+        "config", "sampling", "chunk_length", "dtype", "experts", "record", "layout"
+    ),
     donate_argnames="slots",
-)
+)  # fmt: skip
 def decode_chunk(
-    params, slots, max_steps, leave_at, *, config, sampling, chunk_length, dtype, layout=None
+    params,
+    slots,
+    max_steps,
+    leave_at,
+    *,
+    config,
+    sampling,
+    chunk_length,
+    dtype,
+    experts="reference",
+    record=False,
+    layout=None,
 ):
     """Up to `max_steps` ≤ chunk_length tokens for every active slot, in one program.
 
     Leaves as soon as `leave_at` slots are free. The slots are donated: the cache is updated in
-    place.
+    place. `record` keeps the experts of each token.
 
     Returns:
       The slots, and the Chunk of what was sampled.
@@ -258,12 +291,20 @@ def decode_chunk(
         active_B=slots.active_B,
         steps=jnp.int32(0),
     )
-    chunk = _placed(chunk, CHUNK_AXES, layout)
+    chunk_axes = CHUNK_AXES
+    if record:
+        shape = (chunk_length, B, config.num_expert_layers, config.experts_per_token)
+        ids = jnp.zeros(shape, id_type(config.num_experts))
+        chunk = dataclasses.replace(chunk, experts_CBLK=ids)
+        chunk_axes = dataclasses.replace(CHUNK_AXES, experts_CBLK=_EXPERTS)
+    chunk = _placed(chunk, chunk_axes, layout)
     # Whole rows of logits on every device, so that a token is drawn as on one.
     draw = sharding.shard_map(
         functools.partial(_draw, sampling=sampling), layout, (_ROWS, _ROW, _ROW), (_ROW, _ROW)
     )
-    step = functools.partial(_advance, config=config, sampling=sampling, dtype=dtype, layout=layout)
+    step = functools.partial(
+        _advance, config=config, sampling=sampling, dtype=dtype, experts=experts, layout=layout
+    )
 
     def unfinished(carry):
         slots, chunk = carry
@@ -277,9 +318,10 @@ def decode_chunk(
         # Products where the head's parts lie: gathered are the logits, not the head.
         logits_BV = sharding.constrain(logits_BV, ("batch", "vocab"), layout)
         tokens_B, logprobs_B = draw(logits_BV, slots.keys_B, slots.lengths_B)
-        chunk = _record(chunk, slots.active_B, tokens_B, logprobs_B)
-        slots = step(slots, tokens_B, params)
-        return _placed(slots, SLOTS_AXES, layout), _placed(chunk, CHUNK_AXES, layout)
+        active_B = slots.active_B
+        slots, ids_BLK = step(slots, tokens_B, params)
+        chunk = _record(chunk, active_B, tokens_B, logprobs_B, ids_BLK)
+        return _placed(slots, SLOTS_AXES, layout), _placed(chunk, chunk_axes, layout)
 
     slots, chunk = jax.lax.while_loop(unfinished, body, (slots, chunk))
     return slots, dataclasses.replace(chunk, active_B=slots.active_B)
@@ -289,9 +331,11 @@ def _draw(logits_BV, keys_B, positions_B, *, sampling):
     return sample(logits_BV, uniforms(keys_B, positions_B), sampling=sampling)
 
 
-def _record(chunk, active_B, tokens_B, logprobs_B):
+def _record(chunk, active_B, tokens_B, logprobs_B, ids_BLK):
+    experts = chunk.experts_CBLK
     return dataclasses.replace(
         chunk,
+        experts_CBLK=None if experts is None else experts.at[chunk.steps].set(ids_BLK),
         tokens_CB=chunk.tokens_CB.at[chunk.steps].set(tokens_B),
         logprobs_CB=chunk.logprobs_CB.at[chunk.steps].set(logprobs_B),
         counts_B=chunk.counts_B + active_B.astype(jnp.int32),
@@ -299,20 +343,29 @@ def _record(chunk, active_B, tokens_B, logprobs_B):
     )
 
 
-def _advance(slots, tokens_B, params, *, config, sampling, dtype, layout):
-    """Append `tokens_B` to the active rows, and end those that stop or are full."""
+def _advance(slots, tokens_B, params, *, config, sampling, dtype, experts, layout):
+    """(slots, experts of the tokens): appends `tokens_B` to the active rows, and ends those that
+    stop or are full."""
     # Others decode at position 0 of their own row: it costs least, and a refill writes over it.
     positions_B = jnp.where(slots.active_B, slots.lengths_B, 0)
-    hidden_BD, cache = decoder.decode_step(
-        params, tokens_B, positions_B, slots.cache, config=config, dtype=dtype, layout=layout
+    hidden_BD, cache, ids_BLK = decoder.decode_step(
+        params,
+        tokens_B,
+        positions_B,
+        slots.cache,
+        config=config,
+        dtype=dtype,
+        experts=experts,
+        layout=layout,
     )
     lengths_B = slots.lengths_B + slots.active_B.astype(jnp.int32)
     stops = jnp.asarray(sampling.stop_token_ids, jnp.int32)
     stopped_B = jnp.any(tokens_B[:, None] == stops[None, :], axis=-1)
-    return dataclasses.replace(
+    slots = dataclasses.replace(
         slots,
         cache=cache,
         hidden_BD=hidden_BD,
         lengths_B=lengths_B,
         active_B=slots.active_B & ~stopped_B & (lengths_B < slots.limits_B),
     )
+    return slots, ids_BLK

@@ -62,7 +62,7 @@ def _greedy(params, tokens_BT, lengths_B, *, config, count):
     """Greedy continuations through prefill and decode_step, rows of different length."""
     B, T = tokens_BT.shape
     kernel_VD = decoder.head_kernel(params)
-    hidden_BD, filled = decoder.prefill(params, tokens_BT, lengths_B, config=config)
+    hidden_BD, filled, _ = decoder.prefill(params, tokens_BT, lengths_B, config=config)
     cache = jax.tree.map(
         lambda empty, part: jax.lax.dynamic_update_slice(empty, part, (0,) * 5),
         decoder.empty_cache(config, B, T + count),
@@ -72,7 +72,7 @@ def _greedy(params, tokens_BT, lengths_B, *, config, count):
     def step(state, _):
         hidden_BD, lengths_B, cache = state
         token_B = jnp.argmax(hidden_BD @ kernel_VD.T, axis=-1).astype(jnp.int32)
-        hidden_BD, cache = decoder.decode_step(params, token_B, lengths_B, cache, config=config)
+        hidden_BD, cache, _ = decoder.decode_step(params, token_B, lengths_B, cache, config=config)
         return (hidden_BD, lengths_B + 1, cache), token_B
 
     return jax.lax.scan(step, (hidden_BD, lengths_B, cache), None, length=count)[1].T
@@ -103,12 +103,12 @@ TOKENS_BT = np.random.default_rng(7).integers(0, 61, (ROWS, LENGTH)).astype(np.i
 def test_prefill_and_decode_equal_the_whole_sequence():
     lengths_B, rows_B = np.array([7, 1, 4, 6], np.int32), np.arange(ROWS)
     whole_BTD = _hidden(_params(), TOKENS_BT, *_rows([LENGTH] * ROWS, LENGTH), config=CONFIG)
-    hidden_BD, cache = _prefill(_params(), TOKENS_BT, lengths_B, config=CONFIG)
+    hidden_BD, cache, _ = _prefill(_params(), TOKENS_BT, lengths_B, config=CONFIG)
     assert cache.keys_LBKSH.shape == (3, ROWS, 2, LENGTH, 8)
     np.testing.assert_allclose(hidden_BD, whole_BTD[rows_B, lengths_B - 1], atol=3e-6)
     for _ in range(5):
         token_B = TOKENS_BT[rows_B, lengths_B]
-        hidden_BD, cache = _step(_params(), token_B, lengths_B, cache, config=CONFIG)
+        hidden_BD, cache, _ = _step(_params(), token_B, lengths_B, cache, config=CONFIG)
         np.testing.assert_allclose(hidden_BD, whole_BTD[rows_B, lengths_B], atol=3e-6)
         lengths_B = lengths_B + 1
 
@@ -248,7 +248,7 @@ def test_a_decode_loop_holds_the_cache_once():
     def decode(params, tokens_B, cache):
         def body(state):
             lengths_B, hidden_BD, cache = state
-            hidden_BD, cache = decoder.decode_step(
+            hidden_BD, cache, _ = decoder.decode_step(
                 params, tokens_B, lengths_B, cache, config=CONFIG
             )
             return lengths_B + 1, hidden_BD, cache

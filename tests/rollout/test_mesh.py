@@ -145,7 +145,7 @@ def _arguments(layout):
     empty = jax.eval_shape(functools.partial(slots.empty_slots, **sizes), key)
     prompts = (np.zeros((PROMPTS, PROMPT_LENGTH), np.int32), np.ones(PROMPTS, np.int32))
     prefill = functools.partial(slots.prefill, config=model, dtype=jnp.float32)
-    pool = jax.eval_shape(prefill, decoder.abstract_params(model), *prompts)
+    pool, _ = jax.eval_shape(prefill, decoder.abstract_params(model), *prompts)
     pool_axes, slots_axes = slots.POOL_AXES, slots.SLOTS_AXES
     return params, _abstract(empty, slots_axes, layout), _abstract(pool, pool_axes, layout)
 
@@ -303,7 +303,7 @@ def test_refills_put_what_one_device_puts(mesh):
 @pytest.mark.parametrize(
     ("sizes", "table", "message"),
     [
-        ({"tensor": 8}, "rollout", r"num_kv_heads 2 cannot be cut into 8 .*tensor 8"),
+        ({"tensor": 8}, "rollout", r"num_key_value_heads 2 cannot be cut into 8 .*tensor 8"),
         ({"data": 8}, "train", r"table \"rollout\", not 'train'"),
     ],
 )

@@ -1,0 +1,295 @@
+"""The decoder's Flax modules: layers, and the stacks that scan over them.
+
+Flax stays in this file. `decoder` has the functions of `(params, arrays)` that all others use.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from luspo_jax import sharding
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.experts import expert_mlp, id_type, route
+from luspo_jax.models.layers import (
+    add_bias,
+    embed,
+    project,
+    rms_norm,
+    rotate,
+    rotation_of,
+    swiglu,
+)
+from luspo_jax.ops.precision import wide_type
+
+# What a layer keeps for the backward pass, by name. "none" recomputes nothing and "full" all but
+# the layer's input; between them, the outputs of all matrix products, or of the attention alone,
+# whose recomputation is the dearest at long lengths. "offload" keeps the layer's attention output
+# in host memory.
+_policies = jax.checkpoint_policies
+REMAT = {
+    "none": None,
+    "full": _policies.nothing_saveable,
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "attention": _policies.save_only_these_names("attention_out", "attention_lse"),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["attention_out", "attention_lse"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+# Modules only declare shapes; `init_params` fills them, with one random draw for all.
+_zeros = nn.initializers.zeros
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Rotated keys and values of every layer: [L, B, K, S, H] each."""
+
+    keys_LBKSH: jax.Array
+    values_LBKSH: jax.Array
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its learnt scale."""
+
+    config: DecoderConfig
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", _zeros, x.shape[-1:], self.param_dtype)
+        return rms_norm(x, scale, self.config.rms_norm_eps)
+
+
+class Projection(nn.Module):
+    """x · kernel (+ bias) over the last `contracted` axes of x; `axes` are those of the kernel."""
+
+    axes: tuple[str, ...]
+    features: tuple[int, ...]
+    param_dtype: Any
+    layout: Any
+    use_bias: bool = False
+    contracted: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        shape = x.shape[x.ndim - self.contracted :] + self.features
+        kernel = self.param("kernel", _zeros, shape, self.param_dtype)
+        y = project(x, kernel, self.contracted, self.axes, self.layout)
+        if self.use_bias:
+            bias = self.param("bias", _zeros, self.features, self.param_dtype)
+            y = add_bias(y, bias)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; `attend_fn` decides what the queries see.
+
+    attend_fn(query, key, value, cache, layer, context) -> (out, cache, kept): the new keys and
+    values go wherever it puts them.
+    """
+
+    config: DecoderConfig
+    param_dtype: Any
+    attend_fn: Any
+    layout: Any
+
+    @nn.compact
+    def __call__(self, x, cache, layer, rotation, context):
+        c = self.config
+        heads, kv_heads = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+
+        def projected(name, features, axis):
+            axes = ("embed", axis, "head_dim")
+            of = Projection(axes, features, self.param_dtype, self.layout, c.qkv_bias, name=name)
+            return of(x)
+
+        query = projected("query", heads, "heads")
+        key, value = (projected(name, kv_heads, "kv_heads") for name in ("key", "value"))
+        if c.qk_norm:
+            query = RMSNorm(c, self.param_dtype, name="query_norm")(query)
+            key = RMSNorm(c, self.param_dtype, name="key_norm")(key)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        out, cache, kept = self.attend_fn(query, key, value, cache, layer, context)
+        axes = ("heads", "head_dim", "embed")
+        merge = Projection(
+            axes, (c.embed_dim,), self.param_dtype, self.layout, c.out_bias, 2, name="out"
+        )
+        return merge(out), cache, kept
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) ⊙ up x)."""
+
+    config: DecoderConfig
+    param_dtype: Any
+    layout: Any
+
+    @nn.compact
+    def __call__(self, x):
+        def projection(name, axes, features):
+            return Projection(axes, (features,), self.param_dtype, self.layout, name=name)
+
+        gate, up = (
+            projection(name, ("embed", "mlp"), self.config.mlp_dim)(x) for name in ("gate", "up")
+        )
+        return projection("down", ("mlp", "embed"), self.config.embed_dim)(swiglu(gate, up))
+
+
+class Weight(nn.Module):
+    """A kernel by itself."""
+
+    shape: tuple[int, ...]
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", _zeros, self.shape, self.param_dtype)
+
+
+class Experts(nn.Module):
+    """Σ_k p_k · MLP_k(x) over the K experts that a router chooses; returns what it did as well."""
+
+    config: DecoderConfig
+    param_dtype: Any
+    implementation: str
+    layout: Any
+
+    @nn.compact
+    def __call__(self, x, real, replayed):
+        c, dtype = self.config, self.param_dtype
+        # Whatever the others' type: rounded, it would choose other experts than the trainer's.
+        router = Weight((c.embed_dim, c.num_experts), _wide(dtype), name="router")
+        inward, outward = (c.embed_dim, c.expert_dim), (c.expert_dim, c.embed_dim)
+        kernels = tuple(
+            Weight((c.num_experts, *shape), dtype, name=name)()
+            for name, shape in (("gate", inward), ("up", inward), ("down", outward))
+        )
+        weights, routed, sent = route(
+            x,
+            router(),
+            count=c.experts_per_token,
+            normalise=c.norm_topk,
+            replayed=replayed,
+            real=real,
+            layout=self.layout,
+        )
+        return expert_mlp(x, sent, weights, kernels, self.implementation, self.layout), routed
+
+
+class Layer(nn.Module):
+    """Pre-norm residual layer; its signature is that of a scan body.
+
+    `real` is false on padding; `replayed` has the experts to use in place of the router's.
+    """
+
+    config: DecoderConfig
+    param_dtype: Any
+    attend_fn: Any
+    experts: str | None  # implementation of its experts; None for an ordinary MLP
+    layout: Any
+
+    @nn.compact
+    def __call__(self, carry, layer, replayed, rotation, context, real):
+        x, cache = carry
+        c, dtype = self.config, self.param_dtype
+        normed = RMSNorm(c, dtype, name="attention_norm")(x)
+        attention = Attention(c, dtype, self.attend_fn, self.layout, name="attention")
+        out, cache, kept = attention(normed, cache, layer, rotation, context)
+        x = placed(x + out, self.layout)
+        normed = RMSNorm(c, dtype, name="mlp_norm")(x)
+        routed = None
+        if self.experts is None:
+            out = MLP(c, dtype, self.layout, name="mlp")(normed)
+        else:
+            mlp = Experts(c, dtype, self.experts, self.layout, name="mlp")
+            out, routed = mlp(normed, real, replayed)
+        x = placed(x + out, self.layout)
+        return (x, cache), (kept, routed)
+
+
+def placed(x, layout):
+    """Activations [B, T, D], or [B, D] of one token a row, where they belong."""
+    axes = ("batch", None) if x.ndim == 2 else ("batch", "length", None)
+    return sharding.constrain(x, axes, layout)
+
+
+class Decoder(nn.Module):
+    """Embedding, stacked layers, and the final norm on the positions asked for."""
+
+    config: DecoderConfig
+    attend_fn: Any
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+    experts: str = "reference"
+    layout: Any = None
+
+    @nn.compact
+    def __call__(
+        self, tokens, positions, context, cache=None, last_B=None, real=None, replayed=None
+    ):
+        c = self.config
+        matrix = (c.vocab_size, c.embed_dim)
+        embedding_VD = self.param("embedding", _zeros, matrix, self.param_dtype)
+        if not c.tie_embeddings:
+            self.param("head", _zeros, matrix, self.param_dtype)
+        x = embed(embedding_VD, tokens, self.dtype, self.layout)
+        rotation = rotation_of(positions, c.head_dim, c.rope_theta)
+        kept, routed = [], []
+        for stack in c.stacks:
+            done = sum(part.load_LE.shape[0] for part in routed)
+            own = None
+            if stack.experts and replayed is not None:
+                own = replayed[done : done + stack.count]
+            layers = jnp.arange(stack.start, stack.start + stack.count)
+            scanned = self._scanned(stack)
+            (x, cache), (of_attention, of_experts) = scanned(
+                (x, cache), layers, own, rotation, context, real
+            )
+            kept.append(of_attention)
+            routed += [of_experts] if stack.experts else []
+        if last_B is not None:
+            x = jnp.take_along_axis(x, last_B[:, None, None], axis=1, mode="clip")[:, 0]
+            x = placed(x, self.layout)
+        x = RMSNorm(c, self.param_dtype, name="final_norm")(x)
+        return x, cache, _joined(kept), self._recorded(routed)
+
+    def _scanned(self, stack):
+        body = Layer
+        if self.remat != "none":
+            body = nn.remat(Layer, prevent_cse=False, policy=REMAT[self.remat])
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=stack.count,
+        )
+        experts = self.experts if stack.experts else None
+        return scanned(
+            self.config, self.param_dtype, self.attend_fn, experts, self.layout, name=stack.name
+        )
+
+    def _recorded(self, routed):
+        """Routed of all layers that have experts, [..., L, K]; None where none has."""
+        if not routed:
+            return None
+        routed = _joined(routed)
+        ids = jnp.moveaxis(routed.experts.astype(id_type(self.config.num_experts)), 0, -2)
+        return dataclasses.replace(routed, experts=ids)
+
+
+def _wide(dtype):
+    return wide_type(jax.ShapeDtypeStruct((), dtype))
+
+
+def _joined(stacks):
+    """One tree of several, joined along their layers."""
+    return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)

@@ -1,0 +1,437 @@
+"""Mixture-of-experts MLPs: routing, dispatch without dropped tokens, and exchange over a mesh.
+
+A router sends each token to K of E experts. The device that holds an expert sorts the tokens it
+has for each, multiplies group by group (`ops.grouped_matmul`), and puts results back in order by
+gathers alone; the same in the backward pass, which computes the hidden layer again instead of
+keeping it. Where experts are spread over the mesh's expert axis, tokens travel to them and back.
+
+Letters beside those of types.py: A assignments (token, expert), M rows sorted by expert and padded
+for the grouped product, X devices along the expert axis, C assignments sent to one of them at once.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from luspo_jax import sharding
+from luspo_jax.models.layers import gathered, project, swiglu
+from luspo_jax.ops.grouped_matmul import grouped_matmul, grouped_outer, row_multiple
+from luspo_jax.ops.precision import wide, wide_type
+from luspo_jax.sharding import Layout
+
+ROUTER_AXES = ("embed", None)
+EXPERT_AXES = (
+    ("experts", "embed", "mlp"),
+    ("experts", "embed", "mlp"),
+    ("experts", "mlp", "embed"),
+)  # of the kernels gate, up and down
+_ROOM = 1.25  # assignments a device sends to another at once, over those of an even spread
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """What the routers of a forward pass did; of one layer without the L.
+
+    Attributes:
+      experts: [..., L, K] ids in the order of their weight, of the least unsigned type; of one
+        layer int32 [..., K].
+      load_LE: float32, how many real tokens each expert got.
+      mass_LE: float32, sum over real tokens of the router's probability of each expert.
+    """
+
+    experts: jax.Array
+    load_LE: jax.Array
+    mass_LE: jax.Array
+
+
+def id_type(num_experts: int) -> Any:
+    """The type that expert ids are recorded in."""
+    return jnp.uint8 if num_experts <= 256 else jnp.uint16
+
+
+def route(x, kernel_DE, *, count, normalise, replayed=None, real=None, layout=None):
+    """(weights, Routed of the layer, ids to send to): softmax over experts, the K largest of it.
+
+    p = softmax(x · W), float32; weights are p of the K experts, divided by their sum with
+    `normalise` (Qwen3-MoE's norm_topk_prob).
+
+    Args:
+      x: [..., D] normed hidden states.
+      kernel_DE: the router's, float32.
+      count: K.
+      replayed: ids [..., K] to use in place of the K likeliest; weights are still the router's.
+      real: bool [...], false on padding, which is sent nowhere (id E); None: all are.
+      layout: of x, [B, T, D] or [B, D].
+    """
+    logits = project(wide(x), kernel_DE, 1, ROUTER_AXES, layout, lax.Precision.HIGHEST)
+    probs = jax.nn.softmax(logits, axis=-1)
+    num_experts = probs.shape[-1]
+    if replayed is None:
+        _, ids = lax.top_k(lax.stop_gradient(probs), count)
+    else:
+        ids = replayed.astype(jnp.int32)
+    weights = jnp.take_along_axis(probs, ids, axis=-1)
+    if normalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    sent = ids if real is None else jnp.where(real[..., None], ids, num_experts)
+    if real is not None:
+        probs = jnp.where(real[..., None], probs, 0)
+    rows = tuple(range(probs.ndim - 1))
+    hits = jnp.sum(sent[..., None] == jnp.arange(num_experts), axis=-2, dtype=jnp.int32)
+    load_E = jnp.sum(hits, axis=rows).astype(probs.dtype)
+    return weights, Routed(ids, load_E, jnp.sum(probs, axis=rows)), sent
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def expert_mlp(x, ids, weights, kernels, implementation="reference", layout=None):
+    """Σ_k weight_k · down_e(silu(gate_e x) ⊙ up_e x), e = id_k; in x's type.
+
+    Args:
+      x: [B, T, D], or [B, D] of one token a row.
+      ids: int32 [..., K] experts; E for none.
+      weights: float32 [..., K].
+      kernels: gate [E, D, F], up [E, D, F], down [E, F, D], in their own type.
+      implementation: of `ops.grouped_matmul`.
+      layout: where x and kernels lie.
+    """
+    cast = _gathered_all(kernels, x.dtype, layout)
+    if x.ndim == 2 and _is_small(ids, kernels, layout):
+        local = _picked
+    elif x.ndim == 2 and _parts(layout) > 1:
+        local = _broadcast
+    else:
+        local = _exchanged
+    rows = _rows(x.ndim)
+    run = sharding.shard_map(
+        functools.partial(_flat_forward, local, implementation, layout),
+        layout,
+        (*(rows,) * 3, *_whole_axes()),
+        rows,
+    )
+    return run(x, ids, weights, *cast)
+
+
+def _forward(x, ids, weights, kernels, implementation, layout):
+    out = expert_mlp(x, ids, weights, kernels, implementation, layout)
+    return out, (x, ids, weights, kernels)
+
+
+def _backward(implementation, layout, residuals, grad):
+    x, ids, weights, kernels = residuals
+    rows = _rows(x.ndim)
+    run = sharding.shard_map(
+        functools.partial(_flat_backward, implementation, layout),
+        layout,
+        (*(rows,) * 4, *_whole_axes()),
+        (rows, rows, *EXPERT_AXES),
+    )
+    dx, dweights, *dkernels = run(x, ids, weights, grad, *_gathered_all(kernels, x.dtype, layout))
+    dkernels = tuple(d.astype(k.dtype) for d, k in zip(dkernels, kernels, strict=True))
+    return dx, None, dweights, dkernels
+
+
+expert_mlp.defvjp(_forward, _backward)
+
+
+def _gathered_all(kernels, dtype, layout):
+    return [gathered(k, dtype, axes, layout) for k, axes in zip(kernels, EXPERT_AXES, strict=True)]
+
+
+def _whole_axes():
+    return [tuple(None if a == "embed" else a for a in axes) for axes in EXPERT_AXES]
+
+
+def _rows(ndim):
+    return ("batch", None) if ndim == 2 else ("batch", "length", None)
+
+
+def _parts(layout: Layout | None) -> int:
+    return 1 if layout is None else layout.size("experts")
+
+
+def _is_small(ids, kernels, layout):
+    """Whether so few tokens are decoded that to read K kernels for each is least work."""
+    rows = ids.size if layout is None else ids.size // layout.size("batch")
+    return _parts(layout) == 1 and 2 * rows <= kernels[0].shape[0]
+
+
+# ---------------------------------------------------------------- on one device of the mesh
+
+
+def _flat_forward(local, implementation, layout, x, ids, weights, *kernels):
+    lead = x.shape[:-1]
+    x_ND, ids_NK, weights_NK = (v.reshape(-1, v.shape[-1]) for v in (x, ids, weights))
+    out_ND = local(x_ND, ids_NK, weights_NK, kernels, implementation, layout)
+    return _over_tensor(out_ND, layout).astype(x.dtype).reshape(*lead, -1)
+
+
+def _flat_backward(implementation, layout, x, ids, weights, grad, *kernels):
+    flat = (v.reshape(-1, v.shape[-1]) for v in (x, ids, weights, grad))
+    dx_ND, dweights_NK, dkernels = _exchanged_backward(*flat, kernels, implementation, layout)
+    dx = _over_tensor(dx_ND, layout).astype(x.dtype).reshape(x.shape)
+    dweights = _over_tensor(dweights_NK, layout).reshape(weights.shape)
+    dkernels = [
+        sharding.summed_over_rows(d, axes, layout)
+        for d, axes in zip(dkernels, EXPERT_AXES, strict=True)
+    ]
+    return dx, dweights.astype(weights.dtype), *dkernels
+
+
+def _over_tensor(part, layout):
+    """Sum over the devices that hold parts of each expert's hidden layer."""
+    names = () if layout is None else layout.axis_names("mlp")
+    return lax.psum(part, names) if names else part
+
+
+def _picked(x_ND, ids_NK, weights_NK, kernels, implementation, layout):
+    """A few tokens: the kernels of the experts of each are picked out."""
+    num_experts = kernels[0].shape[0]
+    weights_NK = jnp.where(ids_NK < num_experts, weights_NK, 0)
+    gate, up, down = (jnp.take(k, ids_NK, axis=0, mode="clip") for k in kernels)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide_type(x_ND))
+    hidden_NKF = swiglu(
+        product("nd,nkdf->nkf", x_ND, gate), product("nd,nkdf->nkf", x_ND, up)
+    ).astype(x_ND.dtype)
+    out_NKD = product("nkf,nkfd->nkd", hidden_NKF, down)
+    return jnp.sum(out_NKD * weights_NK[..., None], axis=1)
+
+
+def _broadcast(x_ND, ids_NK, weights_NK, kernels, implementation, layout):
+    """One token a row: all devices along the expert axis see all, each computes its experts."""
+    axis, own = layout.axis_names("experts"), kernels[0].shape[0]
+    x_ND, ids_NK, weights_NK = (
+        lax.all_gather(v, axis, axis=0, tiled=True) for v in (x_ND, ids_NK, weights_NK)
+    )
+    ids_NK = ids_NK - lax.axis_index(axis) * own
+    ids_NK = jnp.where((ids_NK >= 0) & (ids_NK < own), ids_NK, own)
+    out_ND = _alone(x_ND, ids_NK, weights_NK, kernels, implementation)
+    return lax.psum_scatter(out_ND, axis, scatter_dimension=0, tiled=True)
+
+
+def _alone(x_ND, ids_NK, weights_NK, kernels, implementation):
+    """Σ_k weight · expert(x), float32, of the experts that are here."""
+    out_NKD = _rows_forward(x_ND, ids_NK, kernels, implementation)
+    return jnp.sum(wide(out_NKD) * weights_NK[..., None], axis=1)
+
+
+def _rows_forward(x_ND, ids_NK, kernels, implementation):
+    """Every assignment's result [N, K, D]; 0 where the expert is not here."""
+    gate, up, down = kernels
+    plan = _sorted(ids_NK, gate.shape[0], implementation)
+    product = functools.partial(
+        grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation
+    )
+    x_MD = _taken(x_ND, plan.tokens_M)
+    out_MD = product(swiglu(product(x_MD, gate), product(x_MD, up)), down)
+    return _taken(out_MD, plan.rows_NK)
+
+
+def _rows_backward(x_ND, ids_NK, weights_NK, grad_ND, kernels, implementation):
+    """(dx of every assignment [N, K, D], dweights [N, K], dkernels in float32)."""
+    gate, up, down = kernels
+    plan = _sorted(ids_NK, gate.shape[0], implementation)
+    product, outer = (
+        functools.partial(f, group_sizes_E=plan.group_sizes_E, implementation=implementation)
+        for f in (grouped_matmul, grouped_outer)
+    )
+    x_MD, grad_MD = _taken(x_ND, plan.tokens_M), _taken(grad_ND, plan.tokens_M)
+    gate_MF, up_MF = product(x_MD, gate), product(x_MD, up)
+    hidden_MF, pull = jax.vjp(swiglu, gate_MF, up_MF)
+    # The weight is taken in last: what it is multiplied by is its own gradient.
+    dhidden_MF = product(grad_MD, down, transposed=True)
+    dweights_M = jnp.sum(wide(hidden_MF) * wide(dhidden_MF), axis=-1)
+    weights_M1 = _taken(weights_NK.reshape(-1, 1), plan.assignments_M)
+
+    def weighted(values_MF):
+        return (wide(values_MF) * weights_M1).astype(values_MF.dtype)
+
+    dgate_MF, dup_MF = pull(weighted(dhidden_MF))
+    dx_MD = product(dgate_MF, gate, transposed=True) + product(dup_MF, up, transposed=True)
+    dkernels = (
+        outer(x_MD, dgate_MF),
+        outer(x_MD, dup_MF),
+        outer(weighted(hidden_MF), grad_MD),
+    )
+    return (
+        _taken(dx_MD, plan.rows_NK),
+        _taken(dweights_M[:, None], plan.rows_NK)[..., 0],
+        dkernels,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sorted:
+    """Assignments sorted by expert, each group begun at a multiple of what the product asks.
+
+    Attributes:
+      group_sizes_E: rows of each expert, padding included.
+      rows_NK: where each assignment is; M where nowhere.
+      assignments_M: which assignment a row is; N·K on padding.
+      tokens_M: its token; N on padding.
+    """
+
+    group_sizes_E: jax.Array
+    rows_NK: jax.Array
+    assignments_M: jax.Array
+    tokens_M: jax.Array
+
+
+def _sorted(ids_NK, num_experts, implementation):
+    """Sorts by expert; ids ≥ num_experts are left out. Gathers only, no scatter."""
+    N, K = ids_NK.shape
+    A = N * K
+    multiple = row_multiple(implementation, A, num_experts)
+    M = -(-(A + min(num_experts, A) * (multiple - 1)) // multiple) * multiple
+    ids_A = jnp.minimum(ids_NK.reshape(-1), num_experts)
+    order_A = jnp.argsort(ids_A, stable=True)
+    ends_E = jnp.searchsorted(ids_A[order_A], jnp.arange(num_experts), side="right")
+    ends_E = ends_E.astype(jnp.int32)
+    counts_E = jnp.diff(ends_E, prepend=0)
+    sizes_E = -(-counts_E // multiple) * multiple
+    padded_ends_E = jnp.cumsum(sizes_E)
+    shift_E = (padded_ends_E - sizes_E) - (ends_E - counts_E)  # of a group's first row
+    place_A = jnp.argsort(order_A)
+    rows_A = place_A + jnp.append(shift_E, 0)[ids_A]
+    rows_A = jnp.where(ids_A < num_experts, rows_A, M)
+    rows_M = jnp.arange(M, dtype=jnp.int32)
+    group_M = jnp.searchsorted(padded_ends_E, rows_M, side="right")
+    group_M = jnp.minimum(group_M, num_experts - 1)
+    place_M = rows_M - shift_E[group_M]
+    used_M = (place_M >= 0) & (place_M < ends_E[group_M]) & (rows_M < padded_ends_E[-1])
+    assignments_M = jnp.where(used_M, order_A[jnp.clip(place_M, 0, A - 1)], A)
+    return _Sorted(sizes_E, rows_A.reshape(N, K), assignments_M, assignments_M // K)
+
+
+def _taken(values, index):
+    """Rows of `values`; 0 where the index is beyond them."""
+    return jnp.take(values, index, axis=0, mode="fill", fill_value=0)
+
+
+# ---------------------------------------------------------------- over the expert axis
+
+
+def _exchanged(x_ND, ids_NK, weights_NK, kernels, implementation, layout):
+    """Σ_k weight · expert(x), float32, whichever device along the expert axis has the expert."""
+    if _parts(layout) == 1:
+        return _alone(x_ND, ids_NK, weights_NK, kernels, implementation)
+    trade = _Exchange(ids_NK, kernels[0].shape[0], layout)
+
+    def one_round(out_ND, start):
+        ids_C1, x_CD = trade.received(trade.ids(start)), trade.received(trade.sent(x_ND, start))
+        out_C1D = _rows_forward(x_CD, ids_C1, kernels, implementation)
+        back_NKD = trade.back(trade.received(out_C1D[:, 0]), start)
+        return out_ND + jnp.sum(wide(back_NKD) * weights_NK[..., None], axis=1)
+
+    return trade.rounds(one_round, jnp.zeros(x_ND.shape, wide_type(x_ND)))
+
+
+def _exchanged_backward(x_ND, ids_NK, weights_NK, grad_ND, kernels, implementation, layout):
+    """(dx_ND float32, dweights_NK, dkernels float32)."""
+    if _parts(layout) == 1:
+        dx_NKD, dweights_NK, dkernels = _rows_backward(
+            x_ND, ids_NK, weights_NK, grad_ND, kernels, implementation
+        )
+        return jnp.sum(wide(dx_NKD), axis=1), dweights_NK, dkernels
+    trade = _Exchange(ids_NK, kernels[0].shape[0], layout)
+
+    def one_round(carry, start):
+        dx_ND, dweights_NK, dkernels = carry
+        arrays = (
+            trade.sent(x_ND, start),
+            trade.sent(grad_ND, start),
+            trade.sent_of(weights_NK, start),
+        )
+        x_CD, grad_CD, weights_C1 = map(trade.received, arrays)
+        dx_C1D, dweights_C1, new = _rows_backward(
+            x_CD, trade.received(trade.ids(start)), weights_C1, grad_CD, kernels, implementation
+        )
+        back_NKD = trade.back(trade.received(dx_C1D[:, 0]), start)
+        back_NK1 = trade.back(trade.received(dweights_C1), start)
+        return (
+            dx_ND + jnp.sum(wide(back_NKD), axis=1),
+            dweights_NK + back_NK1[..., 0],
+            jax.tree.map(jnp.add, dkernels, new),
+        )
+
+    width = wide_type(x_ND)
+    zeros = (
+        jnp.zeros(x_ND.shape, width),
+        jnp.zeros(weights_NK.shape, width),
+        tuple(jnp.zeros(k.shape, width) for k in kernels),
+    )
+    return trade.rounds(one_round, zeros)
+
+
+class _Exchange:
+    """Assignments on their way to the devices of their experts, some at a time, and back.
+
+    A round sends C assignments to each device, whether there are as many or not; there are as
+    many rounds as the fullest device needs, one where the load is even. Nothing is dropped.
+    """
+
+    def __init__(self, ids_NK, own_experts, layout):
+        (self.axis,) = layout.axis_names("experts")
+        self.parts, self.own = layout.size("experts"), own_experts
+        self.N, self.K = ids_NK.shape
+        A, most = self.N * self.K, self.N * min(self.K, own_experts)
+        self.room = min(most, 8 * math.ceil(_ROOM * A / self.parts / 8))
+        self.num_rounds = -(-most // self.room)
+        self.ids_A = ids_NK.reshape(-1)
+        self.owner_A = jnp.minimum(self.ids_A // own_experts, self.parts)
+        self.order_A = jnp.argsort(self.owner_A, stable=True)
+        owners = jnp.arange(self.parts)
+        ends_X = jnp.searchsorted(self.owner_A[self.order_A], owners, side="right")
+        self.ends_X = ends_X.astype(jnp.int32)
+        self.starts_X = jnp.append(0, self.ends_X[:-1]).astype(jnp.int32)
+        place_A = jnp.argsort(self.order_A)
+        self.rank_A = place_A - jnp.append(self.starts_X, 0)[self.owner_A]
+
+    def rounds(self, one_round, carry):
+        """`one_round(carry, start)` for as many rounds as any device along the axis needs."""
+        needed = lax.pmax(jnp.max(self.ends_X - self.starts_X), self.axis)
+
+        def step(carry, start):
+            return lax.cond(start < needed, one_round, lambda c, _: c, carry, start), None
+
+        starts = self.room * jnp.arange(self.num_rounds, dtype=jnp.int32)
+        if self.num_rounds == 1:
+            return one_round(carry, starts[0])
+        return lax.scan(step, carry, starts)[0]
+
+    def _assignments(self, start):
+        """Which assignment goes into each of the X · C places; A where none does."""
+        place_XC = self.starts_X[:, None] + start + jnp.arange(self.room, dtype=jnp.int32)[None]
+        there_XC = place_XC < self.ends_X[:, None]
+        order_A = self.order_A
+        taken_XC = order_A[jnp.clip(place_XC, 0, order_A.size - 1)]
+        return jnp.where(there_XC, taken_XC, order_A.size).reshape(-1)
+
+    def ids(self, start):
+        """Ids of the receiver's own experts [X · C, 1]; its number of experts for none."""
+        ids = jnp.take(self.ids_A, self._assignments(start), mode="fill", fill_value=-1)
+        return jnp.where(ids < 0, self.own, ids % self.own)[:, None]
+
+    def sent(self, values_ND, start):
+        """The token of each place."""
+        return _taken(values_ND, self._assignments(start) // self.K)
+
+    def sent_of(self, values_NK, start):
+        """A value of each assignment, [X · C, 1]."""
+        return _taken(values_NK.reshape(-1, 1), self._assignments(start))
+
+    def received(self, values):
+        """[X · C, ...] to and from each device."""
+        return lax.all_to_all(values, self.axis, split_axis=0, concat_axis=0, tiled=True)
+
+    def back(self, values, start):
+        """Results of the places of this round at their assignments [N, K, ...]; 0 elsewhere."""
+        rank_A = self.rank_A - start
+        here_A = (rank_A >= 0) & (rank_A < self.room) & (self.owner_A < self.parts)
+        place_A = jnp.where(here_A, self.owner_A * self.room + rank_A, values.shape[0])
+        return _taken(values, place_A.reshape(self.N, self.K))

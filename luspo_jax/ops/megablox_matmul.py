@@ -1,0 +1,94 @@
+"""Products of groups by the Pallas "megablox" kernels that come with jax, for TPU.
+
+A tile of rows that two groups share is computed once for each and the rows of the other are masked,
+so groups may begin anywhere. Where they hold many rows they begin at tiles all the same: to share
+costs a tile a group, to pad costs half of one. Few rows, as in decoding, are left unpadded.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+_ROWS = (512, 256, 128)  # of a tile; more load less, fewer waste less
+_LANES = 128
+_WIDEST = 2048  # columns of a tile
+_FAST_MEMORY = 13 * 2**20  # bytes for tiles, of the 16 MiB that a kernel of v4 to v5p may take
+_INTERPRET = False  # tests run the kernels on CPU this way
+
+
+def row_multiple(num_rows, num_groups):
+    """Rows of a tile, at most an eighth of a group's share; 1 where that is less than a tile."""
+    share = num_rows // num_groups
+    if share < _LANES:
+        return 1
+    return next((rows for rows in _ROWS if 8 * rows <= share), _LANES)
+
+
+def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
+    """As `grouped_matmul.grouped_matmul`."""
+    M, inner = x_MD.shape
+    rows = _tile_rows(M, group_sizes_E.shape[0])
+    columns = kernel_EDF.shape[1 if transposed else 2]
+    tiles = _tiles(rows, inner, columns, functools.partial(_matmul_bytes, x_MD.dtype.itemsize))
+    with _settings(x_MD):
+        y_MF = gmm(_padded(x_MD, rows), kernel_EDF, group_sizes_E, x_MD.dtype, tiles,
+                   transpose_rhs=transposed, interpret=_INTERPRET)  # fmt: skip
+    return y_MF[:M]
+
+
+def outer(x_MD, grad_MF, group_sizes_E):
+    """As `grouped_matmul.grouped_outer`."""
+    rows = _tile_rows(x_MD.shape[0], group_sizes_E.shape[0])
+    of = functools.partial(_outer_bytes, x_MD.dtype.itemsize)
+    tiles = _tiles(rows, x_MD.shape[1], grad_MF.shape[1], of)
+    x_MD, grad_MF = _padded(x_MD, rows), _padded(grad_MF, rows)
+    with _settings(x_MD):
+        return tgmm(x_MD.swapaxes(0, 1), grad_MF, group_sizes_E, jnp.float32, tiles,
+                    interpret=_INTERPRET)  # fmt: skip
+
+
+def _tile_rows(M, E):
+    """Rows of a tile; where groups are padded to `row_multiple`, that or less."""
+    fit = (rows for rows in _ROWS if M % rows == 0 and 9 * rows * E <= M)
+    return next(fit, _LANES)
+
+
+def _tiles(rows, inner, columns, of):
+    """(rows, inner, columns) of the largest tiles whose bytes are few enough."""
+    counts = [-(-size // _WIDEST) for size in (inner, columns)]
+    while True:
+        tiles = rows, *map(_part, (inner, columns), counts)
+        if of(*tiles) <= _FAST_MEMORY or max(tiles[1:]) <= _LANES:
+            return tiles
+        counts[0 if tiles[1] >= tiles[2] else 1] += 1
+
+
+def _part(size, count):
+    """Columns of one of `count` tiles: all, or whole lanes."""
+    return size if count == 1 else -(-size // (count * _LANES)) * _LANES
+
+
+def _matmul_bytes(item, rows, inner, columns):
+    """Two of each tile, one that is loaded while the other is used, and the sums."""
+    return 2 * item * (rows * (inner + columns) + inner * columns) + 4 * rows * columns
+
+
+def _outer_bytes(item, rows, inner, columns):
+    """The same, with inputs once more in float32 as they are masked."""
+    inputs = (2 * item + 4) * rows * (inner + columns)
+    return inputs + (2 * 4 + 4) * inner * columns
+
+
+def _padded(x_MD, rows):
+    return jnp.pad(x_MD, ((0, -x_MD.shape[0] % rows), (0, 0)))
+
+
+@contextlib.contextmanager
+def _settings(x_MD):
+    """Promotion as jax's code expects; float32 factors multiplied with all their bits."""
+    precision = "highest" if x_MD.dtype == jnp.float32 else None
+    with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision(precision):
+        yield

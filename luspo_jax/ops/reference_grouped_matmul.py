@@ -1,0 +1,56 @@
+"""Products of groups in plain XLA: each kernel times all rows, of which its group's are kept.
+
+E times the multiplications that are needed, one array of [M, F] at a time.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from luspo_jax.ops.precision import wide_type
+
+
+def row_multiple(num_rows, num_groups):
+    """Groups may begin anywhere."""
+    del num_rows, num_groups
+    return 1
+
+
+def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
+    """As `grouped_matmul.grouped_matmul`."""
+    columns = 1 if transposed else 0
+
+    def add(y_MF, group):
+        kernel_DF, start, end = group
+        return y_MF + kept(_dot(x_MD, kernel_DF, 1, columns), start, end), None
+
+    shape = x_MD.shape[0], kernel_EDF.shape[1 if transposed else 2]
+    zeros_MF = jnp.zeros(shape, wide_type(x_MD))
+    groups = kernel_EDF, *bounds(group_sizes_E)
+    return lax.scan(add, zeros_MF, groups)[0].astype(x_MD.dtype)
+
+
+def outer(x_MD, grad_MF, group_sizes_E):
+    """As `grouped_matmul.grouped_outer`."""
+
+    def step(_, group):
+        return None, _dot(kept(x_MD, *group), kept(grad_MF, *group), 0, 0)
+
+    return lax.scan(step, None, bounds(group_sizes_E))[1]
+
+
+def bounds(group_sizes_E):
+    """First row of each group, and the row after its last; int32."""
+    ends_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
+    return ends_E - group_sizes_E, ends_E
+
+
+def kept(x_MD, start, end):
+    """The rows from `start` to before `end`, the others zero."""
+    rows_M = lax.iota(jnp.int32, x_MD.shape[0])
+    return jnp.where(((rows_M >= start) & (rows_M < end))[:, None], x_MD, jnp.zeros_like(x_MD))
+
+
+def _dot(a, b, a_axis, b_axis):
+    return lax.dot_general(
+        a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=wide_type(a)
+    )
