@@ -182,7 +182,8 @@ def load_params(
     own devices hold, one device's part of one parameter at a time, so that the host holds no more
     than that part and the tensor it is being read from; a part that several devices hold is read
     once. (A part cut along the tensor's last dimension lies scattered over the file: its bytes
-    alone are copied, yet the disk reads whole pages.)
+    alone are copied, yet the disk reads whole pages.) Routers are float32 in either case, as
+    `decoder.abstract_params` has them.
 
     Raises:
       WeightsError: a missing or damaged file; or all missing, surplus and misshapen tensors at
@@ -211,7 +212,7 @@ class Source:
       read: reads a range of each dimension of a named tensor.
       files: the file of each tensor.
       tensors: (name, Entry) of the tensors that make up each parameter, by path and place.
-      dtype: of the parts made.
+      dtypes: of the parts made, by the parameter's path.
       check_finite: whether parts are searched for NaN and infinity.
       tied_head: whether a head is stored that must equal the embedding.
       faults: names of the tensors in which something was found.
@@ -221,14 +222,14 @@ class Source:
     read: Callable[[str, Index], np.ndarray]
     files: dict[str, pathlib.Path]
     tensors: dict[tuple[str, ...], dict[tuple[int, ...], tuple[str, Entry]]]
-    dtype: np.dtype
+    dtypes: dict[tuple[str, ...], np.dtype]
     check_finite: bool
     tied_head: bool
     faults: set[str] = dataclasses.field(default_factory=set)
 
     def part(self, path: tuple[str, ...], index: Index) -> np.ndarray:
         """One part of the parameter at `path`; reads nothing else."""
-        made = np.empty([s.stop - s.start for s in index], self.dtype)
+        made = np.empty([s.stop - s.start for s in index], self.dtypes[path])
         tensors = self.tensors[path]
         leading = len(next(iter(tensors)))
         starts = [s.start for s in index[:leading]]
@@ -279,10 +280,12 @@ def opened(
     tensors = defaultdict(dict)
     for name, entry in table.items():
         tensors[entry.path][entry.place] = (name, entry)
+    abstract = decoder.abstract_params(config, dtype)
+    dtypes = {path: np.dtype(_leaf(abstract, path).dtype) for path in tensors}
     tied_head = config.tie_embeddings and _HEAD in stored
     with safetensors_folder.reader(stored) as read:
         files = {name: tensor.file for name, tensor in stored.items()}
-        yield Source(folder, read, files, tensors, np.dtype(dtype), check_finite, tied_head)
+        yield Source(folder, read, files, tensors, dtypes, check_finite, tied_head)
 
 
 def parts_on(
