@@ -132,7 +132,7 @@ class Entry:
 
 def weight_table(config: DecoderConfig) -> dict[str, Entry]:
     """Every tensor of a checkpoint of `config`: hub name -> Entry."""
-    abstract = decoder.abstract_params(config)
+    abstract = _abstract(config)
     table = {}
     for name, path in _TOP.items():
         if (leaf := _leaf(abstract, path)) is not None:
@@ -191,7 +191,7 @@ def load_params(
         processes, those whose own parts are sound say that another's are not.
     """
     with opened(folder, config, dtype=dtype, check_finite=check_finite) as weights:
-        abstract = decoder.abstract_params(config)
+        abstract = _abstract(config)
         if layout is None:
             params = _map_paths(lambda path, x: weights.part(path, _whole(x.shape)), abstract)
         else:
@@ -280,7 +280,7 @@ def opened(
     tensors = defaultdict(dict)
     for name, entry in table.items():
         tensors[entry.path][entry.place] = (name, entry)
-    abstract = decoder.abstract_params(config, dtype)
+    abstract = _abstract(config, dtype)
     dtypes = {path: np.dtype(_leaf(abstract, path).dtype) for path in tensors}
     tied_head = config.tie_embeddings and _HEAD in stored
     with safetensors_folder.reader(stored) as read:
@@ -353,6 +353,11 @@ def export(
             tensor.read()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
+
+
+@functools.cache  # the model is traced for it
+def _abstract(config, dtype=jnp.float32):
+    return decoder.abstract_params(config, dtype)
 
 
 def _leaf(tree, path):
@@ -431,9 +436,7 @@ def _one_of_each_part(leaf, layer, number, size):
 def _check_params(params, config):
     shapes = [
         {jax.tree_util.keystr(path): leaf.shape for path, leaf in flat}
-        for flat in map(
-            jax.tree_util.tree_leaves_with_path, (params, decoder.abstract_params(config))
-        )
+        for flat in map(jax.tree_util.tree_leaves_with_path, (params, _abstract(config)))
     ]
     wrong = sorted(
         key for key in {*shapes[0], *shapes[1]} if shapes[0].get(key) != shapes[1].get(key)

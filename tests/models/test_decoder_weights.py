@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -54,10 +55,13 @@ EXPERTS = dataclasses.replace(
 MIXED = dataclasses.replace(EXPERTS, dense_layers=(2,), tie_embeddings=True)
 
 
+_abstract = functools.cache(abstract_params)  # the model is traced for it
+
+
 def _params(config=CONFIG, seed=0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(config)
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), _abstract(config)
     )
 
 

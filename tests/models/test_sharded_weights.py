@@ -1,6 +1,7 @@
 """Parameters made on a mesh: the bits of one device, from no more bytes than its parts have."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -70,11 +71,14 @@ def _layout(sizes):
     return sharding.layout("train", sizes, jax.devices())
 
 
+_abstract = functools.cache(decoder.abstract_params)  # the model is traced for it
+
+
 def _params(config=CONFIG, seed=0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
-        decoder.abstract_params(config),
+        _abstract(config),
     )
 
 
