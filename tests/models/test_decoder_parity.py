@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch", reason="live parity needs torch (pip instal
 import transformers  # noqa: E402
 from make_goldens import (  # noqa: E402
     VARIANTS,
+    plainly,
     ragged_tokens,
     reference_greedy,
     reference_logits,
@@ -102,19 +103,39 @@ def test_export_is_loaded_by_transformers(checkpoint, tmp_path):
     )
     assert not any(problems.values())
     assert loaded.dtype == torch.float32
+    loaded = plainly(loaded)
     tokens_BT = _batch(config)[0]
     np.testing.assert_array_equal(
         reference_logits(loaded, tokens_BT, LENGTHS), reference_logits(model, tokens_BT, LENGTHS)
     )
     # Without a source folder the configuration is our own spelling.
     export(tmp_path / "own", params, config)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own")
+    loaded = plainly(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own"))
     np.testing.assert_array_equal(
         reference_logits(loaded, tokens_BT, LENGTHS), reference_logits(model, tokens_BT, LENGTHS)
     )
 
 
-@pytest.mark.parametrize("variant", ["qwen2_tied", "qwen3_bias", "qwen3_odd_sizes"])
+def _by_hub_name(model):
+    """Gradients of a model of transformers, which fuses the experts of a layer, by hub name."""
+    grads = {}
+    for name, parameter in model.named_parameters():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            grads[name] = parameter.grad.numpy()
+            continue
+        prefix, fused = name.rsplit(".", 1)
+        for expert, grad in enumerate(parameter.grad.numpy()):
+            parts = {"down_proj": grad}
+            if fused == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), np.split(grad, 2), strict=True))
+            grads |= {f"{prefix}.{expert}.{part}.weight": x for part, x in parts.items()}
+    return grads
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["qwen2_tied", "qwen3_bias", "qwen3_odd_sizes", *(v for v in VARIANTS if v.startswith("moe"))],
+)
 def test_gradients_of_a_logprob_loss(variant, tmp_path):
     model = _reference(variant)
     save(model, variant, tmp_path / "saved")
@@ -137,9 +158,9 @@ def test_gradients_of_a_logprob_loss(variant, tmp_path):
     expected = (logps.gather(2, targets)[..., 0] * torch.tensor(weights_BT)).sum()
     expected.backward()
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
-    named = dict(model.named_parameters())
+    named = _by_hub_name(model)
+    assert named.keys() == weight_table(config).keys()
     for name, entry in weight_table(config).items():
         leaf = functools.reduce(lambda node, key: node[key], entry.path, grads)
-        ours = entry.to_hf(np.asarray(leaf if entry.layer is None else leaf[entry.layer]))
-        theirs = named[name].grad.numpy()
+        ours, theirs = entry.to_hf(np.asarray(leaf)[entry.place]), named[name]
         assert np.abs(ours - theirs).max() <= 3e-5 * np.abs(theirs).max(), name
