@@ -219,10 +219,11 @@ def balance_weights(rows: TokenBatch, rule: UpdateRule) -> jax.Array | None:
     """
     if not rule.router_aux_coef:
         return None
-    model, source = rule.scoring.model, rows if rows.packed is None else rows.packed
-    experts, real = source.experts, source.segment_ids_BT > 0
-    if rows.packed is not None:
-        real = source.segment_ids_RT > 0
+    model, packed = rule.scoring.model, rows.packed
+    experts, segment_ids = rows.experts, rows.segment_ids_BT
+    if packed is not None:
+        experts, segment_ids = packed.experts, packed.segment_ids_RT
+    real = segment_ids > 0
     used = None
     if experts is not None:
         sampled = rule.scoring.replay == "sampler" or experts.old is None
