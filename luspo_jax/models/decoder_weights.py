@@ -6,8 +6,10 @@ made part by part where they belong, and written tensor by tensor: no host ever 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import operator
 import pathlib
 import re
 import shutil
@@ -23,7 +25,7 @@ from jax.experimental import multihost_utils
 from luspo_jax import sharding
 from luspo_jax.models import decoder, safetensors_folder
 from luspo_jax.models.decoder_config import ConfigError, DecoderConfig, decoder_config, hf_config
-from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError
+from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError, listed
 
 _TOP = {
     "model.embed_tokens.weight": ("embedding",),
@@ -43,13 +45,27 @@ _LAYER = {
     "self_attn.o_proj.weight": ("attention", "out", "kernel"),
     "self_attn.o_proj.bias": ("attention", "out", "bias"),
     "post_attention_layernorm.weight": ("mlp_norm", "scale"),
+}
+_MLP = {
     "mlp.gate_proj.weight": ("mlp", "gate", "kernel"),
     "mlp.up_proj.weight": ("mlp", "up", "kernel"),
     "mlp.down_proj.weight": ("mlp", "down", "kernel"),
 }
+_EXPERTS = {
+    "mlp.gate.weight": ("mlp", "router", "kernel"),
+    "mlp.experts.{expert}.gate_proj.weight": ("mlp", "gate", "kernel"),
+    "mlp.experts.{expert}.up_proj.weight": ("mlp", "up", "kernel"),
+    "mlp.experts.{expert}.down_proj.weight": ("mlp", "down", "kernel"),
+}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # in old checkpoints: computed, not learnt
-_SHOWN = 8  # names listed of each kind in an error
+# What a surplus tensor says about a checkpoint, by a part of its name.
+_FOREIGN = {
+    ".mlp.experts.gate_up_proj": "Its experts are stored fused: load it with transformers and save "
+    "it by save_pretrained, which writes one tensor an expert",
+    ".shared_expert": "Shared experts are not implemented",
+    ".e_score_correction_bias": "Routing with a correction of the scores is not implemented",
+}
 
 COPIED_FILES = (
     "generation_config.json",
@@ -73,15 +89,16 @@ class Entry:
 
     Attributes:
       path: keys of the nested dict.
-      layer: index into the leading axis of that parameter; None outside the layers.
-      shape: of the parameter, without the layer axis.
+      place: index into the leading axes of that parameter: none, a layer of its stack, or also
+        an expert of that layer.
+      shape: of the parameter, without these axes.
       hf_shape: of the tensor, which stores a matrix as [outputs, inputs], heads merged.
       transposed: whether the tensor is such a matrix.
       merged: for each dimension of the tensor, which axes of the parameter it merges: (from, to).
     """
 
     path: tuple[str, ...]
-    layer: int | None
+    place: tuple[int, ...]
     shape: tuple[int, ...]
     hf_shape: tuple[int, ...]
     transposed: bool
@@ -115,26 +132,34 @@ class Entry:
 
 def weight_table(config: DecoderConfig) -> dict[str, Entry]:
     """Every tensor of a checkpoint of `config`: hub name -> Entry."""
-    abstract = decoder.abstract_params(config)
+    abstract = _abstract(config)
     table = {}
     for name, path in _TOP.items():
         if (leaf := _leaf(abstract, path)) is not None:
             own = tuple((axis, axis + 1) for axis in range(len(leaf.shape)))
-            table[name] = Entry(path, None, leaf.shape, leaf.shape, False, own)
-    for suffix, path in _LAYER.items():
-        path = ("layers", *path)
-        if (leaf := _leaf(abstract, path)) is None:
-            continue
-        shape = leaf.shape[1:]
-        merged, transposed = ((0, len(shape)),), path[-1] == "kernel"
-        if transposed:
-            inputs = 2 if "out" in path else 1  # how many leading axes are contracted
-            merged = ((inputs, len(shape)), (0, inputs))
-        hf_shape = tuple(math.prod(shape[first:last]) for first, last in merged)
-        for layer in range(config.num_layers):
-            name = f"model.layers.{layer}.{suffix}"
-            table[name] = Entry(path, layer, shape, hf_shape, transposed, merged)
+            table[name] = Entry(path, (), leaf.shape, leaf.shape, False, own)
+    for stack in config.stacks:
+        for suffix, path in (_LAYER | (_EXPERTS if stack.experts else _MLP)).items():
+            path = (stack.name, *path)
+            if (leaf := _leaf(abstract, path)) is None:
+                continue
+            leading = 2 if "{expert}" in suffix else 1
+            first = _entry(path, leaf.shape[leading:])
+            for place in np.ndindex(leaf.shape[:leading]):
+                tail = suffix.format(expert=place[-1])
+                name = f"model.layers.{stack.start + place[0]}.{tail}"
+                table[name] = dataclasses.replace(first, place=place)
     return table
+
+
+def _entry(path, shape):
+    """Entry of the first layer and expert of a parameter, whose shape without them is `shape`."""
+    merged, transposed = ((0, len(shape)),), path[-1] == "kernel"
+    if transposed:
+        inputs = 2 if "out" in path else 1  # how many leading axes are contracted
+        merged = ((inputs, len(shape)), (0, inputs))
+    hf_shape = tuple(math.prod(shape[first:last]) for first, last in merged)
+    return Entry(path, (), shape, hf_shape, transposed, merged)
 
 
 def num_params(config: DecoderConfig) -> int:
@@ -157,7 +182,8 @@ def load_params(
     own devices hold, one device's part of one parameter at a time, so that the host holds no more
     than that part and the tensor it is being read from; a part that several devices hold is read
     once. (A part cut along the tensor's last dimension lies scattered over the file: its bytes
-    alone are copied, yet the disk reads whole pages.)
+    alone are copied, yet the disk reads whole pages.) Routers are float32 in either case, as
+    `decoder.abstract_params` has them.
 
     Raises:
       WeightsError: a missing or damaged file; or all missing, surplus and misshapen tensors at
@@ -165,7 +191,7 @@ def load_params(
         processes, those whose own parts are sound say that another's are not.
     """
     with opened(folder, config, dtype=dtype, check_finite=check_finite) as weights:
-        abstract = decoder.abstract_params(config)
+        abstract = _abstract(config)
         if layout is None:
             params = _map_paths(lambda path, x: weights.part(path, _whole(x.shape)), abstract)
         else:
@@ -185,8 +211,8 @@ class Source:
       folder: where it is.
       read: reads a range of each dimension of a named tensor.
       files: the file of each tensor.
-      tensors: (name, Entry) of the tensors that make up each parameter, by its path, in order.
-      dtype: of the parts made.
+      tensors: (name, Entry) of the tensors that make up each parameter, by path and place.
+      dtypes: of the parts made, by the parameter's path.
       check_finite: whether parts are searched for NaN and infinity.
       tied_head: whether a head is stored that must equal the embedding.
       faults: names of the tensors in which something was found.
@@ -195,21 +221,21 @@ class Source:
     folder: pathlib.Path
     read: Callable[[str, Index], np.ndarray]
     files: dict[str, pathlib.Path]
-    tensors: dict[tuple[str, ...], list[tuple[str, Entry]]]
-    dtype: np.dtype
+    tensors: dict[tuple[str, ...], dict[tuple[int, ...], tuple[str, Entry]]]
+    dtypes: dict[tuple[str, ...], np.dtype]
     check_finite: bool
     tied_head: bool
     faults: set[str] = dataclasses.field(default_factory=set)
 
     def part(self, path: tuple[str, ...], index: Index) -> np.ndarray:
         """One part of the parameter at `path`; reads nothing else."""
-        made = np.empty([s.stop - s.start for s in index], self.dtype)
+        made = np.empty([s.stop - s.start for s in index], self.dtypes[path])
         tensors = self.tensors[path]
-        if tensors[0][1].layer is None:
-            made[...] = self._tensor_part(*tensors[0], index)
-            return made
-        for row, (name, entry) in enumerate(tensors[index[0]]):
-            made[row] = self._tensor_part(name, entry, index[1:])
+        leading = len(next(iter(tensors)))
+        starts = [s.start for s in index[:leading]]
+        for at in np.ndindex(made.shape[:leading]):
+            place = tuple(map(operator.add, starts, at))
+            made[at] = self._tensor_part(*tensors[place], index[leading:])
         return made
 
     def problem(self) -> str | None:
@@ -222,7 +248,7 @@ class Source:
         if self.faults:
             named = [f"{name} ({self.files[name].name})" for name in sorted(self.faults)]
             return (
-                f"{self.folder}: {len(named)} tensors hold NaN or infinity: {_some(named)}; "
+                f"{self.folder}: {len(named)} tensors hold NaN or infinity: {listed(named)}; "
                 f"use an earlier checkpoint or download it again"
             )
         return None
@@ -251,13 +277,15 @@ def opened(
     stored = safetensors_folder.contents(folder)
     table = weight_table(config)
     _check_names(folder, stored, table)
-    tensors = defaultdict(list)
+    tensors = defaultdict(dict)
     for name, entry in table.items():
-        tensors[entry.path].append((name, entry))
+        tensors[entry.path][entry.place] = (name, entry)
+    abstract = _abstract(config, dtype)
+    dtypes = {path: np.dtype(_leaf(abstract, path).dtype) for path in tensors}
     tied_head = config.tie_embeddings and _HEAD in stored
     with safetensors_folder.reader(stored) as read:
         files = {name: tensor.file for name, tensor in stored.items()}
-        yield Source(folder, read, files, tensors, np.dtype(dtype), check_finite, tied_head)
+        yield Source(folder, read, files, tensors, dtypes, check_finite, tied_head)
 
 
 def parts_on(
@@ -327,6 +355,11 @@ def export(
         multihost_utils.sync_global_devices("export")
 
 
+@functools.cache  # the model is traced for it
+def _abstract(config, dtype=jnp.float32):
+    return decoder.abstract_params(config, dtype)
+
+
 def _leaf(tree, path):
     for key in path:
         tree = tree.get(key)
@@ -367,12 +400,12 @@ def _raise_together(problem, layout):
 
 
 def _reader(params, entry):
-    return lambda: entry.to_hf(_on_host(_leaf(params, entry.path), entry.layer))
+    return lambda: entry.to_hf(_on_host(_leaf(params, entry.path), entry.place))
 
 
-def _on_host(leaf, layer):
-    """A parameter, or one layer of it, whole on the host; of several processes, on each."""
-    part = leaf if layer is None else leaf[layer]
+def _on_host(leaf, place):
+    """A parameter, or one layer or expert of it, whole on the host; on each host, of several."""
+    part = _picked(leaf, place)
     if part is leaf and isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
         part = jnp.copy(leaf)  # a spread array keeps what of it has come to the host
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
@@ -380,48 +413,50 @@ def _on_host(leaf, layer):
     return np.asarray(part)
 
 
+def _picked(leaf, place):
+    """`leaf[place]`. Where experts are cut into parts, one of each part is taken first, and from
+    these few the right one: indexing across a cut would gather the stack on every device."""
+    if not place:
+        return leaf
+    if len(place) == 2 and isinstance(leaf, jax.Array):
+        layer, expert = place
+        size = leaf.sharding.shard_shape(leaf.shape)[1]
+        if size < leaf.shape[1]:
+            return _one_of_each_part(leaf, layer, expert % size, size)[expert // size]
+    return leaf[place]
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _one_of_each_part(leaf, layer, number, size):
+    """Expert `number` of every part of `size` experts, of one layer: [parts, ...]."""
+    count, experts, *rest = leaf.shape
+    return leaf.reshape(count, experts // size, size, *rest)[layer, :, number]
+
+
 def _check_params(params, config):
     shapes = [
         {jax.tree_util.keystr(path): leaf.shape for path, leaf in flat}
-        for flat in map(
-            jax.tree_util.tree_leaves_with_path, (params, decoder.abstract_params(config))
-        )
+        for flat in map(jax.tree_util.tree_leaves_with_path, (params, _abstract(config)))
     ]
     wrong = sorted(
         key for key in {*shapes[0], *shapes[1]} if shapes[0].get(key) != shapes[1].get(key)
     )
     if wrong:
         found = [f"{key} is {shapes[0].get(key)}, not {shapes[1].get(key)}" for key in wrong]
-        raise WeightsError(f"the parameters are not those of {config}: {_some(found)}")
+        raise WeightsError(f"the parameters are not those of {config}: {listed(found)}")
 
 
 def _check_names(folder, stored, table):
-    missing = [name for name in table if name not in stored]
-    surplus = [
-        f"{name} ({stored[name].file.name})"
-        for name in sorted(stored)
-        if name not in table and name != _HEAD and not _BUFFERS.search(name)
-    ]
-    misshapen = [
-        f"{name} is {list(stored[name].shape)}, not {list(entry.hf_shape)}"
-        for name, entry in table.items()
-        if name in stored and stored[name].shape != entry.hf_shape
-    ]
-    problems = [
-        f"{len(names)} {kind}: {_some(names)}"
-        for kind, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
-        if names
-    ]
+    shapes = {name: entry.hf_shape for name, entry in table.items()}
+    inert = {name for name in stored if name == _HEAD or _BUFFERS.search(name)}
+    problems = safetensors_folder.misfits(stored, shapes, inert)
     if problems:
+        told = [text for part, text in _FOREIGN.items() if any(part in name for name in stored)]
+        told += ["Use the config.json that belongs to these weights, or download the folder again"]
         raise WeightsError(
             f"the weights of {folder} do not fit its config.json: {'; '.join(problems)}. "
-            f"Use the config.json that belongs to these weights, or download the folder again"
+            f"{'. '.join(told)}"
         )
-
-
-def _some(names):
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _exported_config(config, source, dtype):

@@ -83,7 +83,7 @@ def route(x, kernel_DE, *, count, normalise, replayed=None, real=None, layout=No
     if real is not None:
         probs = jnp.where(real[..., None], probs, 0)
     rows = tuple(range(probs.ndim - 1))
-    hits = jnp.sum(sent[..., None] == jnp.arange(num_experts), axis=-2, dtype=jnp.int32)
+    hits = jnp.sum(jax.nn.one_hot(sent, num_experts, dtype=jnp.int32), axis=-2)
     load_E = jnp.sum(hits, axis=rows).astype(probs.dtype)
     return weights, Routed(ids, load_E, jnp.sum(probs, axis=rows)), sent
 

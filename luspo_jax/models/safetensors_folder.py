@@ -11,8 +11,10 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +27,10 @@ TYPES = {
     "float16": ("F16", np.dtype(np.float16)),
 }
 _READABLE = {code for code, _ in TYPES.values()} | {"F64"}
+
+
+_SHOWN = 8  # names listed of each kind in an error
+_EXPERT = re.compile(r"(.*\.layers)\.(\d+)(\..*experts)\.(\d+)(\..*)")
 
 
 class WeightsError(ValueError):
@@ -73,6 +79,65 @@ def contents(folder: pathlib.Path) -> dict[str, Stored]:
             f"tensors); quantised weights are not implemented, use {sorted(TYPES)}"
         )
     return found
+
+
+def misfits(
+    stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]], ignored: Collection[str] = ()
+) -> list[str]:
+    """What is wrong with the names and shapes of a folder: missing, surplus and misshapen tensors.
+
+    Args:
+      stored: as `contents` finds them.
+      shapes: what there must be.
+      ignored: what there may be besides.
+    """
+    missing = [name for name in shapes if name not in stored]
+    surplus = [
+        f"{name} ({stored[name].file.name})"
+        for name in sorted(stored)
+        if name not in shapes and name not in ignored
+    ]
+    misshapen = [
+        f"{name} is {list(stored[name].shape)}, not {list(shape)}"
+        for name, shape in shapes.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    return [
+        f"{len(names)} {kind}: {listed(names)}"
+        for kind, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen))
+        if names
+    ]
+
+
+def listed(names: list[str]) -> str:
+    """Names for an error, not too many; those of experts that differ in their numbers are one:
+    `model.layers.[0-47].mlp.experts.[3,120-127].up_proj.weight`."""
+    experts = defaultdict(set)  # by name and layer
+    for name in names:
+        if match := _EXPERT.fullmatch(name):
+            head, layer, middle, expert, tail = match.groups()
+            experts[head, middle, tail, int(layer)].add(int(expert))
+    layers = defaultdict(set)  # by name and experts
+    for (*name, layer), numbers in experts.items():
+        layers[(*name, _ranges(numbers))].add(layer)
+    groups = [(name, 1) for name in names if not _EXPERT.fullmatch(name)]
+    for (head, middle, tail, numbers), of in layers.items():
+        count = sum(len(experts[head, middle, tail, layer]) for layer in of)
+        groups.append((f"{head}.{_ranges(of)}{middle}.{numbers}{tail}", count))
+    more = sum(count for _, count in groups[_SHOWN:])
+    return ", ".join(name for name, _ in groups[:_SHOWN]) + (f" and {more} more" if more else "")
+
+
+def _ranges(numbers):
+    """`7` of one number, `[0-3,7]` of several."""
+    runs = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
+    return text if len(numbers) == 1 else f"[{text}]"
 
 
 @contextlib.contextmanager

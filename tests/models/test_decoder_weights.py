@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -15,10 +16,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from luspo_jax.models import safetensors_folder
-from luspo_jax.models.decoder import abstract_params, head_kernel
+from luspo_jax.models.decoder import abstract_params, cast, head_kernel
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, hf_config, read_config
 from luspo_jax.models.decoder_weights import export, load_params, num_params, weight_table
-from luspo_jax.models.safetensors_folder import WeightsError
+from luspo_jax.models.safetensors_folder import WeightsError, listed
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 CONFIG = DecoderConfig(
@@ -42,12 +43,25 @@ CONFIG = DecoderConfig(
     dtype="float32",
 )
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
+EXPERTS = dataclasses.replace(
+    CONFIG,
+    model_type="qwen3_moe",
+    num_layers=4,
+    num_experts=5,
+    experts_per_token=2,
+    expert_dim=7,
+    norm_topk=True,
+)
+MIXED = dataclasses.replace(EXPERTS, dense_layers=(2,), tie_embeddings=True)
+
+
+_abstract = functools.cache(abstract_params)  # the model is traced for it
 
 
 def _params(config=CONFIG, seed=0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(config)
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), _abstract(config)
     )
 
 
@@ -70,7 +84,7 @@ def _rewrite(folder, change):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 900, 1])
-@pytest.mark.parametrize("config", [CONFIG, TIED])
+@pytest.mark.parametrize("config", [CONFIG, TIED, EXPERTS, MIXED])
 def test_export_and_load_are_inverse(tmp_path, config, max_shard_bytes):
     params = _params(config)
     export(tmp_path / "out", params, config, max_shard_bytes=max_shard_bytes)
@@ -94,12 +108,13 @@ def test_shards_keep_to_their_size_and_the_index_tells_the_total(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_types_are_converted_both_ways(tmp_path, dtype):
-    export(tmp_path / "out", _params(), CONFIG, dtype=dtype)
+@pytest.mark.parametrize("config", [CONFIG, MIXED])
+def test_types_are_converted_both_ways(tmp_path, dtype, config):
+    export(tmp_path / "out", _params(config), config, dtype=dtype)
     assert read_config(tmp_path / "out").dtype == dtype
-    rounded = jax.tree.map(lambda x: x.astype(dtype), _params())
-    _assert_equal(load_params(tmp_path / "out", CONFIG, dtype=dtype), rounded)
-    wide = load_params(tmp_path / "out", CONFIG, dtype=jnp.float32)
+    rounded = cast(jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), _params(config)), dtype)
+    _assert_equal(load_params(tmp_path / "out", config, dtype=dtype), rounded)
+    wide = load_params(tmp_path / "out", config, dtype=jnp.float32)
     _assert_equal(wide, jax.tree.map(lambda x: x.astype(np.float32), rounded))
     with pytest.raises(WeightsError, match="'int8' cannot be exported"):
         export(tmp_path / "other", _params(), CONFIG, dtype="int8")
@@ -108,6 +123,36 @@ def test_types_are_converted_both_ways(tmp_path, dtype):
 def test_jax_arrays_export_like_numpy_ones(tmp_path, folder):
     export(tmp_path / "out", jax.tree.map(jnp.asarray, _params()), CONFIG)
     _assert_equal(load_params(tmp_path / "out", CONFIG), load_params(folder, CONFIG))
+
+
+def test_jax_arrays_of_experts_export_like_numpy_ones(tmp_path):
+    params = _params(MIXED)
+    export(tmp_path / "a", params, MIXED)
+    export(tmp_path / "b", jax.tree.map(jnp.asarray, params), MIXED)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_every_expert_has_its_own_tensors(tmp_path):
+    """Names, shapes and transposes of the hub's, written here by hand."""
+    params = _params(MIXED)
+    export(tmp_path / "out", params, MIXED)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    stacks = {0: ("layers_000", 0), 1: ("layers_000", 1), 3: ("layers_003", 0)}
+    for layer, (name, row) in stacks.items():
+        mlp, prefix = params[name]["mlp"], f"model.layers.{layer}.mlp"
+        router_DE = mlp["router"]["kernel"][row]
+        np.testing.assert_array_equal(stored.pop(f"{prefix}.gate.weight"), router_DE.T)
+        for expert in range(5):
+            for ours, theirs in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
+                tensor = stored.pop(f"{prefix}.experts.{expert}.{theirs}.weight")
+                assert tensor.shape == ((6, 7) if ours == "down" else (7, 6))
+                np.testing.assert_array_equal(tensor, mlp[ours]["kernel"][row, expert].T)
+    for ours in ("gate", "up", "down"):
+        tensor = stored.pop(f"model.layers.2.mlp.{ours}_proj.weight")
+        np.testing.assert_array_equal(tensor, params["layers_002"]["mlp"][ours]["kernel"][0].T)
+    assert not [name for name in stored if ".mlp." in name]
+    assert len(stored) == 4 * (2 + 4 + 4 + 2) + 2  # norms, matrices and biases of attention; ends
 
 
 def test_source_files_are_taken_along(tmp_path):
@@ -198,6 +243,88 @@ def test_all_wrong_names_come_in_one_error(folder):
         assert part in str(error.value)
 
 
+@pytest.fixture
+def experts_folder(tmp_path):
+    """A whole checkpoint of EXPERTS in one file."""
+    export(tmp_path / "experts", _params(EXPERTS), EXPERTS)
+    return tmp_path / "experts"
+
+
+def test_missing_experts_are_named_together(experts_folder):
+    def change(tensors):
+        for name in list(tensors):
+            if ".experts.3." in name or ".1.mlp.experts.0." in name:
+                del tensors[name]
+        del tensors["model.layers.2.mlp.experts.1.up_proj.weight"]
+        del tensors["model.layers.2.mlp.gate.weight"]
+
+    _rewrite(experts_folder, change)
+    with pytest.raises(WeightsError) as error:
+        load_params(experts_folder, EXPERTS)
+    for part in [
+        "17 missing: model.layers.2.mlp.gate.weight, ",
+        "model.layers.[0,2-3].mlp.experts.3.gate_proj.weight, ",
+        "model.layers.1.mlp.experts.[0,3].gate_proj.weight, ",
+        "model.layers.2.mlp.experts.[1,3].up_proj.weight, ",
+        "model.layers.[0,2-3].mlp.experts.3.down_proj.weight",
+        "Use the config.json that belongs to these weights",
+    ]:
+        assert part in str(error.value)
+    assert "surplus" not in str(error.value)
+
+
+def test_a_configuration_with_other_experts_is_refused(experts_folder):
+    fewer = dataclasses.replace(EXPERTS, num_experts=3)
+    with pytest.raises(WeightsError, match="24 surplus") as error:
+        load_params(experts_folder, fewer)
+    message = str(error.value)
+    assert "model.layers.[0-3].mlp.experts.[3-4].down_proj.weight (model.safetensors)" in message
+    assert "4 misshapen: model.layers.0.mlp.gate.weight is [5, 6], not [3, 6]" in message
+    more = dataclasses.replace(EXPERTS, num_experts=300)
+    with pytest.raises(WeightsError, match="3540 missing") as error:
+        load_params(experts_folder, more)
+    assert "model.layers.[0-3].mlp.experts.[5-299].up_proj.weight" in str(error.value)
+    assert len(str(error.value)) < 1000
+    wider = dataclasses.replace(EXPERTS, expert_dim=8)
+    with pytest.raises(WeightsError, match="60 misshapen") as error:
+        load_params(experts_folder, wider)
+    assert "[0-3].mlp.experts.[0-4].down_proj.weight is [6, 7], not [6, 8]" in str(error.value)
+    dense = dataclasses.replace(EXPERTS, dense_layers=(1,))
+    with pytest.raises(WeightsError, match=r"3 missing: model\.layers\.1\.mlp\.gate_proj") as error:
+        load_params(experts_folder, dense)
+    assert "16 surplus: model.layers.1.mlp.gate.weight" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.0.mlp.experts.gate_up_proj", "Its experts are stored fused: load it with"),
+        ("model.layers.0.mlp.shared_expert.up_proj.weight", "Shared experts are not implemented"),
+        ("model.layers.1.mlp.shared_expert_gate.weight", "Shared experts are not implemented"),
+        ("model.layers.1.mlp.gate.e_score_correction_bias", "correction of the scores is not"),
+    ],
+)
+def test_tensors_of_other_mixtures_are_refused_by_name(experts_folder, name, message):
+    _rewrite(experts_folder, lambda tensors: tensors.update({name: np.zeros(3, np.float32)}))
+    with pytest.raises(WeightsError, match=f"1 surplus: {name}.*{message}"):
+        load_params(experts_folder, EXPERTS)
+
+
+def test_names_of_experts_are_listed_by_ranges():
+    def name(layer, expert, tail="up_proj.weight"):
+        return f"model.layers.{layer}.mlp.experts.{expert}.{tail}"
+
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([name(3, 12)]) == name(3, 12)
+    several = [name(layer, expert) for layer in (0, 1, 5) for expert in (9, 0, 1, 2)]
+    assert listed(several) == name("[0-1,5]", "[0-2,9]")
+    assert listed([*several[1:], "z"]) == f"z, {name(0, '[0-2]')}, {name('[1,5]', '[0-2,9]')}"
+    many = [name(layer, layer) for layer in range(20)]
+    assert (
+        listed([*many[:3], *"abcdefg", *many[3:]]) == f"a, b, c, d, e, f, g, {many[0]} and 19 more"
+    )
+
+
 def test_another_architecture_is_refused_in_a_short_message(folder):
     other = dataclasses.replace(CONFIG, num_layers=40, model_type="qwen2", qk_norm=False)
     with pytest.raises(WeightsError, match=r"do not fit its config\.json") as error:
@@ -238,6 +365,17 @@ def test_weights_that_are_not_finite_are_named(folder, value, dtype):
     assert "lm_head.weight (model.safetensors)" in str(error.value)
     loaded = load_params(folder, CONFIG, check_finite=False)
     assert not np.isfinite(loaded["head"]).all()
+
+
+def test_experts_that_are_not_finite_are_named(experts_folder):
+    def change(tensors):
+        for expert in (1, 4):
+            tensors[f"model.layers.2.mlp.experts.{expert}.up_proj.weight"][0, 0] = np.nan
+
+    _rewrite(experts_folder, change)
+    with pytest.raises(WeightsError, match="2 tensors hold NaN or infinity") as error:
+        load_params(experts_folder, EXPERTS)
+    assert "model.layers.2.mlp.experts.[1,4].up_proj.weight (model.safe" in str(error.value)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 5000, -1])
@@ -298,6 +436,17 @@ def test_parameter_bytes_are_those_of_the_hub(shared_data):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert 2 * num_params(config) == index["metadata"]["total_size"]
     assert set(weight_table(config)) == set(index["weight_map"])
+
+
+def test_names_and_shapes_of_experts_are_those_of_the_hub(shared_data):
+    configs = shared_data / "qwen" / "configs"
+    config = decoder_config(json.loads((configs / "Qwen3-30B-A3B.config.json").read_text()))
+    table = weight_table(config)
+    assert len(table) == 48 * (9 + 3 * 128) + 3
+    hub = json.loads((configs / "Qwen3-30B-A3B.weight_shapes_excerpt.json").read_text())
+    assert {name: list(table[name].hf_shape) for name in hub} == hub
+    # As the hub's index of the model has it: its total_size, of bfloat16.
+    assert 2 * num_params(config) == 61_064_245_248
 
 
 def test_written_config_suits_both_spellings():

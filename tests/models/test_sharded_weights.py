@@ -1,7 +1,11 @@
 """Parameters made on a mesh: the bits of one device, from no more bytes than its parts have."""
 
 import dataclasses
+import functools
 import math
+import pathlib
+import re
+import shutil
 import tracemalloc
 from collections import Counter
 
@@ -45,17 +49,36 @@ MESHES = [
     {"data": 4, "tensor": 2},
     {"data": 8},
 ]
+EXPERTS = dataclasses.replace(
+    CONFIG,
+    model_type="qwen3_moe",
+    num_experts=8,
+    experts_per_token=2,
+    expert_dim=24,
+    dense_layers=(1,),
+)
+EXPERT_MESHES = [
+    {"expert": 8},
+    {"expert": 4, "fsdp": 2},
+    {"expert": 2, "fsdp": 2, "tensor": 2},
+    {"data": 2, "expert": 4},
+    {"fsdp": 8},
+]
+CASES = [(CONFIG, sizes) for sizes in MESHES] + [(EXPERTS, sizes) for sizes in EXPERT_MESHES]
 
 
 def _layout(sizes):
     return sharding.layout("train", sizes, jax.devices())
 
 
+_abstract = functools.cache(decoder.abstract_params)  # the model is traced for it
+
+
 def _params(config=CONFIG, seed=0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
-        decoder.abstract_params(config),
+        _abstract(config),
     )
 
 
@@ -71,10 +94,19 @@ def _assert_same(spread, whole, layout, config=CONFIG, rtol=0.0):
     jax.tree.map(check, spread, whole, places)
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint of each configuration, only to be read."""
+    made = {config: tmp_path_factory.mktemp("folders") / "model" for config in (CONFIG, EXPERTS)}
+    for config, folder in made.items():
+        export(folder, _params(config), config, max_shard_bytes=9000 * (1 + config.num_experts))
+    return made
+
+
 @pytest.fixture
-def folder(tmp_path):
-    export(tmp_path / "model", _params(), CONFIG, max_shard_bytes=9000)
-    return tmp_path / "model"
+def folder(tmp_path, folders):
+    """A checkpoint of CONFIG to change."""
+    return pathlib.Path(shutil.copytree(folders[CONFIG], tmp_path / "model"))
 
 
 @pytest.fixture
@@ -91,17 +123,20 @@ def bytes_read(monkeypatch):
     return counter
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_loaded_parts_are_those_of_the_whole(folder, sizes, dtype):
+@pytest.mark.parametrize(
+    ("config", "sizes", "dtype"),
+    [(*case, np.float32) for case in CASES] + [(*case, jnp.bfloat16) for case in CASES[1::5]],
+)
+def test_loaded_parts_are_those_of_the_whole(folders, config, sizes, dtype):
     layout = _layout(sizes)
-    loaded = load_params(folder, CONFIG, dtype=dtype, layout=layout)
-    _assert_same(loaded, load_params(folder, CONFIG, dtype=dtype), layout)
+    loaded = load_params(folders[config], config, dtype=dtype, layout=layout)
+    _assert_same(loaded, load_params(folders[config], config, dtype=dtype), layout, config)
 
 
-def test_any_part_is_cut_from_the_whole(folder):
-    """Also parts that no table makes, inside a head or of some layers."""
-    whole = _params()
+@pytest.mark.parametrize("config", [CONFIG, EXPERTS])
+def test_any_part_is_cut_from_the_whole(folders, config):
+    """Also parts that no table makes, inside a head or of some layers and experts."""
+    whole = _params(config)
     rng = np.random.default_rng(1)
 
     def check(path, leaf):
@@ -110,48 +145,85 @@ def test_any_part_is_cut_from_the_whole(folder):
             index = tuple(slice(int(a), int(b)) for a, b in bounds)
             np.testing.assert_array_equal(weights.part(path, index), leaf[index])
 
-    with decoder_weights.opened(folder, CONFIG, dtype="float32", check_finite=True) as weights:
+    folder = folders[config]
+    with decoder_weights.opened(folder, config, dtype="float32", check_finite=True) as weights:
         jax.tree_util.tree_map_with_path(lambda p, x: check(tuple(k.key for k in p), x), whole)
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-def test_weights_are_read_once(folder, bytes_read, sizes):
+@pytest.mark.parametrize(("config", "sizes"), CASES)
+def test_weights_are_read_once(folders, bytes_read, config, sizes):
     """What several devices of a process hold is read once: one copy of every tensor."""
-    load_params(folder, CONFIG, layout=_layout(sizes))
-    table = decoder_weights.weight_table(CONFIG)
+    load_params(folders[config], config, layout=_layout(sizes))
+    table = decoder_weights.weight_table(config)
     assert bytes_read == {name: 4 * math.prod(entry.shape) for name, entry in table.items()}
 
 
+def _read_by(devices, folder, config, sizes):
+    """Reads what a process of these devices would."""
+    places = sharding.shardings(decoder.param_axes(config), _layout(sizes))
+    with decoder_weights.opened(folder, config, dtype="float32", check_finite=True) as weights:
+
+        def read(path, leaf, place):
+            for index, _ in decoder_weights.parts_on(leaf.shape, place, devices):
+                weights.part(tuple(key.key for key in path), index)
+
+        jax.tree_util.tree_map_with_path(read, decoder.abstract_params(config), places)
+
+
 @pytest.mark.parametrize(
-    ("sizes", "shares"), [({"fsdp": 8}, 1.0), ({"fsdp": 4, "tensor": 2}, 1.0), ({"data": 8}, 2.0)]
+    ("config", "sizes", "shares"),
+    [
+        (CONFIG, {"fsdp": 8}, 1.0),
+        (CONFIG, {"fsdp": 4, "tensor": 2}, 1.0),
+        (CONFIG, {"data": 8}, 2.0),
+        (EXPERTS, {"expert": 8}, 1.0),
+        (EXPERTS, {"fsdp": 2, "expert": 4}, 1.0),
+        (EXPERTS, {"data": 2, "expert": 4}, 2.0),
+    ],
 )
-def test_a_process_reads_its_own_parts(folder, bytes_read, sizes, shares):
+def test_a_process_reads_its_own_parts(folders, bytes_read, config, sizes, shares):
     """Two processes of four devices: half each where nothing is held twice, all where all is."""
-    places = sharding.shardings(decoder.param_axes(CONFIG), _layout(sizes))
-    total = 4 * decoder_weights.num_params(CONFIG)
-    flat = jax.tree_util.tree_leaves_with_path(_params())
+    total = 4 * decoder_weights.num_params(config)
+    flat = jax.tree_util.tree_leaves_with_path(_params(config))
     # Norms and biases are few, and some are held by both.
     small = 4 * sum(x.size for path, x in flat if path[-1].key in ("scale", "bias"))
     devices = jax.devices()
     for own in (devices[:4], devices[4:]):
         bytes_read.clear()
-        with decoder_weights.opened(folder, CONFIG, dtype="float32", check_finite=True) as weights:
-
-            def read(path, leaf, place, own=own, weights=weights):
-                for index, _ in decoder_weights.parts_on(leaf.shape, place, own):
-                    weights.part(tuple(key.key for key in path), index)
-
-            jax.tree_util.tree_map_with_path(read, _params(), places)
+        _read_by(own, folders[config], config, sizes)
         most = min(total, shares / 2 * total + small / 2)
         assert shares / 2 * total <= sum(bytes_read.values()) <= most
 
 
-def test_the_host_holds_one_part_at_a_time(tmp_path):
+def test_a_device_reads_the_tensors_of_its_own_experts_alone(folders, bytes_read):
+    """And all of each: matrices of experts are not cut where experts are."""
+    table = decoder_weights.weight_table(EXPERTS)
+    experts = {name: entry.place[1] for name, entry in table.items() if ".experts." in name}
+    assert len(experts) == 2 * 8 * 3
+    for sizes, per_device in (({"expert": 8}, 1), ({"data": 2, "expert": 4}, 2)):
+        for number in (0, 3, 6):
+            bytes_read.clear()
+            _read_by([jax.devices()[number]], folders[EXPERTS], EXPERTS, sizes)
+            first = number * per_device % 8
+            own = [n for n, expert in experts.items() if first <= expert < first + per_device]
+            assert {n: bytes_read[n] for n in experts if n in bytes_read} == {
+                name: 4 * 16 * 24 for name in own
+            }
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "sizes"),
+    [
+        (CONFIG, {"mlp_dim": 2048, "num_layers": 6}, {"fsdp": 4, "tensor": 2}),
+        (EXPERTS, {"expert_dim": 512, "num_layers": 6}, {"expert": 4, "fsdp": 2}),
+    ],
+)
+def test_the_host_holds_one_part_at_a_time(tmp_path, config, changes, sizes):
     """NumPy's peak is one device's part of the largest parameter, a tensor's part, and change."""
-    wide = dataclasses.replace(CONFIG, embed_dim=512, mlp_dim=2048, num_layers=6, vocab_size=4096)
+    wide = dataclasses.replace(config, embed_dim=512, vocab_size=4096, **changes)
     export(tmp_path / "model", jax.tree.map(np.zeros_like, _params(wide)), wide)
     total = 4 * decoder_weights.num_params(wide)
-    layout = _layout({"fsdp": 4, "tensor": 2})
+    layout = _layout(sizes)
     tracemalloc.start()
     loaded = load_params(tmp_path / "model", wide, layout=layout)
     _, peak = tracemalloc.get_traced_memory()
@@ -232,27 +304,29 @@ def test_random_parameters_take_a_parts_memory():
     assert memory.temp_size_in_bytes < 2 * whole // 8
 
 
+def _spread(config, sizes):
+    places = sharding.shardings(decoder.param_axes(config), _layout(sizes))
+    return jax.tree.map(jax.device_put, _params(config), places)
+
+
 @pytest.mark.parametrize(
-    ("sizes", "dtype"), [*((sizes, "float32") for sizes in MESHES), (MESHES[1], "bfloat16")]
+    ("config", "sizes", "dtype"),
+    [*((*case, "float32") for case in CASES), (CONFIG, MESHES[1], "bfloat16")],
 )
-def test_spread_parameters_export_to_the_same_bytes(tmp_path, sizes, dtype):
-    layout = _layout(sizes)
-    export(tmp_path / "whole", _params(), CONFIG, dtype=dtype)
-    spread = jax.tree.map(
-        jax.device_put, _params(), sharding.shardings(decoder.param_axes(CONFIG), layout)
-    )
-    export(tmp_path / "spread", spread, CONFIG, dtype=dtype)
+def test_spread_parameters_export_to_the_same_bytes(tmp_path, config, sizes, dtype):
+    export(tmp_path / "whole", _params(config), config, dtype=dtype)
+    export(tmp_path / "spread", _spread(config, sizes), config, dtype=dtype)
     files = [tmp_path / kind / "model.safetensors" for kind in ("whole", "spread")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_export_brings_one_tensor_at_a_time_to_the_host(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [(CONFIG, {"fsdp": 8}), (EXPERTS, {"expert": 8}), (EXPERTS, {"fsdp": 2, "expert": 4})],
+)
+def test_export_brings_one_tensor_at_a_time_to_the_host(tmp_path, monkeypatch, config, sizes):
     """Never a whole stack: what is asked for on the host is one tensor of the folder."""
-    layout, asked = _layout({"fsdp": 8}), []
-    spread = jax.tree.map(
-        jax.device_put, _params(), sharding.shardings(decoder.param_axes(CONFIG), layout)
-    )
-    fetched = np.asarray
+    spread, asked, fetched = _spread(config, sizes), [], np.asarray
 
     def counted(x, *args, **kwargs):
         if isinstance(x, jax.Array):
@@ -261,6 +335,21 @@ def test_export_brings_one_tensor_at_a_time_to_the_host(tmp_path, monkeypatch):
 
     monkeypatch.setattr(decoder_weights.np, "asarray", counted)
     monkeypatch.setattr(jax, "device_get", lambda _: pytest.fail("the whole tree was fetched"))
-    export(tmp_path / "out", spread, CONFIG)
-    table = decoder_weights.weight_table(CONFIG)
+    export(tmp_path / "out", spread, config)
+    table = decoder_weights.weight_table(config)
     assert asked == [math.prod(entry.shape) for entry in table.values()]
+
+
+@pytest.mark.parametrize("sizes", EXPERT_MESHES[:4])
+def test_no_stack_of_experts_is_gathered_for_one(sizes):
+    """Each device gives the one of its part alone, and these come together in a second program."""
+    leaf_LEDF, layout = _spread(EXPERTS, sizes)["layers_002"]["mlp"]["up"]["kernel"], _layout(sizes)
+    size = 8 // layout.size("experts")
+    compiled = decoder_weights._one_of_each_part.lower(leaf_LEDF, 0, 1 % size, size).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes == 0
+    assert memory.output_size_in_bytes == leaf_LEDF.addressable_shards[0].data[0, 0].nbytes
+    assert not re.search("all-|collective|permute", compiled.as_text())
+    for expert in range(8):
+        found = decoder_weights._on_host(leaf_LEDF, (0, expert))
+        np.testing.assert_array_equal(found, np.asarray(leaf_LEDF)[0, expert])
