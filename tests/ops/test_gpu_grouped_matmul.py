@@ -39,6 +39,18 @@ def test_groups_of_several_tiles():
 
 
 @pytest.mark.usefixtures("_interpreted")
+def test_a_tile_writes_rows_of_its_group_only():
+    """Programs run at once, so none mends another's; what none writes is NaN when interpreted."""
+    x_MD, kernel_EDF, _, sizes_E = cases.inputs([5, 9], 1, 24, 40, spare=40)
+    how = {"implementation": "grouped_gpu"}
+    y_MF = np.asarray(grouped_matmul(x_MD, kernel_EDF, sizes_E, **how))
+    assert np.isfinite(y_MF[:14]).all()
+    assert np.isnan(y_MF[14:]).all()
+    grad_MD = jax.grad(lambda x: jnp.sum(grouped_matmul(x, kernel_EDF, sizes_E, **how)[:14]))(x_MD)
+    assert not np.asarray(grad_MD)[14:].any()
+
+
+@pytest.mark.usefixtures("_interpreted")
 def test_bfloat16_sums_in_float32():
     arrays = cases.inputs([100, 0, 300], 1, 256, 24, jnp.bfloat16)
     out, back, outer = cases.computed("grouped_gpu", *arrays)
