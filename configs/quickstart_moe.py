@@ -1,4 +1,4 @@
-"""The quickstart on a mixture of experts: a Qwen3-MoE of 8 experts a layer, of which a token takes 2.
+"""The quickstart on a mixture of experts: a Qwen3-MoE, 8 experts a layer and 2 a token.
 
 Command : python -m experiments.train --config=configs/quickstart_moe.py --workdir=/tmp/moe
 Hardware: two CPU cores

@@ -45,7 +45,8 @@ def spike_share(rows: list[dict]) -> float:
 
 def largest_norm(rows: list[dict]) -> float:
     """The largest gradient norm of a step over the run's median."""
-    return float(np.max(gradient_norms(rows), initial=math.nan))
+    norms = gradient_norms(rows)
+    return float(np.max(norms)) if len(norms) else math.nan
 
 
 def _outcome(metric, reduce):

@@ -32,8 +32,8 @@ class Base:
         return f"embedded:{self.embedded}" if self.embedded else str(folder)
 
 
-def _mixture(num_experts, count, width, *options):
-    """Experts of a layer and of a token; all bases but the last have 384 numbers of width."""
+def _mixture(num_experts, count, width):
+    """Experts of a layer and of a token; a token's are 96 wide together, as the embedded one's."""
     return Base(
         f"E{num_experts} top-{count}",
         num_experts,
@@ -42,7 +42,6 @@ def _mixture(num_experts, count, width, *options):
             f"--experts_per_token={count}",
             f"--expert_dim={width}",
             "--learning_rate=0.003",
-            *options,
         ),
     )
 
@@ -52,7 +51,7 @@ BASES = {
     for base in (
         Base("dense", 0, embedded="label_sums"),
         Base("E8 top-2", 8, embedded="label_sums_moe"),
-        _mixture(16, 1, 24),
+        _mixture(16, 2, 48),
         _mixture(16, 4, 24),
     )
 }
