@@ -30,7 +30,7 @@ EXPERT_AXES = (
     ("experts", "embed", "mlp"),
     ("experts", "mlp", "embed"),
 )  # of the kernels gate, up and down
-_ROOM = 1.25  # assignments a device sends to another at once, over those of an even spread
+ROOM = 1.25  # assignments a device sends to another at once, over those of an even spread
 
 
 @jax.tree_util.register_dataclass
@@ -409,7 +409,7 @@ class _Exchange:
         self.parts, self.own = layout.size("experts"), own_experts
         self.N, self.K = ids_NK.shape
         A, most = self.N * self.K, self.N * min(self.K, own_experts)
-        self.room = min(most, 8 * math.ceil(_ROOM * A / self.parts / 8))
+        self.room = min(most, 8 * math.ceil(ROOM * A / self.parts / 8))
         self.num_rounds = -(-most // self.room)
         self.ids_A = ids_NK.reshape(-1)
         self.owner_A = jnp.minimum(self.ids_A // own_experts, self.parts)
