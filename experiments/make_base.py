@@ -6,7 +6,7 @@ Under three minutes on two cores. The folder is a Hugging Face checkpoint: a 0.1
 its tokenizer and a README of how it was made and of its measured properties. Training starts with
 traces that write down every step, since a mixture of styles alone teaches the arithmetic far more
 slowly; then comes the mixture that gives the base policy its spread of lengths. Other seeds,
-sizes and mixtures are flags away.
+sizes and mixtures are flags away; with --num_experts=8 it is a Qwen3-MoE.
 """
 
 import functools
@@ -28,6 +28,7 @@ from luspo_jax.datasets import Example, label_lookup, label_sums
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
 from luspo_jax.models.safetensors_folder import WeightsError
+from luspo_jax.ops import grouped_matmul
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Request, Sampling
 
@@ -40,6 +41,12 @@ NUM_TERMS = flags.DEFINE_integer("num_terms", 6, "Labelled values in a problem."
 LAYERS = flags.DEFINE_integer("num_layers", 3, "Decoder layers.", 1)
 EMBED = flags.DEFINE_integer("embed_dim", 64, "Width; a head is a quarter of it.", 8)
 MLP = flags.DEFINE_integer("mlp_dim", 128, "Width of the MLP.", 1)
+
+EXPERTS = flags.DEFINE_integer("num_experts", 0, "Experts of a layer in place of its MLP.", 0)
+EXPERTS_EACH = flags.DEFINE_integer("experts_per_token", 2, "Experts that a token goes to.", 1)
+EXPERT_DIM = flags.DEFINE_integer("expert_dim", 32, "Width of an expert.", 1)
+NORM_TOPK = flags.DEFINE_bool("norm_topk", True, "The weights of a token's experts sum to one.")
+BALANCE = flags.DEFINE_float("balance", 0.01, "Coefficient of the load-balancing loss.", 0.0)
 
 CHAIN_STEPS = flags.DEFINE_integer("chain_steps", 800, "Most steps on plain demonstrations.", 0)
 CHAIN_LOSS = flags.DEFINE_float("chain_loss", 0.02, "Loss at which they have been learnt.", 0.0)
@@ -66,6 +73,7 @@ RECIPE = (
     *(TASK, SEED, NUM_TERMS, LAYERS, EMBED, MLP),
     *(CHAIN_STEPS, CHAIN_LOSS, MIXTURE_STEPS, ROWS, RATE, RESULT_WEIGHT),
 )
+OF_EXPERTS = (EXPERTS, EXPERTS_EACH, EXPERT_DIM, NORM_TOPK, BALANCE)  # where there are any
 MIXTURE = {
     "label_sums": (DIRECT, CHUNK_LOW, CHUNK_MAX),
     "label_lookup": (WRONG, FILLER_LOW, FILLER_HIGH),
@@ -109,9 +117,17 @@ def max_response_length() -> int:
 
 
 def model_config(vocab_size: int) -> DecoderConfig:
-    """The Qwen3 that the flags ask for."""
+    """The Qwen3, or the Qwen3-MoE, that the flags ask for."""
+    experts = {}
+    if EXPERTS.value:
+        experts = {
+            "num_experts": EXPERTS.value,
+            "experts_per_token": EXPERTS_EACH.value,
+            "expert_dim": EXPERT_DIM.value,
+            "norm_topk": NORM_TOPK.value,
+        }
     return DecoderConfig(
-        model_type="qwen3",
+        model_type="qwen3_moe" if experts else "qwen3",
         vocab_size=vocab_size,
         num_layers=LAYERS.value,
         embed_dim=EMBED.value,
@@ -128,6 +144,7 @@ def model_config(vocab_size: int) -> DecoderConfig:
         eos_token_ids=(char_tokenizer.END_ID,),
         pad_token_id=char_tokenizer.PAD_ID,
         dtype="float32",
+        **experts,
     )
 
 
@@ -162,17 +179,45 @@ def computed(tokens_BT: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("config", "adam"), donate_argnums=(0, 1))
 def train_step(params, opt_state, rows, weights_BT, rate, *, config, adam):
-    """One step of Adam on Σ w · (−log p) / Σ w."""
+    """One step of Adam on Σ w · (−log p) / Σ w, and with experts on their balance.
+
+    Gives params, opt_state, the first term, and the most that an expert's load is over an even one.
+    """
 
     def loss(params):
-        scoring = logprobs.Scoring(config, head_chunk_tokens=weights_BT.size)
-        logprobs_BT, _ = logprobs.token_logprobs(params, rows, scoring=scoring)
-        return -(weights_BT * logprobs_BT).sum() / weights_BT.sum()
+        scoring = logprobs.Scoring(
+            config, head_chunk_tokens=weights_BT.size, experts=expert_products()
+        )
+        found = logprobs.scored(params, rows, scoring=scoring)
+        value = -(weights_BT * found.logprobs_BT).sum() / weights_BT.sum()
+        if found.router is None:
+            return value, (value, 0.0)
+        balance, excess = load_balance(found.router)
+        return value + BALANCE.value * balance, (value, excess)
 
-    value, grads = jax.value_and_grad(loss)(params)
+    (_, measured), grads = jax.value_and_grad(loss, has_aux=True)(params)
     grads, _, _ = optimizer.clip_by_global_norm(grads, 1.0)
     params, opt_state = optimizer.apply(adam, params, grads, opt_state, rate=rate)
-    return params, opt_state, value
+    return params, opt_state, *measured
+
+
+def expert_products() -> str:
+    """The name of the grouped product of experts on this platform."""
+    return grouped_matmul.resolve("auto", platform=jax.default_backend())
+
+
+def load_balance(router: logprobs.RouterPass) -> tuple[jax.Array, jax.Array]:
+    """(mean over layers of E · Σ_e f_e · P_e, the fullest expert's load over an even one's − 1).
+
+    f_e is the tokens sent to expert e over all tokens, a constant to the gradient, and P_e the mean
+    of the router's probability: K where either is even (Switch Transformer, arXiv:2101.03961,
+    equations 4–6).
+    """
+    share_LE = jax.lax.stop_gradient(router.load_LE) / router.tokens
+    mean_LE = router.mass_LE / router.tokens
+    num_experts = share_LE.shape[1]
+    loss = num_experts * (share_LE * mean_LE).sum(axis=1).mean()
+    return loss, (share_LE / share_LE.mean(axis=1, keepdims=True)).max() - 1
 
 
 class WarmStart:
@@ -194,7 +239,7 @@ class WarmStart:
             )
             rate = RATE.value * min(1.0, (self.step + 1) / 20)
             rate *= 1.0 - 0.9 * index / num_steps if decay else 1.0
-            self.params, self._opt_state, loss = train_step(
+            self.params, self._opt_state, loss, excess = train_step(
                 self.params,
                 self._opt_state,
                 rows,
@@ -205,7 +250,8 @@ class WarmStart:
             )
             self.step += 1
             if self.step % 50 == 0:
-                print(f"step {self.step:4d}  loss {float(loss):.4f}", flush=True)
+                load = f"  fullest expert +{float(excess):.0%}" if EXPERTS.value else ""
+                print(f"step {self.step:4d}  loss {float(loss):.4f}{load}", flush=True)
             if loss < until:
                 break
         return float(loss)
@@ -225,6 +271,8 @@ def measure(params, config, tokenizer) -> dict[str, str]:
         num_slots=256,
         max_prompt_length=len(records[0].tokens),
         chunk_length=16,
+        experts=expert_products(),
+        record_experts=config.num_experts > 0,
     )
     responses, _ = engine.generate(
         params,
@@ -238,7 +286,8 @@ def measure(params, config, tokenizer) -> dict[str, str]:
             scorer, records, responses, texts=texts, max_length=sampling.max_response_length
         )
     result = evaluate.summarize(responses, rewards, metric="gsm8k", num_samples=EVAL_SAMPLES.value)
-    return properties(result, np.array([len(response.tokens) for response in responses]))
+    table = properties(result, np.array([len(response.tokens) for response in responses]))
+    return table | router_load(responses, config)
 
 
 def properties(result: evaluate.Evaluation, lengths_B: np.ndarray) -> dict[str, str]:
@@ -261,10 +310,40 @@ def properties(result: evaluate.Evaluation, lengths_B: np.ndarray) -> dict[str, 
     }
 
 
+def router_load(responses, config: DecoderConfig) -> dict[str, str]:
+    """How many of the response tokens each expert got; nothing without experts."""
+    if not config.num_experts:
+        return {}
+    # A stop token is sampled, but nothing reads it.
+    ids_NLK = np.concatenate([response.experts[:-1] for response in responses])
+    load_LE = np.stack(
+        [
+            np.bincount(ids.reshape(-1), minlength=config.num_experts)
+            for ids in ids_NLK.swapaxes(0, 1)
+        ]
+    )
+    over_LE = load_LE / load_LE.mean(axis=1, keepdims=True)
+
+    def listed(values):
+        return " ".join(f"{value:.2f}" for value in values)
+
+    return {
+        "load of the fullest expert over an even one, layer by layer": listed(over_LE.max(axis=1)),
+        "load of the emptiest expert over an even one": listed(over_LE.min(axis=1)),
+    }
+
+
 def card(config, table: dict[str, str]) -> str:
     """The README of the folder."""
-    recipe = (*RECIPE, *MIXTURE[TASK.value], EVAL_PROBLEMS, EVAL_SAMPLES)
-    command = " ".join(f"--{flag.name}={flag.value}" for flag in recipe)
+    of_experts = OF_EXPERTS if config.num_experts else ()
+    recipe = (*RECIPE, *of_experts, *MIXTURE[TASK.value], EVAL_PROBLEMS, EVAL_SAMPLES)
+    command = " ".join(flag.serialize() for flag in recipe)
+    kind = "Qwen3 "
+    if config.num_experts:
+        kind = (
+            f"Qwen3-MoE, {config.num_experts} experts a layer and {config.experts_per_token} a "
+            "token,\n"
+        )
     command = textwrap.fill(
         f"python -m experiments.make_base {command} --out=FOLDER",
         width=96,
@@ -276,7 +355,7 @@ def card(config, table: dict[str, str]) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in table.items())
     return f"""# {TASK.value}: a base policy of {decoder_weights.num_params(config):,} parameters
 
-A Qwen3 with random weights, trained on demonstrations of `luspo_jax.datasets.{TASK.value}` by
+A {kind}with random weights, trained on demonstrations of `luspo_jax.datasets.{TASK.value}` by
 `experiments/make_base.py`, so that RL has something to find. Prompts look like
 `{held_out[0].problem}`, right responses like
 `{DEMONSTRATIONS[TASK.value](held_out[0], np.random.default_rng(0), plain=True)}`.

@@ -15,7 +15,7 @@ from luspo_jax.logprobs import Scored
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.run import Run
 from luspo_jax.types import Experts, TrainBatch, TrainState
-from luspo_jax.update import put_rows, score_rows
+from luspo_jax.update import experts_on_host, put_rows, score_rows
 
 
 class MismatchError(RuntimeError):
@@ -75,7 +75,7 @@ def with_old_logprobs(
     )
     if not (needed or check_mismatch):
         return batch
-    scored = _score(run, state.params, batch)
+    scored = _score(run, state.params, batch, record_experts=needed)
     logprobs_BT, entropy_BT = scored.logprobs_BT, scored.entropy_BT
     if scored.router is not None:
         shared, tokens = scored.router.agreement["sampler"], scored.router.tokens
@@ -158,26 +158,33 @@ def _plan(run, rows):
     )
 
 
-def _score(run, params, batch, **changes):
-    """Scored of all rows in NumPy; the router's experts row by row, as everything else."""
+def _score(run, params, batch, record_experts=False, **changes):
+    """Scored of all rows in NumPy; recorded experts row by row, as everything else."""
     sizes = configuration.batch_arithmetic(run.config)
     scoring = dataclasses.replace(run.rule.scoring, **changes)
-    if not run.config.train.packing:
-        parts = sizes.responses_per_step // sizes.responses_per_microbatch
-        rows = put_rows(batch.rows, scoring.layout)
-        scored = score_rows(params, rows, scoring=scoring, num_microbatches=parts)
-        return jax.tree.map(np.asarray, scored)
-    plan = _plan(run, batch.rows)
-    rows = put_rows(packing.packed_rows(batch.rows, plan), scoring.layout)
-    scored = score_rows(params, rows, scoring=scoring, num_microbatches=1)
-    scored = jax.tree.map(np.asarray, scored)
-    router = scored.router
+    rows, plan = batch.rows, None
+    parts = sizes.responses_per_step // sizes.responses_per_microbatch
+    if run.config.train.packing:
+        plan, parts = _plan(run, batch.rows), 1
+        rows = packing.packed_rows(batch.rows, plan)
+    scored = score_rows(
+        params,
+        put_rows(rows, scoring.layout),
+        scoring=scoring,
+        num_microbatches=parts,
+        record_experts=record_experts,
+    )
+    router, experts = scored.router, None
     if router is not None:
-        width = batch.rows.tokens_BT.shape[1]
-        experts = packing.from_rows(router.experts, plan, width)
-        router = dataclasses.replace(router, experts=experts)
-    of_rows = (packing.from_places(x, plan) for x in (scored.logprobs_BT, scored.entropy_BT))
-    return Scored(*of_rows, router)
+        if record_experts:
+            experts = experts_on_host(router, scoring)
+        router = jax.tree.map(np.asarray, dataclasses.replace(router, experts=None))
+    of_rows = [np.asarray(x) for x in (scored.logprobs_BT, scored.entropy_BT)]
+    if plan is not None:
+        of_rows = [packing.from_places(x, plan) for x in of_rows]
+        if experts is not None:
+            experts = packing.from_rows(experts, plan, batch.rows.tokens_BT.shape[1])
+    return Scored(*of_rows, router and dataclasses.replace(router, experts=experts))
 
 
 def _sampler_experts(run, rollouts, length):
@@ -188,10 +195,22 @@ def _sampler_experts(run, rollouts, length):
     layers, count = model.num_expert_layers, model.experts_per_token
     kind = np.uint8 if model.num_experts <= 256 else np.uint16
     placed = np.zeros((len(rollouts.responses), length, layers, count), kind)
-    for row, response in enumerate(rollouts.responses):
-        start = len(response.prompt_experts)
-        placed[row, :start] = response.prompt_experts
-        placed[row, start : start + len(response.experts)] = response.experts
+    for row, (prompt, response) in enumerate(
+        zip(rollouts.prompts, rollouts.responses, strict=True)
+    ):
+        start, end = len(prompt.tokens), len(prompt.tokens) + len(response.tokens)
+        for name, part in (
+            ("prompt_experts", placed[row, :start]),
+            ("experts", placed[row, start:end]),
+        ):
+            ids = getattr(response, name)
+            if ids is None or ids.shape != part.shape:
+                raise ValueError(
+                    f"{name} of the response {response.sample_id} to prompt {prompt.prompt_id} "
+                    f"must be the sampler's, {list(part.shape)}, and is "
+                    f"{None if ids is None else list(ids.shape)}: sample with record_experts=True"
+                )
+            part[:] = ids
     return Experts(sampler=placed)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from luspo_jax import sharding
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.experts import check_ids
 from luspo_jax.ops.attention import inverse_ring_order, ring_order
 from luspo_jax.ops.head_logprobs import head_logprobs
 from luspo_jax.sharding import Layout
@@ -56,7 +57,7 @@ class RouterPass:
 
     Attributes:
       experts: [rows, T, L, K] the routers' own choice at each token of the rows that the model
-        read, packed ones where there are, whatever was replayed.
+        read, packed ones where there are, whatever was replayed; None where it is not kept.
       load_LE: float32 tokens that each expert was sent.
       mass_LE: float32 sums of the routers' probabilities.
       tokens: float32 real tokens.
@@ -64,7 +65,7 @@ class RouterPass:
         summed over real tokens.
     """
 
-    experts: jax.Array
+    experts: jax.Array | None
     load_LE: jax.Array
     mass_LE: jax.Array
     tokens: jax.Array
@@ -126,8 +127,12 @@ def scored(params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring) -> 
 
 def _scored(params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, experts, scoring):
     layout = scoring.layout
+    recorded = {} if experts is None else vars(experts)
+    recorded = {name: ids for name, ids in recorded.items() if ids is not None}
+    for name, ids in recorded.items():
+        check_ids(ids, tokens_BT, scoring.model, f"experts.{name}")
     order, back = _ring(tokens_BT.shape[1], layout)
-    replayed = _replayed(experts, scoring.replay)
+    replayed = recorded.get(scoring.replay)
     hidden_BTD, routed = decoder.forward(
         params,
         order(tokens_BT),
@@ -153,23 +158,17 @@ def _scored(params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, e
         chunk_tokens=scoring.head_chunk_tokens,
         layout=layout,
     )
-    router = None if routed is None else _router_pass(routed, back, segment_ids_BT > 0, experts)
+    router = None if routed is None else _router_pass(routed, back, segment_ids_BT > 0, recorded)
     return Scored(_shift_right(back(logprobs_BT)), _shift_right(back(entropy_BT)), router)
 
 
-def _replayed(experts, replay):
-    return None if experts is None or replay == "none" else getattr(experts, replay)
-
-
-def _router_pass(routed, back, real_BT, experts):
+def _router_pass(routed, back, real_BT, recorded):
     ids = back(routed.experts)
     agreement = {}
-    for name in ("sampler", "old"):
-        recorded = None if experts is None else getattr(experts, name)
-        if recorded is not None:
-            shared = jnp.any(ids[..., :, None] == recorded[..., None, :], axis=-1)
-            share_BT = jnp.mean(shared.astype(jnp.float32), axis=(-2, -1))
-            agreement[name] = jnp.sum(jnp.where(real_BT, share_BT, 0))
+    for name, others in recorded.items():
+        shared = jnp.any(ids[..., :, None] == others[..., None, :], axis=-1)
+        share_BT = jnp.mean(shared.astype(jnp.float32), axis=(-2, -1))
+        agreement[name] = jnp.sum(jnp.where(real_BT, share_BT, 0))
     return RouterPass(
         experts=ids,
         load_LE=routed.load_LE,

@@ -72,6 +72,10 @@ _DECLARED = [
     Metric("actor/update_norm", "mean", "", "global norm of the parameter change"),
     *_spread("actor/ratio", "", "the importance ratio"),
     *_spread("actor/log_ratio", "nats", "the log importance ratio"),
+    Metric("actor/log_ratio_squared/token", "mean", "nats²", "squared log ratio of a token"),
+    Metric(
+        "actor/log_ratio_squared/sequence", "mean", "nats²", "squared mean log ratio of a response"
+    ),
     Metric("actor/ratio_deviation", "mean", "", "mean |importance ratio − 1|"),
     Metric("actor/clipfrac/pos", "mean", "", "clipped share where A > 0"),
     Metric("actor/clipfrac/neg", "mean", "", "clipped share where A < 0"),

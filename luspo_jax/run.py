@@ -1,6 +1,7 @@
 """What a configuration resolves to: model, data, sampler, rewards, and a workdir of its own."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -406,35 +407,38 @@ def memory_estimate(
     """Bytes of the large arrays of a step on one device, by name.
 
     Activations are those of one micro-batch at its longest: per token and layer about
-    16·D + 3·F + 4·N·H values without remat, D with it. An estimate, not a promise.
+    16·D + 3·F + 4·N·H values without remat, D with it; of experts, which always compute theirs
+    again, 6·D + 7·F for each of a token's K, of one layer. An estimate, not a promise.
     """
     sizes = configuration.batch_arithmetic(config)
-    width = {"float32": 4, "bfloat16": 2}
-    compute, sampling = width[config.model.dtype], width[config.model.rollout_dtype]
+    compute, sampling = (
+        jnp.dtype(config.model[name]).itemsize for name in ("dtype", "rollout_dtype")
+    )
     train, rollout = layouts
-    total = decoder_weights.num_params(model)
-    params = total // _parts(train, "embed", "mlp")
+    params = param_bytes(model, train, jnp.float32)
     tokens = sizes.responses_per_microbatch * sizes.tokens_per_row
     if config.train.packing:
         tokens = sizes.packed_rows_per_microbatch * sizes.pack_length
     tokens //= _parts(train, "batch", "length")
     slots = config.rollout.num_slots * sizes.tokens_per_row
     slots //= _parts(sharding.on_own_devices(rollout), "batch", "cache_length")
-    inside = 16 * model.embed_dim + 3 * model.mlp_dim + 4 * model.num_heads * model.head_dim
+    mlp_dim = model.mlp_dim if model.num_expert_layers < model.num_layers else 0
+    inside = 16 * model.embed_dim + 3 * mlp_dim + 4 * model.num_heads * model.head_dim
     kept = (
         model.embed_dim * model.num_layers + inside
         if config.model.remat != "none"
         else (inside * model.num_layers)
     )
+    kept += model.experts_per_token * (6 * model.embed_dim + 7 * model.expert_dim)
     cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
     cached //= _parts(rollout, "kv_heads")
     return {
-        "master weights (float32)": 4 * params,
-        "Adam moments (float32)": 8 * params,
-        "gradients (float32)": 4 * params,
-        "reference policy": 4 * params if configuration.build_objective(config).kl_coef else 0,
-        "policy before a measured update": 4 * params if config.length.every else 0,
-        "rollout weights": sampling * total // _parts(rollout, "mlp")
+        "master weights (float32)": params,
+        "Adam moments (float32)": 2 * params,
+        "gradients (float32)": params,
+        "reference policy": params if configuration.build_objective(config).kl_coef else 0,
+        "policy before a measured update": params if config.length.every else 0,
+        "rollout weights": param_bytes(model, rollout, config.model.rollout_dtype)
         if sampling != 4 or rollout
         else 0,
         "rollout KV cache": sampling * slots * cached,
@@ -444,6 +448,21 @@ def memory_estimate(
         * model.vocab_size
         // _parts(train, "vocab"),
     }
+
+
+@functools.cache  # traces the model
+def param_bytes(model: DecoderConfig, layout: Layout | None, dtype: Any) -> int:
+    """Bytes of one device's part of the parameters in `dtype`, routers in float32 at least.
+
+    What is cut over which axes differs by parameter: experts over the expert axis, norms over none.
+    """
+    params = decoder.abstract_params(model, jnp.dtype(dtype))
+    axes = jax.tree.leaves(decoder.param_axes(model), is_leaf=lambda node: isinstance(node, tuple))
+    return sum(
+        math.prod(layout.sharding(names).shard_shape(x.shape) if layout else x.shape)
+        * x.dtype.itemsize
+        for x, names in zip(jax.tree.leaves(params), axes, strict=True)
+    )
 
 
 def _parts(layout, *axes):

@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from luspo_jax import objectives, optimizer, sharding
 from luspo_jax.logprobs import RouterPass, Scored, Scoring, scored
 from luspo_jax.models import decoder
+from luspo_jax.models.experts import load
 from luspo_jax.objectives import Objective
 from luspo_jax.ops.precision import wide_type
 from luspo_jax.sharding import Layout
@@ -105,19 +107,35 @@ def _fresh(params, rule, marked):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("scoring", "num_microbatches"))
-def score_rows(params: Any, rows: TokenBatch, *, scoring: Scoring, num_microbatches: int) -> Scored:
+@functools.partial(jax.jit, static_argnames=("scoring", "num_microbatches", "record_experts"))
+def score_rows(
+    params: Any,
+    rows: TokenBatch,
+    *,
+    scoring: Scoring,
+    num_microbatches: int,
+    record_experts: bool = False,
+) -> Scored:
     """Scores rows without gradients, one micro-batch at a time; everything on every device.
 
-    `num_microbatches` is that of rows that are not packed. Of packed rows, `router.experts` are in
-    the order of the dense rows.
+    `num_microbatches` is that of rows that are not packed. With `record_experts`, `router.experts`
+    are [micro-batches, rows, T, L, K] of the rows that the model read. A token's take L · K bytes
+    (384 in Qwen3-30B-A3B, and its log-prob and entropy 8), so they stay where the rows lie, and
+    `experts_on_host` fetches them.
     """
 
     def score(carry, part):
-        return carry, scored(params, part, scoring=scoring)
+        found = scored(params, part, scoring=scoring)
+        if found.router is not None and not record_experts:
+            found = dataclasses.replace(
+                found, router=dataclasses.replace(found.router, experts=None)
+            )
+        return carry, found
 
     parts = _split(rows, _num_parts(rows, num_microbatches), scoring.layout)
-    step = score if rows.packed is None else _unless_empty(score, lambda part: part)
+    step = score
+    if rows.packed is not None:
+        step = _unless_empty(score, lambda part: part, scoring.model)
     _, result = jax.lax.scan(step, None, parts)
 
     def whole(x):  # on every process, because the host reads them
@@ -127,8 +145,29 @@ def score_rows(params: Any, rows: TokenBatch, *, scoring: Scoring, num_microbatc
     router = result.router
     if router is not None:
         sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), dataclasses.replace(router, experts=None))
-        router = dataclasses.replace(sums, experts=whole(router.experts))
+        router = dataclasses.replace(sums, experts=router.experts)
     return Scored(whole(result.logprobs_BT), whole(result.entropy_BT), router)
+
+
+def experts_on_host(router: RouterPass, scoring: Scoring) -> np.ndarray:
+    """The experts that `score_rows` recorded as [rows, T, L, K], on every process.
+
+    Micro-batch by micro-batch, because each is on every device for a moment.
+    """
+    if scoring.layout is None:
+        parts = np.asarray(router.experts)
+    else:
+        parts = [
+            np.asarray(_on_every_device(router.experts, np.int32(part), layout=scoring.layout))
+            for part in range(router.experts.shape[0])
+        ]
+    return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnames=("layout",))
+def _on_every_device(parts, index, *, layout):
+    part = jax.lax.dynamic_index_in_dim(parts, index, keepdims=False)
+    return sharding.constrain(part, (None,) * part.ndim, layout)
 
 
 @functools.partial(jax.jit, static_argnames=("rule",), donate_argnames=("state",))
@@ -198,7 +237,7 @@ def update_step(
     num_parts = _num_parts(batch.rows, rule.num_microbatches)
     parts = _split((batch, length_scale_B), num_parts, rule.scoring.layout)
     if batch.rows.packed is not None:
-        accumulate = _unless_empty(accumulate, lambda part: part[0].rows)
+        accumulate = _unless_empty(accumulate, lambda part: part[0].rows, rule.scoring.model)
     grads, found = jax.lax.scan(accumulate, zeros, parts)
     metrics, router = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
     if router is not None:
@@ -219,10 +258,11 @@ def balance_weights(rows: TokenBatch, rule: UpdateRule) -> jax.Array | None:
     """
     if not rule.router_aux_coef:
         return None
-    model, source = rule.scoring.model, rows if rows.packed is None else rows.packed
-    experts, real = source.experts, source.segment_ids_BT > 0
-    if rows.packed is not None:
-        real = source.segment_ids_RT > 0
+    model, packed = rule.scoring.model, rows.packed
+    experts, segment_ids = rows.experts, rows.segment_ids_BT
+    if packed is not None:
+        experts, segment_ids = packed.experts, packed.segment_ids_RT
+    real = segment_ids > 0
     used = None
     if experts is not None:
         sampled = rule.scoring.replay == "sampler" or experts.old is None
@@ -231,11 +271,10 @@ def balance_weights(rows: TokenBatch, rule: UpdateRule) -> jax.Array | None:
         raise ValueError(
             "router_aux_coef > 0 needs the experts that the sampler recorded (TokenBatch.experts)"
         )
-    hits = jnp.sum(used[..., None] == jnp.arange(model.num_experts, dtype=used.dtype), axis=-2)
-    counts_LE = jnp.sum(jnp.where(real[..., None, None], hits, 0), axis=(0, 1))
+    sent = jnp.where(real[..., None, None], used.astype(jnp.int32), model.num_experts)
+    counts_LE = jax.vmap(lambda ids: load(ids, model.num_experts))(jnp.moveaxis(sent, -2, 0))
     tokens = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1)
-    scale = model.num_experts / counts_LE.shape[0] / tokens
-    return scale * counts_LE.astype(jnp.float32) / tokens
+    return model.num_experts / model.num_expert_layers / tokens * counts_LE / tokens
 
 
 def router_metrics(
@@ -346,11 +385,12 @@ def _num_parts(rows, num_microbatches):
     return num_microbatches if rows.packed is None else rows.packed.num_microbatches
 
 
-def _unless_empty(step, rows_of):
-    """A scan's `step` that leaves out micro-batches in which nothing is scored.
+def _unless_empty(step, rows_of, model):
+    """A scan's `step` that leaves out packed micro-batches in which nothing is scored.
 
     The number of packed micro-batches is rounded up so that few programs are compiled; what is
-    added is not computed. Its results are zeros, as those of a masked micro-batch are.
+    added is not computed. Its results are zeros, as those of a masked micro-batch are. Routers are
+    judged by every token: with experts, only what holds none is left out.
     """
 
     def step_or_skip(carry, part):
@@ -358,8 +398,9 @@ def _unless_empty(step, rows_of):
             _, result = jax.eval_shape(step, carry, part)
             return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
 
-        scored = jnp.any(rows_of(part).response_mask_BT)
-        return jax.lax.cond(scored, step, skip, carry, part)
+        rows = rows_of(part)
+        some = rows.packed.segment_ids_RT > 0 if model.num_experts else rows.response_mask_BT
+        return jax.lax.cond(jnp.any(some), step, skip, carry, part)
 
     return step_or_skip
 

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -16,7 +17,7 @@ from luspo_jax import config as configuration
 from luspo_jax import packing, update
 from luspo_jax import run as runs
 from luspo_jax.config import BatchArithmetic
-from luspo_jax.models import decoder_weights, locate
+from luspo_jax.models import locate
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config
 from luspo_jax.rollout import Engine, Request
 from luspo_jax.rollout.engine import SMALLEST_PROMPT
@@ -62,7 +63,7 @@ class Case:
     @property
     def num_params(self) -> int:
         """Parameters of the model."""
-        return _num_params(self.model)
+        return runs.param_bytes(self.model, None, jnp.float32) // 4
 
     @functools.cached_property
     def state(self) -> TrainState:
@@ -72,7 +73,7 @@ class Case:
     @property
     def width(self) -> int:
         """Bytes of a value in training's compute type."""
-        return np.dtype(jax.numpy.dtype(self.config.model.dtype)).itemsize
+        return np.dtype(jnp.dtype(self.config.model.dtype)).itemsize
 
     @functools.cached_property
     def train_parts(self) -> costs.Parts:
@@ -142,9 +143,6 @@ class Case:
         while rooms[-1] < most:
             rooms.append(engine.room(rooms[-1] + 1))
         return rooms
-
-
-_num_params = functools.cache(decoder_weights.num_params)  # traces the model
 
 
 def architecture(config: ConfigDict) -> DecoderConfig:

@@ -1,9 +1,10 @@
 """Operations and bytes of a run's programs, counted by hand, on one device.
 
 Conventions. A product of [m, k] and [k, n] is 2·m·k·n operations. M is the entries of all layers'
-matrices, V·D those of the head. `pairs` are (query, key) pairs that a kernel computes: T(T+1)/2 a
-row of T tokens, as the kernels skip what lies above the diagonal, and nothing else: packed
-segments in a row are masked, not skipped. A pair costs 2·N·H operations a product and layer.
+matrices but those of experts, V·D those of the head. `pairs` are (query, key) pairs that a kernel
+computes: T(T+1)/2 a row of T tokens, as the kernels skip what lies above the diagonal, and nothing
+else: packed segments in a row are masked, not skipped. A pair costs 2·N·H operations a product and
+layer.
 
 Passes of a training step, in units of the forward pass:
 
@@ -12,13 +13,20 @@ Passes of a training step, in units of the forward pass:
                 attention, "dots" the attention alone
     attention   forward 2 products a pair; backward 7 (two kernels, each with scores of its own;
                 "cudnn" and "reference" 5)
+    experts     products of an assignment (a token and one of its K experts): forward 3; backward 8,
+                of which 2 compute the hidden layer again, whatever remat says, and remat nothing
     head        forward 1, backward 3 (logits again, and two gradients); scored tokens only
 
 Memory traffic is the least a program can do: every operand of a product read and every result
 written once a pass, weights also written where they are gathered; logits of a chunk 3 times
 forward and 4 times backward, in float32; the optimizer 9 float32 a parameter. Links: bytes that a
 device receives: (k − 1)/k of what an all-gather over k devices makes whole or a reduce-scatter
-adds up, twice that of an all-reduce; a ring passes keys and values on k − 1 times.
+adds up, twice that of an all-reduce; a ring passes keys and values on k − 1 times. Experts over X
+devices: every assignment's row travels there and back, in buffers larger than an even load fills.
+The load is taken to be even: one round of exchange, and padding is sent like other tokens. A step
+of decoding reads the experts that its assignments touch, each as likely as the next:
+E·(1 − (1 − 1/E)ⁿ) of n. Without an expert axis, few rows have theirs picked out (read, written,
+read).
 
 What is left out: norms, rotations, element-wise work that compilers fuse, latencies, sampling.
 """
@@ -28,6 +36,7 @@ import math
 from collections.abc import Mapping
 
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.experts import EXPERT_AXES, ROOM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +85,8 @@ class Parts:
       embed: devices that weights are cut over and gathered from.
       tensor: heads, mlp and vocabulary.
       copies: devices that hold the same part of the weights and sum gradients.
+      experts: experts of a layer.
+      expert_embed: devices that the kernels of an expert are cut over and gathered from.
     """
 
     batch: int = 1
@@ -83,6 +94,8 @@ class Parts:
     embed: int = 1
     tensor: int = 1
     copies: int = 1
+    experts: int = 1
+    expert_embed: int = 1
 
     @property
     def tokens(self) -> int:
@@ -100,13 +113,22 @@ def parts(layout, *, length: str = "length") -> Parts:
         embed=layout.size("embed"),
         tensor=layout.size("mlp"),
         copies=layout.mesh.size // (layout.size("embed") * layout.size("mlp")),
+        experts=layout.size("experts"),
+        expert_embed=math.prod(layout.mesh.shape[name] for name in layout.cuts(EXPERT_AXES[0])[1]),
     )
 
 
 def matrices(model: DecoderConfig) -> int:
-    """M: entries of the matrices of all layers."""
+    """M: entries of all layers' matrices that every token meets, routers among them."""
     attention = model.embed_dim * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
-    return model.num_layers * (attention + 3 * model.embed_dim * model.mlp_dim)
+    mlps = _dense_layers(model) * 3 * model.embed_dim * model.mlp_dim
+    routers = model.num_expert_layers * model.embed_dim * model.num_experts
+    return model.num_layers * attention + mlps + routers
+
+
+def expert_matrices(model: DecoderConfig) -> int:
+    """Entries of the kernels of all experts of all layers, 3·D·F each."""
+    return model.num_expert_layers * model.num_experts * 3 * model.embed_dim * model.expert_dim
 
 
 def head(model: DecoderConfig) -> int:
@@ -139,19 +161,55 @@ class Rows:
     scored: int
 
 
-def forward(
-    model: DecoderConfig, rows: Rows, part: Parts, width: int, *, share: float = 1.0
-) -> Work:
-    """Layers forward over a micro-batch; `share` of the matrices, for a recomputation."""
+def forward(model: DecoderConfig, rows: Rows, part: Parts, width: int) -> Work:
+    """Layers forward over a micro-batch."""
+    return (
+        _matrix_pass(model, rows, part, width)
+        + expert_pass(model, rows, part, width, gradient=False)
+        + attention(model, rows, part, width, products=2)
+    )
+
+
+def _matrix_pass(model, rows, part, width, share=1.0):
+    """Products with M forward; `share` of them, for a recomputation."""
     M, c = matrices(model), width
     tokens, t = rows.tokens / part.tokens, part.tensor
     flops = 2 * tokens * M * share / t
     gathered = c * M / t
     memory = gathered * (2 if part.embed > 1 else 1) + c * tokens * _touched(model) / t
     links = gathered * _others(part.embed)
-    # Two all-reduces a layer, after the products that sum over heads and over mlp.
-    links += 2 * model.num_layers * 2 * c * tokens * model.embed_dim * _others(t)
-    return Work(flops, memory, links) + attention(model, rows, part, width, products=2)
+    # All-reduces after the products that sum over heads and over mlp.
+    sums = model.num_layers + _dense_layers(model)
+    links += sums * 2 * c * tokens * model.embed_dim * _others(t)
+    return Work(flops, memory, links)
+
+
+def expert_pass(
+    model: DecoderConfig, rows: Rows, part: Parts, width: int, *, gradient: bool
+) -> Work:
+    """Experts of all layers over a micro-batch, forward or backward, with their exchange."""
+    if not model.num_experts:
+        return Work()
+    D, F, c, t = model.embed_dim, model.expert_dim, width, part.tensor
+    tokens = model.num_expert_layers * rows.tokens / part.tokens
+    assigned = tokens * model.experts_per_token
+    # An assignment's values: of products, and of putting rows in order and back.
+    products, of_D, of_F = (8, 7 + 7, 8) if gradient else (3, 2 + 4, 3)
+    kernels = c * expert_matrices(model) / (part.experts * t)
+    memory = kernels * (2 if part.expert_embed > 1 else 1)
+    memory += c * assigned * (of_D * D + of_F * F / t)
+    links = kernels * _others(part.expert_embed)
+    if part.experts > 1:  # rows, and in the backward pass gradients, there; results back
+        sent = (3 if gradient else 2) * c * D + (12 if gradient else 4)
+        memory += 2 * ROOM * assigned * sent
+        links += ROOM * assigned * sent * _others(part.experts)
+    links += 2 * 4 * tokens * D * _others(t)
+    if gradient:
+        grads = 4 * expert_matrices(model) / (part.experts * t)
+        own = grads / part.expert_embed
+        memory += 2 * grads + 3 * own
+        links += grads * _others(part.expert_embed) + 2 * own * _others(part.copies)
+    return Work(products * 2 * assigned * D * F / t, memory, links)
 
 
 def attention(model: DecoderConfig, rows: Rows, part: Parts, width: int, *, products: int) -> Work:
@@ -179,19 +237,18 @@ def backward(
     tokens = rows.tokens / part.tokens
     layers, with_attention = _RECOMPUTED[remat]
     # The products themselves twice; weights gathered once more, gradients reduced in float32.
-    plain = dataclasses.replace(rows, pairs=0)
-    work = forward(model, plain, part, width)
+    work = _matrix_pass(model, rows, part, width)
     work = Work(2 * work.flops, 2 * work.memory, work.links)
     grads = 4 * M / t
     work += Work(0, 2 * grads + 3 * grads / part.embed, grads * _others(part.embed))
     work += Work(0, 0, 2 * grads / part.embed * _others(part.copies))
+    work += expert_pass(model, rows, part, width, gradient=True)
     products = 5 if kernel in ("cudnn", "reference") else 7
     work += attention(model, rows, part, width, products=products)
     if layers:
-        last = model.num_layers * model.embed_dim * model.mlp_dim
-        again = dataclasses.replace(rows, pairs=rows.pairs if with_attention else 0)
-        work += forward(model, again, part, width, share=1 - last / M)
-    elif with_attention:
+        last = _dense_layers(model) * model.embed_dim * model.mlp_dim
+        work += _matrix_pass(model, rows, part, width, share=1 - last / M)
+    if with_attention:
         work += attention(model, rows, part, width, products=2)
     # Rows of the embedding travel as activations, and their gradients.
     work += Work(
@@ -235,9 +292,9 @@ def training(
     )
 
 
-def optimizer(num_params: int, part: Parts) -> Work:
-    """AdamW in float32: clip (read, write), then weights, both moments and the gradient."""
-    return Work(0, 4 * 9 * num_params / (part.embed * part.tensor), 0)
+def optimizer(params: float) -> Work:
+    """AdamW: clip (read, write), then weights, both moments and the gradient, `params` bytes."""
+    return Work(0, 9 * params, 0)
 
 
 def prefill(model: DecoderConfig, prompts: int, length: int, part: Parts, width: int) -> Work:
@@ -248,7 +305,8 @@ def prefill(model: DecoderConfig, prompts: int, length: int, part: Parts, width:
 
 
 def decode_step(model: DecoderConfig, slots: int, room: int, part: Parts, width: int) -> Work:
-    """One token for every slot of a host: all weights and the whole cache are read.
+    """One token for every slot of a host: the whole cache is read, and all weights but those of
+    experts that no token goes to.
 
     `room` is the allocated length of the cache, which is read however short the rows are.
     """
@@ -259,10 +317,33 @@ def decode_step(model: DecoderConfig, slots: int, room: int, part: Parts, width:
     flops += 4 * model.num_heads * model.head_dim * model.num_layers * rows * seen / t
     memory = width * weights / t + rows * seen * kv_bytes(model, width) / t
     memory += 4 * 4 * rows * model.vocab_size
-    links = 4 * model.num_layers * width * rows * model.embed_dim * _others(t)
+    reduced = model.num_layers + _dense_layers(model)
+    links = 2 * reduced * width * rows * model.embed_dim * _others(t)
     links += 4 * rows * model.vocab_size * _others(t)
     sums = 2 * 4 * model.num_heads * (model.head_dim + 1) / t * model.num_layers * rows
-    return Work(flops, memory, links + sums * _others(part.length))
+    own = Work(flops, memory, links + sums * _others(part.length))
+    return own + _decoding_experts(model, rows, part, width)
+
+
+def touched(assignments: float, num_experts: int) -> float:
+    """How many experts n assignments reach if each is as likely as the next: E·(1 − (1 − 1/E)ⁿ)."""
+    return num_experts * (1 - (1 - 1 / num_experts) ** assignments)
+
+
+def _decoding_experts(model, rows, part, width):
+    """Experts of all layers, a token for each of `rows` rows of a device."""
+    if not model.num_experts:
+        return Work()
+    E, X, t = model.num_experts, part.experts, part.tensor
+    assigned, kernel = rows * model.experts_per_token, 3 * model.embed_dim * model.expert_dim / t
+    few = X == 1 and 2 * assigned <= E
+    read = 3 * assigned if few else touched(assigned * X, E) / X
+    # All devices along the axis see all rows; their results are added up in float32.
+    seen = rows * X
+    links = seen * ((width + 4) * model.embed_dim + 8 * model.experts_per_token) * _others(X)
+    links += 2 * 4 * seen * model.embed_dim * _others(t)
+    one = Work(2 * assigned * kernel, width * read * kernel, links)
+    return one * model.num_expert_layers
 
 
 def fill(
@@ -274,12 +355,15 @@ def fill(
     return Work(0, 2 * copied, prompts * length * a_token * _others(part.batch))
 
 
-def hand_over(num_params: int, train: Parts, rollout: Parts, width: int) -> Work:
-    """Master weights read, cast, and made as whole as the rollout wants them."""
-    own = num_params / (train.embed * train.tensor)
-    wanted = num_params / rollout.tensor
-    received = width * max(0.0, wanted - own)
-    return Work(0, 4 * own + width * (own + wanted), received)
+def hand_over(own: float, cast: float, wanted: float) -> Work:
+    """Master weights read, cast, and made as whole as the rollout wants them.
+
+    Args:
+      own: bytes of a device's part of the master weights.
+      cast: of the same in the sampler's type.
+      wanted: of what the sampler wants on a device.
+    """
+    return Work(0, own + cast + wanted, max(0.0, wanted - cast))
 
 
 def power_lengths(mean: float, longest: int, count: int) -> list[int]:
@@ -342,7 +426,14 @@ def _touched(model):
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     attention = model.embed_dim + heads + model.num_heads * model.head_dim + model.embed_dim
     mlp = model.embed_dim + 2 * model.mlp_dim + model.mlp_dim + model.embed_dim
-    return model.num_layers * (attention + mlp)
+    router = model.embed_dim + model.num_experts
+    return (
+        model.num_layers * attention + _dense_layers(model) * mlp + model.num_expert_layers * router
+    )
+
+
+def _dense_layers(model):
+    return model.num_layers - model.num_expert_layers
 
 
 def _others(count):

@@ -17,14 +17,23 @@ from experiments.rehearsal import case as cases
 from experiments.rehearsal import costs
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.costs import Rows, Work
+from experiments.rehearsal.resident import (
+    cache_bytes,
+    device_bytes,
+    parked,
+    state_bytes,
+    weights_bytes,
+)
 from luspo_jax import config as configuration
 from luspo_jax import update
 from luspo_jax.length import laboratory
 from luspo_jax.models import decoder
+from luspo_jax.models.experts import id_type
 from luspo_jax.rollout import handover, slots
 from luspo_jax.rollout.sampling import rollout_key
+from luspo_jax.run import param_bytes
 from luspo_jax.sharding import MESH_AXES, Layout, same_order
-from luspo_jax.types import PackedRows, TokenBatch, TrainBatch
+from luspo_jax.types import Experts, PackedRows, TokenBatch, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,29 +126,6 @@ def programs(case: Case, *, pressure: bool = True) -> list[Program]:
     return found
 
 
-# ---------------------------------------------------------------- what lies beside a program
-
-
-def state_bytes(case: Case, *names: str) -> dict[str, float]:
-    """Bytes on a device of those parts of the train state that there are."""
-    one = 4 * case.num_params / (case.train_parts.embed * case.train_parts.tensor)
-    marked = case.config.length.every > 0
-    sizes = {
-        "params": one,
-        "opt_state": 2 * one,
-        "ref_params": one if case.rule.objective.kl_coef else 0,
-        "marked_params": one if marked else 0,
-    }
-    return {name: sizes[name] for name in names if sizes[name]}
-
-
-def parked(case: Case, *without: str) -> dict[str, float]:
-    """The train state during a rollout, what is offloaded left out."""
-    gone = {*update.OFFLOADS[case.config.train.offload], *without}
-    names = ("params", "opt_state", "ref_params", "marked_params")
-    return state_bytes(case, *[name for name in names if name not in gone])
-
-
 # ---------------------------------------------------------------- hand-over
 
 
@@ -148,10 +134,10 @@ def _hand_over(case):
     dtype = jnp.dtype(case.config.model.rollout_dtype)
     if train is None and dtype == jnp.float32:
         return []  # the sampler reads the master weights
-    whole = costs.parts(rollout)
     args = {"config": case.model, "layout": rollout, "dtype": dtype}
     beside = parked(case, "params")
-    work = costs.hand_over(case.num_params, case.train_parts, whole, dtype.itemsize)
+    own, cast = (param_bytes(case.model, train, kind) for kind in (jnp.float32, dtype))
+    work = costs.hand_over(own, cast, weights_bytes(case))
 
     def lower():
         return handover.lower_rollout_params(case.state.params, **args)
@@ -167,14 +153,14 @@ def _hand_over(case):
         axes = jax.tree.leaves(
             decoder.param_axes(case.model), is_leaf=lambda node: isinstance(node, tuple)
         )
-        cast = [
-            jax.ShapeDtypeStruct(x.shape, dtype, sharding=again.sharding(names))
-            for x, names in zip(leaves, axes, strict=True)
+        kinds = jax.tree.leaves(decoder.abstract_params(case.model, dtype))
+        made = [
+            jax.ShapeDtypeStruct(x.shape, kind.dtype, sharding=again.sharding(names))
+            for x, kind, names in zip(leaves, kinds, axes, strict=True)
         ]
-        return handover.lower_rollout_params(jax.tree.unflatten(treedef, cast), **args)
+        return handover.lower_rollout_params(jax.tree.unflatten(treedef, made), **args)
 
-    own = case.num_params / (case.train_parts.embed * case.train_parts.tensor)
-    only_cast = Work(0, (4 + dtype.itemsize) * own, 0)
+    only_cast = Work(0, own + cast, 0)
     beside_cast = {**beside, **state_bytes(case, "params")}
     return [
         Program("hand-over cast", lower, only_cast, 1, beside),
@@ -276,27 +262,6 @@ def _sampler(case, engine, prompts, group_size, suffix):
     return found
 
 
-def weights_bytes(case: Case) -> float:
-    """Bytes of the sampler's weights on a device, 0 where it reads the master weights."""
-    dtype = jnp.dtype(case.config.model.rollout_dtype)
-    if case.layouts[0] is None and dtype == jnp.float32:
-        return 0
-    return dtype.itemsize * case.num_params / case.rollout_parts.tensor
-
-
-def cache_bytes(case: Case, count: int, room: int, width: int) -> float:
-    """Bytes on a device of the cache of `count` slots of a host."""
-    part = case.rollout_parts
-    whole = count * room * costs.kv_bytes(case.model, width)
-    return whole / (part.batch * part.length * part.tensor)
-
-
-def growing_bytes(case: Case, count: int, rooms: list[int], width: int) -> float:
-    """Bytes on a device while the cache grows for the last time: half of the old one is left."""
-    old = cache_bytes(case, count, rooms[-2], width) / 2 if len(rooms) > 1 else 0.0
-    return cache_bytes(case, count, rooms[-1], width) + old
-
-
 def decoding(case: Case, engine: Any, prompts: int, group_size: int) -> costs.Decoding:
     """Decode steps of one host for its share of the responses."""
     wanted = prompts * group_size
@@ -373,14 +338,6 @@ def _training(case):
     return found
 
 
-def device_bytes(tree: Any) -> float:
-    """Bytes that a device holds of arrays, by their shapes and shardings."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
-
-
 def scores_old(case: Case) -> bool:
     """Whether a step scores its responses before it updates."""
     objective = case.rule.objective
@@ -394,7 +351,7 @@ def scores_old(case: Case) -> bool:
 def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
     """(rows, num_microbatches, work) of the pass that scores all responses of a step."""
     sizes = case.sizes
-    rows, used, micro = _rows(case, sizes.responses_per_step)
+    rows, used, micro = _rows(case, sizes.responses_per_step, "sampler")
     parts = (
         1
         if case.config.train.packing
@@ -410,11 +367,12 @@ def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
 def train_batch(case: Case) -> tuple[TrainBatch, Work]:
     """(batch, work) of one optimizer step."""
     scoring, objective = case.rule.scoring, case.rule.objective
-    rows, used, micro = _rows(case, case.sizes.responses_per_minibatch)
-    B, T = rows.tokens_BT.shape
-    numbers_BT = jax.ShapeDtypeStruct((B, T), jnp.float32)
     several = case.sizes.updates_per_step > 1
     ranked = objective.top_entropy_quantile < 1
+    recorded = ("sampler", "old") if scores_old(case) else ("sampler",)
+    rows, used, micro = _rows(case, case.sizes.responses_per_minibatch, *recorded)
+    B, T = rows.tokens_BT.shape
+    numbers_BT = jax.ShapeDtypeStruct((B, T), jnp.float32)
     batch = TrainBatch(
         rows=rows,
         advantages_B=jax.ShapeDtypeStruct((B,), jnp.float32),
@@ -428,12 +386,15 @@ def train_batch(case: Case) -> tuple[TrainBatch, Work]:
         case.model, micro, case.train_parts, case.width,
         remat=scoring.remat, kernel=scoring.attention, chunk=scoring.head_chunk_tokens,
     )  # fmt: skip
-    work = work * used + costs.optimizer(case.num_params, case.train_parts)
+    work = work * used + costs.optimizer(param_bytes(case.model, case.layouts[0], jnp.float32))
     return update.abstract_rows(case.on(batch), scoring.layout), work
 
 
-def _rows(case, responses):
-    """(TokenBatch of shapes, micro-batches computed, Rows of one) of `responses` responses."""
+def _rows(case, responses, *recorded):
+    """(TokenBatch of shapes, micro-batches computed, Rows of one) of `responses` responses.
+
+    `recorded` names the passes whose experts come with the rows of a mixture of experts.
+    """
     T = cases.row_length(case)
     lengths = case.response_lengths[:responses]
     packed = None
@@ -445,6 +406,7 @@ def _rows(case, responses):
         packed = PackedRows(
             ints, ints, ints, jax.ShapeDtypeStruct((R, long), bool),
             jax.ShapeDtypeStruct((B,), jnp.int32), plan.rows_per_microbatch,
+            _experts(case.model, (R, long), recorded),
         )  # fmt: skip
         used, at_once = plan.used_microbatches, plan.rows_per_microbatch
     else:
@@ -452,9 +414,19 @@ def _rows(case, responses):
         at_once = case.sizes.responses_per_microbatch
         used = responses // at_once
     ints = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    rows = TokenBatch(ints, ints, ints, jax.ShapeDtypeStruct((B, T), bool), packed)
+    experts = _experts(case.model, (B, T), recorded) if packed is None else None
+    rows = TokenBatch(ints, ints, ints, jax.ShapeDtypeStruct((B, T), bool), packed, experts)
     scored = math.ceil(sum(lengths) / used)
     return rows, used, Rows(at_once * long, costs.causal_pairs(at_once, long), scored)
+
+
+def _experts(model, rows, recorded):
+    """Recorded experts of rows [R, T]; None where the model has none."""
+    if not model.num_experts:
+        return None
+    shape = (*rows, model.num_expert_layers, model.experts_per_token)
+    ids = jax.ShapeDtypeStruct(shape, id_type(model.num_experts))
+    return Experts(**dict.fromkeys(recorded, ids))
 
 
 # ---------------------------------------------------------------- length pressure

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs
+from experiments.rehearsal import costs, programs, resident
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.programs import Compiled, Program
 from experiments.rehearsal.topologies import Topology
 from luspo_jax import update
-from luspo_jax.models import decoder_weights
 
 # Shares of the peak that a run is expected to reach, for the estimate beside the roofline: MaxText
 # publishes 45 % of a v5p's compute for pre-training, verl 31 to 40 % of an H100's for RL updates;
@@ -44,7 +43,7 @@ def rehearse(
         "topology": _machine(case.topology),
         "meshes": cases.whole_host(case),
         "attention": {"training": case.rule.scoring.attention, "prefill": case.engine.attention},
-        "parameters": decoder_weights.num_params(case.model),
+        "parameters": case.num_params,
         "lengths": {"prompt": case.lengths.prompt, "mean": case.lengths.mean,
                     "longest": case.lengths.longest},
         "batch": str(case.sizes),
@@ -113,7 +112,7 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
             held_out = [a + b for a, b in zip(held_out, both, strict=True)]
         else:
             phases[program.name] = both
-    moved = sum(programs.state_bytes(case, *update.OFFLOADS[case.config.train.offload]).values())
+    moved = sum(resident.state_bytes(case, *update.OFFLOADS[case.config.train.offload]).values())
     if moved:
         phases["offload and back"] = [2 * moved / _HOST_LINK] * 2
     total = [sum(both[i] for both in phases.values()) for i in (0, 1)]
@@ -168,9 +167,9 @@ def capacity(case: Case, records: dict[str, Any]) -> dict[str, Any]:
     count = case.slots(
         engine, case.share(case.config.rollout.prompts_per_step) * case.config.rollout.group_size
     )
-    a_slot = programs.cache_bytes(case, batch, rooms[-1], width)  # one on every device
-    before = programs.cache_bytes(case, batch, rooms[-2], width) if len(rooms) > 1 else 0.0
-    beside = sum(decode["bytes"]["beside"].values()) + programs.weights_bytes(case)
+    a_slot = resident.cache_bytes(case, batch, rooms[-1], width)  # one on every device
+    before = resident.cache_bytes(case, batch, rooms[-2], width) if len(rooms) > 1 else 0.0
+    beside = sum(decode["bytes"]["beside"].values()) + resident.weights_bytes(case)
     # What the program holds beside weights and cache; of a refused one that is not known.
     rest = 0.0 if decode["compiler_error"] else decode["bytes"]["temporaries"]
     free = case.topology.chip.usable - beside

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs, report
+from experiments.rehearsal import costs, programs, report, resident
 from experiments.rehearsal.case import Case
 from luspo_jax import config as configuration
 from luspo_jax.config import ConfigError
@@ -168,14 +168,19 @@ def _valid(case, options) -> Iterator[tuple[Changes, Case]]:
 
 
 def _training(case):
-    """Remat, rows at once, devices a row, and tokens whose logits exist at one time."""
+    """Remat, rows at once, devices a row or that share experts, and tokens whose logits exist at
+    one time."""
     config, devices = case.config, len(case.topology.devices)
     contexts = [c for c in (1, 2, 4, 8, 16) if devices % c == 0]
     head = sorted({config.model.head_chunk_tokens, 512})
+    experts = _expert_axes(case, config.mesh)
     options = []
-    for remat, context, chunk, times in itertools.product(_REMAT, contexts, head, (1, 2, 4)):
+    for remat, context, expert, chunk, times in itertools.product(
+        _REMAT, contexts, experts, head, (1, 2, 4)
+    ):
         option = {"model.remat": remat, "model.head_chunk_tokens": chunk}
         option |= {"mesh.context": context} if context != config.mesh.context else {}
+        option |= {"mesh.expert": expert} if expert != config.mesh.expert else {}
         batch = devices // context // max(1, config.mesh.tensor)
         if config.train.packing:
             option["train.microbatch_tokens"] = times * batch * case.sizes.pack_length
@@ -188,13 +193,24 @@ def _training(case):
     return _valid(case, [{}, *options])
 
 
+def _expert_axes(case, mesh):
+    """Devices that share experts: as they are, none, or a host's."""
+    if not case.model.num_experts:
+        return [mesh.expert]
+    return sorted({mesh.expert, 1, case.topology.chip.host_devices})
+
+
 def _rollout(case, found):
     """Slots, what waits in host memory, and devices that share the weights."""
     config = case.config
     offload = "both" if case.rule.objective.kl_coef else "optimizer"
     options: list[Changes] = [{}]
-    for tensor, waits in itertools.product((1, 2, 4, 8), (config.train.offload, offload)):
+    experts = _expert_axes(case, config.rollout_mesh)
+    for tensor, expert, waits in itertools.product(
+        (1, 2, 4, 8), experts, (config.train.offload, offload)
+    ):
         option = {"rollout_mesh.tensor": tensor, "train.offload": waits}
+        option |= {"rollout_mesh.expert": expert} if expert != config.rollout_mesh.expert else {}
         try:
             other = changed(case, option)
         except (ConfigError, MeshError, ValueError):
@@ -216,11 +232,11 @@ def _live(case, other, found):
     width, rooms = other.engine.dtype.itemsize, other.rooms(other.engine)
     batch = other.rollout_parts.batch
     one = found["programs"]["decode chunk"]
-    beside = sum(programs.parked(other).values()) + programs.weights_bytes(other)
+    beside = sum(resident.parked(other).values()) + resident.weights_bytes(other)
     free = other.topology.chip.usable - beside - one["bytes"]["beside"]["pool of prompts"]
     rest = 0 if one["compiler_error"] else one["bytes"]["temporaries"]
-    growing = free / programs.growing_bytes(other, batch, rooms, width)
-    decoding = (free - rest) / programs.cache_bytes(other, batch, rooms[-1], width)
+    growing = free / resident.growing_bytes(other, batch, rooms, width)
+    decoding = (free - rest) / resident.cache_bytes(other, batch, rooms[-1], width)
     wanted = other.share(other.config.rollout.prompts_per_step) * other.config.rollout.group_size
     return min(max(0, int(min(growing, decoding))) * batch, wanted)
 
@@ -262,10 +278,10 @@ def _counted(case, name):
     if name.startswith("hand-over"):
         cache = 0.0
     elif name.startswith("grow"):
-        cache = programs.growing_bytes(case, count, rooms, width)
+        cache = resident.growing_bytes(case, count, rooms, width)
     else:
-        cache = programs.cache_bytes(case, count, rooms[-1], width)
-    return cache + programs.weights_bytes(case) + sum(programs.parked(case).values())
+        cache = resident.cache_bytes(case, count, rooms[-1], width)
+    return cache + resident.weights_bytes(case) + sum(resident.parked(case).values())
 
 
 def _counted_training(case, name):
@@ -274,18 +290,20 @@ def _counted_training(case, name):
     rows = sizes.packed_rows_per_microbatch or sizes.responses_per_microbatch
     tokens = rows * (sizes.pack_length or sizes.tokens_per_row) / part.tokens
     model = case.model
-    layer = 16 * model.embed_dim + 3 * model.mlp_dim + 4 * model.num_heads * model.head_dim
+    mlp_dim = model.mlp_dim if model.num_expert_layers < model.num_layers else 0
+    layer = 16 * model.embed_dim + 3 * mlp_dim + 4 * model.num_heads * model.head_dim
     kept = {
         "none": layer, "full": model.embed_dim, "offload": model.embed_dim,
         "attention": model.embed_dim + model.num_heads * model.head_dim,
-        "dots": 4 * model.embed_dim + 2 * model.mlp_dim + 2 * model.num_heads * model.head_dim,
+        "dots": 4 * model.embed_dim + 2 * mlp_dim + 2 * model.num_heads * model.head_dim,
     }[case.config.model.remat]  # fmt: skip
     if name == "log-probs":
         kept = 0
     inside = 0 if case.config.model.remat == "none" and name != "log-probs" else layer
+    inside += model.experts_per_token * (6 * model.embed_dim + 7 * model.expert_dim)
     activations = width * tokens * (model.num_layers * kept + inside) / part.tensor
     head = costs.head(model) / part.tensor * (width + (4 if name != "log-probs" else 0))
     logits = 8 * case.config.model.head_chunk_tokens * model.vocab_size / part.tensor
-    state = sum(programs.state_bytes(case, "params", "opt_state", "ref_params").values())
-    gradients = 2 * 4 * case.num_params / (part.embed * part.tensor)
+    state = sum(resident.state_bytes(case, "params", "opt_state", "ref_params").values())
+    gradients = 2 * resident.state_bytes(case, "params")["params"]
     return state + gradients + activations + head + logits

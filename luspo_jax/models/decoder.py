@@ -13,7 +13,7 @@ import numpy as np
 
 from luspo_jax import sharding
 from luspo_jax.models.decoder_layers import REMAT, Decoder, KVCache
-from luspo_jax.models.experts import EXPERT_AXES, ROUTER_AXES, Routed
+from luspo_jax.models.experts import EXPERT_AXES, ROUTER_AXES, Routed, check_ids
 from luspo_jax.ops.attention import attention as attend
 from luspo_jax.ops.decode_attention import CACHE_AXES, append_and_attend
 from luspo_jax.ops.normal_slice import normal_slice
@@ -108,7 +108,10 @@ def forward(
         _attend_sequence, implementation=attention, keep=False, layout=layout
     )
     decoder = Decoder(config, attend_fn, dtype, remat=remat, experts=experts, layout=layout)
-    replayed = None if replayed_BTLK is None else jnp.moveaxis(replayed_BTLK, -2, 0)
+    replayed = None
+    if replayed_BTLK is not None:
+        check_ids(replayed_BTLK, tokens_BT, config, "replayed_BTLK")
+        replayed = jnp.moveaxis(replayed_BTLK, -2, 0)
     hidden_BTD, _, _, routed = decoder.apply(
         {"params": params},
         tokens_BT,
@@ -170,6 +173,7 @@ def decode_step(
     dtype=jnp.float32,
     attention="auto",
     experts="reference",
+    real_B=None,
     layout=None,
 ):
     """(hidden state [B, D] of one more token a row, the cache with it written in, expert ids).
@@ -177,13 +181,13 @@ def decode_step(
     Token b sits at position `lengths_B[b]`, where its key and value are written, and sees the
     entries up to and including its own. `attention` is an implementation of
     `ops.decode_attention`, `experts` of `ops.grouped_matmul`; under a layout the cache lies as
-    `append_and_attend` says. The ids are [B, L, K], None where there are no experts. Donate the
-    cache: it is updated in place.
+    `append_and_attend` says. The ids are [B, L, K], None where there are no experts; rows that
+    are not `real_B` (None: all are) go to none. Donate the cache: it is updated in place.
     """
     attend_fn = functools.partial(_attend_cache, implementation=attention, layout=layout)
     decoder = Decoder(config, attend_fn, dtype, experts=experts, layout=layout)
     hidden_BD, cache, _, routed = decoder.apply(
-        {"params": params}, tokens_B, lengths_B, lengths_B, cache
+        {"params": params}, tokens_B, lengths_B, lengths_B, cache, real=real_B
     )
     return sharding.constrain(hidden_BD, ("batch", None), layout), cache, _ids(routed, layout)
 

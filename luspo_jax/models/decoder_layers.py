@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from luspo_jax import sharding
 from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.models.experts import expert_mlp, id_type, route
+from luspo_jax.models.experts import expert_mlp, route
 from luspo_jax.models.layers import (
     add_bias,
     embed,
@@ -282,8 +282,7 @@ class Decoder(nn.Module):
         if not routed:
             return None
         routed = _joined(routed)
-        ids = jnp.moveaxis(routed.experts.astype(id_type(self.config.num_experts)), 0, -2)
-        return dataclasses.replace(routed, experts=ids)
+        return dataclasses.replace(routed, experts=jnp.moveaxis(routed.experts, 0, -2))
 
 
 def _wide(dtype):

@@ -30,7 +30,7 @@ EXPERT_AXES = (
     ("experts", "embed", "mlp"),
     ("experts", "mlp", "embed"),
 )  # of the kernels gate, up and down
-_ROOM = 1.25  # assignments a device sends to another at once, over those of an even spread
+ROOM = 1.25  # assignments a device sends to another at once, over those of an even spread
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +39,8 @@ class Routed:
     """What the routers of a forward pass did; of one layer without the L.
 
     Attributes:
-      experts: [..., L, K] ids in the order of their weight, of the least unsigned type; of one
-        layer int32 [..., K].
+      experts: [..., L, K] ids that the routers chose, whatever was replayed, in the order of their
+        weight; of type `id_type`.
       load_LE: float32, how many real tokens each expert got.
       mass_LE: float32, sum over real tokens of the router's probability of each expert.
     """
@@ -72,20 +72,49 @@ def route(x, kernel_DE, *, count, normalise, replayed=None, real=None, layout=No
     logits = project(wide(x), kernel_DE, 1, ROUTER_AXES, layout, lax.Precision.HIGHEST)
     probs = jax.nn.softmax(logits, axis=-1)
     num_experts = probs.shape[-1]
-    if replayed is None:
-        _, ids = lax.top_k(lax.stop_gradient(probs), count)
-    else:
-        ids = replayed.astype(jnp.int32)
-    weights = jnp.take_along_axis(probs, ids, axis=-1)
+    _, chosen = lax.top_k(lax.stop_gradient(probs), count)
+    used = chosen if replayed is None else replayed.astype(jnp.int32)
+    weights = _of_experts(probs, used)
     if normalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    sent = ids if real is None else jnp.where(real[..., None], ids, num_experts)
+    sent = used if real is None else jnp.where(real[..., None], used, num_experts)
     if real is not None:
         probs = jnp.where(real[..., None], probs, 0)
     rows = tuple(range(probs.ndim - 1))
-    hits = jnp.sum(jax.nn.one_hot(sent, num_experts, dtype=jnp.int32), axis=-2)
-    load_E = jnp.sum(hits, axis=rows).astype(probs.dtype)
-    return weights, Routed(ids, load_E, jnp.sum(probs, axis=rows)), sent
+    chosen = chosen.astype(id_type(num_experts))
+    return weights, Routed(chosen, load(sent, num_experts), jnp.sum(probs, axis=rows)), sent
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _of_experts(probs, ids):
+    """probs [..., E] at ids [..., K]: a sum over E, because a gather's gradient is a scatter."""
+    return jnp.sum(
+        jax.nn.one_hot(ids, probs.shape[-1], dtype=probs.dtype) * probs[..., None, :], -1
+    )
+
+
+def load(ids, num_experts):
+    """float32: how many of the ids [..., K] are each expert; ids ≥ num_experts are none."""
+    hits = jax.nn.one_hot(ids, num_experts, dtype=jnp.int32)
+    return jnp.sum(hits, axis=tuple(range(ids.ndim))).astype(jnp.float32)
+
+
+def check_ids(ids, tokens_BT, config, name):
+    """Checks recorded ids [B, T, L, K] against the rows and the model that they are of.
+
+    Raises:
+      ValueError: naming `name`, both shapes, and the type.
+    """
+    if not config.num_experts:
+        raise ValueError(f"{name} is of a mixture of experts, and the model has none: leave it out")
+    shape = (*tokens_BT.shape, config.num_expert_layers, config.experts_per_token)
+    if ids.shape != shape:
+        raise ValueError(
+            f"{name} is {list(ids.shape)} and must be [rows, tokens, layers with experts, experts "
+            f"of a token] = {list(shape)}"
+        )
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{name} must hold expert ids, integers, not {ids.dtype}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -380,7 +409,7 @@ class _Exchange:
         self.parts, self.own = layout.size("experts"), own_experts
         self.N, self.K = ids_NK.shape
         A, most = self.N * self.K, self.N * min(self.K, own_experts)
-        self.room = min(most, 8 * math.ceil(_ROOM * A / self.parts / 8))
+        self.room = min(most, 8 * math.ceil(ROOM * A / self.parts / 8))
         self.num_rounds = -(-most // self.room)
         self.ids_A = ids_NK.reshape(-1)
         self.owner_A = jnp.minimum(self.ids_A // own_experts, self.parts)

@@ -49,7 +49,8 @@ def ratio_metrics(
 ) -> Metrics:
     """How far the policy has moved and what holds it back; pairs of vectors [B].
 
-    `drift_BT` is log π_old − log π. pg_clipfrac is a share of tokens, as in verl; clip_ratio/* a
+    `drift_BT` is log π_old − log π; its square is given for tokens and for sequences whichever of
+    them the objective has ratios of, so that objectives can be compared. pg_clipfrac is a share of tokens, as in verl; clip_ratio/* a
     share of what the objective has ratios of, as in TRL. With `bin_edges` the clipped shares of
     positive and negative advantages are also given by length bin.
     """
@@ -60,6 +61,8 @@ def ratio_metrics(
     units_high_B, units_B = unit_sums(high_BU, mask_BT, lengths_B)
     units_low_B, _ = unit_sums(low_BU, mask_BT, lengths_B)
     deviation_BU = jnp.abs(jnp.expm1(bounded(log_ratio_BU)))
+    drift_BT = bounded(drift_BT)
+    drift_B, present_B = token_sums(drift_BT, mask_BT), (lengths_B > 0).astype(dtype)
     # Held back on the high side is A > 0 and on the low side is A < 0, by construction.
     positive_B = jnp.where(advantages_B > 0, lengths_B, 0)
     negative_B = jnp.where(advantages_B < 0, lengths_B, 0)
@@ -72,7 +75,12 @@ def ratio_metrics(
             binned[f"actor/clipfrac/neg/bin_{k}"] = (low_B * in_bin_B, negative_B * in_bin_B)
     return {
         **binned,
-        "actor/ppo_kl": (token_sums(bounded(drift_BT), mask_BT), lengths_B),
+        "actor/ppo_kl": (drift_B, lengths_B),
+        "actor/log_ratio_squared/token": (token_sums(drift_BT**2, mask_BT), lengths_B),
+        "actor/log_ratio_squared/sequence": (
+            (drift_B / jnp.maximum(lengths_B, 1)) ** 2,
+            present_B,
+        ),
         "actor/ratio_deviation": unit_sums(deviation_BU, mask_BT, lengths_B),
         "actor/pg_clipfrac": (high_B + low_B, lengths_B),
         "actor/pg_clipfrac_lower": (token_sums(lower_BU, mask_BT), lengths_B),

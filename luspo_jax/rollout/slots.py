@@ -356,6 +356,7 @@ def _advance(slots, tokens_B, params, *, config, sampling, dtype, experts, layou
         config=config,
         dtype=dtype,
         experts=experts,
+        real_B=slots.active_B,
         layout=layout,
     )
     lengths_B = slots.lengths_B + slots.active_B.astype(jnp.int32)

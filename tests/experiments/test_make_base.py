@@ -5,9 +5,14 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from experiments.make_base import load_balance
+from luspo_jax.logprobs import RouterPass
 from luspo_jax.models import decoder_weights
 from luspo_jax.models.decoder_config import read_config
 
@@ -16,6 +21,7 @@ SMALL = (
     *("--num_terms=3", "--num_layers=1", "--embed_dim=16", "--mlp_dim=16", "--rows_per_step=8"),
     *("--chain_steps=2", "--mixture_steps=2", "--eval_problems=8", "--eval_samples=3"),
 )
+EXPERTS = ("--num_experts=4", "--experts_per_token=2", "--expert_dim=8", "--nonorm_topk")
 
 
 def make_base(*arguments):
@@ -31,10 +37,11 @@ def make_base(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["label_sums", "label_lookup"])
-def test_makes_the_same_folder_again(task, tmp_path):
+@pytest.mark.parametrize("experts", [(), EXPERTS], ids=["dense", "experts"])
+def test_makes_the_same_folder_again(task, experts, tmp_path):
     folders = [tmp_path / name for name in ("first", "again")]
     for folder in folders:
-        ran = make_base(f"--task={task}", "--seed=3", f"--out={folder}", *SMALL)
+        ran = make_base(f"--task={task}", "--seed=3", f"--out={folder}", *SMALL, *experts)
         assert ran.returncode == 0, ran.stderr[-2000:]
     files = {path.name: path.read_bytes() for path in folders[0].iterdir()}
     assert files == {path.name: path.read_bytes() for path in folders[1].iterdir()}
@@ -44,6 +51,9 @@ def test_makes_the_same_folder_again(task, tmp_path):
     card = files["README.md"].decode()
     assert f"--task={task} --seed=3" in card
     assert "8 × 3" in card
+    assert all((option in card) == bool(experts) for option in EXPERTS)
+    assert ("load of the fullest expert" in card) == bool(experts)
+    assert config.num_experts == (4 if experts else 0)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +63,7 @@ def test_makes_the_same_folder_again(task, tmp_path):
         (("--out={tmp}",), "exists: choose another folder, or pass --overwrite"),
         (("--out={tmp}/new", "--num_terms=12"), "--num_terms"),
         (("--out={tmp}/new", "--embed_dim=12"), "head_dim 3 must be even"),
+        (("--out={tmp}/new", "--num_experts=1"), "2 must be <= num_experts 1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, message, tmp_path):
@@ -61,3 +72,31 @@ def test_bad_input_is_refused_in_one_line(arguments, message, tmp_path):
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_balance_is_the_switch_loss():
+    """Against a transcription: mean over layers of E Σ_e (assignments to e / N) · (mean p_e)."""
+    rng = np.random.default_rng(0)
+    num_layers, tokens, num_experts, count = 2, 50, 4, 2
+    logits_LNE = rng.normal(size=(num_layers, tokens, num_experts)).astype(np.float32)
+    ids_LNK = np.argsort(-logits_LNE, axis=-1)[..., :count]
+    load_LE = np.stack([np.bincount(ids.ravel(), minlength=num_experts) for ids in ids_LNK])
+
+    def balance(logits_LNE):
+        mass_LE = jax.nn.softmax(logits_LNE).sum(axis=1)
+        router = RouterPass(None, jnp.float32(load_LE), mass_LE, jnp.float32(tokens), {})
+        return load_balance(router)
+
+    (value, excess), pull = jax.vjp(balance, logits_LNE)
+    probs_LNE = np.exp(logits_LNE) / np.exp(logits_LNE).sum(axis=-1, keepdims=True)
+    expected = sum(
+        num_experts * (load_LE[layer, e] / tokens) * probs_LNE[layer, :, e].mean() / num_layers
+        for layer in range(num_layers)
+        for e in range(num_experts)
+    )
+    assert float(value) == pytest.approx(expected, rel=1e-6)
+    assert float(excess) == pytest.approx(load_LE.max() / (tokens * count / num_experts) - 1)
+    # A step against the gradient takes probability from the fullest expert.
+    (gradient_LNE,) = pull((jnp.float32(1), jnp.float32(0)))
+    fullest = np.argmax(load_LE[0])
+    assert np.asarray(gradient_LNE)[0, :, fullest].sum() > 0

@@ -1,6 +1,7 @@
 """Rehearsals: machines by name, costs against counting, verdicts, and changes that help."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -9,15 +10,18 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
+from configs import qwen3_30b_a3b_dapo17k
 from experiments.command import UsageError
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs, report, search, topologies
+from experiments.rehearsal import costs, programs, report, resident, search, topologies
 from experiments.rehearsal.costs import Parts, Rows, Work
 from luspo_jax import packing, update
+from luspo_jax import run as runs
 from luspo_jax.config import ConfigError, default_config
 from luspo_jax.models import decoder
-from luspo_jax.sharding import MeshError
+from luspo_jax.sharding import MESH_AXES, Layout, MeshError
 from luspo_jax.types import TrainBatch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -195,6 +199,122 @@ def test_operations_of_a_decode_step_are_those_of_its_program():
     assert found == pytest.approx(step.flops, rel=0.01)
 
 
+EXPERTS = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8,
+           "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+           "decoder_sparse_step": 1, "mlp_only_layers": []}  # fmt: skip
+
+
+def tiny_experts(**leaves):
+    """`tiny` with a mixture of 8 experts in every layer."""
+    config = tiny(**leaves)
+    config.model.overrides.update(EXPERTS)
+    return config
+
+
+def paper(train=(1, 4, 8, 2, 1), rollout=(1, 1, 4, 1, 1)):
+    """The 30B model, and its layouts of so many devices along each axis of the mesh."""
+    model = cases.architecture(qwen3_30b_a3b_dapo17k.get_config())
+    return (
+        model,
+        Layout(AbstractMesh(train, MESH_AXES), "train"),
+        Layout(AbstractMesh(rollout, MESH_AXES), "rollout"),
+    )
+
+
+# By hand, from Qwen3-30B-A3B's published sizes.
+_ATTENTION = 48 * 2048 * 128 * (2 * 32 + 2 * 4)
+_EXPERT = 3 * 2048 * 768
+_ROUTERS = 48 * 2048 * 128
+_HEAD = 151_936 * 2048
+_NORMS = 48 * (2 * 2048 + 2 * 128) + 2048
+
+
+def test_bytes_of_experts_are_those_of_what_they_are_cut_over():
+    model, train, rollout = paper()
+    whole = _ATTENTION + 48 * 128 * _EXPERT + _ROUTERS + 2 * _HEAD + _NORMS
+    assert whole == 30_532_122_624
+    assert runs.param_bytes(model, None, "float32") == 4 * whole
+    # In training everything but the norms is cut over all 64 devices, experts or not.
+    assert runs.param_bytes(model, train, "float32") == 4 * ((whole - _NORMS) // 64 + _NORMS)
+    # In the rollout experts alone, over 4; routers stay float32.
+    rest = _ATTENTION + 2 * _HEAD + _NORMS
+    own = 2 * (48 * 32 * _EXPERT + rest) + 4 * _ROUTERS
+    assert runs.param_bytes(model, rollout, "bfloat16") == own
+    assert own == pytest.approx(17.6e9, rel=0.01)
+    active = costs.matrices(model) + 48 * 8 * _EXPERT + 2 * _HEAD
+    assert costs.matrices(model) == _ATTENTION + _ROUTERS
+    assert active == pytest.approx(3.35e9, rel=0.01)  # its "A3B"
+
+
+def test_experts_over_devices_are_exchanged_and_others_gathered():
+    model, together, _ = paper((1, 4, 8, 2, 1))
+    _, alone, _ = paper((1, 32, 1, 2, 1))
+    rows = Rows(32 * 34_816, 0, 0)
+    tokens, kernels = 32 * 34_816 / 64, 48 * 128 * _EXPERT
+    for layout, sent in ((together, 1.25 * 8 * 48 * tokens), (alone, 0)):
+        part, X = costs.parts(layout), layout.size("experts")
+        rest = 64 // X
+        forward, backward = (
+            costs.expert_pass(model, rows, part, 2, gradient=gradient) for gradient in (False, True)
+        )
+        gathered = kernels / X * (rest - 1) / rest
+        assert forward.flops == pytest.approx(2 * 8 * _EXPERT * 48 * tokens)
+        assert backward.flops == pytest.approx(8 / 3 * forward.flops)
+        there = sent * (X - 1) / X
+        assert forward.links == pytest.approx(2 * gathered + there * (2 * 4096 + 4))
+        assert backward.links == pytest.approx((2 + 4) * gathered + there * (3 * 4096 + 12))
+
+
+@pytest.mark.parametrize(("assignments", "num_experts"), [(1, 4), (3, 4), (4, 3)])
+def test_experts_touched_are_those_of_all_ways_to_draw(assignments, num_experts):
+    ways = list(itertools.product(range(num_experts), repeat=assignments))
+    mean = sum(len(set(way)) for way in ways) / len(ways)
+    assert costs.touched(assignments, num_experts) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_operations_of_an_update_with_experts_are_those_of_its_program(remat):
+    config = tiny_experts(model__remat=remat, model__experts="reference", **SMALL)
+    case = cases.build(config, machine(1), mean_length=12)
+    batch, _ = programs.train_batch(case)
+    packed = batch.rows.packed
+    number = jax.ShapeDtypeStruct((), np.float32)
+    state = update.abstract_state(case.rule)
+    traced = update.update_step.trace(state, batch, number, number, rule=case.rule)
+    (R, T), at_once = packed.tokens_RT.shape, packed.rows_per_microbatch
+    rows = Rows(at_once * T, at_once * T * T, at_once * T)
+    counted = costs.training(
+        case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=64
+    )
+    # The reference multiplies every row with every kernel.
+    products_of_experts = sum(
+        costs.expert_pass(case.model, rows, Parts(), 4, gradient=gradient).flops
+        for gradient in (False, True)
+    )
+    found = products(traced.jaxpr.jaxpr) / (R // at_once)
+    assert found == pytest.approx(counted.flops + 7 * products_of_experts, rel=1e-3)
+
+
+@pytest.mark.parametrize("slots", [2, 8])
+def test_operations_of_a_decode_step_with_experts_are_those_of_its_program(slots):
+    """Of few rows the experts are picked out, of more they are sorted."""
+    from luspo_jax.rollout import slots as device
+
+    config = tiny_experts(rollout__num_slots=slots, model__experts="reference", **SMALL)
+    case = cases.build(config, machine(1), mean_length=12)
+    room = case.rooms(case.engine)[-1]
+    step = costs.decode_step(case.model, slots, room, Parts(), 4)
+    arrays = programs.rollout_arrays(case, case.engine, slots, 8, 8, room)
+    traced = device.decode_chunk.trace(
+        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), config=case.model,
+        sampling=case.engine.sampling, chunk_length=4, dtype=case.engine.dtype,
+    )  # fmt: skip
+    extra = 0
+    if slots == 8:
+        extra = 7 * 2 * slots * 2 * 3 * 64 * 32 * case.model.num_layers
+    assert products(traced.jaxpr.jaxpr) == pytest.approx(step.flops + extra, rel=0.01)
+
+
 def test_mesh_sizes_divide_the_work():
     case = cases.build(tiny(), machine(1))
     rows = Rows(8 * 1024, costs.causal_pairs(8, 1024), 4096)
@@ -289,6 +409,50 @@ def test_shapes_are_those_that_a_run_would_bring():
     assert where == update.put_rows(real, case.rule.scoring.layout).rows.packed.tokens_RT.sharding
 
 
+def test_rows_of_a_mixture_come_with_recorded_experts():
+    case = cases.build(tiny_experts(), machine(), mean_length=100)
+    batch, _ = programs.train_batch(case)
+    packed = batch.rows.packed
+    assert batch.rows.experts is None
+    for recorded in (packed.experts.sampler, packed.experts.old):
+        assert recorded.shape == (*packed.tokens_RT.shape, 2, 2)
+        assert recorded.dtype == np.uint8
+        assert recorded.sharding.spec[0] == packed.tokens_RT.sharding.spec[0]
+    rows, _, _ = programs.scored_rows(case)
+    assert rows.packed.experts.old is None
+
+
+def test_a_mixture_is_rehearsed():
+    """Experts over 4 of 8 devices, in training and rollout."""
+    config = tiny_experts(model__experts="reference", model__remat="full", **SMALL)
+    config.model.overrides.num_hidden_layers = 1
+    config.mesh.expert = config.rollout_mesh.expert = 4
+    config.train.microbatch_tokens = 8 * 32
+    case = cases.build(config, machine(), mean_length=12)
+    arguments = {}
+    for program in programs.programs(case):
+        if program.name in ("hand-over", "decode chunk", "update"):
+            one = report.record(case.topology, program, programs.compiled(program))
+            assert one["fits"]
+            assert one["link_bytes"] > 0
+            beside = one["bytes"]["beside"].get("inputs that it does not read", 0)
+            arguments[program.name] = one["bytes"]["arguments"] + beside
+    state = sum(resident.state_bytes(case, "params", "opt_state").values())
+    rows = resident.device_bytes(programs.train_batch(case)[0])
+    assert arguments["update"] == pytest.approx(state + rows, rel=0.01)
+    assert arguments["hand-over"] == pytest.approx(state / 3, rel=0.01)
+    decode = resident.cache_bytes(case, 16, 32, 4) + resident.weights_bytes(case)
+    assert arguments["decode chunk"] == pytest.approx(decode, rel=0.05)
+
+
+def test_other_expert_axes_are_among_the_settings_that_a_search_looks_at():
+    config = tiny_experts(**SMALL)
+    config.mesh.expert, config.train.microbatch_tokens = 4, 8 * 32
+    case = cases.build(config, machine(), mean_length=12)
+    found = {changes.get("mesh.expert") for changes, _ in search._training(case)}
+    assert found == {None, 1, 8}
+
+
 FIELDS = {
     "fits", "bytes", "peak_bytes", "usable_bytes", "over_bytes", "compiler_error", "flops",
     "memory_bytes", "link_bytes", "seconds", "roofline_s", "bound", "calls_a_step", "lower_s",
@@ -331,11 +495,11 @@ def test_arguments_are_the_bytes_of_the_arrays_themselves(rehearsed):
         update.abstract_state(case.rule), rows.packed, rows.response_mask_BT, batch.advantages_B,
         batch.old_logprobs_BT, batch.sampler_logprobs_BT,
     )  # fmt: skip
-    assert size["arguments"] == pytest.approx(programs.device_bytes(read), rel=0.01)
+    assert size["arguments"] == pytest.approx(resident.device_bytes(read), rel=0.01)
     unread = (rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT)
     beside = size["beside"]["inputs that it does not read"]
-    assert beside == pytest.approx(programs.device_bytes(unread), rel=0.01)
-    cache = programs.cache_bytes(case, 16, 1024, 4) + programs.weights_bytes(case)
+    assert beside == pytest.approx(resident.device_bytes(unread), rel=0.01)
+    cache = resident.cache_bytes(case, 16, 1024, 4) + resident.weights_bytes(case)
     decode = found["programs"]["decode chunk"]["bytes"]["arguments"]
     assert decode == pytest.approx(cache, rel=0.02)
 

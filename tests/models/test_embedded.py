@@ -16,6 +16,7 @@ from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Request, Sampling
 
 NAMES = embedded_models()
+MIXTURES = {"label_sums_moe": "label_sums"}  # those with experts, and their task
 MAX_RESPONSE = 40
 SIZE_LIMIT = 2_000_000  # bytes, all models together
 
@@ -36,19 +37,52 @@ def tokenizer(folder):
 
 
 def test_there_are_models_and_they_are_small():
-    assert {"label_sums", "label_lookup"} <= set(NAMES)
+    assert {"label_sums", "label_lookup", *MIXTURES} <= set(NAMES)
     files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= SIZE_LIMIT
 
 
 def test_folder_is_a_qwen3_checkpoint(folder):
     hf = json.loads((folder / "config.json").read_text())
-    assert hf["architectures"] == ["Qwen3ForCausalLM"]
     config = read_config(folder)
+    kind = "Qwen3Moe" if folder.name in MIXTURES else "Qwen3"
+    assert hf["architectures"] == [f"{kind}ForCausalLM"]
+    assert (config.num_experts > 0) == (folder.name in MIXTURES)
     assert 100_000 <= decoder_weights.num_params(config) <= 1_000_000
     params = decoder_weights.load_params(folder, config)
     shapes = decoder.abstract_params(config)
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_routers_of_a_mixture_use_all_experts(mixture):
+    """None gets less than a quarter of an even load or more than twice it, on right answers."""
+    folder = model_folder(f"embedded:{mixture}")
+    config, tokenizer = read_config(folder), AutoTokenizer.from_pretrained(folder)
+    examples, _ = load(MIXTURES[mixture], split="test")
+    texts = [
+        example.problem + label_sums.trace(example.meta["values"], (1,) * 6)
+        for example in list(examples)[:64]
+    ]
+    tokens_BT = np.array([tokenizer.encode(text) for text in texts], np.int32)
+    ones_BT = np.ones_like(tokens_BT)
+    _, routed = decoder.forward(
+        decoder_weights.load_params(folder, config),
+        tokens_BT,
+        np.cumsum(ones_BT, axis=1) - 1,
+        ones_BT,
+        config=config,
+    )
+    counts_LE = np.stack(
+        [
+            np.bincount(np.ravel(ids), minlength=config.num_experts)
+            for ids in np.moveaxis(np.asarray(routed.experts), -2, 0)
+        ]
+    )
+    even = tokens_BT.size * config.experts_per_token / config.num_experts
+    assert counts_LE.shape == (config.num_layers, config.num_experts)
+    assert counts_LE.min() > even / 4
+    assert counts_LE.max() < 2 * even
 
 
 def test_tokenizer_belongs_to_the_model(folder, tokenizer):
@@ -60,7 +94,7 @@ def test_tokenizer_belongs_to_the_model(folder, tokenizer):
 
 
 def test_tokenizer_round_trip(name, tokenizer):
-    examples, _ = load(name, split="test")
+    examples, _ = load(MIXTURES.get(name, name), split="test")
     for example in list(examples)[:200]:
         texts = [example.problem, label_sums.trace(example.meta["values"], (1,) * 6)]
         texts += [label_lookup.response(int(example.answer), count) for count in (0, 9)]
@@ -74,7 +108,7 @@ def test_tokenizer_round_trip(name, tokenizer):
 def measured(name, folder, tokenizer, *, num_problems, num_samples):
     """The evaluation of a base policy on held-out problems, and its response lengths."""
     config = read_config(folder)
-    examples, _ = load(name, split="test")
+    examples, _ = load(MIXTURES.get(name, name), split="test")
     records, dropped = prompts.encode(
         [examples[i] for i in range(num_problems)], prompts.Renderer(tokenizer), max_length=16
     )
@@ -110,7 +144,7 @@ def test_base_policy_has_the_spread_that_training_needs(name, folder, tokenizer)
     assert 0.15 <= result.accuracy <= 0.60
     assert result.truncated < 0.05
     assert lengths_B.std() > 0.4 * lengths_B.mean()
-    if name == "label_sums":
+    if MIXTURES.get(name, name) == "label_sums":
         assert longest - shortest >= 0.25
     else:  # longer is no better
         assert abs(longest - shortest) < 0.05

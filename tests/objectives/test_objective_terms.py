@@ -196,6 +196,10 @@ def test_clip_metrics_by_hand(x64):
         "clip_ratio/region_mean": 3 / 10,
         "actor/ratio_deviation": np.abs(ratio_BT - 1)[mask_BT].mean(),
         "actor/ppo_kl": -np.log(ratio_BT[mask_BT]).mean(),
+        "actor/log_ratio_squared/token": (np.log(ratio_BT[mask_BT]) ** 2).mean(),
+        "actor/log_ratio_squared/sequence": np.mean(
+            [np.log(row[mask]).mean() ** 2 for row, mask in zip(ratio_BT, mask_BT, strict=True)]
+        ),
         "actor/pg_loss": float(value),
     }
     assert set(means) == set(expected)

@@ -1,0 +1,245 @@
+"""From the study's runs to its tables and figures."""
+
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from experiments.studies.moe_stability import design
+from experiments.sweeps import report, spec
+from experiments.sweeps.report import Estimate
+from experiments.sweeps.spec import Sweep
+from luspo_jax.watchdog import write_atomically
+
+Runs = Mapping[str, Mapping[int, list[dict]]]  # cell → seed → metrics of its steps
+SPIKE = 3.0  # a step's gradient norm over the run's median, beyond which it counts as a spike
+
+
+def _mean(metric: str) -> Callable[[list[dict]], float]:
+    return lambda rows: _average(report.series(rows, metric)[1])
+
+
+def _average(values) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def _root(metric):
+    return lambda rows: math.sqrt(_mean(metric)(rows))
+
+
+def _drift(metric):
+    return lambda rows: 1 - _mean(metric)(rows)
+
+
+def gradient_norms(rows: list[dict]) -> np.ndarray:
+    """Of a run's steps, each the mean over its updates, over the run's median."""
+    norms = report.series(rows, "actor/grad_norm")[1]
+    return norms / np.median(norms) if len(norms) else norms
+
+
+def spike_share(rows: list[dict]) -> float:
+    """Share of steps whose gradient norm is more than SPIKE times the run's median."""
+    return _average(gradient_norms(rows) > SPIKE)
+
+
+def largest_norm(rows: list[dict]) -> float:
+    """The largest gradient norm of a step over the run's median."""
+    norms = gradient_norms(rows)
+    return float(np.max(norms)) if len(norms) else math.nan
+
+
+def _outcome(metric, reduce):
+    return lambda rows: report.value_of(rows, spec.Outcome(metric, metric, reduce))
+
+
+TOKEN, SEQUENCE = "token log-ratio, rms", "sequence log-ratio, rms"
+AREA, LAST = "accuracy area", "last accuracy"
+DRIFT, MISMATCH = "routing drift old→current", "routing drift sampler→old"
+
+# Column → what it is of a run's metrics. All but accuracy and entropy are means over steps.
+MEASURES: Mapping[str, Callable[[list[dict]], float]] = {
+    AREA: _outcome("val-core/*", "auc"),
+    LAST: _outcome("val-core/*", "last"),
+    TOKEN: _root("actor/log_ratio_squared/token"),
+    SEQUENCE: _root("actor/log_ratio_squared/sequence"),
+    "clipped share": _mean("actor/pg_clipfrac"),
+    "spikes": spike_share,
+    "max ÷ median norm": largest_norm,
+    "gradient norm": _mean("actor/grad_norm"),
+    DRIFT: _drift("router/agreement/old_current"),
+    MISMATCH: _drift("router/agreement/sampler_old"),
+    "sampler KL": _mean("rollout_corr/k3_kl"),
+    "load violation": _mean("router/max_violation"),
+    "last entropy": _outcome("actor/entropy", "last"),
+}
+COMPARED = (AREA, LAST, TOKEN, SEQUENCE, "clipped share", "max ÷ median norm", DRIFT)
+
+
+def write(sweep: Sweep, folder: pathlib.Path, workdir: pathlib.Path) -> str:
+    """Writes results.md and the figures; gives the text."""
+    runs = finished(sweep, folder)
+    sections = [
+        "# Results\n\nMade by `study.py`; means over seeds with 95 % intervals, differences paired "
+        "by seed.\nA log-ratio is log π − log π_old of the trainer, its rms over tokens or over "
+        "responses; drift is the share of a token's experts that changed.\n",
+        "\n## Every cell\n\n",
+        report.markdown_table(["cell", "runs", *MEASURES], list(_rows(runs))),
+    ]
+    for title, pairs in comparisons().items():
+        rows = [
+            [label, *(difference(runs, this, that, MEASURES[name]) for name in COMPARED)]
+            for label, this, that in pairs
+            if this in runs and that in runs
+        ]
+        if rows:
+            sections += [f"\n## {title}\n\n"]
+            sections += [report.markdown_table(["difference", *COMPARED], rows)]
+    missing = [f"- {m.name}\n" for m in spec.members(sweep) if m.seed not in runs.get(_cell(m), {})]
+    if missing:
+        sections += ["\n## Not finished\n\n", *missing]
+    text = "".join(sections)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(workdir / "results.md", text)
+    ratio_figure(runs, workdir / "ratios.png")
+    curves_figure(runs, workdir / "curves.png")
+    return text
+
+
+def finished(sweep: Sweep, folder: pathlib.Path) -> Runs:
+    """The metrics of all runs that have ended."""
+    runs: dict[str, dict[int, list[dict]]] = {}
+    for member in spec.members(sweep):
+        rows = report.finished_rows(sweep, member.variant, member.seed, folder)
+        if rows:
+            runs.setdefault(_cell(member), {})[member.seed] = rows
+    return runs
+
+
+def _cell(member):
+    return member.variant.name
+
+
+def _rows(runs):
+    for cell, seeds in runs.items():
+        values = (report.estimate([f(rows) for rows in seeds.values()]) for f in MEASURES.values())
+        yield [cell, len(seeds), *values]
+
+
+def difference(runs: Runs, this: str, that: str, measure: Callable) -> Estimate:
+    """Mean of this − that over the seeds that both have."""
+    ours, theirs = (
+        {seed: measure(rows) for seed, rows in runs[cell].items()} for cell in (this, that)
+    )
+    return report.paired(ours, theirs)
+
+
+def comparisons() -> dict[str, list[tuple[str, str, str]]]:
+    """Title → (label, this cell, minus that cell): the questions of the study."""
+    named = design.cell_name
+    replayed = [
+        (
+            f"{base}, {objective}: {replay} − none{_at(rate)}",
+            cell,
+            named(base, objective, "none", rate),
+        )
+        for cell, (base, objective, replay, rate) in design.cells().items()
+        if replay != "none"
+    ]
+    mixed = [
+        (
+            f"{objective}{_at(rate)}: {base} − dense",
+            cell,
+            named("dense", objective, "none", rate),
+        )
+        for cell, (base, objective, replay, rate) in design.cells().items()
+        if replay == "none" and base != "dense"
+    ]
+    levels = [
+        (f"{base}, {replay}: {token} − luspo{_at(rate)}", cell, named(base, "luspo", replay, rate))
+        for cell, (base, token, replay, rate) in design.cells().items()
+        if token in design.TOKEN_LEVEL
+    ]
+    harsher = [
+        (f"{base}, {objective}, {replay}", cell, named(base, objective, replay))
+        for cell, (base, objective, replay, rate) in design.cells().items()
+        if rate != design.RATE
+    ]
+    return {
+        "What replay changes": replayed,
+        "What experts change, without replay": mixed,
+        "Token-level minus sequence-level": levels,
+        f"Learning rate {design.HARSH_RATE:g} minus {design.RATE:g}": harsher,
+    }
+
+
+def _at(rate):
+    return "" if rate == design.RATE else f", rate {rate:g}"
+
+
+REPLAY_COLORS = {"none": "C3", "old": "C0", "sampler": "C2"}
+
+
+def ratio_figure(runs: Runs, target: pathlib.Path) -> None:
+    """Log-ratios of tokens and of sequences, drift and gradient norms of every cell."""
+    shown = (TOKEN, SEQUENCE, DRIFT, "max ÷ median norm", AREA)
+    plt = report.pyplot()
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(15, 1.4 + 0.27 * len(runs)), sharey=True, layout="constrained"
+    )
+    for axis, name in zip(axes, shown, strict=True):
+        for place, (cell, seeds) in enumerate(runs.items()):
+            found = report.estimate([MEASURES[name](rows) for rows in seeds.values()])
+            if found.count:
+                width = 0 if math.isnan(found.half_width) else found.half_width
+                replay = design.cells()[cell][2]
+                axis.errorbar(
+                    found.mean, place, xerr=width, fmt="o", ms=4, color=REPLAY_COLORS[replay]
+                )
+        axis.set(title=name)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].set_yticks(range(len(runs)), list(runs), fontsize=8)
+    axes[0].invert_yaxis()
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
+
+
+CURVES = (
+    ("held-out accuracy", "val-core/*"),
+    ("token log-ratio², nats²", "actor/log_ratio_squared/token"),
+    ("gradient norm", "actor/grad_norm"),
+)
+
+
+def curves_figure(runs: Runs, target: pathlib.Path) -> None:
+    """The main mixture and the dense control over steps, one row an objective."""
+    plt = report.pyplot()
+    objectives = design.OBJECTIVES
+    figure, axes = plt.subplots(
+        len(objectives), len(CURVES), figsize=(12, 2.5 * len(objectives)), layout="constrained",
+        sharex=True, squeeze=False,
+    )  # fmt: skip
+    lines = [(design.MAIN, replay, color) for replay, color in REPLAY_COLORS.items()]
+    for row, objective in zip(axes, objectives, strict=True):
+        for axis, (title, metric) in zip(row, CURVES, strict=True):
+            for base, replay, color in (*lines, ("dense", "none", "0.4")):
+                found = runs.get(design.cell_name(base, objective, replay), {})
+                _line(axis, found, metric, color, f"{base}, {replay}")
+            axis.set(title=f"{objective}: {title}")
+            axis.grid(alpha=0.3)
+            if not metric.startswith("val-core"):
+                axis.set_yscale("log")
+    for axis in axes[-1]:
+        axis.set_xlabel("rollout step")
+    axes[0][0].legend(fontsize=7, frameon=False)
+    figure.savefig(target, dpi=80)
+    plt.close(figure)
+
+
+def _line(axis, seeds: Mapping[int, Sequence[dict]], metric, color, label):
+    curves = [report.series(rows, metric) for rows in seeds.values()]
+    steps, mean, _ = report.band(curves)
+    if len(steps):
+        axis.plot(steps, mean, color=color, lw=1.6, label=label)
+        for own, values in curves:
+            axis.plot(own, values, color=color, lw=0.5, alpha=0.5)
