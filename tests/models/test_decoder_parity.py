@@ -31,9 +31,13 @@ LENGTHS = [37, 3, 70, 1, 21]
 SIZES = {"vocab_size": 503, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4}
 
 
+# Where 12 leaves too close a call between two tokens.
+SEEDS = {"moe_step_and_mlp_only": 14, "moe_top_1": 15}
+
+
 @functools.cache
-def _reference(variant, seed=12):
-    return reference_model(variant, seed=seed, **SIZES)
+def _reference(variant):
+    return reference_model(variant, seed=SEEDS.get(variant, 12), **SIZES)
 
 
 @pytest.fixture(params=sorted(VARIANTS))
