@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from experiments.sweeps.spec import Outcome, Sweep
 
 SEEDS = (0, 1, 2)
-STEPS = 20
+STEPS = 15
 RATE, HARSH_RATE = 4e-4, 1.6e-3  # twice and eight times the quickstart's
 
 # Objectives: ratios of tokens, held by clip or by weight alone; ratios of sequences.
