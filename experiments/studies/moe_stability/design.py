@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from experiments.sweeps.spec import Outcome, Sweep
 
 SEEDS = (0, 1, 2)
-STEPS = 20
+STEPS = 12
 RATE, HARSH_RATE = 4e-4, 1.6e-3  # twice and eight times the quickstart's
 
 # Objectives: ratios of tokens, held by clip or by weight alone; ratios of sequences.
@@ -66,8 +66,9 @@ OFF_POLICY = {
     "train.warmup_steps": 2,
     "model.rollout_dtype": "bfloat16",
     "rollout.mismatch_limit": 2.0,
-    "eval.every": 5,
+    "eval.every": 4,
     "eval.num_problems": 128,
+    "eval.num_samples": 2,
     "output.tensorboard": False,
     "output.export": False,
     "output.dump_every": 0,
@@ -91,21 +92,20 @@ OUTCOMES = (
 
 def cells() -> dict[str, tuple[str, str, str, float]]:
     """Name → (base, objective, replay, learning rate), what is most wanted first."""
-    chosen = [(MAIN, *pair, RATE) for pair in itertools.product(OBJECTIVES, REPLAYS)]
-    chosen += [("dense", objective, "none", RATE) for objective in OBJECTIVES]
-    chosen += [
-        (MAIN, objective, replay, HARSH_RATE)
-        for objective in ("grpo", "luspo")
-        for replay in ("none", "old")
-    ]
-    chosen += [("dense", objective, "none", HARSH_RATE) for objective in ("grpo", "luspo")]
-    chosen += [
-        (base, objective, replay, RATE)
-        for base in BASES
-        if base not in ("dense", MAIN)
-        for objective in ("grpo", "luspo")
-        for replay in ("none", "old")
-    ]
+    plain, pair = ("none",), ("grpo", "luspo")
+    others = [base for base in BASES if base not in ("dense", MAIN)]
+    blocks = (
+        ((MAIN,), pair, REPLAYS, (RATE,)),
+        (("dense",), pair, plain, (RATE,)),
+        ((MAIN,), ("gspo",), REPLAYS, (RATE,)),
+        ((MAIN,), pair, ("none", "old"), (HARSH_RATE,)),
+        (("dense",), pair, plain, (HARSH_RATE,)),
+        (others, pair, plain, (RATE,)),
+        ((MAIN,), ("cispo",), REPLAYS, (RATE,)),
+        (("dense",), ("gspo", "cispo"), plain, (RATE,)),
+        (others, pair, ("old",), (RATE,)),
+    )
+    chosen = [cell for block in blocks for cell in itertools.product(*block)]
     return {cell_name(*cell): cell for cell in chosen}
 
 
