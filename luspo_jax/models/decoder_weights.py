@@ -61,8 +61,9 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # in old checkpoints: computed, not learnt
 # What a surplus tensor says about a checkpoint, by a part of its name.
 _FOREIGN = {
-    ".mlp.experts.gate_up_proj": "Its experts are stored fused: load it with transformers and save "
-    "it by save_pretrained, which writes one tensor an expert",
+    ".mlp.experts.gate_up_proj": "Its experts are stored fused, as transformers 5 has them in "
+    "memory; copy its state_dict() into a model made by from_config and call save_pretrained of "
+    "that, which writes one tensor an expert",
     ".shared_expert": "Shared experts are not implemented",
     ".e_score_correction_bias": "Routing with a correction of the scores is not implemented",
 }

@@ -24,6 +24,7 @@ from test_decoder import _greedy  # noqa: E402
 from luspo_jax.models import decoder  # noqa: E402
 from luspo_jax.models.decoder_config import read_config  # noqa: E402
 from luspo_jax.models.decoder_weights import export, load_params, weight_table  # noqa: E402
+from luspo_jax.models.safetensors_folder import WeightsError  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("strict_dtypes")]
 
@@ -118,6 +119,23 @@ def test_export_is_loaded_by_transformers(checkpoint, tmp_path):
     np.testing.assert_array_equal(
         reference_logits(loaded, tokens_BT, LENGTHS), reference_logits(model, tokens_BT, LENGTHS)
     )
+
+
+def test_fused_experts_are_refused_with_a_remedy_that_works(tmp_path):
+    """transformers keeps the form in which it has read a folder: saved again, it is still fused."""
+    _reference("moe_sparse_step").save_pretrained(tmp_path / "fused", save_original_format=False)
+    fused = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    fused.save_pretrained(tmp_path / "again")
+    for name in ("fused", "again"):
+        with pytest.raises(WeightsError, match=r"fused.*a model made by from_config"):
+            load_params(tmp_path / name, read_config(tmp_path / name))
+    copied = transformers.AutoModelForCausalLM.from_config(fused.config)
+    copied.load_state_dict(fused.state_dict())
+    copied.save_pretrained(tmp_path / "copied")
+    save(_reference("moe_sparse_step"), "moe_normed", tmp_path / "direct")
+    config = read_config(tmp_path / "copied")
+    params, direct = (load_params(tmp_path / name, config) for name in ("copied", "direct"))
+    jax.tree.map(np.testing.assert_array_equal, params, direct)
 
 
 def _by_hub_name(model):

@@ -298,7 +298,10 @@ def test_a_configuration_with_other_experts_is_refused(experts_folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.0.mlp.experts.gate_up_proj", "Its experts are stored fused: load it with"),
+        (
+            "model.layers.0.mlp.experts.gate_up_proj",
+            "Its experts are stored fused, as transformers 5",
+        ),
         ("model.layers.0.mlp.shared_expert.up_proj.weight", "Shared experts are not implemented"),
         ("model.layers.1.mlp.shared_expert_gate.weight", "Shared experts are not implemented"),
         ("model.layers.1.mlp.gate.e_score_correction_bias", "correction of the scores is not"),
