@@ -258,12 +258,11 @@ def balance_weights(rows: TokenBatch, rule: UpdateRule) -> jax.Array | None:
     """
     if not rule.router_aux_coef:
         return None
-    model, packed = rule.scoring.model, rows.packed
-    experts, segment_ids = rows.experts, rows.segment_ids_BT
-    if packed is not None:
-        experts, segment_ids = packed.experts, packed.segment_ids_RT
-    real = segment_ids > 0
-    used = None
+    model, used = rule.scoring.model, None
+    if rows.packed is None:
+        experts, real = rows.experts, rows.segment_ids_BT > 0
+    else:
+        experts, real = rows.packed.experts, rows.packed.segment_ids_RT > 0
     if experts is not None:
         sampled = rule.scoring.replay == "sampler" or experts.old is None
         used = experts.sampler if sampled else experts.old
@@ -273,7 +272,7 @@ def balance_weights(rows: TokenBatch, rule: UpdateRule) -> jax.Array | None:
         )
     sent = jnp.where(real[..., None, None], used.astype(jnp.int32), model.num_experts)
     counts_LE = jax.vmap(lambda ids: load(ids, model.num_experts))(jnp.moveaxis(sent, -2, 0))
-    tokens = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1)
+    tokens = jnp.maximum(jnp.sum(real), 1).astype(jnp.result_type(float))
     return model.num_experts / model.num_expert_layers / tokens * counts_LE / tokens
 
 

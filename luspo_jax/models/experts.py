@@ -82,7 +82,8 @@ def route(x, kernel_DE, *, count, normalise, replayed=None, real=None, layout=No
         probs = jnp.where(real[..., None], probs, 0)
     rows = tuple(range(probs.ndim - 1))
     chosen = chosen.astype(id_type(num_experts))
-    return weights, Routed(chosen, load(sent, num_experts), jnp.sum(probs, axis=rows)), sent
+    load_E = load(sent, num_experts).astype(probs.dtype)
+    return weights, Routed(chosen, load_E, jnp.sum(probs, axis=rows)), sent
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -94,9 +95,8 @@ def _of_experts(probs, ids):
 
 
 def load(ids, num_experts):
-    """float32: how many of the ids [..., K] are each expert; ids ≥ num_experts are none."""
-    hits = jax.nn.one_hot(ids, num_experts, dtype=jnp.int32)
-    return jnp.sum(hits, axis=tuple(range(ids.ndim))).astype(jnp.float32)
+    """int32 [E]: how many of the ids [..., K] are each expert; ids ≥ num_experts are none."""
+    return jnp.sum(jax.nn.one_hot(ids, num_experts, dtype=jnp.int32), axis=range(ids.ndim))
 
 
 def check_ids(ids, tokens_BT, config, name):

@@ -10,6 +10,7 @@ import pytest
 from luspo_jax import sharding
 from luspo_jax.models import experts
 from luspo_jax.models.experts import EXPERT_AXES, expert_mlp, route
+from tests.models.expert_cases import MESHES, mixture, worst
 
 D, F = 16, 8
 IMPLEMENTATIONS = ("reference", "blocks")
@@ -23,13 +24,6 @@ LOADS = {
     "padding": (6, 2, "random, some none"),
     "all padding": (6, 2, "none"),
     "one expert": (1, 1, "random"),
-}
-MESHES = {
-    "expert 8": {"expert": 8},
-    "fsdp 8": {"fsdp": 8},
-    "fsdp 2, expert 4": {"fsdp": 2, "expert": 4},
-    "expert 2, context 2, tensor 2": {"expert": 2, "context": 2, "tensor": 2},
-    "data 2, expert 2, tensor 2": {"data": 2, "expert": 2, "tensor": 2},
 }
 ROLLOUT_MESHES = {
     "expert 8": {"expert": 8},
@@ -69,15 +63,6 @@ def _case(load, lead, dtype=np.float32, seed=0):
     return ids, (x, weights, kernels), rng.standard_normal(x.shape).astype(dtype)
 
 
-def _dense(ids, x, weights, kernels):
-    """The formula, with no dispatch."""
-    gate, up, down = kernels
-    share = jnp.sum(jax.nn.one_hot(ids, gate.shape[0], dtype=x.dtype) * weights[..., None], -2)
-    hidden = jax.nn.silu(jnp.einsum("...d,edf->...ef", x, gate))
-    hidden = hidden * jnp.einsum("...d,edf->...ef", x, up)
-    return jnp.einsum("...ef,efd,...e->...d", hidden, down, share)
-
-
 def _ours(ids, x, weights, kernels, implementation="reference", layout=None):
     return expert_mlp(x, ids, weights, kernels, implementation, layout)
 
@@ -100,15 +85,6 @@ def _with_gradients(function):
     return both
 
 
-def _worst(got, expected):
-    """max|Δ| / max|expected| of the leaf where it is largest."""
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    return max(
-        float(np.abs(np.asarray(a, np.float64) - b).max() / max(np.abs(b).max(), 1e-30))
-        for a, b in ((a, np.asarray(b, np.float64)) for a, b in pairs)
-    )
-
-
 # ---------------------------------------------------------------- one device
 
 
@@ -117,9 +93,9 @@ def _worst(got, expected):
 @pytest.mark.parametrize("load", LOADS)
 def test_result_and_gradients_are_those_of_the_dense_formula(load, implementation):
     ids, inputs, grad = _case(load, (2, 9))
-    expected = _with_gradients(_dense)(ids, inputs, grad)
+    expected = _with_gradients(mixture)(ids, inputs, grad)
     got = _ours_on(None, implementation)(ids, inputs, grad)
-    assert _worst(got, expected) <= 1e-5
+    assert worst(got, expected) <= 1e-5
     if load == "one has none":
         assert not any(np.any(np.asarray(d)[2]) for d in got[1][2])
     if load == "all padding":
@@ -130,10 +106,10 @@ def test_result_and_gradients_are_those_of_the_dense_formula(load, implementatio
 @pytest.mark.parametrize("load", ["random", "padding", "one has all"])
 def test_exactly_so_in_float64(x64, load, implementation):
     ids, inputs, grad = _case(load, (2, 9), np.float64)
-    expected = _with_gradients(_dense)(ids, inputs, grad)
+    expected = _with_gradients(mixture)(ids, inputs, grad)
     got = _ours_on(None, implementation)(ids, inputs, grad)
     assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype("float64")}
-    assert _worst(got, expected) <= 1e-12
+    assert worst(got, expected) <= 1e-12
 
 
 @pytest.mark.usefixtures("strict_dtypes")
@@ -147,7 +123,7 @@ def test_bfloat16_is_near_and_kernels_keep_their_type(implementation):
     assert {d.dtype for d in dkernels} == {np.dtype("float32")}
     got = jax.tree.map(lambda a: np.asarray(a, np.float32), (out, (dx, dweights, dkernels)))
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(got))
-    assert _worst(got, _with_gradients(_dense)(ids, (x, weights, kernels), grad)) <= 0.03
+    assert worst(got, _with_gradients(mixture)(ids, (x, weights, kernels), grad)) <= 0.03
 
 
 def _second(function):
@@ -157,7 +133,7 @@ def _second(function):
     def second(ids, inputs, along):
         def slope(inputs):
             grads = jax.grad(lambda i: jnp.sum(jnp.sin(function(ids, *i))))(inputs)
-            return sum(jnp.vdot(g, v) for g, v in zip(*map(jax.tree.leaves, (grads, along))))
+            return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, along)))
 
         return jax.grad(slope)(inputs)
 
@@ -168,8 +144,8 @@ def _second(function):
 def test_second_derivatives_are_those_of_the_dense_formula(load):
     ids, inputs, _ = _case(load, (2, 9))
     along = _case(load, (2, 9), seed=1)[1]
-    expected = _second(_dense)(ids, inputs, along)
-    assert _worst(_second(_ours)(ids, inputs, along), expected) <= 1e-5
+    expected = _second(mixture)(ids, inputs, along)
+    assert worst(_second(_ours)(ids, inputs, along), expected) <= 1e-5
 
 
 # ---------------------------------------------------------------- routers
@@ -235,7 +211,7 @@ def test_the_gradient_of_routing_is_that_of_the_dense_formula():
         return jnp.sum(weights * w_K) + jnp.sum(mass * w_E)
 
     got, expected = (jax.grad(f, argnums=(0, 1))(x, kernel) for f in (ours, dense))
-    assert _worst(got, expected) <= 1e-5
+    assert worst(got, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("E", "kind"), [(256, np.uint8), (257, np.uint16)])
@@ -264,7 +240,7 @@ def _placed(ids, inputs, layout):
 
 @functools.cache
 def _expected(load, lead):
-    return jax.device_get(_with_gradients(_dense)(*_case(load, lead)))
+    return jax.device_get(_with_gradients(mixture)(*_case(load, lead)))
 
 
 SPREAD = {"even": (16, 2, "random"), "to one expert": (16, 2, "the first"),
@@ -280,7 +256,7 @@ def test_on_a_mesh_all_is_as_on_one_device(mesh, implementation):
     for load in SPREAD:
         ids, inputs, grad = _case(SPREAD[load], (8, 24))
         got = jax.device_get(ours(*_placed(ids, inputs, layout), grad))
-        assert _worst(got, _expected(SPREAD[load], (8, 24))) <= 1e-5, load
+        assert worst(got, _expected(SPREAD[load], (8, 24))) <= 1e-5, load
 
 
 @pytest.mark.parametrize("mesh", ["expert 8", "fsdp 2, expert 4"])
@@ -317,10 +293,10 @@ def test_second_derivatives_on_a_mesh():
     for load in ("even", "to one expert"):
         ids, inputs, _ = _case(SPREAD[load], (8, 6))
         along = _case(SPREAD[load], (8, 6), seed=1)[1]
-        expected = _second(_dense)(ids, inputs, along)
+        expected = _second(mixture)(ids, inputs, along)
         ours = _second(functools.partial(_ours, layout=layout))
         got = ours(*_placed(ids, inputs, layout), _placed(ids, along, layout)[1])
-        assert _worst(got, expected) <= 1e-5
+        assert worst(got, expected) <= 1e-5
 
 
 # ---------------------------------------------------------------- one token a row
@@ -330,23 +306,22 @@ def test_second_derivatives_on_a_mesh():
 @pytest.mark.parametrize("mesh", [None, *ROLLOUT_MESHES])
 @pytest.mark.parametrize("load", [*SPREAD, "few rows"])
 def test_decoded_rows_are_those_of_the_dense_formula(mesh, load, implementation, monkeypatch):
-    """By the kernels picked for few rows, sorted, or with the rows seen by all that have experts."""
+    """By the kernels picked for few rows, sorted, or with rows seen by all that have experts."""
     layout = _on(ROLLOUT_MESHES[mesh], "rollout") if mesh else None
     E, K, how = SPREAD.get(load, (16, 1, "random, some none"))
     rows = 8 if load == "few rows" else 64
     ids, inputs, _ = _case((E, K, how), (rows,))
     taken = set()
+
+    def seen(name, function):
+        return lambda *args: taken.add(name) or function(*args)
+
     for name in ("_picked", "_broadcast", "_exchanged"):
-
-        def seen(*args, name=name, function=getattr(experts, name)):
-            taken.add(name)
-            return function(*args)
-
-        monkeypatch.setattr(experts, name, seen)
+        monkeypatch.setattr(experts, name, seen(name, getattr(experts, name)))
     got = jax.jit(lambda ids, inputs: _ours(ids, *inputs, implementation, layout))(
         *_placed(ids, inputs, layout)
     )
-    assert _worst(got, _dense(ids, *inputs)) <= 1e-5
+    assert worst(got, mixture(ids, *inputs)) <= 1e-5
     over_experts = layout is not None and layout.size("experts") > 1
     few = "_picked" if load == "few rows" else "_exchanged"
     assert taken == {"_broadcast" if over_experts else few}

@@ -1,0 +1,236 @@
+"""The engine with a mixture of experts: what the sampler records is what the trainer routes."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from luspo_jax import packing, sharding
+from luspo_jax.logprobs import Scoring, scored
+from luspo_jax.models import decoder, decoder_layers
+from luspo_jax.rollout import Engine, Sampling, slots
+from luspo_jax.rollout import engine as engine_module
+from luspo_jax.types import Experts
+from tests.models import expert_cases
+from tests.rollout import rollout_cases as cases
+
+SIZES = {"vocab_size": 98, "num_layers": 3}
+MODELS = {
+    "experts in all layers": expert_cases.config(8, 2, **SIZES),
+    "dense layers between": expert_cases.config(8, 2, dense_layers=(1,), **SIZES),
+    "300 experts": expert_cases.config(300, 3, expert_dim=4, **SIZES),
+}
+MODEL = MODELS["dense layers between"]
+RAGGED = cases.requests_of([3, 17, 1, 9, 12, 5], 98)
+SAMPLING = Sampling(31, (0, 11, 50))
+MESHES = {
+    "expert 8": {"expert": 8},
+    "data 2, expert 4": {"data": 2, "expert": 4},
+    "data 2, expert 2, tensor 2": {"data": 2, "expert": 2, "tensor": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_rooms(monkeypatch):
+    """Caches that start short, so that they also grow."""
+    monkeypatch.setattr(engine_module, "SMALLEST_ROOM", 32)
+    monkeypatch.setattr(engine_module, "SMALLEST_PROMPT", 32)
+
+
+def _layout(mesh):
+    return sharding.layout("rollout", MESHES[mesh], jax.devices()) if mesh else None
+
+
+def _engine(mesh=None, model=MODEL, **kwargs):
+    sizes = {"num_slots": 6, "max_prompt_length": 17, "chunk_length": 8, "record_experts": True}
+    return Engine(model, SAMPLING, layout=_layout(mesh), **(sizes | kwargs))
+
+
+@functools.cache
+def _generate(mesh=None, model=MODEL, group_size=4, **kwargs):
+    """Responses to prompts of several lengths: refills, a cache that grows, stop tokens, cuts."""
+    engine, params = _engine(mesh, model, **kwargs), expert_cases.params(model)
+    if mesh:
+        axes = decoder.param_axes(model)
+        params = jax.device_put(params, sharding.shardings(axes, engine.layout))
+    if engine.dtype != np.float32:
+        params = decoder.cast(params, engine.dtype)
+    responses, stats = engine.generate(params, RAGGED, group_size=group_size, seed=5, step=2)
+    assert stats.prefill_calls > 1 or mesh
+    assert len({r.stopped for r in responses}) == 2
+    return responses
+
+
+def _rows(responses):
+    """(training rows, recorded ids) of responses."""
+    prompts = {request.prompt_id: request.tokens for request in RAGGED}
+    prompts = [prompts[r.prompt_id] for r in responses]
+    rows = packing.padded_rows(prompts, [r.tokens for r in responses], length=48, pad_id=0)
+    ids = [np.concatenate([r.prompt_experts, r.experts]) for r in responses]
+    recorded = np.zeros((*rows.tokens_BT.shape, *ids[0].shape[1:]), ids[0].dtype)
+    recorded[rows.segment_ids_BT > 0] = np.concatenate(ids)
+    return rows, recorded
+
+
+@functools.partial(jax.jit, static_argnames="scoring")
+def _scored(params, rows, *, scoring):
+    return scored(params, rows, scoring=scoring)
+
+
+def _trainers(responses, model=MODEL, **fields):
+    """(rows, gap to the sampler's log-probs of each token, recorded ids, the trainer's)."""
+    rows, recorded = _rows(responses)
+    if fields.get("replay", "none") != "none":
+        rows = dataclasses.replace(rows, experts=Experts(sampler=recorded))
+    scoring = Scoring(model, head_chunk_tokens=64, **fields)
+    found = _scored(expert_cases.params(model), rows, scoring=scoring)
+    sampled = packing.place_responses([r.logprobs for r in responses], rows.response_mask_BT)
+    gap = np.abs(np.asarray(found.logprobs_BT) - sampled)[rows.response_mask_BT]
+    return rows, gap, recorded, np.asarray(found.router.experts)
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [*((name, "reference") for name in MODELS), ("dense layers between", "blocks")],
+)
+def test_the_sampler_records_what_the_trainer_routes(name, implementation):
+    """Ids exactly, log-probs to rounding: prompts, responses, refilled slots, samples, cut rows."""
+    model = MODELS[name]
+    responses = _generate(model=model, experts=implementation)
+    for r in responses:
+        assert r.experts.shape == (len(r.tokens), model.num_expert_layers, model.experts_per_token)
+        assert r.experts.dtype == (np.uint16 if model.num_experts > 256 else np.uint8)
+    assert any(len(r.tokens) == SAMPLING.max_response_length for r in responses)
+    rows, gap, recorded, trainers = _trainers(responses, model)
+    real = rows.segment_ids_BT > 0
+    np.testing.assert_array_equal(recorded[real], trainers[real])
+    assert recorded[real].max() >= model.num_experts * 0.8
+    assert gap.max() <= 1e-5
+    _, gap, _, _ = _trainers(responses, model, replay="sampler")
+    assert gap.max() <= 1e-5
+
+
+def test_replay_takes_the_gap_that_another_routing_leaves():
+    """Of a sampler that rounds weights and activations: with its experts the trainer is nearer."""
+    responses = _generate(dtype=jnp.bfloat16, group_size=16)
+    rows, alone, recorded, trainers = _trainers(responses)
+    _, replayed, _, _ = _trainers(responses, replay="sampler")
+    differ = (recorded != trainers).any(-1)[rows.segment_ids_BT > 0].mean()
+    print(
+        f"routed otherwise {differ:.3f} of tokens and layers; mean |gap| {alone.mean():.2e} -> "
+        f"{replayed.mean():.2e}, largest {alone.max():.3f} -> {replayed.max():.3f}"
+    )
+    assert 0 < differ < 0.2
+    assert replayed.mean() < 0.8 * alone.mean()
+    assert replayed.max() < alone.max()
+
+
+# ---------------------------------------------------------------- meshes
+
+
+@pytest.mark.parametrize(
+    ("mesh", "implementation"),
+    [*((mesh, "reference") for mesh in MESHES), ("data 2, expert 4", "blocks")],
+)
+def test_on_a_mesh_tokens_and_experts_are_those_of_one_device_but_at_ties(mesh, implementation):
+    prompts = {request.prompt_id: request for request in RAGGED}
+    ties = tokens = 0
+    others = _generate(mesh, experts=implementation)
+    for mine, other in zip(_generate(), others, strict=True):
+        assert (mine.prompt_id, mine.sample_id) == (other.prompt_id, other.sample_id)
+        np.testing.assert_array_equal(mine.prompt_experts, other.prompt_experts)
+        length = min(len(mine.tokens), len(other.tokens))
+        differ = np.flatnonzero(mine.tokens[:length] != other.tokens[:length])
+        same = differ[0] if len(differ) else length
+        tokens += same
+        np.testing.assert_allclose(mine.logprobs[:same], other.logprobs[:same], atol=1e-5)
+        np.testing.assert_array_equal(mine.experts[:same], other.experts[:same])
+        if len(differ):
+            ties += 1
+            logits = cases.teacher_logits(MODEL, expert_cases.params(MODEL), RAGGED, [mine])
+            noise = cases.noise(5, 2, prompts[mine.prompt_id], mine)[same]
+            assert cases.boundary_distance(logits[0][same], noise) <= 1e-5
+        else:
+            assert len(mine.tokens) == len(other.tokens)
+    assert tokens > 250
+    assert ties <= 1
+    _, gap, _, _ = _trainers(others)
+    assert gap.max() <= 1e-5
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_decode_step_moves_tokens_and_no_expert(mesh):
+    layout, rows = _layout(mesh), 16
+    axes, key = decoder.param_axes(MODEL), jax.random.key(0)
+    sizes = {"num_slots": rows, "length": 64, "config": MODEL, "dtype": jnp.float32}
+    empty = jax.eval_shape(functools.partial(slots.empty_slots, **sizes), key)
+
+    def placed(tree, axes):
+        leaves, treedef = jax.tree.flatten(tree)
+        axes = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+        return treedef.unflatten(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(a))
+            for x, a in zip(leaves, axes, strict=True)
+        )
+
+    text = slots.decode_chunk.lower(
+        placed(decoder.abstract_params(MODEL), axes), placed(empty, slots.SLOTS_AXES),
+        np.int32(8), np.int32(rows), config=MODEL, sampling=SAMPLING, chunk_length=8,
+        dtype=jnp.float32, record=True, layout=layout,
+    ).compile().as_text()  # fmt: skip
+    shapes = re.findall(r"= (.*?) (?:all-|collective-|reduce-scatter)[a-z-]*\(", text)
+    moved = [
+        math.prod(map(int, dims.split(",")))
+        for shape in shapes
+        for dims in re.findall(r"\w\d+\[([\d,]+)\]", shape)
+    ]
+    most = rows // layout.size("batch") * MODEL.vocab_size if layout.size("vocab") > 1 else 0
+    assert max(moved) <= max(most, rows // layout.mesh.shape["data"] * MODEL.embed_dim)
+
+
+# ---------------------------------------------------------------- work
+
+
+def test_slots_without_a_response_send_no_token_to_experts(monkeypatch):
+    """What decoding sends is counted: K experts a layer for each token that is generated."""
+    sent, real = [], decoder_layers.expert_mlp
+
+    def counted(x, ids, *args):
+        if x.ndim == 2:
+            jax.debug.callback(lambda ids: sent.append((ids < 8).sum()), ids)
+        return real(x, ids, *args)
+
+    monkeypatch.setattr(decoder_layers, "expert_mlp", counted)
+    # A length of chunk that nobody else has: the program must be traced here, and is not kept.
+    engine, params = _engine(num_slots=16, chunk_length=9), expert_cases.params(MODEL)
+    _, stats = engine.generate(params, RAGGED, group_size=2, seed=5, step=2)
+    jax.effects_barrier()
+    assert stats.slot_utilisation < 0.8
+    a_token = MODEL.num_expert_layers * MODEL.experts_per_token
+    assert sum(sent) == stats.generated_tokens * a_token
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_dense_model_records_no_experts():
+    with pytest.raises(ValueError, match="record_experts=True needs a mixture of experts"):
+        Engine(cases.config(), SAMPLING, num_slots=2, max_prompt_length=9, record_experts=True)
+
+
+def test_experts_that_the_mesh_cannot_cut_are_refused():
+    model = expert_cases.config(6, 2, **SIZES)
+    message = r"num_experts 6 cannot be cut into 8 equal parts \(mesh expert 8\)"
+    with pytest.raises(sharding.MeshError, match=message):
+        _engine("expert 8", model)
+
+
+def test_an_unknown_product_of_experts_is_refused():
+    engine = _engine(experts="block")
+    with pytest.raises(ValueError, match="implementation 'block' is unknown"):
+        engine.generate(expert_cases.params(MODEL), RAGGED[:1], group_size=1, seed=0)

@@ -1,0 +1,470 @@
+"""Routers in training: replay, agreement, load, and the balancing loss; however a step is cut."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from luspo_jax import objectives, optimizer, packing, sharding, update
+from luspo_jax.logprobs import Scoring, scored
+from luspo_jax.models import decoder
+from luspo_jax.objectives.presets import PRESETS, used_hyperparameters
+from luspo_jax.types import Experts, TrainBatch
+from tests.models import expert_cases as cases
+from tests.models.expert_cases import MESHES, worst
+
+MODEL = cases.config(num_layers=3, dense_layers=(0,))
+L, E, K = MODEL.num_expert_layers, MODEL.num_experts, MODEL.experts_per_token
+# With b1 = 0 the first moment is the gradient itself, exactly: that is what is compared.
+PLAIN = optimizer.adamw(b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0)
+B, T, COEF = 16, 24, 0.02
+
+
+def _rows(length=T, order=None):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 96, size=rng.integers(1, 6)) for _ in range(B)]
+    responses = [rng.integers(1, 96, size=rng.integers(1, 18)) for _ in range(B)]
+    order = np.arange(B) if order is None else order
+    return packing.padded_rows(
+        [prompts[i] for i in order], [responses[i] for i in order], length=length, pad_id=0
+    )
+
+
+@functools.partial(jax.jit, static_argnames="scoring")
+def _scored(params, rows, *, scoring):
+    return scored(params, rows, scoring=scoring)
+
+
+@functools.cache
+def _recorded(model):
+    """Ids [B, T, L, K] of two policies that are not quite the current one."""
+    params, scoring = cases.params(model), Scoring(model, head_chunk_tokens=64)
+    with jax.enable_x64(False):
+        return [
+            np.asarray(
+                _scored(
+                    cases.with_other_routers(params, size), _rows(), scoring=scoring
+                ).router.experts
+            )
+            for size in (0.5, 0.2)
+        ]
+
+
+def _batch(length=T, order=None, model=MODEL, recorded=("sampler", "old")):
+    """16 responses in four groups, with the log-probs and experts of other policies."""
+    rng = np.random.default_rng(1)
+    noise = rng.random((3, B, T), np.float32)
+    advantages, groups = rng.normal(size=B).astype(np.float32), np.repeat(np.arange(4), 4)
+    order = np.arange(B) if order is None else order
+    rows = _rows(length, order=order)
+
+    def placed(values):
+        x = np.zeros((B, length, *values.shape[2:]), values.dtype)
+        x[:, :T] = values[order]
+        x[rows.segment_ids_BT == 0] = 0
+        return x
+
+    ids = dict(zip(("sampler", "old"), map(placed, _recorded(model)), strict=True))
+    ids = {name: ids[name] for name in recorded}
+    others = [np.where(rows.response_mask_BT, placed(-4 - n), 0) for n in noise]
+    return TrainBatch(
+        rows=dataclasses.replace(rows, experts=Experts(**ids) if ids else None),
+        advantages_B=advantages[order],
+        group_ids_B=groups[order].astype(np.int32),
+        old_logprobs_BT=others[0],
+        old_entropy_BT=None,
+        ref_logprobs_BT=others[1],
+        sampler_logprobs_BT=others[2],
+    )
+
+
+def _packed(batch, row_length=32, rows_per_microbatch=2):
+    plan = packing.plan(
+        (batch.rows.segment_ids_BT > 0).sum(axis=1),
+        row_length=row_length,
+        rows_per_microbatch=rows_per_microbatch,
+    )
+    return packing.packed_batch(batch, plan)
+
+
+def _rule(name="luspo", *, model=MODEL, mesh=None, plan=PLAIN, **fields):
+    """Fields of the rule, of its scoring and of its objective."""
+    own = {"num_microbatches": 1, "max_grad_norm": 0.0, "router_aux_coef": 0.0}
+    own |= {k: fields.pop(k) for k in own if k in fields}
+    how = {"replay": "none", "dtype": "float32", "remat": "none"}
+    how |= {k: fields.pop(k) for k in how if k in fields}
+    layout = sharding.layout("train", MESHES[mesh], jax.devices()) if mesh else None
+    scoring = Scoring(model, head_chunk_tokens=64, layout=layout, **how)
+    wide = dict.fromkeys({"clip_low", "clip_high"} & set(used_hyperparameters(PRESETS[name])), 0.9)
+    objective = objectives.preset(name, **(wide | {"kl_coef": 0.1} | fields))
+    return update.UpdateRule(scoring, objective, plan, **own)
+
+
+def _step(params, batch, rule):
+    """(first moments, parameters after the step, metrics)."""
+    state = update.initial_state(params, rule)
+    batch = update.put_rows(batch, rule.scoring.layout)
+    new, metrics = update.update_step(state, batch, np.float32(1e-6), rule=rule)
+    return jax.device_get((new.opt_state[0].mu, new.params, metrics))
+
+
+def _params64(model=MODEL):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), cases.params(model))
+
+
+# ---------------------------------------------------------------- against a plain decoder
+
+
+def _balance(probs_BTLE, ids_BTLK, real_BT):
+    """`load_balancing_loss_func` of transformers of each layer by itself, mean over layers."""
+    losses, num_experts = [], probs_BTLE.shape[-1]
+    for layer in range(probs_BTLE.shape[2]):
+        probs = probs_BTLE[:, :, layer][real_BT]
+        mask = jax.nn.one_hot(ids_BTLK[:, :, layer][real_BT], num_experts)
+        tokens_per_expert, prob_per_expert = mask.mean(0), probs.mean(0)
+        losses.append((tokens_per_expert * prob_per_expert[None]).sum() * num_experts)
+    return sum(losses) / len(losses)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "replay"))
+def _plain(params, batch, model, replay):
+    """(loss, gradients, (ids of the routers, probabilities, balance)) of LUSPO with the terms of
+    `_rule`, by the plain decoder; f of the balance is of the ids that are used."""
+    rows, mask = batch.rows, batch.rows.response_mask_BT
+    replayed = getattr(rows.experts, replay) if replay != "none" else None
+    lengths = mask.sum(1)
+
+    def loss(params):
+        hidden, ids, probs = cases.plain_forward(
+            params, rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT, model, replayed
+        )
+        logp = jax.nn.log_softmax(hidden @ params["embedding"].T)[:, :-1]
+        logp = jnp.take_along_axis(logp, rows.tokens_BT[:, 1:, None], -1)[..., 0]
+        logp = jnp.where(mask, jnp.pad(logp, ((0, 0), (1, 0))), 0.0)
+        log_s = jnp.sum(jnp.where(mask, logp - batch.old_logprobs_BT, 0.0), 1) / lengths
+        s = jnp.exp(log_s)
+        policy = -jnp.minimum(s * batch.advantages_B, jnp.clip(s, 0.1, 1.9) * batch.advantages_B)
+        d = jnp.where(mask, batch.ref_logprobs_BT - logp, 0.0)
+        kl = jnp.sum(jnp.where(mask, jnp.exp(d) - d - 1, 0.0), 1)
+        real = (rows.segment_ids_BT > 0)[..., None, None]
+        used = rows.experts.sampler if replay == "sampler" else rows.experts.old
+        hits = jnp.sum(jnp.where(real[..., None], jax.nn.one_hot(used, E), 0), (0, 1, 3))
+        f = hits / jnp.sum(real)
+        mass = jnp.sum(jnp.where(real, probs, 0), (0, 1)) / jnp.sum(real)
+        balance = E * jnp.mean(jnp.sum(f * mass, -1))
+        return jnp.mean(policy * lengths + 0.1 * kl) + COEF * balance, (ids, probs, balance)
+
+    (value, found), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, grads, found
+
+
+@pytest.mark.parametrize("replay", ["none", "old", "sampler"])
+def test_a_step_is_that_of_the_plain_decoder(x64, replay):
+    """The recorded experts, weighed by the present router, which learns; and what is said of it."""
+    batch, params = _batch(), _params64()
+    rule = _rule(replay=replay, router_aux_coef=COEF, dtype="float64", num_microbatches=2)
+    got, _, metrics = _step(params, batch, rule)
+    _, grads, (ids, probs, balance) = jax.device_get(_plain(params, batch, MODEL, replay))
+    assert worst(got, grads) <= 1e-9
+    router = got["layers_001"]["mlp"]["router"]["kernel"]
+    assert np.abs(router).max() > 1e-3
+    experts, real = batch.rows.experts, batch.rows.segment_ids_BT > 0
+    used = {"none": ids, "old": experts.old, "sampler": experts.sampler}[replay]
+    assert (used[real] != ids[real]).any() == (replay != "none")
+    np.testing.assert_allclose(metrics["router/aux_loss"][0], balance, rtol=1e-6)
+    for name in ("sampler", "old"):
+        recorded, shares = getattr(experts, name), []
+        for b, t in np.argwhere(real):
+            for layer in range(L):
+                shares.append(len({*ids[b, t, layer]} & {*recorded[b, t, layer]}) / K)
+        total, count = metrics[f"router/agreement/{name}_current"]
+        assert count == real.sum()
+        assert 0.3 < total / count < 0.95
+        np.testing.assert_allclose(total / count, np.mean(shares), rtol=1e-6)
+    loads = np.stack([np.bincount(used[real][:, i].ravel(), minlength=E) for i in range(L)])
+    excess = loads / (real.sum() * K / E) - 1
+    expected = {
+        "max_violation": excess.max(1).mean(),
+        "max_violation/worst_layer": excess.max(),
+        "avg_violation": np.abs(excess).mean(),
+        "max_violation/layer_01": excess[1].max(),
+        "avg_violation/layer_00": np.abs(excess[0]).mean(),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[f"router/{name}"][0], value, rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(
+        balance, _balance(probs, used if replay != "none" else experts.old, real), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_with_the_weights_that_recorded_agreement_is_exactly_one(packed):
+    params, batch = cases.params(MODEL), _batch()
+    scoring = Scoring(MODEL, head_chunk_tokens=64)
+    ids = np.asarray(_scored(params, batch.rows, scoring=scoring).router.experts)
+    batch = dataclasses.replace(
+        batch, rows=dataclasses.replace(batch.rows, experts=Experts(sampler=ids))
+    )
+    real = batch.rows.segment_ids_BT > 0
+    rule = _rule(router_aux_coef=COEF)
+    _, _, metrics = _step(params, _packed(batch) if packed else batch, rule)
+    assert metrics["router/agreement/sampler_current"] == (real.sum(), real.sum())
+    assert "router/agreement/old_current" not in metrics
+    # Of what is replayed nowhere, the loss is that of transformers.
+    _, own, probs = cases.plain_forward(
+        params, batch.rows.tokens_BT, batch.rows.positions_BT, batch.rows.segment_ids_BT, MODEL
+    )
+    np.testing.assert_array_equal(own[real], ids[real])
+    expected = _balance(np.asarray(probs), np.asarray(own), real)
+    np.testing.assert_allclose(metrics["router/aux_loss"][0], expected, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- what a step must not depend on
+
+
+def _filtered(batch):
+    """Without gradient of half of the responses, so that whole micro-batches score nothing."""
+    mask_BT = batch.rows.response_mask_BT & (np.arange(B) % 2 == 0)[:, None]
+    return dataclasses.replace(
+        batch, rows=dataclasses.replace(batch.rows, response_mask_BT=mask_BT)
+    )
+
+
+CUTS = {
+    "micro-batches": lambda: (_filtered(_batch()), 8),
+    "padding": lambda: (_filtered(_batch(length=31)), 2),
+    "packed, row by row": lambda: (_packed(_filtered(_batch()), 24, 1), 1),
+    "packed in long rows": lambda: (_packed(_filtered(_batch()), 70, 2), 1),
+}
+
+
+@functools.cache
+def _uncut(replay):
+    rule = _rule(replay=replay, router_aux_coef=COEF, dtype="float64")
+    return _step(_params64(), _filtered(_batch()), rule)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_step_does_not_depend_on_how_it_is_cut(x64, cut):
+    batch, parts = CUTS[cut]()
+    rule = _rule(replay="sampler", router_aux_coef=COEF, dtype="float64", num_microbatches=parts)
+    moments, _, metrics = _step(_params64(), batch, rule)
+    expected, _, expected_metrics = _uncut("sampler")
+    assert worst(moments, expected) <= 1e-9
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-6, atol=1e-9, err_msg=name)
+
+
+def test_a_step_does_not_depend_on_the_order_of_rows(x64):
+    rule = _rule(replay="old", router_aux_coef=COEF, dtype="float64")
+    order = np.random.default_rng(3).permutation(B)
+    expected, got = (_step(_params64(), _batch(order=o), rule) for o in (None, order))
+    assert worst(got[0], expected[0]) <= 1e-9
+    assert worst(got[2], expected[2]) <= 1e-5
+
+
+def test_rows_without_a_record_are_routed_by_the_policy():
+    params = cases.params(MODEL)
+    expected = _step(params, _batch(recorded=()), _rule())[0]
+    for replay, recorded in (("sampler", ()), ("old", ("sampler",)), ("sampler", ("old",))):
+        got = _step(params, _batch(recorded=recorded), _rule(replay=replay))[0]
+        assert worst(got, expected) == 0, (replay, recorded)
+    assert worst(_step(params, _batch(), _rule(replay="sampler"))[0], expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "luspo",
+        "dr_grpo",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in sorted(PRESETS)
+            if name not in ("luspo", "dr_grpo")
+        ),
+    ],
+)
+def test_the_balancing_loss_is_the_same_under_every_objective(x64, name):
+    """What the coefficient adds to the gradient is the gradient of the loss, whatever else is."""
+    params, batch = _params64(), _batch()
+    rules = [
+        _rule(name, router_aux_coef=coef, dtype="float64", max_response_length=17)
+        for coef in (0.0, COEF)
+    ]
+    (without, _, _), (with_it, _, metrics) = (_step(params, batch, rule) for rule in rules)
+    added = jax.tree.map(lambda a, b: (a - b) / COEF, with_it, without)
+    loss, expected = _balance_alone()
+    np.testing.assert_allclose(metrics["router/aux_loss"][0], loss, rtol=1e-6)
+    assert worst(added, expected) <= 1e-9
+
+
+@functools.cache
+def _balance_alone():
+    """(loss, gradient), f being of the recorded experts and fixed."""
+    rows = _batch().rows
+    real = rows.segment_ids_BT > 0
+
+    def loss(params):
+        _, _, probs = cases.plain_forward(
+            params, rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT, MODEL
+        )
+        return _balance(probs, rows.experts.old, real)
+
+    return jax.device_get(jax.value_and_grad(loss)(_params64()))
+
+
+def test_without_a_coefficient_the_program_has_no_balancing_loss(monkeypatch):
+    params, batch = cases.params(MODEL), _batch()
+
+    def program(coef):
+        rule = _rule(router_aux_coef=coef)
+        state = update.initial_state(params, rule)
+        return update.update_step.lower(state, batch, np.float32(0), rule=rule).as_text()
+
+    off, on = program(0.0), program(COEF)
+    monkeypatch.setattr(update, "balance_weights", lambda *_: None)
+    jax.clear_caches()
+    assert off == program(0.0)
+    assert off != on
+
+
+# ---------------------------------------------------------------- meshes
+
+STACK = cases.config()  # 5 layers with experts
+ADAM = optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
+_ON_MESHES = {"model": STACK, "plan": ADAM, "replay": "sampler", "router_aux_coef": COEF,
+              "num_microbatches": 2, "remat": "full"}  # fmt: skip
+_SLOW = {"expert 8", "fsdp 8", "data 2, expert 2, tensor 2"}
+
+
+@functools.cache
+def _one_device():
+    return _step(cases.params(STACK), _batch(model=STACK), _rule(**_ON_MESHES))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "packed"),
+    [
+        pytest.param(
+            mesh, packed, marks=[pytest.mark.slow] * (mesh in _SLOW or packed != ("data" in mesh))
+        )
+        for mesh in MESHES
+        for packed in (False, True)
+    ],
+)
+def test_a_step_on_a_mesh_is_that_of_one_device(mesh, packed):
+    batch = _batch(model=STACK)
+    batch = _packed(batch, rows_per_microbatch=8) if packed else batch
+    got = _step(cases.params(STACK), batch, _rule(mesh=mesh, **_ON_MESHES))
+    for name, a, b in zip(("moments", "params", "metrics"), got, _one_device(), strict=True):
+        assert worst(a, b) <= 1e-5, name
+
+
+@pytest.mark.parametrize("mesh", ["fsdp 2, expert 4", "fsdp 8"])
+def test_no_collective_makes_the_experts_of_all_devices(mesh):
+    """Over the expert axis tokens travel; over fsdp, one layer's experts at a time."""
+    rule = _rule(mesh=mesh, **_ON_MESHES)
+    state = update.abstract_state(rule)
+    batch = update.abstract_rows(_batch(model=STACK), rule.scoring.layout)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    text = update.update_step.lower(state, batch, number, number, rule=rule).compile().as_text()
+    found = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all)(?:-start)?\(", text)
+    shapes = [
+        tuple(map(int, dims.split(",")))
+        for result in found
+        for dims in re.findall(r"\w\d+\[([\d,]+)\]", result)
+    ]
+    layer = {(E, 32, 16), (E, 16, 32)}
+    own = {(E // 4, *shape[1:]) for shape in layer}
+    tokens = {s for s in shapes if T in s}  # and what was recorded of them
+    assert not [s for s in shapes if STACK.num_layers in s and s not in tokens and len(s) > 2]
+    if mesh == "fsdp 8":
+        assert layer <= set(shapes)
+    else:
+        assert own <= set(shapes)
+        assert max(np.prod(s) for s in shapes) < E * 32 * 16
+
+
+# ---------------------------------------------------------------- the pass before the step
+
+
+@pytest.mark.parametrize("mesh", [None, "expert 2, context 2, tensor 2"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_score_rows_records_and_where_it_lies(mesh, packed):
+    rule, batch = _rule(model=STACK, mesh=mesh), _batch(model=STACK, recorded=("sampler",))
+    scoring, rows, width = rule.scoring, batch.rows, T
+    if packed:
+        plan = packing.plan(
+            (rows.segment_ids_BT > 0).sum(axis=1), row_length=32, rows_per_microbatch=4
+        )
+        rows = packing.packed_rows(rows, plan)
+    params = cases.params(STACK)
+    placed = jax.device_put(params, update.param_shardings(scoring)) if mesh else params
+    put = update.put_rows(rows, scoring.layout)
+    call = functools.partial(update.score_rows, placed, put, scoring=scoring, num_microbatches=4)
+    assert call().router.experts is None
+    found = call(record_experts=True)
+    ids = found.router.experts
+    assert ids.dtype == np.uint8
+    # A share on each device; on every device, which is what log-probs are, would not fit.
+    parts = scoring.layout.size("batch") if mesh else 1
+    assert ids.addressable_shards[0].data.size == ids.size // parts
+    on_host = update.experts_on_host(found.router, scoring)
+    if packed:
+        on_host = packing.from_rows(on_host, plan, width)
+    alone = _scored(params, batch.rows, scoring=Scoring(STACK, head_chunk_tokens=64))
+    real = batch.rows.segment_ids_BT > 0
+    np.testing.assert_array_equal(on_host[real], np.asarray(alone.router.experts)[real])
+    shared = found.router.agreement["sampler"] / found.router.tokens
+    expected = alone.router.agreement["sampler"] / alone.router.tokens
+    np.testing.assert_allclose(shared, expected, rtol=1e-6)
+    assert found.router.tokens == real.sum()
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _with_experts(**ids):
+    batch = _batch()
+    return dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, experts=Experts(**ids)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "message"),
+    [
+        (
+            (B, T, 3, K),
+            np.uint8,
+            r"experts.old is \[16, 24, 3, 2\] and must be .* \[16, 24, 2, 2\]",
+        ),
+        ((B, T - 1, L, K), np.uint8, r"experts.old is \[16, 23, 2, 2\]"),
+        ((B, T, L, K), np.float32, r"experts.old must hold expert ids, integers, not float32"),
+    ],
+)
+def test_recorded_ids_of_another_shape_are_refused_by_name(shape, kind, message):
+    batch = _with_experts(old=np.zeros(shape, kind))
+    with pytest.raises(ValueError, match=message):
+        _step(cases.params(MODEL), batch, _rule())
+    with pytest.raises(ValueError, match=message.replace("experts.old", "replayed_BTLK")):
+        decoder.forward(
+            cases.params(MODEL), batch.rows.tokens_BT, batch.rows.positions_BT,
+            batch.rows.segment_ids_BT, config=MODEL, replayed_BTLK=batch.rows.experts.old,
+        )  # fmt: skip
+
+
+def test_recorded_ids_of_a_dense_model_are_refused():
+    dense = dataclasses.replace(
+        MODEL, model_type="qwen3", num_experts=0, experts_per_token=0, expert_dim=0,
+        norm_topk=False, dense_layers=(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"experts.sampler is of a mixture of experts, and the"):
+        _step(cases.params(dense), _batch(), _rule(model=dense))
+
+
+def test_a_balancing_loss_without_recorded_experts_is_refused():
+    with pytest.raises(ValueError, match=r"router_aux_coef > 0 needs the experts"):
+        _step(cases.params(MODEL), _batch(recorded=()), _rule(router_aux_coef=COEF))
