@@ -1,5 +1,6 @@
 """The study of mixtures of experts: what it runs, and how it reads runs."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from experiments.studies.moe_stability import analysis, design
 from experiments.sweeps import spec
+from luspo_jax.metrics import json_line
 
 BASES = pathlib.Path("bases")
 
@@ -73,7 +75,7 @@ def test_measures_of_a_run():
             "router/agreement/old_current": agreement,
         },
     )
-    assert analysis.MEASURES[analysis.TOKEN](rows) == pytest.approx(np.sqrt(0.06))
+    assert analysis.MEASURES[analysis.TOKEN](rows) == pytest.approx((0.04 * 0.08) ** 0.25)
     assert analysis.MEASURES[analysis.DRIFT](rows) == pytest.approx(0.15)
     assert np.isnan(
         analysis.MEASURES[analysis.SEQUENCE](rows)
@@ -88,3 +90,40 @@ def test_differences_are_paired_by_seed():
     found = analysis.difference(runs, "a", "b", analysis.largest_norm)
     assert found.count == 2
     assert found.mean == pytest.approx((3 + 1) / 2)
+    # As a factor: 4 and 2 against 1.
+    factor = analysis.compared(runs, "a", "b", analysis.LARGEST)
+    assert factor.startswith(f"×{np.sqrt(8):.2f} (")
+    assert analysis.compared(runs, "a", "b", analysis.SEQUENCE) == "–"
+
+
+def test_tables_and_figures_of_what_is_there(tmp_path):
+    """Two runs have ended; the table has them, and names the others as not finished."""
+    sweep = design.sweep(BASES, steps=2, seeds=(0,))
+    names = [design.cell_name(design.MAIN, "grpo", replay) for replay in ("none", "old")]
+    for member in spec.members(sweep):
+        if member.variant.name in names:
+            folder = member.folder(tmp_path / "runs")
+            folder.mkdir(parents=True)
+            scale = 1 + names.index(member.variant.name)
+            rows = [
+                {
+                    "step": step,
+                    "actor/grad_norm": 1.0,
+                    "actor/log_ratio_squared/token": 0.01 * scale,
+                    "router/agreement/old_current": 0.9,
+                    "val-core/label_sums/acc/mean@2": 0.5,
+                }
+                for step in (1, 2)
+            ]
+            lines = "".join(json_line(row.pop("step"), row) for row in rows)
+            (folder / "metrics.jsonl").write_text(lines)
+            mark = spec.configuration.fingerprint(spec.config_of(sweep, member))
+            (folder / "finished.json").write_text(json.dumps({"fingerprint": mark}))
+    text = analysis.write(sweep, tmp_path / "runs", tmp_path)
+    assert (tmp_path / "results.md").read_text() == text
+    table, missing = text.split("## Not finished")
+    assert all(f"| {name} " in table for name in names)
+    assert missing.count("\n- ") == len(design.cells()) - 2
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("ratios.png", "curves.png"))
+    runs = analysis.finished(sweep, tmp_path / "runs")
+    assert analysis.compared(runs, *names[::-1], analysis.TOKEN).startswith("×1.41")

@@ -24,8 +24,14 @@ def _average(values) -> float:
     return float(np.mean(values)) if len(values) else math.nan
 
 
-def _root(metric):
-    return lambda rows: math.sqrt(_mean(metric)(rows))
+def _typical(metric, power=1.0):
+    """The geometric mean over steps: squares of log-ratios have tails that rule any other mean."""
+
+    def measure(rows):
+        values = report.series(rows, metric)[1]
+        return math.exp(_average(np.log(np.maximum(values, 1e-12)) * power))
+
+    return measure
 
 
 def _drift(metric):
@@ -55,25 +61,28 @@ def _outcome(metric, reduce):
 
 TOKEN, SEQUENCE = "token log-ratio, rms", "sequence log-ratio, rms"
 AREA, LAST = "accuracy area", "last accuracy"
-DRIFT, MISMATCH = "routing drift old→current", "routing drift sampler→old"
+DRIFT, SAMPLER_DRIFT = "routing drift old→current", "routing drift sampler→old"
+LARGEST, MISMATCH = "max ÷ median norm", "largest sampler mismatch, nats"
+CLIPPED = "clipped share"
 
-# Column → what it is of a run's metrics. All but accuracy and entropy are means over steps.
+# Column → what it is of a run's metrics: means over steps, geometric ones of what is in FACTORS.
 MEASURES: Mapping[str, Callable[[list[dict]], float]] = {
     AREA: _outcome("val-core/*", "auc"),
     LAST: _outcome("val-core/*", "last"),
-    TOKEN: _root("actor/log_ratio_squared/token"),
-    SEQUENCE: _root("actor/log_ratio_squared/sequence"),
-    "clipped share": _mean("actor/pg_clipfrac"),
+    TOKEN: _typical("actor/log_ratio_squared/token", 0.5),
+    SEQUENCE: _typical("actor/log_ratio_squared/sequence", 0.5),
+    CLIPPED: _mean("actor/pg_clipfrac"),
     "spikes": spike_share,
-    "max ÷ median norm": largest_norm,
+    LARGEST: largest_norm,
     "gradient norm": _mean("actor/grad_norm"),
     DRIFT: _drift("router/agreement/old_current"),
-    MISMATCH: _drift("router/agreement/sampler_old"),
-    "sampler KL": _mean("rollout_corr/k3_kl"),
+    SAMPLER_DRIFT: _drift("router/agreement/sampler_old"),
+    MISMATCH: _typical("rollout_corr/max_abs_diff"),
     "load violation": _mean("router/max_violation"),
     "last entropy": _outcome("actor/entropy", "last"),
 }
-COMPARED = (AREA, LAST, TOKEN, SEQUENCE, "clipped share", "max ÷ median norm", DRIFT)
+FACTORS = (TOKEN, SEQUENCE, LARGEST, MISMATCH)  # compared by their ratio
+COMPARED = (AREA, LAST, TOKEN, SEQUENCE, CLIPPED, LARGEST, DRIFT, MISMATCH)
 
 
 def write(sweep: Sweep, folder: pathlib.Path, workdir: pathlib.Path) -> str:
@@ -81,14 +90,16 @@ def write(sweep: Sweep, folder: pathlib.Path, workdir: pathlib.Path) -> str:
     runs = finished(sweep, folder)
     sections = [
         "# Results\n\nMade by `study.py`; means over seeds with 95 % intervals, differences paired "
-        "by seed.\nA log-ratio is log π − log π_old of the trainer, its rms over tokens or over "
-        "responses; drift is the share of a token's experts that changed.\n",
+        "by seed,\n× the factor between two. A log-ratio is log π − log π_old of the trainer: rms "
+        "over tokens, or of the mean of a\nresponse over responses, geometric mean over steps. "
+        "Drift is the share of a token's experts that changed. Gradient\nnorms of a step are the "
+        f"mean of its eight updates; a spike is beyond {SPIKE:g} times the run's median.\n",
         "\n## Every cell\n\n",
         report.markdown_table(["cell", "runs", *MEASURES], list(_rows(runs))),
     ]
     for title, pairs in comparisons().items():
         rows = [
-            [label, *(difference(runs, this, that, MEASURES[name]) for name in COMPARED)]
+            [label, *(compared(runs, this, that, name) for name in COMPARED)]
             for label, this, that in pairs
             if this in runs and that in runs
         ]
@@ -124,6 +135,17 @@ def _rows(runs):
     for cell, seeds in runs.items():
         values = (report.estimate([f(rows) for rows in seeds.values()]) for f in MEASURES.values())
         yield [cell, len(seeds), *values]
+
+
+def compared(runs: Runs, this: str, that: str, name: str) -> str:
+    """The paired difference of a measure, or the factor between two positive ones."""
+    if name not in FACTORS:
+        return str(difference(runs, this, that, MEASURES[name]))
+    found = difference(runs, this, that, lambda rows: math.log(MEASURES[name](rows)))
+    if not found.count:
+        return "–"
+    low, high = (math.exp(found.mean + sign * found.half_width) for sign in (-1, 1))
+    return f"×{math.exp(found.mean):.2f} ({low:.2f} … {high:.2f})"
 
 
 def difference(runs: Runs, this: str, that: str, measure: Callable) -> Estimate:
@@ -182,10 +204,10 @@ REPLAY_COLORS = {"none": "C3", "old": "C0", "sampler": "C2"}
 
 def ratio_figure(runs: Runs, target: pathlib.Path) -> None:
     """Log-ratios of tokens and of sequences, drift and gradient norms of every cell."""
-    shown = (TOKEN, SEQUENCE, DRIFT, "max ÷ median norm", AREA)
+    shown = (TOKEN, SEQUENCE, DRIFT, MISMATCH, LARGEST, AREA)
     plt = report.pyplot()
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(15, 1.4 + 0.27 * len(runs)), sharey=True, layout="constrained"
+        1, len(shown), figsize=(17, 1.4 + 0.27 * len(runs)), sharey=True, layout="constrained"
     )
     for axis, name in zip(axes, shown, strict=True):
         for place, (cell, seeds) in enumerate(runs.items()):

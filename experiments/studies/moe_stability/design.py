@@ -97,13 +97,14 @@ def cells() -> dict[str, tuple[str, str, str, float]]:
     blocks = (
         ((MAIN,), pair, REPLAYS, (RATE,)),
         (("dense",), pair, plain, (RATE,)),
-        ((MAIN,), ("gspo",), REPLAYS, (RATE,)),
-        ((MAIN,), pair, ("none", "old"), (HARSH_RATE,)),
-        (("dense",), pair, plain, (HARSH_RATE,)),
         (others, pair, plain, (RATE,)),
-        ((MAIN,), ("cispo",), REPLAYS, (RATE,)),
-        (("dense",), ("gspo", "cispo"), plain, (RATE,)),
+        ((MAIN,), pair, ("none", "old"), (HARSH_RATE,)),
+        ((MAIN,), ("gspo",), REPLAYS, (RATE,)),
+        (("dense",), ("gspo",), plain, (RATE,)),
+        (("dense",), pair, plain, (HARSH_RATE,)),
         (others, pair, ("old",), (RATE,)),
+        ((MAIN,), ("cispo",), REPLAYS, (RATE,)),
+        (("dense",), ("cispo",), plain, (RATE,)),
     )
     chosen = [cell for block in blocks for cell in itertools.product(*block)]
     return {cell_name(*cell): cell for cell in chosen}
