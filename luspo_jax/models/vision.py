@@ -270,7 +270,7 @@ def _window_axes(count, layout):
 def _check(patches_ISC, config, attention):
     I, S, C = patches_ISC.shape
     expected = math.prod(config.patch_shape)
-    if S % config.window_slots or C != expected:
+    if S % config.window_slots or expected != C:
         raise ValueError(
             f"patches of {I} images are [{S}, {C}] each; the tower takes a multiple of "
             f"{config.window_slots} slots (a window of window_size {config.window_size}) of "

@@ -143,9 +143,11 @@ def flat(hf: Mapping[str, Any]) -> dict[str, Any]:
     kind = inner.pop("model_type", None)
     if kind not in (None, MODEL_TYPE, "qwen2_5_vl_text"):
         raise ConfigError(f"text_config: model_type {kind!r} is not implemented, only 'qwen2_5_vl'")
-    # Older files say it inside, where newer ones say nothing.
-    tied = "tie_word_embeddings"
-    inner.pop("architectures", None)
+    tied = "tie_word_embeddings"  # older files say it inside, where newer ones say nothing
+    for name in ("architectures", "transformers_version", "dtype", "torch_dtype"):
+        value = inner.pop(name, None)  # the whole model's are outside
+        if "dtype" in name and not {"dtype", "torch_dtype"} & hf.keys():
+            flat[name] = value
     for name, value in inner.items():
         outer = flat.get(name)
         if value is not None and outer is not None and outer != value and name != tied:
