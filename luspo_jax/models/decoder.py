@@ -1,7 +1,8 @@
-"""Qwen2.5, Qwen3 and Qwen3-MoE decoders as functions of `(params, arrays)`.
+"""Qwen2.5, Qwen3, Qwen3-MoE and Qwen2.5-VL decoders as functions of `(params, arrays)`.
 
 Parameters are a nested dict; layers of one kind that follow each other are stacked on a leading
-axis (`DecoderConfig.stacks`).
+axis (`DecoderConfig.stacks`). Those of a tower for images are under "vision"; `vision.encode` makes
+embeddings of images, and the functions here take them in place of tokens'.
 """
 
 import functools
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from luspo_jax import sharding
+from luspo_jax.models import vision
 from luspo_jax.models.decoder_layers import REMAT, Decoder, KVCache
 from luspo_jax.models.experts import EXPERT_AXES, ROUTER_AXES, Routed, check_ids
 from luspo_jax.ops.attention import attention as attend
@@ -85,6 +87,8 @@ def forward(
     attention="reference",
     experts="reference",
     replayed_BTLK=None,
+    units_UD=None,
+    index_BT=None,
     layout=None,
 ):
     """(hidden states [B, T, D] after the final norm, Routed or None).
@@ -92,7 +96,8 @@ def forward(
     Args:
       params: as `init_params` makes them, in any floating type.
       tokens_BT: int32 token ids.
-      positions_BT: int32 rotary positions, from 0 in each segment.
+      positions_BT: int32 rotary positions, from 0 in each segment; [B, T, 3] where images give
+        tokens positions in time, row and column (`image_layout.mrope_positions`).
       segment_ids_BT: int32, 0 on padding.
       config: the DecoderConfig of `params`.
       dtype: type of activations and matmuls; norms, rotation, softmax and routers are float32.
@@ -101,6 +106,9 @@ def forward(
       experts: an implementation of `ops.grouped_matmul`.
       replayed_BTLK: expert ids to use in place of the routers' choice, L the layers that have
         experts; None where routers choose.
+      units_UD: embeddings of images, from `vision.encode`; None without images.
+      index_BT: int32 row of `units_UD` that stands in place of a token's embedding, −1 where the
+        token's own does (`image_layout.token_units`).
       layout: where rows, positions and heads lie; where positions are spread, arrays are in
         `ops.attention.ring_order`.
     """
@@ -119,6 +127,7 @@ def forward(
         segment_ids_BT,
         real=segment_ids_BT > 0,
         replayed=replayed,
+        images=None if units_UD is None else (units_UD, index_BT),
     )
     return hidden_BTD, routed
 
@@ -132,19 +141,24 @@ def prefill(
     dtype=jnp.float32,
     attention="reference",
     experts="reference",
+    positions_BT=None,
+    units_UD=None,
+    index_BT=None,
     layout=None,
 ):
     """(hidden state of each row's last token [B, D], cache of all of length T, expert ids).
 
     Rows are left-aligned and `lengths_B` ≥ 1 long; what follows a row's length is ignored, and
-    what the cache holds there is overwritten as decoding advances. Under a layout rows lie over
-    "batch" and key heads over "kv_heads"; positions are on every device. The ids are [B, T, L, K],
-    None where there are no experts.
+    what the cache holds there is overwritten as decoding advances. `positions_BT`, `units_UD` and
+    `index_BT` are as in `forward`; positions count from 0 where none are given. Under a layout rows
+    lie over "batch" and key heads over "kv_heads"; positions are on every device. The ids are
+    [B, T, L, K], None where there are no experts.
     """
     B, T = tokens_BT.shape
     tokens_BT = sharding.constrain(tokens_BT, ("batch", None), layout)
-    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+    places_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    positions_BT = places_BT if positions_BT is None else positions_BT
+    segment_ids_BT = (places_BT < lengths_B[:, None]).astype(jnp.int32)
     attend_fn = functools.partial(
         _attend_sequence, implementation=attention, keep=True, layout=layout
     )
@@ -156,6 +170,7 @@ def prefill(
         segment_ids_BT,
         last_B=lengths_B - 1,
         real=segment_ids_BT > 0,
+        images=None if units_UD is None else (units_UD, index_BT),
     )
     axes = (*CACHE_AXES[:3], None, None)
     cache = KVCache(*(sharding.constrain(x, axes, layout) for x in kept))
@@ -174,20 +189,23 @@ def decode_step(
     attention="auto",
     experts="reference",
     real_B=None,
+    positions_B=None,
     layout=None,
 ):
     """(hidden state [B, D] of one more token a row, the cache with it written in, expert ids).
 
     Token b sits at position `lengths_B[b]`, where its key and value are written, and sees the
-    entries up to and including its own. `attention` is an implementation of
+    entries up to and including its own. Its rotary position is that, or `positions_B[b]`, which
+    lags behind after images. `attention` is an implementation of
     `ops.decode_attention`, `experts` of `ops.grouped_matmul`; under a layout the cache lies as
     `append_and_attend` says. The ids are [B, L, K], None where there are no experts; rows that
     are not `real_B` (None: all are) go to none. Donate the cache: it is updated in place.
     """
     attend_fn = functools.partial(_attend_cache, implementation=attention, layout=layout)
     decoder = Decoder(config, attend_fn, dtype, experts=experts, layout=layout)
+    positions_B = lengths_B if positions_B is None else positions_B
     hidden_BD, cache, _, routed = decoder.apply(
-        {"params": params}, tokens_B, lengths_B, lengths_B, cache, real=real_B
+        {"params": params}, tokens_B, positions_B, lengths_B, cache, real=real_B
     )
     return sharding.constrain(hidden_BD, ("batch", None), layout), cache, _ids(routed, layout)
 
@@ -258,7 +276,10 @@ def abstract_params(config, dtype=jnp.float32):
     attend_fn = functools.partial(_attend_sequence, implementation="reference", keep=False)
     init = Decoder(config, attend_fn, param_dtype=dtype).init
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT, tokens_BT)["params"]
+    tree = jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT, tokens_BT)["params"]
+    if config.vision is not None:
+        tree = {**tree, "vision": vision.abstract_params(config.vision, dtype)}
+    return tree
 
 
 def cast(params, dtype):
@@ -299,6 +320,8 @@ def param_axes(config):
         tree[stack.name] = jax.tree.map(
             lambda axes: ("layers", *axes), layer, is_leaf=lambda node: isinstance(node, tuple)
         )
+    if config.vision is not None:
+        tree["vision"] = vision.param_axes(config.vision)
     return tree if config.tie_embeddings else tree | {"head": matrix}
 
 
@@ -315,4 +338,4 @@ def cut_sizes(config):
     if config.num_experts:
         sizes["moe_intermediate_size"] = ("mlp", config.expert_dim)
         sizes["num_experts"] = ("experts", config.num_experts)
-    return sizes
+    return sizes if config.vision is None else sizes | vision.cut_sizes(config.vision)

@@ -6,13 +6,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from luspo_jax.models import expert_config
+from luspo_jax.models import expert_config, vision_config
 from luspo_jax.models.expert_config import ConfigError, is_int, required
+from luspo_jax.models.vision_config import VisionConfig
 
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,6 +53,12 @@ class DecoderConfig:
       expert_dim: width of each.
       norm_topk: the weights of a token's experts are divided by their sum.
       dense_layers: indices of layers with an ordinary MLP of width mlp_dim.
+      mrope_section: how many of the head_dim / 2 rotations turn by the position in time, by the row
+        and by the column; empty where a position is one number.
+      vision: of the tower that turns images into embeddings; None in a text model.
+      image_token_id: stands where an embedding of an image goes; so does `video_token_id` in the
+        checkpoint's tokenizer, which is refused.
+      vision_start_token_id: before an image's tokens; `vision_end_token_id` after them.
     """
 
     model_type: str
@@ -77,6 +85,12 @@ class DecoderConfig:
     expert_dim: int = 0
     norm_topk: bool = False
     dense_layers: tuple[int, ...] = ()
+    mrope_section: tuple[int, ...] = ()
+    vision: VisionConfig | None = None
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    vision_start_token_id: int | None = None
+    vision_end_token_id: int | None = None
 
     def __post_init__(self):
         if self.model_type not in ARCHITECTURES:
@@ -100,6 +114,7 @@ class DecoderConfig:
                 f"{self.vocab_size}, {outside} do not"
             )
         expert_config.check_experts(self)
+        vision_config.check_vision(self)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -139,6 +154,7 @@ _POSITIVE = (
 _OF_EXPERTS = ("num_experts", "experts_per_token", "expert_dim")  # 0 where there are none
 _NUMBERS = ("rope_theta", "rms_norm_eps")
 _SWITCHES = ("qkv_bias", "out_bias", "qk_norm", "tie_embeddings", "norm_topk")
+_BIASED = ("qwen2", "qwen2_5_vl")  # whose projections always have a bias
 _TOKENS = ("bos_token_id", "pad_token_id")
 
 # Our field: its name in config.json. All of them are required.
@@ -218,12 +234,15 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
             f"model_type {model_type!r} is not implemented; use a checkpoint of one of "
             f"{sorted(ARCHITECTURES)}{expert_config.mixture_hint(hf)}"
         )
+    seeing = model_type == vision_config.MODEL_TYPE
+    hf = vision_config.flat(hf) if seeing else hf
     _refuse_unimplemented(hf, model_type)
     values = {ours: required(hf, name) for ours, name in _FIELDS.items()}
     qwen3 = model_type in ("qwen3", "qwen3_moe")
     if model_type == "qwen3_moe":
         _check_type("num_layers", values["num_layers"])
         values |= expert_config.expert_fields(hf, values["num_layers"])
+    values |= vision_config.decoder_fields(hf) if seeing else {}
     return DecoderConfig(
         model_type=model_type,
         head_dim=_head_dim(hf, model_type),
@@ -284,11 +303,13 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,
     }
-    if config.model_type != "qwen2":
+    if config.model_type not in _BIASED:
         values["attention_bias"] = config.qkv_bias
     if config.num_experts:
         values |= {name: getattr(config, ours) for ours, name in expert_config.FIELDS.items()}
         values |= {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
+    if config.vision is not None:
+        values |= vision_config.hf_fields(config)
     if config.dtype is not None:
         values["torch_dtype"] = config.dtype
     return dict(sorted(values.items()))
@@ -332,6 +353,7 @@ def _refuse_unimplemented(hf, model_type):
         )
     known = {*_FIELDS.values(), *_RULED, *_ONLY, *_INERT}
     known |= expert_config.KNOWN if model_type == expert_config.MODEL_TYPE else set()
+    known |= vision_config.KNOWN if model_type == vision_config.MODEL_TYPE else set()
     for name, value in hf.items():
         if name not in known and not name.startswith("_") and value is not None:
             mixture = name in expert_config.KNOWN
@@ -345,7 +367,7 @@ def _refuse_unimplemented(hf, model_type):
 def _head_dim(hf, model_type):
     if hf.get("head_dim") is not None:
         return hf["head_dim"]
-    if model_type != "qwen2":  # nothing to derive it from: Qwen3's differs from D/N by design
+    if model_type not in _BIASED:  # nothing to derive it from: Qwen3's differs from D/N by design
         return required(hf, "head_dim")
     embed_dim, num_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     _check_type("embed_dim", embed_dim)
@@ -362,8 +384,10 @@ def _attention_bias(hf):
     value = hf.get("attention_bias")
     if not isinstance(value, bool | None):
         raise ConfigError(f"attention_bias must be true or false, not {value!r}")
-    if value is False and hf["model_type"] == "qwen2":
-        raise ConfigError("attention_bias = false is not implemented for qwen2; remove it")
+    if value is False and hf["model_type"] in _BIASED:
+        raise ConfigError(
+            f"attention_bias = false is not implemented for {hf['model_type']}; remove it"
+        )
     return bool(value)
 
 

@@ -17,6 +17,7 @@ from luspo_jax.models.layers import (
     add_bias,
     embed,
     project,
+    replaced,
     rms_norm,
     rotate,
     rotation_of,
@@ -233,7 +234,15 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens, positions, context, cache=None, last_B=None, real=None, replayed=None
+        self,
+        tokens,
+        positions,
+        context,
+        cache=None,
+        last_B=None,
+        real=None,
+        replayed=None,
+        images=None,
     ):
         c = self.config
         matrix = (c.vocab_size, c.embed_dim)
@@ -241,7 +250,10 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.param("head", _zeros, matrix, self.param_dtype)
         x = embed(embedding_VD, tokens, self.dtype, self.layout)
-        rotation = rotation_of(positions, c.head_dim, c.rope_theta)
+        if images is not None:
+            x = replaced(x, *images, self.layout)
+        sections = c.mrope_section if positions.ndim > tokens.ndim else ()
+        rotation = rotation_of(positions, c.head_dim, c.rope_theta, sections)
         kept, routed = [], []
         for stack in c.stacks:
             done = sum(part.load_LE.shape[0] for part in routed)

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from luspo_jax import sharding
-from luspo_jax.models import decoder, safetensors_folder
+from luspo_jax.models import decoder, safetensors_folder, vision_weights
 from luspo_jax.models.decoder_config import ConfigError, DecoderConfig, decoder_config, hf_config
 from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError, listed
 
@@ -78,6 +78,9 @@ COPIED_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -94,7 +97,7 @@ class Entry:
         an expert of that layer.
       shape: of the parameter, without these axes.
       hf_shape: of the tensor, which stores a matrix as [outputs, inputs], heads merged.
-      transposed: whether the tensor is such a matrix.
+      transposed: whether the tensor is such a matrix, the parameter's last axes first.
       merged: for each dimension of the tensor, which axes of the parameter it merges: (from, to).
     """
 
@@ -122,12 +125,14 @@ class Entry:
             for axis, (s, size) in enumerate(zip(index, self.shape, strict=True))
         ]
         rest = tuple(slice(None) if axis in outer else s for axis, s in enumerate(index))
-        return (array.T if self.transposed else array).reshape(shape)[rest]
+        if self.transposed:
+            array = array.reshape(len(array), -1).T
+        return array.reshape(shape)[rest]
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """The tensor, from the whole parameter."""
         if self.transposed:
-            return array.reshape(self.hf_shape[::-1]).T
+            return array.reshape(-1, self.hf_shape[0]).T.reshape(self.hf_shape)
         return array.reshape(self.hf_shape)
 
 
@@ -150,6 +155,8 @@ def weight_table(config: DecoderConfig) -> dict[str, Entry]:
                 tail = suffix.format(expert=place[-1])
                 name = f"model.layers.{stack.start + place[0]}.{tail}"
                 table[name] = dataclasses.replace(first, place=place)
+    if config.vision is not None:
+        table |= vision_weights.weight_table(config.vision, Entry)
     return table
 
 
@@ -275,7 +282,11 @@ def opened(
       WeightsError: a missing or damaged file; or all missing, surplus and misshapen tensors.
     """
     folder = pathlib.Path(folder)
-    stored = safetensors_folder.contents(folder)
+    contents = safetensors_folder.contents(folder)
+    names = {name: name for name in contents}
+    if config.vision is not None:
+        names = {vision_weights.hub_name(name): name for name in contents}
+    stored = {ours: contents[name] for ours, name in names.items()}
     table = weight_table(config)
     _check_names(folder, stored, table)
     tensors = defaultdict(dict)
@@ -284,9 +295,13 @@ def opened(
     abstract = _abstract(config, dtype)
     dtypes = {path: np.dtype(_leaf(abstract, path).dtype) for path in tensors}
     tied_head = config.tie_embeddings and _HEAD in stored
-    with safetensors_folder.reader(stored) as read:
+    with safetensors_folder.reader(contents) as read:
         files = {name: tensor.file for name, tensor in stored.items()}
-        yield Source(folder, read, files, tensors, dtypes, check_finite, tied_head)
+
+        def read_by_name(name, index):
+            return read(names[name], index)
+
+        yield Source(folder, read_by_name, files, tensors, dtypes, check_finite, tied_head)
 
 
 def parts_on(
@@ -476,6 +491,9 @@ def _exported_config(config, source, dtype):
         raise WeightsError(f"{path} is not the configuration of these parameters: {config}")
     for name in {"torch_dtype", "dtype"} & hf.keys() or {"torch_dtype"}:
         hf[name] = dtype
+    for part in (hf.get("text_config"), hf.get("vision_config")):
+        part = {} if part is None else part
+        part |= {name: dtype for name in {"torch_dtype", "dtype"} & part.keys()}
     return hf
 
 

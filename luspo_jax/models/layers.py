@@ -143,15 +143,36 @@ def swiglu(gate, up):
     return jax.nn.silu(gate) * up
 
 
-def rotation_of(positions, head_dim, theta):
-    """(cos, sin) of position · θ^(−2i/H), float32, shaped positions.shape + (1, H/2)."""
-    # On the host and in float32 steps, as the checkpoints' own code does it: another rounding of
-    # a frequency, 1e-7 of it, is an angle of 0.003 at position 32,768.
+def replaced(x_BTD, units_UD, index_BT, layout):
+    """`x_BTD` with row `index_BT` of `units_UD` in place of each token whose index is not −1.
+
+    With a layout, every device has all rows of `units_UD` while it looks up those of its tokens.
+    """
+    units_UD = sharding.constrain(units_UD.astype(x_BTD.dtype), (None, None), layout)
+    found_BTD = jnp.take(units_UD, jnp.maximum(index_BT, 0), axis=0, mode="clip")
+    if layout is not None:
+        found_BTD = sharding.constrain(found_BTD, ("batch", "length", None), layout)
+    return jnp.where(index_BT[..., None] >= 0, found_BTD, x_BTD)
+
+
+def frequencies(head_dim, theta):
+    """θ^(−2i/H), float32 [H/2], on the host."""
+    # In float32 steps, as the checkpoints' own code does it: another rounding of a frequency, 1e-7
+    # of it, is an angle of 0.003 at position 32,768.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / np.power(np.float32(theta), exponents)
-    angles = positions.astype(jnp.float32)[..., None, None] * along_last_axes(
-        frequencies, positions.ndim + 2
-    )
+    return np.float32(1) / np.power(np.float32(theta), exponents)
+
+
+def rotation_of(positions, head_dim, theta, sections=()):
+    """(cos, sin) of position · θ^(−2i/H), float32, shaped positions.shape + (1, H/2).
+
+    With `sections`, a token has as many positions, on the last axis of `positions`, and the first
+    `sections[0]` of the H/2 angles turn by the first of them, and so on (M-RoPE; Wang et al. 2024,
+    arXiv:2409.12191).
+    """
+    which = np.repeat(np.arange(len(sections)), sections) if sections else None
+    positions = positions.astype(jnp.float32)[..., None, which]
+    angles = positions * along_last_axes(frequencies(head_dim, theta), positions.ndim)
     return jnp.cos(angles), jnp.sin(angles)
 
 

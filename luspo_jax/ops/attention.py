@@ -1,4 +1,4 @@
-"""Causal attention within segments: one front, an implementation by platform, any mesh.
+"""Attention within segments, causal or not: one front, an implementation by platform, any mesh.
 
 | name | platform | what it is |
 |---|---|---|
@@ -41,7 +41,7 @@ _PLATFORMS = {"splash": ("tpu",), "flash_gpu": _GPUS, "cudnn": ("gpu", "cuda")}
 _QUERY = ("batch", "length", "heads", None)
 _KEY = ("batch", "length", "kv_heads", None)
 _SEGMENTS = ("batch", "length")
-_INPUTS = (_QUERY, _KEY, _KEY, _SEGMENTS)
+_WHOLE_KEY, _WHOLE_SEGMENTS = ("batch", None, "kv_heads", None), ("batch", None)
 _LSE = ("batch", "length", "heads")
 
 
@@ -51,6 +51,7 @@ def attention(
     value_BSKH,
     *,
     segment_ids_BT,
+    causal=True,
     implementation="reference",
     layout: Layout | None = None,
 ):
@@ -65,6 +66,8 @@ def attention(
       key_BSKH: keys, already rotated.
       value_BSKH: values.
       segment_ids_BT: int32, 0 on padding (whose outputs are finite and mean nothing).
+      causal: false lets a query see the future too, as patches of an image do; order means nothing
+        then, and where the layout cuts the length, each device has all keys of its rows.
       implementation: a key of IMPLEMENTATIONS, as `resolve` gives it.
       layout: how arrays lie on a mesh; each device works on its own rows, heads and positions.
 
@@ -82,12 +85,13 @@ def attention(
             + (", as ops.attention.resolve chooses" if implementation == "auto" else "")
         )
     arrays = (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
-    if layout is None and implementation == "reference":
+    if causal and layout is None and implementation == "reference":
         return reference_attention.attention(*arrays)
     if layout is not None:
         _check_sizes(query_BTNH, key_BSKH, layout)
-        _check_ring(implementation, layout.size("length"))
-    return _by_parts(implementation, layout, *arrays)
+        if causal:
+            _check_ring(implementation, query_BTNH.shape[1], layout.size("length"))
+    return _by_parts(implementation, layout, causal, *arrays)
 
 
 def resolve(
@@ -170,7 +174,7 @@ def _unfit(name, *, platform, packed, head_dim, dtype, context, second_derivativ
 
 
 def _check_sizes(query_BTNH, key_BSKH, layout):
-    B, T, N, _ = query_BTNH.shape
+    B, _, N, _ = query_BTNH.shape
     counts = {"batch": (B, "rows"), "heads": (N, "query heads"), "kv_heads": (key_BSKH.shape[2],
               "key heads")}  # fmt: skip
     for axis, (size, name) in counts.items():
@@ -179,11 +183,11 @@ def _check_sizes(query_BTNH, key_BSKH, layout):
                 f"attention over {size} {name}: the mesh cuts them in {layout.size(axis)} parts "
                 f"({', '.join(layout.axis_names(axis))}), which must divide their number"
             )
-    if layout.size("length") > 1:
-        check_length(T, layout.size("length"))
 
 
-def _check_ring(implementation, count):
+def _check_ring(implementation, length, count):
+    if count > 1:
+        check_length(length, count)
     if count > 1 and implementation == "cudnn":
         raise ValueError(
             f"attention implementation 'cudnn' cannot cut a row over {count} context devices; "
@@ -196,46 +200,61 @@ def _check_ring(implementation, count):
 # no rule of differentiation has to go through one.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_parts(implementation, layout, query_BTNH, key_BSKH, value_BSKH, segment_ids_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _by_parts(implementation, layout, causal, query_BTNH, key_BSKH, value_BSKH, segment_ids_BT):
     arrays = (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
-    return _parts_forward(implementation, layout, *arrays)[0]
+    return _parts_forward(implementation, layout, causal, *arrays)[0]
 
 
-def _parts_forward(implementation, layout, *arrays):
-    function = functools.partial(_own_forward, implementation, layout)
+def _inputs(causal):
+    """Axes of queries, keys, values, and the segment ids of queries and of keys."""
+    key, segments = (_KEY, _SEGMENTS) if causal else (_WHOLE_KEY, _WHOLE_SEGMENTS)
+    return _QUERY, key, key, _SEGMENTS, segments
+
+
+def _parts_forward(implementation, layout, causal, *arrays):
+    function = functools.partial(_own_forward, implementation, layout, causal)
     query_BTNH, *rest, segments_BT = arrays
-    inputs = query_BTNH, *rest, reference_attention.tied(segments_BT, query_BTNH)
-    results = shard_map(function, layout, _INPUTS, (_QUERY, _LSE))(*inputs)
+    segments = (reference_attention.tied(segments_BT, query_BTNH),) * 2
+    results = shard_map(function, layout, _inputs(causal), (_QUERY, _LSE))(
+        query_BTNH, *rest, *segments
+    )
     out_BTNH, lse_BTN = reference_attention.named(*results)
     return out_BTNH, (*arrays, out_BTNH, lse_BTN)
 
 
-def _parts_backward(implementation, layout, residuals, grad_BTNH):
-    function = functools.partial(_own_backward, implementation, layout)
-    axes = (*_INPUTS, _QUERY, _LSE, _QUERY)
-    residuals = reference_attention.tied(residuals, grad_BTNH)
-    return *shard_map(function, layout, axes, (_QUERY, _KEY, _KEY))(*residuals, grad_BTNH), None
+def _parts_backward(implementation, layout, causal, residuals, grad_BTNH):
+    function = functools.partial(_own_backward, implementation, layout, causal)
+    inputs = _inputs(causal)
+    axes = (*inputs, _QUERY, _LSE, _QUERY)
+    *arrays, segments_BT, out_BTNH, lse_BTN = reference_attention.tied(residuals, grad_BTNH)
+    grads = shard_map(function, layout, axes, inputs[:3])(
+        *arrays, segments_BT, segments_BT, out_BTNH, lse_BTN, grad_BTNH
+    )
+    return *grads, None
 
 
 _by_parts.defvjp(_parts_forward, _parts_backward)
 
 
-def _own_forward(implementation, layout, query, key, value, segments):
+def _own_forward(implementation, layout, causal, query, key, value, segments, key_segments):
     block, (axis, count) = _blocks(implementation).forward_block, _ring(layout)
-    if count > 1:
+    if causal and count > 1:
         out, lse = forward_ring(block, axis, count, query, key, value, segments)
     else:
-        out, lse = block(query, key, value, segments, segments, causal=True)
+        out, lse = block(query, key, value, segments, key_segments, causal=causal)
     return out.astype(query.dtype), lse
 
 
-def _own_backward(implementation, layout, query, key, value, segments, *rest):
+def _own_backward(implementation, layout, causal, query, key, value, *rest):
     block, (axis, count) = _blocks(implementation).backward_block, _ring(layout)
-    if count > 1:
+    if causal and count > 1:
+        segments, _, *rest = rest
         grads = backward_ring(block, axis, count, query, key, value, segments, *rest)
     else:
-        grads = block(query, key, value, segments, segments, *rest, causal=True)
+        grads = block(query, key, value, *rest, causal=causal)
+    if not causal and count > 1:  # of own queries so far
+        grads = grads[0], *(jax.lax.psum(grad, axis) for grad in grads[1:])
     return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
 
 

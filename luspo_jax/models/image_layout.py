@@ -1,0 +1,288 @@
+"""Where an image's patches and tokens lie: worked out on the host, so that no shape depends on it.
+
+The image processor gives patches unit by unit: units (merge_size² patches, one token) in raster
+order, and the patches of a unit in raster order inside it. The tower takes them in slots: window
+after window, each of them a whole square of slots even where the image ends inside it. Attention
+within windows is then a plain reshape, and a count of windows rounded up to a bucket is all that a
+compiled program knows of an image's size.
+
+NumPy only: this runs in worker processes, where jax is not.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from luspo_jax.models.vision_config import VisionConfig
+
+Grid = tuple[int, int, int]  # patches of an image in time (1), rows and columns
+
+
+class ImageError(ValueError):
+    """Images that do not fit the model or the tokens; the message names the numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageLayout:
+    """Places of one image of P patches and U units in W windows, of `window_slots` slots each.
+
+    Attributes:
+      grid: patches in time, rows and columns.
+      windows: W.
+      slots_P: slot of every patch, in the image processor's order.
+      units_U: which unit among the slots holds every token, in raster order.
+      positions_S2: int32 row and column of the patch in every slot, W · window_slots of them.
+      valid_S: whether the slot holds a patch; where it does not, the image has ended.
+    """
+
+    grid: Grid
+    windows: int
+    slots_P: np.ndarray
+    units_U: np.ndarray
+    positions_S2: np.ndarray
+    valid_S: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the image takes in a prompt."""
+        return len(self.units_U)
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """Images in slots, ready for `vision.encode`: I images of S slots.
+
+    Attributes:
+      patches_ISC: values of each patch, zero where there is none.
+      positions_IS2: int32 row and column of each.
+      valid_IS: whether there is a patch.
+    """
+
+    patches_ISC: np.ndarray
+    positions_IS2: np.ndarray
+    valid_IS: np.ndarray
+
+
+def checked_grid(grid: Any, config: VisionConfig) -> Grid:
+    """A grid of patches (time, rows, columns) as integers.
+
+    Raises:
+      ImageError: it is of a video, empty, or cannot be merged into units.
+    """
+    numbers = tuple(int(size) for size in np.asarray(grid).reshape(-1))
+    if len(numbers) != 3:
+        raise ImageError(f"the grid of an image is (1, rows, columns) of patches, not {numbers}")
+    if numbers[0] != 1:
+        raise ImageError(
+            f"a grid of {numbers} patches has {numbers[0]} moments, a video's: only images, of 1, "
+            f"are implemented"
+        )
+    if min(numbers) < 1 or numbers[1] % config.merge_size or numbers[2] % config.merge_size:
+        raise ImageError(
+            f"a grid of {numbers[1]} x {numbers[2]} patches cannot be merged into units of "
+            f"{config.merge_size} x {config.merge_size}: resize the image to multiples of "
+            f"{config.merge_size * config.patch_size} pixels, as Qwen2VLImageProcessor does"
+        )
+    return numbers
+
+
+def num_tokens(grid: Any, config: VisionConfig) -> int:
+    """Tokens that an image takes in a prompt: its patches over merge_size²."""
+    _, rows, columns = checked_grid(grid, config)
+    return rows * columns // config.unit_patches
+
+
+def laid_out(grid: Any, config: VisionConfig) -> ImageLayout:
+    """The places of an image of a grid (1, rows, columns) of patches.
+
+    Windows come in raster order, a window's units in raster order, a unit's patches likewise.
+    Equal grids give the same arrays, which are read-only.
+
+    Raises:
+      ImageError: as `checked_grid`.
+    """
+    return _laid_out(checked_grid(grid, config), config)
+
+
+@functools.lru_cache(maxsize=1024)
+def _laid_out(grid, config):
+    merge, side = config.merge_size, config.window_units
+    height, width = grid[1] // merge, grid[2] // merge
+    row_U, column_U = (x.reshape(-1) for x in np.indices((height, width)))
+    across = -(-width // side)
+    window_U = row_U // side * across + column_U // side
+    units_U = window_U * side**2 + row_U % side * side + column_U % side
+    inner = np.arange(config.unit_patches)
+    slots_P = (units_U[:, None] * config.unit_patches + inner).reshape(-1)
+    windows = -(-height // side) * across
+    positions_S2 = np.zeros((windows * config.window_slots, 2), np.int32)
+    valid_S = np.zeros(len(positions_S2), bool)
+    rows = row_U[:, None] * merge + inner // merge
+    columns = column_U[:, None] * merge + inner % merge
+    positions_S2[slots_P] = np.stack([rows, columns], axis=-1).reshape(-1, 2)
+    valid_S[slots_P] = True
+    layout = ImageLayout(
+        grid, windows, slots_P.astype(np.int32), units_U.astype(np.int32), positions_S2, valid_S
+    )
+    for array in (layout.slots_P, layout.units_U, positions_S2, valid_S):
+        array.flags.writeable = False
+    return layout
+
+
+def bucket(windows: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32 … that is not less than a count of windows.
+
+    A batch of images is padded to that many, so that few programs serve all sizes; of the largest
+    image at most a third are added.
+    """
+    size = 1 << max(windows - 1, 0).bit_length()
+    return size * 3 // 4 if size >= 4 and windows <= size * 3 // 4 else size
+
+
+def stacked(
+    images: Sequence[tuple[np.ndarray, Any]],
+    config: VisionConfig,
+    *,
+    windows: int | None = None,
+    count: int | None = None,
+) -> Patches:
+    """Images in the slots that `laid_out` gives them.
+
+    Args:
+      images: of each, its patches [P, C] as the image processor gives them, and its grid.
+      config: of the tower.
+      windows: windows of every image; default the bucket of the largest.
+      count: rows to make, those without an image empty; default one an image.
+
+    Raises:
+      ImageError: patches that are not of their grid, or images that do not fit.
+    """
+    layouts = [laid_out(grid, config) for _, grid in images]
+    largest = max((layout.windows for layout in layouts), default=1)
+    windows = bucket(largest) if windows is None else windows
+    count = len(images) if count is None else count
+    if largest > windows or len(images) > count:
+        raise ImageError(
+            f"{len(images)} images of up to {largest} windows do not fit into {count} rows of "
+            f"{windows} windows"
+        )
+    slots, channels = windows * config.window_slots, int(np.prod(config.patch_shape))
+    patches_ISC = np.zeros((count, slots, channels), np.float32)
+    positions_IS2 = np.zeros((count, slots, 2), np.int32)
+    valid_IS = np.zeros((count, slots), bool)
+    for row, ((patches_PC, _), layout) in enumerate(zip(images, layouts, strict=True)):
+        expected = (len(layout.slots_P), channels)
+        if np.shape(patches_PC) != expected:
+            raise ImageError(
+                f"the patches of an image of grid {layout.grid} must be {expected[0]} x "
+                f"{expected[1]} numbers, not {' x '.join(map(str, np.shape(patches_PC)))}"
+            )
+        patches_ISC[row, layout.slots_P] = patches_PC
+        own = len(layout.valid_S)
+        positions_IS2[row, :own], valid_IS[row, :own] = layout.positions_S2, layout.valid_S
+    return Patches(patches_ISC, positions_IS2, valid_IS)
+
+
+def image_spans(tokens: np.ndarray, grids: Sequence[Any], config) -> list[tuple[int, int]]:
+    """Where each image's placeholders begin and end in a sequence of tokens.
+
+    Args:
+      tokens: int tokens [T], each placeholder already repeated once a token of its image.
+      grids: of the images, in order.
+      config: DecoderConfig with a tower.
+
+    Raises:
+      ImageError: more or fewer images than placeholders, an image whose placeholders are not as
+        many as its tokens, or placeholders of a video.
+    """
+    tokens = np.asarray(tokens)
+    if (tokens == config.video_token_id).any():
+        raise ImageError(
+            f"token {config.video_token_id} at {int(np.argmax(tokens == config.video_token_id))} "
+            f"stands for a video (video_token_id), and only images are implemented"
+        )
+    here = tokens == config.image_token_id
+    sizes = [num_tokens(grid, config.vision) for grid in grids]
+    spans, start = [], 0
+    for number, size in enumerate(sizes):
+        rest = np.flatnonzero(here[start:])
+        if not len(rest):
+            raise ImageError(
+                f"{len(sizes)} images for the placeholders of {number}: image token "
+                f"{config.image_token_id} (image_token_id) must stand once for each token of an "
+                f"image, here {sizes}"
+            )
+        start += int(rest[0])
+        run = _run(here, start)
+        if run < size:
+            raise ImageError(
+                f"image {number + 1} of {len(sizes)} has {size} tokens and {run} placeholders, at "
+                f"{start}: image token {config.image_token_id} (image_token_id) must stand once "
+                f"for each token of its image"
+            )
+        spans.append((start, start + size))
+        start += size
+    left = np.flatnonzero(here[start:])
+    if len(left):
+        raise ImageError(
+            f"{len(left)} placeholders from {start + int(left[0])} on (image token "
+            f"{config.image_token_id}) have no image: {len(sizes)} images have {sum(sizes)} tokens"
+        )
+    return spans
+
+
+def _run(here, start):
+    """How many in a row are true from `start` on."""
+    ends = np.flatnonzero(~here[start:])
+    return int(ends[0]) if len(ends) else len(here) - start
+
+
+def mrope_positions(tokens: np.ndarray, grids: Sequence[Any], config) -> tuple[np.ndarray, int]:
+    """(positions [T, 3] in time, row and column, int32; position of the token that comes next).
+
+    A token of text has one position, one more than the greatest before it, three times. The tokens
+    of an image that begins at position p have time p, and row and column from p on, of units
+    (`get_rope_index` of transformers; Wang et al. 2024, arXiv:2409.12191, section 2.1). Positions
+    are those of a sequence that begins at 0; padding has no place in `tokens`.
+
+    Raises:
+      ImageError: as `image_spans`.
+    """
+    tokens = np.asarray(tokens)
+    positions_T3 = np.zeros((len(tokens), 3), np.int32)
+    place = end = 0
+    for (start, stop), grid in zip(image_spans(tokens, grids, config), grids, strict=True):
+        _, rows, columns = (int(size) for size in np.asarray(grid).reshape(-1))
+        units = rows // config.vision.merge_size, columns // config.vision.merge_size
+        positions_T3[end:start] = place + np.arange(start - end, dtype=np.int32)[:, None]
+        place += start - end
+        positions_T3[start:stop, 0] = place
+        positions_T3[start:stop, 1:] = place + np.indices(units).reshape(2, -1).T
+        place, end = place + max(units), stop
+    positions_T3[end:] = place + np.arange(len(tokens) - end, dtype=np.int32)[:, None]
+    return positions_T3, place + len(tokens) - end
+
+
+def token_units(
+    tokens: np.ndarray, grids: Sequence[Any], rows: Sequence[int], num_units: int, config
+) -> np.ndarray:
+    """Which row of the flattened embeddings stands in place of each token: int32 [T], −1 for text.
+
+    Args:
+      tokens: int tokens [T].
+      grids: of the images, in order.
+      rows: in which row of the batch that the tower encodes each image lies.
+      num_units: units in such a row, slots over merge_size².
+      config: DecoderConfig with a tower.
+
+    Raises:
+      ImageError: as `image_spans`.
+    """
+    index_T = np.full(len(tokens), -1, np.int32)
+    spans = image_spans(tokens, grids, config)
+    for (start, stop), grid, row in zip(spans, grids, rows, strict=True):
+        index_T[start:stop] = row * num_units + laid_out(grid, config.vision).units_U
+    return index_T
