@@ -91,13 +91,19 @@ def test_a_changed_file_is_built_anew(tmp_path):
         assert load("file", path, data_dir=tmp_path / "b")[0][0].answer == answer
 
 
+def _asked(example):
+    """What tells a problem from others: its text, and what its image shows, whatever its look."""
+    shown = [(image["kind"], image["code"]) for image in example.meta.get("images", ())]
+    return example.problem, *shown
+
+
 @pytest.mark.parametrize(
     "name", [n for n, entry in DATASETS.items() if not isinstance(entry, Table)]
 )
 def test_generated_tasks_have_disjoint_splits(name):
     (train, report), (test, _) = load(name, split="train"), load(name, split="test")
     assert report.examples == len(train)
-    assert {e.problem for e in train}.isdisjoint(e.problem for e in test)
+    assert {_asked(e) for e in train}.isdisjoint(_asked(e) for e in test)
     assert len({e.id for e in train}) == len(train)
     with pytest.raises(DataError, match="takes no path"):
         load(name, "some/file.jsonl")
