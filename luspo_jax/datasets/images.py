@@ -59,7 +59,10 @@ class ImageFiles:
 
     def _stored(self, reference: Reference) -> StoredImage:
         place = f"{self.source or reference.get('generated')}, row {reference['row']}"
-        return StoredImage(place, functools.partial(self._read, reference))
+        name = reference.get("path") or reference.get("column")
+        return StoredImage(
+            f"{place}, image {name}" if name else place, functools.partial(self._read, reference)
+        )
 
     def _read(self, reference: Reference) -> bytes | np.ndarray:
         if "generated" in reference:

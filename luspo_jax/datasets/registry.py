@@ -110,6 +110,16 @@ def load(
     return build_once(folder, read)
 
 
+def image_source(
+    name: str, path: str | pathlib.Path | None = None, split: str = "train"
+) -> pathlib.Path | None:
+    """The file (or folder of problems) that `load` reads, which references to images start from.
+
+    Arguments and errors are those of `load`. None for a generator.
+    """
+    return _file(name, path, split) if isinstance(_entry(name), Table) else None
+
+
 def _key(*what) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from luspo_jax.datasets import DATASETS, DataError, load
+from luspo_jax.datasets import DATASETS, DataError, image_source, load
 from luspo_jax.datasets.dapo_math import PREFIX, SUFFIX
 from luspo_jax.datasets.table import Table
 
@@ -128,3 +128,11 @@ def test_options_of_a_file_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"problem": "p", "answer": "1"}')
     with pytest.raises(DataError, match=r"no options \['num_terms'\]"):
         load("file", tmp_path / "a.jsonl", num_terms=3)
+
+
+def test_where_images_start_from(tmp_path):
+    (tmp_path / "test.jsonl").write_text("")
+    assert image_source("virl39k", tmp_path, "test") == tmp_path / "test.jsonl"
+    assert image_source("shapes") is None
+    with pytest.raises(DataError, match="no file"):
+        image_source("virl39k", tmp_path / "gone")
