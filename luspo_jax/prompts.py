@@ -1,16 +1,34 @@
 """Problems become token prompts, in a shuffled order that processes and restarts share."""
 
+import collections
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from luspo_jax.datasets import DataError, Example, Mixture
 from luspo_jax.datasets.dapo_math import PREFIX, SUFFIX
+from luspo_jax.datasets.images import ImageFiles
+from luspo_jax.images import ImagePreparer, ImageRefusal, PreparedImage
+
+# The system message of arXiv:2602.05261, figure 3; format "luspo_vl" checks what it asks for.
+LUSPO_VL_SYSTEM_PROMPT = (
+    "Solve the question. When the user asks a question, first think through the reasoning process "
+    "internally. Present this reasoning process explicitly, enclosed within <think> </think> tags. "
+    "Then, provide the final answer in LaTeX format, wrapped in $...$, and ensure the answer is "
+    "enclosed in the \\boxed{} command. The answer should be placed within <answer> </answer> "
+    "tags. For example: <think> Since $1+1=2$, so the answer is $2$. </think> <answer> The answer "
+    "is $\\boxed{2}$ </answer>. The output must always begin with <think> and end with </answer>."
+)
+
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # in a problem: here stands its next image
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +65,32 @@ class PromptRecord:
     Attributes:
       prompt_id: the example's id.
       tokens: int32 token ids.
-      text: what the tokens say.
+      text: what the tokens say; an image is one placeholder in it, many in the tokens.
       example: the problem.
+      images: its images, in the order of their placeholders.
     """
 
     prompt_id: int
     tokens: np.ndarray
     text: str
     example: Example
+    images: tuple[PreparedImage, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A problem that makes no prompt.
+
+    Attributes:
+      prompt_id: the example's id.
+      reason: "too_long"; "markers" (not as many image marks as images); "placeholders" (its text
+        holds tokens that stand for images); "video"; or a reason of `luspo_jax.images.REASONS`.
+      detail: what was found; of an image, file and row.
+    """
+
+    prompt_id: int
+    reason: str
+    detail: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +102,18 @@ class Renderer:
       template: a name in TEMPLATES, or a Template.
       system_prompt: a system message; chat templates only.
       enable_thinking: passed to the chat template where it is not None.
+      images: prepares images; None for a model of text, which is asked the bare problem.
+      image_files: where the images of the problems are.
+
+    An image stands where the problem says `<image>`, or before everything where it says so nowhere.
     """
 
     tokenizer: Any
     template: str | Template = "plain"
     system_prompt: str = ""
     enable_thinking: bool | None = None
+    images: ImagePreparer | None = None
+    image_files: ImageFiles = dataclasses.field(default_factory=ImageFiles)
 
     def __post_init__(self):
         if not self._template.chat and (self.system_prompt or self.enable_thinking is not None):
@@ -84,17 +126,43 @@ class Renderer:
                 f"template {self.template!r} needs a chat template, which the tokenizer lacks: "
                 "use template 'plain', or a tokenizer that has one"
             )
+        if self.images is not None:
+            self._check_image_tokens()
+
+    def _check_image_tokens(self) -> None:
+        (tokens,) = self.tokens([self.text("", 1)])
+        if (tokens == self.image_token_id).sum() != 1:
+            raise ValueError(
+                f"template {self.template!r} and this tokenizer do not turn an image into one "
+                f"{IMAGE_TOKEN}: use the tokenizer and chat template of a vision-language model"
+            )
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for images."""
+        return self._token_id(IMAGE_TOKEN)
+
+    def _token_id(self, token: str) -> int:
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        if found is None or found == self.tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer has no token {token}, which images need")
+        return found
 
     @property
     def _template(self) -> Template:
         return self.template if isinstance(self.template, Template) else _named(self.template)
 
-    def text(self, problem: str) -> str:
-        """The whole prompt for a problem."""
+    def text(self, problem: str, num_images: int = 0) -> str:
+        """The whole prompt for a problem; each of its images is one placeholder.
+
+        Raises:
+          ValueError: the problem marks places for another number of images.
+        """
         message = self._template.text.replace("{problem}", problem)
+        pieces = self._pieces(message, num_images)
         if not self._template.chat:
-            return message
-        messages = [{"role": "user", "content": message}]
+            return f"{VISION_START}{IMAGE_TOKEN}{VISION_END}".join(pieces)
+        messages = [{"role": "user", "content": _content(pieces)}]
         if self.system_prompt:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         thinking = self.enable_thinking
@@ -104,6 +172,17 @@ class Renderer:
             add_generation_prompt=True,
             **({} if thinking is None else {"enable_thinking": thinking}),
         )
+
+    def _pieces(self, message: str, num_images: int) -> list[str]:
+        """The text before, between and after the images."""
+        marks = message.count(IMAGE_MARK)
+        if self.images is None or not (marks or num_images):
+            return [message]
+        if not marks:
+            return [*("" for _ in range(num_images)), message]
+        if marks != num_images:
+            raise ValueError(f"{marks} × {IMAGE_MARK} in the problem and {num_images} images")
+        return message.split(IMAGE_MARK)
 
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 token ids of each prompt; a chat template already holds its special tokens."""
@@ -115,6 +194,8 @@ class Renderer:
         """Sixteen hex digits that change with anything that changes a prompt's text."""
         chat_template = self.tokenizer.chat_template if self._template.chat else None
         parts = (dataclasses.astuple(self._template), chat_template)
+        if self.images is not None:
+            parts = (*parts, self.images.settings.hash)
         what = json.dumps([*parts, self.system_prompt, self.enable_thinking], sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
@@ -127,21 +208,81 @@ def _named(name: str) -> Template:
     return TEMPLATES[name]
 
 
+def _content(pieces: list[str]) -> str | list[dict[str, str]]:
+    """A user message: a string where it is one piece, else parts with an image between any two."""
+    if len(pieces) == 1:
+        return pieces[0]
+    parts: list[dict[str, str]] = []
+    for index, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if index else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
 def encode(
     examples: Iterable[Example], renderer: Renderer, *, max_length: int
 ) -> tuple[list[PromptRecord], int]:
-    """Every example's prompt, in order, and how many were dropped as longer than max_length."""
+    """Every example's prompt, in order, and how many were dropped, as too long or refused."""
+    found = outcomes(examples, renderer, max_length=max_length)
+    records = [record for record in found if isinstance(record, PromptRecord)]
+    return records, len(found) - len(records)
+
+
+def outcomes(
+    examples: Iterable[Example], renderer: Renderer, *, max_length: int
+) -> list[PromptRecord | Refusal]:
+    """What becomes of every example, in order: its prompt, or why there is none."""
     examples = list(examples)
-    if not examples:
-        return [], 0
-    texts = [renderer.text(example.problem) for example in examples]
-    encoded = zip(examples, texts, renderer.tokens(texts), strict=True)
-    records = [
-        PromptRecord(example.id, tokens, text, example)
-        for example, text, tokens in encoded
-        if len(tokens) <= max_length
+    images = _images(examples, renderer)
+    asked = [_ask(*pair, renderer) for pair in zip(examples, images, strict=True)]
+    texts = [text for text in asked if isinstance(text, str)]
+    encoded = iter(renderer.tokens(texts) if texts else [])
+    return [
+        text
+        if isinstance(text, Refusal)
+        else _record(example, text, next(encoded), own, renderer=renderer, max_length=max_length)
+        for example, text, own in zip(examples, asked, images, strict=True)
     ]
-    return records, len(examples) - len(records)
+
+
+def _images(examples, renderer) -> list[tuple[PreparedImage, ...] | ImageRefusal]:
+    if renderer.images is None:
+        return [()] * len(examples)
+    files = renderer.image_files
+    return renderer.images.of_problems([files.images(example) for example in examples])
+
+
+def _ask(example, images, renderer) -> str | Refusal:
+    """The prompt's text."""
+    if isinstance(images, ImageRefusal):
+        return Refusal(example.id, images.reason, str(images))
+    if renderer.images is None:
+        return renderer.text(example.problem)
+    if VIDEO_MARK in example.problem:
+        return Refusal(example.id, "video", f"the problem says {VIDEO_MARK}: videos are not read")
+    try:
+        return renderer.text(example.problem, len(images))
+    except ValueError as error:
+        return Refusal(example.id, "markers", str(error))
+
+
+def _record(example, text, tokens, images, *, renderer, max_length) -> PromptRecord | Refusal:
+    if renderer.images is not None:
+        places = tokens == renderer.image_token_id
+        blocks = text.count(VISION_START)
+        if (places.sum(), blocks) != (len(images), len(images)) or VIDEO_TOKEN in text:
+            return Refusal(
+                example.id,
+                "placeholders",
+                f"{places.sum()} × {IMAGE_TOKEN} and {blocks} × {VISION_START} for {len(images)} "
+                "images: its text must not hold such tokens itself",
+            )
+        counts = np.ones(len(tokens), np.int64)
+        counts[places] = [image.num_tokens for image in images]
+        tokens = np.repeat(tokens, counts)
+    if len(tokens) > max_length:
+        return Refusal(example.id, "too_long", f"{len(tokens)} tokens")
+    return PromptRecord(example.id, tokens, text, example, images)
 
 
 class PromptStream:
@@ -160,9 +301,14 @@ class PromptStream:
       shuffle: whether to shuffle, anew in every epoch; otherwise the order of the examples.
       process_index: this process.
       process_count: how many processes share the stream.
+      gather: gives the values of all processes (`distributed.gather`). Of a run of several
+        processes on images, whose files or time limits may fail on one of them only: what one
+        refuses is then refused by all.
 
     Attributes:
       dropped: prompts passed over so far because they were too long.
+      refused: reason → problems passed over for another reason, all of them about images.
+      refusals: the latest of these.
     """
 
     def __init__(
@@ -175,6 +321,7 @@ class PromptStream:
         shuffle: bool = True,
         process_index: int = 0,
         process_count: int = 1,
+        gather: Callable[[Any], list[Any]] | None = None,
     ):
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
@@ -186,7 +333,10 @@ class PromptStream:
         sizes, weights = (examples.sizes, examples.weights) if mixed else ((len(examples),), (1.0,))
         self._order = _draw_order(sizes, weights, seed, shuffle)
         self._position = 0
+        self._gather = gather
         self.dropped = 0
+        self.refused: collections.Counter[str] = collections.Counter()
+        self.refusals: collections.deque[Refusal] = collections.deque(maxlen=100)
         self._identity = {
             "seed": seed,
             "shuffle": shuffle,
@@ -210,28 +360,54 @@ class PromptStream:
         """The next `count` prompts of this process.
 
         Raises:
-          DataError: every prompt of a whole epoch is too long.
+          DataError: every prompt of a whole epoch is too long or refused.
         """
         wanted, found, looked_at = count * self._process_count, [], 0
         while len(found) < wanted:
             missing = wanted - len(found)
             span = range(self._position, self._position + missing)
             examples = [self._examples[int(self._order[position])] for position in span]
-            records, dropped = encode(examples, self._renderer, max_length=self._max_length)
-            found += records
+            for outcome in self._outcomes(examples):
+                if isinstance(outcome, PromptRecord):
+                    found.append(outcome)
+                else:
+                    self._count(outcome)
             self._position += missing
-            self.dropped += dropped
             looked_at += missing
             if not found and looked_at >= len(self._examples):
-                raise DataError(
-                    f"no prompts: all {looked_at} are longer than max_prompt_length="
-                    f"{self._max_length} tokens"
-                )
+                raise DataError(self._no_prompts(looked_at))
         return found[self._process_index :: self._process_count]
+
+    def _outcomes(self, examples) -> list[PromptRecord | Refusal]:
+        own = outcomes(examples, self._renderer, max_length=self._max_length)
+        if self._gather is None or self._renderer.images is None:
+            return own
+        refusals = self._gather([r if isinstance(r, Refusal) else None for r in own])
+        agreed = (next(filter(None, column), None) for column in zip(*refusals, strict=True))
+        return [refusal or mine for refusal, mine in zip(agreed, own, strict=True)]
+
+    def _count(self, refusal: Refusal) -> None:
+        if refusal.reason == "too_long":
+            self.dropped += 1
+            return
+        self.refused[refusal.reason] += 1
+        self.refusals.append(refusal)
+
+    def _no_prompts(self, looked_at: int) -> str:
+        text = f"longer than max_prompt_length={self._max_length} tokens"
+        if not self.refused:
+            return f"no prompts: all {looked_at} are {text}"
+        reasons = "; ".join(f"{n} × {reason}" for reason, n in self.refused.most_common())
+        last = list(itertools.islice(reversed(self.refusals), 3))
+        return (
+            f"no prompts: of {looked_at}, {self.dropped} are {text}, the others are refused "
+            f"({reasons}), for example " + "; ".join(refusal.detail for refusal in last)
+        )
 
     def get_state(self) -> dict[str, Any]:
         """JSON-serialisable state: where the stream is, and what makes it the same stream."""
-        return {"position": self._position, "dropped": self.dropped, **self._identity}
+        refused = {} if self._renderer.images is None else {"refused": dict(self.refused)}
+        return {"position": self._position, "dropped": self.dropped, **refused, **self._identity}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go to where another stream was.
@@ -249,6 +425,7 @@ class PromptStream:
                 f"the prompts are not those of the checkpoint: {'; '.join(differences)}"
             )
         self._position, self.dropped = int(state["position"]), int(state["dropped"])
+        self.refused = collections.Counter(state.get("refused", {}))
 
 
 def _draw_order(sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool):

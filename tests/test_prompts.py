@@ -1,13 +1,28 @@
 """Prompts: rendering, the length limit, and a stream that loses and repeats nothing."""
 
 import collections
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from luspo_jax.datasets import DataError, Example
-from luspo_jax.prompts import TEMPLATES, PromptStream, Renderer, Template, encode
+from luspo_jax.datasets import DataError, Example, Mixture
+from luspo_jax.datasets.images import ImageFiles
+from luspo_jax.datasets.shapes import Shapes
+from luspo_jax.images import ImagePreparer, ImageSettings
+from luspo_jax.prompts import (
+    LUSPO_VL_SYSTEM_PROMPT,
+    TEMPLATES,
+    PromptRecord,
+    PromptStream,
+    Refusal,
+    Renderer,
+    Template,
+    encode,
+    outcomes,
+)
+from luspo_jax.rewards.format import luspo_vl
 
 
 class Characters:
@@ -215,3 +230,297 @@ def test_the_real_tokenizer_and_chat_template(shared_data):
     whole = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
     assert record.tokens.tolist() == whole["input_ids"]
     assert "<think>\n\n</think>" in Renderer(tokenizer, "chat", enable_thinking=False).text("x")
+
+
+def test_hashes_and_states_of_text_do_not_change():
+    """Golden: a checkpoint of text prompts can be continued whatever is added for images."""
+    assert PLAIN.hash == "cbff961c0777ad07"
+    system = Renderer(Characters(), "chat", "Be brief.", enable_thinking=False)
+    assert system.hash == "d98db256b15ba8d3"
+    assert set(_stream().get_state()) == {
+        *("position", "dropped", "seed", "shuffle", "max_prompt_length", "template_hash"),
+        *("num_examples", "examples_hash", "mixture"),
+    }
+
+
+# Prompts with images; a tokenizer of a character a token, which marks images as Qwen does.
+VISION = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
+START, PAD, END = 1, 2, 3
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer():
+    import tokenizers
+    import transformers
+
+    words = ["<|unknown|>", *VISION, *(chr(c) for c in range(32, 127)), "\n"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="<|unknown|>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex("[\\s\\S]"), "isolated"
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<|unknown|>", additional_special_tokens=VISION
+    )
+
+
+@pytest.fixture(scope="module")
+def preparer():
+    with ImagePreparer(ImageSettings(), workers=2) as ready:
+        yield ready
+
+
+@pytest.fixture
+def renderer(small_tokenizer, preparer, picture_folder):
+    source = picture_folder / "data.jsonl"
+    return Renderer(small_tokenizer, images=preparer, image_files=ImageFiles(source))
+
+
+@pytest.fixture(scope="module")
+def picture_folder(tmp_path_factory):
+    """Files of 4 (56 × 56) and 6 (56 × 84) tokens, a damaged one, and one of 1,024."""
+    import PIL.Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, size in {"four": (56, 56), "six": (84, 56), "large": (896, 896)}.items():
+        PIL.Image.new("RGB", size, "red").save(folder / f"{name}.png")
+    (folder / "bad.png").write_bytes((folder / "four.png").read_bytes()[:60])
+    return folder
+
+
+def asking(number, problem, *names):
+    references = [{"row": number, "path": f"{name}.png"} for name in names]
+    return Example(number, problem, "", {"images": references} if names else {})
+
+
+def _shape(tokens):
+    """Tokens as text, each image as [number of its tokens]."""
+    found, count = "", 0
+    for token in tokens.tolist():
+        if token == START:
+            count = 0
+        elif token == PAD:
+            count += 1
+        elif token == END:
+            found += f"[{count}]"
+        else:
+            found += chr(token - 5 + 32)
+    return found
+
+
+def test_images_stand_where_the_problem_marks_them(renderer):
+    examples = [
+        asking(1, "no image"),
+        asking(2, "first", "four"),
+        asking(3, "a<image>b", "six"),
+        asking(4, "<image>then<image>?", "six", "four"),
+        asking(5, "two", "four", "six"),
+    ]
+    records, dropped = encode(examples, renderer, max_length=64)
+    assert dropped == 0
+    assert [_shape(record.tokens) for record in records] == [
+        *("no image", "[4]first", "a[6]b", "[6]then[4]?", "[4][6]two"),
+    ]
+    assert [[image.num_tokens for image in record.images] for record in records] == [
+        *([], [4], [6], [6, 4], [4, 6]),
+    ]
+    assert records[2].text == "a<|vision_start|><|image_pad|><|vision_end|>b"
+    assert all(record.tokens.dtype == np.int32 for record in records)
+
+
+def test_what_makes_no_prompt_is_named(renderer):
+    examples = [
+        asking(1, "<image>and<image>", "four"),
+        asking(2, "<image>"),
+        asking(3, "x", "four", "bad"),
+        asking(4, "x", "gone"),
+        asking(5, "x", "large"),
+        asking(6, "x<|image_pad|>", "four"),
+        asking(7, "x<|vision_start|>"),
+        asking(8, "<video>x", "four"),
+        asking(9, "<|video_pad|>"),
+        asking(10, "fine", "four"),
+    ]
+    found = outcomes(examples, renderer, max_length=64)
+    *refusals, fine = found
+    assert isinstance(fine, PromptRecord)
+    assert all(isinstance(refusal, Refusal) for refusal in refusals)
+    assert [refusal.prompt_id for refusal in refusals] == list(range(1, 10))
+    assert [refusal.reason for refusal in refusals] == [
+        *("markers", "markers", "corrupt", "missing", "too_long"),
+        *("placeholders", "placeholders", "video", "placeholders"),
+    ]
+    details = [refusal.detail for refusal in refusals]
+    assert details[0] == "2 × <image> in the problem and 1 images"
+    assert "data.jsonl, row 3, image bad.png: image refused as corrupt" in details[2]
+    assert "gone.png is missing" in details[3]
+    assert details[4] == "1027 tokens"
+    assert encode(examples, renderer, max_length=64)[1] == 9
+    # A model of text is asked the bare problem, as ever.
+    text = Renderer(renderer.tokenizer)
+    assert text.text("<image>and<image>") == "<image>and<image>"
+    assert encode(examples, text, max_length=64)[1] == 0
+
+
+def test_all_prompts_of_the_drawn_task(small_tokenizer, preparer):
+    task = Shapes("train", size=5)
+    renderer = Renderer(small_tokenizer, images=preparer)
+    records, dropped = encode(task, renderer, max_length=24)
+    assert dropped == 0
+    assert [_shape(record.tokens) for record in records[:4]] == [
+        f"[{tokens}]{example.problem}"
+        for tokens, example in zip((10, 9, 4, 8), [task[i] for i in range(4)], strict=True)
+    ]
+
+
+def test_a_stream_of_images_refuses_counts_and_resumes(renderer):
+    examples = [
+        asking(n, "x", *(["bad"] if n % 5 == 0 else ["large"] if n % 7 == 0 else ["four"][: n % 2]))
+        for n in range(20)
+    ]
+    whole = _stream(examples, renderer)
+    expected = [_ids(whole.next_prompts(4)) for _ in range(6)]
+    assert {n for step in expected for n in step} == {n for n in range(20) if n % 5 and n % 7}
+    assert whole.refused["corrupt"] > 4
+    assert whole.dropped > 1
+    details = {refusal.prompt_id: refusal.detail for refusal in whole.refusals}
+    assert "data.jsonl, row 10, image bad.png: image refused as corrupt" in details[10]
+    first = _stream(examples, renderer)
+    assert [_ids(first.next_prompts(4)) for _ in range(3)] == expected[:3]
+    state = json.loads(json.dumps(first.get_state()))
+    resumed = _stream(examples, renderer)
+    resumed.set_state(state)
+    assert [_ids(resumed.next_prompts(4)) for _ in range(3)] == expected[3:]
+    assert resumed.get_state() == whole.get_state()
+    shares = [_stream(examples, renderer, process_index=p, process_count=2) for p in range(2)]
+    parts = [_ids(share.next_prompts(2)) for share in shares]
+    assert [parts[i % 2][i // 2] for i in range(4)] == expected[0]
+
+
+def test_other_image_settings_are_another_stream(renderer, preparer):
+    blank = ImagePreparer(ImageSettings(text_blank=(56, 56)))
+    other = dataclasses.replace(renderer, images=blank)
+    hashes = {renderer.hash, other.hash, dataclasses.replace(renderer, images=None).hash}
+    assert len(hashes) == 3
+    examples = [asking(n, "x") for n in range(3)]
+    with pytest.raises(ValueError, match="template_hash was"):
+        _stream(examples, other).set_state(_stream(examples, renderer).get_state())
+    (record, *_), _ = encode(examples, other, max_length=64)
+    assert _shape(record.tokens) == "[4]x"
+
+
+def test_what_one_process_refuses_all_refuse(renderer):
+    examples = [asking(n, "x", "four") for n in range(6)]
+    theirs = Refusal(2, "timeout", "stopped at its limit")
+
+    def gather(own):
+        return [own, [theirs if n == 2 else None for n in range(len(own))]]
+
+    stream = _stream(examples, renderer, shuffle=False, gather=gather)
+    assert _ids(stream.next_prompts(3)) == [0, 1, 3]
+    assert stream.refused == {"timeout": 1}
+    # Prompts of text need no agreement.
+    text = dataclasses.replace(renderer, images=None)
+    assert _ids(_stream(examples, text, shuffle=False, gather=gather).next_prompts(3)) == [0, 1, 2]
+
+
+def test_a_stream_that_refuses_everything_says_why(renderer):
+    examples = [asking(1, "x", "bad"), asking(2, "x", "large")]
+    with pytest.raises(
+        DataError, match=r"no prompts: of 2, 1 are longer .*=64 tokens.*1 × corrupt.*bad.png"
+    ):
+        _stream(examples, renderer).next_prompts(1)
+
+
+def test_a_mixture_knows_where_each_source_has_its_images(renderer, picture_folder):
+    pictures = [asking(0, "p", "four")]
+    mixture = Mixture(
+        {"drawn": Shapes("train", size=1), "files": pictures}, {"drawn": 1, "files": 1}
+    )
+    sources = {"drawn": ImageFiles(), "files": ImageFiles(picture_folder / "data.jsonl")}
+    mixed = dataclasses.replace(renderer, image_files=ImageFiles(of_source=sources))
+    records, dropped = encode(mixture, mixed, max_length=64)
+    assert dropped == 0
+    assert _shape(records[4].tokens) == "[4]p"
+    assert [len(record.images) for record in records] == [1] * 5
+
+
+def test_tokenizers_without_images_are_refused(small_tokenizer, preparer):
+    import transformers
+
+    class NoPads(NoChat):
+        unk_token_id = None
+
+        def convert_tokens_to_ids(self, token):
+            return None
+
+    with pytest.raises(ValueError, match=r"no token <\|image_pad\|>, which images need"):
+        Renderer(NoPads(), images=preparer)
+    ignoring = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=small_tokenizer.backend_tokenizer,
+        unk_token="<|unknown|>",
+        additional_special_tokens=VISION,
+        chat_template="{% for m in messages %}{{ m['role'] }}{% endfor %}",
+    )
+    with pytest.raises(ValueError, match="do not turn an image into one"):
+        Renderer(ignoring, "chat", images=preparer)
+
+
+@pytest.fixture(scope="module")
+def qwen_vl(shared_data):
+    import transformers
+
+    folder = shared_data / "qwen" / "Qwen2.5-VL-7B-Instruct"
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_qwens_own_chat_template_with_images(qwen_vl, renderer):
+    chat = Renderer(qwen_vl, "chat", images=renderer.images, image_files=renderer.image_files)
+    examples = [asking(1, "Compare <image> and\n<image>.", "six", "four"), asking(2, "Find x.")]
+    (record, text), _ = encode(examples, chat, max_length=512)
+    # The processor expands the placeholders in the text, and then encodes all of it.
+    expanded = record.text
+    for image in record.images:
+        expanded = expanded.replace("<|image_pad|>", "<|mark|>" * image.num_tokens, 1)
+    expanded = expanded.replace("<|mark|>", "<|image_pad|>")
+    assert record.tokens.tolist() == qwen_vl(expanded)["input_ids"]
+    assert expanded.count("<|image_pad|>") == 10
+    assert record.text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nCompare "
+        "<|vision_start|><|image_pad|><|vision_end|> and\n<|vision_start|><|image_pad|>"
+        "<|vision_end|>.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text.text == Renderer(qwen_vl, "chat").text("Find x.")
+    assert chat.image_token_id == 151_655
+
+
+def test_the_papers_system_prompt_asks_for_what_its_format_rewards(qwen_vl, renderer):
+    chat = dataclasses.replace(
+        *(renderer,), tokenizer=qwen_vl, template="chat", system_prompt=LUSPO_VL_SYSTEM_PROMPT
+    )
+    (record,), _ = encode([asking(1, "<image>Find x.", "four")], chat, max_length=512)
+    assert record.text.startswith("<|im_start|>system\nSolve the question. When the user asks")
+    assert "<|im_start|>user\n<|vision_start|>" in record.text
+    example = LUSPO_VL_SYSTEM_PROMPT.split("For example: ")[1].split(". The output")[0]
+    assert luspo_vl(example)
+
+
+def test_a_real_file_of_embedded_images(shared_data, qwen_vl, preparer):
+    from luspo_jax.datasets.table import Table, read_examples
+
+    source = shared_data / "vl" / "deepeyes_mini" / "deepeyes_mini_10.parquet"
+    table = Table(
+        problem=("extra_info.question",),
+        answer=("reward_model.ground_truth",),
+        identity=(("data_source",), ("extra_info.index",)),
+        images=("images",),
+    )
+    examples, _ = read_examples(table, source)
+    chat = Renderer(qwen_vl, "boxed", images=preparer, image_files=ImageFiles(source))
+    records, dropped = encode(examples, chat, max_length=4096)
+    assert dropped == 0
+    for record in records:
+        tokens = sum(image.num_tokens for image in record.images)
+        assert (record.tokens == 151_655).sum() == tokens > 4
+        assert record.images[0].patches().shape == (4 * record.images[0].num_tokens, 1_176)

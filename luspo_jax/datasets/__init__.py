@@ -6,6 +6,16 @@ Nothing here imports jax.
 from luspo_jax.datasets.example import DataError, Example, Report
 from luspo_jax.datasets.mixture import Mixture
 from luspo_jax.datasets.overlap import Overlap, overlap
-from luspo_jax.datasets.registry import DATASETS, load
+from luspo_jax.datasets.registry import DATASETS, image_source, load
 
-__all__ = ["DATASETS", "DataError", "Example", "Mixture", "Overlap", "Report", "load", "overlap"]
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "Example",
+    "Mixture",
+    "Overlap",
+    "Report",
+    "image_source",
+    "load",
+    "overlap",
+]

@@ -14,6 +14,7 @@ from luspo_jax.datasets.hub import hub_file, is_hub
 from luspo_jax.datasets.label_lookup import LabelLookup
 from luspo_jax.datasets.label_sums import LabelSums
 from luspo_jax.datasets.open_problems import MINERVA, OLYMPIADBENCH
+from luspo_jax.datasets.shapes import Shapes
 from luspo_jax.datasets.store import build_once, default_data_dir, file_sha256
 from luspo_jax.datasets.table import READER_VERSION, Table, read_examples
 from luspo_jax.datasets.virl39k import VIRL39K
@@ -45,6 +46,7 @@ DATASETS = {
     "mathvista": MATHVISTA,
     "minerva_math": MINERVA,
     "olympiadbench": OLYMPIADBENCH,
+    "shapes": Shapes,
     "virl39k": VIRL39K,
     "wemath": WEMATH,
     # A user's own file: name its columns.
@@ -106,6 +108,16 @@ def load(
         )
 
     return build_once(folder, read)
+
+
+def image_source(
+    name: str, path: str | pathlib.Path | None = None, split: str = "train"
+) -> pathlib.Path | None:
+    """The file (or folder of problems) that `load` reads, which references to images start from.
+
+    Arguments and errors are those of `load`. None for a generator.
+    """
+    return _file(name, path, split) if isinstance(_entry(name), Table) else None
 
 
 def _key(*what) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from luspo_jax.datasets import DATASETS, DataError, load
+from luspo_jax.datasets import DATASETS, DataError, image_source, load
 from luspo_jax.datasets.dapo_math import PREFIX, SUFFIX
 from luspo_jax.datasets.table import Table
 
@@ -91,13 +91,19 @@ def test_a_changed_file_is_built_anew(tmp_path):
         assert load("file", path, data_dir=tmp_path / "b")[0][0].answer == answer
 
 
+def _asked(example):
+    """What tells a problem from others: its text, and what its image shows, whatever its look."""
+    shown = [(image["kind"], image["code"]) for image in example.meta.get("images", ())]
+    return example.problem, *shown
+
+
 @pytest.mark.parametrize(
     "name", [n for n, entry in DATASETS.items() if not isinstance(entry, Table)]
 )
 def test_generated_tasks_have_disjoint_splits(name):
     (train, report), (test, _) = load(name, split="train"), load(name, split="test")
     assert report.examples == len(train)
-    assert {e.problem for e in train}.isdisjoint(e.problem for e in test)
+    assert {_asked(e) for e in train}.isdisjoint(_asked(e) for e in test)
     assert len({e.id for e in train}) == len(train)
     with pytest.raises(DataError, match="takes no path"):
         load(name, "some/file.jsonl")
@@ -122,3 +128,11 @@ def test_options_of_a_file_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"problem": "p", "answer": "1"}')
     with pytest.raises(DataError, match=r"no options \['num_terms'\]"):
         load("file", tmp_path / "a.jsonl", num_terms=3)
+
+
+def test_where_images_start_from(tmp_path):
+    (tmp_path / "test.jsonl").write_text("")
+    assert image_source("virl39k", tmp_path, "test") == tmp_path / "test.jsonl"
+    assert image_source("shapes") is None
+    with pytest.raises(DataError, match="no file"):
+        image_source("virl39k", tmp_path / "gone")

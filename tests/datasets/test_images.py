@@ -2,14 +2,16 @@
 
 import io
 import json
+import os
 
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from luspo_jax.datasets.example import DataError
-from luspo_jax.datasets.images import open_image, references
+from luspo_jax.datasets.example import DataError, Example
+from luspo_jax.datasets.images import ImageFiles, open_image, read_bytes, references
+from luspo_jax.datasets.pixels import ImageError
 from luspo_jax.datasets.table import Table, read_examples
 
 TABLE = Table(problem=("q",), answer=("a",), identity=(("id",),), images=("image",))
@@ -108,3 +110,27 @@ def test_real_embedded_images(shared_data):
     examples, _ = read_examples(table, source)
     assert len(examples) == 10
     assert all(open_image(r, source).size > (1, 1) for e in examples for r in e.meta["images"])
+
+
+def test_images_are_read_when_they_are_asked_for(tmp_path):
+    (tmp_path / "a.png").write_bytes(_png("red"))
+    source = tmp_path / "data.jsonl"
+    references = [{"row": 4, "path": "a.png"}, {"row": 4, "path": "gone.png"}]
+    example = Example(0, "p", "", {"images": references})
+    first, second = ImageFiles(source).images(example)
+    assert first.read() == _png("red") == read_bytes(references[0], source)
+    assert first.place == f"{source}, row 4, image a.png"
+    with pytest.raises(ImageError, match=r"missing: .*data.jsonl, row 4: image .*gone.png is"):
+        second.read()
+    assert ImageFiles(source).images(Example(0, "p", "")) == []
+    (unknown,) = ImageFiles().images(Example(0, "p", "", {"images": references[:1]}))
+    with pytest.raises(ImageError, match="no data file is known"):
+        unknown.read()
+
+
+def test_a_file_that_changes_is_read_anew(tmp_path):
+    source = tmp_path / "data.parquet"
+    for color in ("red", "blue"):
+        pq.write_table(pa.table({"image": [[{"bytes": _png(color), "path": None}]]}), source)
+        os.utime(source, ns=(0, len(color)))
+        assert read_bytes({"row": 1, "column": "image.0"}, source) == _png(color)

@@ -1,0 +1,58 @@
+"""The process that decodes image files: one that hangs, crashes or fills memory ends it alone.
+
+It reads its settings and then images from standard input and answers each on standard output. The
+kernel ends it when one image exceeds its limit (alarms left at their default action). When the
+input closes it ends, so nothing outlives the run by more than one image's limit.
+"""
+
+import os
+import resource
+import signal
+
+import numpy as np
+import PIL.Image
+
+from luspo_jax.datasets.pixels import ImageError, Patching, prepared
+from luspo_jax.rewards.worker import WALL_FACTOR, read_frame, write_frame
+
+ALARMS = (signal.SIGPROF, signal.SIGALRM)
+
+
+def answer(data: bytes | np.ndarray, patching: Patching) -> tuple:
+    """("ok", patches, grid), or ("refused", reason, detail)."""
+    try:
+        return ("ok", *prepared(data, patching))
+    except ImageError as error:
+        return ("refused", error.reason, error.detail)
+    except MemoryError:
+        return ("refused", "memory", "resizing it ran out of memory")
+
+
+def _set_alarms(seconds: float) -> None:
+    # On processor time, so that a busy machine refuses the same images as an idle one; what sleeps
+    # is stopped later, by the clock.
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, WALL_FACTOR * seconds)
+
+
+def main() -> None:
+    """Answer until the input closes."""
+    tasks, answers = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a decoder prints must not reach the answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    PIL.Image.MAX_IMAGE_PIXELS = None  # sizes are checked against max_source_pixels
+    patching, time_limit, memory_limit = read_frame(tasks)
+    answer(np.zeros((56, 56, 3), np.uint8), patching)  # imports done before the first limit
+    if memory_limit is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
+    while True:
+        try:
+            data = read_frame(tasks)
+        except EOFError:
+            return
+        _set_alarms(time_limit)
+        found = answer(data, patching)
+        # Disarmed before the answer goes out, so that an image has an answer or a death.
+        _set_alarms(0)
+        write_frame(answers, found)

@@ -1,0 +1,130 @@
+"""Drawings of the task `shapes`, pixel by pixel in NumPy: no library's version changes one."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+COLORS = "RGBY"
+SHAPES = "CSTX"
+ROWS = 3  # of the cells that dots are in, and as many in a row
+TICKS = 8  # of the scale that rods lie on
+CELL = 28  # pixels: one merged token of Qwen's tower
+
+_PAINT = {"R": (214, 48, 40), "G": (34, 150, 62), "B": (44, 92, 214), "Y": (238, 190, 30)}
+_INK = (70, 70, 70)
+_GRID = (208, 208, 208)
+_UNIT = 13  # pixels of a bar's height that stand for 1
+_TICK = 14  # pixels between two ticks
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """A fixed sequence of draws for everything in an image that its problem does not determine.
+
+    Attributes:
+      seed: whole numbers; the same ones give the same draws whatever the version of NumPy, since
+        the raw bits of PCG64 are part of its interface.
+    """
+
+    seed: tuple[int, ...]
+
+    @functools.cached_property
+    def _bits(self):
+        return iter(np.random.PCG64(self.seed).random_raw(256).tolist())
+
+    def draw(self, low: int, high: int) -> int:
+        """A whole number from low to high, both included."""
+        return low + next(self._bits) % (high - low + 1)
+
+    def color(self, not_this: str = "") -> tuple[int, int, int]:
+        """Paint of one of the colours."""
+        allowed = [name for name in COLORS if name != not_this]
+        return _PAINT[allowed[self.draw(0, len(allowed) - 1)]]
+
+    def canvas(self, width: int, height: int) -> np.ndarray:
+        """uint8 [height, width, 3] in a light shade."""
+        shade = [self.draw(236, 255) for _ in range(3)]
+        return np.full((height, width, 3), shade, np.uint8)
+
+
+def bars(values: tuple[int, ...], look: Look) -> np.ndarray:
+    """A bar chart on a ruled ground, 28 pixels a bar; 13 pixels of height stand for 1."""
+    width, height = CELL * len(values), 2 * CELL
+    image, ground = look.canvas(width, height), height - 3
+    for level in range(1, 5):
+        image[ground - _UNIT * level] = _GRID
+    for place, value in enumerate(values):
+        half = look.draw(6, 10)
+        middle = CELL * place + CELL // 2 + look.draw(-2, 2)
+        image[ground - _UNIT * value : ground, middle - half : middle + half] = look.color()
+    image[ground:] = _INK
+    return image
+
+
+def dots(shown: tuple[tuple[int, ...], str], look: Look) -> np.ndarray:
+    """Nine cells: 0 is empty, 1 a dot of the colour, 2 a dot of another."""
+    cells, color = shown
+    image = look.canvas(CELL * ROWS, CELL * ROWS)
+    for place, cell in enumerate(cells):
+        if cell:
+            paint = _PAINT[color] if cell == 1 else look.color(not_this=color)
+            y, x = _middle(place, ROWS, look)
+            _fill(image, _circle(y, x, look.draw(6, 9)), paint)
+    return image
+
+
+def shapes(cells: tuple[tuple[str, str], ...], look: Look) -> np.ndarray:
+    """Four coloured shapes, two in a row."""
+    image = look.canvas(2 * CELL, 2 * CELL)
+    for place, (shape, color) in enumerate(cells):
+        y, x = _middle(place, 2, look)
+        _fill(image, _OUTLINES[shape](y, x, look.draw(8, 10)), _PAINT[color])
+    return image
+
+
+def rods(shown: tuple[tuple[int, int, str], ...], look: Look) -> np.ndarray:
+    """Two rods (start, end, colour), above and below a scale of 8 ticks."""
+    image = look.canvas(_TICK * TICKS, 2 * CELL)
+    image[CELL - 1 : CELL + 1] = _INK
+    for tick in range(1, TICKS):
+        image[CELL - 5 : CELL + 5, _TICK * tick - 1 : _TICK * tick + 1] = _INK
+    for row, (start, end, color) in enumerate(shown):
+        half = look.draw(4, 7)
+        middle = CELL // 2 + CELL * row + (look.draw(-3, 0) if row == 0 else look.draw(0, 3))
+        image[middle - half : middle + half, _TICK * start : _TICK * end] = _PAINT[color]
+    return image
+
+
+def _middle(place: int, columns: int, look: Look) -> tuple[int, int]:
+    row, column = divmod(place, columns)
+    half = CELL // 2
+    return CELL * row + half + look.draw(-3, 3), CELL * column + half + look.draw(-3, 3)
+
+
+def _fill(image: np.ndarray, inside, paint: tuple[int, int, int]) -> None:
+    y, x = np.mgrid[: image.shape[0], : image.shape[1]]
+    image[inside(y, x)] = paint
+
+
+def _circle(y0: int, x0: int, size: int):
+    return lambda y, x: (y - y0) ** 2 + (x - x0) ** 2 < size**2
+
+
+def _square(y0: int, x0: int, size: int):
+    return lambda y, x: np.maximum(abs(y - y0), abs(x - x0)) < size - 1
+
+
+def _triangle(y0: int, x0: int, size: int):
+    return lambda y, x: (y < y0 + size) & (2 * abs(x - x0) <= y - (y0 - size))
+
+
+def _cross(y0: int, x0: int, size: int):
+    def inside(y, x):
+        near = np.maximum(abs(y - y0), abs(x - x0)) <= size
+        return near & (abs(abs(y - y0) - abs(x - x0)) <= 3)
+
+    return inside
+
+
+_OUTLINES = {"C": _circle, "S": _square, "T": _triangle, "X": _cross}

@@ -1,0 +1,259 @@
+"""Small drawn images with questions that only looking answers: a procedural task for vision models.
+
+Four kinds of problem are mixed, each with an image of its own size (in pixels, width × height):
+
+| kind | image | question | answer | full trace |
+| --- | --- | --- | --- | --- |
+| bars | chart of N bars, 28·N × 56 | `abcd?` | sum of heights modulo 5 | `a3=3 b4=2 c1=3 d0=3` |
+| dots | 3 × 3 cells, 84 × 84 | `nR?` | number of red dots | `a2=2 b0=2 c1=3`, row by row |
+| color | four shapes, 56 × 56 | `S?` | colour of the square | `CB SR`, cell by cell up to it |
+| length | two rods on a scale, 112 × 56 | `lG?` | length of the green rod | `7-2=5` |
+
+A response may answer at once, `#### 3`, or first write some of the steps: the fewer it skips, the
+longer it is and the easier each step, as in `label_sums`. Colours are R, G, B, Y; shapes are
+C(ircle), S(quare), T(riangle), X. Answers are one character; `ANSWER_PATTERN` finds them.
+
+What a problem asks and shows, its content, is a number; positions, sizes and the colours that do
+not matter are its look, another number. Splits are of contents, by a hash, one in eight for the
+test: no test problem occurs in training with any look. Nothing is read from a file, and the same
+numbers give the same pixels on every machine.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from luspo_jax.datasets import label_sums, shape_drawing
+from luspo_jax.datasets.example import DataError, Example
+from luspo_jax.datasets.shape_drawing import COLORS, ROWS, SHAPES, TICKS
+
+ANSWER_PATTERN = r"####\s*(\S)"  # option `pattern` of the reward `exact`
+MAX_BARS = 6
+# All that problems and traces are written in, beside the answer mark "####".
+CHARACTERS = " =-?0123456789" + label_sums.LABELS[:MAX_BARS] + "nl" + COLORS + SHAPES
+SIZES = {"train": 4096, "test": 512}  # problems of each kind, unless `size` says otherwise
+
+_CODES = 1 << 20  # more than any kind has contents
+_LOOKS = 512
+_RODS = tuple(itertools.combinations(range(TICKS + 1), 2))  # (start, end)
+_COLOR_PAIRS = tuple(itertools.permutations(COLORS, 2))
+_ARRANGEMENTS = tuple(itertools.permutations(SHAPES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a problem asks and shows.
+
+    Attributes:
+      question: its text.
+      answer: one character.
+      steps: what a response that skips nothing writes before its answer.
+      shown: what the drawing of its kind needs.
+    """
+
+    question: str
+    answer: str
+    steps: tuple[str, ...]
+    shown: tuple
+
+
+def bars(code: int, num_bars: int) -> Content:
+    """Sum of the heights of bars, modulo 5; the code's base-5 digits are the heights."""
+    values = label_sums.digits(code, num_bars)
+    labels = label_sums.LABELS[:num_bars]
+    sums = np.cumsum(values) % label_sums.MODULUS
+    steps = (f"{label}{v}={s}" for label, v, s in zip(labels, values, sums, strict=True))
+    return Content(labels + "?", str(sums[-1]), tuple(steps), values)
+
+
+def dots(code: int, num_bars: int) -> Content:
+    """Number of dots of a colour; a cell is empty, of that colour or of another."""
+    cells = tuple(code // 3**place % 3 for place in range(ROWS * ROWS))
+    color = COLORS[code // 3 ** (ROWS * ROWS)]
+    counts = [cells[ROWS * row : ROWS * (row + 1)].count(1) for row in range(ROWS)]
+    sums = np.cumsum(counts)
+    steps = (
+        f"{label}{n}={s}" for label, n, s in zip(label_sums.LABELS, counts, sums, strict=False)
+    )
+    return Content(f"n{color}?", str(sums[-1]), tuple(steps), (cells, color))
+
+
+def color(code: int, num_bars: int) -> Content:
+    """Colour of one of four shapes."""
+    code, asked = divmod(code, len(SHAPES))
+    arrangement, colors = divmod(code, len(COLORS) ** len(SHAPES))
+    cells = tuple(
+        (shape, COLORS[colors // len(COLORS) ** place % len(COLORS)])
+        for place, shape in enumerate(_ARRANGEMENTS[arrangement])
+    )
+    place = [shape for shape, _ in cells].index(SHAPES[asked])
+    steps = tuple(shape + colour for shape, colour in cells[: place + 1])
+    return Content(f"{SHAPES[asked]}?", cells[place][1], steps, cells)
+
+
+def length(code: int, num_bars: int) -> Content:
+    """Length of the rod of a colour, in ticks of the scale between the two."""
+    code, asked = divmod(code, 2)
+    code, pair = divmod(code, len(_COLOR_PAIRS))
+    rods = tuple(
+        (*_RODS[rod], colour)
+        for rod, colour in zip(divmod(code, len(_RODS)), _COLOR_PAIRS[pair], strict=True)
+    )
+    start, end, colour = rods[asked]
+    return Content(f"l{colour}?", str(end - start), (f"{end}-{start}={end - start}",), rods)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    content: Callable[[int, int], Content]
+    num_contents: Callable[[int], int]
+    draw: Callable[..., np.ndarray]
+
+
+KINDS = {
+    "bars": _Kind(bars, lambda n: label_sums.MODULUS**n, shape_drawing.bars),
+    "dots": _Kind(dots, lambda n: 3 ** (ROWS * ROWS) * len(COLORS), shape_drawing.dots),
+    "color": _Kind(
+        color,
+        lambda n: len(_ARRANGEMENTS) * len(COLORS) ** len(SHAPES) * len(SHAPES),
+        shape_drawing.shapes,
+    ),
+    "length": _Kind(length, lambda n: len(_RODS) ** 2 * len(_COLOR_PAIRS) * 2, shape_drawing.rods),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """One split of the task: a sequence of `Example`, random access, the same on every machine.
+
+    Kinds take turns. The image of an example is named by `meta["images"]` and drawn when it is
+    asked for.
+
+    Attributes:
+      split: "train" or "test".
+      kinds: which kinds are mixed, names of KINDS.
+      num_bars: bars of a chart, 2 to 6.
+      size: problems of each kind; 0 for 4,096 of train, 512 of test. Where a kind has fewer
+        contents, they come again with another look.
+      seed: orders the problems; it moves none between the splits.
+    """
+
+    split: str
+    kinds: Sequence[str] = tuple(KINDS)
+    num_bars: int = 5
+    size: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.split not in label_sums.SPLITS:
+            raise DataError(
+                f"split {self.split!r} does not exist: choose one of {label_sums.SPLITS}"
+            )
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown or not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise DataError(f"kinds must be some of {tuple(KINDS)}, not {tuple(self.kinds)}")
+        if not 2 <= self.num_bars <= MAX_BARS:
+            raise DataError(f"num_bars must be from 2 to {MAX_BARS}, not {self.num_bars}")
+        most = _LOOKS * min(len(self._members(kind)) for kind in self.kinds)
+        if not 0 <= self.size <= most:
+            raise DataError(f"size must be from 0 to {most}, not {self.size}")
+        object.__setattr__(self, "kinds", tuple(self.kinds))
+
+    def __len__(self) -> int:
+        return len(self.kinds) * (self.size or SIZES[self.split])
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        place, turn = divmod(index % len(self), len(self.kinds))
+        kind = self.kinds[turn]
+        members = self._members(kind)
+        look, place = divmod(place, len(members))
+        code = int(members[place])
+        return example(kind, code, look, num_bars=self.num_bars, split=self.split)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def _members(self, kind: str) -> np.ndarray:
+        num_contents = KINDS[kind].num_contents(self.num_bars)
+        return label_sums.split_codes(num_contents, self.split, self.seed)
+
+
+def example(kind: str, code: int, look: int, *, num_bars: int, split: str) -> Example:
+    """The problem with this content and look."""
+    content = KINDS[kind].content(code, num_bars)
+    number = (look * len(KINDS) + tuple(KINDS).index(kind)) * _CODES + code
+    image = {"row": number, "generated": "shapes", "kind": kind, "code": code, "look": look}
+    return Example(
+        id=number,
+        problem=content.question,
+        answer=content.answer,
+        meta={
+            "task": "shapes",
+            "split": split,
+            "kind": kind,
+            "steps": list(content.steps),
+            "images": [image | ({"num_bars": num_bars} if kind == "bars" else {})],
+        },
+    )
+
+
+def draw(reference: dict[str, Any]) -> np.ndarray:
+    """uint8 [height, width, 3]: the image of an element of `meta["images"]`."""
+    kind, code, look = (reference[name] for name in ("kind", "code", "look"))
+    content = KINDS[kind].content(code, reference.get("num_bars", MAX_BARS))
+    return KINDS[kind].draw(content.shown, shape_drawing.Look((code, look)))
+
+
+def trace(problem: Example, chunks: Sequence[int]) -> str:
+    """A right response that writes the last step of each chunk of steps.
+
+    For the steps a3=3, b4=2, c1=3 and chunks (2, 1): `b4=2 c1=3 #### 3`.
+
+    Args:
+      problem: an example of this task.
+      chunks: sizes of consecutive chunks, which sum to the number of steps; empty for a direct
+        answer. `label_sums.random_chunks` draws them.
+
+    Raises:
+      ValueError: the chunks do not cover the steps exactly.
+    """
+    steps = problem.meta["steps"]
+    if chunks and (min(chunks) < 1 or sum(chunks) != len(steps)):
+        raise ValueError(f"chunks {tuple(chunks)} do not cover {len(steps)} steps")
+    written = (steps[end - 1] + " " for end in itertools.accumulate(chunks))
+    return "".join(written) + f"#### {problem.answer}"
+
+
+def blind_accuracy(problems: Iterable[Example]) -> dict[str, float]:
+    """Accuracy without looking: of the best constant answer to each question text.
+
+    Gives kind → accuracy on its problems, and "all" → accuracy on all.
+    """
+    answers: dict[tuple[str, str], Counter] = defaultdict(Counter)
+    for problem in problems:
+        answers[problem.meta["kind"], problem.problem][problem.answer] += 1
+    total, best = Counter(), Counter()
+    for (kind, _), counts in answers.items():
+        for name in (kind, "all"):
+            total[name] += counts.total()
+            best[name] += max(counts.values())
+    return {name: best[name] / total[name] for name in total}
+
+
+@functools.cache
+def longest_response(num_bars: int = 5) -> int:
+    """Characters of the longest full trace, `####` counted as one: what a run must allow."""
+    steps = {
+        "bars": 5 * num_bars,
+        "dots": 5 * ROWS,
+        "color": 3 * len(SHAPES),
+        "length": 6,
+    }
+    return max(steps.values()) + len("#") + len(" 3")
