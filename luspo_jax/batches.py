@@ -13,8 +13,10 @@ from luspo_jax import objectives, packing
 from luspo_jax.experience import Rollouts
 from luspo_jax.logprobs import Scored
 from luspo_jax.metrics import StepMetrics
+from luspo_jax.models import image_layout
+from luspo_jax.rollout.schedule import rounded_up
 from luspo_jax.run import Run
-from luspo_jax.types import Experts, TrainBatch, TrainState
+from luspo_jax.types import Experts, Images, TrainBatch, TrainState
 from luspo_jax.update import experts_on_host, put_rows, score_rows
 
 
@@ -38,6 +40,7 @@ def train_batch(run: Run, rollouts: Rollouts) -> TrainBatch:
     )
     mask_BT = rows.response_mask_BT & rollouts.trained_B[:, None]
     experts = _sampler_experts(run, rollouts, length)
+    rows = _with_positions(run, rollouts, rows)
     return TrainBatch(
         rows=dataclasses.replace(rows, response_mask_BT=mask_BT, experts=experts),
         advantages_B=np.zeros(len(tokens), np.float32),
@@ -75,7 +78,7 @@ def with_old_logprobs(
     )
     if not (needed or check_mismatch):
         return batch
-    scored = _score(run, state.params, batch, record_experts=needed)
+    scored = _score(run, rollouts, state.params, batch, record_experts=needed)
     logprobs_BT, entropy_BT = scored.logprobs_BT, scored.entropy_BT
     if scored.router is not None:
         shared, tokens = scored.router.agreement["sampler"], scored.router.tokens
@@ -104,12 +107,14 @@ def with_old_logprobs(
     )
 
 
-def with_ref_logprobs(run: Run, state: TrainState, batch: TrainBatch) -> TrainBatch:
+def with_ref_logprobs(
+    run: Run, state: TrainState, rollouts: Rollouts, batch: TrainBatch
+) -> TrainBatch:
     """Adds log-probs of the reference policy, where the objective has a KL term."""
     if state.ref_params is None:
         return batch
     # Its routers choose for themselves: another policy's experts are not its own.
-    logprobs_BT = _score(run, state.ref_params, batch, replay="none").logprobs_BT
+    logprobs_BT = _score(run, rollouts, state.ref_params, batch, replay="none").logprobs_BT
     return dataclasses.replace(batch, ref_logprobs_BT=logprobs_BT)
 
 
@@ -140,13 +145,87 @@ def with_advantages(
     return dataclasses.replace(batch, advantages_B=np.asarray(advantages_B, np.float32))
 
 
-def packed(run: Run, batch: TrainBatch, metrics: StepMetrics) -> TrainBatch:
-    """The minibatch in packed rows, where the configuration says so."""
-    if not run.config.train.packing:
-        return batch
-    plan = _plan(run, batch.rows)
-    metrics.update(plan.metrics)
-    return packing.packed_batch(batch, plan)
+def minibatch(
+    run: Run, rollouts: Rollouts, batch: TrainBatch, chosen: np.ndarray, metrics: StepMetrics
+) -> TrainBatch:
+    """The chosen rows, packed where the configuration says so, with the images that they hold."""
+    part = jax.tree.map(lambda x: x[chosen], batch)
+    prompts = [rollouts.prompts[row] for row in chosen]
+    num_parts, plan = run.config.train.num_microbatches, None
+    if run.config.train.packing:
+        plan = _plan(run, part.rows)
+        metrics.update(plan.metrics)
+    rows = _with_images(run, prompts, part.rows, num_parts, plan)
+    part = dataclasses.replace(part, rows=rows)
+    return part if plan is None else packing.packed_batch(part, plan)
+
+
+def _with_positions(run, rollouts, rows):
+    """Rotary positions of rows with images: [B, T, 3], the response after its prompt."""
+    config = run.model.config
+    if config.vision is None:
+        return rows
+    length = rows.tokens_BT.shape[1]
+    positions = np.zeros((len(rows.tokens_BT), length, 3), np.int32)
+    places = np.arange(length, dtype=np.int32)[:, None]
+    for row, prompt in enumerate(rollouts.prompts):
+        grids = [image.grid_thw for image in prompt.images]
+        of_prompt, after = image_layout.mrope_positions(prompt.tokens, grids, config)
+        start = len(prompt.tokens)
+        positions[row] = places + (after - start)
+        positions[row, :start] = of_prompt
+    positions[rows.segment_ids_BT == 0] = 0
+    return dataclasses.replace(rows, positions_BT=positions)
+
+
+def _with_images(run, prompts, rows, num_parts, plan):
+    """Rows with the images of each micro-batch, each once, and the unit at every token.
+
+    One prompt's responses in one micro-batch share its images. All micro-batches have room for as
+    many images as the one with most, rounded up so that devices share them and few programs are
+    compiled.
+    """
+    config, layout = run.model.config, run.rule.scoring.layout
+    if not any(prompt.images for prompt in prompts):
+        return rows
+    if plan is None:
+        parts_B = np.arange(len(prompts)) // (len(prompts) // num_parts)
+    else:
+        num_parts = plan.num_microbatches
+        parts_B = plan.places_B // plan.responses_per_microbatch
+    own = [{} for _ in range(num_parts)]  # micro-batch → sha of an image → (its row, the image)
+    for part, prompt in zip(parts_B, prompts, strict=True):
+        for image in prompt.images:
+            own[part].setdefault(image.sha, (len(own[part]), image))
+    room = rounded_up(max(map(len, own)), 1 if layout is None else layout.size("batch"))
+    every = [image for images in own for _, image in images.values()]
+    windows = image_layout.bucket(
+        max(image_layout.laid_out(x.grid_thw, config.vision).windows for x in every)
+    )
+    stacks = [
+        image_layout.stacked(
+            [(image.patches(), image.grid_thw) for _, image in images.values()],
+            config.vision,
+            windows=windows,
+            count=room,
+        )
+        for images in own
+    ]
+    num_units = windows * config.vision.window_slots // config.vision.unit_patches
+    units_BT = np.full(rows.tokens_BT.shape, -1, np.int32)
+    for row, (part, prompt) in enumerate(zip(parts_B, prompts, strict=True)):
+        at = [own[part][image.sha][0] for image in prompt.images]
+        grids = [image.grid_thw for image in prompt.images]
+        units_BT[row, : len(prompt.tokens)] = image_layout.token_units(
+            prompt.tokens, grids, at, num_units, config
+        )
+    images = Images(
+        *(
+            np.concatenate([getattr(stack, field.name) for stack in stacks])
+            for field in dataclasses.fields(Images)
+        )
+    )
+    return dataclasses.replace(rows, units_BT=units_BT, images=images)
 
 
 def _plan(run, rows):
@@ -158,15 +237,16 @@ def _plan(run, rows):
     )
 
 
-def _score(run, params, batch, record_experts=False, **changes):
+def _score(run, rollouts, params, batch, record_experts=False, **changes):
     """Scored of all rows in NumPy; recorded experts row by row, as everything else."""
     sizes = configuration.batch_arithmetic(run.config)
     scoring = dataclasses.replace(run.rule.scoring, **changes)
-    rows, plan = batch.rows, None
-    parts = sizes.responses_per_step // sizes.responses_per_microbatch
+    plan, parts = None, sizes.responses_per_step // sizes.responses_per_microbatch
     if run.config.train.packing:
-        plan, parts = _plan(run, batch.rows), 1
-        rows = packing.packed_rows(batch.rows, plan)
+        plan = _plan(run, batch.rows)
+    rows = _with_images(run, rollouts.prompts, batch.rows, parts, plan)
+    if plan is not None:
+        rows, parts = packing.packed_rows(rows, plan), 1
     scored = score_rows(
         params,
         put_rows(rows, scoring.layout),

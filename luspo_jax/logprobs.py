@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from luspo_jax import sharding
-from luspo_jax.models import decoder
+from luspo_jax.models import decoder, vision
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.experts import check_ids
 from luspo_jax.ops.attention import inverse_ring_order, ring_order
@@ -31,6 +31,7 @@ class Scoring:
       experts: name of the implementation in `ops.grouped_matmul`.
       replay: which recorded experts stand in for the routers' choice, a key of REPLAYS; rows
         without that record are routed as the policy does.
+      freeze_vision: no gradient goes to the vision tower.
       head_chunk_tokens: tokens (rows × positions) whose logits exist at one time on a device.
       layout: where parameters, rows and positions lie; None on one device.
     """
@@ -44,6 +45,7 @@ class Scoring:
     layout: Layout | None = None
     experts: str = "reference"
     replay: str = "none"
+    freeze_vision: bool = False
 
 
 # Router replay: "old" is R2 and "sampler" R3 of arXiv:2512.01374.
@@ -108,6 +110,7 @@ def scored(params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring) -> 
             rows.segment_ids_BT,
             rows.response_mask_BT,
             rows.experts,
+            _images(params, rows, rows.units_BT, scoring),
             scoring,
         )
     of_rows = _scored(
@@ -117,6 +120,7 @@ def scored(params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring) -> 
         packed.segment_ids_RT,
         packed.response_mask_RT,
         packed.experts,
+        _images(params, rows, packed.units_RT, scoring),
         scoring,
     )
     unpacked = (
@@ -125,7 +129,28 @@ def scored(params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring) -> 
     return Scored(*unpacked, of_rows.router)
 
 
-def _scored(params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, experts, scoring):
+def _images(params, rows, units_BT, scoring):
+    """(embeddings of the rows' images [U, D], the one at each token or −1); None without any."""
+    if rows.images is None:
+        return None
+    tower = params["vision"]
+    units_IUD = vision.encode(
+        jax.lax.stop_gradient(tower) if scoring.freeze_vision else tower,
+        rows.images.patches_ISC,
+        rows.images.positions_IS2,
+        rows.images.valid_IS,
+        config=scoring.model.vision,
+        dtype=jnp.dtype(scoring.dtype),
+        remat=scoring.remat,
+        attention="reference" if scoring.attention == "cudnn" else scoring.attention,
+        layout=scoring.layout,
+    )
+    return units_IUD.reshape(-1, units_IUD.shape[-1]), units_BT
+
+
+def _scored(
+    params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, experts, images, scoring
+):
     layout = scoring.layout
     recorded = {} if experts is None else vars(experts)
     recorded = {name: ids for name, ids in recorded.items() if ids is not None}
@@ -144,6 +169,8 @@ def _scored(params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, e
         attention=scoring.attention,
         experts=scoring.experts,
         replayed_BTLK=None if replayed is None else order(replayed),
+        units_UD=None if images is None else images[0],
+        index_BT=None if images is None else order(images[1]),
         layout=layout,
     )
     # The state at t−1 predicts token t. Predictions are made where they stand (index t−1) and

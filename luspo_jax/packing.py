@@ -204,8 +204,9 @@ def packed_rows(rows: TokenBatch, plan: Plan) -> TokenBatch:
         starts_B=to_places(_start_in_microbatch(plan), plan),
         rows_per_microbatch=plan.rows_per_microbatch,
         experts=jax.tree.map(laid, rows.experts),
+        units_RT=None if rows.units_BT is None else laid(rows.units_BT),
     )
-    own = dataclasses.replace(rows, packed=None, experts=None)
+    own = dataclasses.replace(rows, packed=None, experts=None, units_BT=None, images=None)
     placed = jax.tree.map(lambda x: to_places(x, plan), own)
     return dataclasses.replace(placed, packed=packed)
 

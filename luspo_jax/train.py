@@ -191,14 +191,16 @@ def rollout_step(
         with timed(metrics, "old_log_prob"):
             batch = batches.with_old_logprobs(run, state, rollouts, batch, metrics, check_mismatch)
         with timed(metrics, "ref"):
-            batch = batches.with_ref_logprobs(run, state, batch)
+            batch = batches.with_ref_logprobs(run, state, rollouts, batch)
         with timed(metrics, "adv"):
             batch = batches.with_advantages(run, rollouts, batch, shorten=flagged)
         with timed(metrics, "length"):
             sample = instruments.sample(run, rollouts, batch, step)
             state = instruments.before_update(run, state, sample, step, metrics)
         with timed(metrics, "update_actor"):
-            state = optimize(run, state, batch, step, metrics, alpha_shift=length.alpha_shift)
+            state = optimize(
+                run, state, rollouts, batch, step, metrics, alpha_shift=length.alpha_shift
+            )
             if state.ref_params is not None and _due(run.config.train.ref_every, step + 1):
                 state = refresh_reference(state, decay=run.config.train.ref_decay)
         with timed(metrics, "length"):
@@ -226,7 +228,10 @@ def collect(
         with timed(metrics, "gen"):
             responses, stats = run.sampler.generate(
                 weights,
-                [Request(i, prompt.tokens) for i, prompt in zip(noise_ids, prompts, strict=True)],
+                [
+                    Request(i, prompt.tokens, prompt.images)
+                    for i, prompt in zip(noise_ids, prompts, strict=True)
+                ],
                 group_size=config.rollout.group_size,
                 seed=config.seed,
                 step=step,
@@ -261,6 +266,7 @@ def collect(
 def optimize(
     run: Run,
     state: TrainState,
+    rollouts: Rollouts,
     batch: TrainBatch,
     step: int,
     metrics: StepMetrics,
@@ -275,8 +281,7 @@ def optimize(
     taken = []
     for epoch in range(settings.num_epochs):
         for rows in _minibatches(run, batch.group_ids_B, step, epoch):
-            minibatch = jax.tree.map(lambda x, rows=rows: x[rows], batch)
-            minibatch = batches.packed(run, minibatch, metrics)
+            minibatch = batches.minibatch(run, rollouts, batch, rows, metrics)
             minibatch = put_rows(minibatch, run.rule.scoring.layout)
             state, measured = update_step(
                 state, minibatch, np.float32(rate), np.float32(alpha_shift), rule=run.rule

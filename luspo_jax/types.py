@@ -39,19 +39,40 @@ class Experts:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Images:
+    """Images that rows hold, in the slots of the vision tower (`models.image_layout`).
+
+    Equally many belong to each micro-batch, empty ones included; the units that rows name are those
+    of their own micro-batch's images, counted through.
+
+    Attributes:
+      patches_ISC: float32 values of each patch, 0 where there is none.
+      positions_IS2: int32 row and column of each.
+      valid_IS: bool, whether there is a patch.
+    """
+
+    patches_ISC: jax.Array
+    positions_IS2: jax.Array
+    valid_IS: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PackedRows:
     """The sequences of a TokenBatch laid end to end in rows of one length, micro-batch by
     micro-batch; made by `packing.packed_rows`.
 
     Attributes:
       tokens_RT: int32 token ids.
-      positions_RT: int32 rotary positions, counted from 0 in each segment.
+      positions_RT: int32 rotary positions, counted from 0 in each segment; [R, T, 3] with images.
       segment_ids_RT: int32, 1, 2, … along a row, 0 on padding.
       response_mask_RT: bool, the tokens to score.
       starts_B: int32, where each sequence begins in the rows of its micro-batch, counted through
         them (r·T + t); 0 for an empty row of the TokenBatch.
       rows_per_microbatch: rows that are computed together; static.
       experts: of a mixture of experts, what was recorded; else None.
+      units_RT: int32 unit of an image that stands in place of a token, −1 for text; None without
+        images.
     """
 
     tokens_RT: jax.Array
@@ -61,6 +82,7 @@ class PackedRows:
     starts_B: jax.Array
     rows_per_microbatch: int = dataclasses.field(metadata={"static": True})
     experts: Experts | None = None
+    units_RT: jax.Array | None = None
 
     @property
     def num_microbatches(self) -> int:
@@ -75,12 +97,15 @@ class TokenBatch:
 
     Attributes:
       tokens_BT: int32 token ids, prompt then response, padded on the right.
-      positions_BT: int32 rotary positions, counted from 0 in each segment.
+      positions_BT: int32 rotary positions, counted from 0 in each segment; [B, T, 3] with images.
       segment_ids_BT: int32, 0 on padding.
       response_mask_BT: bool, true on response tokens, the stop token included.
       packed: the same sequences in dense rows, which the model then reads in place of these; None
         where it reads these.
       experts: of a mixture of experts, what was recorded, unless `packed` has it; else None.
+      units_BT: int32 unit of an image that stands in place of a token, −1 for text, unless `packed`
+        has it; None without images.
+      images: the images; None where there are none.
     """
 
     tokens_BT: jax.Array
@@ -89,6 +114,8 @@ class TokenBatch:
     response_mask_BT: jax.Array
     packed: PackedRows | None = None
     experts: Experts | None = None
+    units_BT: jax.Array | None = None
+    images: Images | None = None
 
 
 @jax.tree_util.register_dataclass

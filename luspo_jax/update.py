@@ -31,6 +31,7 @@ class UpdateRule:
         depend on it. Packed rows bring their own.
       max_grad_norm: global-norm clipping, 0 = off.
       bin_edges: of the length bins of metrics, tokens; empty for none.
+      frozen: top-level names of parameters that a step leaves as they are, weight decay included.
       router_aux_coef: of the load-balancing loss of a mixture of experts; needs recorded experts.
     """
 
@@ -41,6 +42,7 @@ class UpdateRule:
     max_grad_norm: float
     bin_edges: tuple[int, ...] = ()
     router_aux_coef: float = 0.0
+    frozen: tuple[str, ...] = ()
 
 
 def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> TrainState:
@@ -357,6 +359,7 @@ def _step(state, grads, rate, metrics, rule):
     params, opt_state = optimizer.apply(
         rule.optimizer, state.params, grads, state.opt_state, rate=rate
     )
+    params = {**params, **{name: state.params[name] for name in rule.frozen}}
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (params, opt_state),
@@ -455,7 +458,7 @@ def _row_axes(tree):
     return jax.tree.unflatten(
         structure,
         [
-            _Axes(("batch" if spread(name) else None, *[None] * (x.ndim - 1)))
+            _Axes(("batch" if spread(name) or "images" in name else None, *[None] * (x.ndim - 1)))
             for name, (_, x) in zip(names, leaves, strict=True)
         ],
     )

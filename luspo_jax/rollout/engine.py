@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from luspo_jax.models import decoder
+from luspo_jax.rollout import pictures
 from luspo_jax.rollout import slots as device
 from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.rollout.records import RolloutStats
@@ -22,6 +23,7 @@ from luspo_jax.rollout.schedule import (
     rounded_up,
 )
 from luspo_jax.sharding import MeshError
+from luspo_jax.types import Images
 
 SMALLEST_PROMPT = 64  # tokens of the shortest prefill program
 SMALLEST_ROOM = 256  # tokens of the shortest cache
@@ -182,6 +184,7 @@ class Engine:
             )
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise ValueError(f"{name} has tokens outside [0, vocab_size {self.config.vocab_size})")
+        pictures.check(tokens, request.images, self.config, name)
 
 
 def _check_layout(layout, config):
@@ -230,7 +233,7 @@ class _Rollout:
             multiple=engine.row_multiple,
         )
         self.queue = ()
-        self.pool = self.slots = None
+        self.pool = self.slots = self.offsets_P = None
         self.room = self.decode_steps = self.prefill_calls = self.prefill_tokens = 0
 
     def run(self, progress):
@@ -273,10 +276,19 @@ class _Rollout:
             smallest=SMALLEST_PROMPT,
         )
         self._reserve(length + 1)
-        prompts = padded_prompts(requests, length=length, multiple=engine.row_multiple)
+        multiple = engine.row_multiple
+        prompts = padded_prompts(requests, length=length, multiple=multiple)
+        images, offsets_P = pictures.of_prompts(
+            requests, engine.config, length=length, rows=len(prompts[0]), multiple=multiple
+        )
+        if images is not None:
+            patches, units_PT, positions_PT3 = images
+            arrays = Images(patches.patches_ISC, patches.positions_IS2, patches.valid_IS)
+            images = device.PromptImages(arrays, units_PT, positions_PT3)
         self.pool, experts = device.prefill(
             self.params,
             *prompts,
+            images,
             config=engine.config,
             dtype=engine.dtype,
             attention=engine.attention,
@@ -284,12 +296,13 @@ class _Rollout:
             record=engine.record_experts,
             layout=engine.layout,
         )
+        self.offsets_P = offsets_P
         self.queue = queue_of(batch, self.requests, self.group_size, jax.device_get(experts))
         self.prefill_calls += 1
         self.prefill_tokens += sum(len(request.tokens) for request in requests)
 
     def _fill(self, free, taken):
-        columns = np.zeros((6, self.num_slots), np.uint32)
+        columns = np.zeros((7, self.num_slots), np.int64)
         columns[0] = self.num_slots  # a slot that does not exist: unused rows
         for i, (slot, (pool_row, occupant)) in enumerate(zip(free, taken, strict=True)):
             limit = occupant.length + self.engine.sampling.max_response_length
@@ -298,12 +311,13 @@ class _Rollout:
                 slot,
                 pool_row,
                 occupant.length,
+                self.offsets_P[pool_row],
                 limit,
                 request.prompt_id,
                 occupant.sample_id,
             )
             self.table.occupants[slot] = occupant
-        refill = device.Refill(*columns[:4].astype(np.int32), *columns[4:])
+        refill = device.Refill(*columns[:5].astype(np.int32), *columns[5:].astype(np.uint32))
         self.slots = device.fill(self.slots, self.pool, refill, self.key, layout=self.engine.layout)
 
     def _reserve(self, length):

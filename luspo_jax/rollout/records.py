@@ -1,6 +1,7 @@
 """What goes into a rollout and what comes out of it: token ids on the host, no text."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +12,13 @@ class Request:
 
     Attributes:
       prompt_id: names the prompt in the noise law, so the same in every run and on every host.
-      tokens: its token ids, one or more.
+      tokens: its token ids, one or more; an image has as many placeholders as tokens.
+      images: its images, each with `patches()` and `grid_thw`, as `images.PreparedImage` has them.
     """
 
     prompt_id: int
     tokens: tuple[int, ...] | np.ndarray
+    images: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from luspo_jax import sharding
-from luspo_jax.models import decoder
+from luspo_jax.models import decoder, vision
 from luspo_jax.models.experts import id_type
 from luspo_jax.ops.decode_attention import CACHE_AXES, dealt_positions
 from luspo_jax.rollout.sampling import row_keys, sample, uniforms
+from luspo_jax.types import Images
 
 BATCH_AXIS, SEQUENCE_AXIS = -4, -2  # of the arrays of a KVCache, [L, B, K, S, H]
 
@@ -32,7 +33,8 @@ class Slots:
       cache: keys and values of the tokens so far.
       hidden_BD: final hidden state of each row's last token, from which the next is sampled.
       keys_B: noise key of each row.
-      lengths_B: int32 tokens in the row, prompt included; the position of the next one.
+      lengths_B: int32 tokens in the row, prompt included; the place of the next one.
+      offsets_B: int32, what its rotary position is beyond that: below 0 after images, else 0.
       limits_B: int32 length at which the response is cut.
       active_B: bool, false in finished and empty slots.
     """
@@ -41,8 +43,25 @@ class Slots:
     hidden_BD: jax.Array
     keys_B: jax.Array
     lengths_B: jax.Array
+    offsets_B: jax.Array
     limits_B: jax.Array
     active_B: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptImages:
+    """The images of the prompts of one prefill, and where they stand in them.
+
+    Attributes:
+      images: in the tower's slots.
+      units_PT: int32 unit that stands in place of a token, −1 for text.
+      positions_PT3: int32 rotary positions.
+    """
+
+    images: Images
+    units_PT: jax.Array
+    positions_PT3: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +84,7 @@ class Refill:
     slots_B: jax.Array
     pool_rows_B: jax.Array
     lengths_B: jax.Array
+    offsets_B: jax.Array
     limits_B: jax.Array
     prompt_ids_B: jax.Array
     sample_ids_B: jax.Array
@@ -88,9 +108,9 @@ class Chunk:
 
 _ROW, _ROWS, _STEPS = ("batch",), ("batch", None), (None, "batch")
 _PROMPT_AXES = (*CACHE_AXES[:3], None, None)
-SLOTS_AXES = Slots(decoder.KVCache(CACHE_AXES, CACHE_AXES), _ROWS, _ROW, _ROW, _ROW, _ROW)
+SLOTS_AXES = Slots(decoder.KVCache(CACHE_AXES, CACHE_AXES), _ROWS, *[_ROW] * 5)
 POOL_AXES = Pool(_ROWS, decoder.KVCache(_PROMPT_AXES, _PROMPT_AXES))
-REFILL_AXES = Refill(*[(None,)] * 6)
+REFILL_AXES = Refill(*[(None,)] * 7)
 CHUNK_AXES = Chunk(_STEPS, _STEPS, _ROW, _ROW, ())
 _EXPERTS = (*_STEPS, None, None)
 
@@ -116,6 +136,7 @@ def empty_slots(key, *, num_slots, length, config, dtype, layout=None):
         hidden_BD=jnp.zeros((num_slots, config.embed_dim), dtype),
         keys_B=jnp.broadcast_to(key, (num_slots,)),
         lengths_B=jnp.zeros(num_slots, jnp.int32),
+        offsets_B=jnp.zeros(num_slots, jnp.int32),
         limits_B=jnp.zeros(num_slots, jnp.int32),
         active_B=jnp.zeros(num_slots, bool),
     )
@@ -129,6 +150,7 @@ def prefill(
     params,
     tokens_PT,
     lengths_P,
+    prompt_images=None,
     *,
     config,
     dtype,
@@ -137,7 +159,28 @@ def prefill(
     record=False,
     layout=None,
 ):
-    """(Pool of the left-aligned prompts `tokens_PT`, their experts [P, T, L, K] with `record`)."""
+    """(Pool of the left-aligned prompts `tokens_PT`, their experts [P, T, L, K] with `record`).
+
+    `prompt_images` is None where no prompt has an image.
+    """
+    of_images = {}
+    if prompt_images is not None:
+        images = prompt_images.images
+        units_IUD = vision.encode(
+            params["vision"],
+            images.patches_ISC,
+            images.positions_IS2,
+            images.valid_IS,
+            config=config.vision,
+            dtype=dtype,
+            attention="reference" if attention == "cudnn" else attention,
+            layout=layout,
+        )
+        of_images = {
+            "units_UD": units_IUD.reshape(-1, units_IUD.shape[-1]),
+            "index_BT": prompt_images.units_PT,
+            "positions_BT": prompt_images.positions_PT3,
+        }
     hidden_PD, cache, ids = decoder.prefill(
         params,
         tokens_PT,
@@ -147,6 +190,7 @@ def prefill(
         attention=attention,
         experts=experts,
         layout=layout,
+        **of_images,
     )
     return Pool(hidden_PD, cache), ids if record else None
 
@@ -219,6 +263,7 @@ def _filled(slots, pool, refill, keys_B):
         hidden_BD=put(slots.hidden_BD, pool.hidden_PD[refill.pool_rows_B]),
         keys_B=put(slots.keys_B, keys_B),
         lengths_B=put(slots.lengths_B, refill.lengths_B),
+        offsets_B=put(slots.offsets_B, refill.offsets_B),
         limits_B=put(slots.limits_B, refill.limits_B),
         active_B=put(slots.active_B, True),
     )
@@ -357,6 +402,7 @@ def _advance(slots, tokens_B, params, *, config, sampling, dtype, experts, layou
         dtype=dtype,
         experts=experts,
         real_B=slots.active_B,
+        positions_B=None if config.vision is None else positions_B + slots.offsets_B,
         layout=layout,
     )
     lengths_B = slots.lengths_B + slots.active_B.astype(jnp.int32)
