@@ -133,8 +133,22 @@ def _cell(member):
 
 def _rows(runs):
     for cell, seeds in runs.items():
-        values = (report.estimate([f(rows) for rows in seeds.values()]) for f in MEASURES.values())
-        yield [cell, len(seeds), *values]
+        yield [cell, len(seeds), *(level(seeds, name) for name in MEASURES)]
+
+
+def level(seeds: Mapping[int, list[dict]], name: str) -> str:
+    """A measure's mean over seeds; of what is in FACTORS, the geometric one."""
+    values = [MEASURES[name](rows) for rows in seeds.values()]
+    if name not in FACTORS:
+        return str(report.estimate(values))
+    low, middle, high = _exponential(report.estimate(np.log(values)))
+    return f"{middle:.3g} ({low:.2g} … {high:.2g})" if math.isfinite(middle) else "–"
+
+
+def _exponential(found: Estimate) -> list[float]:
+    """The lower end, the mean and the upper end of an estimate of logarithms."""
+    width = found.half_width
+    return [math.exp(found.mean + change) for change in (-width, 0.0, width)]
 
 
 def compared(runs: Runs, this: str, that: str, name: str) -> str:
@@ -144,8 +158,8 @@ def compared(runs: Runs, this: str, that: str, name: str) -> str:
     found = difference(runs, this, that, lambda rows: math.log(MEASURES[name](rows)))
     if not found.count:
         return "–"
-    low, high = (math.exp(found.mean + sign * found.half_width) for sign in (-1, 1))
-    return f"×{math.exp(found.mean):.2f} ({low:.2f} … {high:.2f})"
+    low, middle, high = _exponential(found)
+    return f"×{middle:.2f} ({low:.2f} … {high:.2f})"
 
 
 def difference(runs: Runs, this: str, that: str, measure: Callable) -> Estimate:
@@ -203,7 +217,7 @@ REPLAY_COLORS = {"none": "C3", "old": "C0", "sampler": "C2"}
 
 
 def ratio_figure(runs: Runs, target: pathlib.Path) -> None:
-    """Log-ratios of tokens and of sequences, drift and gradient norms of every cell."""
+    """What the study measures of every cell: a dot a seed, a bar their mean."""
     shown = (TOKEN, SEQUENCE, DRIFT, MISMATCH, LARGEST, AREA)
     plt = report.pyplot()
     figure, axes = plt.subplots(
@@ -211,19 +225,24 @@ def ratio_figure(runs: Runs, target: pathlib.Path) -> None:
     )
     for axis, name in zip(axes, shown, strict=True):
         for place, (cell, seeds) in enumerate(runs.items()):
-            found = report.estimate([MEASURES[name](rows) for rows in seeds.values()])
-            if found.count:
-                width = 0 if math.isnan(found.half_width) else found.half_width
-                replay = design.cells()[cell][2]
-                axis.errorbar(
-                    found.mean, place, xerr=width, fmt="o", ms=4, color=REPLAY_COLORS[replay]
-                )
-        axis.set(title=name)
+            values = [MEASURES[name](rows) for rows in seeds.values()]
+            color = REPLAY_COLORS[design.cells()[cell][2]]
+            axis.plot(values, [place] * len(values), "o", ms=4, color=color, alpha=0.4, mew=0)
+            axis.plot(_middle(values, name), place, "|", ms=12, mew=2, color=color)
+        axis.set_title(name, fontsize=10)
+        if name in FACTORS:
+            axis.set_xscale("log", subs=[])
+            axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, axis="x")
     axes[0].set_yticks(range(len(runs)), list(runs), fontsize=8)
     axes[0].invert_yaxis()
     figure.savefig(target, dpi=90)
     plt.close(figure)
+
+
+def _middle(values, name):
+    return math.exp(_average(np.log(values))) if name in FACTORS else _average(values)
 
 
 CURVES = (
@@ -236,13 +255,14 @@ CURVES = (
 def curves_figure(runs: Runs, target: pathlib.Path) -> None:
     """The main mixture and the dense control over steps, one row an objective."""
     plt = report.pyplot()
-    objectives = design.OBJECTIVES
+    objectives = [o for o in design.OBJECTIVES if design.cell_name(design.MAIN, o, "none") in runs]
     figure, axes = plt.subplots(
-        len(objectives), len(CURVES), figsize=(12, 2.5 * len(objectives)), layout="constrained",
+        max(len(objectives), 1), len(CURVES), figsize=(12, 1 + 2.5 * len(objectives)),
+        layout="constrained",
         sharex=True, squeeze=False,
     )  # fmt: skip
     lines = [(design.MAIN, replay, color) for replay, color in REPLAY_COLORS.items()]
-    for row, objective in zip(axes, objectives, strict=True):
+    for row, objective in zip(axes, objectives, strict=bool(objectives)):
         for axis, (title, metric) in zip(row, CURVES, strict=True):
             for base, replay, color in (*lines, ("dense", "none", "0.4")):
                 found = runs.get(design.cell_name(base, objective, replay), {})
