@@ -320,7 +320,8 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
         "rollout.top_k", "eval.top_k", "eval.every", "eval.temperature", "train.warmup_steps",
         "train.weight_decay", "train.max_grad_norm", "output.checkpoint_every",
         "output.keep_best", "output.dump_every", "train.ref_every", "hosts.phase_timeout_s",
-        "train.router_aux_coef",
+        "train.router_aux_coef", "data.min_pixels", "data.max_pixels", "data.text_blank",
+        "data.image_workers",
     ):  # fmt: skip
         if values[field] < 0:
             yield f"{field}={values[field]} must not be negative"

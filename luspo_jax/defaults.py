@@ -62,6 +62,13 @@ def default_config() -> ConfigDict:
     config.data.template = "plain"  # One of luspo_jax.prompts.TEMPLATES.
     config.data.system_prompt = ""
     config.data.enable_thinking = placeholder(bool)  # Passed to the chat template where set.
+    # Of models that read images; 0 = as the model's preprocessor_config.json says.
+    config.data.min_pixels = 0
+    config.data.max_pixels = 0
+    config.data.image_dir = ""  # Folder of images; empty = the data file's.
+    config.data.blank_images = False  # Every image white, of its own size: what is answered blind.
+    config.data.text_blank = 0  # Side of a white image for problems without one; 0 = none.
+    config.data.image_workers = 0  # Processes that decode images; 0 = one a core, at most 8.
     config.data.max_prompt_length = 1024  # Tokens; longer prompts are dropped and counted.
 
     config.reward = ConfigDict()
@@ -107,6 +114,7 @@ def default_config() -> ConfigDict:
     # Experts that a mixture's update uses in place of its routers' choice: those of the trainer's
     # pass before the step ("old", R2), of the sampler ("sampler", R3), or "none".
     config.train.router_replay = "none"
+    config.train.freeze_vision = False  # Leave the tower of a vision-language model as it is.
     config.train.router_aux_coef = 0.0  # Of the load-balancing loss; Qwen's files say 0.001.
     config.train.num_epochs = 1  # Passes over the rollouts.
     config.train.learning_rate = 1e-6

@@ -136,7 +136,7 @@ def respond(
 def _ask(engine, params, prompts, scorer, *, decode, noise):
     """(responses, their texts, their rewards), prompt by prompt; each process asks its share."""
     prompts = prompts[distributed.share(len(prompts))]
-    requests = [Request(p.prompt_id, p.tokens) for p in prompts]
+    requests = [Request(p.prompt_id, p.tokens, p.images) for p in prompts]
     responses, _ = engine.generate(params, requests, step=0, **noise) if requests else ([], None)
     texts = [decode(response.tokens) for response in responses]
     limit = engine.sampling.max_response_length

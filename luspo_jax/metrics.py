@@ -57,6 +57,7 @@ _DECLARED = [
     *_spread("prompt_length", "tokens", "prompt length"),
     Metric("prompt_length/clip_ratio", "mean", "", "share of prompts at the limit"),
     Metric("prompts/dropped", "last", "prompts", "prompts dropped as longer than the limit"),
+    Metric("prompts/refused/*", "last", "prompts", "prompts passed over for what their images are"),
     Metric("completions/clipped_ratio", "mean", "", "as response_length/clip_ratio, TRL's name"),
     Metric("actor/pg_loss", "mean", "", "value of the surrogate; its gradient is what counts"),
     Metric("actor/loss", "mean", "", "the whole loss, KL and entropy terms included"),

@@ -285,6 +285,20 @@ def _record(example, text, tokens, images, *, renderer, max_length) -> PromptRec
     return PromptRecord(example.id, tokens, text, example, images)
 
 
+def pictured(record: PromptRecord, renderer: Renderer) -> PromptRecord:
+    """A prompt that was stored without its images, with them.
+
+    Raises:
+      DataError: one can no longer be read.
+    """
+    if renderer.images is None:
+        return record
+    (found,) = _images([record.example], renderer)
+    if isinstance(found, ImageRefusal):
+        raise DataError(f"an image of a prompt of the checkpoint: {found}")
+    return dataclasses.replace(record, images=found)
+
+
 class PromptStream:
     """An endless, shuffled, resumable stream of prompts; each occurs once in every epoch.
 

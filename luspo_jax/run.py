@@ -4,17 +4,15 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
-from luspo_jax import datasets, optimizer, prompts, sharding
+from luspo_jax import optimizer, sharding, sources
 from luspo_jax.length import laboratory
 from luspo_jax.length.laboratory import Laboratory
 from luspo_jax.length.settings import LengthSettings
@@ -29,62 +27,8 @@ from luspo_jax.rollout import Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.shaping import Shaping
 from luspo_jax.sharding import Layout, MeshError
+from luspo_jax.sources import Model
 from luspo_jax.update import UpdateRule
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The policy's architecture, where it came from, and its tokenizer."""
-
-    folder: pathlib.Path
-    config: DecoderConfig
-    tokenizer: Any
-
-    def decode(self, tokens: np.ndarray) -> str:
-        """Text of response tokens, special tokens left out."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a response: the model's whole set and the tokenizer's own."""
-        own = self.tokenizer.eos_token_id
-        return tuple(sorted({*self.config.eos_token_ids, *([] if own is None else [own])}))
-
-    @property
-    def pad_token_id(self) -> int:
-        """Any token: padding is known by its segment id."""
-        return self.tokenizer.pad_token_id or 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Prompts to train on and to be measured by.
-
-    Attributes:
-      stream: of the training prompts.
-      held_out: prompts of the held-out problems.
-      reports: what became of the rows of each training source.
-      held_out_report: likewise of the held-out set.
-      examples: training problems, and held-out problems.
-      template_hash: changes with anything that changes a prompt.
-    """
-
-    stream: prompts.PromptStream
-    held_out: list[prompts.PromptRecord]
-    reports: tuple[datasets.Report, ...]
-    held_out_report: datasets.Report
-    examples: tuple[Sequence[datasets.Example], Sequence[datasets.Example]]
-    template_hash: str
-
-    def overlap(self) -> datasets.Overlap | None:
-        """What training and held-out problems share; reads the whole training set.
-
-        None where either is generated: generated splits are disjoint by construction.
-        """
-        if not all(report.sha256 for report in (*self.reports, self.held_out_report)):
-            return None
-        trained, held_out = self.examples
-        return datasets.overlap(held_out, trained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +37,7 @@ class Run:
 
     config: ConfigDict
     model: Model
-    data: Data
+    data: sources.Data
     scorer: Scorer
     sampler: Engine
     held_out_sampler: Engine
@@ -146,7 +90,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     return Run(
         config=config,
         model=model,
-        data=load_data(config, model.tokenizer),
+        data=sources.load_data(config, model),
         scorer=Scorer(
             config.reward.parts.to_dict(),
             options=config.reward.options.to_dict(),
@@ -234,6 +178,7 @@ def update_rule(config: ConfigDict, model: Model, layout: Layout | None = None) 
         max_grad_norm=config.train.max_grad_norm,
         bin_edges=configuration.build_length(config).bins(config.rollout.max_response_length),
         router_aux_coef=config.train.router_aux_coef,
+        frozen=("vision",) if _freezes(config, model.config) else (),
     )
 
 
@@ -266,65 +211,6 @@ def load_model(config: ConfigDict) -> Model:
     return Model(folder, architecture, tokenizer)
 
 
-def load_data(config: ConfigDict, tokenizer: Any) -> Data:
-    """Training stream and held-out prompts of `config.data`."""
-    data = config.data
-    renderer = prompts.Renderer(
-        tokenizer, data.template, data.system_prompt, enable_thinking=data.enable_thinking
-    )
-    columns = {
-        "data_dir": data.cache_dir or None,
-        "problem": data.problem_column or None,
-        "answer": data.answer_column or None,
-        **data.options.to_dict(),
-    }
-    train, reports = _training_set(data, columns)
-    held_out, held_out_report = datasets.load(
-        data.eval_name or data.name, data.eval_path or data.path or None, data.eval_split, **columns
-    )
-    stream = prompts.PromptStream(
-        train, renderer, max_length=data.max_prompt_length, seed=config.seed
-    )
-    wanted = [held_out[i] for i in range(min(len(held_out), config.eval.num_problems))]
-    records, _ = prompts.encode(wanted, renderer, max_length=data.max_prompt_length)
-    if not records:
-        raise datasets.DataError(
-            f"no held-out prompt of {held_out_report.source} fits data.max_prompt_length="
-            f"{data.max_prompt_length} tokens"
-        )
-    return Data(stream, records, reports, held_out_report, (train, wanted), renderer.hash)
-
-
-_SOURCE_FIELDS = ("name", "path", "split", "weight", "problem_column", "answer_column")
-
-
-def _training_set(data, columns):
-    """(examples, report of each source) of the one dataset or of the mixture."""
-    if not data.mixture:
-        examples, report = datasets.load(data.name, data.path or None, data.split, **columns)
-        return examples, (report,)
-    sources, weights, reports = {}, {}, []
-    for key, source in data.mixture.items():
-        place = f"data.mixture.{key}"
-        unknown = set(source) - set(_SOURCE_FIELDS)
-        if unknown or "name" not in source:
-            wrong = f"no field {sorted(unknown)[0]!r}" if unknown else "it needs a name"
-            raise configuration.ConfigError(
-                f"{place}: {wrong}; the fields are {', '.join(_SOURCE_FIELDS)}"
-            )
-        sources[key], report = datasets.load(
-            source.name,
-            source.get("path") or None,
-            source.get("split", "train"),
-            data_dir=columns["data_dir"],
-            problem=source.get("problem_column") or None,
-            answer=source.get("answer_column") or None,
-        )
-        weights[key] = source.get("weight", 1.0)
-        reports.append(report)
-    return datasets.Mixture(sources, weights), tuple(reports)
-
-
 def _scoring(config, model, layout):
     return Scoring(
         model=model.config,
@@ -336,7 +222,12 @@ def _scoring(config, model, layout):
         layout=layout,
         experts=expert_products(layout, config.model.experts),
         replay=config.train.router_replay,
+        freeze_vision=_freezes(config, model.config),
     )
+
+
+def _freezes(config, model):
+    return model.vision is not None and config.train.freeze_vision
 
 
 def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layout | None) -> Engine:

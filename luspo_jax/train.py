@@ -24,6 +24,7 @@ from luspo_jax import (
     instruments,
     objectives,
     optimizer,
+    prompts,
     shaping,
     watchdog,
 )
@@ -139,7 +140,11 @@ def begin(
     state, host = checkpointer.restore(latest, like)
     run.data.stream.set_state(host["stream"])
     evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
-    carried = Carried(experience.from_json(host["surplus"]), LengthState.from_json(host["length"]))
+    surplus = [
+        dataclasses.replace(group, prompt=prompts.pictured(group.prompt, run.data.renderer))
+        for group in experience.from_json(host["surplus"])
+    ]
+    carried = Carried(surplus, LengthState.from_json(host["length"]))
     return state, latest, evaluations, carried
 
 
@@ -258,7 +263,11 @@ def collect(
     )
     metrics.update(collected.counts)
     metrics.update(
-        {"training/epoch": run.data.stream.epoch, "prompts/dropped": run.data.stream.dropped}
+        {
+            "training/epoch": run.data.stream.epoch,
+            "prompts/dropped": run.data.stream.dropped,
+            **{f"prompts/refused/{why}": n for why, n in run.data.stream.refused.items()},
+        }
     )
     return Rollouts(collected.groups), collected.surplus
 

@@ -15,22 +15,29 @@ ANSWER_MARK = "####"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def vocabulary(characters: str) -> list[str]:
-    """Tokens by id: three special ones, the answer mark, then each character once."""
+# Of a model that reads images; special as well, after all others.
+IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def vocabulary(characters: str, *, images: bool = False) -> list[str]:
+    """Tokens by id: three special ones, the answer mark, each character once, those of images."""
     if len(set(characters)) != len(characters):
         raise ValueError(f"a character occurs twice in {characters!r}")
-    return [PAD, END, UNKNOWN, ANSWER_MARK, *characters]
+    return [PAD, END, UNKNOWN, ANSWER_MARK, *characters, *(IMAGE_TOKENS if images else ())]
 
 
-def write_tokenizer(folder: pathlib.Path, characters: str, *, max_length: int) -> None:
+def write_tokenizer(
+    folder: pathlib.Path, characters: str, *, max_length: int, images: bool = False
+) -> None:
     """Writes tokenizer.json and tokenizer_config.json.
 
     Args:
       folder: exists already.
       characters: all that texts may contain; any other becomes one <|unknown|>.
       max_length: tokens that the model can hold.
+      images: with IMAGE_TOKENS.
     """
-    _write_json(folder / "tokenizer.json", _tokenizer(vocabulary(characters)))
+    _write_json(folder / "tokenizer.json", _tokenizer(vocabulary(characters, images=images)))
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -51,14 +58,15 @@ def _tokenizer(tokens):
     special = [
         {
             "id": index,
-            "content": tokens[index],
+            "content": token,
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
             "special": True,
         }
-        for index in (PAD_ID, END_ID, UNKNOWN_ID)
+        for index, token in enumerate(tokens)
+        if token in (PAD, END, UNKNOWN, *IMAGE_TOKENS)
     ]
     return {
         "version": "1.0",

@@ -1,0 +1,206 @@
+"""What a configuration says of model folder and data: tokenizer, prompts, images."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from luspo_jax import config as configuration
+from luspo_jax import datasets, distributed, images, prompts
+from luspo_jax.datasets.images import ImageFiles
+from luspo_jax.images import ImagePreparer
+from luspo_jax.models.decoder_config import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The policy's architecture, where it came from, and its tokenizer."""
+
+    folder: pathlib.Path
+    config: DecoderConfig
+    tokenizer: Any
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text of response tokens, special tokens left out."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a response: the model's whole set and the tokenizer's own."""
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({*self.config.eos_token_ids, *([] if own is None else [own])}))
+
+    @property
+    def pad_token_id(self) -> int:
+        """Any token: padding is known by its segment id."""
+        return self.tokenizer.pad_token_id or 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Prompts to train on and to be measured by.
+
+    Attributes:
+      stream: of the training prompts.
+      held_out: prompts of the held-out problems.
+      reports: what became of the rows of each training source.
+      held_out_report: likewise of the held-out set.
+      examples: training problems, and held-out problems.
+      renderer: of the training prompts.
+    """
+
+    stream: prompts.PromptStream
+    held_out: list[prompts.PromptRecord]
+    reports: tuple[datasets.Report, ...]
+    held_out_report: datasets.Report
+    examples: tuple[Sequence[datasets.Example], Sequence[datasets.Example]]
+    renderer: prompts.Renderer
+
+    @property
+    def template_hash(self) -> str:
+        """Changes with anything that changes a prompt."""
+        return self.renderer.hash
+
+    def overlap(self) -> datasets.Overlap | None:
+        """What training and held-out problems share; reads the whole training set.
+
+        None where either is generated: generated splits are disjoint by construction.
+        """
+        if not all(report.sha256 for report in (*self.reports, self.held_out_report)):
+            return None
+        trained, held_out = self.examples
+        return datasets.overlap(held_out, trained)
+
+
+def load_data(config: ConfigDict, model: Model) -> Data:
+    """Training stream and held-out prompts of `config.data`, with their images where `model` reads
+    images."""
+    data = config.data
+    preparer = image_preparer(config, model)
+    renderer = prompts.Renderer(
+        model.tokenizer,
+        data.template,
+        data.system_prompt,
+        enable_thinking=data.enable_thinking,
+        images=preparer,
+        image_files=_image_files(data),
+    )
+    tested = dataclasses.replace(renderer, image_files=_held_out_files(data))
+    columns = {
+        "data_dir": data.cache_dir or None,
+        "problem": data.problem_column or None,
+        "answer": data.answer_column or None,
+        **data.options.to_dict(),
+    }
+    train, reports = _training_set(data, columns)
+    held_out, held_out_report = datasets.load(
+        data.eval_name or data.name, data.eval_path or data.path or None, data.eval_split, **columns
+    )
+    stream = prompts.PromptStream(
+        train,
+        renderer,
+        max_length=data.max_prompt_length,
+        seed=config.seed,
+        gather=None if preparer is None else distributed.gather,
+    )
+    wanted = [held_out[i] for i in range(min(len(held_out), config.eval.num_problems))]
+    records, _ = prompts.encode(wanted, tested, max_length=data.max_prompt_length)
+    if not records:
+        raise datasets.DataError(
+            f"no held-out prompt of {held_out_report.source} fits data.max_prompt_length="
+            f"{data.max_prompt_length} tokens"
+        )
+    return Data(stream, records, reports, held_out_report, (train, wanted), renderer)
+
+
+def image_preparer(config: ConfigDict, model: Model) -> ImagePreparer | None:
+    """What turns images into patches as the model's folder and `config.data` say.
+
+    None for a model of text.
+
+    Raises:
+      ConfigError: settings that make no sense, or that do not fit the model.
+    """
+    data, vision = config.data, model.config.vision
+    if vision is None:
+        return None
+    try:
+        settings = images.read_settings(
+            model.folder,
+            min_pixels=data.min_pixels or None,
+            max_pixels=data.max_pixels or None,
+            blank=data.blank_images,
+            text_blank=(data.text_blank, data.text_blank) if data.text_blank else None,
+        )
+    except ValueError as error:
+        raise configuration.ConfigError(f"data (images): {error}") from None
+    patching = settings.patching
+    if (patching.patch_size, patching.merge_size) != (vision.patch_size, vision.merge_size):
+        raise configuration.ConfigError(
+            f"{model.folder}: preprocessor_config.json cuts patches of {patching.patch_size} "
+            f"pixels and merges {patching.merge_size} a side, config.json's tower takes "
+            f"{vision.patch_size} and {vision.merge_size}: they do not belong together"
+        )
+    return ImagePreparer(settings, workers=data.image_workers or None)
+
+
+def _image_files(data):
+    """Where the images of the training problems are."""
+    if not data.mixture:
+        return _files(data.name, data.path, data.split, data.image_dir)
+    return ImageFiles(
+        of_source={
+            name: _files(
+                source.name,
+                source.get("path", ""),
+                source.get("split", "train"),
+                source.get("image_dir", ""),
+            )
+            for name, source in data.mixture.items()
+        }
+    )
+
+
+def _held_out_files(data):
+    name, path = data.eval_name or data.name, data.eval_path or data.path
+    return _files(name, path, data.eval_split, data.image_dir if not data.eval_path else "")
+
+
+def _files(name, path, split, image_dir):
+    return ImageFiles(datasets.image_source(name, path or None, split), image_dir or None)
+
+
+_SOURCE_FIELDS = (
+    *("name", "path", "split", "weight", "problem_column", "answer_column"),
+    "image_dir",
+)
+
+
+def _training_set(data, columns):
+    """(examples, report of each source) of the one dataset or of the mixture."""
+    if not data.mixture:
+        examples, report = datasets.load(data.name, data.path or None, data.split, **columns)
+        return examples, (report,)
+    sources, weights, reports = {}, {}, []
+    for key, source in data.mixture.items():
+        place = f"data.mixture.{key}"
+        unknown = set(source) - set(_SOURCE_FIELDS)
+        if unknown or "name" not in source:
+            wrong = f"no field {sorted(unknown)[0]!r}" if unknown else "it needs a name"
+            raise configuration.ConfigError(
+                f"{place}: {wrong}; the fields are {', '.join(_SOURCE_FIELDS)}"
+            )
+        sources[key], report = datasets.load(
+            source.name,
+            source.get("path") or None,
+            source.get("split", "train"),
+            data_dir=columns["data_dir"],
+            problem=source.get("problem_column") or None,
+            answer=source.get("answer_column") or None,
+        )
+        weights[key] = source.get("weight", 1.0)
+        reports.append(report)
+    return datasets.Mixture(sources, weights), tuple(reports)
