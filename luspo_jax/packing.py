@@ -208,7 +208,7 @@ def packed_rows(rows: TokenBatch, plan: Plan) -> TokenBatch:
     )
     own = dataclasses.replace(rows, packed=None, experts=None, units_BT=None, images=None)
     placed = jax.tree.map(lambda x: to_places(x, plan), own)
-    return dataclasses.replace(placed, packed=packed)
+    return dataclasses.replace(placed, packed=packed, images=rows.images)
 
 
 def to_places(values: np.ndarray, plan: Plan) -> np.ndarray:
