@@ -275,6 +275,11 @@ def check_vision(config) -> None:
             f"vision_config: out_dim (out_hidden_size) {config.vision.out_dim} must be the "
             f"decoder's embed_dim (hidden_size) {config.embed_dim}"
         )
+    if config.num_heads * config.head_dim != config.embed_dim:
+        raise ConfigError(
+            f"head_dim {config.head_dim} times num_heads {config.num_heads} must be embed_dim "
+            f"(hidden_size) {config.embed_dim} in a {MODEL_TYPE}"
+        )
     sections = config.mrope_section
     if (
         not isinstance(sections, tuple)
@@ -285,11 +290,6 @@ def check_vision(config) -> None:
         raise ConfigError(
             f"mrope_section must be three positive numbers, of time, rows and columns, whose sum "
             f"is half of head_dim {config.head_dim}, not {sections!r}"
-        )
-    if config.num_heads * config.head_dim != config.embed_dim:
-        raise ConfigError(
-            f"head_dim {config.head_dim} times num_heads {config.num_heads} must be embed_dim "
-            f"(hidden_size) {config.embed_dim} in a {MODEL_TYPE}"
         )
     tokens = {name: getattr(config, name) for name in TOKENS}
     for name, token in tokens.items():

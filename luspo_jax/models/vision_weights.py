@@ -1,4 +1,4 @@
-"""The vision tower's tensors in a Hugging Face folder: names, and where each lies in the parameters.
+"""The vision tower's tensors in a Hugging Face folder: their names and places in the parameters.
 
 `decoder_weights` reads and writes them by this table, as it does the decoder's own. Queries, keys
 and values are one tensor there and one parameter here; a patch's kernel is a convolution's, with

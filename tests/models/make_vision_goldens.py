@@ -25,7 +25,7 @@ TOKENS = {
     "vision_end_token_id": 63,
 }
 TEXT = {
-    "vocab_size": 67,
+    "vocab_size": 68,
     "hidden_size": 32,
     "intermediate_size": 40,
     "num_hidden_layers": 2,
@@ -113,7 +113,7 @@ def rows_of(case, config, *, seed: int):
     return rows
 
 
-def _inputs(rows, config):
+def inputs_of(rows, config):
     """Arguments of the model for rows padded on the right."""
     longest = max(len(tokens) for tokens, _, _ in rows)
     tokens_BT = np.zeros((len(rows), longest), np.int64)
@@ -135,7 +135,7 @@ def _inputs(rows, config):
 @torch.no_grad()
 def reference_units(model, rows) -> np.ndarray:
     """Embeddings [U, D] of all units of all images, in raster order, one image after another."""
-    inputs = _inputs(rows, model.config)
+    inputs = inputs_of(rows, model.config)
     if "pixel_values" not in inputs:
         return np.zeros((0, model.config.text_config.hidden_size), np.float32)
     made = model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
@@ -144,7 +144,7 @@ def reference_units(model, rows) -> np.ndarray:
 
 def reference_positions(model, rows) -> tuple[np.ndarray, np.ndarray]:
     """(positions [B, T, 3], position that comes after each row [B]); zero on padding."""
-    inputs = _inputs(rows, model.config)
+    inputs = inputs_of(rows, model.config)
     mask_BT = inputs["attention_mask"]
     if "image_grid_thw" not in inputs:
         positions_BT = ((mask_BT.cumsum(1) - 1) * mask_BT).numpy()
@@ -162,7 +162,7 @@ def reference_positions(model, rows) -> tuple[np.ndarray, np.ndarray]:
 @torch.no_grad()
 def reference_logits(model, rows) -> np.ndarray:
     """Logits [B, T, V], zero on padding."""
-    inputs = _inputs(rows, model.config)
+    inputs = inputs_of(rows, model.config)
     logits = model(**inputs).logits * inputs["attention_mask"][..., None]
     return logits.numpy().astype(np.float32)
 
@@ -175,7 +175,7 @@ def reference_greedy(model, rows, count: int):
     found, closest = [], np.inf
     for row in rows:
         made = model.generate(
-            **_inputs([row], model.config),
+            **inputs_of([row], model.config),
             max_new_tokens=count,
             do_sample=False,
             output_logits=True,

@@ -305,7 +305,7 @@ def test_compiles_once_a_bucket():
     assert 5 <= len(traced) == len(set(traced)) <= 11  # buckets of 1 to 36 windows
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention"])
 def test_remat_changes_no_gradient(remat):
     arrays = arrays_of(image_layout.stacked(_images(), TOWER))
     expected, got = (
@@ -331,10 +331,10 @@ def _loss(params, arrays, remat="none", layout=None):
 # ---------------------------------------------------------------- meshes
 
 
+# Four context devices do not divide the six windows of an image.
 @pytest.mark.parametrize(
-    "sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 4, "context": 2}, {"context": 4,
-              "data": 2}]
-)  # fmt: skip
+    "sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "context": 4}]
+)
 def test_gradients_on_a_mesh_are_those_of_one_device(sizes):
     layout = sharding.layout("train", sizes, jax.devices("cpu"))
     arrays = arrays_of(image_layout.stacked(_images() * 2, TOWER))
@@ -357,8 +357,7 @@ def test_gradients_on_a_mesh_are_those_of_one_device(sizes):
         assert error <= 2e-5 * np.abs(theirs).max(), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 4, "context": 2}, {"fsdp": 2, "tensor": 1, "data": 4}])
-def test_logits_on_a_mesh_are_those_of_one_device(sizes):
+def test_hidden_states_on_a_mesh_are_those_of_one_device():
     """Embeddings, whose rows lie over the mesh, reach the tokens of all rows; gradients return."""
     config, params, rows, _ = _golden("untied")
     batch = batch_of(rows * 2, config, count=8)
@@ -385,11 +384,12 @@ def test_logits_on_a_mesh_are_those_of_one_device(sizes):
             layout=layout,
         )
         weights = jnp.sin(jnp.asarray(order, jnp.float32))[None, :, None]
-        return jnp.sum(hidden * weights * (segments[:, order, None] > 0))
+        return jnp.sum(jnp.where(segments[:, order, None] > 0, hidden * weights, 0.0))
 
     value, grads = jax.jit(
         jax.value_and_grad(functools.partial(loss, order=np.arange(T), layout=None))
     )(params)
+    sizes = {"data": 2, "fsdp": 2, "context": 2}
     layout = sharding.layout("train", sizes, jax.devices("cpu"))
     order = ring_order(T, layout.size("length"))
     places = sharding.shardings(decoder.param_axes(config), layout)
@@ -415,5 +415,5 @@ def test_sizes_that_do_not_fit_are_named():
             _params(), patches.patches_ISC[:, :9], patches.positions_IS2[:, :9],
             patches.valid_IS[:, :9], config=TOWER,
         )  # fmt: skip
-    with pytest.raises(ValueError, match=r"takes lengths .* use 'flash_gpu'"):
+    with pytest.raises(ValueError, match=r"takes lengths, .* use 'flash_gpu'"):
         vision.encode(_params(), *arrays_of(patches), config=TOWER, attention="cudnn")
