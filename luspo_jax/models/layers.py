@@ -148,7 +148,9 @@ def rotation_of(positions, head_dim, theta):
     # On the host and in float32 steps, as the checkpoints' own code does it: another rounding of
     # a frequency, 1e-7 of it, is an angle of 0.003 at position 32,768.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / np.power(np.float32(theta), exponents)
+    # NumPy's float32 power rounds one way on one machine and another way on the next.
+    powers = np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / powers
     angles = positions.astype(jnp.float32)[..., None, None] * along_last_axes(
         frequencies, positions.ndim + 2
     )
