@@ -149,7 +149,9 @@ def replaced(x_BTD, units_UD, index_BT, layout):
     With a layout, every device has all rows of `units_UD` while it looks up those of its tokens.
     """
     units_UD = sharding.constrain(units_UD.astype(x_BTD.dtype), (None, None), layout)
-    found_BTD = jnp.take(units_UD, jnp.maximum(index_BT, 0), axis=0, mode="clip")
+    # Text reads beyond the last row, so that it adds to no row's gradient.
+    beyond_BT = jnp.where(index_BT >= 0, index_BT, units_UD.shape[0])
+    found_BTD = jnp.take(units_UD, beyond_BT, axis=0, mode="fill", fill_value=0)
     if layout is not None:
         found_BTD = sharding.constrain(found_BTD, ("batch", "length", None), layout)
     return jnp.where(index_BT[..., None] >= 0, found_BTD, x_BTD)
@@ -160,7 +162,9 @@ def frequencies(head_dim, theta):
     # In float32 steps, as the checkpoints' own code does it: another rounding of a frequency, 1e-7
     # of it, is an angle of 0.003 at position 32,768.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return np.float32(1) / np.power(np.float32(theta), exponents)
+    # NumPy's float32 power rounds one way on one machine and another way on the next.
+    powers = np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)
+    return np.float32(1) / powers
 
 
 def rotation_of(positions, head_dim, theta, sections=()):
