@@ -1,0 +1,171 @@
+"""A run on images: sampler and trainer agree, and no layout of rows or images changes a number."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import vl_cases
+
+from luspo_jax import batches, experience, packing, prompts, train, update
+from luspo_jax import run as runs
+from luspo_jax.length.steering import LengthState
+from luspo_jax.metrics import StepMetrics
+from luspo_jax.models import decoder
+from luspo_jax.rollout import Engine, Request, Sampling
+from luspo_jax.types import TrainBatch
+
+ATOL = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vl")
+    vl_cases.write_model(folder)
+    return folder
+
+
+def _config(folder, **fields):
+    config = vl_cases.config(folder)
+    for name, value in fields.items():
+        section, _, field = name.partition("__")
+        config[section][field] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    run = runs.build(_config(folder))
+    yield run
+    run.scorer.close()
+
+
+@pytest.fixture(scope="module")
+def params(run):
+    """Random, and large enough that images matter."""
+    return jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, run.initial_params())
+
+
+@pytest.fixture(scope="module")
+def rollouts(run, params):
+    metrics = StepMetrics()
+    with run.scorer:
+        collected, _ = train.collect(run, params, 0, [], metrics)
+    return collected
+
+
+def _score(run, params, rollouts, batch):
+    return batches._score(run, rollouts, params, batch)
+
+
+def test_sampler_and_trainer_agree(run, params, rollouts):
+    batch = batches.train_batch(run, rollouts)
+    scored = _score(run, params, rollouts, batch)
+    mask_BT = batch.rows.response_mask_BT
+    gap_BT = np.abs(scored.logprobs_BT - batch.sampler_logprobs_BT)
+    assert gap_BT[mask_BT].max() <= ATOL
+    assert len({image.sha for prompt in rollouts.prompts for image in prompt.images}) > 4
+
+
+def test_images_are_looked_at(run, params, rollouts):
+    """Another image behind the same question changes the log-probs."""
+    batch = batches.train_batch(run, rollouts)
+    own = _score(run, params, rollouts, batch).logprobs_BT
+    white = [
+        dataclasses.replace(
+            group,
+            prompt=dataclasses.replace(
+                group.prompt,
+                images=tuple(
+                    dataclasses.replace(
+                        image, pixels=np.full_like(image.pixels, 255), sha=image.sha + "white"
+                    )
+                    for image in group.prompt.images
+                ),
+            ),
+        )
+        for group in rollouts.groups
+    ]
+    other = _score(run, params, experience.Rollouts(white), batch).logprobs_BT
+    assert np.abs(own - other).max() > 1e-3
+
+
+def test_packed_rows_score_as_rows_alone(folder, run, params, rollouts):
+    packed = runs.build(_config(folder, train__packing=True, train__microbatch_tokens=56 * 4))
+    batch = batches.train_batch(run, rollouts)
+    alone = _score(run, params, rollouts, batch).logprobs_BT
+    scored = _score(packed, params, rollouts, batch).logprobs_BT
+    np.testing.assert_allclose(scored, alone, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}]
+)
+def test_a_mesh_scores_as_one_device(folder, run, params, rollouts, sizes):
+    config = _config(folder)
+    for axis in ("data", "fsdp", "context", "tensor"):
+        config.mesh[axis] = sizes.get(axis, 1)
+    meshed = runs.build(config, devices=jax.devices())
+    placed = jax.device_put(params, update.param_shardings(meshed.rule.scoring))
+    batch = batches.train_batch(run, rollouts)
+    alone = _score(run, params, rollouts, batch).logprobs_BT
+    scored = _score(meshed, placed, rollouts, batch).logprobs_BT
+    np.testing.assert_allclose(scored, alone, atol=ATOL)
+
+
+def _updated(run, params, rollouts):
+    """Parameters after one update on the first minibatch, and its metrics."""
+    batch = batches.train_batch(run, rollouts)
+    advantages_B = np.random.default_rng(0).normal(size=len(rollouts.responses))
+    batch = dataclasses.replace(batch, advantages_B=advantages_B.astype(np.float32))
+    part = batches.minibatch(run, rollouts, batch, np.arange(16), StepMetrics())
+    state = update.initial_state(params, run.rule)
+    state, metrics = update.update_step(state, part, np.float32(1e-3), rule=run.rule)
+    return state.params, metrics
+
+
+def _gap(found, expected):
+    return max(
+        float(np.abs(np.asarray(a) - np.asarray(b)).max())
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    )
+
+
+def test_microbatches_and_packing_do_not_change_an_update(folder, run, params, rollouts):
+    expected, _ = _updated(run, params, rollouts)
+    several = runs.build(_config(folder, train__num_microbatches=4))
+    packed = runs.build(_config(folder, train__packing=True, train__microbatch_tokens=56 * 2))
+    for other in (several, packed):
+        found, _ = _updated(other, params, rollouts)
+        # Adam's first step is the sign of the gradient: 1e-3 a number, but for rounding near 0.
+        assert _gap(found, expected) <= 2e-5
+
+
+def test_a_frozen_tower_stays_as_it_is(folder, params, rollouts):
+    config = _config(folder, train__freeze_vision=True, train__weight_decay=0.1)
+    found, _ = _updated(runs.build(config), params, rollouts)
+    assert _gap(found["vision"], params["vision"]) == 0
+    assert _gap(found["layers"], params["layers"]) > 1e-4
+
+
+def test_a_trained_tower_moves(run, params, rollouts):
+    found, _ = _updated(run, params, rollouts)
+    assert _gap(found["vision"], params["vision"]) > 1e-4
+
+
+def test_carried_groups_get_their_images_back(run, rollouts):
+    stored = experience.from_json(experience.to_json(rollouts.groups[:2]))
+    for group, before in zip(stored, rollouts.groups, strict=False):
+        prompt = prompts.pictured(group.prompt, run.data.renderer)
+        assert [image.sha for image in prompt.images] == [x.sha for x in before.prompt.images]
+
+
+def test_bad_images_are_named(run, params):
+    prompt = run.data.held_out[0]
+    sampling = Sampling(max_response_length=4, stop_token_ids=(1,))
+    engine = Engine(run.model.config, sampling, num_slots=4, max_prompt_length=40)
+    with pytest.raises(ValueError, match="prompt_id 7.*placeholders"):
+        engine.generate(params, [Request(7, prompt.tokens, ())], group_size=1, seed=0)
+    twice = Request(7, prompt.tokens, prompt.images * 2)
+    with pytest.raises(ValueError, match="prompt_id 7: 2 images for the placeholders of 1"):
+        engine.generate(params, [twice], group_size=1, seed=0)
