@@ -1,17 +1,21 @@
 """The LUSPO paper's mixture-of-experts run (arXiv:2602.05261 §5.1): Qwen3-30B-A3B-Instruct.
 
-The decoder refuses experts for now, by name ("model_type 'qwen3_moe' is not implemented"): they
-come with a later change. Until then this file states the run, and can be checked and counted.
-
 Command : sbatch launch/slurm.sbatch --config=configs/qwen3_30b_a3b_dapo17k.py \
             --workdir=SHARED/luspo_30b
           GSPO or GRPO instead: --config.objective.preset=gspo (or grpo), with their own clip
-          ranges; see configs/qwen2_5_7b_dapo17k.py.
-Hardware: 4 hosts of 8 GPUs with 80 GB each, as in the paper (4×8 H800); 8 devices share the
-          experts, within a host.
-Memory  : weights and Adam's moments are 366 GB, 11.5 GB on each of 32 GPUs; a response of 32,768
-          tokens takes 3.4 GB of cache; a checkpoint is 366 GB and three are kept.
-Time    : not rehearsed before the experts are ported.
+          ranges; see configs/qwen2_5_7b_dapo17k.py. Experts gathered, not spread, in training
+          (FSDP only): --config.mesh.expert=1
+Hardware: 4 hosts of 8 GPUs with 80 GB each, as in the paper (4×8 H800); the 8 GPUs of a host share
+          the experts, in training and rollout.
+          TPU v5p:4x4x4, 64 chips on 16 hosts of 4, by launch/tpu_vm.sh, two chips a row:
+          --config.mesh.context=2 --config.rollout_mesh.expert=4
+Memory  : weights and Adam's moments are 366 GB, 11.5 GB on each of 32 GPUs; a sequence of 34,816
+          tokens takes 3.42 GB of cache; a checkpoint is 366 GB and three are kept. The experts of
+          each token are recorded: 384 bytes, of a step's rows 13.7 GB in the memory of every host,
+          twice.
+Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
+          takes at least 5.9 min on h100:4x8 (expected 9.5; 52 of 78 GB a device in use at most)
+          and at least 9.4 min on v5p:4x4x4 (expected 14.9; 84 GB); decoding is most of it.
 Result  : not run here. The paper's Table 2: AIME24 76.7 with GSPO, 83.6 with LUSPO.
 
 Stated by the paper and chosen here: as in configs/qwen2_5_7b_dapo17k.py. The paper's
@@ -27,8 +31,8 @@ def get_config():
     config.num_steps = 50
     config.model.path = "hub:Qwen/Qwen3-30B-A3B-Instruct-2507"
     config.mesh.expert = 8
-    config.rollout_mesh.expert = 8
-    config.rollout.num_slots = 48  # Of each process: 6 a GPU.
+    config.rollout_mesh.expert = 8  # The devices of a host: on hosts of 4, 4.
+    config.rollout.num_slots = 48  # Of each process: 6 a GPU on 8 GPUs, 12 a chip on v5p hosts.
     config.eval.num_slots = 48
     config.train.microbatch_tokens = 32 * (2048 + 32768)  # One row a device, on 32.
     return config

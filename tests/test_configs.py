@@ -58,9 +58,16 @@ def test_headers_are_honest_and_their_recipe_exists(name):
     assert all((ROOT / recipe.rstrip(":,.")).is_file() for recipe in recipes)
 
 
-def test_rehearsed_times_of_the_7b_run_are_those_of_the_study():
-    text = " ".join(_module("qwen2_5_7b_dapo17k").__doc__.split())
-    for machine, name in (("h100:1x8", "h100"), ("v5p:2x2x4", "v5p")):
+@pytest.mark.parametrize(
+    ("config", "tables"),
+    [
+        (PAPER[0], {"h100:1x8": "h100", "v5p:2x2x4": "v5p"}),
+        (PAPER[1], {"h100:4x8": "h100_moe", "v5p:4x4x4": "v5p_moe"}),
+    ],
+)
+def test_rehearsed_times_of_a_header_are_those_of_the_study(config, tables):
+    text = " ".join(_module(config).__doc__.split())
+    for machine, name in tables.items():
         table = (ROOT / f"experiments/studies/rehearsal/{name}.md").read_text()
         bound, expected = re.search(
             r"\*\*step\*\* \| \*\*([\d.]+) min\*\* \| \*\*([\d.]+) min", table
@@ -180,6 +187,14 @@ TOPOLOGIES = [
         16,
     ),
     ("qwen3_30b_a3b_dapo17k", 32, {}, {"fsdp": 4, "expert": 8}, 32),
+    ("qwen3_30b_a3b_dapo17k", 32, {"mesh__expert": 1}, {"fsdp": 32}, 32),
+    (
+        "qwen3_30b_a3b_dapo17k",
+        64,
+        {"mesh__context": 2, "rollout_mesh__expert": 4},
+        {"fsdp": 4, "expert": 8, "context": 2},
+        32,
+    ),
     *((name, n, {}, {"fsdp": n}, 8) for name in SMALL for n in (1, 2, 4, 8)),
 ]
 
@@ -252,11 +267,15 @@ def test_sequences_fit_the_model(name):
 
 
 def test_headers_state_the_memory_that_the_sizes_give():
-    for name in (PAPER[0], *SMALL):
-        config, text = _config(name), _module(name).__doc__
+    for name in (*PAPER, *SMALL):
+        config, text = _config(name), " ".join(_module(name).__doc__.split())
         model = decoder_config(architecture(config.model.path))
         memory = runs.memory_estimate(config, model, (None, None))
         state = memory["master weights (float32)"] + memory["Adam moments (float32)"]
+        if model.num_experts:
+            recorded = model.num_expert_layers * model.experts_per_token
+            rows = 1024 * (2048 + 32_768) * recorded
+            assert f"{recorded} bytes, of a step's rows {rows / 1e9:.1f} GB" in text
         written = f"{state / 1e9:.0f}" if state > 5e10 else f"{state / 1e9:.1f}"
         assert f"weights and Adam's moments are {written} GB" in text
         slot = memory["rollout KV cache"] / config.rollout.num_slots / 1e9

@@ -84,7 +84,7 @@ def _collected(config, step=0, surplus=()):
 # ---------------------------------------------------------------- records on their way
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_old_record_is_what_the_old_pass_chose(config, packing):
     """Row by row; of a group that was carried over, what its sampler recorded."""
     config.train.router_replay = "old"
@@ -98,9 +98,8 @@ def test_the_old_record_is_what_the_old_pass_chose(config, packing):
     state = dataclasses.replace(state, params=expert_cases.with_other_routers(state.params, 0.5))
     batch = batches.with_old_logprobs(run, state, rollouts, batch, found, False)
     rows, carried = batch.rows, rollouts.carried_B
-    _, ids, _ = expert_cases.plain_forward(
-        state.params, rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT, MODEL
-    )
+    plain = jax.jit(expert_cases.plain_forward, static_argnums=4)
+    _, ids, _ = plain(state.params, rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT, MODEL)
     real = rows.segment_ids_BT > 0
     expected = np.where(carried[:, None, None, None], sampled, ids)
     np.testing.assert_array_equal(rows.experts.old[real], expected[real])
@@ -191,7 +190,17 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sampler, carried groups, packed",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in RUNS
+            if name != "sampler, carried groups, packed"
+        ),
+    ],
+)
 def test_what_a_run_reports_and_how_it_goes_on_after_a_kill(config, tmp_path, monkeypatch, name):
     configuration.assign(config, RUNS[name])
     _train(config, tmp_path / "straight")

@@ -35,8 +35,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.models.experts import EXPERT_AXES, ROOM
+from luspo_jax.models.experts import EXPERT_AXES, ROOM, id_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +141,12 @@ def head(model: DecoderConfig) -> int:
 def kv_bytes(model: DecoderConfig, width: int) -> int:
     """Bytes of cache a token, all heads: 2·L·K·H values."""
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
+
+
+def recorded_bytes(model: DecoderConfig) -> int:
+    """Bytes a token of recorded experts, an id each: K · layers that have experts."""
+    ids = model.num_expert_layers * model.experts_per_token
+    return ids * np.dtype(id_type(model.num_experts)).itemsize
 
 
 def causal_pairs(rows: int, length: int) -> int:

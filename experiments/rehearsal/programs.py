@@ -315,7 +315,11 @@ def _training(case):
             Program(
                 "log-probs",
                 lambda: update.score_rows.lower(
-                    case.state.params, rows, scoring=case.rule.scoring, num_microbatches=parts
+                    case.state.params,
+                    rows,
+                    scoring=case.rule.scoring,
+                    num_microbatches=parts,
+                    record_experts=case.model.num_experts > 0,
                 ),
                 work,
                 1 + bool(objective.kl_coef),
@@ -361,7 +365,11 @@ def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
     work = costs.forward(case.model, micro, part, width) + costs.scoring(
         case.model, micro, part, width, scoring.head_chunk_tokens, gradient=False
     )
-    return update.abstract_rows(case.on(rows), scoring.layout), parts, work * used
+    work = work * used
+    ids = costs.recorded_bytes(case.model) * micro.tokens
+    # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
+    work += Work(0, 0, ids * used * (1 - 1 / part.batch))
+    return update.abstract_rows(case.on(rows), scoring.layout), parts, work
 
 
 def train_batch(case: Case) -> tuple[TrainBatch, Work]:

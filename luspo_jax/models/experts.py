@@ -96,7 +96,8 @@ def _of_experts(probs, ids):
 
 def load(ids, num_experts):
     """int32 [E]: how many of the ids [..., K] are each expert; ids ≥ num_experts are none."""
-    return jnp.sum(jax.nn.one_hot(ids, num_experts, dtype=jnp.int32), axis=range(ids.ndim))
+    hits = jax.nn.one_hot(ids, num_experts, dtype=jnp.int32)
+    return jnp.sum(hits, axis=tuple(range(ids.ndim)), dtype=jnp.int32)
 
 
 def check_ids(ids, tokens_BT, config, name):
@@ -130,7 +131,7 @@ def expert_mlp(x, ids, weights, kernels, implementation="reference", layout=None
       layout: where x and kernels lie.
     """
     cast = _gathered_all(kernels, x.dtype, layout)
-    if x.ndim == 2 and _is_small(ids, kernels, layout):
+    if x.ndim == 2 and _is_small(ids, kernels, implementation, layout):
         local = _picked
     elif x.ndim == 2 and _parts(layout) > 1:
         local = _broadcast
@@ -184,10 +185,15 @@ def _parts(layout: Layout | None) -> int:
     return 1 if layout is None else layout.size("experts")
 
 
-def _is_small(ids, kernels, layout):
-    """Whether so few tokens are decoded that to read K kernels for each is least work."""
+def _is_small(ids, kernels, implementation, layout):
+    """Whether so few tokens are decoded that to read K kernels for each is least work.
+
+    On CPU it never is, as XLA copies what it picks: with E/4 assignments blocks take from a third
+    to the same time, with 4 E a tenth (8 to 128 experts of 256 × 192 and 512 × 256).
+    """
     rows = ids.size if layout is None else ids.size // layout.size("batch")
-    return _parts(layout) == 1 and 2 * rows <= kernels[0].shape[0]
+    few = 2 * rows <= kernels[0].shape[0]
+    return few and _parts(layout) == 1 and implementation != "blocks"
 
 
 # ---------------------------------------------------------------- on one device of the mesh
@@ -318,23 +324,32 @@ def _sorted(ids_NK, num_experts, implementation):
     multiple = row_multiple(implementation, A, num_experts)
     M = -(-(A + min(num_experts, A) * (multiple - 1)) // multiple) * multiple
     ids_A = jnp.minimum(ids_NK.reshape(-1), num_experts)
-    order_A = jnp.argsort(ids_A, stable=True)
-    ends_E = jnp.searchsorted(ids_A[order_A], jnp.arange(num_experts), side="right")
-    ends_E = ends_E.astype(jnp.int32)
-    counts_E = jnp.diff(ends_E, prepend=0)
+    order_A = _order(ids_A, num_experts)
+    counts_E = load(ids_A, num_experts)
     sizes_E = -(-counts_E // multiple) * multiple
-    padded_ends_E = jnp.cumsum(sizes_E)
+    ends_E, padded_ends_E = jnp.cumsum(counts_E), jnp.cumsum(sizes_E)
     shift_E = (padded_ends_E - sizes_E) - (ends_E - counts_E)  # of a group's first row
-    place_A = jnp.argsort(order_A)
-    rows_A = place_A + jnp.append(shift_E, 0)[ids_A]
+    rows_A = _order(order_A, A - 1) + jnp.append(shift_E, 0)[ids_A]
     rows_A = jnp.where(ids_A < num_experts, rows_A, M)
-    rows_M = jnp.arange(M, dtype=jnp.int32)
-    group_M = jnp.searchsorted(padded_ends_E, rows_M, side="right")
+    rows_M = lax.iota(jnp.int32, M)
+    group_M = jnp.searchsorted(padded_ends_E, rows_M, side="right", method="compare_all")
     group_M = jnp.minimum(group_M, num_experts - 1)
     place_M = rows_M - shift_E[group_M]
-    used_M = (place_M >= 0) & (place_M < ends_E[group_M]) & (rows_M < padded_ends_E[-1])
+    used_M = (place_M < ends_E[group_M]) & (rows_M < padded_ends_E[-1])
     assignments_M = jnp.where(used_M, order_A[jnp.clip(place_M, 0, A - 1)], A)
     return _Sorted(sizes_E, rows_A.reshape(N, K), assignments_M, assignments_M // K)
+
+
+def _order(keys_A, most):
+    """The stable argsort of integers from 0 to `most`.
+
+    Key and place are one number where it fits: to sort those takes a quarter to a half of the
+    time that pairs take (measured on two cores, 1,024 to 16,384 assignments).
+    """
+    A = keys_A.size
+    if (most + 1) * A > jnp.iinfo(jnp.int32).max:
+        return jnp.argsort(keys_A, stable=True).astype(jnp.int32)
+    return jnp.sort(keys_A * A + lax.iota(jnp.int32, A)) % A
 
 
 def _taken(values, index):
@@ -413,12 +428,11 @@ class _Exchange:
         self.num_rounds = -(-most // self.room)
         self.ids_A = ids_NK.reshape(-1)
         self.owner_A = jnp.minimum(self.ids_A // own_experts, self.parts)
-        self.order_A = jnp.argsort(self.owner_A, stable=True)
-        owners = jnp.arange(self.parts)
-        ends_X = jnp.searchsorted(self.owner_A[self.order_A], owners, side="right")
-        self.ends_X = ends_X.astype(jnp.int32)
-        self.starts_X = jnp.append(0, self.ends_X[:-1]).astype(jnp.int32)
-        place_A = jnp.argsort(self.order_A)
+        self.order_A = _order(self.owner_A, self.parts)
+        counts_X = load(self.owner_A, self.parts)
+        self.ends_X = jnp.cumsum(counts_X)
+        self.starts_X = self.ends_X - counts_X
+        place_A = _order(self.order_A, A - 1)
         self.rank_A = place_A - jnp.append(self.starts_X, 0)[self.owner_A]
 
     def rounds(self, one_round, carry):

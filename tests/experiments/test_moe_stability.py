@@ -13,14 +13,17 @@ from luspo_jax.metrics import json_line
 BASES = pathlib.Path("bases")
 
 
-def test_the_main_mixture_has_every_objective_with_every_replay():
+def test_token_and_sequence_ratios_meet_every_replay_and_every_base():
     cells = set(design.cells().values())
-    for objective in design.OBJECTIVES:
+    for objective in ("grpo", "luspo"):
         for replay in design.REPLAYS:
             assert (design.MAIN, objective, replay, design.RATE) in cells
-        assert ("dense", objective, "none", design.RATE) in cells
+        for base in design.BASES:
+            assert (base, objective, "none", design.RATE) in cells
+        for base in ("dense", design.MAIN):
+            assert (base, objective, "none", design.HARSH_RATE) in cells
     assert len(design.SEEDS) >= 3
-    assert {*design.TOKEN_LEVEL, *design.SEQUENCE_LEVEL} == set(design.OBJECTIVES)
+    assert {cell[1] for cell in cells} == set(design.OBJECTIVES)
 
 
 def test_a_dense_policy_replays_nothing():

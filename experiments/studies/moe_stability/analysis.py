@@ -192,21 +192,28 @@ def comparisons() -> dict[str, list[tuple[str, str, str]]]:
         if replay == "none" and base != "dense"
     ]
     levels = [
-        (f"{base}, {replay}: {token} − luspo{_at(rate)}", cell, named(base, "luspo", replay, rate))
+        (
+            f"{base}, {replay}: {token} − {other}{_at(rate)}",
+            cell,
+            named(base, other, replay, rate),
+        )
         for cell, (base, token, replay, rate) in design.cells().items()
         if token in design.TOKEN_LEVEL
+        for other in design.SEQUENCE_LEVEL
     ]
     harsher = [
         (f"{base}, {objective}, {replay}", cell, named(base, objective, replay))
         for cell, (base, objective, replay, rate) in design.cells().items()
         if rate != design.RATE
     ]
-    return {
+    titled = {
         "What replay changes": replayed,
         "What experts change, without replay": mixed,
         "Token-level minus sequence-level": levels,
         f"Learning rate {design.HARSH_RATE:g} minus {design.RATE:g}": harsher,
     }
+    ran = design.cells()
+    return {title: [p for p in pairs if p[2] in ran] for title, pairs in titled.items()}
 
 
 def _at(rate):

@@ -96,7 +96,12 @@ def _trainers(responses, model=MODEL, **fields):
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [*((name, "reference") for name in MODELS), ("dense layers between", "blocks")],
+    [
+        ("dense layers between", "reference"),
+        pytest.param("300 experts", "reference", marks=pytest.mark.slow),
+        pytest.param("experts in all layers", "reference", marks=pytest.mark.slow),
+        pytest.param("dense layers between", "blocks", marks=pytest.mark.slow),
+    ],
 )
 def test_the_sampler_records_what_the_trainer_routes(name, implementation):
     """Ids exactly, log-probs to rounding: prompts, responses, refilled slots, samples, cut rows."""
@@ -115,6 +120,7 @@ def test_the_sampler_records_what_the_trainer_routes(name, implementation):
     assert gap.max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_replay_takes_the_gap_that_another_routing_leaves():
     """Of a sampler that rounds weights and activations: with its experts the trainer is nearer."""
     responses = _generate(dtype=jnp.bfloat16, group_size=16)
@@ -135,13 +141,18 @@ def test_replay_takes_the_gap_that_another_routing_leaves():
 
 @pytest.mark.parametrize(
     ("mesh", "implementation"),
-    [*((mesh, "reference") for mesh in MESHES), ("data 2, expert 4", "blocks")],
+    [
+        ("data 2, expert 2, tensor 2", "reference"),
+        pytest.param("data 2, expert 4", "reference", marks=pytest.mark.slow),
+        pytest.param("expert 8", "reference", marks=pytest.mark.slow),
+        pytest.param("data 2, expert 4", "blocks", marks=pytest.mark.slow),
+    ],
 )
 def test_on_a_mesh_tokens_and_experts_are_those_of_one_device_but_at_ties(mesh, implementation):
     prompts = {request.prompt_id: request for request in RAGGED}
     ties = tokens = 0
     others = _generate(mesh, experts=implementation)
-    for mine, other in zip(_generate(), others, strict=True):
+    for mine, other in zip(_generate(experts="reference"), others, strict=True):
         assert (mine.prompt_id, mine.sample_id) == (other.prompt_id, other.sample_id)
         np.testing.assert_array_equal(mine.prompt_experts, other.prompt_experts)
         length = min(len(mine.tokens), len(other.tokens))
@@ -163,7 +174,14 @@ def test_on_a_mesh_tokens_and_experts_are_those_of_one_device_but_at_ties(mesh, 
     assert gap.max() <= 1e-5
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "data 2, expert 4",
+        pytest.param("expert 8", marks=pytest.mark.slow),
+        pytest.param("data 2, expert 2, tensor 2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_decode_step_moves_tokens_and_no_expert(mesh):
     layout, rows = _layout(mesh), 16
     axes, key = decoder.param_axes(MODEL), jax.random.key(0)
@@ -196,6 +214,7 @@ def test_a_decode_step_moves_tokens_and_no_expert(mesh):
 # ---------------------------------------------------------------- work
 
 
+@pytest.mark.slow
 def test_slots_without_a_response_send_no_token_to_experts(monkeypatch):
     """What decoding sends is counted: K experts a layer for each token that is generated."""
     sent, real = [], decoder_layers.expert_mlp
