@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from luspo_jax import sharding
-from luspo_jax.models import decoder, safetensors_folder, vision_weights
+from luspo_jax.models import decoder, safetensors_folder, vision_config, vision_weights
 from luspo_jax.models.decoder_config import ConfigError, DecoderConfig, decoder_config, hf_config
 from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError, listed
 
@@ -78,9 +78,7 @@ COPIED_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
+    *vision_weights.COPIED_FILES,
 )
 
 
@@ -125,8 +123,7 @@ class Entry:
             for axis, (s, size) in enumerate(zip(index, self.shape, strict=True))
         ]
         rest = tuple(slice(None) if axis in outer else s for axis, s in enumerate(index))
-        if self.transposed:
-            array = array.reshape(len(array), -1).T
+        array = array.reshape(len(array), -1).T if self.transposed else array
         return array.reshape(shape)[rest]
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
@@ -155,9 +152,7 @@ def weight_table(config: DecoderConfig) -> dict[str, Entry]:
                 tail = suffix.format(expert=place[-1])
                 name = f"model.layers.{stack.start + place[0]}.{tail}"
                 table[name] = dataclasses.replace(first, place=place)
-    if config.vision is not None:
-        table |= vision_weights.weight_table(config.vision, Entry)
-    return table
+    return table | vision_weights.weight_table(config.vision, Entry)
 
 
 def _entry(path, shape):
@@ -282,11 +277,7 @@ def opened(
       WeightsError: a missing or damaged file; or all missing, surplus and misshapen tensors.
     """
     folder = pathlib.Path(folder)
-    contents = safetensors_folder.contents(folder)
-    names = {name: name for name in contents}
-    if config.vision is not None:
-        names = {vision_weights.hub_name(name): name for name in contents}
-    stored = {ours: contents[name] for ours, name in names.items()}
+    stored = vision_weights.by_hub_names(safetensors_folder.contents(folder), config.vision)
     table = weight_table(config)
     _check_names(folder, stored, table)
     tensors = defaultdict(dict)
@@ -295,13 +286,9 @@ def opened(
     abstract = _abstract(config, dtype)
     dtypes = {path: np.dtype(_leaf(abstract, path).dtype) for path in tensors}
     tied_head = config.tie_embeddings and _HEAD in stored
-    with safetensors_folder.reader(contents) as read:
+    with safetensors_folder.reader(stored) as read:
         files = {name: tensor.file for name, tensor in stored.items()}
-
-        def read_by_name(name, index):
-            return read(names[name], index)
-
-        yield Source(folder, read_by_name, files, tensors, dtypes, check_finite, tied_head)
+        yield Source(folder, read, files, tensors, dtypes, check_finite, tied_head)
 
 
 def parts_on(
@@ -491,10 +478,7 @@ def _exported_config(config, source, dtype):
         raise WeightsError(f"{path} is not the configuration of these parameters: {config}")
     for name in {"torch_dtype", "dtype"} & hf.keys() or {"torch_dtype"}:
         hf[name] = dtype
-    for part in (hf.get("text_config"), hf.get("vision_config")):
-        part = {} if part is None else part
-        part |= {name: dtype for name in {"torch_dtype", "dtype"} & part.keys()}
-    return hf
+    return vision_config.with_dtype(hf, dtype)
 
 
 def _generation_config(config):

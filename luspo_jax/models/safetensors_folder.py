@@ -39,9 +39,10 @@ class WeightsError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: where, its shape, and the format's code of its type."""
+    """A tensor in a file: where, by what name, its shape, and the format's code of its type."""
 
     file: pathlib.Path
+    name: str
     shape: tuple[int, ...]
     code: str
 
@@ -71,7 +72,7 @@ def contents(folder: pathlib.Path) -> dict[str, Stored]:
                         f"download the folder again"
                     )
                 piece = handle.get_slice(name)
-                found[name] = Stored(file, tuple(piece.get_shape()), piece.get_dtype())
+                found[name] = Stored(file, name, tuple(piece.get_shape()), piece.get_dtype())
     odd = sorted(name for name, stored in found.items() if stored.code not in _READABLE)
     if odd:
         raise WeightsError(
@@ -157,13 +158,13 @@ def opened(file: pathlib.Path):
 def reader(stored: dict[str, Stored]) -> Iterator[Callable[..., np.ndarray]]:
     """A function (name, a slice of each dimension) -> array, of the tensors of a folder.
 
-    Files are mapped into memory and stay open until the block ends.
+    `name` is a key of `stored`, which may be another than the one in the file. Files are mapped into memory and stay open until the block ends.
     """
     with contextlib.ExitStack() as stack:
         handles = {}
 
         def read(name: str, slices: tuple[slice, ...]) -> np.ndarray:
-            file = stored[name].file
+            file, name = stored[name].file, stored[name].name
             if file not in handles:
                 handles[file] = stack.enter_context(opened(file))
             return read_slice(handles[file], name, slices)

@@ -253,6 +253,15 @@ def hf_fields(config) -> dict[str, Any]:
     }
 
 
+def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A `config.json` whose nested parts declare the type `dtype` where they declare one."""
+    parts = {}
+    for name in {"text_config", "vision_config"} & hf.keys():
+        own = hf[name] or {}
+        parts[name] = own | {key: dtype for key in {"dtype", "torch_dtype"} & own.keys()}
+    return hf | parts
+
+
 def check_vision(config) -> None:
     """Checks the fields of a DecoderConfig that say how it sees, against the others.
 

@@ -35,16 +35,23 @@ _BLOCK = {
     "mlp.down_proj.weight": ("mlp", "down", "kernel"),
     "mlp.down_proj.bias": ("mlp", "down", "bias"),
 }
+COPIED_FILES = (  # how the images were prepared
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
 # Trainers that save their modules' own names write these for the hub's.
 _OWN_NAMES = re.compile(r"^model\.(?:language_model\.(.*)|(visual\..*))$")
 
 
-def weight_table(config: VisionConfig, make: Callable[..., Any]) -> dict[str, Any]:
+def weight_table(config: VisionConfig | None, make: Callable[..., Any]) -> dict[str, Any]:
     """Every tensor of a tower: hub name → make(path, place, shape, hf_shape, transposed, merged).
 
     The arguments are the fields of `decoder_weights.Entry`; `place` is () outside the blocks and
-    else the block, (i,).
+    else the block, (i,). Without a tower there is none.
     """
+    if config is None:
+        return {}
     tree = vision.abstract_params(config)
     table = {}
     for name, path in _TOP.items():
@@ -64,6 +71,13 @@ def hub_name(name: str) -> str:
     `visual…` for `model.visual…`."""
     match = _OWN_NAMES.match(name)
     return name if match is None else match[2] or f"model.{match[1]}"
+
+
+def by_hub_names(tensors: dict[str, Any], config: VisionConfig | None) -> dict[str, Any]:
+    """The tensors of a folder by their hub names; a text model's as they are."""
+    if config is None:
+        return tensors
+    return {hub_name(name): tensor for name, tensor in tensors.items()}
 
 
 def _stored(path, shape):

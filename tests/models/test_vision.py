@@ -49,12 +49,16 @@ class Batch:
         return (np.arange(self.tokens_BT.shape[1])[None] < self.lengths_B[:, None]).astype(np.int32)
 
 
-def batch_of(rows, config, **settings):
-    """A Batch of rows (tokens, patches of images, grids), padded on the right with anything."""
+def batch_of(rows, config, shape=None, **settings):
+    """A Batch of rows (tokens, patches of images, grids), padded on the right with anything.
+
+    `shape` is (rows, tokens a row) to pad to; `settings` are those of `image_layout.stacked`.
+    """
     images = [pair for _, patches, grids in rows for pair in zip(patches, grids, strict=True)]
     stacked = image_layout.stacked(images, config.vision, **settings)
     units = stacked.valid_IS.shape[1] // config.vision.unit_patches
-    shape = len(rows), max(len(tokens) for tokens, _, _ in rows)
+    shape = shape or (len(rows), max(len(tokens) for tokens, _, _ in rows))
+    rows = [*rows, *[(np.array([7], np.int32), [], [])] * (shape[0] - len(rows))]
     tokens_BT, index_BT = np.full(shape, 5, np.int32), np.full(shape, -1, np.int32)
     positions_BT3, after, first = np.zeros((*shape, 3), np.int32), [], 0
     for b, (tokens, _, grids) in enumerate(rows):
@@ -157,17 +161,15 @@ def greedy_of(params, batch, config, count):
     return _greedy(params, units_of(params, batch, config), arrays, config, count)
 
 
-def raster_units(params, rows, config):
+def raster_units(params, rows, config, **settings):
     """Embeddings of every image's units in raster order, as `transformers` gives them."""
     images = [pair for _, patches, grids in rows for pair in zip(patches, grids, strict=True)]
     if not images:
         return np.zeros((0, config.embed_dim), np.float32)
-    patches = image_layout.stacked(images, config.vision)
+    patches = image_layout.stacked(images, config.vision, **settings)
     units_IUD = np.asarray(encode(params["vision"], *arrays_of(patches), config=config.vision))
     layouts = [image_layout.laid_out(grid, config.vision) for _, grid in images]
-    return np.concatenate(
-        [row[layout.units_U] for row, layout in zip(units_IUD, layouts, strict=True)]
-    )
+    return np.concatenate([units_IUD[row, layout.units_U] for row, layout in enumerate(layouts)])
 
 
 @functools.cache

@@ -28,12 +28,13 @@ def cotangent(query):
     return np.random.default_rng(0).normal(size=query.shape).astype(query.dtype)
 
 
-def dense(query, key, value, segments, grad):
+def dense(query, key, value, segments, grad, causal=True):
     """(out, dq, dk, dv) in float64 NumPy, all scores at once."""
     query, key, value, grad = (np.asarray(x, np.float64) for x in (query, key, value, grad))
     (B, T, N, H), K = query.shape, key.shape[2]
     key_N, value_N = (np.repeat(x, N // K, axis=2) for x in (key, value))
-    sees = (segments[:, :, None] == segments[:, None]) & np.tri(T, dtype=bool)
+    sees = segments[:, :, None] == segments[:, None]
+    sees &= np.tri(T, dtype=bool) | (not causal)
     scores = np.einsum("btnh,bsnh->bnts", query, key_N) / np.sqrt(H)
     scores = np.where(sees[:, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -49,23 +50,27 @@ def dense(query, key, value, segments, grad):
     return out, dq, dk, dv
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _computed(implementation, layout, query, key, value, segments, grad):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _computed(implementation, layout, causal, query, key, value, segments, grad):
     def function(*arrays):
         return attention(
-            *arrays, segment_ids_BT=segments, implementation=implementation, layout=layout
+            *arrays,
+            segment_ids_BT=segments,
+            causal=causal,
+            implementation=implementation,
+            layout=layout,
         )
 
     out, pull = jax.vjp(function, query, key, value)
     return out, *pull(grad)
 
 
-def computed(arrays, grad, implementation="reference", layout=None):
+def computed(arrays, grad, implementation="reference", layout=None, causal=True):
     """(out, dq, dk, dv) of an implementation, positions in their own order."""
     T, count = arrays[0].shape[1], layout.size("length") if layout else 1
     order, back = ring_order(T, count), inverse_ring_order(T, count)
     arrays = [jnp.asarray(x)[:, order] for x in (*arrays, grad)]
-    results = _computed(implementation, layout, *arrays)
+    results = _computed(implementation, layout, causal, *arrays)
     return [np.asarray(x.astype(jnp.float32))[:, back] for x in results]
 
 

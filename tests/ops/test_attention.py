@@ -1,6 +1,7 @@
 """The front: which implementation is meant, what is refused, and a mesh without a cut length."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,28 @@ def test_each_device_works_on_its_own_rows_and_heads(sizes):
     # In the rollout a row is whole on every device of the context axis.
     rollout = Layout(cases.layout_of(**sizes, context=2).mesh, "rollout")
     assert cases.error(cases.computed(arrays, grad, layout=rollout), ours) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "sizes", [None, {"data": 2, "tensor": 2}, {"context": 4}, {"fsdp": 2, "context": 2}], ids=str
+)
+def test_without_order_a_query_sees_all_of_its_segment(sizes):
+    arrays = cases.inputs(4, 24, 4, 2, 8)
+    grad = cases.cotangent(arrays[0])
+    layout = sizes and cases.layout_of(**sizes)
+    ours = cases.computed(arrays, grad, layout=layout, causal=False)
+    assert cases.error(ours, cases.dense(*arrays, grad, causal=False)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["splash", "flash_gpu"])
+def test_kernels_need_no_order(name, monkeypatch):
+    module = importlib.import_module(f"luspo_jax.ops.{IMPLEMENTATIONS[name]}")
+    monkeypatch.setattr(module, "_INTERPRET", True)
+    arrays = cases.inputs(2, 150, 2, 2, 20)
+    grad = cases.cotangent(arrays[0])
+    with jax.numpy_dtype_promotion("standard"):  # jax's own kernels promote
+        ours = cases.computed(arrays, grad, name, causal=False)
+    assert cases.error(ours, cases.dense(*arrays, grad, causal=False)) < 1e-6
 
 
 def test_no_layout_is_the_reference_itself_and_a_layout_sends_nothing():
