@@ -284,12 +284,14 @@ def test_extreme_ratios():
 
 
 def test_an_image_over_its_limits_ends_its_worker_only():
-    slow = white_png(9_000)
-    with ImagePreparer(SETTINGS, workers=1, time_limit=0.05) as preparer:
-        first, second, third = preparer.prepare([stored(slow), stored(WHOLE), stored(slow)])
-    assert (first.reason, third.reason) == ("timeout", "timeout")
-    assert "limit of 0.05 s" in first.detail
-    assert isinstance(second, PreparedImage)
+    slow = white_png(9_900)  # a second of processor time
+    with ImagePreparer(SETTINGS, workers=1, time_limit=0.25) as preparer:
+        first, again = preparer.prepare([stored(slow), stored(slow)])
+        # A machine that is busy with other things may miss the clock's limit, three times as long.
+        tries = (preparer.prepare([stored(WHOLE)])[0] for _ in range(10))
+        assert any(isinstance(image, PreparedImage) for image in tries)
+    assert (first.reason, again.reason) == ("timeout", "timeout")
+    assert "limit of 0.25 s" in first.detail
     large = ImageSettings(Patching(max_source_pixels=10**10))
     with ImagePreparer(large, workers=1, memory_limit=1 << 30) as preparer:
         first, second = preparer.prepare([stored(white_png(25_000)), stored(WHOLE)])

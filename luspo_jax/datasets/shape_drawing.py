@@ -7,7 +7,7 @@ import numpy as np
 
 COLORS = "RGBY"
 SHAPES = "CSTX"
-ROWS = 3  # of the cells that dots are in, and as many in a row
+CELLS = 6  # for dots, in two rows
 TICKS = 8  # of the scale that rods lie on
 CELL = 28  # pixels: one merged token of Qwen's tower
 
@@ -63,14 +63,14 @@ def bars(values: tuple[int, ...], look: Look) -> np.ndarray:
 
 
 def dots(shown: tuple[tuple[int, ...], str], look: Look) -> np.ndarray:
-    """Nine cells: 0 is empty, 1 a dot of the colour, 2 a dot of another."""
+    """Six cells, three in a row: 0 is empty, 1 a dot of the colour, 2 a dot of another."""
     cells, color = shown
-    image = look.canvas(CELL * ROWS, CELL * ROWS)
+    image = look.canvas(CELL * CELLS // 2, CELL * 2)
     for place, cell in enumerate(cells):
         if cell:
             paint = _PAINT[color] if cell == 1 else look.color(not_this=color)
-            y, x = _middle(place, ROWS, look)
-            _fill(image, _circle(y, x, look.draw(6, 9)), paint)
+            y, x = _middle(place, CELLS // 2, look)
+            _fill(image, _circle(y, x, look.draw(7, 9)), paint)
     return image
 
 
@@ -99,7 +99,7 @@ def rods(shown: tuple[tuple[int, int, str], ...], look: Look) -> np.ndarray:
 def _middle(place: int, columns: int, look: Look) -> tuple[int, int]:
     row, column = divmod(place, columns)
     half = CELL // 2
-    return CELL * row + half + look.draw(-3, 3), CELL * column + half + look.draw(-3, 3)
+    return CELL * row + half + look.draw(-2, 2), CELL * column + half + look.draw(-2, 2)
 
 
 def _fill(image: np.ndarray, inside, paint: tuple[int, int, int]) -> None:

@@ -5,7 +5,7 @@ Four kinds of problem are mixed, each with an image of its own size (in pixels, 
 | kind | image | question | answer | full trace |
 | --- | --- | --- | --- | --- |
 | bars | chart of N bars, 28·N × 56 | `abcd?` | sum of heights modulo 5 | `a3=3 b4=2 c1=3 d0=3` |
-| dots | 3 × 3 cells, 84 × 84 | `nR?` | number of red dots | `a2=2 b0=2 c1=3`, row by row |
+| dots | 2 × 3 cells, 84 × 56 | `nR?` | number of red dots | `a1=1 b0=1 …`, cell by cell |
 | color | four shapes, 56 × 56 | `S?` | colour of the square | `CB SR`, cell by cell up to it |
 | length | two rods on a scale, 112 × 56 | `lG?` | length of the green rod | `7-2=5` |
 
@@ -30,7 +30,7 @@ import numpy as np
 
 from luspo_jax.datasets import label_sums, shape_drawing
 from luspo_jax.datasets.example import DataError, Example
-from luspo_jax.datasets.shape_drawing import COLORS, ROWS, SHAPES, TICKS
+from luspo_jax.datasets.shape_drawing import CELLS, COLORS, SHAPES, TICKS
 
 ANSWER_PATTERN = r"####\s*(\S)"  # option `pattern` of the reward `exact`
 MAX_BARS = 6
@@ -73,13 +73,11 @@ def bars(code: int, num_bars: int) -> Content:
 
 def dots(code: int, num_bars: int) -> Content:
     """Number of dots of a colour; a cell is empty, of that colour or of another."""
-    cells = tuple(code // 3**place % 3 for place in range(ROWS * ROWS))
-    color = COLORS[code // 3 ** (ROWS * ROWS)]
-    counts = [cells[ROWS * row : ROWS * (row + 1)].count(1) for row in range(ROWS)]
-    sums = np.cumsum(counts)
-    steps = (
-        f"{label}{n}={s}" for label, n, s in zip(label_sums.LABELS, counts, sums, strict=False)
-    )
+    cells = tuple(code // 3**place % 3 for place in range(CELLS))
+    color = COLORS[code // 3**CELLS]
+    found = [int(cell == 1) for cell in cells]
+    sums = np.cumsum(found)
+    steps = (f"{label}{n}={s}" for label, n, s in zip(label_sums.LABELS, found, sums, strict=False))
     return Content(f"n{color}?", str(sums[-1]), tuple(steps), (cells, color))
 
 
@@ -117,7 +115,7 @@ class _Kind:
 
 KINDS = {
     "bars": _Kind(bars, lambda n: label_sums.MODULUS**n, shape_drawing.bars),
-    "dots": _Kind(dots, lambda n: 3 ** (ROWS * ROWS) * len(COLORS), shape_drawing.dots),
+    "dots": _Kind(dots, lambda n: 3**CELLS * len(COLORS), shape_drawing.dots),
     "color": _Kind(
         color,
         lambda n: len(_ARRANGEMENTS) * len(COLORS) ** len(SHAPES) * len(SHAPES),
@@ -252,7 +250,7 @@ def longest_response(num_bars: int = 5) -> int:
     """Characters of the longest full trace, `####` counted as one: what a run must allow."""
     steps = {
         "bars": 5 * num_bars,
-        "dots": 5 * ROWS,
+        "dots": 5 * CELLS,
         "color": 3 * len(SHAPES),
         "length": 6,
     }

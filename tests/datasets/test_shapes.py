@@ -14,8 +14,8 @@ from luspo_jax.datasets.shapes import KINDS, Shapes
 from luspo_jax.rewards import score
 
 # The first problem of each kind, train: changes only if results are no longer comparable.
-GOLDEN_PROBLEMS = [("abcde?", "0"), ("nB?", "2"), ("T?", "R"), ("lG?", "1")]
-GOLDEN_PIXELS = "8420c31bb02c0e19"
+GOLDEN_PROBLEMS = [("abcde?", "0"), ("nR?", "0"), ("T?", "R"), ("lG?", "1")]
+GOLDEN_PIXELS = "b6a47de3552fd3db"
 
 PAINT = {"R": (214, 48, 40), "G": (34, 150, 62), "B": (44, 92, 214), "Y": (238, 190, 30)}
 
@@ -42,9 +42,7 @@ def seen_bars(image, question):
 def seen_dots(image, question):
     """Cells of 28 × 28 that hold pixels of the colour."""
     mask = painted(image)[question[1]]
-    return str(
-        sum(bool(mask[y : y + 28, x : x + 28].any()) for y in (0, 28, 56) for x in (0, 28, 56))
-    )
+    return str(sum(bool(mask[y : y + 28, x : x + 28].any()) for y in (0, 28) for x in (0, 28, 56)))
 
 
 def seen_color(image, question):
@@ -90,7 +88,7 @@ def test_image_sizes():
     sizes = {e.meta["kind"]: pixels(e).shape for e in (Shapes("test")[i] for i in range(4))}
     assert sizes == {
         "bars": (56, 140, 3),
-        "dots": (84, 84, 3),
+        "dots": (56, 84, 3),
         "color": (56, 56, 3),
         "length": (56, 112, 3),
     }
@@ -151,12 +149,12 @@ def test_blind_accuracy():
     """The best answers without looking, and that they are far from right."""
     found = shapes.blind_accuracy(Shapes("test", size=2_000))
     assert set(found) == {*KINDS, "all"}
-    # Of all problems: 1/5, binomial(9, 1/3) at 3, 1/4, 8 of 36 rods; the best of a sample is a
+    # Of all problems: 1/5, binomial(6, 1/3) at 2, 1/4, 8 of 36 rods; the best of a sample is a
     # little better.
-    expected = {"bars": 0.2, "dots": 0.273, "color": 0.25, "length": 8 / 36}
+    expected = {"bars": 0.2, "dots": 0.329, "color": 0.25, "length": 8 / 36}
     for kind, value in expected.items():
         assert value - 0.02 < found[kind] < value + 0.05
-    assert found["all"] < 0.28
+    assert found["all"] < 0.3
     some = [Shapes("test")[i] for i in range(0, 40, 4)]
     counts = collections.Counter(e.answer for e in some)
     assert shapes.blind_accuracy(some)["all"] == max(counts.values()) / 10
