@@ -338,6 +338,8 @@ def main() -> None:
     out, start = pathlib.Path(OUT.value), time.perf_counter()
     if out.exists() and not OVERWRITE.value:
         raise WeightsError(f"--out={out} exists: choose another folder, or pass --overwrite")
+    if task().images and models.EXPERTS.value:
+        raise WeightsError(f"--num_experts={models.EXPERTS.value}: {TASK.value} needs a Qwen2.5-VL")
     for flag, value in zip(OWN, task().training, strict=True):
         flags.FLAGS[flag.name].value = value if flag.value is None else flag.value
     with tempfile.TemporaryDirectory() as source:
