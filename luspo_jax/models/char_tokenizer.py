@@ -14,9 +14,17 @@ ANSWER_MARK = "####"
 # One message's content verbatim, so that chat and plain prompts are the same tokens.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
-
 # Of a model that reads images; special as well, after all others.
 IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+# A message is a text, or parts that are images and texts; an image is one placeholder.
+IMAGE_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
 
 
 def vocabulary(characters: str, *, images: bool = False) -> list[str]:
@@ -35,7 +43,7 @@ def write_tokenizer(
       folder: exists already.
       characters: all that texts may contain; any other becomes one <|unknown|>.
       max_length: tokens that the model can hold.
-      images: with IMAGE_TOKENS.
+      images: with IMAGE_TOKENS, and a chat template that knows of images.
     """
     _write_json(folder / "tokenizer.json", _tokenizer(vocabulary(characters, images=images)))
     _write_json(
@@ -49,7 +57,7 @@ def write_tokenizer(
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
             "model_max_length": max_length,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": IMAGE_CHAT_TEMPLATE if images else CHAT_TEMPLATE,
         },
     )
 

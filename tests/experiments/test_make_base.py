@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from experiments.make_base import load_balance
+from luspo_jax import images
 from luspo_jax.logprobs import RouterPass
 from luspo_jax.models import decoder_weights
 from luspo_jax.models.decoder_config import read_config
@@ -20,6 +21,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = (
     *("--num_terms=3", "--num_layers=1", "--embed_dim=16", "--mlp_dim=16", "--rows_per_step=8"),
     *("--chain_steps=2", "--mixture_steps=2", "--eval_problems=8", "--eval_samples=3"),
+)
+SHAPES = (
+    *("--num_layers=1", "--embed_dim=32", "--mlp_dim=16", "--rows_per_step=8", "--chain_steps=2"),
+    *("--vision_embed_dim=16", "--vision_mlp_dim=16", "--num_images=8", "--mixture_steps=2"),
+    *("--eval_problems=8", "--eval_samples=3"),
 )
 EXPERTS = ("--num_experts=4", "--experts_per_token=2", "--expert_dim=8", "--nonorm_topk")
 
@@ -56,6 +62,20 @@ def test_makes_the_same_folder_again(task, experts, tmp_path):
     assert config.num_experts == (4 if experts else 0)
 
 
+@pytest.mark.slow
+def test_makes_a_model_that_sees(tmp_path):
+    ran = make_base("--task=shapes", f"--out={tmp_path / 'base'}", *SHAPES)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    config = read_config(tmp_path / "base")
+    assert config.vision.full_layers == (1,)
+    decoder_weights.load_params(tmp_path / "base", config)
+    patching = images.read_settings(tmp_path / "base").patching
+    assert (patching.patch_size, patching.merge_size) == (14, 2)
+    card = (tmp_path / "base" / "README.md").read_text()
+    for told in ("--task=shapes", "right, by kind | all", "right with blank images | all", "dots"):
+        assert told in card
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -64,6 +84,8 @@ def test_makes_the_same_folder_again(task, experts, tmp_path):
         (("--out={tmp}/new", "--num_terms=12"), "--num_terms"),
         (("--out={tmp}/new", "--embed_dim=12"), "head_dim 3 must be even"),
         (("--out={tmp}/new", "--num_experts=1"), "2 must be <= num_experts 1"),
+        (("--out={tmp}/new", "--task=shapes", "--kinds=bars,lines"), "kinds must be some of"),
+        (("--out={tmp}/new", "--task=shapes", "--num_experts=4"), "--num_experts"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, message, tmp_path):

@@ -51,3 +51,18 @@ def test_chat_template_is_the_content_alone(tokenizer):
 def test_a_character_that_occurs_twice_is_refused():
     with pytest.raises(ValueError, match="occurs twice"):
         char_tokenizer.vocabulary("abca")
+
+
+def test_image_tokens_come_last_and_chat_knows_of_images(tmp_path):
+    char_tokenizer.write_tokenizer(tmp_path, CHARACTERS, max_length=64, images=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    vocabulary = char_tokenizer.vocabulary(CHARACTERS, images=True)
+    assert vocabulary == [*char_tokenizer.vocabulary(CHARACTERS), *char_tokenizer.IMAGE_TOKENS]
+    assert tokenizer.convert_ids_to_tokens(range(len(vocabulary))) == vocabulary
+    start, end, image, _ = char_tokenizer.IMAGE_TOKENS
+    parts = [{"type": "image"}, {"type": "text", "text": "a?"}]
+    asked = [{"role": "user", "content": content} for content in (parts, "a?")]
+    text = tokenizer.apply_chat_template(asked, tokenize=False)
+    assert text == f"{start}{image}{end}a?a?"
+    assert tokenizer.encode(text)[:3] == [vocabulary.index(token) for token in (start, image, end)]
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == "a?a?"

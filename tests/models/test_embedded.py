@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from luspo_jax import evaluate, prompts
-from luspo_jax.datasets import label_lookup, label_sums, load
+from luspo_jax import evaluate, images, prompts
+from luspo_jax.datasets import label_lookup, label_sums, load, shapes
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import read_config
 from luspo_jax.models.locate import EMBEDDED, embedded_models, model_folder
@@ -17,8 +17,10 @@ from luspo_jax.rollout import Engine, Request, Sampling
 
 NAMES = embedded_models()
 MIXTURES = {"label_sums_moe": "label_sums"}  # those with experts, and their task
+SEEING = ("shapes",)  # those with a vision tower
 MAX_RESPONSE = 40
-SIZE_LIMIT = 2_000_000  # bytes, all models together
+SIZE_LIMIT = 6_000_000  # bytes, all models together
+REWARDS = {"shapes": ("exact", {"pattern": shapes.ANSWER_PATTERN})}  # of others, gsm8k
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -37,21 +39,37 @@ def tokenizer(folder):
 
 
 def test_there_are_models_and_they_are_small():
-    assert {"label_sums", "label_lookup", *MIXTURES} <= set(NAMES)
+    assert {"label_sums", "label_lookup", *MIXTURES, *SEEING} <= set(NAMES)
     files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= SIZE_LIMIT
 
 
-def test_folder_is_a_qwen3_checkpoint(folder):
+def test_folder_is_a_checkpoint(folder):
     hf = json.loads((folder / "config.json").read_text())
     config = read_config(folder)
-    kind = "Qwen3Moe" if folder.name in MIXTURES else "Qwen3"
-    assert hf["architectures"] == [f"{kind}ForCausalLM"]
+    kind = "Qwen3MoeForCausalLM" if folder.name in MIXTURES else "Qwen3ForCausalLM"
+    if folder.name in SEEING:
+        kind = "Qwen2_5_VLForConditionalGeneration"
+    assert hf["architectures"] == [kind]
     assert (config.num_experts > 0) == (folder.name in MIXTURES)
+    assert (config.vision is not None) == (folder.name in SEEING)
     assert 100_000 <= decoder_weights.num_params(config) <= 1_000_000
     params = decoder_weights.load_params(folder, config)
-    shapes = decoder.abstract_params(config)
-    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+    expected = decoder.abstract_params(config)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, expected)
+
+
+@pytest.mark.parametrize("seeing", SEEING)
+def test_image_processor_belongs_to_the_tower(seeing):
+    """Drawings keep their size, so that a unit of the tower is a cell of the drawing."""
+    folder = model_folder(f"embedded:{seeing}")
+    vision, patching = read_config(folder).vision, images.read_settings(folder).patching
+    assert (patching.patch_size, patching.merge_size) == (vision.patch_size, vision.merge_size)
+    examples, _ = load(seeing, split="test")
+    for record in encoded(seeing, folder, [examples[i] for i in range(8)]):
+        drawn = shapes.draw(record.example.meta["images"][0]).shape
+        (image,) = record.images
+        assert tuple(14 * side for side in image.grid_thw[1:]) == drawn[:2]
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
@@ -96,37 +114,53 @@ def test_tokenizer_belongs_to_the_model(folder, tokenizer):
 def test_tokenizer_round_trip(name, tokenizer):
     examples, _ = load(MIXTURES.get(name, name), split="test")
     for example in list(examples)[:200]:
-        texts = [example.problem, label_sums.trace(example.meta["values"], (1,) * 6)]
-        texts += [label_lookup.response(int(example.answer), count) for count in (0, 9)]
-        for text in texts:
+        for text in written(name, example):
             ids = tokenizer.encode(text)
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.decode(ids) == text
             assert len(ids) <= MAX_RESPONSE
 
 
-def measured(name, folder, tokenizer, *, num_problems, num_samples):
+def written(name, example):
+    """The problem, and responses to it."""
+    if name in SEEING:
+        return [example.problem, shapes.trace(example, (1,) * len(example.meta["steps"]))]
+    texts = [example.problem, label_sums.trace(example.meta["values"], (1,) * 6)]
+    return texts + [label_lookup.response(int(example.answer), count) for count in (0, 9)]
+
+
+def encoded(name, folder, examples, *, blank=False):
+    """Prompts, with their images where the model sees."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if name not in SEEING:
+        return prompts.encode(examples, prompts.Renderer(tokenizer), max_length=24)[0]
+    with images.ImagePreparer(images.read_settings(folder, blank=blank), workers=1) as preparer:
+        renderer = prompts.Renderer(tokenizer, images=preparer)
+        return prompts.encode(examples, renderer, max_length=24)[0]
+
+
+def measured(name, folder, tokenizer, *, num_problems, num_samples, blank=False):
     """The evaluation of a base policy on held-out problems, and its response lengths."""
     config = read_config(folder)
     examples, _ = load(MIXTURES.get(name, name), split="test")
-    records, dropped = prompts.encode(
-        [examples[i] for i in range(num_problems)], prompts.Renderer(tokenizer), max_length=16
-    )
-    assert not dropped
+    examples = [examples[i] for i in range(num_problems)]
+    records = encoded(name, folder, examples, blank=blank)
+    assert len(records) == num_problems
     sampling = Sampling(
         max_response_length=MAX_RESPONSE, stop_token_ids=config.eos_token_ids, temperature=1.0
     )
-    engine = Engine(config, sampling, num_slots=256, max_prompt_length=16, chunk_length=16)
+    engine = Engine(config, sampling, num_slots=256, max_prompt_length=24, chunk_length=16)
     responses, _ = engine.generate(
         decoder_weights.load_params(folder, config),
-        [Request(record.prompt_id, record.tokens) for record in records],
+        [Request(record.prompt_id, record.tokens, record.images) for record in records],
         group_size=num_samples,
         seed=1,
     )
     texts = [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses]
-    with Scorer({"gsm8k": 1.0}) as scorer:
+    metric, options = REWARDS.get(name, ("gsm8k", {}))
+    with Scorer({metric: 1.0}, options={metric: options}) as scorer:
         rewards = evaluate.score(scorer, records, responses, texts=texts, max_length=MAX_RESPONSE)
-    result = evaluate.summarize(responses, rewards, metric="gsm8k", num_samples=num_samples)
+    result = evaluate.summarize(responses, rewards, metric=metric, num_samples=num_samples)
     return result, np.array([len(response.tokens) for response in responses])
 
 
@@ -144,7 +178,21 @@ def test_base_policy_has_the_spread_that_training_needs(name, folder, tokenizer)
     assert 0.15 <= result.accuracy <= 0.60
     assert result.truncated < 0.05
     assert lengths_B.std() > 0.4 * lengths_B.mean()
-    if MIXTURES.get(name, name) == "label_sums":
+    if MIXTURES.get(name, name) in ("label_sums", "shapes"):
         assert longest - shortest >= 0.25
     else:  # longer is no better
         assert abs(longest - shortest) < 0.05
+
+
+@pytest.mark.slow
+def test_a_model_with_a_tower_looks(folder, tokenizer):
+    """With blank images it is right about as often as the best constant answers, or less."""
+    if folder.name not in SEEING:
+        pytest.skip("reads no images")
+    asked = {"num_problems": 256, "num_samples": 8}
+    seen, _ = measured(folder.name, folder, tokenizer, **asked)
+    blind, _ = measured(folder.name, folder, tokenizer, blank=True, **asked)
+    examples, _ = load(folder.name, split="test")
+    constant = shapes.blind_accuracy(examples[i] for i in range(256))["all"]
+    assert blind.accuracy < constant + 0.05
+    assert seen.accuracy > constant + 0.05
