@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 import vl_cases
 
-from luspo_jax import batches, experience, packing, prompts, train, update
+from luspo_jax import batches, experience, prompts, train, update
 from luspo_jax import run as runs
-from luspo_jax.length.steering import LengthState
 from luspo_jax.metrics import StepMetrics
-from luspo_jax.models import decoder
 from luspo_jax.rollout import Engine, Request, Sampling
-from luspo_jax.types import TrainBatch
 
 ATOL = 1e-5
 
