@@ -50,9 +50,9 @@ def ratio_metrics(
     """How far the policy has moved and what holds it back; pairs of vectors [B].
 
     `drift_BT` is log π_old − log π; its square is given for tokens and for sequences whichever of
-    them the objective has ratios of, so that objectives can be compared. pg_clipfrac is a share of tokens, as in verl; clip_ratio/* a
-    share of what the objective has ratios of, as in TRL. With `bin_edges` the clipped shares of
-    positive and negative advantages are also given by length bin.
+    them the objective has ratios of, so that objectives can be compared. pg_clipfrac is a share of
+    tokens, as in verl; clip_ratio/* a share of what the objective has ratios of, as in TRL. With
+    `bin_edges` the clipped shares of positive and negative advantages are also given by length bin.
     """
     dtype, mask_BT = drift_BT.dtype, response_mask_BT
     lengths_B = mask_BT.sum(axis=1, dtype=jnp.int32).astype(dtype)
