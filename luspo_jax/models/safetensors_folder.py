@@ -158,7 +158,8 @@ def opened(file: pathlib.Path):
 def reader(stored: dict[str, Stored]) -> Iterator[Callable[..., np.ndarray]]:
     """A function (name, a slice of each dimension) -> array, of the tensors of a folder.
 
-    `name` is a key of `stored`, which may be another than the one in the file. Files are mapped into memory and stay open until the block ends.
+    `name` is a key of `stored`, which may be another than the one in the file. Files are mapped
+    into memory and stay open until the block ends.
     """
     with contextlib.ExitStack() as stack:
         handles = {}
