@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import vl_cases
 
 from luspo_jax import batches, experience, prompts, train, update
 from luspo_jax import run as runs
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.rollout import Engine, Request, Sampling
+from tests import vl_cases
 
 ATOL = 1e-5
 
@@ -161,7 +161,7 @@ def test_bad_images_are_named(run, params):
     prompt = run.data.held_out[0]
     sampling = Sampling(max_response_length=4, stop_token_ids=(1,))
     engine = Engine(run.model.config, sampling, num_slots=4, max_prompt_length=40)
-    with pytest.raises(ValueError, match="prompt_id 7.*placeholders"):
+    with pytest.raises(ValueError, match=r"prompt_id 7.*placeholders"):
         engine.generate(params, [Request(7, prompt.tokens, ())], group_size=1, seed=0)
     twice = Request(7, prompt.tokens, prompt.images * 2)
     with pytest.raises(ValueError, match="prompt_id 7: 2 images for the placeholders of 1"):
