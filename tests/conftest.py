@@ -1,5 +1,6 @@
 """Strict flags for the whole suite, shared compile cache, and where real test inputs are found."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -25,6 +26,21 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Every compiled program takes some memory maps, of which Linux gives a process 65,530 by default: the
+# suite compiles more than that. What is dropped comes back from the compile cache.
+_MAPS = pathlib.Path("/proc/self/maps")
+_MANY_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Drops compiled programs after a module once there are many."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
