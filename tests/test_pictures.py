@@ -40,7 +40,7 @@ def run(folder):
 @pytest.fixture(scope="module")
 def params(run):
     """Random, and large enough that images matter."""
-    return jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, run.initial_params())
+    return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, run.initial_params())
 
 
 @pytest.fixture(scope="module")
