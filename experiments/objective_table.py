@@ -1,6 +1,6 @@
 """Writes docs/objectives.md: every preset, its axes and constants, and every function of an axis.
 
-`python -m experiments.objective_table [--out=docs/objectives.md]`
+`python -m experiments.objective_table [--page=docs/objectives.md]`
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from absl import flags
 
 from experiments import command
 
-_OUT = flags.DEFINE_string("out", "docs/objectives.md", "File to write.")
+_OUT = flags.DEFINE_string("page", "docs/objectives.md", "File to write.")
 
 AXES = ("ratio", "surrogate", "length_scale", "aggregation", "advantage")
 

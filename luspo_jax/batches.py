@@ -84,7 +84,7 @@ def with_old_logprobs(
         return batch
     scored = _score(run, rollouts, state.params, batch, record_experts=needed)
     logprobs_BT, entropy_BT = scored.logprobs_BT, scored.entropy_BT
-    if scored.router is not None:
+    if scored.router is not None and needed:  # else the update's own pass says it
         shared, tokens = scored.router.agreement["sampler"], scored.router.tokens
         metrics.add("router/agreement/sampler_old", float(shared / tokens))
     mask_BT = batch.rows.response_mask_BT & ~carried_B[:, None]

@@ -147,7 +147,11 @@ def score_rows(
     router = result.router
     if router is not None:
         sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), dataclasses.replace(router, experts=None))
-        router = dataclasses.replace(sums, experts=router.experts)
+        experts = router.experts
+        if experts is not None:
+            axes = (None, "batch", *[None] * (experts.ndim - 2))
+            experts = sharding.constrain(experts, axes, scoring.layout)
+        router = dataclasses.replace(sums, experts=experts)
     return Scored(whole(result.logprobs_BT), whole(result.entropy_BT), router)
 
 
@@ -300,6 +304,11 @@ def router_metrics(
         metrics[f"router/avg_violation/layer_{layer:02d}"] = (mean_L[layer], one)
     for name, shared in router.agreement.items():
         metrics[f"router/agreement/{name}_current"] = (shared, router.tokens)
+    if "old" not in router.agreement:  # this pass is the one before the step
+        metrics["router/agreement/old_current"] = (router.tokens, router.tokens)
+        if "sampler" in router.agreement:
+            shared = router.agreement["sampler"]
+            metrics["router/agreement/sampler_old"] = (shared, router.tokens)
     if balance_LE is not None:
         metrics["router/aux_loss"] = (jnp.sum(balance_LE * router.mass_LE), one)
     return metrics

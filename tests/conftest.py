@@ -28,8 +28,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Every compiled program takes some memory maps, of which Linux gives a process 65,530 by default: the
-# suite compiles more than that. What is dropped comes back from the compile cache.
+# Every compiled program takes some memory maps, of which Linux gives a process 65,530 by default:
+# the suite compiles more than that. What is dropped comes back from the compile cache.
 _MAPS = pathlib.Path("/proc/self/maps")
 _MANY_MAPS = 20_000
 

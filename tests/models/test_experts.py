@@ -173,7 +173,8 @@ def test_route_in_numpy(normalise):
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((3, 7, D), np.float32), rng.standard_normal((D, 6), np.float32)
     real = rng.random((3, 7)) < 0.7
-    weights, routed, sent = route(x, kernel, count=2, normalise=normalise, real=real)
+    call = jax.jit(functools.partial(route, count=2, normalise=normalise))
+    weights, routed, sent = call(x, kernel, real=real)
     probs, ids, expected = _numpy_route(x, kernel, 2, normalise)
     np.testing.assert_array_equal(routed.experts, ids)
     assert routed.experts.dtype == np.uint8
@@ -188,7 +189,7 @@ def test_replayed_ids_are_sent_and_weighed_and_the_routers_own_are_recorded():
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((3, 7, D), np.float32), rng.standard_normal((D, 6), np.float32)
     replayed = np.argsort(rng.random((3, 7, 6)), axis=-1)[..., :2].astype(np.uint8)
-    call = functools.partial(route, count=2, normalise=True)
+    call = jax.jit(functools.partial(route, count=2, normalise=True))
     weights, routed, sent = call(x, kernel, replayed=replayed)
     probs, ids, _ = _numpy_route(x, kernel, 2, True)
     np.testing.assert_array_equal(sent, replayed)
@@ -217,7 +218,7 @@ def test_the_gradient_of_routing_is_that_of_the_dense_formula():
         mass = jnp.sum(jnp.where(real[..., None], probs, 0), (0, 1))
         return jnp.sum(weights * w_K) + jnp.sum(mass * w_E)
 
-    got, expected = (jax.grad(f, argnums=(0, 1))(x, kernel) for f in (ours, dense))
+    got, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, kernel) for f in (ours, dense))
     assert worst(got, expected) <= 1e-5
 
 
@@ -225,7 +226,7 @@ def test_the_gradient_of_routing_is_that_of_the_dense_formula():
 def test_ids_are_recorded_in_the_least_type(E, kind):
     x, kernel = np.eye(D, dtype=np.float32)[:1], np.zeros((D, E), np.float32)
     kernel[0, E - 1] = 5
-    _, routed, _ = route(x, kernel, count=1, normalise=True)
+    _, routed, _ = jax.jit(functools.partial(route, count=1, normalise=True))(x, kernel)
     assert routed.experts.dtype == kind
     assert int(routed.experts[0, 0]) == E - 1
 
