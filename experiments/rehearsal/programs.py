@@ -296,7 +296,7 @@ def rollout_arrays(
         "params": params,
         "slots": case.on_host(held, slots.SLOTS_AXES),
         "pool": case.on_host(pool, slots.POOL_AXES),
-        "refill": slots.Refill(*[signed] * 4, *[unsigned] * 2),
+        "refill": slots.Refill(*[signed] * 5, *[unsigned] * 2),
         "key": key,
         "tokens": tokens,
         "lengths": lengths,

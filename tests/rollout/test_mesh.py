@@ -230,7 +230,7 @@ def test_the_cache_is_a_share_on_every_device_and_updated_in_place(mesh):
     state = _arguments(layout)[1]
     small = sum(
         x.size * x.dtype.itemsize // engine.row_multiple
-        for x in (state.hidden_BD, state.lengths_B, state.limits_B, state.active_B)
+        for x in (state.hidden_BD, state.lengths_B, state.offsets_B, state.limits_B, state.active_B)
     )
     keys = 2 * 4 * ROWS // engine.row_multiple
     for program in ("decode", "fill"):
@@ -255,12 +255,12 @@ def test_what_a_refill_gathers_is_bounded_by_the_prompts():
 
 
 def _refill(rows):
-    """rows: (slot, pool row, length, limit, prompt_id, sample_id)."""
-    columns = np.zeros((6, ROWS), np.uint32)
+    """rows: (slot, pool row, length, offset, limit, prompt_id, sample_id)."""
+    columns = np.zeros((7, ROWS), np.int64)
     columns[0] = ROWS
     if rows:
         columns[:, : len(rows)] = np.array(rows).T
-    return slots.Refill(*columns[:4].astype(np.int32), *columns[4:])
+    return slots.Refill(*columns[:5].astype(np.int32), *columns[5:].astype(np.uint32))
 
 
 def _numbers(tree, seed):
@@ -284,15 +284,18 @@ def _filled(mesh, refill):
     state = slots.grow(state, length=2 * LENGTH, layout=layout)
     order = np.concatenate([np.arange(2 * LENGTH)[part::parts] for part in range(parts)])
     cache = jax.tree.map(lambda x: np.asarray(x)[:, :, :, np.argsort(order)], state.cache)
-    others = (state.hidden_BD, state.lengths_B, state.limits_B, state.active_B)
+    others = (
+        state.hidden_BD, state.lengths_B, state.offsets_B, state.limits_B, state.active_B
+    )  # fmt: skip
     return [*jax.tree.leaves(cache), *map(np.asarray, others), jax.random.key_data(state.keys_B)]
 
 
 @pytest.mark.parametrize("mesh", [*MESHES, (("fsdp", 2), ("expert", 2), ("context", 2))], ids=str)
 def test_refills_put_what_one_device_puts(mesh):
     refill = _refill(
-        [(15, 3, 17, 40, 7, 0), (0, 0, 1, 20, 8, 1), (8, 7, 9, 30, 9, 2), (7, 3, 17, 41, 7, 1)]
-    )
+        [(15, 3, 17, -5, 40, 7, 0), (0, 0, 1, 0, 20, 8, 1),
+         (8, 7, 9, -2, 30, 9, 2), (7, 3, 17, -5, 41, 7, 1)]
+    )  # fmt: skip
     for got, want in zip(_filled(mesh, refill), _filled(None, refill), strict=True):
         np.testing.assert_array_equal(got, want)
 
