@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from experiments import command
 from experiments.bases import models, tasks
-from luspo_jax import batches, evaluate, images, logprobs, optimizer, packing, prompts
+from luspo_jax import evaluate, image_rows, images, logprobs, optimizer, packing, prompts
 from luspo_jax.datasets import shapes
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
@@ -82,8 +82,8 @@ def demonstrations(records, tokenizer, rng, config, *, plain):
     )
     looked_up_BT = task().looked_up(rows.tokens_BT, vocabulary())
     weights_BT = np.where(looked_up_BT, RESULT_WEIGHT.value, 1.0) * rows.response_mask_BT
-    rows = batches.with_positions(rows, chosen, config)
-    rows = batches.with_images(rows, chosen, np.zeros(len(chosen), int), 1, config=config)
+    rows = image_rows.with_positions(rows, chosen, config)
+    rows = image_rows.with_images(rows, chosen, np.zeros(len(chosen), int), 1, config=config)
     return rows, weights_BT.astype(np.float32)
 
 

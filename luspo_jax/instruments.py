@@ -64,10 +64,20 @@ def sample(run: Run, rollouts: Rollouts, batch: TrainBatch, step: int) -> Sample
             counted_B=rollouts.counted_B,
             trained_B=rollouts.trained_B,
             fresh_B=~rollouts.carried_B,
+            prompts_B=prompts_with_images(rollouts),
         ),
         share=run.length.share,
         num_groups=len(rollouts.groups),
     )
+
+
+def prompts_with_images(rollouts: Rollouts) -> np.ndarray | None:
+    """The prompt of each response as an array of objects; None where no prompt has an image."""
+    if not any(prompt.images for prompt in rollouts.prompts):
+        return None
+    prompts_B = np.empty(len(rollouts.prompts), object)
+    prompts_B[:] = rollouts.prompts
+    return prompts_B
 
 
 def before_update(

@@ -6,9 +6,22 @@ import jax
 import numpy as np
 import pytest
 
-from luspo_jax import batches, experience, prompts, train, update
+from luspo_jax import (
+    batches,
+    experience,
+    image_rows,
+    instruments,
+    logprobs,
+    packing,
+    prompts,
+    sharding,
+    train,
+    update,
+)
 from luspo_jax import run as runs
+from luspo_jax.length import laboratory
 from luspo_jax.metrics import StepMetrics
+from luspo_jax.models import decoder
 from luspo_jax.rollout import Engine, Request, Sampling
 from tests import vl_cases
 
@@ -155,6 +168,127 @@ def test_carried_groups_get_their_images_back(run, rollouts):
     for group, before in zip(stored, rollouts.groups, strict=False):
         prompt = prompts.pictured(group.prompt, run.data.renderer)
         assert [image.sha for image in prompt.images] == [x.sha for x in before.prompt.images]
+
+
+def _generated(run, params, requests, layout=None, **sizes):
+    """response token ids and log-probs, by prompt and sample."""
+    engine = Engine(
+        run.model.config,
+        Sampling(max_response_length=12, stop_token_ids=(1,)),
+        max_prompt_length=40,
+        layout=layout,
+        **sizes,
+    )
+    responses, _ = engine.generate(params, requests, group_size=3, seed=5)
+    return {
+        (response.prompt_id, response.sample_id): (response.tokens.tolist(), response.logprobs)
+        for response in responses
+    }
+
+
+def _mixed(run):
+    """Requests with no image, one, and two."""
+    held_out = run.data.held_out
+    two = [*held_out[0].tokens, *held_out[1].tokens]
+    config = run.model.config
+    places = (config.image_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    words = [token for token in held_out[2].tokens if token not in places]
+    return [
+        *(Request(i, record.tokens, record.images) for i, record in enumerate(held_out[3:7])),
+        Request(7, np.array(two), held_out[0].images + held_out[1].images),
+        Request(8, np.array(words)),
+        Request(9, np.array(words[::-1])),
+    ]
+
+
+def test_slots_and_companions_do_not_change_a_response(run, params):
+    requests = _mixed(run)
+    expected = _generated(run, params, requests, num_slots=32)
+    alone = _generated(run, params, requests[4:5], num_slots=32)
+    few = _generated(run, params, requests, num_slots=4, chunk_length=5)
+    for found in (alone, few):
+        for key, (tokens, scores) in found.items():
+            assert tokens == expected[key][0]
+            np.testing.assert_allclose(scores, expected[key][1], atol=ATOL)
+    assert len(few) == 3 * len(requests)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "tensor": 2, "context": 2}])
+def test_a_mesh_samples_as_one_device(run, params, sizes):
+    requests = _mixed(run)
+    layout = sharding.layout("rollout", sizes, jax.devices())
+    placed = jax.device_put(
+        params, sharding.shardings(decoder.param_axes(run.model.config), layout)
+    )
+    found = _generated(run, placed, requests, layout, num_slots=16)
+    for key, (tokens, scores) in _generated(run, params, requests, num_slots=16).items():
+        assert found[key][0] == tokens
+        np.testing.assert_allclose(found[key][1], scores, atol=ATOL)
+
+
+def test_rows_of_no_one_and_two_images_score_as_they_were_sampled(run, params):
+    requests = _mixed(run)
+    sampled = _generated(run, params, requests, num_slots=8)
+    by_id = {request.prompt_id: request for request in requests}
+    keys = sorted(sampled)
+    prompts_B = [by_id[prompt_id] for prompt_id, _ in keys]
+    rows = packing.padded_rows(
+        [prompt.tokens for prompt in prompts_B],
+        [sampled[key][0] for key in keys],
+        length=64,
+        pad_id=0,
+    )
+    config = run.model.config
+    rows = image_rows.with_positions(rows, prompts_B, config)
+    rows = image_rows.with_images(rows, prompts_B, np.zeros(len(keys), int), 1, config=config)
+    logprobs_BT, _ = logprobs.token_logprobs(params, rows, scoring=run.rule.scoring)
+    found = [
+        row[mask] for row, mask in zip(np.asarray(logprobs_BT), rows.response_mask_BT, strict=True)
+    ]
+    for key, row in zip(keys, found, strict=True):
+        np.testing.assert_allclose(row, sampled[key][1], atol=ATOL, err_msg=str(key))
+
+
+@pytest.fixture(scope="module")
+def pressures(run, params, rollouts):
+    """(what is measured, the responses, pressure of each objective in one piece)."""
+    batch = batches.train_batch(run, rollouts)
+    sampled = laboratory.Sampled(
+        rows=batch.rows,
+        rewards_B=np.random.default_rng(0).normal(size=len(rollouts.responses)),
+        group_ids_B=rollouts.group_ids_B,
+        counted_B=rollouts.counted_B,
+        trained_B=rollouts.trained_B,
+        fresh_B=~rollouts.carried_B,
+        prompts_B=instruments.prompts_with_images(rollouts),
+    )
+    lab = laboratory.Laboratory(run.rule.scoring, (("own", run.rule.objective),), (4, 8), 99)
+    return lab, sampled, laboratory.measure(lab, params, params, sampled, 0.0)
+
+
+@pytest.mark.parametrize(
+    "sizes", [None, pytest.param({"fsdp": 4, "context": 2}, marks=pytest.mark.slow)]
+)
+def test_length_pressure_does_not_depend_on_pieces_or_devices(
+    run, params, rollouts, pressures, sizes
+):
+    lab, sampled, expected = pressures
+    layout = sharding.layout("train", sizes, jax.devices()) if sizes else None
+    scoring = dataclasses.replace(run.rule.scoring, layout=layout)
+    pieces = dataclasses.replace(lab, rows_at_once=4, scoring=scoring)
+    placed = jax.device_put(params, update.param_shardings(scoring)) if sizes else params
+    found = laboratory.measure(pieces, placed, placed, sampled, 0.0)
+    assert abs(float(expected["own"].length)) > 0
+    scale = float(np.abs(expected["own"].length_bins).max())
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4 * scale, rtol=1e-4)
+
+
+def test_length_pressure_sees_the_images(params, pressures):
+    lab, sampled, expected = pressures
+    blind = dataclasses.replace(sampled, prompts_B=None)
+    found = laboratory.measure(lab, params, params, blind, 0.0)
+    assert abs(found["own"].length / expected["own"].length - 1) > 1e-2
 
 
 def test_bad_images_are_named(run, params):

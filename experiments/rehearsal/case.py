@@ -21,8 +21,8 @@ from luspo_jax.models import locate
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config
 from luspo_jax.rollout import Engine, Request
 from luspo_jax.rollout.engine import SMALLEST_PROMPT
-from luspo_jax.rollout.schedule import bucket, prefill_batches, rounded_up
-from luspo_jax.sharding import Layout
+from luspo_jax.rollout.schedule import bucket, prefill_batches
+from luspo_jax.sharding import Layout, rounded_up
 from luspo_jax.types import TrainState
 from luspo_jax.update import UpdateRule
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from luspo_jax import objectives, sharding
+from luspo_jax import image_rows, objectives, sharding
 from luspo_jax.length import pressure
 from luspo_jax.length.pressure import Half, Pressure
 from luspo_jax.length.settings import LengthSettings
@@ -50,6 +50,7 @@ class Sampled:
       counted_B: whether the response has a verdict.
       trained_B: whether it carries gradient.
       fresh_B: sampled by the policy that starts the step.
+      prompts_B: objects, the prompt of each with its images; None where no prompt has any.
     """
 
     rows: TokenBatch
@@ -58,6 +59,7 @@ class Sampled:
     counted_B: np.ndarray
     trained_B: np.ndarray
     fresh_B: np.ndarray
+    prompts_B: np.ndarray | None = None
 
 
 def laboratory(
@@ -221,7 +223,7 @@ def _rows(sampled, rows):
         **{
             field.name: getattr(sampled, field.name)[rows]
             for field in dataclasses.fields(sampled)
-            if field.name != "rows"
+            if field.name != "rows" and getattr(sampled, field.name) is not None
         },
     )
 
@@ -245,7 +247,23 @@ def _half_rows(sampled, lab):
     )
     # Empty rows, which count nowhere, so that devices have equally many.
     missing = -len(sampled.rewards_B) % _row_parts(lab)
-    return jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), half)
+    half = jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), half)
+    return dataclasses.replace(half, rows=_with_images(half, sampled.prompts_B, lab))
+
+
+def _with_images(half, prompts_B, lab):
+    """The half's rows with the images of each piece that is scored at a time."""
+    if prompts_B is None:
+        return half.rows
+    total, num_parts = len(half.rewards_B), _num_parts(lab, half)
+    return image_rows.with_images(
+        half.rows,
+        prompts_B,
+        np.arange(total) // (total // num_parts),
+        num_parts,
+        config=lab.scoring.model,
+        layout=lab.scoring.layout,
+    )
 
 
 def _row_parts(lab):

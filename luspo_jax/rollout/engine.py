@@ -20,9 +20,8 @@ from luspo_jax.rollout.schedule import (
     padded_prompts,
     prefill_batches,
     queue_of,
-    rounded_up,
 )
-from luspo_jax.sharding import MeshError
+from luspo_jax.sharding import MeshError, rounded_up
 from luspo_jax.types import Images
 
 SMALLEST_PROMPT = 64  # tokens of the shortest prefill program

@@ -1,9 +1,9 @@
-"""The host side of prompts with images: where their units and positions are. No jax."""
+"""The host side of prompts with images: where their units and positions are."""
 
 import numpy as np
 
 from luspo_jax.models import image_layout
-from luspo_jax.rollout.schedule import rounded_up
+from luspo_jax.sharding import rounded_up
 
 
 def of_prompts(requests, config, *, length, rows, multiple=1):

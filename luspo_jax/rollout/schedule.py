@@ -1,4 +1,4 @@
-"""The host side of a rollout: which prompt is prefilled when, who sits in which slot. No jax."""
+"""The host side of a rollout: which prompt is prefilled when, who sits in which slot."""
 
 import collections
 import dataclasses
@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 
 from luspo_jax.rollout.records import Request, Response
+from luspo_jax.sharding import rounded_up
 
 
 def bucket(length, *, limit, smallest):
@@ -17,11 +18,6 @@ def bucket(length, *, limit, smallest):
     while size < length:
         size *= 2
     return min(size, limit)
-
-
-def rounded_up(count, multiple):
-    """`count`, or the next of multiple · {1, 2, 4, …}: few sizes that `multiple` devices share."""
-    return multiple * (1 << (-(-count // multiple) - 1).bit_length())
 
 
 def prefill_batches(requests, *, group_size, num_slots, max_tokens, multiple=1):

@@ -34,14 +34,6 @@ def test_padded_prompts():
     assert lengths_P.tolist() == [2, 1, 3, 1]
 
 
-@pytest.mark.parametrize(
-    ("count", "multiple", "size"),
-    [(1, 1, 1), (5, 1, 8), (8, 1, 8), (1, 6, 6), (6, 6, 6), (7, 6, 12), (13, 6, 24), (3, 8, 8)],
-)
-def test_sizes_that_devices_share(count, multiple, size):
-    assert s.rounded_up(count, multiple) == size
-
-
 def test_batches_hold_a_prompt_a_device_where_that_costs_no_row():
     requests = [Request(i, (0,) * (9 - i)) for i in range(9)]
     sizes = {"group_size": 4, "num_slots": 24, "max_tokens": 18, "multiple": 4}
