@@ -7,15 +7,14 @@ import numpy as np
 
 COLORS = "RGBY"
 SHAPES = "CSTX"
-CELLS = 6  # for dots, in two rows
-TICKS = 8  # of the scale that rods lie on
+CELLS = 6  # in a row, of dots and rods
+EMPTY = "-"  # a cell without a colour
 CELL = 28  # pixels: one merged token of Qwen's tower
 
 _PAINT = {"R": (214, 48, 40), "G": (34, 150, 62), "B": (44, 92, 214), "Y": (238, 190, 30)}
 _INK = (70, 70, 70)
 _GRID = (208, 208, 208)
 _UNIT = 13  # pixels of a bar's height that stand for 1
-_TICK = 14  # pixels between two ticks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,44 +61,42 @@ def bars(values: tuple[int, ...], look: Look) -> np.ndarray:
     return image
 
 
-def dots(shown: tuple[tuple[int, ...], str], look: Look) -> np.ndarray:
-    """Six cells, three in a row: 0 is empty, 1 a dot of the colour, 2 a dot of another."""
-    cells, color = shown
-    image = look.canvas(CELL * CELLS // 2, CELL * 2)
-    for place, cell in enumerate(cells):
-        if cell:
-            paint = _PAINT[color] if cell == 1 else look.color(not_this=color)
-            y, x = _middle(place, CELLS // 2, look)
-            _fill(image, _circle(y, x, look.draw(7, 9)), paint)
+def dots(row: tuple[str, ...], look: Look) -> np.ndarray:
+    """Cells in a row, each with a dot of its colour, or empty."""
+    image = look.canvas(CELL * len(row), CELL)
+    for place, color in enumerate(row):
+        if color != EMPTY:
+            y, x = _middle(place, look)
+            _fill(image, _circle(y, x, look.draw(7, 9)), _PAINT[color])
     return image
 
 
 def shapes(cells: tuple[tuple[str, str], ...], look: Look) -> np.ndarray:
-    """Four coloured shapes, two in a row."""
-    image = look.canvas(2 * CELL, 2 * CELL)
+    """Four coloured shapes in a row."""
+    image = look.canvas(CELL * len(cells), CELL)
     for place, (shape, color) in enumerate(cells):
-        y, x = _middle(place, 2, look)
+        y, x = _middle(place, look)
         _fill(image, _OUTLINES[shape](y, x, look.draw(8, 10)), _PAINT[color])
     return image
 
 
-def rods(shown: tuple[tuple[int, int, str], ...], look: Look) -> np.ndarray:
-    """Two rods (start, end, colour), above and below a scale of 8 ticks."""
-    image = look.canvas(_TICK * TICKS, 2 * CELL)
-    image[CELL - 1 : CELL + 1] = _INK
-    for tick in range(1, TICKS):
-        image[CELL - 5 : CELL + 5, _TICK * tick - 1 : _TICK * tick + 1] = _INK
-    for row, (start, end, color) in enumerate(shown):
-        half = look.draw(4, 7)
-        middle = CELL // 2 + CELL * row + (look.draw(-3, 0) if row == 0 else look.draw(0, 3))
-        image[middle - half : middle + half, _TICK * start : _TICK * end] = _PAINT[color]
+def rods(row: tuple[str, ...], look: Look) -> np.ndarray:
+    """Rods along a scale with a tick between two cells, from the colour over each cell."""
+    image = look.canvas(CELL * len(row), CELL)
+    image[CELL - 2 :] = _INK
+    for tick in range(1, len(row)):
+        image[CELL - 6 : CELL, CELL * tick - 1 : CELL * tick + 1] = _INK
+    half, middle = look.draw(4, 7), 12 + look.draw(-3, 2)
+    for place, color in enumerate(row):
+        if color != EMPTY:
+            across = slice(CELL * place, CELL * (place + 1))
+            image[middle - half : middle + half, across] = _PAINT[color]
     return image
 
 
-def _middle(place: int, columns: int, look: Look) -> tuple[int, int]:
-    row, column = divmod(place, columns)
+def _middle(place: int, look: Look) -> tuple[int, int]:
     half = CELL // 2
-    return CELL * row + half + look.draw(-2, 2), CELL * column + half + look.draw(-2, 2)
+    return half + look.draw(-2, 2), CELL * place + half + look.draw(-2, 2)
 
 
 def _fill(image: np.ndarray, inside, paint: tuple[int, int, int]) -> None:

@@ -5,13 +5,14 @@ Four kinds of problem are mixed, each with an image of its own size (in pixels, 
 | kind | image | question | answer | full trace |
 | --- | --- | --- | --- | --- |
 | bars | chart of N bars, 28·N × 56 | `abcd?` | sum of heights modulo 5 | `a3=3 b4=2 c1=3 d0=3` |
-| dots | 2 × 3 cells, 84 × 56 | `nR?` | number of red dots | `a1=1 b0=1 …`, cell by cell |
-| color | four shapes, 56 × 56 | `S?` | colour of the square | `CB SR`, cell by cell up to it |
-| length | two rods on a scale, 112 × 56 | `lG?` | length of the green rod | `7-2=5` |
+| dots | six cells, 168 × 28 | `nR?` | number of red dots | `aR=1 b-=1 cG=1 …` |
+| color | four shapes, 112 × 28 | `S?` | colour of the square | `aCB bSR`, up to the square |
+| length | rods along six cells, 168 × 28 | `lG?` | cells that the green one covers | `a-=0 bG=1 …` |
 
-A response may answer at once, `#### 3`, or first write some of the steps: the fewer it skips, the
-longer it is and the easier each step, as in `label_sums`. Colours are R, G, B, Y; shapes are
-C(ircle), S(quare), T(riangle), X. Answers are one character; `ANSWER_PATTERN` finds them.
+Steps go from left to right, letter by letter: what is there, and the result so far. A response may
+answer at once, `#### 3`, or first write some of the steps: the fewer it skips, the longer it is and
+the easier each step, as in `label_sums`. Colours are R, G, B, Y; shapes are C(ircle), S(quare),
+T(riangle), X. Answers are one character; `ANSWER_PATTERN` finds them.
 
 What a problem asks and shows, its content, is a number; positions, sizes and the colours that do
 not matter are its look, another number. Splits are of contents, by a hash, one in eight for the
@@ -30,7 +31,7 @@ import numpy as np
 
 from luspo_jax.datasets import label_sums, shape_drawing
 from luspo_jax.datasets.example import DataError, Example
-from luspo_jax.datasets.shape_drawing import CELLS, COLORS, SHAPES, TICKS
+from luspo_jax.datasets.shape_drawing import CELLS, COLORS, EMPTY, SHAPES
 
 ANSWER_PATTERN = r"####\s*(\S)"  # option `pattern` of the reward `exact`
 MAX_BARS = 6
@@ -40,7 +41,7 @@ SIZES = {"train": 4096, "test": 512}  # problems of each kind, unless `size` say
 
 _CODES = 1 << 20  # more than any kind has contents
 _LOOKS = 512
-_RODS = tuple(itertools.combinations(range(TICKS + 1), 2))  # (start, end)
+_ENDS = tuple(ends for ends in itertools.combinations(range(CELLS + 1), 2) if ends != (0, CELLS))
 _COLOR_PAIRS = tuple(itertools.permutations(COLORS, 2))
 _ARRANGEMENTS = tuple(itertools.permutations(SHAPES))
 
@@ -72,13 +73,11 @@ def bars(code: int, num_bars: int) -> Content:
 
 
 def dots(code: int, num_bars: int) -> Content:
-    """Number of dots of a colour; a cell is empty, of that colour or of another."""
-    cells = tuple(code // 3**place % 3 for place in range(CELLS))
-    color = COLORS[code // 3**CELLS]
-    found = [int(cell == 1) for cell in cells]
-    sums = np.cumsum(found)
-    steps = (f"{label}{n}={s}" for label, n, s in zip(label_sums.LABELS, found, sums, strict=False))
-    return Content(f"n{color}?", str(sums[-1]), tuple(steps), (cells, color))
+    """Number of dots of a colour; a cell is empty, of that colour or of one other."""
+    pair, cells = divmod(code, 3**CELLS)
+    asked, other = _COLOR_PAIRS[pair]
+    row = tuple((EMPTY, asked, other)[cells // 3**place % 3] for place in range(CELLS))
+    return _counted("n", row, asked)
 
 
 def color(code: int, num_bars: int) -> Content:
@@ -90,20 +89,27 @@ def color(code: int, num_bars: int) -> Content:
         for place, shape in enumerate(_ARRANGEMENTS[arrangement])
     )
     place = [shape for shape, _ in cells].index(SHAPES[asked])
-    steps = tuple(shape + colour for shape, colour in cells[: place + 1])
+    seen = zip(label_sums.LABELS, cells[: place + 1], strict=False)
+    steps = tuple(label + shape + colour for label, (shape, colour) in seen)
     return Content(f"{SHAPES[asked]}?", cells[place][1], steps, cells)
 
 
 def length(code: int, num_bars: int) -> Content:
-    """Length of the rod of a colour, in ticks of the scale between the two."""
-    code, asked = divmod(code, 2)
-    code, pair = divmod(code, len(_COLOR_PAIRS))
-    rods = tuple(
-        (*_RODS[rod], colour)
-        for rod, colour in zip(divmod(code, len(_RODS)), _COLOR_PAIRS[pair], strict=True)
-    )
-    start, end, colour = rods[asked]
-    return Content(f"l{colour}?", str(end - start), (f"{end}-{start}={end - start}",), rods)
+    """Number of cells that a rod covers, alone or laid upon another along the whole scale."""
+    code, below = divmod(code, 2)
+    pair, ends = divmod(code, len(_ENDS))
+    (asked, other), (start, end) = _COLOR_PAIRS[pair], _ENDS[ends]
+    row = [other if below else EMPTY] * CELLS
+    row[start:end] = asked * (end - start)
+    return _counted("l", tuple(row), asked)
+
+
+def _counted(word, row, asked):
+    """What asks for the cells of a colour, `row` being the colour in each."""
+    sums = np.cumsum([colour == asked for colour in row])
+    seen = zip(label_sums.LABELS, row, sums, strict=False)
+    steps = tuple(f"{label}{colour}={total}" for label, colour, total in seen)
+    return Content(f"{word}{asked}?", str(sums[-1]), steps, row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +121,13 @@ class _Kind:
 
 KINDS = {
     "bars": _Kind(bars, lambda n: label_sums.MODULUS**n, shape_drawing.bars),
-    "dots": _Kind(dots, lambda n: 3**CELLS * len(COLORS), shape_drawing.dots),
+    "dots": _Kind(dots, lambda n: 3**CELLS * len(_COLOR_PAIRS), shape_drawing.dots),
     "color": _Kind(
         color,
         lambda n: len(_ARRANGEMENTS) * len(COLORS) ** len(SHAPES) * len(SHAPES),
         shape_drawing.shapes,
     ),
-    "length": _Kind(length, lambda n: len(_RODS) ** 2 * len(_COLOR_PAIRS) * 2, shape_drawing.rods),
+    "length": _Kind(length, lambda n: len(_ENDS) * len(_COLOR_PAIRS) * 2, shape_drawing.rods),
 }
 
 
@@ -251,7 +257,7 @@ def longest_response(num_bars: int = 5) -> int:
     steps = {
         "bars": 5 * num_bars,
         "dots": 5 * CELLS,
-        "color": 3 * len(SHAPES),
-        "length": 6,
+        "color": 4 * len(SHAPES),
+        "length": 5 * CELLS,
     }
     return max(steps.values()) + len("#") + len(" 3")
