@@ -45,8 +45,8 @@ CHAIN_LOSS = flags.DEFINE_float("chain_loss", None, "Loss at which they have bee
 MIXTURE_STEPS = flags.DEFINE_integer("mixture_steps", None, "Steps on the mixture of styles.", 0)
 RATE = flags.DEFINE_float("learning_rate", None, "Peak rate of Adam.", 0.0)
 RESULT_WEIGHT = flags.DEFINE_float("result_weight", None, "Loss weight of a result.", 0.0)
-OWN = (CHAIN_STEPS, CHAIN_LOSS, MIXTURE_STEPS, RATE, RESULT_WEIGHT)
-ROWS = flags.DEFINE_integer("rows_per_step", 64, "Demonstrations in a step.", 1)
+ROWS = flags.DEFINE_integer("rows_per_step", None, "Demonstrations in a step.", 1)
+OWN = (CHAIN_STEPS, CHAIN_LOSS, MIXTURE_STEPS, RATE, RESULT_WEIGHT, ROWS)
 
 EVAL_PROBLEMS = flags.DEFINE_integer("eval_problems", 512, "Held-out problems measured.", 1)
 EVAL_SAMPLES = flags.DEFINE_integer("eval_samples", 12, "Responses to each.", 1)
@@ -286,7 +286,7 @@ def card(config, table: dict[str, str]) -> str:
     recipe = [*(TASK, SEED), *task().flags, *models.SIZES]
     recipe += models.OF_EXPERTS if config.num_experts else ()
     recipe += models.OF_VISION if config.vision else ()
-    recipe += (*OWN, ROWS)
+    recipe += OWN
     recipe += (EVAL_PROBLEMS, EVAL_SAMPLES)
     command = textwrap.fill(
         f"python -m experiments.make_base {' '.join(flag.serialize() for flag in recipe)} "

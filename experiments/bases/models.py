@@ -17,8 +17,8 @@ NORM_TOPK = flags.DEFINE_bool("norm_topk", True, "The weights of a token's exper
 BALANCE = flags.DEFINE_float("balance", 0.01, "Coefficient of the load-balancing loss.", 0.0)
 
 VISION_LAYERS = flags.DEFINE_integer("vision_layers", 2, "Blocks of the tower, the last full.", 1)
-VISION_EMBED = flags.DEFINE_integer("vision_embed_dim", 64, "Width of a patch in the tower.", 16)
-VISION_MLP = flags.DEFINE_integer("vision_mlp_dim", 128, "Width of the MLP of its blocks.", 1)
+VISION_EMBED = flags.DEFINE_integer("vision_embed_dim", 48, "Width of a patch in the tower.", 16)
+VISION_MLP = flags.DEFINE_integer("vision_mlp_dim", 96, "Width of the MLP of its blocks.", 1)
 # The rotations by row and by column are the slow half of all (`mrope_section`). With the usual
 # 10,000 they are next to nothing between neighbours, in heads as narrow as these.
 THETA = flags.DEFINE_float("vision_rope_theta", 10.0, "Base of the decoder's rotations.", 1.5)

@@ -43,7 +43,7 @@ class Task:
       images: whether its problems have images.
       flags: those that decide about problems and styles.
       training: of the flags that a task sets if the user does not, in order: most plain steps, the
-        loss that ends them, steps of the mixture, rate of Adam, loss weight of `looked_up`.
+        loss that ends them, steps of the mixture, rate of Adam, loss weight of `looked_up`, rows.
     """
 
     problems: Callable[[str], Sequence[Example]]
@@ -52,7 +52,7 @@ class Task:
     looked_up: Callable[[np.ndarray, list[str]], np.ndarray]
     max_response_length: Callable[[], int]
     flags: tuple[Any, ...]
-    training: tuple[Any, ...] = (800, 0.02, 400, 5e-3, 6.0)
+    training: tuple[Any, ...] = (800, 0.02, 400, 5e-3, 6.0, 64)
     reward: str = "gsm8k"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     images: bool = False
@@ -143,7 +143,7 @@ TASKS = {
         _seen,
         _shapes_response,
         (KINDS, NUM_BARS, NUM_IMAGES, DIRECT, CHUNK_LOW, CHUNK_MAX),
-        training=(1000, 0.02, 400, 3e-3, 4.0),
+        training=(700, 0.02, 300, 4e-3, 4.0, 32),
         reward="exact",
         options={"pattern": shapes.ANSWER_PATTERN},
         images=True,

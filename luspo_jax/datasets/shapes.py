@@ -7,7 +7,7 @@ Four kinds of problem are mixed, each with an image of its own size (in pixels, 
 | bars | chart of N bars, 28·N × 56 | `abcd?` | sum of heights modulo 5 | `a3=3 b4=2 c1=3 d0=3` |
 | dots | six cells, 168 × 28 | `nR?` | number of red dots | `aR=1 b-=1 cG=1 …` |
 | color | four shapes, 112 × 28 | `S?` | colour of the square | `aCB bSR`, up to the square |
-| length | rods along six cells, 168 × 28 | `lG?` | cells that the green one covers | `a-=0 bG=1 …` |
+| length | rods over six cells, 168 × 28 | `lG?` | cells under the green one | `a-=0 bG=1 …` |
 
 Steps go from left to right, letter by letter: what is there, and the result so far. A response may
 answer at once, `#### 3`, or first write some of the steps: the fewer it skips, the longer it is and
