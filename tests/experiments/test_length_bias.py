@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.studies.length_bias import analysis, design, rewards
-from experiments.sweeps import spec
+from experiments.sweeps import prediction, spec
 
 BASES = pathlib.Path("bases")
 LENGTH = "val-aux/label_sums/response_length/mean"
@@ -50,7 +50,7 @@ def test_windows_sum_the_pressure_of_the_updates_between_two_lengths():
         | ({LENGTH: lengths[step]} if step in lengths else {})
         for step in range(16)
     ]
-    found = analysis.windows(rows)
+    found = prediction.windows(rows)
     assert [w[:2] for w in found] == [(2 + 3 + 4 + 5 + 6, 2.0), (7 + 8 + 9 + 10 + 11, -1.0)]
     assert found[0][2] == -1.0  # the change of the next window
     assert np.isnan(found[0][3])  # nothing before the first
@@ -59,7 +59,7 @@ def test_windows_sum_the_pressure_of_the_updates_between_two_lengths():
 
 def test_windows_need_every_update():
     rows = [{"step": s, LENGTH: 1.0, "length/pressure/taken": 0.0} for s in range(7) if s != 4]
-    assert analysis.windows(rows) == []
+    assert prediction.windows(rows) == []
 
 
 def test_fit_finds_a_line_and_its_interval():
@@ -68,7 +68,7 @@ def test_fit_finds_a_line_and_its_interval():
     for _ in range(40):
         x = rng.normal(size=4)
         runs.append(list(zip(x, 0.9 * x + 0.1 * rng.normal(size=4), strict=True)))
-    found = analysis.fit(runs)
+    found = prediction.fit(runs)
     slope, low, high = found.slope
     assert low < 0.9 < high
     assert slope == pytest.approx(0.9, abs=0.03)
@@ -80,13 +80,13 @@ def test_fit_finds_a_line_and_its_interval():
 def test_ranks_resist_one_wild_window():
     x = np.linspace(-1, 1, 40)
     runs = [[(a, a)] for a in x[:-1]] + [[(30.0, 1.0)]]
-    found = analysis.fit(runs, resamples=10)
+    found = prediction.fit(runs, resamples=10)
     assert found.correlation[0] < 0.5
     assert found.rank_correlation[0] == pytest.approx(1)
 
 
 def test_ties_share_a_rank():
-    np.testing.assert_array_equal(analysis._ranks(np.array([3.0, 1, 3, 2])), [2.5, 0, 2.5, 1])
+    np.testing.assert_array_equal(prediction._ranks(np.array([3.0, 1, 3, 2])), [2.5, 0, 2.5, 1])
 
 
 @pytest.mark.parametrize(

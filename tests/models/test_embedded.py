@@ -17,7 +17,7 @@ from luspo_jax.rollout import Engine, Request, Sampling
 
 NAMES = embedded_models()
 MIXTURES = {"label_sums_moe": "label_sums"}  # those with experts, and their task
-SEEING = ()  # those with a vision tower
+SEEING = ("shapes",)  # those with a vision tower
 MAX_RESPONSE = 40
 SIZE_LIMIT = 6_000_000  # bytes, all models together
 REWARDS = {"shapes": ("exact", {"pattern": shapes.ANSWER_PATTERN})}  # of others, gsm8k

@@ -33,7 +33,7 @@ _BASES = {
 def main() -> None:
     """Everything, in order."""
     from experiments.studies.length_bias import analysis, design
-    from experiments.sweeps import report, runner
+    from experiments.sweeps import report, runner, tuning
 
     workdir, parallel = pathlib.Path(_WORKDIR.value).absolute(), _PARALLEL.value
     if _ANALYSE_ONLY.value:
@@ -53,7 +53,7 @@ def main() -> None:
     rates = {}
     for task in design.TASKS:
         tuned = run(f"tuning {task}", design.tuning(task, workdir / "bases"))
-        rates[task] = analysis.best_rates(*tuned)
+        rates[task] = tuning.best_rates(*tuned)
     (workdir / "rates.json").write_text(json.dumps(rates, indent=1) + "\n")
     bases = workdir / "bases"
     found = analysis.Study(

@@ -1,0 +1,165 @@
+"""From the study's runs to its tables and figures."""
+
+import math
+import pathlib
+from collections.abc import Mapping
+
+from experiments.studies.vl_length import design
+from experiments.sweeps import report, spec
+from experiments.sweeps.prediction import WINDOW, fit, windows
+from experiments.sweeps.report import Result
+from experiments.sweeps.spec import Sweep
+from luspo_jax.watchdog import write_atomically
+
+# Questions as paired differences: name → (this, minus that).
+CONTRASTS = {
+    "the paper's claim: LUSPO − GSPO": ("LUSPO", "GSPO"),
+    "LUSPO − GRPO": ("LUSPO", "GRPO"),
+    "GSPO − GRPO": ("GSPO", "GRPO"),
+    "clip range alone: GSPO wide − GSPO": ("GSPO wide", "GSPO"),
+    "weighting alone: LUSPO/L_ref − GSPO wide": ("LUSPO/L_ref", "GSPO wide"),
+    "size of the loss: LUSPO − LUSPO/L_ref": ("LUSPO", "LUSPO/L_ref"),
+    "frozen tower, GSPO": ("GSPO, tower frozen", "GSPO"),
+    "frozen tower, LUSPO": ("LUSPO, tower frozen", "LUSPO"),
+    "blank images, LUSPO": ("LUSPO, blank images", "LUSPO"),
+}
+COMPARED = ("accuracy area", "accuracy", "length area", "length change", "clipped A>0",
+            "clipped A<0", "pressure taken")  # fmt: skip
+SHOWN = ("GRPO", "GSPO", "LUSPO")  # in figures, and "LUSPO, blank images" beside them
+_COLORS = {"GRPO": "0.45", "GSPO": "C3", "LUSPO": "C0", "LUSPO, blank images": "C1"}
+
+
+def write(
+    rates: Mapping[str, float], sweep: Sweep, folder: pathlib.Path, workdir: pathlib.Path
+) -> str:
+    """Writes results.md and the figures; gives the text."""
+    results = report.collect(sweep, folder)
+    sections = [
+        "# Results\n\nMade by `study.py`; means over seeds with 95 % intervals, differences "
+        "paired by seed.\nPressure is in tokens of mean length: what was taken, of a step's "
+        "updates; own, per unit of\nlearning rate of plain gradient descent.\n",
+        "\n## Every cell\n\n",
+        levels(rates, results),
+        "\n## Differences\n\n",
+        contrasts(results),
+        "\n## Are negatives clipped more than positives?\n\n",
+        clipping(results),
+        "\n## Does the pressure of the updates taken account for the change of held-out length?"
+        f"\n\nWindows of {WINDOW} steps; intervals by bootstrap over runs.\n\n",
+        predictions(results, folder),
+    ]
+    missing = [f"- {r.member.name}: {r.missing}\n" for r in results if r.missing]
+    if missing:
+        sections += ["\n## Not finished\n\n", *missing]
+    text = "".join(sections)
+    write_atomically(workdir / "results.md", text)
+    curves_figure(sweep, folder, workdir / "curves.png")
+    clipping_figure(sweep, folder, workdir / "clipping.png")
+    return text
+
+
+def levels(rates: Mapping[str, float], results: list[Result]) -> str:
+    """Every outcome of every cell."""
+    names = [outcome.name for outcome in design.OUTCOMES]
+    values = {name: report.by_variant(results, name) for name in names}
+    rows = []
+    for cell in values[names[0]]:
+        rate = rates[design.CONTROLS[cell][0] if cell in design.CONTROLS else cell]
+        found = [report.estimate(list(values[name][cell].values())) for name in names]
+        rows.append([cell, f"{rate:g}", found[0].count, *found])
+    return report.markdown_table(["objective", "learning rate", "runs", *names], rows)
+
+
+def contrasts(results: list[Result]) -> str:
+    """The differences that the study asks about."""
+    values = {name: report.by_variant(results, name) for name in COMPARED}
+    rows = [
+        [label, *(report.paired(values[name][this], values[name][that]) for name in COMPARED)]
+        for label, (this, that) in CONTRASTS.items()
+    ]
+    return report.markdown_table(["difference", *COMPARED], rows)
+
+
+def clipping(results: list[Result]) -> str:
+    """Within each run: the share clipped where A < 0 minus that where A > 0."""
+    positive, negative = (
+        report.by_variant(results, name) for name in ("clipped A>0", "clipped A<0")
+    )
+    rows = [
+        [
+            cell,
+            report.estimate(list(positive[cell].values())),
+            report.estimate(list(negative[cell].values())),
+            report.paired(negative[cell], positive[cell]),
+        ]
+        for cell in positive
+    ]
+    columns = ["objective", "clipped, A>0", "clipped, A<0", "A<0 minus A>0"]
+    return report.markdown_table(columns, rows)
+
+
+def predictions(results: list[Result], folder: pathlib.Path) -> str:
+    """Measured on predicted change of held-out length, a row an objective."""
+    runs: dict[str, list] = {}
+    for result in results:
+        if not result.missing:
+            found = windows(report.rows_of(result.member, folder))
+            if found:
+                runs.setdefault(result.member.variant.name, []).append(found)
+    everything = [run for found in runs.values() for run in found]
+    lines = [
+        "| objective | correlation | slope | by ranks | windows |\n",
+        "|---|---|---|---|---|\n",
+    ]
+    for name, found in ({"all": everything} | runs if everything else {}).items():
+        pairs = [[(w[0], w[1]) for w in run if math.isfinite(w[1])] for run in found]
+        lines.append(f"| {name} | {fit(pairs)} |\n")
+    return "".join(lines)
+
+
+def _curves(sweep, folder, cell, metric):
+    variant = next(v for v in spec.variants(sweep) if v.name == cell)
+    runs = (report.finished_rows(sweep, variant, seed, folder) for seed in sweep.seeds)
+    return [report.series(rows, metric) for rows in runs if rows]
+
+
+def _band(axis, curves, color, label, style="-"):
+    steps, mean, half = report.band(curves)
+    if len(steps):
+        axis.plot(steps, mean, style, color=color, lw=1.6, label=label)
+        axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
+
+
+def curves_figure(sweep: Sweep, folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Accuracy and length over steps, and the pressure of the updates, by objective."""
+    panels = (
+        ("held-out accuracy", "val-core/*", ""),
+        ("held-out length", design.LENGTH, "tokens"),
+        ("pressure of the updates taken", "length/pressure/taken", "tokens a step"),
+    )
+    plt = report.pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), layout="constrained")
+    for axis, (title, metric, unit) in zip(axes, panels, strict=True):
+        for cell, color in _COLORS.items():
+            _band(axis, _curves(sweep, folder, cell, metric), color, cell)
+        axis.set(title=title, xlabel="rollout step", ylabel=unit)
+        axis.grid(alpha=0.3)
+    axes[2].axhline(0, color="0.6", lw=0.8)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
+
+
+def clipping_figure(sweep: Sweep, folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Clipped share by the sign of the advantage over steps, an objective a panel."""
+    plt = report.pyplot()
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(12, 3.4), layout="constrained", sharey=True)
+    for axis, cell in zip(axes, SHOWN, strict=True):
+        for sign, word, style in (("pos", "A > 0", "-"), ("neg", "A < 0", "--")):
+            curves = _curves(sweep, folder, cell, f"actor/clipfrac/{sign}")
+            _band(axis, curves, _COLORS[cell], word, style)
+        axis.set(title=f"{cell}: clipped share", xlabel="rollout step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, frameon=False)
+    figure.savefig(target, dpi=90)
+    plt.close(figure)
