@@ -7,8 +7,8 @@ from experiments.sweeps.spec import Outcome, Sweep
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
-STEPS = 25
-REFERENCE_LENGTH = 14.0  # tokens, about the embedded base's mean
+STEPS = 40
+REFERENCE_LENGTH = 14.5  # tokens; mean of the embedded base
 LENGTH = "val-aux/*/response_length/mean"
 
 _WIDE = {"objective.clip_low": 2e-3, "objective.clip_high": 2.5e-3}  # LUSPO's own range
