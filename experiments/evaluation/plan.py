@@ -18,7 +18,7 @@ from luspo_jax.sources import Model
 
 _NO_LIMIT = 1 << 30  # tokens: a prompt that is too long is refused later, by its length
 _AT_ONCE = 64  # problems whose images are in memory while prompts are made
-_SHOWN = 3  # refusals that a message quotes
+_SHOWN = 1  # refusals that a message quotes
 _SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
 
 

@@ -64,7 +64,9 @@ def numbers(entry: Benchmark, records: Sequence[Record]) -> Numbers:
     return Numbers(
         summary=summary(records, metric=entry.metric, split_by=entry.split_by),
         figures=entry.figures(records),
-        caveats=[entry.rule.note, *entry.rule.caveats(once)] if entry.rule else [],
+        caveats=[f"{VLMEVALKIT}: {entry.rule.note}", *entry.rule.caveats(once)]
+        if entry.rule
+        else [],
     )
 
 
@@ -223,7 +225,7 @@ def _details(name: str, entry: Mapping[str, Any], numbers: Numbers) -> list[str]
     ]
     for title, rows in _tables(numbers):
         lines += [*_grid((title, "items", f"{STRICT}", f"{VLMEVALKIT}"), rows), ""]
-    lines += [f"{caveat[0].upper()}{caveat[1:]}." for caveat in numbers.caveats]
+    lines += [f"- {caveat}" for caveat in numbers.caveats]
     lines += [
         *([""] if numbers.caveats else []),
         *_grid(("k", "pass@k %", "maj@k %"), curve),
