@@ -95,8 +95,9 @@ def _notes(manifests, shared: list[str]) -> Iterator[str]:
         yield "note: how these predictions were sampled is not known"
     for name in shared:
         ours, theirs = a["benchmarks"][name], b["benchmarks"][name]
-        if ours["images"] != theirs["images"]:
-            yield f"note: {name}: {_images(ours['images'] or {}, theirs['images'] or {})}"
+        pictures = [facts.get("images", {}) for facts in (ours, theirs)]
+        if pictures[0] != pictures[1]:
+            yield f"note: {name}: {_images(*pictures)}"
         elif ours["template_hash"] != theirs["template_hash"]:
             yield f"note: {name}: chat templates or system prompts differ"
     alone = sorted({*a["benchmarks"]} ^ {*b["benchmarks"]})

@@ -13,7 +13,7 @@ from luspo_jax import datasets, prompts, sources
 from luspo_jax.benchmarks import Benchmark, Protocol
 from luspo_jax.datasets import Example, Report
 from luspo_jax.datasets.images import ImageFiles
-from luspo_jax.images import ImagePreparer
+from luspo_jax.images import ImagePreparer, ImageSettings
 from luspo_jax.sources import Model
 
 _NO_LIMIT = 1 << 30  # tokens: a prompt that is too long is refused later, by its length
@@ -254,17 +254,20 @@ def _task(entry, problems, report, options, renderer, max_position) -> Task:
             refused[outcome.reason].append(name(problem))
     asked = [outcome for outcome in found if isinstance(outcome, prompts.PromptRecord)]
     _check_refusals(entry, found, asked, options)
-    template, images = options.template or entry.template, None
-    if renderer.images is not None:
-        settings = renderer.images.settings
-        images = {
-            "min_pixels": settings.patching.min_pixels,
-            "max_pixels": settings.patching.max_pixels,
-            "blank": settings.patching.blank,
-            "settings": settings.hash,
-            "shown": digest.hexdigest()[:16],
-        }
+    images = renderer.images and _image_facts(renderer.images.settings, digest.hexdigest()[:16])
+    template = options.template or entry.template
     return Task(entry, report, template, renderer, asked, dict(refused), images)
+
+
+def _image_facts(settings: ImageSettings, shown: str) -> dict[str, Any]:
+    limits = settings.patching
+    return {
+        "min_pixels": limits.min_pixels,
+        "max_pixels": limits.max_pixels,
+        "blank": limits.blank,
+        "settings": settings.hash,
+        "shown": shown,
+    }
 
 
 def name(problem: Example) -> str:

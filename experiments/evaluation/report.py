@@ -61,12 +61,13 @@ def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
 def numbers(entry: Benchmark, records: Sequence[Record]) -> Numbers:
     """The numbers of a benchmark's records."""
     once = [record for record in records if record.sample_id == records[0].sample_id]
+    rule, caveats = entry.rule, []
+    if rule:
+        caveats = [f"{VLMEVALKIT}: {rule.note}", *rule.caveats(once)]
     return Numbers(
         summary=summary(records, metric=entry.metric, split_by=entry.split_by),
         figures=entry.figures(records),
-        caveats=[f"{VLMEVALKIT}: {entry.rule.note}", *entry.rule.caveats(once)]
-        if entry.rule
-        else [],
+        caveats=caveats,
     )
 
 
@@ -135,7 +136,7 @@ def _row(name: str, entry: Mapping[str, Any], result: Summary) -> tuple[str, ...
 
 
 def _not_asked(entry: Mapping[str, Any]) -> int:
-    return sum(map(len, entry["refused"].values()))
+    return sum(map(len, entry.get("refused", {}).values()))
 
 
 def _notes(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> list[str]:
@@ -146,9 +147,9 @@ def _notes(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> list[st
         whole, tried = entry["problems_in_dataset"], entry["problems"] + _not_asked(entry)
         if tried < whole:
             notes.append(f"{name}: the first {tried} of {whole} problems only")
-        for reason, names in entry["refused"].items():
+        for reason, names in entry.get("refused", {}).items():
             notes.append(f"{name}: {len(names)} of {tried} not asked, {reason}: {_some(names)}")
-        if entry["images"] and entry["images"]["blank"]:
+        if entry.get("images", {}).get("blank"):
             notes.append(f"{name}: every image was blanked")
         unusable = result.statuses.get(UNUSABLE, 0)
         if unusable:
@@ -220,7 +221,7 @@ def _details(name: str, entry: Mapping[str, Any], numbers: Numbers) -> list[str]
         f"{entry['template_hash']}. Scorer: {', '.join(entry['scorers'].values())}. Statuses: "
         + ", ".join(f"{status} {count}" for status, count in result.statuses.items())
         + "."
-        + _image_facts(entry["images"]),
+        + _image_facts(entry.get("images")),
         "",
     ]
     for title, rows in _tables(numbers):

@@ -89,7 +89,7 @@ def predictions(
         for sample_id, text in enumerate(answers[problem.id])
     ]
     facts = session.entry_facts(entry, problems, source, options, refused={})
-    facts |= {"num_samples": size, "template": "", "template_hash": "", "images": None}
+    facts |= {"num_samples": size, "template": "", "template_hash": ""}
     manifest = {
         "model": f"{file.name} (sha256 {_digest(file)})",
         "protocol": _UNKNOWN,

@@ -111,7 +111,7 @@ def _manifest(policy: Policy, tasks: Sequence[Task], options: Options) -> dict[s
         ) | {
             "template": task.template,
             "template_hash": task.renderer.hash,
-            "images": task.images,
+            **({"images": task.images} if task.images else {}),
         }
     return {
         "model": policy.name,
@@ -146,12 +146,12 @@ def entry_facts(
     return {
         "dataset": dataclasses.asdict(source),
         "problems": len(problems),
-        "refused": {reason: list(names) for reason, names in sorted(refused.items())},
         "problems_in_dataset": source.examples,
         "problems_hash": hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16],
         "num_samples": options.protocol.num_samples,
         "scorers": labels,
         "metric": entry.metric,
+        **({"refused": {k: list(v) for k, v in sorted(refused.items())}} if refused else {}),
     }
 
 

@@ -24,7 +24,7 @@ MATHVISTA = Table(
         "skills": ("metadata.skills", "skills"),
     },
     identity=(("pid",),),
-    images=("image",),
+    images=("decoded_image", "image"),
     origin="huggingface.co/datasets/AI4Math/MathVista",
 )
 # A command whose backslash was read as an escape when the file was written: \frac as form feed +
@@ -43,7 +43,7 @@ MATHVISION = Table(
     clean_answer=unescaped,
     fields={"choices": ("options",), "subject": ("subject",), "level": ("level",)},
     identity=(("id",),),
-    images=("image",),
+    images=("decoded_image", "image"),
     origin="huggingface.co/datasets/MathLLMs/MathVision",
 )
 # The problem of the version "Vision Only" stands in the image alone. The files of the authors'

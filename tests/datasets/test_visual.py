@@ -158,8 +158,17 @@ def test_a_benchmark_refuses_a_missing_column_by_name(tmp_path, column):
     row |= {"pid": "1", "image": "a.png", "metadata": {"task": "t", "skills": []}}
     del row[column]
     (tmp_path / "a.json").write_text(json.dumps([row]))
-    with pytest.raises(DataError, match=f"row 1: no column '{column}'"):
+    with pytest.raises(DataError, match=f"row 1: no column .*'{column}'; the columns are"):
         read_examples(DATASETS["mathvista"], tmp_path / "a.json")
+
+
+def test_images_inside_a_hub_file_come_before_their_names(tmp_path):
+    row = {"pid": "1", "question": "q", "answer": "1", "choices": None, "question_type": "f"}
+    row |= {"answer_type": "integer", "metadata": {"task": "t", "skills": ["s"]}}
+    row |= {"image": "images/1.jpg", "decoded_image": {"bytes": b"x", "path": None}}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "testmini.parquet")
+    (example,), _ = read_examples(DATASETS["mathvista"], tmp_path / "testmini.parquet")
+    assert example.meta["images"] == [{"row": 1, "column": "decoded_image"}]
 
 
 def test_latex_read_as_an_escape_is_restored(tmp_path):
