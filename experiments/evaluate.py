@@ -2,11 +2,12 @@
 
 `python -m experiments.evaluate --model=MODEL --benchmarks=aime24,math500 --data=DIR --workdir=OUT`
 
-MODEL is a folder in Hugging Face format, embedded:NAME, hub:OWNER/NAME, or a run's workdir. Running
-the same command again continues an evaluation that was stopped, and gives the same responses. A
-workdir holds every generation, results.json and results.md. Without a model: `--rescore=OUT` judges
-stored generations again, `--predictions=FILE --benchmarks=NAME` scores a file with the columns id
-and prediction, `--compare=A,B` gives differences paired by problem.
+MODEL is a folder in Hugging Face format, embedded:NAME, hub:OWNER/NAME, or a run's workdir; of
+Qwen2.5-VL where problems show images (mathvista, wemath …). Running the same command again
+continues an evaluation that was stopped, and gives the same responses. A workdir holds every
+generation, results.json and results.md. Without a model: `--rescore=OUT` judges stored generations
+again, `--predictions=FILE --benchmarks=NAME` scores a file with the columns id and prediction,
+`--compare=A,B` gives differences paired by problem.
 """
 
 import pathlib
@@ -30,7 +31,18 @@ _LENGTH = flags.DEFINE_integer("max_response_length", None, "Tokens, in place of
 _LIMIT = flags.DEFINE_integer("limit", 0, "Only the first so many problems; 0 = all.", 0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", 0)
 _TEMPLATE = flags.DEFINE_string("template", "", "Prompt template; empty = the benchmark's.")
-_SYSTEM = flags.DEFINE_string("system_prompt", "", "A system message.")
+_SYSTEM = flags.DEFINE_string(
+    "system_prompt", None, "A system message, or the name luspo_vl; unset = the benchmark's."
+)
+_IMAGES = flags.DEFINE_string("image_dir", "", "Where images are: a folder, or name=folder,…")
+_MIN_PIXELS = flags.DEFINE_integer("min_pixels", 0, "Of an image; 0 = the model's.", 0)
+_MAX_PIXELS = flags.DEFINE_integer("max_pixels", 0, "Of an image; 0 = the model's.", 0)
+_BLANK = flags.DEFINE_bool("blank_images", False, "Every image white: what is answered blind.")
+_REFUSALS = flags.DEFINE_enum(
+    "refusals", "stop", ["stop", "skip"],
+    "Problems that cannot be asked (image missing or unreadable, prompt too long): stop, or leave "
+    "them out and report them.",
+)  # fmt: skip
 _THINKING = flags.DEFINE_bool("enable_thinking", None, "Passed to the chat template if set.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of sampling.")
 _SLOTS = flags.DEFINE_integer("num_slots", 64, "Responses decoded together.", 1)
@@ -41,6 +53,8 @@ _WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes of the scorer.", 1)
 _TIMEOUT = flags.DEFINE_float("timeout_s", 10.0, "Of one verification.", 0.01)
 _RESCORE = flags.DEFINE_string("rescore", "", "Folder of an evaluation to judge again.")
 _PREDICTIONS = flags.DEFINE_string("predictions", "", "File of predictions to score.")
+_ID = flags.DEFINE_list("id", ["id"], "Column of ids; several are joined by '/'.")
+_PREDICTION = flags.DEFINE_string("prediction", "prediction", "Column of predictions.")
 _COMPARE = flags.DEFINE_list("compare", [], "Two folders of evaluations: A,B.")
 
 
@@ -120,6 +134,13 @@ def _options():
         seed=_SEED.value,
         template=_TEMPLATE.value,
         system_prompt=_SYSTEM.value,
+        image_dir=_IMAGES.value,
+        min_pixels=_MIN_PIXELS.value,
+        max_pixels=_MAX_PIXELS.value,
+        blank_images=_BLANK.value,
+        refusals=_REFUSALS.value,
+        id_columns=tuple(_ID.value),
+        prediction_column=_PREDICTION.value,
         enable_thinking=_THINKING.value,
         dtype=_DTYPE.value,
         tensor=_TENSOR.value,

@@ -128,6 +128,7 @@ def respond(
             meta=prompt.example.meta,
             verdict=verdict,
             scorers=scorer.labels,
+            problem=prompt.example.problem,
         )
         for prompt, response, text, verdict in rows
     ]
@@ -163,6 +164,7 @@ def score(
                 length=len(response.tokens),
                 max_length=max_length,
                 meta=prompts[row // group_size].example.meta,
+                problem=prompts[row // group_size].example.problem,
             )
             for row, response in enumerate(responses)
         ]

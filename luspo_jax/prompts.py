@@ -26,6 +26,8 @@ LUSPO_VL_SYSTEM_PROMPT = (
     "is $\\boxed{2}$ </answer>. The output must always begin with <think> and end with </answer>."
 )
 
+SYSTEM_PROMPTS = {"": "", "luspo_vl": LUSPO_VL_SYSTEM_PROMPT}
+
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # in a problem: here stands its next image
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
@@ -286,17 +288,26 @@ def _record(example, text, tokens, images, *, renderer, max_length) -> PromptRec
 
 
 def pictured(record: PromptRecord, renderer: Renderer) -> PromptRecord:
-    """A prompt that was stored without its images, with them.
+    """A prompt that was kept without its images, with them; see `with_images`."""
+    return with_images([record], renderer)[0]
+
+
+def with_images(records: Sequence[PromptRecord], renderer: Renderer) -> list[PromptRecord]:
+    """Prompts that were kept without their images, with them.
 
     Raises:
       DataError: one can no longer be read.
     """
     if renderer.images is None:
-        return record
-    (found,) = _images([record.example], renderer)
-    if isinstance(found, ImageRefusal):
-        raise DataError(f"an image of a prompt of the checkpoint: {found}")
-    return dataclasses.replace(record, images=found)
+        return list(records)
+    found = _images([record.example for record in records], renderer)
+    refusals = [image for image in found if isinstance(image, ImageRefusal)]
+    if refusals:
+        raise DataError(f"an image of a prompt that was made before: {refusals[0]}")
+    return [
+        dataclasses.replace(record, images=images)
+        for record, images in zip(records, found, strict=True)
+    ]
 
 
 class PromptStream:

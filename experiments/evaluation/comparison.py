@@ -79,12 +79,26 @@ def _line(name: str, result: Difference, sizes: list[int]) -> str:
     )
 
 
+def _images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """In what the images of two evaluations differ, in the first of these that does."""
+    for fields in (("blank", "min_pixels", "max_pixels"), ("settings",), ("shown",)):
+        changed = [field for field in fields if ours.get(field) != theirs.get(field)]
+        if changed:
+            sides = (", ".join(f"{f} {side.get(f)}" for f in changed) for side in (ours, theirs))
+            return f"images differ: {' and '.join(sides)}"
+    return "images differ"
+
+
 def _notes(manifests, shared: list[str]) -> Iterator[str]:
     a, b = manifests
     if a["sampling"] is None:
         yield "note: how these predictions were sampled is not known"
     for name in shared:
-        if a["benchmarks"][name]["template_hash"] != b["benchmarks"][name]["template_hash"]:
+        ours, theirs = a["benchmarks"][name], b["benchmarks"][name]
+        pictures = [facts.get("images", {}) for facts in (ours, theirs)]
+        if pictures[0] != pictures[1]:
+            yield f"note: {name}: {_images(*pictures)}"
+        elif ours["template_hash"] != theirs["template_hash"]:
             yield f"note: {name}: chat templates or system prompts differ"
     alone = sorted({*a["benchmarks"]} ^ {*b["benchmarks"]})
     if alone:

@@ -1,16 +1,24 @@
 """From flags to tasks: which problems, asked how, judged by what, from which files."""
 
+import collections
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from experiments.command import UsageError
-from luspo_jax import datasets, prompts
+from luspo_jax import config as configuration
+from luspo_jax import datasets, prompts, sources
 from luspo_jax.benchmarks import Benchmark, Protocol
 from luspo_jax.datasets import Example, Report
+from luspo_jax.datasets.images import ImageFiles
+from luspo_jax.images import ImagePreparer, ImageSettings
+from luspo_jax.sources import Model
 
-_NO_LIMIT = 1 << 30  # tokens: a prompt that is too long is refused later, never dropped
+_NO_LIMIT = 1 << 30  # tokens: a prompt that is too long is refused later, by its length
+_AT_ONCE = 64  # problems whose images are in memory while prompts are made
+_SHOWN = 1  # refusals that a message quotes
 _SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
 
 
@@ -22,15 +30,21 @@ class Options:
       protocol: how to sample, the number of responses included.
       data: a folder, or name=path pairs joined by commas.
       cache_dir: where built datasets are kept; empty for the user's cache.
-      limit: only the first so many problems; 0 for all.
+      limit: only the first so many problems, each with all its parts or variants; 0 for all.
       seed: of the sampling noise.
       template, system_prompt, enable_thinking: as in `prompts.Renderer`; an empty template is
-        the benchmark's.
+        the benchmark's, and so is a system prompt of None.
+      image_dir: a folder, or name=path pairs joined by commas; empty where images are beside
+        their data.
+      min_pixels, max_pixels: of an image; 0 for the model's own.
+      blank_images: whether every image is blanked.
+      refusals: of problems that cannot be asked: "stop", or "skip" them and say so.
+      id_columns, prediction_column: of a file of predictions.
       dtype: of weights, activations and cache.
       num_slots: responses decoded together.
       tensor: devices that share one copy of the weights.
       save_every: problems between two saves; 0 for as many as fill the slots four times.
-      workers, timeout_s: of the scorer.
+      workers, timeout_s: of the scorer; as many processes read images.
       step: which checkpoint of a run.
     """
 
@@ -40,7 +54,14 @@ class Options:
     limit: int = 0
     seed: int = 0
     template: str = ""
-    system_prompt: str = ""
+    system_prompt: str | None = None
+    image_dir: str = ""
+    min_pixels: int = 0
+    max_pixels: int = 0
+    blank_images: bool = False
+    refusals: str = "stop"
+    id_columns: tuple[str, ...] = ("id",)
+    prediction_column: str = "prediction"
     enable_thinking: bool | None = None
     dtype: str = "float32"
     num_slots: int = 64
@@ -53,13 +74,25 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One benchmark as it is asked."""
+    """One benchmark as it is asked.
+
+    Attributes:
+      benchmark: which.
+      report: where its problems are from.
+      template: name of the prompt template.
+      renderer: of its prompts.
+      prompts: the problems that are asked; their images are read again when it is their turn.
+      refused: reason → names of the problems that are not asked.
+      images: what was done to the images, and a hash of those that are shown; None without any.
+    """
 
     benchmark: Benchmark
     report: Report
     template: str
-    template_hash: str
+    renderer: prompts.Renderer
     prompts: list[prompts.PromptRecord]
+    refused: dict[str, list[str]]
+    images: dict[str, Any] | None = None
 
     @property
     def longest_prompt(self) -> int:
@@ -67,14 +100,37 @@ class Task:
         return max(len(prompt.tokens) for prompt in self.prompts)
 
 
-def tasks(chosen: Sequence[Benchmark], options: Options, tokenizer: Any) -> list[Task]:
-    """The chosen benchmarks' problems as token prompts.
+def tasks(chosen: Sequence[Benchmark], options: Options, model: Model) -> list[Task]:
+    """The chosen benchmarks' problems as token prompts for a model.
 
     Raises:
-      UsageError, DataError: a file or a template that cannot be used, by name.
+      UsageError, DataError, BenchmarkError, ConfigError: a file, an annotation, a template or a
+        setting that cannot be used, or problems that cannot be asked, by name.
     """
+    shown = [entry.name for entry in chosen if entry.images]
+    if shown and model.config.vision is None:
+        raise UsageError(
+            f"--benchmarks={','.join(shown)}: problems show images, and {model.folder.name} is a "
+            f"{model.config.model_type} model, which reads text only: give a Qwen2.5-VL model"
+        )
+    preparer = _preparer(options, model) if shown else None
     found = examples(chosen, options)
-    return [_task(entry, *found[entry.name], options, tokenizer) for entry in chosen]
+    files = _image_files(chosen, options)
+    tasks = []
+    for entry in chosen:
+        try:
+            renderer = prompts.Renderer(
+                model.tokenizer,
+                options.template or entry.template,
+                _system_prompt(entry, options),
+                enable_thinking=options.enable_thinking,
+                images=preparer if entry.images else None,
+                image_files=files[entry.name],
+            )
+        except ValueError as error:
+            raise UsageError(f"{entry.name}: {error} (flag --template)") from error
+        tasks.append(_task(entry, *found[entry.name], options, renderer, model.config.max_position))
+    return tasks
 
 
 def examples(
@@ -87,9 +143,20 @@ def examples(
         problems, report = datasets.load(
             entry.dataset, paths.get(entry.name), "test", data_dir=options.cache_dir or None
         )
-        count = min(options.limit or len(problems), len(problems))
-        loaded[entry.name] = [problems[i] for i in range(count)], report
+        problems = _first(entry, problems, options.limit)
+        entry.check(problems)
+        loaded[entry.name] = problems, report
     return loaded
+
+
+def _first(entry: Benchmark, problems: Sequence[Example], limit: int) -> list[Example]:
+    """The first so many problems, each with all its parts or variants."""
+    unit = entry.rule.unit if entry.rule else ""
+    if not unit:
+        return [problems[i] for i in range(min(limit or len(problems), len(problems)))]
+    units = dict.fromkeys(problem.meta[unit] for problem in problems)
+    wanted = set(list(units)[: limit or len(units)])
+    return [problem for problem in problems if problem.meta[unit] in wanted]
 
 
 def data_paths(text: str, chosen: Sequence[Benchmark]) -> dict[str, pathlib.Path]:
@@ -98,6 +165,17 @@ def data_paths(text: str, chosen: Sequence[Benchmark]) -> dict[str, pathlib.Path
     Raises:
       UsageError: a benchmark without data; the message says what was looked for.
     """
+    given, folder = _named_paths("data", text, chosen)
+    for entry in chosen:
+        if not entry.generated and entry.name not in given:
+            given[entry.name] = _inside(folder, entry.name)
+    return given
+
+
+def _named_paths(
+    flag: str, text: str, chosen: Sequence[Benchmark]
+) -> tuple[dict[str, pathlib.Path], pathlib.Path | None]:
+    """(benchmark → path, folder of all) of a flag such as `DIR,aime24=FILE`."""
     given, folders = {}, []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, equals, path = part.partition("=")
@@ -109,14 +187,11 @@ def data_paths(text: str, chosen: Sequence[Benchmark]) -> dict[str, pathlib.Path
     stray = [name for name in given if name not in names]
     if stray:
         raise UsageError(
-            f"--data names {', '.join(stray)}, which --benchmarks={','.join(names)} does not"
+            f"--{flag} names {', '.join(stray)}, which --benchmarks={','.join(names)} does not"
         )
     if len(folders) > 1:
-        raise UsageError("--data takes one folder, or name=path pairs: " + text)
-    for entry in chosen:
-        if not entry.generated and entry.name not in given:
-            given[entry.name] = _inside(folders[0] if folders else None, entry.name)
-    return given
+        raise UsageError(f"--{flag} takes one folder, or name=path pairs: {text}")
+    return given, folders[0] if folders else None
 
 
 def _inside(folder: pathlib.Path | None, name: str) -> pathlib.Path:
@@ -133,16 +208,143 @@ def _inside(folder: pathlib.Path | None, name: str) -> pathlib.Path:
     return found[0]
 
 
-def _task(entry, problems, report, options, tokenizer) -> Task:
-    template = options.template or entry.template
-    try:
-        renderer = prompts.Renderer(
-            tokenizer,
-            template,
-            options.system_prompt,
-            enable_thinking=options.enable_thinking,
+def _image_files(chosen: Sequence[Benchmark], options: Options) -> dict[str, ImageFiles]:
+    """Benchmark → where its images are."""
+    paths = data_paths(options.data, chosen)
+    folders, folder = _named_paths("image_dir", options.image_dir, chosen)
+    for place in [*folders.values(), *([folder] if folder else [])]:
+        if not place.is_dir():
+            raise UsageError(f"--image_dir: no folder {place}")
+    return {
+        entry.name: ImageFiles(
+            datasets.image_source(entry.dataset, paths.get(entry.name), "test"),
+            folders.get(entry.name, folder),
         )
-    except ValueError as error:
-        raise UsageError(f"{entry.name}: {error} (flag --template)") from error
-    records, _ = prompts.encode(problems, renderer, max_length=_NO_LIMIT)
-    return Task(entry, report, template, renderer.hash, records)
+        for entry in chosen
+    }
+
+
+def _preparer(options: Options, model: Model) -> ImagePreparer:
+    config = configuration.default_config()
+    config.data.min_pixels, config.data.max_pixels = options.min_pixels, options.max_pixels
+    config.data.blank_images = options.blank_images
+    config.data.image_workers = options.workers
+    return sources.image_preparer(config, model)
+
+
+def _system_prompt(entry: Benchmark, options: Options) -> str:
+    given = entry.system_prompt if options.system_prompt is None else options.system_prompt
+    return prompts.SYSTEM_PROMPTS.get(given, given)
+
+
+def _task(entry, problems, report, options, renderer, max_position) -> Task:
+    digest = hashlib.sha256()
+    found = []
+    for start in range(0, len(problems), _AT_ONCE):  # images of all would not fit into memory
+        for outcome in _outcomes(entry, problems[start : start + _AT_ONCE], renderer):
+            if isinstance(outcome, prompts.PromptRecord):
+                digest.update("".join(image.sha for image in outcome.images).encode())
+                outcome = dataclasses.replace(outcome, images=())
+            found.append(outcome)
+    found = _fitting(entry, found, max_position, options)
+    found = _whole(entry, problems, found)
+    refused = collections.defaultdict(list)
+    for problem, outcome in zip(problems, found, strict=True):
+        if isinstance(outcome, prompts.Refusal):
+            refused[outcome.reason].append(name(problem))
+    asked = [outcome for outcome in found if isinstance(outcome, prompts.PromptRecord)]
+    _check_refusals(entry, found, asked, options)
+    images = renderer.images and _image_facts(renderer.images.settings, digest.hexdigest()[:16])
+    template = options.template or entry.template
+    return Task(entry, report, template, renderer, asked, dict(refused), images)
+
+
+def _image_facts(settings: ImageSettings, shown: str) -> dict[str, Any]:
+    limits = settings.patching
+    return {
+        "min_pixels": limits.min_pixels,
+        "max_pixels": limits.max_pixels,
+        "blank": limits.blank,
+        "settings": settings.hash,
+        "shown": shown,
+    }
+
+
+def name(problem: Example) -> str:
+    """What its dataset calls a problem, or its place."""
+    return str(problem.meta.get("id", problem.id))
+
+
+def _outcomes(entry, problems, renderer) -> list[prompts.PromptRecord | prompts.Refusal]:
+    """What becomes of each problem; prompts keep the problem as the dataset has it."""
+    put = [dataclasses.replace(p, problem=entry.question(p)) for p in problems]
+    return [
+        dataclasses.replace(outcome, example=problem)
+        if isinstance(outcome, prompts.PromptRecord)
+        else outcome
+        for problem, outcome in zip(
+            problems, prompts.outcomes(put, renderer, max_length=_NO_LIMIT), strict=True
+        )
+    ]
+
+
+def _fitting(entry, found, max_position: int, options: Options) -> list:
+    """Refuses prompts that leave too little room for a response.
+
+    Raises:
+      UsageError: there are such prompts, and they are not to be skipped.
+    """
+    length = options.protocol.max_response_length
+    sizes = [len(o.tokens) if isinstance(o, prompts.PromptRecord) else 0 for o in found]
+    if max(sizes, default=0) + length <= max_position:
+        return found
+    fit = [size for size in sizes if 0 < size <= max_position - length]
+    if options.refusals == "stop" or not fit:
+        room = max_position - max(sizes)
+        what = (
+            f"give --max_response_length={room} or less (the protocol then says so)"
+            if room >= 1
+            else "images can be made smaller with --max_pixels"
+        )
+        raise UsageError(
+            f"{entry.name}: its longest prompt has {max(sizes)} tokens, and the model holds "
+            f"{max_position}: max_response_length={length} of protocol {options.protocol.name} "
+            f"does not fit; {what}, or leave out and report the problems that are too long with "
+            "--refusals=skip"
+        )
+    return [
+        prompts.Refusal(outcome.prompt_id, "too_long", f"{size} tokens")
+        if size + length > max_position
+        else outcome
+        for outcome, size in zip(found, sizes, strict=True)
+    ]
+
+
+def _whole(entry, problems, found) -> list:
+    """Refuses what is left of a problem of which a part was refused, where figures need all."""
+    if entry.rule is None or not entry.rule.whole:
+        return found
+    units = [problem.meta[entry.rule.unit] for problem in problems]
+    broken = {u for u, o in zip(units, found, strict=True) if isinstance(o, prompts.Refusal)}
+    return [
+        prompts.Refusal(outcome.prompt_id, "incomplete", f"another part of {unit} is refused")
+        if unit in broken and isinstance(outcome, prompts.PromptRecord)
+        else outcome
+        for unit, outcome in zip(units, found, strict=True)
+    ]
+
+
+def _check_refusals(entry, found, asked, options: Options) -> None:
+    refusals = [outcome for outcome in found if isinstance(outcome, prompts.Refusal)]
+    if not refusals or (asked and options.refusals == "skip"):
+        return
+    counts = collections.Counter(refusal.reason for refusal in refusals)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    examples = "; ".join(refusal.detail for refusal in refusals[:_SHOWN])
+    remedy = "--image_dir says where images are"
+    if asked:
+        remedy += ", and --refusals=skip leaves these problems out and reports them"
+    raise UsageError(
+        f"{entry.name}: {len(refusals)} of {len(found)} problems cannot be asked ({reasons}), for "
+        f"example: {examples}; {remedy}"
+    )

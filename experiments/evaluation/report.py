@@ -1,21 +1,34 @@
 """Numbers of an evaluation's folder: results.json, results.md, a table on the console."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.command import UsageError
 from experiments.evaluation import storage
-from luspo_jax.benchmarks import Summary, summary
+from luspo_jax.benchmarks import Benchmark, Record, Summary, summary
+from luspo_jax.benchmarks.record import UNUSABLE
 from luspo_jax.benchmarks.registry import benchmark
+from luspo_jax.benchmarks.verdicts import STRICT, VLMEVALKIT, Line
 from luspo_jax.watchdog import write_atomically
 
 _HEAD = (
-    "benchmark", "problems", "n", "avg@n %", "95 % interval", "pass@n %", "maj@n %", "length",
-    "truncated %", "unparsed %", "not judged",
+    "benchmark", "problems", "not asked", "n", "avg@n %", "95 % interval", "pass@n %", "maj@n %",
+    "length", "truncated %", "unparsed %", "not judged",
 )  # fmt: skip
+_NAMED = 10  # problems that a note names
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """Of one benchmark: the summary that all have, its own figures, and their caveats."""
+
+    summary: Summary
+    figures: list[Line]
+    caveats: list[str]
 
 
 def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
@@ -24,38 +37,59 @@ def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
     Returns:
       The table with the protocol above it.
     """
-    summaries, missing = {}, []
+    found, missing = {}, []
     for name, entry in manifest["benchmarks"].items():
         try:
             records = storage.read_benchmark(folder, name, entry)
         except UsageError as error:  # of an earlier command that was stopped
             missing.append(f"no results of {error}")
             continue
-        split_by = benchmark(name).split_by
-        summaries[name] = summary(records, metric=entry["metric"], split_by=split_by)
+        found[name] = numbers(benchmark(name), records)
     results = dict(manifest) | {
         "benchmarks": {
-            name: dict(manifest["benchmarks"][name]) | {"results": dataclasses.asdict(result)}
-            for name, result in summaries.items()
+            name: dict(manifest["benchmarks"][name]) | _results(result)
+            for name, result in found.items()
         }
     }
     write_atomically(
         folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     )
-    write_atomically(folder / "results.md", markdown(manifest, summaries))
-    return "\n".join([console(manifest, summaries), *missing])
+    write_atomically(folder / "results.md", markdown(manifest, found))
+    return "\n".join([console(manifest, found), *missing])
 
 
-def console(manifest: Mapping[str, Any], summaries: Mapping[str, Summary]) -> str:
+def numbers(entry: Benchmark, records: Sequence[Record]) -> Numbers:
+    """The numbers of a benchmark's records."""
+    once = [record for record in records if record.sample_id == records[0].sample_id]
+    rule, caveats = entry.rule, []
+    if rule:
+        caveats = [f"{VLMEVALKIT}: {rule.note}", *rule.caveats(once)]
+    return Numbers(
+        summary=summary(records, metric=entry.metric, split_by=entry.split_by),
+        figures=entry.figures(records),
+        caveats=caveats,
+    )
+
+
+def _results(result: Numbers) -> dict[str, Any]:
+    fields = {"results": dataclasses.asdict(result.summary)}
+    if result.figures:
+        figures = [dataclasses.asdict(line) for line in result.figures]
+        fields["figures"] = {"lines": figures, "caveats": result.caveats}
+    return fields
+
+
+def console(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> str:
     """The table in columns, and what to know of it."""
-    rows = [_HEAD, *(_row(name, result) for name, result in summaries.items())]
+    rows = [_HEAD, *_rows(manifest, found)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     facts = [f"model   : {manifest['model']}", f"protocol: {manifest['protocol']}"]
-    return "\n".join([*facts, *lines, *_notes(manifest, summaries)])
+    own = [line for name, result in found.items() for line in _figure_columns(name, result)]
+    return "\n".join([*facts, *lines, *_notes(manifest, found), *own])
 
 
-def markdown(manifest: Mapping[str, Any], summaries: Mapping[str, Summary]) -> str:
+def markdown(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> str:
     """The whole report."""
     seed = f"; seed {manifest['seed']}" if "seed" in manifest else ""
     weights = f" (weights {manifest['weights']})" if "weights" in manifest else ""
@@ -64,23 +98,31 @@ def markdown(manifest: Mapping[str, Any], summaries: Mapping[str, Summary]) -> s
         "",
         f"Model: `{manifest['model']}`{weights}. Protocol: {manifest['protocol']}{seed}.",
         "",
-        *_grid(_HEAD, [_row(name, result) for name, result in summaries.items()]),
+        *_grid(_HEAD, _rows(manifest, found)),
         "",
-        *_notes(manifest, summaries),
+        *(f"- {note}" for note in _notes(manifest, found)),
         "",
     ]
-    for name, result in summaries.items():
+    for name, result in found.items():
         lines += _details(name, manifest["benchmarks"][name], result)
     return "\n".join(lines)
 
 
-def _row(name: str, result: Summary) -> tuple[str, ...]:
-    responses = result.num_problems * result.num_samples
+def _rows(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> list[tuple[str, ...]]:
+    return [
+        _row(name, manifest["benchmarks"][name], result.summary) for name, result in found.items()
+    ]
+
+
+def _row(name: str, entry: Mapping[str, Any], result: Summary) -> tuple[str, ...]:
+    responses = sum(result.statuses.values())
+    unparsed = result.statuses.get("unparsed", 0) + result.statuses.get("empty", 0)
     failed = result.statuses.get("timeout", 0) + result.statuses.get("error", 0)
     mean = result.lengths.get("mean")
     return (
         name,
         str(result.num_problems),
+        str(_not_asked(entry)),
         str(result.num_samples),
         _percent(result.accuracy),
         _interval(result.accuracy_ci95),
@@ -88,23 +130,34 @@ def _row(name: str, result: Summary) -> tuple[str, ...]:
         _percent(result.majority_at[result.num_samples]),
         "–" if mean is None else f"{mean:.1f}",
         "–" if result.truncated is None else _percent(result.truncated),
-        _percent(result.statuses.get("unparsed", 0) / responses),
+        _percent(unparsed / responses),
         str(failed),
     )
 
 
-def _notes(manifest: Mapping[str, Any], summaries: Mapping[str, Summary]) -> list[str]:
+def _not_asked(entry: Mapping[str, Any]) -> int:
+    return sum(map(len, entry.get("refused", {}).values()))
+
+
+def _notes(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> list[str]:
     """What a reader must know before quoting a number."""
     notes = []
-    for name, result in summaries.items():
-        entry = manifest["benchmarks"][name]
-        if entry["problems"] < entry["problems_in_dataset"]:
-            whole = entry["problems_in_dataset"]
-            notes.append(f"{name}: the first {entry['problems']} of {whole} problems only")
+    for name, numbers in found.items():
+        entry, result = manifest["benchmarks"][name], numbers.summary
+        whole, tried = entry["problems_in_dataset"], entry["problems"] + _not_asked(entry)
+        if tried < whole:
+            notes.append(f"{name}: the first {tried} of {whole} problems only")
+        for reason, names in entry.get("refused", {}).items():
+            notes.append(f"{name}: {len(names)} of {tried} not asked, {reason}: {_some(names)}")
+        if entry.get("images", {}).get("blank"):
+            notes.append(f"{name}: every image was blanked")
+        unusable = result.statuses.get(UNUSABLE, 0)
+        if unusable:
+            notes.append(f"{name}: {unusable} responses to unusable annotations do not count")
         failed = result.statuses.get("timeout", 0) + result.statuses.get("error", 0)
         if failed:
             notes.append(f"{name}: {failed} responses could not be judged and count as not right")
-        if set(result.statuses) == {"unparsed"}:
+        if set(result.statuses) <= {"unparsed", "empty"}:
             notes.append(
                 f"{name}: no response states an answer as {', '.join(entry['scorers'].values())} "
                 "reads it"
@@ -112,8 +165,52 @@ def _notes(manifest: Mapping[str, Any], summaries: Mapping[str, Summary]) -> lis
     return notes
 
 
-def _details(name: str, entry: Mapping[str, Any], result: Summary) -> list[str]:
-    dataset = entry["dataset"]
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _figure_columns(name: str, numbers: Numbers) -> list[str]:
+    """The benchmark's own figures in columns."""
+    if not numbers.figures:
+        return []
+    groups = max(len(line.group) for line in numbers.figures) + len("  ") + 7
+    width = max([groups, *(len(f"{name}, {line.table}") for line in numbers.figures)])
+    lines = ["", *(f"{name}: {caveat}" for caveat in numbers.caveats)]
+    for title, rows in _tables(numbers):
+        lines.append(f"{f'{name}, {title}':<{width}}{STRICT:>11}{VLMEVALKIT:>13}")
+        lines += [
+            f"  {group:<{width - 9}}{items:>7}{strict:>11}{kit:>13}"
+            for group, items, strict, kit in rows
+        ]
+    return lines
+
+
+def _tables(numbers: Numbers) -> Iterator[tuple[str, list[tuple[str, str, str, str]]]]:
+    """(title, rows of group, items, strict, vlmevalkit) of each table."""
+    for title, lines in itertools.groupby(numbers.figures, key=lambda line: line.table):
+        yield (
+            title,
+            [
+                (
+                    line.group,
+                    str(line.n),
+                    _figure(line.strict, line),
+                    _figure(line.vlmevalkit, line),
+                )
+                for line in lines
+            ],
+        )
+
+
+def _figure(value: float | None, line: Line) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:g}" if line.unit == "count" else f"{100 * value:.2f} %"
+
+
+def _details(name: str, entry: Mapping[str, Any], numbers: Numbers) -> list[str]:
+    dataset, result = entry["dataset"], numbers.summary
     source = f"{dataset['source']}, sha256 {dataset['sha256'][:16] or 'none (generated)'}"
     ks = list(result.pass_at)
     curve = [[str(k), _percent(result.pass_at[k]), _percent(result.majority_at[k])] for k in ks]
@@ -123,8 +220,15 @@ def _details(name: str, entry: Mapping[str, Any], result: Summary) -> list[str]:
         f"Dataset: {source}; problems {entry['problems_hash']}. Template: {entry['template']} "
         f"{entry['template_hash']}. Scorer: {', '.join(entry['scorers'].values())}. Statuses: "
         + ", ".join(f"{status} {count}" for status, count in result.statuses.items())
-        + ".",
+        + "."
+        + _image_facts(entry.get("images")),
         "",
+    ]
+    for title, rows in _tables(numbers):
+        lines += [*_grid((title, "items", f"{STRICT}", f"{VLMEVALKIT}"), rows), ""]
+    lines += [f"- {caveat}" for caveat in numbers.caveats]
+    lines += [
+        *([""] if numbers.caveats else []),
         *_grid(("k", "pass@k %", "maj@k %"), curve),
         "",
     ]
@@ -143,6 +247,16 @@ def _details(name: str, entry: Mapping[str, Any], result: Summary) -> list[str]:
         ]
         lines += [*_grid((field, "accuracy %", "95 % interval", "problems"), cells), ""]
     return lines
+
+
+def _image_facts(images: Mapping[str, Any] | None) -> str:
+    if not images:
+        return ""
+    return (
+        f" Images: {images['min_pixels']} to {images['max_pixels']} pixels"
+        + (", blanked" if images["blank"] else "")
+        + f"; settings {images['settings']}, shown {images['shown']}."
+    )
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

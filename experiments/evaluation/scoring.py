@@ -3,17 +3,16 @@
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from experiments.command import UsageError
 from experiments.evaluation import plan, report, session, storage
 from experiments.evaluation.plan import Options
 from luspo_jax.benchmarks import Benchmark, Record
-from luspo_jax.benchmarks.registry import benchmark
-from luspo_jax.datasets import DataError, Example
-from luspo_jax.datasets.rows import column, read_rows
-from luspo_jax.rewards import Sample, Scorer
+from luspo_jax.benchmarks.registry import Judge, benchmark
+from luspo_jax.datasets import Example
+from luspo_jax.datasets.predictions import read_predictions
+from luspo_jax.rewards import Sample
 
 _NAMED = 10  # ids that a message names
 _UNKNOWN = "predictions from a file (sampling unknown)"
@@ -44,7 +43,7 @@ def rescore(folder: pathlib.Path, options: Options) -> str:
         return "\n".join([*lines, report.write(folder, manifest)])
 
 
-def _rescore_parts(folder: pathlib.Path, name: str, judge: Scorer) -> int:
+def _rescore_parts(folder: pathlib.Path, name: str, judge: Judge) -> int:
     changed = 0
     for path in sorted((folder / "generations" / name).glob("part_*.jsonl")):
         old = storage.read_part(path)
@@ -54,9 +53,9 @@ def _rescore_parts(folder: pathlib.Path, name: str, judge: Scorer) -> int:
     return changed
 
 
-def judged(records: Sequence[Record], judge: Scorer) -> list[Record]:
+def judged(records: Sequence[Record], judge: Judge) -> list[Record]:
     """The same records with verdicts of this scorer."""
-    samples = [Sample(r.response, r.answer, r.length, None, r.meta) for r in records]
+    samples = [Sample(r.response, r.answer, r.length, None, r.meta, r.problem) for r in records]
     verdicts = judge.score_batch(samples)
     return [
         dataclasses.replace(record, verdict=verdict, scorers=judge.labels)
@@ -70,8 +69,9 @@ def predictions(
     """Scores a file of predictions as `run` scores a model's responses.
 
     Args:
-      file: jsonl, csv, json or parquet with columns `id` and `prediction`; several rows with one
-        id are several responses to that problem, in their order.
+      file: jsonl, csv, json or parquet with columns `id` and `prediction`, or those that the
+        options name; several rows with one id are several responses to that problem, in their
+        order.
       entry: the benchmark they answer.
       workdir: where the records and results go.
       options: protocol is not looked at: how the predictions were drawn is not known.
@@ -81,14 +81,14 @@ def predictions(
         or unequally often there; by name.
     """
     problems, source = plan.examples([entry], options)[entry.name]
-    answers = _by_problem(file, entry, problems)
+    answers = _by_problem(file, entry, problems, options)
     size = len(next(iter(answers.values())))
     records = [
         _unjudged(entry.name, problem, sample_id, text)
         for problem in problems
         for sample_id, text in enumerate(answers[problem.id])
     ]
-    facts = session.entry_facts(entry, problems, source, options)
+    facts = session.entry_facts(entry, problems, source, options, refused={})
     facts |= {"num_samples": size, "template": "", "template_hash": ""}
     manifest = {
         "model": f"{file.name} (sha256 {_digest(file)})",
@@ -116,26 +116,29 @@ def _unjudged(name: str, problem: Example, sample_id: int, text: str) -> Record:
         truncated=None,
         meta=problem.meta,
         verdict=None,
+        problem=problem.problem,
     )
 
 
 def _by_problem(
-    file: pathlib.Path, entry: Benchmark, problems: Sequence[Example]
+    file: pathlib.Path, entry: Benchmark, problems: Sequence[Example], options: Options
 ) -> dict[int, list[str]]:
     """Problem → its predictions."""
-    if not file.is_file():
-        raise UsageError(f"--predictions={file}: no such file")
-    known = _names(entry, problems)
-    found, unknown = collections.defaultdict(list), []
-    for name, text in _rows(file):
+    known, found, unknown = _names(entry, problems), {}, []
+    given = read_predictions(
+        file, id_columns=options.id_columns, response=options.prediction_column
+    )
+    for name, texts in given.items():
         if name in known:
-            found[known[name]].append(text)
+            found.setdefault(known[name], []).extend(texts)
         else:
             unknown.append(name)
-    if not found and not unknown:
-        raise UsageError(f"--predictions={file} is empty: it needs rows with id and prediction")
-    how = f"ids are {entry.id_field!r} of the dataset, or " if entry.id_field else "ids are "
-    how += f"0 … {len(problems) - 1}, the place of a problem in its file"
+    how = f"0 … {len(problems) - 1}, the place of a problem in its file"
+    if entry.id_field:
+        example = problems[0].meta.get(entry.id_field)
+        own = f"{entry.id_field!r} of the dataset, as {example}"
+        how = own if entry.rule else f"{own}, or {how}"
+    how = f"ids are {how}"
     if unknown:
         raise UsageError(f"--predictions={file}: unknown ids {_some(unknown)}; {how}")
     missing = [str(problem.id) for problem in problems if problem.id not in found]
@@ -156,26 +159,10 @@ def _by_problem(
 
 
 def _names(entry: Benchmark, problems: Sequence[Example]) -> Mapping[str, int]:
-    names = {str(problem.id): problem.id for problem in problems}
-    if entry.id_field:
-        names |= {str(p.meta[entry.id_field]): p.id for p in problems if entry.id_field in p.meta}
-    return names
-
-
-def _rows(file: pathlib.Path) -> Iterator[tuple[str, str]]:
-    for number, row in read_rows(file):
-        place = f"{file}, row {number}"
-        name, text = (column(row, [wanted], place)[1] for wanted in ("id", "prediction"))
-        if text is not None and not isinstance(text, str | int | float):
-            raise DataError(f"{place}: column 'prediction' must be text, not {type(text).__name__}")
-        yield _plain(name), "" if text is None else str(text)
-
-
-def _plain(name: Any) -> str:
-    """An id as text; parquet and csv writers make 3.0 of 3 where a column has gaps."""
-    if isinstance(name, float) and name.is_integer():
-        name = int(name)
-    return str(name).strip()
+    """Id in a file → problem. Ids of a visual benchmark may be numbers, so places do not count."""
+    own = {str(p.meta[entry.id_field]): p.id for p in problems if entry.id_field in p.meta}
+    places = {} if entry.rule else {str(problem.id): problem.id for problem in problems}
+    return places | own
 
 
 def _some(names: Sequence[str]) -> str:

@@ -6,21 +6,20 @@ import importlib.metadata
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from experiments.command import UsageError
 from experiments.evaluation import plan, report, storage
 from experiments.evaluation.plan import Options, Task
 from experiments.evaluation.policy import Policy, load
-from luspo_jax import evaluate, sharding
+from luspo_jax import evaluate, prompts, sharding
 from luspo_jax import run as runs
 from luspo_jax.benchmarks import Benchmark, Protocol
+from luspo_jax.benchmarks.registry import Judge
 from luspo_jax.datasets import Example, Report
-from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Sampling
 
 _PACKAGES = ("luspo_jax", "jax", "transformers", "math-verify")
@@ -38,7 +37,7 @@ def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options:
     """
     with storage.locked(workdir):
         policy = load(model, step=options.step, dtype=options.dtype, tensor=options.tensor)
-        tasks = plan.tasks(chosen, options, policy.model.tokenizer)
+        tasks = plan.tasks(chosen, options, policy.model)
         engines = [_engine(policy, task, options) for task in tasks]
         manifest = storage.begin(workdir, _manifest(policy, tasks, options))
         for task, engine in zip(tasks, engines, strict=True):
@@ -46,26 +45,13 @@ def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options:
         return report.write(workdir, manifest)
 
 
-def scorer(entry: Benchmark, options: Options) -> Scorer:
+def scorer(entry: Benchmark, options: Options) -> Judge:
     """The scorer of a benchmark: failed verifications are counted, and stop it past one in 20."""
-    return Scorer(
-        entry.parts,
-        options=entry.options,
-        workers=options.workers,
-        time_limit=options.timeout_s,
-    )
+    return entry.judge(workers=options.workers, time_limit=options.timeout_s)
 
 
 def _engine(policy: Policy, task: Task, options: Options) -> Engine:
     chosen, config = options.protocol, policy.model.config
-    room = config.max_position - task.longest_prompt
-    if chosen.max_response_length > room:
-        raise UsageError(
-            f"{task.benchmark.name}: its longest prompt has {task.longest_prompt} tokens, and the "
-            f"model holds {config.max_position}: max_response_length={chosen.max_response_length} "
-            f"of protocol {chosen.name} does not fit; give --max_response_length={max(room, 1)} "
-            "or less (the protocol then says so)"
-        )
     return Engine(
         config,
         Sampling(stop_token_ids=policy.model.stop_token_ids, **chosen.sampling),
@@ -97,7 +83,7 @@ def _generate(
                 records = evaluate.respond(
                     engine,
                     policy.params,
-                    asked,
+                    prompts.with_images(asked, task.renderer),
                     judge,
                     decode=policy.model.decode,
                     benchmark=name,
@@ -121,8 +107,12 @@ def _manifest(policy: Policy, tasks: Sequence[Task], options: Options) -> dict[s
     for task in tasks:
         problems = [prompt.example for prompt in task.prompts]
         benchmarks[task.benchmark.name] = entry_facts(
-            task.benchmark, problems, task.report, options
-        ) | {"template": task.template, "template_hash": task.template_hash}
+            task.benchmark, problems, task.report, options, refused=task.refused
+        ) | {
+            "template": task.template,
+            "template_hash": task.renderer.hash,
+            **({"images": task.images} if task.images else {}),
+        }
     return {
         "model": policy.name,
         "weights": policy.digest,
@@ -142,10 +132,15 @@ def protocol_facts(protocol: Protocol) -> dict[str, Any]:
 
 
 def entry_facts(
-    entry: Benchmark, problems: Sequence[Example], source: Report, options: Options
+    entry: Benchmark,
+    problems: Sequence[Example],
+    source: Report,
+    options: Options,
+    *,
+    refused: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """What the numbers of a benchmark depend on beside model and protocol."""
-    what = [[e.id, e.problem, e.answer] for e in problems]
+    what = [[e.id, entry.question(e), e.answer] for e in problems]
     with scorer(entry, options) as judge:
         labels = judge.labels
     return {
@@ -156,6 +151,7 @@ def entry_facts(
         "num_samples": options.protocol.num_samples,
         "scorers": labels,
         "metric": entry.metric,
+        **({"refused": {k: list(v) for k, v in sorted(refused.items())}} if refused else {}),
     }
 
 

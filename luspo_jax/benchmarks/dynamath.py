@@ -22,6 +22,7 @@ from luspo_jax.benchmarks.free_form import VERIFIER, Pair
 from luspo_jax.benchmarks.verdicts import Item, ItemVerdict, Line, Reading, VisualBenchmark, share
 
 TOLERANCE = 0.001
+VARIANTS = 10  # of a question
 _FIELD = "short answer"  # what the benchmark's prompt asks for, in JSON
 _CHOICES = re.compile(r"(?i)\bchoices?\s*:")
 _MONTHS = "january february march april may june july august september october november december"
@@ -43,6 +44,20 @@ def read(item: Item, response: str) -> Reading:
             _same_name(item.answer, extracted) or Pair(item.answer, extracted, TOLERANCE)
         )
     return Reading(strict, kit_verdict(item.answer, kind, response, extracted), extracted)
+
+
+_FORMS = {
+    "multiple choice": "Provide the corresponding choice option, such as 'A', 'B', 'C', or 'D'.",
+    "float": "Format the answer as a three-digit floating-point number.",
+}
+_TEXT_FORM = (
+    "Float numbers in the answer should be formatted as three-digit floating-point numbers."
+)
+
+
+def question(item: Item) -> str:
+    """Question and form of the answer as the authors put them, but not in JSON."""
+    return f"## Question\n{item.problem}\n{_FORMS.get(item.meta['answer_type'], _TEXT_FORM)}"
 
 
 def _choice(item: Item, response: str) -> tuple[bool, str | None]:
@@ -148,6 +163,17 @@ def worst_case(outcomes: Sequence[Outcome]) -> float | None:
     return share(list(rights.values()))
 
 
+def caveats(items: Sequence[Item]) -> list[str]:
+    """What to know of the figures of these items."""
+    counts = collections.Counter(str(item.meta["question_id"]) for item in items).values()
+    if not counts or min(counts) == VARIANTS:
+        return []
+    span = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return [
+        f"the worst case is over {span} variants a question, not {VARIANTS}: the fewer, the easier"
+    ]
+
+
 FIGURES = {"average": average, "worst case": worst_case}
 
 
@@ -192,8 +218,11 @@ DYNAMATH = VisualBenchmark(
     version=f"1+{VERIFIER}",
     read=read,
     lines=lines,
+    question=question,
     note=(
         "its rule, with our extraction for its judge's: text is right where it is part of the "
         "reference, so an empty string or a single letter of it is"
     ),
+    unit="question_id",
+    caveats=caveats,
 )

@@ -1,5 +1,6 @@
 """Free-form answers against references, by the math verifier, in processes that can be killed."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -33,8 +34,28 @@ class Pair:
     tolerance: float | None = None
 
 
-def equal_pairs(pairs: Sequence[Pair], *, workers: int | None = None) -> list[Verdict]:
+def pair_verifier(*, workers: int | None = None, time_limit: float = _TIME_LIMIT) -> Scorer:
+    """What compares free-form answers; its processes start with the first pair.
+
+    Args:
+      workers: processes; by default one a core.
+      time_limit: seconds of processor time that a verdict may take.
+    """
+    return Scorer(
+        {"math_answer": 1.0},
+        options={"math_answer": {"extract": "whole"}},
+        workers=workers,
+        time_limit=time_limit,
+        max_failure_rate=_FAILURES,
+    )
+
+
+def equal_pairs(pairs: Sequence[Pair], *, verifier: Scorer | None = None) -> list[Verdict]:
     """The verdict on each pair: its answers are equal as they stand, or without name and unit.
+
+    Args:
+      pairs: to be compared.
+      verifier: as `pair_verifier()` gives it; where there is none, one is started and ended.
 
     Raises:
       TooManyFailures: time-outs and errors exceed 5 % of the latest verdicts.
@@ -46,14 +67,7 @@ def equal_pairs(pairs: Sequence[Pair], *, workers: int | None = None) -> list[Ve
             verdicts[pair] = Verdict(float(quick), prediction=pair.prediction)
     rest = list(dict.fromkeys(pair for pair in pairs if pair not in verdicts))
     if rest:
-        options = {"math_answer": {"extract": "whole"}}
-        with Scorer(
-            {"math_answer": 1.0},
-            options=options,
-            workers=workers,
-            time_limit=_TIME_LIMIT,
-            max_failure_rate=_FAILURES,
-        ) as scorer:
+        with contextlib.nullcontext(verifier) if verifier else pair_verifier() as scorer:
             verdicts |= _in_workers(scorer, rest)
     return [verdicts[pair] for pair in pairs]
 

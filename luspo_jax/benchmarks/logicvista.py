@@ -31,6 +31,11 @@ def _kit(gold: str, response: str, extracted: str | None) -> bool:
     return sorted(answer.lower()) == sorted("".join(gold.split(", ")).lower())
 
 
+def question(item: Item) -> str:
+    """The question as it stands: it or its image holds the choices."""
+    return item.problem
+
+
 def lines(items, verdicts) -> list:
     """Accuracy overall and by skill."""
     return [
@@ -44,6 +49,7 @@ LOGICVISTA = VisualBenchmark(
     version="1",
     read=read,
     lines=lines,
+    question=question,
     note=(
         "its rule, with our extraction for its judge's, without which it gives no figures: lower "
         "case is wrong, and so is every answer to a question whose reference is no letter"

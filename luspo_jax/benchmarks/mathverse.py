@@ -52,6 +52,22 @@ def _options(item: Item) -> dict[str, str]:
     return labelled_options(after) if mark else {}
 
 
+def question(item: Item) -> str:
+    """What the authors' column `query_cot` says, made by the same rule where a file lacks it.
+
+    The problem of the version Vision Only stands in the image alone.
+    """
+    form = "provide the final value, e.g., 1, 2.5, 300"
+    if _is_choice(item):
+        form = "provide the correct option letter, e.g., A, B, C, D"
+    asked = f"first conduct reasoning, and then answer the question and {form}, at the end."
+    if not item.problem:
+        return f"According to the question shown in the image, please {asked}"
+    listed = item.meta.get("choices")
+    choices = ["Choices:", *listed] if listed and "Choices:" not in item.problem else []
+    return "\n".join([f"Please {asked}", f"Question: {item.problem}", *choices])
+
+
 def lines(items, verdicts) -> list:
     """Accuracy overall, by version, subject and subfield, and by subject within each version."""
 
@@ -76,6 +92,7 @@ MATHVERSE = VisualBenchmark(
     version=f"1+{VERIFIER}",
     read=read,
     lines=lines,
+    question=question,
     note=(
         "what it decides without its judge model: the extracted answer equals the reference letter "
         "by letter; a lower bound of its published figures, not comparable with them"

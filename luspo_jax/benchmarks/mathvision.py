@@ -41,6 +41,23 @@ def _choice(item: Item, response: str, options: dict[str, str]) -> Reading:
     return Reading(right, inferred == gold, letter)
 
 
+_TASK = (
+    'Please solve the problem step by step and put your answer in one "\\boxed{}". If it is a '
+    'multiple choice question, only one letter is allowed in the "\\boxed{}".'
+)
+
+
+def question(item: Item) -> str:
+    """Task, problem and options as the authors' `models/Qwen-VL.py` puts them.
+
+    Options that are their own letters are not repeated. The marks `<image1>` … stay where they
+    stand: one image holds all that they name.
+    """
+    options = lettered(item.meta["choices"] or ())
+    shown = [] if "".join(options.values()) == "".join(options) else options.items()
+    return "\n".join([_TASK, item.problem, *(f"({k}) {text}" for k, text in shown)])
+
+
 def lines(items, verdicts) -> list:
     """Accuracy overall, by subject and by level."""
     return [
@@ -55,6 +72,7 @@ MATHVISION = VisualBenchmark(
     version=f"1+{VERIFIER}",
     read=read,
     lines=lines,
+    question=question,
     note=(
         "its post_check, with our extraction for its judge's and safe arithmetic for its eval of "
         "model text: roots, π and units match as strings only; it reports no levels"

@@ -11,7 +11,8 @@ from luspo_jax.benchmarks.answer_extraction import (
     stated_answer,
     stated_number,
 )
-from luspo_jax.benchmarks.verdicts import BenchmarkError, Item, Reading, VisualBenchmark, accuracy
+from luspo_jax.benchmarks.record import BenchmarkError
+from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accuracy
 from luspo_jax.benchmarks.vlmevalkit import inferred_option
 
 
@@ -95,6 +96,34 @@ def _as(kind: type, text: str):
         return None
 
 
+_HINTS = {
+    "integer": "requiring an integer answer and provide the final value, e.g., 1, 2, 3,",
+    "float 1": "requiring a floating-point number with one decimal place and provide the final "
+    "value, e.g., 1.2, 1.3, 1.4,",
+    "float 2": "requiring a floating-point number with two decimal places and provide the final "
+    "value, e.g., 1.23, 1.34, 1.45,",
+    "list": "requiring a Python list as an answer and provide the final list, e.g., [1, 2, 3], "
+    "[1.2, 1.3, 1.4],",
+    "letter": "and provide the correct option letter, e.g., A, B, C, D,",
+}
+
+
+def question(item: Item) -> str:
+    """Hint, question, unit and choices as the authors' `build_query.py` puts them."""
+    choices = item.meta["choices"] or ()
+    kind, precision = item.meta["answer_type"], item.meta.get("precision")
+    if item.meta["question_type"] == "multi_choice":
+        kind = "letter"
+    elif kind == "float" and precision is not None:
+        kind = f"float {int(precision)}"
+    hint = _HINTS.get(kind, "and provide the final value")
+    unit = f" (Unit: {item.meta['unit']})" if item.meta.get("unit") else ""
+    lines = [f"Hint: Please answer the question {hint} at the end."]
+    lines.append(f"Question: {item.problem}{unit}")
+    lines += ["Choices:"] if choices else []
+    return "\n".join([*lines, *(f"({k}) {text}" for k, text in lettered(choices).items())])
+
+
 def lines(items, verdicts) -> list:
     """Accuracy overall, by task and by skill; a question has one task and one skill or more."""
     return [
@@ -109,6 +138,7 @@ MATHVISTA = VisualBenchmark(
     version="1",
     read=read,
     lines=lines,
+    question=question,
     note=(
         "its post_check, with our extraction for its judge's: lists and free text always wrong, "
         "14.0 wrong for 14, floats not rounded to the question's precision"

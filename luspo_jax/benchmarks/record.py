@@ -7,6 +7,9 @@ from typing import Any
 
 from luspo_jax.rewards import Reward
 
+# Status of a verdict on a problem whose annotation is such that no response can be right.
+UNUSABLE = "unusable"
+
 
 class BenchmarkError(ValueError):
     """A benchmark, a protocol or stored results that cannot be used; says which and what to do."""
@@ -25,7 +28,8 @@ class Record:
       truncated: whether the response was cut at the length limit; None where unknown.
       meta: what else the dataset says of the problem.
       verdict: value, status, parts, prediction and detail.
-      scorers: part → `id@version` of the verifier that gave it.
+      scorers: part, or rule → `id@version` of what gave it.
+      problem: the bare problem.
     """
 
     benchmark: str
@@ -40,6 +44,7 @@ class Record:
     meta: Mapping[str, Any]
     verdict: Reward
     scorers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    problem: str = ""
 
     def right(self, part: str) -> bool:
         """Whether the part of the verdict that stands for accuracy says so."""

@@ -2,10 +2,25 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-from luspo_jax.benchmarks.record import BenchmarkError
+from luspo_jax.benchmarks.record import BenchmarkError, Record
+from luspo_jax.benchmarks.verdicts import STRICT, Item, Line, RuleScorer, VisualBenchmark, figures
+from luspo_jax.benchmarks.visual import VISUAL
+from luspo_jax.rewards import Reward, Sample, Scorer
+
+
+class Judge(Protocol):
+    """What gives verdicts: `rewards.Scorer` or `verdicts.RuleScorer`; a context manager."""
+
+    labels: Mapping[str, str]
+
+    def score_batch(self, samples: Sequence[Sample]) -> list[Reward]: ...
+
+    def __enter__(self) -> "Judge": ...
+
+    def __exit__(self, *_) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,26 +32,55 @@ class Benchmark:
       dataset: a name in luspo_jax.datasets.DATASETS.
       parts: the scorer: verifier → weight; the first one stands for accuracy.
       template: a name in luspo_jax.prompts.TEMPLATES.
+      system_prompt: a name in luspo_jax.prompts.SYSTEM_PROMPTS.
       split_by: fields of an example's meta by which results are split.
       id_field: field of meta that names a problem in other people's files; empty where they
         count problems.
       generated: whether the dataset needs no file.
       options: verifier → its options.
+      images: whether problems show images.
+      rule: how responses are judged and figures made, in place of parts and `split_by`.
     """
 
     name: str
     dataset: str
     parts: Mapping[str, float]
     template: str
+    system_prompt: str = ""
     split_by: tuple[str, ...] = ()
     id_field: str = ""
     generated: bool = False
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    images: bool = False
+    rule: VisualBenchmark | None = None
 
     @property
     def metric(self) -> str:
-        """The part that stands for accuracy."""
-        return next(iter(self.parts))
+        """The part of a verdict that stands for accuracy."""
+        return STRICT if self.rule else next(iter(self.parts))
+
+    def question(self, item: Item) -> str:
+        """What a model is asked, before any template."""
+        return self.rule.question(item) if self.rule else item.problem
+
+    def judge(self, *, workers: int | None = None, time_limit: float) -> Judge:
+        """What scores responses; arguments as `rewards.Scorer` takes them."""
+        if self.rule:
+            return RuleScorer(self.rule, workers=workers, time_limit=time_limit)
+        return Scorer(self.parts, options=self.options, workers=workers, time_limit=time_limit)
+
+    def check(self, items: Iterable[Item]) -> None:
+        """Reads every annotation as its scorer will.
+
+        Raises:
+          BenchmarkError: one that cannot be read, by name.
+        """
+        for item in items if self.rule else ():
+            self.rule.read(item, "")
+
+    def figures(self, records: Sequence[Record]) -> list[Line]:
+        """The benchmark's own figures; empty where it has none beside accuracy."""
+        return figures(self.rule, records) if self.rule else []
 
 
 def _contest(name: str) -> Benchmark:
@@ -51,6 +95,16 @@ def _embedded(name: str) -> Benchmark:
     return Benchmark(name, name, {"gsm8k": 1.0}, "plain", generated=True)
 
 
+def _visual(name: str) -> Benchmark:
+    """Asked and answered in the format of arXiv:2602.05261, figure 3."""
+    return Benchmark(
+        name, name, {}, "chat", "luspo_vl", id_field="id", images=True, rule=VISUAL[name]
+    )
+
+
+# What `luspo_jax.datasets.shapes` calls ANSWER_PATTERN; benchmarks do not import datasets.
+_SHAPES = {"exact": {"pattern": r"####\s*(\S)"}}
+
 BENCHMARKS = {
     entry.name: entry
     for entry in (
@@ -64,6 +118,14 @@ BENCHMARKS = {
         _boxed("math500", split_by=("subject", "level"), id_field="unique_id"),
         _boxed("minerva_math", split_by=("type",)),
         _boxed("olympiadbench", split_by=("subfield", "answer_type")),
+        Benchmark(
+            *("shapes", "shapes", {"exact": 1.0}, "plain"),
+            split_by=("kind",),
+            generated=True,
+            options=_SHAPES,
+            images=True,
+        ),
+        *map(_visual, sorted(VISUAL)),
     )
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from luspo_jax.benchmarks.intervals import accuracy_interval, paired_interval
-from luspo_jax.benchmarks.record import BenchmarkError, Record
+from luspo_jax.benchmarks.record import UNUSABLE, BenchmarkError, Record
 from luspo_jax.benchmarks.voting import majority_at_k
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -19,7 +19,8 @@ _SHORTEST_BIN = 64  # tokens
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """What a model does on a benchmark. Responses without a verdict (statuses timeout and error)
-    count as not right, and `statuses` says how many there are.
+    count as not right, and `statuses` says how many there are. Problems whose annotation is
+    unusable count in `statuses` only.
 
     Attributes:
       num_problems, num_samples: the size of it.
@@ -59,6 +60,7 @@ def summary(records: Sequence[Record], *, metric: str, split_by: Iterable[str] =
     Raises:
       BenchmarkError: no records, or not equally many of each problem.
     """
+    every, records = records, usable(records)
     problems = by_problem(records)
     right = right_counts(problems, metric)
     size = len(next(iter(problems.values())))
@@ -76,12 +78,17 @@ def summary(records: Sequence[Record], *, metric: str, split_by: Iterable[str] =
         accuracy_ci95=accuracy_interval(right, [size] * len(right)),
         pass_at=dict(zip(ks, np.mean(passes, axis=0).tolist(), strict=True)),
         majority_at=dict(zip(ks, np.mean(votes, axis=0).tolist(), strict=True)),
-        statuses=dict(sorted(collections.Counter(r.verdict.status for r in records).items())),
+        statuses=dict(sorted(collections.Counter(r.verdict.status for r in every).items())),
         truncated=float(np.mean(cut)) if cut else None,
         lengths=_lengths(records, metric),
         by_length=_by_length(records, metric),
         by_field={field: _by_field(problems, right, field) for field in split_by},
     )
+
+
+def usable(records: Sequence[Record]) -> list[Record]:
+    """Without those of problems to which no response can be right."""
+    return [record for record in records if record.verdict.status != UNUSABLE]
 
 
 def by_problem(records: Sequence[Record]) -> dict[int, list[Record]]:
@@ -151,7 +158,7 @@ def difference(ours: Sequence[Record], theirs: Sequence[Record], *, metric: str)
     Raises:
       BenchmarkError: not the same problems.
     """
-    sides = [by_problem(ours), by_problem(theirs)]
+    sides = [by_problem(usable(ours)), by_problem(usable(theirs))]
     if sides[0].keys() != sides[1].keys():
         alone = sorted(sides[0].keys() ^ sides[1].keys())
         raise BenchmarkError(f"not the same problems; only one side has {alone[:10]}")

@@ -10,8 +10,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from luspo_jax.benchmarks.free_form import Pair, equal_pairs
-from luspo_jax.benchmarks.record import BenchmarkError
+from luspo_jax.benchmarks.free_form import Pair, equal_pairs, pair_verifier
+from luspo_jax.benchmarks.record import UNUSABLE, Record
+from luspo_jax.rewards import Reward, Sample, Scorer
+
+STRICT, VLMEVALKIT = "strict", "vlmevalkit"  # the columns, and the parts of a reward
 
 
 class Item(Protocol):
@@ -45,7 +48,7 @@ class ItemVerdict:
     Attributes:
       strict: right or wrong; None where the annotation is unusable.
       vlmevalkit: likewise by VLMEvalKit's rule.
-      status: ok; unparsed; empty or missing prediction; unusable annotation; timeout; error.
+      status: ok; unparsed; empty (response); unusable (annotation); timeout; error.
       extracted: the answer found.
     """
 
@@ -85,119 +88,157 @@ class VisualBenchmark:
       version: changes whenever any verdict or figure can change.
       read: (item, response) → Reading.
       lines: (items, verdicts) → figures.
+      question: item → what a model is asked, its options included.
       note: what the vlmevalkit column is for this set.
+      unit: field of meta that names the problem of which an item is a part or a variant; empty
+        where items stand alone.
+      whole: whether figures need all parts of a problem.
+      caveats: items → what must be known of the figures of these items, in sentences.
     """
 
     id: str
     version: str
     read: Callable[[Item, str], Reading]
     lines: Callable[[Sequence[Item], Sequence[ItemVerdict]], list[Line]]
+    question: Callable[[Item], str]
     note: str
+    unit: str = ""
+    whole: bool = False
+    caveats: Callable[[Sequence[Item]], list[str]] = lambda items: []
 
     @property
     def label(self) -> str:
         return f"{self.id}@{self.version}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """All that scoring found.
-
-    Attributes:
-      scorer: `id@version`.
-      note: what the vlmevalkit column is.
-      lines: the figures.
-      verdicts: id → verdict, in the order of the annotations.
-      unknown: ids of predictions that no annotation has; they are left out.
-    """
-
-    scorer: str
-    note: str
-    lines: list[Line]
-    verdicts: dict[str, ItemVerdict]
-    unknown: list[str]
-
-    def with_status(self, status: str) -> list[str]:
-        """Ids of the items whose verdict has the status."""
-        return [name for name, verdict in self.verdicts.items() if verdict.status == status]
-
-
 def score(
     benchmark: VisualBenchmark,
     items: Sequence[Item],
-    predictions: Mapping[str, str],
+    responses: Sequence[str],
     *,
-    workers: int | None = None,
-) -> Scores:
-    """Scores predictions against annotations.
+    verifier: Scorer | None = None,
+) -> list[ItemVerdict]:
+    """The verdict on the response to each item.
 
-    A missing or empty prediction counts as wrong in the strict column, and has a status of its own.
+    An empty response is wrong in the strict column, and has a status of its own.
 
     Args:
       benchmark: the rule.
-      items: the annotations, with distinct `meta["id"]`.
-      predictions: id → response.
-      workers: processes of the math verifier; by default one a core.
+      items: the annotations.
+      responses: one to each.
+      verifier: `free_form.pair_verifier()`; where there is none, one is started and ended.
 
     Raises:
-      BenchmarkError: no annotations, no predictions, none that belongs to an annotation, or two
-        annotations with one id.
+      BenchmarkError: an annotation that the rule cannot read.
+      TooManyFailures: of the math verifier.
     """
-    ids = [str(item.meta["id"]) for item in items]
-    _check(benchmark, ids, predictions)
-    responses = [predictions.get(name) or "" for name in ids]
     readings = [benchmark.read(*pair) for pair in zip(items, responses, strict=True)]
     pairs = [reading.strict for reading in readings if isinstance(reading.strict, Pair)]
-    settled = dict(zip(pairs, equal_pairs(pairs, workers=workers), strict=True))
-    verdicts = [
-        _verdict(reading, settled, predictions.get(name))
-        for name, reading in zip(ids, readings, strict=True)
+    settled = dict(zip(pairs, equal_pairs(pairs, verifier=verifier), strict=True))
+    return [
+        _verdict(reading, settled, response)
+        for reading, response in zip(readings, responses, strict=True)
     ]
-    known = set(ids)
-    return Scores(
-        scorer=benchmark.label,
-        note=benchmark.note,
-        lines=benchmark.lines(items, verdicts),
-        verdicts=dict(zip(ids, verdicts, strict=True)),
-        unknown=[name for name in predictions if name not in known],
-    )
 
 
-def _check(benchmark: VisualBenchmark, ids: Sequence[str], predictions: Mapping[str, str]) -> None:
-    if not ids:
-        raise BenchmarkError(f"{benchmark.id}: there are no annotations")
-    if not predictions:
-        raise BenchmarkError(f"{benchmark.id}: there are no predictions")
-    twice = [name for name, count in collections.Counter(ids).items() if count > 1]
-    if twice:
-        raise BenchmarkError(f"{benchmark.id}: two annotations have the id {twice[0]!r}")
-    if not set(ids) & set(predictions):
-        raise BenchmarkError(
-            f"{benchmark.id}: no prediction has the id of an annotation; predictions have "
-            f"{_some(predictions)}, annotations {_some(ids)}"
-        )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
-
-
-def _verdict(reading: Reading, settled: Mapping, prediction: str | None) -> ItemVerdict:
+def _verdict(reading: Reading, settled: Mapping, response: str) -> ItemVerdict:
     strict, status = reading.strict, "ok" if reading.extracted is not None else "unparsed"
     if isinstance(strict, Pair):
         judged = settled[strict]
         strict, status = judged.value > 0, judged.status
-    vlmevalkit = reading.vlmevalkit
-    if prediction is None:
-        status, vlmevalkit = "missing", False
-    elif not prediction.strip():
+    if not response.strip():
         status = "empty"
     if reading.strict is None:
-        status = "unusable"
-    elif status in ("missing", "empty", "unparsed"):
+        status = UNUSABLE
+    elif status in ("empty", "unparsed"):
         strict = False
-    return ItemVerdict(strict, vlmevalkit, status, reading.extracted)
+    return ItemVerdict(strict, reading.vlmevalkit, status, reading.extracted)
+
+
+class RuleScorer:
+    """Scores batches of samples by a benchmark's rule, where `rewards.Scorer` takes verifiers.
+
+    The parts of a reward are the two columns, and its value is the strict one. Its status is one
+    of `ItemVerdict`'s.
+
+    Args:
+      benchmark: the rule.
+      workers: processes of the math verifier; by default one a core.
+      time_limit: seconds of processor time that one comparison of answers may take.
+
+    Attributes:
+      labels: the rule's name → `id@version`.
+    """
+
+    def __init__(
+        self, benchmark: VisualBenchmark, *, workers: int | None = None, time_limit: float = 20.0
+    ):
+        self._benchmark = benchmark
+        self._verifier = pair_verifier(workers=workers, time_limit=time_limit)
+        self.labels = {benchmark.id: benchmark.label}
+
+    def score_batch(self, samples: Sequence[Sample]) -> list[Reward]:
+        """The reward of each sample, in order; errors are those of `score`."""
+        responses = [sample.response for sample in samples]
+        verdicts = score(self._benchmark, samples, responses, verifier=self._verifier)
+        return [_reward(verdict) for verdict in verdicts]
+
+    def close(self) -> None:
+        """End the worker processes; the next batch would start new ones."""
+        self._verifier.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _reward(verdict: ItemVerdict) -> Reward:
+    strict = float(bool(verdict.strict))
+    parts = {STRICT: strict, VLMEVALKIT: float(verdict.vlmevalkit)}
+    return Reward(strict, verdict.status, parts, verdict.extracted)
+
+
+def figures(benchmark: VisualBenchmark, records: Sequence[Record]) -> list[Line]:
+    """The benchmark's figures of responses that its `RuleScorer` judged.
+
+    Of n responses a problem, each figure is that of the first ones, of the second ones … and then
+    the mean of the n.
+
+    Raises:
+      BenchmarkError: records that make up no figures.
+    """
+    by_sample: dict[int, list[Record]] = collections.defaultdict(list)
+    for record in sorted(records, key=lambda record: record.problem_id):
+        by_sample[record.sample_id].append(record)
+    passes = [
+        benchmark.lines(found, [_of_record(record) for record in found])
+        for found in by_sample.values()
+    ]
+    return [_mean_line(lines) for lines in zip(*passes, strict=True)]
+
+
+def _of_record(record: Record) -> ItemVerdict:
+    verdict = record.verdict
+    unusable = verdict.status == UNUSABLE
+    return ItemVerdict(
+        strict=None if unusable else verdict.parts[STRICT] > 0.5,
+        vlmevalkit=verdict.parts[VLMEVALKIT] > 0.5,
+        status=verdict.status,
+        extracted=verdict.prediction,
+    )
+
+
+def _mean_line(lines: Sequence[Line]) -> Line:
+    strict, kit = ([getattr(line, column) for line in lines] for column in (STRICT, VLMEVALKIT))
+    return dataclasses.replace(lines[0], strict=_mean(strict), vlmevalkit=_mean(kit))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are defined."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 def accuracy(

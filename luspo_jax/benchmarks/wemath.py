@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 
 from luspo_jax.benchmarks.answer_extraction import chosen, labelled_options, same_text
+from luspo_jax.benchmarks.record import BenchmarkError
 from luspo_jax.benchmarks.verdicts import (
-    BenchmarkError,
     Item,
     ItemVerdict,
     Line,
@@ -97,6 +97,28 @@ def problems_of(items: Sequence[Item], rights: Sequence[bool]) -> list[Problem]:
     ]
 
 
+_TASK = (
+    "Now, we require you to solve a multiple-choice math question. Please briefly describe your "
+    "thought process and provide the final answer(option)."
+)
+
+
+def question(item: Item) -> str:
+    """Task, question and options as the authors put them, without the format of the response."""
+    return f"{_TASK}\nQuestion: {item.problem}\nOption: {item.meta['option']}"
+
+
+def caveats(items: Sequence[Item]) -> list[str]:
+    """What to know of the figures of these items."""
+    found = []
+    count = len({item.meta["problem_id"] for item in items})
+    if count < KIT_PROBLEMS:
+        found.append(
+            f"the vlmevalkit column divides by {KIT_PROBLEMS} problems, of which these are {count}"
+        )
+    return found
+
+
 def lines(items: Sequence[Item], verdicts: Sequence[ItemVerdict]) -> list[Line]:
     """Score, counts and rates, strict and loose, and accuracies by number of steps."""
     ours = problems_of(items, [bool(v.strict) for v in verdicts])
@@ -126,8 +148,12 @@ WEMATH = VisualBenchmark(
     version="1",
     read=read,
     lines=lines,
+    question=question,
     note=(
         "its exact matching, which takes the first character after the last 'Answer' for the "
         "letter; rates by 525 whatever the number of problems"
     ),
+    unit="problem_id",
+    whole=True,
+    caveats=caveats,
 )

@@ -5,7 +5,7 @@ import functools
 import io
 import pathlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ class ImageFiles:
 
     Attributes:
       source: the data file (or folder of problems) that was read; None where all are generated.
-      image_dir: folder that paths are relative to, where it is not the data file's.
+      image_dir: folder that paths are relative to, where it is not the data file's. In it a
+        path is also looked for below `images`, and without its innermost folder.
       of_source: for a mixture, the same for each of its sources by name.
     """
 
@@ -121,10 +122,11 @@ def read_bytes(
     place = f"{source}, row {reference['row']}"
     if "path" not in reference:
         return _embedded(source, reference, place)
-    file = _folder(source, image_dir) / reference["path"]
-    if not file.is_file():
-        raise DataError(f"{place}: image {file} is missing")
-    return file.read_bytes()
+    for file in _places(source, image_dir, reference["path"]):
+        if file.is_file():
+            return file.read_bytes()
+    first = _folder(source, image_dir) / reference["path"]
+    raise DataError(f"{place}: image {first} is missing")
 
 
 def open_image(
@@ -164,6 +166,18 @@ def open_image(
 
 def _folder(source: pathlib.Path, image_dir: str | pathlib.Path | None) -> pathlib.Path:
     return pathlib.Path(image_dir or (source if source.is_dir() else source.parent))
+
+
+def _places(source, image_dir, path: str) -> Iterator[pathlib.Path]:
+    """Where an image may be: at its path, below a folder `images`, or without its own folder.
+
+    Authors keep images apart from annotations, and copies lay them out anew.
+    """
+    folder, path = _folder(source, image_dir), pathlib.PurePath(path)
+    yield folder / path
+    yield folder / "images" / path
+    if path.parent.name:
+        yield folder / path.parent.parent / path.name
 
 
 def _embedded(source: pathlib.Path, reference: Reference, place: str) -> bytes:

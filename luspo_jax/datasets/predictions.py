@@ -10,8 +10,8 @@ from luspo_jax.datasets.table import answer_text, optional_text
 
 def read_predictions(
     path: str | pathlib.Path, *, id_columns: Sequence[str] = ("id",), response: str = "prediction"
-) -> dict[str, str]:
-    """id → response of each row; a null or absent cell of a row is an empty response.
+) -> dict[str, list[str]]:
+    """id → responses, in the order of their rows; a null cell is an empty response.
 
     Args:
       path: a .jsonl, .json, .csv or .parquet file.
@@ -19,20 +19,17 @@ def read_predictions(
       response: column of the response.
 
     Raises:
-      DataError: no such file, a missing column, no rows, or two rows with one id.
+      DataError: no such file, a missing column, or no rows.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise DataError(f"predictions: no file {path}")
-    found: dict[str, str] = {}
-    rows: dict[str, int] = {}
+    found: dict[str, list[str]] = {}
     for number, row in read_rows(path):
         place = f"{path}, row {number}"
         name = "/".join(_name(*column(row, (part,), place), place) for part in id_columns)
-        if name in found:
-            raise DataError(f"{place}: id {name!r} stands in row {rows[name]} already")
         cell = column(row, (response,), place)[1]
-        found[name], rows[name] = _text(response, cell, place), number
+        found.setdefault(name, []).append(_text(response, cell, place))
     if not found:
         raise DataError(f"{path}: there are no predictions")
     return found

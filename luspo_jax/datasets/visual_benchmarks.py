@@ -4,14 +4,13 @@ Every row is kept, named by `meta["id"]`; `meta` carries what the scorers in
 `luspo_jax/benchmarks/` group by.
 """
 
-import dataclasses
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 
-from luspo_jax.datasets.example import DataError, Example
-from luspo_jax.datasets.rows import KEY
-from luspo_jax.datasets.table import Table, optional_text, read_examples
+from luspo_jax.datasets.example import DataError
+from luspo_jax.datasets.rows import KEY, Row, read_rows
+from luspo_jax.datasets.table import Table, optional_text
 
 MATHVISTA = Table(
     problem=("question",),
@@ -25,7 +24,7 @@ MATHVISTA = Table(
         "skills": ("metadata.skills", "skills"),
     },
     identity=(("pid",),),
-    images=("image",),
+    images=("decoded_image", "image"),
     origin="huggingface.co/datasets/AI4Math/MathVista",
 )
 # A command whose backslash was read as an escape when the file was written: \frac as form feed +
@@ -44,7 +43,7 @@ MATHVISION = Table(
     clean_answer=unescaped,
     fields={"choices": ("options",), "subject": ("subject",), "level": ("level",)},
     identity=(("id",),),
-    images=("image",),
+    images=("decoded_image", "image"),
     origin="huggingface.co/datasets/MathLLMs/MathVision",
 )
 # The problem of the version "Vision Only" stands in the image alone. The files of the authors'
@@ -64,7 +63,55 @@ MATHVERSE = Table(
     images=("image",),
     origin="huggingface.co/datasets/AI4Math/MathVerse",
 )
-# One file is one variant of all questions.
+_NUMBER, _ANYWHERE = "_variant", "**/*.json"
+_VARIANT = re.compile(r"((?:trial|variant|var)[_-]?(\d+))")
+
+
+def variant_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+    """(row number, row) of DynaMath's questions in all variants of a file or folder.
+
+    One file is one variant of all questions. Its number, the column `_variant`, stands in the name
+    of the file or of the file's folder (`trial3`, `sample_variant3.json`); a single file may do
+    without and is then variant 1. Of a folder, files without a number are left out, and images are
+    in the folder named after the variant.
+
+    Raises:
+      DataError: two files of one variant, or no file.
+    """
+    if not path.is_dir():
+        numbers = _VARIANT.findall(_last_names(path)) or [("", "1")]
+        for number, row in read_rows(path):
+            yield number, row | {_NUMBER: int(numbers[-1][1])}
+        return
+    number, seen = 0, {}
+    for file in sorted(path.glob(_ANYWHERE)):
+        marks = _VARIANT.findall("/".join(file.relative_to(path).parts[-2:]))
+        if not marks:
+            continue
+        name, variant = marks[-1][0], int(marks[-1][1])
+        if variant in seen:
+            raise DataError(f"{file}: is variant {variant}, and so is {seen[variant]}")
+        seen[variant] = file
+        folder = file.parent.relative_to(path)
+        if name in file.name:
+            folder /= name
+        for _, row in read_rows(file):
+            number += 1
+            yield number, _placed(row, folder) | {_NUMBER: variant}
+    if not seen:
+        raise DataError(f"{path}: holds no .json file whose name says which variant it is")
+
+
+def _placed(row: Row, folder: pathlib.Path) -> Row:
+    """The row with its image's path as seen from the folder of all variants."""
+    image = row.get("image")
+    return row | {"image": str(folder / image)} if isinstance(image, str) and image else row
+
+
+def _last_names(path: pathlib.Path) -> str:
+    return "/".join(path.parts[-2:])
+
+
 DYNAMATH = Table(
     problem=("question",),
     answer=("answer",),
@@ -72,9 +119,13 @@ DYNAMATH = Table(
         "answer_type": ("answer_type",),
         "subject": ("subject",),
         "level": ("knowledge_level", "level"),
+        "question_id": (KEY, "id"),
+        "variant": (_NUMBER,),
     },
-    identity=((KEY, "id"),),
+    identity=((KEY, "id"), (_NUMBER,)),
     images=("image",),
+    rows=variant_rows,
+    folder=_ANYWHERE,
     origin="github.com/DynaMath/DynaMath",
 )
 WEMATH = Table(
@@ -98,50 +149,3 @@ LOGICVISTA = Table(
     images=("imagename",),
     origin="github.com/Yijia-Xiao/LogicVista",
 )
-
-_VARIANT = re.compile(r"(?:trial|variant|var)[_-]?(\d+)")
-
-
-def read_variants(paths: Sequence[str | pathlib.Path]) -> list[Example]:
-    """DynaMath's questions in all variants, one file each, with ids "question/variant".
-
-    The variant's number stands in the name of its file or of the file's folder (`trial3`,
-    `sample_variant3.json`); a single file may do without and is then variant 1.
-
-    Args:
-      paths: files, or folders of them, of which files without a number are left out.
-
-    Raises:
-      DataError: a file without a number among several, two files with the same, or no file.
-    """
-    examples: list[Example] = []
-    seen: dict[int, pathlib.Path] = {}
-    paths = [file for path in map(pathlib.Path, paths) for file in _variant_files(path)]
-    for path in paths:
-        numbers = _VARIANT.findall(_last_names(path)) or (["1"] * (len(paths) == 1))
-        if not numbers:
-            raise DataError(f"{path}: its name must say which variant it is, as in trial3")
-        variant = int(numbers[-1])
-        if variant in seen:
-            raise DataError(f"{path}: is variant {variant}, and so is {seen[variant]}")
-        seen[variant] = path
-        for example in read_examples(DYNAMATH, path)[0]:
-            question = example.meta["id"]
-            meta = {"question_id": question, "variant": variant, "id": f"{question}/{variant}"}
-            examples.append(
-                dataclasses.replace(example, id=len(examples), meta=example.meta | meta)
-            )
-    return examples
-
-
-def _variant_files(path: pathlib.Path) -> list[pathlib.Path]:
-    if not path.is_dir():
-        return [path]
-    files = [f for f in sorted(path.rglob("*.json")) if _VARIANT.search(_last_names(f))]
-    if not files:
-        raise DataError(f"{path}: holds no .json file whose name says which variant it is")
-    return files
-
-
-def _last_names(path: pathlib.Path) -> str:
-    return "/".join(path.parts[-2:])

@@ -19,6 +19,7 @@ class Sample:
       length: response length in tokens, stop token included; None where unknown.
       max_length: the largest length the sampler allowed, in tokens; None where unknown.
       meta: anything else that is known of the problem.
+      problem: the bare problem; empty where unknown.
     """
 
     response: str
@@ -26,6 +27,7 @@ class Sample:
     length: int | None = None
     max_length: int | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    problem: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

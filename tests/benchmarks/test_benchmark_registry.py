@@ -7,9 +7,11 @@ import pytest
 
 from luspo_jax.benchmarks import BENCHMARKS, BenchmarkError
 from luspo_jax.benchmarks.registry import benchmarks
-from luspo_jax.datasets import DATASETS
+from luspo_jax.benchmarks.visual import VISUAL
+from luspo_jax.datasets import DATASETS, shapes
 from luspo_jax.datasets.table import Table
-from luspo_jax.prompts import TEMPLATES
+from luspo_jax.prompts import SYSTEM_PROMPTS, TEMPLATES
+from luspo_jax.rewards import Sample
 from luspo_jax.rewards.registry import verifiers
 
 
@@ -18,11 +20,31 @@ def test_benchmark_refers_to_what_exists(name):
     entry = BENCHMARKS[name]
     assert entry.name == name
     assert entry.template in TEMPLATES
-    assert entry.metric in verifiers(entry.parts, entry.options)
+    assert entry.system_prompt in SYSTEM_PROMPTS
     dataset = DATASETS[entry.dataset]
     assert entry.generated != isinstance(dataset, Table)
-    fields = {*entry.split_by, entry.id_field} - {""}
-    assert fields <= set(getattr(dataset, "meta", ()))
+    if entry.generated:
+        known = set(dataset("test")[0].meta)
+    else:
+        known = {*dataset.meta, *dataset.fields, *(["id"] if dataset.identity else [])}
+        assert entry.images == bool(dataset.images)
+    unit = entry.rule.unit if entry.rule else ""
+    assert {*entry.split_by, entry.id_field, unit} - {""} <= known
+    with entry.judge(workers=1, time_limit=1.0) as judge:
+        assert judge.labels
+    assert entry.metric in ("strict" if entry.rule else verifiers(entry.parts, entry.options))
+
+
+def test_every_rule_is_a_benchmark():
+    assert {name for name, entry in BENCHMARKS.items() if entry.rule} == set(VISUAL)
+
+
+def test_shapes_are_answered_as_the_task_says():
+    assert BENCHMARKS["shapes"].options["exact"]["pattern"] == shapes.ANSWER_PATTERN
+    problem = shapes.Shapes("test")[0]
+    sample = Sample(shapes.trace(problem, []), problem.answer)
+    with BENCHMARKS["shapes"].judge(workers=1, time_limit=1.0) as judge:
+        assert judge.score_batch([sample])[0].value == 1.0
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,7 @@ def _json(answer):
 )
 def test_letters_and_text(answer, kind, response, strict, vlmevalkit):
     item = _item(answer, kind, problem="Is it? Choices: (A) yes (B) no")
-    scores = score(DYNAMATH, [item], {"1/1": response}, workers=1)
-    verdict = scores.verdicts["1/1"]
+    (verdict,) = score(DYNAMATH, [item], [response])
     assert (verdict.strict, verdict.vlmevalkit) == (strict, vlmevalkit)
 
 
@@ -57,8 +56,7 @@ def test_letters_and_text(answer, kind, response, strict, vlmevalkit):
     ],
 )
 def test_floats(answer, response, strict, vlmevalkit):
-    scores = score(DYNAMATH, [_item(answer, "float")], {"1/1": response}, workers=1)
-    verdict = scores.verdicts["1/1"]
+    (verdict,) = score(DYNAMATH, [_item(answer, "float")], [response])
     assert (verdict.strict, verdict.vlmevalkit) == (strict, vlmevalkit)
 
 

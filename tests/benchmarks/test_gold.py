@@ -6,7 +6,6 @@ from luspo_jax.benchmarks.verdicts import score
 from luspo_jax.benchmarks.visual import VISUAL
 from luspo_jax.datasets import DATASETS
 from luspo_jax.datasets.table import read_examples
-from luspo_jax.datasets.visual_benchmarks import read_variants
 
 FILES = {
     "mathvista": "mathvista/testmini.json",
@@ -23,22 +22,23 @@ PHRASES = {
 
 
 def _items(name, path):
-    return read_variants([path]) if name == "dynamath" else read_examples(DATASETS[name], path)[0]
+    return read_examples(DATASETS[name], path)[0]
 
 
 @pytest.mark.parametrize("phrase", PHRASES)
 @pytest.mark.parametrize("name", FILES)
 def test_references_are_right(shared_data, name, phrase):
     items = _items(name, shared_data / "vl" / FILES[name])
-    predictions = {item.meta["id"]: PHRASES[phrase].format(item.answer) for item in items}
-    scores = score(VISUAL[name], items, predictions, workers=1)
+    responses = [PHRASES[phrase].format(item.answer) for item in items]
+    verdicts = score(VISUAL[name], items, responses)
     wrong = [
-        (key, verdict.status, verdict.extracted)
-        for key, verdict in scores.verdicts.items()
+        (item.meta["id"], verdict.status, verdict.extracted)
+        for item, verdict in zip(items, verdicts, strict=True)
         if verdict.strict is False
     ]
     assert not wrong
-    assert len(scores.with_status("unusable")) == (1 if name == "logicvista" else 0)
+    unusable = sum(verdict.status == "unusable" for verdict in verdicts)
+    assert unusable == (1 if name == "logicvista" else 0)
 
 
 @pytest.mark.parametrize("name", ["mathvista", "mathvision", "wemath", "logicvista"])
@@ -48,6 +48,5 @@ def test_sentences_are_right_too(shared_data, name):
     if name != "wemath":  # whose problems need all their steps
         items = items[:300]
     for phrase in ("First 3 steps.\n\nThe answer is {}.", "Well.\n**Answer:** {}"):
-        predictions = {item.meta["id"]: phrase.format(item.answer) for item in items}
-        scores = score(VISUAL[name], items, predictions, workers=1)
-        assert not [key for key, verdict in scores.verdicts.items() if verdict.strict is False]
+        verdicts = score(VISUAL[name], items, [phrase.format(item.answer) for item in items])
+        assert not [v for v in verdicts if v.strict is False]

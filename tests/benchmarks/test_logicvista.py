@@ -9,7 +9,8 @@ from luspo_jax.datasets.example import Example
 
 def _score(answer, response):
     item = Example(0, "q", answer, {"id": "v", "skill": ["inductive"]})
-    return score(LOGICVISTA, [item], {"v": response})
+    verdicts = score(LOGICVISTA, [item], [response])
+    return verdicts[0], LOGICVISTA.lines([item], verdicts)
 
 
 @pytest.mark.parametrize(
@@ -29,11 +30,11 @@ def _score(answer, response):
     ],
 )
 def test_sets(answer, response, strict, vlmevalkit):
-    verdict = _score(answer, response).verdicts["v"]
+    verdict, _ = _score(answer, response)
     assert (verdict.strict, verdict.vlmevalkit) == (strict, vlmevalkit)
 
 
 def test_an_annotation_without_an_answer_is_unusable():
-    scores = _score("", "B")
-    assert scores.with_status("unusable") == ["v"]
-    assert (scores.lines[0].strict, scores.lines[0].vlmevalkit) == (None, 0.0)
+    verdict, lines = _score("", "B")
+    assert verdict.status == "unusable"
+    assert (lines[0].strict, lines[0].vlmevalkit) == (None, 0.0)

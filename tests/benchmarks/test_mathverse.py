@@ -58,9 +58,9 @@ def test_free_form_end_to_end():
         _item(gold, kind="free-form", name=str(n), version="Text Lite" if n < 2 else "Vision Only")
         for n, (gold, _, _) in enumerate(cases)
     ]
-    predictions = {str(n): response for n, (_, response, _) in enumerate(cases)}
-    scores = score(MATHVERSE, items, predictions, workers=1)
-    assert [v.strict for v in scores.verdicts.values()] == [right for _, _, right in cases]
-    found = {(line.table, line.group): line.strict for line in scores.lines}
+    verdicts = score(MATHVERSE, items, [response for _, response, _ in cases])
+    assert [v.strict for v in verdicts] == [right for _, _, right in cases]
+    lines = MATHVERSE.lines(items, verdicts)
+    found = {(line.table, line.group): line.strict for line in lines}
     assert found["accuracy by problem_version", "Vision Only"] == 0.75
     assert found["accuracy by problem_version and subject", "Text Lite / Functions"] == 1.0

@@ -50,8 +50,8 @@ def test_values_go_to_the_math_verifier(answer, response, vlmevalkit):
 def test_hostile_text_is_data(tmp_path):
     mark = tmp_path / "mark"
     response = rf"\boxed{{__import__('pathlib').Path('{mark}').touch() or 60}}"
-    scores = score(MATHVISION, [_item("60")], {"7": response}, workers=1)
-    assert scores.verdicts["7"].strict is False
+    (verdict,) = score(MATHVISION, [_item("60")], [response])
+    assert verdict.strict is False
     assert not mark.exists()
 
 
@@ -69,10 +69,10 @@ def test_values_end_to_end_by_subject_and_level():
         ("60", "The answer is 60 cm.", True),
     ]
     items = [_item(gold, name=str(n), level=1 + n % 2) for n, (gold, _, _) in enumerate(cases)]
-    predictions = {str(n): response for n, (_, response, _) in enumerate(cases)}
-    scores = score(MATHVISION, items, predictions, workers=1)
-    assert [v.strict for v in scores.verdicts.values()] == [right for _, _, right in cases]
-    found = {(line.table, line.group): line.strict for line in scores.lines}
+    verdicts = score(MATHVISION, items, [response for _, response, _ in cases])
+    assert [v.strict for v in verdicts] == [right for _, _, right in cases]
+    lines = MATHVISION.lines(items, verdicts)
+    found = {(line.table, line.group): line.strict for line in lines}
     assert found["accuracy by level", "1"] == pytest.approx(4 / 5)
     assert found["accuracy by level", "2"] == pytest.approx(3 / 5)
     assert found["accuracy by subject", "algebra"] == found["accuracy", "all"]

@@ -3,7 +3,7 @@
 import pytest
 
 from luspo_jax.benchmarks.mathvista import read
-from luspo_jax.benchmarks.verdicts import BenchmarkError
+from luspo_jax.benchmarks.record import BenchmarkError
 from luspo_jax.datasets.example import Example
 
 

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from luspo_jax.benchmarks.verdicts import BenchmarkError, ItemVerdict
+from luspo_jax.benchmarks.record import BenchmarkError
+from luspo_jax.benchmarks.verdicts import ItemVerdict
 from luspo_jax.benchmarks.wemath import kit_letter, lines, metrics, read, state
 from luspo_jax.datasets.example import Example
 

@@ -9,7 +9,6 @@ import pytest
 from luspo_jax.datasets import DATASETS, DataError, load
 from luspo_jax.datasets.images import open_image
 from luspo_jax.datasets.table import read_examples
-from luspo_jax.datasets.visual_benchmarks import read_variants
 
 
 @pytest.mark.parametrize(
@@ -20,7 +19,7 @@ from luspo_jax.datasets.visual_benchmarks import read_variants
         ("mathvision", "math_vision/testmini.jsonl", 304, "4", 304),
         ("mathverse", "mathverse/testmini_text_only.json", 788, "1", 0),
         ("mathverse", "mathverse/visualizer_all.json", 726, "1", 605),
-        ("dynamath", "dynamath/trial3.dataset.json", 501, "1", 501),
+        ("dynamath", "dynamath/trial3.dataset.json", 501, "1/3", 501),
         ("wemath", "wemath/testmini.json", 1740, "2steps_1/2steps_1", 1740),
         ("logicvista", "logicvista/dataset.json", 448, "v1_0", 448),
         ("geometry3k", "geometry3k", 10, "11", 10),
@@ -53,23 +52,51 @@ def test_the_images_at_hand_open(shared_data, name, path, folder, readable):
 
 
 def test_all_variants_of_dynamath(shared_data):
-    paths = sorted((shared_data / "vl" / "dynamath").glob("trial*.json"))
-    examples = read_variants(paths)
+    folder = shared_data / "vl" / "dynamath"
+    examples, _ = read_examples(DATASETS["dynamath"], folder)
     assert len(examples) == 5010
     assert {e.meta["variant"] for e in examples} == set(range(1, 11))
     assert len({e.meta["id"] for e in examples}) == 5010
-    assert len(read_variants([shared_data / "vl" / "dynamath" / "dataset.json"])) == 501
+    single, _ = read_examples(DATASETS["dynamath"], folder / "trial3.dataset.json")
+    assert single[0].meta["id"] == "1/3"
+    assert len(read_examples(DATASETS["dynamath"], folder / "dataset.json")[0]) == 501
+    present = [e for e in examples if _opens(e, folder)]
+    assert {e.meta["variant"] for e in present} == {1, 2, 3}
+    assert len(present) == 24
+
+
+def _opens(example, source):
+    try:
+        open_image(example.meta["images"][0], source)
+    except DataError:
+        return False
+    return True
+
+
+def _variant_files(folder, *names):
+    row = {"q1": {"question": "q", "answer": "1", "image": "image/a.png"}}
+    row["q1"] |= {"answer_type": "float", "subject": "s", "level": "l"}
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(row))
+
+
+def test_a_variant_of_dynamath_has_its_images_in_its_folder(tmp_path):
+    """The authors' layout, and a flat one; what has no number is left out."""
+    _variant_files(tmp_path, "trial1/dataset.json", "trial2.dataset.json", "dataset.json")
+    examples, report = load("dynamath", tmp_path, data_dir=tmp_path / "built")
+    images = {e.meta["id"]: e.meta["images"][0]["path"] for e in examples}
+    assert images == {"q1/1": "trial1/image/a.png", "q1/2": "trial2/image/a.png"}
+    assert report.sha256
 
 
 def test_variants_need_a_number_of_their_own(tmp_path):
-    row = {"q1": {"question": "q", "answer": "1", "image": "a.png"}}
-    row["q1"] |= {"answer_type": "float", "subject": "s", "level": "l"}
-    for name in ("trial1.json", "variant_1.json", "data.json"):
-        (tmp_path / name).write_text(json.dumps(row))
-    with pytest.raises(DataError, match=r"data.json: its name must say which variant"):
-        read_variants([tmp_path / "trial1.json", tmp_path / "data.json"])
+    _variant_files(tmp_path, "trial1.json", "variant_1.json")
     with pytest.raises(DataError, match=r"variant_1.json: is variant 1, and so is .*trial1.json"):
-        read_variants([tmp_path / "trial1.json", tmp_path / "variant_1.json"])
+        read_examples(DATASETS["dynamath"], tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="whose name says which variant"):
+        read_examples(DATASETS["dynamath"], tmp_path / "none")
 
 
 def test_geometry3k_answers_with_the_value(shared_data, tmp_path):
@@ -131,8 +158,17 @@ def test_a_benchmark_refuses_a_missing_column_by_name(tmp_path, column):
     row |= {"pid": "1", "image": "a.png", "metadata": {"task": "t", "skills": []}}
     del row[column]
     (tmp_path / "a.json").write_text(json.dumps([row]))
-    with pytest.raises(DataError, match=f"row 1: no column '{column}'"):
+    with pytest.raises(DataError, match=f"row 1: no column .*'{column}'; the columns are"):
         read_examples(DATASETS["mathvista"], tmp_path / "a.json")
+
+
+def test_images_inside_a_hub_file_come_before_their_names(tmp_path):
+    row = {"pid": "1", "question": "q", "answer": "1", "choices": None, "question_type": "f"}
+    row |= {"answer_type": "integer", "metadata": {"task": "t", "skills": ["s"]}}
+    row |= {"image": "images/1.jpg", "decoded_image": {"bytes": b"x", "path": None}}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "testmini.parquet")
+    (example,), _ = read_examples(DATASETS["mathvista"], tmp_path / "testmini.parquet")
+    assert example.meta["images"] == [{"row": 1, "column": "decoded_image"}]
 
 
 def test_latex_read_as_an_escape_is_restored(tmp_path):

@@ -236,7 +236,7 @@ def test_predictions_are_not_compared_with_a_sampled_evaluation(finished, tmp_pa
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (lambda p: [], "is empty"),
+        (lambda p: [], "there are no predictions"),
         (lambda p: [{"id": "x", "prediction": ""}], "unknown ids x"),
         (lambda p: [{"id": p[0].id, "prediction": ""}], "5 problems of label_sums have no"),
         (lambda p: [{"id": q.id, "prediction": ""} for q in [*p, p[2]]], "most ids have 1"),
