@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # Before jax or transformers are imported: what they tell about absent devices and libraries is no
@@ -106,13 +106,21 @@ def description(run: Any) -> str:
         *([f"overlap   : {overlap}"] if overlap else []),
         f"prompts   : {len(run.data.stream):,} to train on ({run.data.stream.dropped:,} dropped as "
         f"longer than {run.config.data.max_prompt_length} tokens), {len(run.data.held_out):,} held "
-        f"out; template {run.data.template_hash}",
+        f"out{_refused(run.data.refused)}; template {run.data.template_hash}",
         f"rewards   : {', '.join(run.scorer.labels.values())}",
         f"batch     : {configuration.batch_arithmetic(run.config)}",
         f"memory    : about {sum(memory.values()) / 1e9:.2f} GB a device: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size),
     ]
     return "\n".join(["configuration", *lines])
+
+
+def _refused(counts: Mapping[str, int]) -> str:
+    """What is not asked of the held-out problems, and why."""
+    if not counts:
+        return ""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    return f" ({sum(counts.values()):,} not asked: {reasons})"
 
 
 def _objective(run: Any) -> str:

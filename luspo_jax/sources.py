@@ -1,8 +1,9 @@
 """What a configuration says of model folder and data: tokenizer, prompts, images."""
 
+import collections
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from luspo_jax import datasets, distributed, images, prompts
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.images import ImagePreparer
 from luspo_jax.models.decoder_config import DecoderConfig
+
+_LOOKED_AT = 64  # problems of a dataset by which it is known to have images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Data:
       held_out_report: likewise of the held-out set.
       examples: training problems, and held-out problems.
       renderer: of the training prompts.
+      refused: held-out problems that are not asked: reason → number.
     """
 
     stream: prompts.PromptStream
@@ -58,6 +62,7 @@ class Data:
     held_out_report: datasets.Report
     examples: tuple[Sequence[datasets.Example], Sequence[datasets.Example]]
     renderer: prompts.Renderer
+    refused: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def template_hash(self) -> str:
@@ -74,10 +79,20 @@ class Data:
         trained, held_out = self.examples
         return datasets.overlap(held_out, trained)
 
+    def close(self) -> None:
+        """Ends the processes that decode images."""
+        if self.renderer.images is not None:
+            self.renderer.images.close()
+
 
 def load_data(config: ConfigDict, model: Model) -> Data:
     """Training stream and held-out prompts of `config.data`, with their images where `model` reads
-    images."""
+    images.
+
+    Raises:
+      ConfigError: problems with images, and a model of text.
+      DataError: data that cannot be read; no held-out prompt at all.
+    """
     data = config.data
     preparer = image_preparer(config, model)
     renderer = prompts.Renderer(
@@ -99,6 +114,9 @@ def load_data(config: ConfigDict, model: Model) -> Data:
     held_out, held_out_report = datasets.load(
         data.eval_name or data.name, data.eval_path or data.path or None, data.eval_split, **columns
     )
+    trained = "data.mixture" if data.mixture else f"data.name={data.name}"
+    _check_sight(model, trained, train)
+    _check_sight(model, f"data.eval_name={data.eval_name or data.name}", held_out)
     stream = prompts.PromptStream(
         train,
         renderer,
@@ -107,13 +125,27 @@ def load_data(config: ConfigDict, model: Model) -> Data:
         gather=None if preparer is None else distributed.gather,
     )
     wanted = [held_out[i] for i in range(min(len(held_out), config.eval.num_problems))]
-    records, _ = prompts.encode(wanted, tested, max_length=data.max_prompt_length)
+    found = prompts.outcomes(wanted, tested, max_length=data.max_prompt_length)
+    records = [prompt for prompt in found if isinstance(prompt, prompts.PromptRecord)]
+    refusals = [prompt for prompt in found if isinstance(prompt, prompts.Refusal)]
     if not records:
         raise datasets.DataError(
-            f"no held-out prompt of {held_out_report.source} fits data.max_prompt_length="
-            f"{data.max_prompt_length} tokens"
+            f"no held-out prompt of {held_out_report.source} can be asked within "
+            f"data.max_prompt_length={data.max_prompt_length} tokens; the first: "
+            f"{refusals[0].detail}"
         )
-    return Data(stream, records, reports, held_out_report, (train, wanted), renderer)
+    refused = collections.Counter(refusal.reason for refusal in refusals)
+    return Data(stream, records, reports, held_out_report, (train, wanted), renderer, refused)
+
+
+def _check_sight(model, field, examples):
+    """A model of text would be asked about images that it is not shown."""
+    first = (examples[i] for i in range(min(_LOOKED_AT, len(examples))))
+    if model.config.vision is None and any(example.meta.get("images") for example in first):
+        raise configuration.ConfigError(
+            f"{field} has problems with images, and {model.folder.name} reads none: choose a "
+            "Qwen2.5-VL as model.path (data.blank_images shows it white ones)"
+        )
 
 
 def image_preparer(config: ConfigDict, model: Model) -> ImagePreparer | None:

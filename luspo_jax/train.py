@@ -85,6 +85,7 @@ def train(run: Run, workdir: Workdir) -> Outcome:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(checkpointer))
         stack.enter_context(run.scorer)
+        stack.enter_context(contextlib.closing(run.data))
         with watchdog.phase("restore"):
             state, start, evaluations, carried = begin(run, checkpointer)
             state = parked(state, run.config.train.offload)

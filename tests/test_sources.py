@@ -1,0 +1,71 @@
+"""Model folder and data of a run: what is refused, and what is counted."""
+
+import json
+
+import pytest
+
+from configs.quickstart import get_config as text_config
+from luspo_jax import run as runs
+from luspo_jax import sources
+from luspo_jax.config import ConfigError
+from luspo_jax.datasets import DataError
+from tests import vl_cases
+
+
+@pytest.fixture
+def config(tmp_path):
+    vl_cases.write_model(tmp_path)
+    config = vl_cases.config(tmp_path)
+    config.eval.num_problems = 8
+    return config
+
+
+def _load(config):
+    model = runs.load_model(config)
+    data = sources.load_data(config, model)
+    data.close()
+    return data
+
+
+def test_a_model_of_text_is_not_asked_about_images(config):
+    config.model.path = "embedded:label_sums"
+    with pytest.raises(ConfigError, match=r"data\.name=shapes has problems with images.*Qwen2"):
+        _load(config)
+    config = text_config()
+    config.data.eval_name = "shapes"
+    with pytest.raises(ConfigError, match=r"data\.eval_name=shapes has problems with images"):
+        _load(config)
+
+
+def test_a_model_that_sees_may_be_asked_in_text(config):
+    config.data.name, config.data.eval_name = "shapes", "label_sums"
+    assert not any(prompt.images for prompt in _load(config).held_out)
+
+
+def test_held_out_problems_that_are_not_asked_are_counted(config):
+    lengths = [len(prompt.tokens) for prompt in _load(config).held_out]
+    config.data.max_prompt_length = sorted(lengths)[3]
+    data = _load(config)
+    too_long = sum(n > config.data.max_prompt_length for n in lengths)
+    assert 0 < too_long < 8
+    assert data.refused == {"too_long": too_long}
+    assert len(data.held_out) == 8 - too_long
+    config.data.max_prompt_length = 3
+    with pytest.raises(DataError, match=r"data\.max_prompt_length=3 tokens; the first: .*tokens"):
+        _load(config)
+
+
+def test_an_image_processor_of_another_model_is_refused(config, tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"patch_size": 16}))
+    with pytest.raises(ConfigError, match=r"patches of 16 pixels.*takes 14.*belong together"):
+        _load(config)
+
+
+def test_blank_images_are_white_and_of_the_same_size(config):
+    seen = _load(config).held_out
+    config.data.blank_images = True
+    for prompt, blank in zip(seen, _load(config).held_out, strict=True):
+        assert [x.grid_thw for x in prompt.images] == [x.grid_thw for x in blank.images]
+        assert all((image.pixels == 255).all() for image in blank.images)
+        assert (prompt.tokens == blank.tokens).all()
