@@ -141,10 +141,10 @@ def matrices(vision: VisionConfig) -> int:
 
 def forward(vision: VisionConfig, images: int, slots: int, part: Parts, width: int) -> Work:
     """The tower over `images` rows of `slots`, spread over the devices that share tokens."""
-    work = _products(vision, images, slots, part, width)
-    work += _attention(vision, images, slots, part, width, products=(2, 2), scores=3)
-    embeddings = width * images * slots / vision.unit_patches * vision.out_dim
-    return work + Work(0, embeddings, embeddings * others(part.tokens))
+    args = vision, images, slots, part, width
+    work = _products(*args) + _pixel_product(*args) + _merging(*args)
+    work += _attention(*args, products=(2, 2), scores=3)
+    return work + _embeddings(*args)
 
 
 def backward(
@@ -159,9 +159,9 @@ def backward(
 ) -> Work:
     """The tower backward, with what is computed again."""
     args = vision, images, slots, part, width
-    again = _products(*args)
-    of_pixels = 2 * images * slots / part.tokens * _pixels(vision)
-    work = Work(2 * again.flops - of_pixels, 2 * again.memory, again.links)
+    work = _pixel_product(*args)
+    for again in (_products(*args), _merging(*args)):
+        work += Work(2 * again.flops, 2 * again.memory, again.links)
     grads = 4 * matrices(vision) / part.tensor
     work += Work(0, 2 * grads + 3 * grads / part.embed, grads * others(part.embed))
     work += Work(0, 0, 2 * grads / part.embed * others(part.copies))
@@ -169,13 +169,17 @@ def backward(
     work += _attention(*args, products=(5, full), scores=6)
     layers, with_attention = RECOMPUTED[remat]
     if layers:
-        last = vision.depth * vision.embed_dim * vision.mlp_dim
-        inside = vision.depth * _block(vision)
-        work += again * ((inside - last) / matrices(vision))
+        last = vision.embed_dim * vision.mlp_dim
+        work += _products(*args, share=1 - last / _block(vision))
     if with_attention:
         work += _attention(*args, products=(2, 2), scores=3)
-    embeddings = width * images * slots / vision.unit_patches * vision.out_dim
-    return work + Work(0, embeddings, embeddings * others(part.tokens))
+    return work + _embeddings(*args)
+
+
+def _embeddings(vision, images, slots, part, width):
+    """Embeddings written and sent to every device, or their gradients summed over all."""
+    size = width * images * slots / vision.unit_patches * vision.out_dim
+    return Work(0, size, size * others(part.tokens))
 
 
 def training(*args: Any, frozen: bool, remat: str, kernel: str) -> Work:
@@ -192,21 +196,34 @@ def activation_values(vision: VisionConfig, remat: str) -> int:
     return vision.depth * kept[remat] + inside
 
 
-def _products(vision, images, slots, part, width):
-    """Products with all matrices, forward."""
+def _products(vision, images, slots, part, width, share=1.0):
+    """Products of all blocks, forward; `share` of them, for a recomputation."""
     D, F, t, c = vision.embed_dim, vision.mlp_dim, part.tensor, width
-    patches = images * slots / part.tokens
-    units = patches / vision.unit_patches
-    flops = 2 * (patches * (vision.depth * _block(vision) / t + _pixels(vision)))
-    flops += 2 * units * _merger(vision) / t
-    gathered = c * matrices(vision) / t
-    touched = vision.depth * (7 * D + 3 * F) + math.prod(vision.patch_shape) + D
-    merged = 3 * vision.unit_patches * D + vision.out_dim
+    patches, entries = images * slots / part.tokens, vision.depth * _block(vision)
+    gathered = c * entries / t
     memory = gathered * (2 if part.embed > 1 else 1)
-    memory += c * (patches * touched + units * merged) / t
-    links = gathered * others(part.embed)
-    sums = 2 * c * (2 * vision.depth * patches * D + units * vision.out_dim)
-    return Work(flops, memory, links + sums * others(t))
+    memory += c * patches * vision.depth * (7 * D + 3 * F) / t
+    sums = 2 * c * 2 * vision.depth * patches * D
+    links = gathered * others(part.embed) + sums * others(t)
+    return Work(2 * patches * entries * share / t, memory, links)
+
+
+def _pixel_product(vision, images, slots, part, width):
+    """The product with the pixels, which lie on every device of those that share heads."""
+    patches, gathered = images * slots / part.tokens, width * _pixels(vision)
+    memory = gathered * (2 if part.embed > 1 else 1)
+    memory += width * patches * (math.prod(vision.patch_shape) + vision.embed_dim)
+    return Work(2 * patches * _pixels(vision), memory, gathered * others(part.embed))
+
+
+def _merging(vision, images, slots, part, width):
+    """The merger, forward."""
+    t, c = part.tensor, width
+    units, gathered = images * slots / part.tokens / vision.unit_patches, c * _merger(vision) / t
+    memory = gathered * (2 if part.embed > 1 else 1)
+    memory += c * units * (3 * vision.unit_patches * vision.embed_dim + vision.out_dim) / t
+    links = gathered * others(part.embed) + 2 * c * units * vision.out_dim * others(t)
+    return Work(2 * units * _merger(vision) / t, memory, links)
 
 
 def _attention(vision, images, slots, part, width, *, products, scores):
