@@ -332,6 +332,8 @@ def _training(case):
     found = []
     if scores_old(case):
         rows, parts, work = scored_rows(case)
+        # With images, minibatch by minibatch.
+        times = case.config.train.num_minibatches if case.lengths.images else 1
         found.append(
             Program(
                 "log-probs",
@@ -343,7 +345,7 @@ def _training(case):
                     record_experts=case.model.num_experts > 0,
                 ),
                 work,
-                1 + bool(objective.kl_coef),
+                times * (1 + bool(objective.kl_coef)),
                 state_bytes(case, "opt_state", "ref_params", "marked_params"),
                 lambda: device_bytes((case.state.params, rows)),
             )
@@ -374,19 +376,18 @@ def scores_old(case: Case) -> bool:
 
 
 def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
-    """(rows, num_microbatches, work) of the pass that scores all responses of a step."""
+    """(rows, num_microbatches, work) of the pass that scores the responses of a step, or with
+    images those of a minibatch."""
     sizes = case.sizes
-    rows, used, micro = abstract_rows(case, sizes.responses_per_step, "sampler")
-    parts = (
-        1
-        if case.config.train.packing
-        else (sizes.responses_per_step // sizes.responses_per_microbatch)
-    )
+    images, responses = case.lengths.images, sizes.responses_per_step
+    responses = sizes.responses_per_minibatch if images else responses
+    rows, used, micro = abstract_rows(case, responses, "sampler")
+    parts = 1 if case.config.train.packing else responses // sizes.responses_per_microbatch
     part, width, scoring = case.train_parts, case.width, case.rule.scoring
     work = costs.forward(case.model, micro, part, width) + costs.scoring(
         case.model, micro, part, width, scoring.head_chunk_tokens, gradient=False
     )
-    work = (work + _tower(case, sizes.responses_per_step, gradient=False)) * used
+    work = (work + _tower(case, responses, gradient=False)) * used
     ids = costs.recorded_bytes(case.model) * micro.tokens
     # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
     work += Work(0, 0, ids * used * (1 - 1 / part.batch))
@@ -453,8 +454,10 @@ def _pressure(case):
     )
     groups = math.ceil(settings.share * sizes.prompts_per_step)
     B, T = groups * sizes.group_size, cases.row_length(case)
+    zeros_BT = np.broadcast_to(np.int32(0), (B, T))
+    positions = np.broadcast_to(np.int32(0), (B, T, 3)) if case.model.vision else zeros_BT
     sampled = laboratory.Sampled(
-        TokenBatch(*[np.broadcast_to(np.int32(0), (B, T))] * 3, np.broadcast_to(False, (B, T))),
+        TokenBatch(zeros_BT, positions, zeros_BT, np.broadcast_to(False, (B, T))),
         np.zeros(B, np.float32), np.repeat(np.arange(groups), sizes.group_size),
         *[np.ones(B, bool)] * 3,
     )  # fmt: skip

@@ -323,8 +323,7 @@ def _counted_images(case, name):
     pictures, vision, part = case.lengths.images, case.model.vision, case.train_parts
     if pictures is None:
         return 0
-    sizes = case.sizes
-    responses = sizes.responses_per_step if name == "log-probs" else sizes.responses_per_minibatch
+    responses = case.sizes.responses_per_minibatch
     images = cases.images_at_once(case, responses)
     remat = "full" if name == "log-probs" else case.config.model.remat
     kept = tower.activation_values(vision, remat) / part.tensor
