@@ -13,7 +13,10 @@ Hardware: one host of 8 GPUs with 80 GB each, as in the paper (8 H800).
           TPU v5p:2x2x4, 16 chips on 4 hosts, by launch/tpu_vm.sh: as it is.
 Memory  : weights and Adam's moments are 100 GB, 12.4 GB on each of 8 GPUs; a sequence of 6,144
           tokens takes 0.35 GB of cache; a checkpoint is 100 GB and three are kept.
-Time    : not rehearsed yet.
+Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 1,000, an
+          image of 1,225 tokens in each prompt, a step takes at least 1.5 min on h100:1x8 (expected
+          3.0; 59 of 78 GB a device in use at most) and at least 1.6 min on v5p:2x2x4 (expected
+          3.3; 53 GB); updates are half of it, the tower 5 % of an update.
 Result  : not run here. The paper's Table 3, mean of six benchmarks: base 39.2, GRPO 44.0, GSPO
           43.6, LUSPO 45.6.
 
