@@ -134,7 +134,8 @@ def responded(case, count):
         [np.ones(n, np.int32) for n in case.response_lengths[:count]],
         length=cases.row_length(case), pad_id=0,
     )  # fmt: skip
-    return of_rows, batches.with_positions(padded, of_rows, case.model)
+    positions_BT3 = np.zeros((*padded.tokens_BT.shape, 3), np.int32)
+    return of_rows, dataclasses.replace(padded, positions_BT=positions_BT3)
 
 
 def assert_same_shapes(made, wanted):
