@@ -29,6 +29,10 @@ _MARKDOWN = flags.DEFINE_string("markdown", "", "File for the report as Markdown
 _MEAN = flags.DEFINE_float("mean_length", None, "Assumed mean response length; unset = longest/4.")
 _LONGEST = flags.DEFINE_integer("max_length", None, "Assumed longest response; unset = the limit.")
 _LIVE = flags.DEFINE_integer("live", 0, "Sequences a host decodes, for rollout.num_slots.", 0)
+_IMAGES = flags.DEFINE_integer("images", None, "Assumed images of a prompt; unset = 1.", 0)
+_IMAGE_SIZE = flags.DEFINE_string(
+    "image_size", "", "Assumed HEIGHTxWIDTH of each in pixels; empty = the largest square allowed."
+)
 _PRESSURE = flags.DEFINE_bool("pressure", True, "Rehearse length pressure where the run has it.")
 _SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest settings that fit.")
 
@@ -55,6 +59,8 @@ def main() -> None:
         mean_length=_MEAN.value,
         max_length=_LONGEST.value,
         live=_LIVE.value,
+        images=_IMAGES.value,
+        image_size=_size(_IMAGE_SIZE.value),
     )
     print(f"{cases.whole_host(case)}; attention {case.rule.scoring.attention}", flush=True)
 
@@ -72,6 +78,16 @@ def main() -> None:
         print(search.text(report["search"]))
     if not report["fits"]:
         raise SystemExit(search.refusal(report))
+
+
+def _size(text):
+    """(height, width) of "HEIGHTxWIDTH"; None of nothing."""
+    if not text:
+        return None
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise command.UsageError(f"--image_size={text} must be HEIGHTxWIDTH in pixels, as 448x672")
+    return int(parts[0]), int(parts[1])
 
 
 def _written(path, content):

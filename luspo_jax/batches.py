@@ -179,13 +179,39 @@ def _plan(run, rows):
 
 
 def _score(run, rollouts, params, batch, record_experts=False, **changes):
-    """Scored of all rows in NumPy; recorded experts row by row, as everything else."""
+    """Scored of all rows in NumPy; recorded experts row by row, as everything else.
+
+    With images, as many rows at a time as an update reads: pixels take more memory than all else,
+    and a micro-batch of few prompts encodes few images.
+    """
+    prompts, scoring = rollouts.prompts, dataclasses.replace(run.rule.scoring, **changes)
+    if not any(prompt.images for prompt in prompts):
+        return _score_rows(run, prompts, params, batch.rows, scoring, record_experts)
+    size = configuration.batch_arithmetic(run.config).responses_per_minibatch
+    found = [
+        _score_rows(
+            run,
+            prompts[start : start + size],
+            params,
+            jax.tree.map(lambda x, start=start: x[start : start + size], batch.rows),
+            scoring,
+        )
+        for start in range(0, len(prompts), size)
+    ]
+    logprobs_BT, entropy_BT = (
+        np.concatenate([getattr(one, name) for one in found])
+        for name in ("logprobs_BT", "entropy_BT")
+    )
+    return Scored(logprobs_BT, entropy_BT)  # no model that reads images has experts
+
+
+def _score_rows(run, prompts, params, rows, scoring, record_experts=False):
     sizes = configuration.batch_arithmetic(run.config)
-    scoring = dataclasses.replace(run.rule.scoring, **changes)
-    plan, parts = None, sizes.responses_per_step // sizes.responses_per_microbatch
+    width = rows.tokens_BT.shape[1]
+    plan, parts = None, len(prompts) // sizes.responses_per_microbatch
     if run.config.train.packing:
-        plan = _plan(run, batch.rows)
-    rows = _with_images(run, rollouts.prompts, batch.rows, parts, plan)
+        plan = _plan(run, rows)
+    rows = _with_images(run, prompts, rows, parts, plan)
     if plan is not None:
         rows, parts = packing.packed_rows(rows, plan), 1
     scored = score_rows(
@@ -204,7 +230,7 @@ def _score(run, rollouts, params, batch, record_experts=False, **changes):
     if plan is not None:
         of_rows = [packing.from_places(x, plan) for x in of_rows]
         if experts is not None:
-            experts = packing.from_rows(experts, plan, batch.rows.tokens_BT.shape[1])
+            experts = packing.from_rows(experts, plan, width)
     return Scored(*of_rows, router and dataclasses.replace(router, experts=experts))
 
 

@@ -28,6 +28,7 @@ class Scoring:
       dtype: name of the compute dtype; the head always accumulates in float32.
       remat: what of a layer is kept for the backward pass, a key of `decoder.REMAT`.
       attention: name of the implementation in `ops.attention`.
+      vision_attention: likewise, of the vision tower.
       experts: name of the implementation in `ops.grouped_matmul`.
       replay: which recorded experts stand in for the routers' choice, a key of REPLAYS; rows
         without that record are routed as the policy does.
@@ -46,6 +47,7 @@ class Scoring:
     experts: str = "reference"
     replay: str = "none"
     freeze_vision: bool = False
+    vision_attention: str = "reference"
 
 
 # Router replay: "old" is R2 and "sampler" R3 of arXiv:2512.01374.
@@ -142,7 +144,7 @@ def _images(params, rows, units_BT, scoring):
         config=scoring.model.vision,
         dtype=jnp.dtype(scoring.dtype),
         remat=scoring.remat,
-        attention="reference" if scoring.attention == "cudnn" else scoring.attention,
+        attention=scoring.vision_attention,
         layout=scoring.layout,
     )
     return units_IUD.reshape(-1, units_IUD.shape[-1]), units_BT

@@ -106,7 +106,12 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
         laboratory=laboratory.laboratory(
             length,
             # Length pressure differentiates the backward pass, which kernels do not allow.
-            dataclasses.replace(rule.scoring, attention="reference", experts="reference"),
+            dataclasses.replace(
+                rule.scoring,
+                attention="reference",
+                experts="reference",
+                vision_attention="reference",
+            ),
             objective,
             max_response_length=longest,
             rows_at_once=configuration.batch_arithmetic(config).responses_per_microbatch,
@@ -223,6 +228,9 @@ def _scoring(config, model, layout):
         experts=expert_products(layout, config.model.experts),
         replay=config.train.router_replay,
         freeze_vision=_freezes(config, model.config),
+        vision_attention=vision_attention(
+            model.config, layout, config.model.dtype, config.model.attention
+        ),
     )
 
 
@@ -251,6 +259,9 @@ def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layou
         ),
         experts=expert_products(layout, config.model.experts),
         record_experts=section is config.rollout and model.config.num_experts > 0,
+        vision_attention=vision_attention(
+            model.config, layout, config.model.rollout_dtype, config.model.attention
+        ),
     )
 
 
@@ -271,6 +282,19 @@ def prefill_attention(
 ) -> str:
     """The name of the sampler's attention over prompts, which lie one in a row."""
     return _resolved(name, layout, packed=False, head_dim=model.head_dim, dtype=dtype)
+
+
+def vision_attention(
+    model: DecoderConfig, layout: Layout | None, dtype: str, name: str = "auto"
+) -> str:
+    """The name of the vision tower's attention over an image; its heads have a size of their own.
+
+    Patches are not one run in their slots, as a packed row's tokens are not: what reads segment ids
+    is needed. "reference" is kept, of any other name what fits the platform is taken.
+    """
+    if model.vision is None or name == "reference":
+        return "reference"
+    return _resolved("auto", layout, packed=True, head_dim=model.vision.head_dim, dtype=dtype)
 
 
 def expert_products(layout: Layout | None, name: str = "auto") -> str:

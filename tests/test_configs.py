@@ -1,5 +1,6 @@
 """The configurations: each can run, says what it is, and has the paper's constants."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -13,15 +14,18 @@ from jax.sharding import AbstractMesh
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
 from luspo_jax import sharding
+from luspo_jax.datasets import DataError
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import decoder_config
 from luspo_jax.models.locate import architecture
+from luspo_jax.prompts import LUSPO_VL_SYSTEM_PROMPT
 from luspo_jax.rewards.registry import score
 from luspo_jax.sharding import MeshError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 PAPER = ("qwen2_5_7b_dapo17k", "qwen3_30b_a3b_dapo17k")
+VISUAL = "qwen2_5_vl_7b_virl39k"
 SMALL = ("qwen3_0_6b_gsm8k", "qwen3_1_7b_dapo17k")
 
 
@@ -47,7 +51,7 @@ def test_each_can_run_and_says_how(name):
     assert _module(name).get_config() is not config
 
 
-@pytest.mark.parametrize("name", PAPER + SMALL)
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL])
 def test_headers_are_honest_and_their_recipe_exists(name):
     text = _module(name).__doc__
     assert "not run" in text
@@ -63,6 +67,7 @@ def test_headers_are_honest_and_their_recipe_exists(name):
     [
         (PAPER[0], {"h100:1x8": "h100", "v5p:2x2x4": "v5p"}),
         (PAPER[1], {"h100:4x8": "h100_moe", "v5p:4x4x4": "v5p_moe"}),
+        (VISUAL, {"h100:1x8": "h100_vl", "v5p:2x2x4": "v5p_vl"}),
     ],
 )
 def test_rehearsed_times_of_a_header_are_those_of_the_study(config, tables):
@@ -120,7 +125,37 @@ def test_constants_are_those_of_the_paper(name):
     assert sizes.updates_per_step == 8
 
 
-@pytest.mark.parametrize("name", PAPER + SMALL)
+# Where the run on images differs, by the same table; the file of the data has to be fetched first.
+VISUAL_TABLE = {
+    "rollout.max_response_length": 4096,
+    "eval.num_problems": 601,
+    "eval.num_samples": 1,
+    "data.name": "virl39k",
+    "data.eval_name": "geometry3k",
+    "data.template": "chat",
+    "reward.parts.boxed_math": 1.0,
+    "reward.options.format.name": "luspo_vl",
+    "reward.options.overlong.buffer": 512,
+    "eval.metric": "boxed_math",
+    "train.freeze_vision": False,
+}
+
+
+def test_constants_of_the_run_on_images_are_those_of_the_paper():
+    config = _config(VISUAL)
+    found, table = configuration.flat(config), PAPER_TABLE | VISUAL_TABLE
+    del table["reward.parts.dapo_math"]
+    assert {field: found[field] for field in table} == table
+    assert config.num_steps == 700
+    assert config.data.system_prompt == LUSPO_VL_SYSTEM_PROMPT
+    sizes = configuration.batch_arithmetic(config)
+    assert (sizes.responses_per_minibatch, sizes.updates_per_step) == (128, 8)
+    # The largest image and a question fit the prompt.
+    assert config.data.max_pixels == 1280 * 28 * 28
+    assert config.data.max_prompt_length >= 1280 + 512
+
+
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL])
 @pytest.mark.parametrize(
     ("preset", "ratio", "scale", "low", "high"),
     [
@@ -170,6 +205,24 @@ def test_reward_is_accuracy_format_and_length(response, length, reward):
         assert scored.value == pytest.approx(reward)
 
 
+@pytest.mark.parametrize(
+    ("response", "length", "reward"),
+    [
+        ("<think> a </think> <answer> The answer is $\\boxed{B}$ </answer>", 1000, 1.5),
+        ("<think> a </think> <answer> The answer is $\\boxed{C}$ </answer>", 1000, 0.5),
+        ("It is \\boxed{B}", 3584 + 256, 1.0 - 0.15),  # half of the buffer
+        ("B", 4096, -0.3),
+    ],
+)
+def test_reward_on_images_is_accuracy_format_and_length(response, length, reward):
+    config = _config(VISUAL).reward
+    options = config.options.to_dict()
+    scored = score(
+        config.parts.to_dict(), response, "B", length=length, max_length=4096, options=options
+    )
+    assert scored.value == pytest.approx(reward)
+
+
 # devices → (name of a mesh axis → size) and rows of a micro-batch, by hand.
 TOPOLOGIES = [
     ("qwen2_5_7b_dapo17k", 8, {}, {"fsdp": 8}, 8),
@@ -195,6 +248,8 @@ TOPOLOGIES = [
         {"fsdp": 4, "expert": 8, "context": 2},
         32,
     ),
+    (VISUAL, 8, {}, {"fsdp": 8}, 32),
+    (VISUAL, 16, {}, {"fsdp": 16}, 32),
     *((name, n, {}, {"fsdp": n}, 8) for name in SMALL for n in (1, 2, 4, 8)),
 ]
 
@@ -255,7 +310,7 @@ def test_sixteen_devices_need_what_the_header_says():
     ]
 
 
-@pytest.mark.parametrize("name", PAPER + SMALL)
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL])
 def test_sequences_fit_the_model(name):
     config = _config(name)
     longest = config.data.max_prompt_length + config.rollout.max_response_length
@@ -267,7 +322,7 @@ def test_sequences_fit_the_model(name):
 
 
 def test_headers_state_the_memory_that_the_sizes_give():
-    for name in (*PAPER, *SMALL):
+    for name in (*PAPER, VISUAL, *SMALL):
         config, text = _config(name), " ".join(_module(name).__doc__.split())
         model = decoder_config(architecture(config.model.path))
         memory = runs.memory_estimate(config, model, (None, None))
@@ -286,6 +341,41 @@ def test_experts_of_the_paper_run_are_read():
     model = decoder_config(architecture(_config(PAPER[1]).model.path))
     assert (model.num_experts, model.experts_per_token, model.expert_dim) == (128, 8, 768)
     assert (model.norm_topk, model.num_expert_layers, model.num_layers) == (True, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("platform", "prompts", "images"),
+    [
+        ("tpu", "splash", "splash"),
+        ("cuda", "cudnn", "flash_gpu"),
+        ("cpu", "reference", "reference"),
+    ],
+)
+def test_the_tower_has_an_attention_of_its_own(platform, prompts, images, monkeypatch):
+    """Patches are not one run in their slots, and the tower's heads have a size of their own."""
+    model = decoder_config(architecture(_config(VISUAL).model.path))
+    text = decoder_config(architecture(_config(PAPER[0]).model.path))
+    monkeypatch.setattr(runs, "_platform", lambda layout: platform)
+    assert runs.prefill_attention(model, None, "bfloat16") == prompts
+    assert runs.vision_attention(model, None, "bfloat16") == images
+    assert runs.vision_attention(model, None, "bfloat16", prompts) == images
+    assert runs.vision_attention(model, None, "bfloat16", "reference") == "reference"
+    assert runs.vision_attention(text, None, "bfloat16") == "reference"
+    small = dataclasses.replace(
+        model, vision=dataclasses.replace(model.vision, embed_dim=64, num_heads=8)
+    )
+    fits = {"cuda": "reference"}.get(platform, images)  # 8 is less than the kernel takes
+    assert runs.vision_attention(small, None, "bfloat16") == fits
+
+
+def test_data_that_is_not_there_is_told_with_where_it_comes_from(shared_data, tmp_path):
+    config = _config(VISUAL)
+    config.model.path = str(shared_data / "qwen" / "Qwen2.5-VL-7B-Instruct")
+    config.data.path = str(tmp_path / "39Krelease.parquet")
+    with pytest.raises(
+        DataError, match=r"no file .*39Krelease.parquet; download it from .*TIGER-Lab/ViRL39K"
+    ):
+        runs.build(config, jax.devices()[:8])
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ def _engine(policy: Policy, task: Task, options: Options) -> Engine:
         dtype=jnp.dtype(options.dtype),
         layout=sharding.on_own_devices(policy.layout),
         attention=runs.prefill_attention(config, policy.layout, options.dtype),
+        vision_attention=runs.vision_attention(config, policy.layout, options.dtype),
     )
 
 

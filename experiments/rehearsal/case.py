@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.command import UsageError
-from experiments.rehearsal import costs
+from experiments.rehearsal import costs, tower
 from experiments.rehearsal.topologies import Topology
 from luspo_jax import config as configuration
 from luspo_jax import packing, update
@@ -29,11 +29,15 @@ from luspo_jax.update import UpdateRule
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Tokens that are assumed: every prompt has `prompt`, responses `power_lengths`."""
+    """Tokens that are assumed: every prompt has `prompt`, responses `power_lengths`.
+
+    `images` are among the tokens of a prompt; None where there are none.
+    """
 
     prompt: int
     mean: float
     longest: int
+    images: tower.Pictures | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +136,11 @@ class Case:
         length = bucket(len(longest), limit=engine.max_prompt_length, smallest=SMALLEST_PROMPT)
         return rounded_up(len(batches[0]), engine.row_multiple), length
 
+    def prefilled_images(self, prompts: int, multiple: int) -> int:
+        """Rows of images of a prefill of `prompts` prompts that `multiple` devices share."""
+        images = self.lengths.images
+        return rounded_up(prompts * images.count, multiple) if images else 0
+
     def slots(self, engine: Engine, responses: int) -> int:
         """Slots that a host decodes: those asked for, or as many as there are responses."""
         return min(engine.num_slots, rounded_up(max(1, responses), engine.row_multiple))
@@ -165,6 +174,8 @@ def build(
     mean_length: float | None = None,
     max_length: int | None = None,
     live: int = 0,
+    images: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> Case:
     """Resolves a configuration for a machine.
 
@@ -175,6 +186,8 @@ def build(
       max_length: assumed longest response; the configuration's limit unless given. What is
         allocated goes by it, but the packed rows' length does not.
       live: sequences decoded together on a host, in place of rollout.num_slots.
+      images: assumed images of a prompt, where the model reads images; 1 unless given.
+      image_size: (height, width) of each in pixels; the largest square allowed unless given.
 
     Raises:
       ConfigError, MeshError, UsageError: what does not fit, before anything is compiled.
@@ -193,12 +206,13 @@ def build(
     if not 1 <= mean <= longest:
         raise UsageError(f"--mean_length={mean:g} must lie between 1 and the longest, {longest}")
     model = runs.Model(locate.EMBEDDED, architecture(config), _NoTokenizer())
+    pictures = tower.assumed(config, model.config, images, image_size)
     layouts = runs.layouts(config, model.config, topology.devices)
     with _device_of(topology):
         return Case(
             config=config,
             topology=topology,
-            lengths=Lengths(config.data.max_prompt_length, mean, longest),
+            lengths=Lengths(config.data.max_prompt_length, mean, longest, pictures),
             model=model.config,
             rule=runs.update_rule(config, model, layouts[0]),
             layouts=layouts,
@@ -222,6 +236,22 @@ def plan(case: Case, responses: int) -> packing.Plan:
         row_length=case.sizes.pack_length,
         rows_per_microbatch=case.sizes.packed_rows_per_microbatch,
     )
+
+
+def images_at_once(case: Case, responses: int) -> int:
+    """Rows of images of every micro-batch of the first `responses` of a step: of the micro-batch
+    with the most prompts, each prompt's once, rounded up as `batches.with_images` does."""
+    if case.lengths.images is None:
+        return 0
+    if case.config.train.packing:
+        packed = plan(case, responses)
+        parts = packed.places_B // packed.responses_per_microbatch
+    else:
+        parts = np.arange(responses) // case.sizes.responses_per_microbatch
+    prompts = np.arange(responses) // case.sizes.group_size
+    most = max(len(np.unique(prompts[parts == part])) for part in np.unique(parts))
+    layout = case.layouts[0]
+    return rounded_up(most * case.lengths.images.count, layout.size("batch") if layout else 1)
 
 
 def row_length(case: Case) -> int:

@@ -185,10 +185,10 @@ def _matrix_pass(model, rows, part, width, share=1.0):
     flops = 2 * tokens * M * share / t
     gathered = c * M / t
     memory = gathered * (2 if part.embed > 1 else 1) + c * tokens * _touched(model) / t
-    links = gathered * _others(part.embed)
+    links = gathered * others(part.embed)
     # All-reduces after the products that sum over heads and over mlp.
     sums = model.num_layers + _dense_layers(model)
-    links += sums * 2 * c * tokens * model.embed_dim * _others(t)
+    links += sums * 2 * c * tokens * model.embed_dim * others(t)
     return Work(flops, memory, links)
 
 
@@ -206,17 +206,17 @@ def expert_pass(
     kernels = c * expert_matrices(model) / (part.experts * t)
     memory = kernels * (2 if part.expert_embed > 1 else 1)
     memory += c * assigned * (of_D * D + of_F * F / t)
-    links = kernels * _others(part.expert_embed)
+    links = kernels * others(part.expert_embed)
     if part.experts > 1:  # rows, and in the backward pass gradients, there; results back
         sent = (3 if gradient else 2) * c * D + (12 if gradient else 4)
         memory += 2 * ROOM * assigned * sent
-        links += ROOM * assigned * sent * _others(part.experts)
-    links += 2 * 4 * tokens * D * _others(t)
+        links += ROOM * assigned * sent * others(part.experts)
+    links += 2 * 4 * tokens * D * others(t)
     if gradient:
         grads = 4 * expert_matrices(model) / (part.experts * t)
         own = grads / part.expert_embed
         memory += 2 * grads + 3 * own
-        links += grads * _others(part.expert_embed) + 2 * own * _others(part.copies)
+        links += grads * others(part.expert_embed) + 2 * own * others(part.copies)
     return Work(products * 2 * assigned * D * F / t, memory, links)
 
 
@@ -233,7 +233,7 @@ def attention(model: DecoderConfig, rows: Rows, part: Parts, width: int, *, prod
     return Work(flops, memory, ring)
 
 
-_RECOMPUTED = {"none": (0, 0), "full": (1, 1), "attention": (1, 0), "offload": (1, 0),
+RECOMPUTED = {"none": (0, 0), "full": (1, 1), "attention": (1, 0), "offload": (1, 0),
                "dots": (0, 1)}  # fmt: skip
 
 
@@ -243,13 +243,13 @@ def backward(
     """Layers backward, with what is computed again."""
     M, c, t = matrices(model), width, part.tensor
     tokens = rows.tokens / part.tokens
-    layers, with_attention = _RECOMPUTED[remat]
+    layers, with_attention = RECOMPUTED[remat]
     # The products themselves twice; weights gathered once more, gradients reduced in float32.
     work = _matrix_pass(model, rows, part, width)
     work = Work(2 * work.flops, 2 * work.memory, work.links)
     grads = 4 * M / t
-    work += Work(0, 2 * grads + 3 * grads / part.embed, grads * _others(part.embed))
-    work += Work(0, 0, 2 * grads / part.embed * _others(part.copies))
+    work += Work(0, 2 * grads + 3 * grads / part.embed, grads * others(part.embed))
+    work += Work(0, 0, 2 * grads / part.embed * others(part.copies))
     work += expert_pass(model, rows, part, width, gradient=True)
     products = 5 if kernel in ("cudnn", "reference") else 7
     work += attention(model, rows, part, width, products=products)
@@ -259,9 +259,7 @@ def backward(
     if with_attention:
         work += attention(model, rows, part, width, products=2)
     # Rows of the embedding travel as activations, and their gradients.
-    work += Work(
-        0, 4 * tokens * model.embed_dim, c * tokens * model.embed_dim * _others(part.embed)
-    )
+    work += Work(0, 4 * tokens * model.embed_dim, c * tokens * model.embed_dim * others(part.embed))
     return work
 
 
@@ -274,11 +272,11 @@ def scoring(
     passes, touched, gathers = (4, 7, 2) if gradient else (1, 3, 1)
     chunks = math.ceil(scored / chunk) if scored else 0
     memory = 4 * touched * scored * model.vocab_size / t + passes * chunks * width * VD / t
-    links = gathers * width * VD / t * _others(part.embed)
+    links = gathers * width * VD / t * others(part.embed)
     if gradient:
         memory += 3 * 4 * VD / t * chunks  # the gradient is summed in float32, chunk by chunk
-        links += 4 * VD / t * _others(part.embed)
-        links += 2 * 4 * VD / t / part.embed * _others(part.copies)
+        links += 4 * VD / t * others(part.embed)
+        links += 2 * 4 * VD / t / part.embed * others(part.copies)
     return Work(passes * 2 * scored * VD / t, memory, links)
 
 
@@ -326,10 +324,10 @@ def decode_step(model: DecoderConfig, slots: int, room: int, part: Parts, width:
     memory = width * weights / t + rows * seen * kv_bytes(model, width) / t
     memory += 4 * 4 * rows * model.vocab_size
     reduced = model.num_layers + _dense_layers(model)
-    links = 2 * reduced * width * rows * model.embed_dim * _others(t)
-    links += 4 * rows * model.vocab_size * _others(t)
+    links = 2 * reduced * width * rows * model.embed_dim * others(t)
+    links += 4 * rows * model.vocab_size * others(t)
     sums = 2 * 4 * model.num_heads * (model.head_dim + 1) / t * model.num_layers * rows
-    own = Work(flops, memory, links + sums * _others(part.length))
+    own = Work(flops, memory, links + sums * others(part.length))
     return own + _decoding_experts(model, rows, part, width)
 
 
@@ -348,8 +346,8 @@ def _decoding_experts(model, rows, part, width):
     read = 3 * assigned if few else touched(assigned * X, E) / X
     # All devices along the axis see all rows; their results are added up in float32.
     seen = rows * X
-    links = seen * ((width + 4) * model.embed_dim + 8 * model.experts_per_token) * _others(X)
-    links += 2 * 4 * seen * model.embed_dim * _others(t)
+    links = seen * ((width + 4) * model.embed_dim + 8 * model.experts_per_token) * others(X)
+    links += 2 * 4 * seen * model.embed_dim * others(t)
     one = Work(2 * assigned * kernel, width * read * kernel, links)
     return one * model.num_expert_layers
 
@@ -360,7 +358,7 @@ def fill(
     """Prompts of the pool into slots: every device gathers the pool, and copies one to each."""
     a_token = kv_bytes(model, width) / (part.tensor * part.length)
     copied = slots / part.batch * length * a_token
-    return Work(0, 2 * copied, prompts * length * a_token * _others(part.batch))
+    return Work(0, 2 * copied, prompts * length * a_token * others(part.batch))
 
 
 def hand_over(own: float, cast: float, wanted: float) -> Work:
@@ -444,5 +442,6 @@ def _dense_layers(model):
     return model.num_layers - model.num_expert_layers
 
 
-def _others(count):
+def others(count: int) -> float:
+    """(k − 1)/k: the share that a device gets from the k − 1 others."""
     return (count - 1) / count

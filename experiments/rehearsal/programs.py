@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs
+from experiments.rehearsal import costs, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.costs import Rows, Work
 from experiments.rehearsal.resident import (
@@ -24,16 +24,16 @@ from experiments.rehearsal.resident import (
     state_bytes,
     weights_bytes,
 )
+from experiments.rehearsal.rows import abstract_rows
 from luspo_jax import config as configuration
 from luspo_jax import update
 from luspo_jax.length import laboratory
 from luspo_jax.models import decoder
-from luspo_jax.models.experts import id_type
 from luspo_jax.rollout import handover, slots
 from luspo_jax.rollout.sampling import rollout_key
 from luspo_jax.run import param_bytes
 from luspo_jax.sharding import MESH_AXES, Layout, same_order
-from luspo_jax.types import Experts, PackedRows, TokenBatch, TrainBatch
+from luspo_jax.types import TokenBatch, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +208,11 @@ def _sampler(case, engine, prompts, group_size, suffix):
             a["params"],
             a["tokens"],
             a["lengths"],
+            a["images"],
             attention=engine.attention,
             experts=engine.experts,
             record=engine.record_experts,
+            vision_attention=engine.vision_attention,
             **static,
         )
 
@@ -234,10 +236,15 @@ def _sampler(case, engine, prompts, group_size, suffix):
     one_step = costs.decode_step(case.model, count, room, part, width)
     chunk = engine.chunk_length
     prefills = -(-prompts // P)
+    prefilling = costs.prefill(case.model, P, T, part, width)
+    if pictures := case.lengths.images:
+        images = case.prefilled_images(P, engine.row_multiple)
+        whole = dataclasses.replace(part, length=1)
+        prefilling += tower.forward(case.model.vision, images, pictures.slots, whole, width)
     beside_fill = {**kept, "rollout weights": on_rollout}
     found = [
         Program(
-            f"prefill{suffix}", prefill, costs.prefill(case.model, P, T, part, width), prefills,
+            f"prefill{suffix}", prefill, prefilling, prefills,
             {**held, "KV cache": cache},
         ),
         Program(
@@ -300,7 +307,21 @@ def rollout_arrays(
         "key": key,
         "tokens": tokens,
         "lengths": lengths,
+        "images": _prompt_images(case, engine, prompts, length),
     }
+
+
+def _prompt_images(case, engine, prompts, length):
+    """Images of a prefill, and where they stand; None without any."""
+    pictures = case.lengths.images
+    if pictures is None:
+        return None
+    images = case.prefilled_images(prompts, engine.row_multiple)
+    return slots.PromptImages(
+        tower.shapes(images, pictures, case.model.vision),
+        jax.ShapeDtypeStruct((prompts, length), jnp.int32),
+        jax.ShapeDtypeStruct((prompts, length, 3), jnp.int32),
+    )
 
 
 # ---------------------------------------------------------------- training
@@ -311,6 +332,8 @@ def _training(case):
     found = []
     if scores_old(case):
         rows, parts, work = scored_rows(case)
+        # With images, minibatch by minibatch.
+        times = case.config.train.num_minibatches if case.lengths.images else 1
         found.append(
             Program(
                 "log-probs",
@@ -322,7 +345,7 @@ def _training(case):
                     record_experts=case.model.num_experts > 0,
                 ),
                 work,
-                1 + bool(objective.kl_coef),
+                times * (1 + bool(objective.kl_coef)),
                 state_bytes(case, "opt_state", "ref_params", "marked_params"),
                 lambda: device_bytes((case.state.params, rows)),
             )
@@ -353,19 +376,18 @@ def scores_old(case: Case) -> bool:
 
 
 def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
-    """(rows, num_microbatches, work) of the pass that scores all responses of a step."""
+    """(rows, num_microbatches, work) of the pass that scores the responses of a step, or with
+    images those of a minibatch."""
     sizes = case.sizes
-    rows, used, micro = _rows(case, sizes.responses_per_step, "sampler")
-    parts = (
-        1
-        if case.config.train.packing
-        else (sizes.responses_per_step // sizes.responses_per_microbatch)
-    )
+    images, responses = case.lengths.images, sizes.responses_per_step
+    responses = sizes.responses_per_minibatch if images else responses
+    rows, used, micro = abstract_rows(case, responses, "sampler")
+    parts = 1 if case.config.train.packing else responses // sizes.responses_per_microbatch
     part, width, scoring = case.train_parts, case.width, case.rule.scoring
     work = costs.forward(case.model, micro, part, width) + costs.scoring(
         case.model, micro, part, width, scoring.head_chunk_tokens, gradient=False
     )
-    work = work * used
+    work = (work + _tower(case, responses, gradient=False)) * used
     ids = costs.recorded_bytes(case.model) * micro.tokens
     # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
     work += Work(0, 0, ids * used * (1 - 1 / part.batch))
@@ -378,7 +400,7 @@ def train_batch(case: Case) -> tuple[TrainBatch, Work]:
     several = case.sizes.updates_per_step > 1
     ranked = objective.top_entropy_quantile < 1
     recorded = ("sampler", "old") if scores_old(case) else ("sampler",)
-    rows, used, micro = _rows(case, case.sizes.responses_per_minibatch, *recorded)
+    rows, used, micro = abstract_rows(case, case.sizes.responses_per_minibatch, *recorded)
     B, T = rows.tokens_BT.shape
     numbers_BT = jax.ShapeDtypeStruct((B, T), jnp.float32)
     batch = TrainBatch(
@@ -394,47 +416,22 @@ def train_batch(case: Case) -> tuple[TrainBatch, Work]:
         case.model, micro, case.train_parts, case.width,
         remat=scoring.remat, kernel=scoring.attention, chunk=scoring.head_chunk_tokens,
     )  # fmt: skip
+    work += _tower(case, case.sizes.responses_per_minibatch, gradient=True)
     work = work * used + costs.optimizer(param_bytes(case.model, case.layouts[0], jnp.float32))
     return update.abstract_rows(case.on(batch), scoring.layout), work
 
 
-def _rows(case, responses, *recorded):
-    """(TokenBatch of shapes, micro-batches computed, Rows of one) of `responses` responses.
-
-    `recorded` names the passes whose experts come with the rows of a mixture of experts.
-    """
-    T = cases.row_length(case)
-    lengths = case.response_lengths[:responses]
-    packed = None
-    if case.config.train.packing:
-        plan = cases.plan(case, responses)
-        B = plan.num_microbatches * plan.responses_per_microbatch
-        R, long = plan.num_microbatches * plan.rows_per_microbatch, plan.row_length
-        ints = jax.ShapeDtypeStruct((R, long), jnp.int32)
-        packed = PackedRows(
-            ints, ints, ints, jax.ShapeDtypeStruct((R, long), bool),
-            jax.ShapeDtypeStruct((B,), jnp.int32), plan.rows_per_microbatch,
-            _experts(case.model, (R, long), recorded),
-        )  # fmt: skip
-        used, at_once = plan.used_microbatches, plan.rows_per_microbatch
-    else:
-        B, long = responses, T
-        at_once = case.sizes.responses_per_microbatch
-        used = responses // at_once
-    ints = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    experts = _experts(case.model, (B, T), recorded) if packed is None else None
-    rows = TokenBatch(ints, ints, ints, jax.ShapeDtypeStruct((B, T), bool), packed, experts)
-    scored = math.ceil(sum(lengths) / used)
-    return rows, used, Rows(at_once * long, costs.causal_pairs(at_once, long), scored)
-
-
-def _experts(model, rows, recorded):
-    """Recorded experts of rows [R, T]; None where the model has none."""
-    if not model.num_experts:
-        return None
-    shape = (*rows, model.num_expert_layers, model.experts_per_token)
-    ids = jax.ShapeDtypeStruct(shape, id_type(model.num_experts))
-    return Experts(**dict.fromkeys(recorded, ids))
+def _tower(case, responses, *, gradient):
+    """The vision tower's part of a micro-batch of the first `responses`."""
+    pictures, scoring = case.lengths.images, case.rule.scoring
+    if pictures is None:
+        return Work()
+    args = (case.model.vision, cases.images_at_once(case, responses), pictures.slots,
+            case.train_parts, case.width)  # fmt: skip
+    frozen = scoring.freeze_vision or not gradient
+    return tower.training(
+        *args, frozen=frozen, remat=scoring.remat, kernel=scoring.vision_attention
+    )
 
 
 # ---------------------------------------------------------------- length pressure
@@ -445,15 +442,22 @@ def _pressure(case):
     settings = configuration.build_length(config)
     lab = laboratory.laboratory(
         settings,
-        dataclasses.replace(case.rule.scoring, attention="reference", experts="reference"),
+        dataclasses.replace(
+            case.rule.scoring,
+            attention="reference",
+            experts="reference",
+            vision_attention="reference",
+        ),
         case.rule.objective,
         max_response_length=config.rollout.max_response_length,
         rows_at_once=sizes.responses_per_microbatch,
     )
     groups = math.ceil(settings.share * sizes.prompts_per_step)
     B, T = groups * sizes.group_size, cases.row_length(case)
+    zeros_BT = np.broadcast_to(np.int32(0), (B, T))
+    positions = np.broadcast_to(np.int32(0), (B, T, 3)) if case.model.vision else zeros_BT
     sampled = laboratory.Sampled(
-        TokenBatch(*[np.broadcast_to(np.int32(0), (B, T))] * 3, np.broadcast_to(False, (B, T))),
+        TokenBatch(zeros_BT, positions, zeros_BT, np.broadcast_to(False, (B, T))),
         np.zeros(B, np.float32), np.repeat(np.arange(groups), sizes.group_size),
         *[np.ones(B, bool)] * 3,
     )  # fmt: skip

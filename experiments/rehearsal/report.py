@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs, resident
+from experiments.rehearsal import costs, programs, resident, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.programs import Compiled, Program
 from experiments.rehearsal.topologies import Topology
@@ -42,10 +42,10 @@ def rehearse(
     return {
         "topology": _machine(case.topology),
         "meshes": cases.whole_host(case),
-        "attention": {"training": case.rule.scoring.attention, "prefill": case.engine.attention},
+        "attention": _attention(case),
         "parameters": case.num_params,
         "lengths": {"prompt": case.lengths.prompt, "mean": case.lengths.mean,
-                    "longest": case.lengths.longest},
+                    "longest": case.lengths.longest, **tower.described(case.lengths.images)},
         "batch": str(case.sizes),
         "programs": records,
         "not_rehearsed": ["pressure"] if left_out else [],
@@ -55,6 +55,12 @@ def rehearse(
         "seconds": time.perf_counter() - started,
         "host_peak_bytes": _peak_bytes(),
     }  # fmt: skip
+
+
+def _attention(case):
+    """Implementations by what they work on."""
+    found = {"training": case.rule.scoring.attention, "prefill": case.engine.attention}
+    return found | ({"images": case.engine.vision_attention} if case.model.vision else {})
 
 
 def record(topology: Topology, program: Program, made: Compiled) -> dict[str, Any]:
@@ -250,12 +256,12 @@ def text(report: dict[str, Any]) -> str:
             f"**{report['topology']['name']}**, {report['topology']['devices']} devices of "
             f"{report['topology']['hosts']} host(s); {report['meshes']}; attention "
             f"{report['attention']['training']} (training), {report['attention']['prefill']} "
-            "(prompts).",
+            f"(prompts{_of_images(report)}).",
             "",
             f"{report['parameters']:,} parameters; {report['batch']}. Assumed: prompts of "
             f"{report['lengths']['prompt']:,} tokens, responses of "
             f"{report['lengths']['mean']:,.0f} on average"
-            f" and up to {report['lengths']['longest']:,}. A device has "
+            f" and up to {report['lengths']['longest']:,}{_pictures(report)}. A device has "
             f"{usable / 1e9:.2f} GB to use.",
             "",
             table(report),
@@ -278,6 +284,21 @@ def text(report: dict[str, Any]) -> str:
             f"{report['host_peak_bytes'] / 1e9:.1f} GB of host memory.",
             *[f"Not rehearsed: {name}." for name in report["not_rehearsed"]],
         ]
+    )
+
+
+def _of_images(report):
+    return f"), {report['attention']['images']} (images" if "images" in report["attention"] else ""
+
+
+def _pictures(report):
+    """The images that are assumed, in words."""
+    if "images" not in report["lengths"]:
+        return ""
+    one = report["lengths"]["images"]
+    return (
+        f"; a prompt's tokens hold {one['a_prompt']} image(s) of {one['height']} × {one['width']} "
+        f"pixels, {one['tokens']:,} tokens each, in {one['slots']:,} slots of the tower"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs, report, resident
+from experiments.rehearsal import costs, programs, report, resident, rows, tower
 from experiments.rehearsal.case import Case
 from luspo_jax import config as configuration
 from luspo_jax.config import ConfigError
@@ -30,7 +30,15 @@ def changed(case: Case, changes: Changes) -> Case:
     config = case.config.copy_and_resolve_references()
     configuration.assign(config, changes)
     lengths = case.lengths
-    return cases.build(config, case.topology, mean_length=lengths.mean, max_length=lengths.longest)
+    images = lengths.images
+    return cases.build(
+        config,
+        case.topology,
+        mean_length=lengths.mean,
+        max_length=lengths.longest,
+        images=images.count if images else 0,
+        image_size=(images.height, images.width) if images else None,
+    )
 
 
 def advice(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -304,6 +312,23 @@ def _counted_training(case, name):
     activations = width * tokens * (model.num_layers * kept + inside) / part.tensor
     head = costs.head(model) / part.tensor * (width + (4 if name != "log-probs" else 0))
     logits = 8 * case.config.model.head_chunk_tokens * model.vocab_size / part.tensor
+    activations += _counted_images(case, name)
     state = sum(resident.state_bytes(case, "params", "opt_state", "ref_params").values())
     gradients = 2 * resident.state_bytes(case, "params")["params"]
     return state + gradients + activations + head + logits
+
+
+def _counted_images(case, name):
+    """Pixels of a program's images, what the tower keeps of a micro-batch, and its embeddings."""
+    pictures, vision, part = case.lengths.images, case.model.vision, case.train_parts
+    if pictures is None:
+        return 0
+    responses = case.sizes.responses_per_minibatch
+    images = cases.images_at_once(case, responses)
+    remat = "full" if name == "log-probs" else case.config.model.remat
+    kept = tower.activation_values(vision, remat) / part.tensor
+    pixels = resident.device_bytes(tower.shapes(images, pictures, vision)) / images
+    units = pictures.slots / vision.unit_patches * vision.out_dim
+    own = images / part.tokens
+    held = rows.microbatches(case, responses) * images / part.batch * pixels
+    return held + case.width * (own * pictures.slots * kept + images * units)

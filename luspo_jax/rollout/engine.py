@@ -51,6 +51,7 @@ class Engine:
         experts="reference",
         record_experts=False,
         layout=None,
+        vision_attention="reference",
     ):
         """Check the sizes; nothing is allocated or compiled yet.
 
@@ -75,6 +76,7 @@ class Engine:
           record_experts: responses carry the experts of each of their and the prompt's tokens.
           layout: a `sharding.Layout` of table "rollout" over devices of this process, on which
             `params` already lie by `decoder.param_axes`; None for one device.
+          vision_attention: as `attention`, for the patches of an image.
 
         Raises:
           ValueError: naming the argument that makes no sense.
@@ -106,6 +108,7 @@ class Engine:
         if record_experts and not config.num_experts:
             raise ValueError("record_experts=True needs a mixture of experts")
         self.attention, self.layout = attention, layout
+        self.vision_attention = vision_attention
         self.experts, self.record_experts = experts, record_experts
         self.row_multiple = 1 if layout is None else layout.size("batch")
         self.num_slots = -(-num_slots // self.row_multiple) * self.row_multiple
@@ -294,6 +297,7 @@ class _Rollout:
             experts=engine.experts,
             record=engine.record_experts,
             layout=engine.layout,
+            vision_attention=engine.vision_attention,
         )
         self.offsets_P = offsets_P
         self.queue = queue_of(batch, self.requests, self.group_size, jax.device_get(experts))

@@ -144,8 +144,11 @@ def empty_slots(key, *, num_slots, length, config, dtype, layout=None):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "dtype", "attention", "experts", "record", "layout")
-)
+    jax.jit,
+    static_argnames=(
+        "config", "dtype", "attention", "experts", "record", "layout", "vision_attention"
+    ),
+)  # fmt: skip
 def prefill(
     params,
     tokens_PT,
@@ -158,10 +161,12 @@ def prefill(
     experts="reference",
     record=False,
     layout=None,
+    vision_attention="reference",
 ):
     """(Pool of the left-aligned prompts `tokens_PT`, their experts [P, T, L, K] with `record`).
 
-    `prompt_images` is None where no prompt has an image.
+    `prompt_images` is None where no prompt has an image; `attention` is of the prompts,
+    `vision_attention` of the patches of an image.
     """
     of_images = {}
     if prompt_images is not None:
@@ -173,7 +178,7 @@ def prefill(
             images.valid_IS,
             config=config.vision,
             dtype=dtype,
-            attention="reference" if attention == "cudnn" else attention,
+            attention=vision_attention,
             layout=layout,
         )
         of_images = {
