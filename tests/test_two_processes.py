@@ -37,6 +37,7 @@ SETTINGS = (
     "--config.shaping.dynamic_sampling=True",
     "--config.objective.kl_coef=0.01",
 )
+SEEING = ("--config=configs/quickstart_vl.py", *SETTINGS[1:])
 DEAD_AFTER = 8
 
 # Runs the launcher, and does to its own process what the variable FAULT says: no part of the
@@ -78,7 +79,9 @@ sys.exit(cluster.call(train.main, required=("config", "workdir")))
 class Pair:
     """Two processes of one run, started together."""
 
-    def __init__(self, folder, workdir, *extra, flags=((), ()), fault="", **environment):
+    def __init__(
+        self, folder, workdir, *extra, flags=((), ()), fault="", settings=SETTINGS, **environment
+    ):
         self.folder = folder
         driver = folder / "driver.py"
         driver.write_text(DRIVER)
@@ -97,7 +100,7 @@ class Pair:
             command = [
                 sys.executable,
                 str(driver),
-                *SETTINGS,
+                *settings,
                 f"--config.hosts.dead_after_s={DEAD_AFTER}",
                 f"--workdir={workdir}",
                 f"--coordinator=127.0.0.1:{port}",
@@ -138,10 +141,10 @@ def _free_port():
         return found.getsockname()[1]
 
 
-def _single(folder, workdir):
+def _single(folder, workdir, settings=SETTINGS):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "experiments.train", *SETTINGS, f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "experiments.train", *settings, f"--workdir={workdir}"]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
@@ -172,6 +175,17 @@ def test_two_processes_are_one_run(folder, undisturbed):
     assert "process 1 of 2" in said[1]
     assert "step 1/4" in said[0]
     assert "step 1/4" not in said[1]
+
+
+@pytest.mark.slow
+def test_two_processes_with_images_are_one_run(folder):
+    codes, said, _ = Pair(folder, folder / "seeing", settings=SEEING).wait()
+    assert codes == [0, 0], "\n".join(said)
+    _single(folder, folder / "seeing_single", SEEING)
+    assert_near_results(
+        without_sampler_counts(_results(folder / "seeing")),
+        without_sampler_counts(_results(folder / "seeing_single")),
+    )
 
 
 FAULTS = (
