@@ -454,7 +454,7 @@ def _pressure(case):
     )
     groups = math.ceil(settings.share * sizes.prompts_per_step)
     B, T = groups * sizes.group_size, cases.row_length(case)
-    zeros_BT = np.broadcast_to(np.int32(0), (B, T))
+    zeros_BT = np.broadcast_to(np.int32(0), (B, T))  # of text: images are left out
     positions = np.broadcast_to(np.int32(0), (B, T, 3)) if case.model.vision else zeros_BT
     sampled = laboratory.Sampled(
         TokenBatch(zeros_BT, positions, zeros_BT, np.broadcast_to(False, (B, T))),
