@@ -48,7 +48,7 @@ def main() -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     from experiments.rehearsal import case as cases
     from experiments.rehearsal import report as reports
-    from experiments.rehearsal import search, topologies
+    from experiments.rehearsal import search, topologies, tower
 
     config = command.config_value(_CONFIG)
     topology = topologies.topology(_TOPOLOGY.value)
@@ -60,7 +60,7 @@ def main() -> None:
         max_length=_LONGEST.value,
         live=_LIVE.value,
         images=_IMAGES.value,
-        image_size=_size(_IMAGE_SIZE.value),
+        image_size=tower.image_size(_IMAGE_SIZE.value),
     )
     print(f"{cases.whole_host(case)}; attention {case.rule.scoring.attention}", flush=True)
 
@@ -78,16 +78,6 @@ def main() -> None:
         print(search.text(report["search"]))
     if not report["fits"]:
         raise SystemExit(search.refusal(report))
-
-
-def _size(text):
-    """(height, width) of "HEIGHTxWIDTH"; None of nothing."""
-    if not text:
-        return None
-    parts = text.split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise command.UsageError(f"--image_size={text} must be HEIGHTxWIDTH in pixels, as 448x672")
-    return int(parts[0]), int(parts[1])
 
 
 def _written(path, content):

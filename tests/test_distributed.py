@@ -255,4 +255,4 @@ class _Response:
 class _Prompt:
     def __init__(self, prompt_id):
         self.prompt_id, self.tokens, self.images = prompt_id, np.array([1]), ()
-        self.example = type("Example", (), {"answer": str(prompt_id), "meta": {}})
+        self.example = type("Example", (), {"problem": "", "answer": str(prompt_id), "meta": {}})

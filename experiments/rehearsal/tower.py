@@ -242,3 +242,13 @@ def _attention(vision, images, slots, part, width, *, products, scores):
 def _blocks(vision):
     """(blocks that attend in windows, blocks that attend over the image)."""
     return vision.depth - len(vision.full_layers), len(vision.full_layers)
+
+
+def image_size(text: str) -> tuple[int, int] | None:
+    """(height, width) of "HEIGHTxWIDTH"; None of nothing."""
+    if not text:
+        return None
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"--image_size={text} must be HEIGHTxWIDTH in pixels, as 448x672")
+    return int(parts[0]), int(parts[1])

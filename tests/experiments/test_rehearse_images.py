@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import rehearse
 from experiments.command import UsageError
 from experiments.rehearsal import case as cases
 from experiments.rehearsal import programs, report, resident, rows, search, tower
@@ -98,11 +97,11 @@ def test_a_model_of_text_has_no_images():
 
 
 def test_a_size_is_two_numbers():
-    assert rehearse._size("448x672") == (448, 672)
-    assert rehearse._size("") is None
+    assert tower.image_size("448x672") == (448, 672)
+    assert tower.image_size("") is None
     for wrong in ("448", "448x", "0x28", "axb", "1x2x3"):
         with pytest.raises(UsageError, match=f"--image_size={wrong} must be HEIGHTxWIDTH"):
-            rehearse._size(wrong)
+            tower.image_size(wrong)
 
 
 # ---------------------------------------------------------------- shapes
