@@ -6,7 +6,7 @@ from experiments.sweeps.spec import Outcome, Sweep
 
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 STEPS = 40
 REFERENCE_LENGTH = 14.5  # tokens; mean of the embedded base
 LENGTH = "val-aux/*/response_length/mean"
