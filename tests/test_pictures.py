@@ -21,7 +21,7 @@ from luspo_jax import (
 from luspo_jax import run as runs
 from luspo_jax.length import laboratory
 from luspo_jax.metrics import StepMetrics
-from luspo_jax.models import decoder
+from luspo_jax.models import decoder, image_layout
 from luspo_jax.rollout import Engine, Request, Sampling
 from tests import vl_cases
 
@@ -290,6 +290,39 @@ def test_length_pressure_sees_the_images(params, pressures):
     blind = dataclasses.replace(sampled, prompts_B=None)
     found = laboratory.measure(lab, params, params, blind, 0.0)
     assert abs(found["own"].length / expected["own"].length - 1) > 1e-2
+
+
+def test_fifty_sizes_of_images_compile_once_a_bucket(run, params):
+    """Each image in a prompt of its own; the programs that do not know of images are warm."""
+    config = run.model.config
+    sampling = Sampling(max_response_length=1, stop_token_ids=(1,))
+    engine = Engine(config, sampling, num_slots=1, max_prompt_length=64)
+    (some,) = run.data.held_out[0].images
+    sizes = [(2 * rows, 2 * columns) for rows in range(1, 8) for columns in range(1, 9)]
+
+    def compilations(rows, columns):
+        image = dataclasses.replace(
+            some,
+            pixels=np.random.default_rng(rows).integers(
+                256, size=(rows * columns, *some.pixels.shape[1:]), dtype=np.uint8
+            ),
+            grid_thw=(1, rows, columns),
+            sha=f"{rows} {columns}",
+        )
+        places = [config.image_token_id] * (rows * columns // 4)
+        tokens = [config.vision_start_token_id, *places, config.vision_end_token_id]
+        request = Request(0, np.array(tokens), (image,))
+        return engine.generate(params, [request], group_size=1, seed=0)[1].compilations
+
+    buckets = {
+        image_layout.bucket(image_layout.laid_out((1, *size), config.vision).windows)
+        for size in sizes
+    }
+    assert len(sizes) >= 50
+    compilations(*sizes[0])
+    found = [compilations(*size) for size in np.random.default_rng(0).permutation(sizes).tolist()]
+    assert 1 < sum(n > 0 for n in found) <= len(buckets) - 1
+    assert sum(found) <= len(buckets) - 1
 
 
 def test_bad_images_are_named(run, params):
