@@ -4,6 +4,8 @@ import math
 import pathlib
 from collections.abc import Mapping
 
+import numpy as np
+
 from experiments.studies.vl_length import design
 from experiments.sweeps import report, spec
 from experiments.sweeps.prediction import WINDOW, fit, windows
@@ -135,13 +137,16 @@ def curves_figure(sweep: Sweep, folder: pathlib.Path, target: pathlib.Path) -> N
     panels = (
         ("held-out accuracy", "val-core/*", ""),
         ("held-out length", design.LENGTH, "tokens"),
-        ("pressure of the updates taken", "length/pressure/taken", "tokens a step"),
+        ("pressure of the updates, summed", "length/pressure/taken", "tokens"),
     )
     plt = report.pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), layout="constrained")
     for axis, (title, metric, unit) in zip(axes, panels, strict=True):
         for cell, color in _COLORS.items():
-            _band(axis, _curves(sweep, folder, cell, metric), color, cell)
+            curves = _curves(sweep, folder, cell, metric)
+            if metric.startswith("length/pressure"):
+                curves = [(steps, np.cumsum(values)) for steps, values in curves]
+            _band(axis, curves, color, cell)
         axis.set(title=title, xlabel="rollout step", ylabel=unit)
         axis.grid(alpha=0.3)
     axes[2].axhline(0, color="0.6", lw=0.8)
@@ -158,7 +163,7 @@ def clipping_figure(sweep: Sweep, folder: pathlib.Path, target: pathlib.Path) ->
         for sign, word, style in (("pos", "A > 0", "-"), ("neg", "A < 0", "--")):
             curves = _curves(sweep, folder, cell, f"actor/clipfrac/{sign}")
             _band(axis, curves, _COLORS[cell], word, style)
-        axis.set(title=f"{cell}: clipped share", xlabel="rollout step")
+        axis.set(title=f"{cell}: clipped share", xlabel="rollout step", ylim=(0, 0.7))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, frameon=False)
     figure.savefig(target, dpi=90)
