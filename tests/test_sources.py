@@ -5,8 +5,8 @@ import json
 import pytest
 
 from configs.quickstart import get_config as text_config
+from luspo_jax import prompts, sources
 from luspo_jax import run as runs
-from luspo_jax import sources
 from luspo_jax.config import ConfigError
 from luspo_jax.datasets import DataError
 from tests import vl_cases
@@ -37,6 +37,14 @@ def test_a_model_of_text_is_not_asked_about_images(config):
         _load(config)
 
 
+def test_a_model_of_text_is_not_asked_about_images_of_a_late_source():
+    config = text_config()
+    config.data.mixture = {"words": {"name": "label_sums"}, "drawn": {"name": "shapes"}}
+    config.data.eval_name, config.data.max_prompt_length = "label_sums", 40
+    with pytest.raises(ConfigError, match=r"data\.mixture has problems with images"):
+        _load(config)
+
+
 def test_a_model_that_sees_may_be_asked_in_text(config):
     config.data.name, config.data.eval_name = "shapes", "label_sums"
     assert not any(prompt.images for prompt in _load(config).held_out)
@@ -53,6 +61,20 @@ def test_held_out_problems_that_are_not_asked_are_counted(config):
     config.data.max_prompt_length = 3
     with pytest.raises(DataError, match=r"data\.max_prompt_length=3 tokens; the first: .*tokens"):
         _load(config)
+
+
+def test_held_out_problems_that_one_process_refuses_are_asked_by_none(config, monkeypatch):
+    whole = _load(config).held_out
+    theirs = prompts.Refusal(whole[2].prompt_id, "timeout", "stopped at its limit")
+
+    def gather(own):
+        return [own, [theirs if n == 2 else None for n in range(len(own))]]
+
+    monkeypatch.setattr(sources.distributed, "gather", gather)
+    data = _load(config)
+    assert data.refused == {"timeout": 1}
+    asked = [prompt.prompt_id for prompt in data.held_out]
+    assert asked == [prompt.prompt_id for n, prompt in enumerate(whole) if n != 2]
 
 
 def test_an_image_processor_of_another_model_is_refused(config, tmp_path):
