@@ -1,11 +1,12 @@
 """Model folder and data of a run: what is refused, and what is counted."""
 
 import json
+import types
 
 import pytest
 
 from configs.quickstart import get_config as text_config
-from luspo_jax import prompts, sources
+from luspo_jax import prompts, sources, train
 from luspo_jax import run as runs
 from luspo_jax.config import ConfigError
 from luspo_jax.datasets import DataError
@@ -91,3 +92,18 @@ def test_blank_images_are_white_and_of_the_same_size(config):
         assert [x.grid_thw for x in prompt.images] == [x.grid_thw for x in blank.images]
         assert all((image.pixels == 255).all() for image in blank.images)
         assert (prompt.tokens == blank.tokens).all()
+
+
+def test_an_export_of_another_architecture_can_be_asked_about_images(config, tmp_path):
+    config.model.overrides = {"num_hidden_layers": 1}
+    run = runs.build(config)
+    run.data.close()
+    run.scorer.close()
+    state = types.SimpleNamespace(params=run.initial_params())
+    train.export_policy(run, state, tmp_path / "export")
+    config.model.overrides = {}
+    config.model.path, config.model.random_weights = str(tmp_path / "export"), False
+    assert runs.load_model(config).config.num_layers == 1
+    assert [x.images[0].sha for x in _load(config).held_out] == [
+        x.images[0].sha for x in run.data.held_out
+    ]
