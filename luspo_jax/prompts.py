@@ -308,7 +308,7 @@ def with_images(records: Sequence[PromptRecord], renderer: Renderer) -> list[Pro
     """Prompts that were kept without their images, with them.
 
     Raises:
-      DataError: one can no longer be read.
+      DataError: one can no longer be read, or is of another size than it was.
     """
     if renderer.images is None:
         return list(records)
@@ -316,6 +316,14 @@ def with_images(records: Sequence[PromptRecord], renderer: Renderer) -> list[Pro
     refusals = [image for image in found if isinstance(image, ImageRefusal)]
     if refusals:
         raise DataError(f"an image of a prompt that was made before: {refusals[0]}")
+    for record, images in zip(records, found, strict=True):
+        then = int((record.tokens == renderer.image_token_id).sum())
+        now = sum(image.num_tokens for image in images)
+        if now != then:
+            raise DataError(
+                f"problem {record.prompt_id} had images of {then} tokens when its prompt was made, "
+                f"and now of {now}: its image files have changed"
+            )
     return [
         dataclasses.replace(record, images=images)
         for record, images in zip(records, found, strict=True)
