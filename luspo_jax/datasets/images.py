@@ -94,10 +94,14 @@ def references(name: str, cell: Any, number: int, place: str) -> list[Reference]
     found = []
     for position, image in enumerate(cell if several else [cell]):
         path = image.get("path") if isinstance(image, dict) else image
-        if isinstance(image, dict) and image.get("bytes"):
+        named = isinstance(path, str) and path.strip()
+        # An object that holds neither is an image that is lost, to be refused as empty: without a
+        # reference its problem would be asked blind.
+        lost = path is None or (isinstance(path, str) and not named)
+        if isinstance(image, dict) and (image.get("bytes") or lost):
             column = f"{name}.{position}" if several else name
             found.append({"row": number, "column": column})
-        elif isinstance(path, str) and path.strip():
+        elif named:
             found.append({"row": number, "path": path.strip()})
         elif path is not None and not isinstance(path, str):
             raise DataError(

@@ -34,6 +34,8 @@ def _png(color) -> bytes:
         ({"bytes": None, "path": "a.png"}, [{"row": 7, "path": "a.png"}]),
         ({"bytes": b"x", "path": "a.png"}, [{"row": 7, "column": "image"}]),
         ([{"bytes": b"x", "path": None}], [{"row": 7, "column": "image.0"}]),
+        ({"bytes": b"", "path": None}, [{"row": 7, "column": "image"}]),
+        ([{"bytes": None, "path": " "}], [{"row": 7, "column": "image.0"}]),
     ],
 )
 def test_references(cell, found):
@@ -134,3 +136,17 @@ def test_a_file_that_changes_is_read_anew(tmp_path):
         pq.write_table(pa.table({"image": [[{"bytes": _png(color), "path": None}]]}), source)
         os.utime(source, ns=(0, len(color)))
         assert read_bytes({"row": 1, "column": "image.0"}, source) == _png(color)
+
+
+def test_an_image_without_bytes_or_path_is_empty_and_not_left_out(tmp_path):
+    source = tmp_path / "data.parquet"
+    kind = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    cells = [[{"bytes": b"", "path": None}], [{"bytes": None, "path": None}], []]
+    pq.write_table(
+        pa.table({"id": [1, 2, 3], "q": ["x"] * 3, "a": ["1"] * 3, "image": pa.array(cells, kind)}),
+        source,
+    )
+    examples, _ = read_examples(TABLE, source)
+    first, second, none = (ImageFiles(source).images(example) for example in examples)
+    assert [image.read() for image in (*first, *second)] == [b"", b""]
+    assert none == []
