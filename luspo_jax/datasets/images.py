@@ -23,6 +23,8 @@ Reference = dict[str, Any]
 # Name → function of a reference that gives uint8 [height, width, 3].
 GENERATORS: dict[str, Callable[[Reference], np.ndarray]] = {"shapes": shapes.draw}
 
+MAX_FILE_BYTES = 1 << 30  # more than an image of `max_source_pixels` takes in any format
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredImage:
@@ -30,7 +32,8 @@ class StoredImage:
 
     Attributes:
       place: file and row in words.
-      read: gives a file's bytes, or uint8 pixels [height, width, 3]; raises ImageError("missing").
+      read: gives a file's bytes, or uint8 pixels [height, width, 3]; raises ImageError, "missing"
+        or "huge".
     """
 
     place: str
@@ -121,6 +124,7 @@ def read_bytes(
 
     Raises:
       DataError: there is none; the message names file and row.
+      ImageError: "huge", a file of more than MAX_FILE_BYTES, of which nothing is read.
     """
     source = pathlib.Path(source)
     place = f"{source}, row {reference['row']}"
@@ -128,6 +132,9 @@ def read_bytes(
         return _embedded(source, reference, place)
     for file in _places(source, image_dir, reference["path"]):
         if file.is_file():
+            size = file.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise ImageError("huge", f"{place}: image {file} has {size:,} bytes")
             return file.read_bytes()
     first = _folder(source, image_dir) / reference["path"]
     raise DataError(f"{place}: image {first} is missing")
@@ -148,6 +155,7 @@ def open_image(
 
     Raises:
       DataError: the image is missing or unreadable; the message names file and row.
+      ImageError: as `read_bytes`.
     """
     import PIL.Image
 

@@ -124,6 +124,10 @@ def test_images_are_read_when_they_are_asked_for(tmp_path):
     assert first.place == f"{source}, row 4, image a.png"
     with pytest.raises(ImageError, match=r"missing: .*data.jsonl, row 4: image .*gone.png is"):
         second.read()
+    with (tmp_path / "gone.png").open("wb") as sparse:
+        sparse.truncate(3 << 30)
+    with pytest.raises(ImageError, match=r"huge: .*row 4: image .*gone.png has 3,221,225,472 byt"):
+        second.read()
     assert ImageFiles(source).images(Example(0, "p", "")) == []
     (unknown,) = ImageFiles().images(Example(0, "p", "", {"images": references[:1]}))
     with pytest.raises(ImageError, match="no data file is known"):
