@@ -287,6 +287,18 @@ def _record(example, text, tokens, images, *, renderer, max_length) -> PromptRec
     return PromptRecord(example.id, tokens, text, example, images)
 
 
+def agreed(
+    own: Sequence[PromptRecord | Refusal], gather: Callable[[Any], list[Any]]
+) -> list[PromptRecord | Refusal]:
+    """What becomes of the same examples on all processes: what one refuses is refused by all.
+
+    Files and time limits may fail on one process only. `gather` gives the values of all.
+    """
+    refusals = gather([outcome if isinstance(outcome, Refusal) else None for outcome in own])
+    first = (next(filter(None, column), None) for column in zip(*refusals, strict=True))
+    return [refusal or outcome for refusal, outcome in zip(first, own, strict=True)]
+
+
 def pictured(record: PromptRecord, renderer: Renderer) -> PromptRecord:
     """A prompt that was kept without its images, with them; see `with_images`."""
     return with_images([record], renderer)[0]
@@ -296,7 +308,7 @@ def with_images(records: Sequence[PromptRecord], renderer: Renderer) -> list[Pro
     """Prompts that were kept without their images, with them.
 
     Raises:
-      DataError: one can no longer be read.
+      DataError: one can no longer be read, or is of another size than it was.
     """
     if renderer.images is None:
         return list(records)
@@ -304,6 +316,14 @@ def with_images(records: Sequence[PromptRecord], renderer: Renderer) -> list[Pro
     refusals = [image for image in found if isinstance(image, ImageRefusal)]
     if refusals:
         raise DataError(f"an image of a prompt that was made before: {refusals[0]}")
+    for record, images in zip(records, found, strict=True):
+        then = int((record.tokens == renderer.image_token_id).sum())
+        now = sum(image.num_tokens for image in images)
+        if now != then:
+            raise DataError(
+                f"problem {record.prompt_id} had images of {then} tokens when its prompt was made, "
+                f"and now of {now}: its image files have changed"
+            )
     return [
         dataclasses.replace(record, images=images)
         for record, images in zip(records, found, strict=True)
@@ -407,9 +427,7 @@ class PromptStream:
         own = outcomes(examples, self._renderer, max_length=self._max_length)
         if self._gather is None or self._renderer.images is None:
             return own
-        refusals = self._gather([r if isinstance(r, Refusal) else None for r in own])
-        agreed = (next(filter(None, column), None) for column in zip(*refusals, strict=True))
-        return [refusal or mine for refusal, mine in zip(agreed, own, strict=True)]
+        return agreed(own, self._gather)
 
     def _count(self, refusal: Refusal) -> None:
         if refusal.reason == "too_long":

@@ -15,7 +15,7 @@ from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.images import ImagePreparer
 from luspo_jax.models.decoder_config import DecoderConfig
 
-_LOOKED_AT = 64  # problems of a dataset by which it is known to have images
+_LOOKED_AT = 64  # problems of a dataset, or source, by which it is known to have images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +126,8 @@ def load_data(config: ConfigDict, model: Model) -> Data:
     )
     wanted = [held_out[i] for i in range(min(len(held_out), config.eval.num_problems))]
     found = prompts.outcomes(wanted, tested, max_length=data.max_prompt_length)
+    if preparer is not None:  # each process asks its share of one list
+        found = prompts.agreed(found, distributed.gather)
     records = [prompt for prompt in found if isinstance(prompt, prompts.PromptRecord)]
     refusals = [prompt for prompt in found if isinstance(prompt, prompts.Refusal)]
     if not records:
@@ -140,12 +142,21 @@ def load_data(config: ConfigDict, model: Model) -> Data:
 
 def _check_sight(model, field, examples):
     """A model of text would be asked about images that it is not shown."""
-    first = (examples[i] for i in range(min(_LOOKED_AT, len(examples))))
-    if model.config.vision is None and any(example.meta.get("images") for example in first):
+    if model.config.vision is None and any(e.meta.get("images") for e in _some(examples)):
         raise configuration.ConfigError(
             f"{field} has problems with images, and {model.folder.name} reads none: choose a "
             "Qwen2.5-VL as model.path (data.blank_images shows it white ones)"
         )
+
+
+def _some(examples):
+    """A few examples spread over a dataset, or over each source of a mixture."""
+    sizes = examples.sizes if isinstance(examples, datasets.Mixture) else (len(examples),)
+    start = 0
+    for size in sizes:
+        places = np.linspace(start, start + size, min(size, _LOOKED_AT), endpoint=False)
+        yield from (examples[int(place)] for place in places)
+        start += size
 
 
 def image_preparer(config: ConfigDict, model: Model) -> ImagePreparer | None:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import pathlib
 import resource
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ from luspo_jax.evaluate import Evaluation
 from luspo_jax.experience import Group, Rollouts
 from luspo_jax.length.steering import LengthState
 from luspo_jax.metrics import MetricsWriter, SilentWriter, StepMetrics, timed
-from luspo_jax.models import decoder_weights
+from luspo_jax.models import decoder_weights, vision_weights
 from luspo_jax.rollout import Request, RolloutStats
 from luspo_jax.run import Run
 from luspo_jax.types import TrainBatch, TrainState
@@ -344,6 +345,9 @@ def export_policy(
     )
     if source is None and distributed.is_writer():
         run.model.tokenizer.save_pretrained(folder)
+        for name in vision_weights.COPIED_FILES:  # else the export could not read images
+            if (run.model.folder / name).is_file():
+                shutil.copyfile(run.model.folder / name, folder / name)
     distributed.barrier("export")
 
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from luspo_jax.prompts import (
     Template,
     encode,
     outcomes,
+    with_images,
 )
 from luspo_jax.rewards.format import luspo_vl
 
@@ -423,6 +425,19 @@ def test_what_one_process_refuses_all_refuse(renderer):
     # Prompts of text need no agreement.
     text = dataclasses.replace(renderer, images=None)
     assert _ids(_stream(examples, text, shuffle=False, gather=gather).next_prompts(3)) == [0, 1, 2]
+
+
+def test_an_image_that_has_changed_since_is_named(renderer, picture_folder):
+    shutil.copyfile(picture_folder / "four.png", picture_folder / "moving.png")
+    (record,), _ = encode([asking(7, "x", "moving")], renderer, max_length=64)
+    kept = dataclasses.replace(record, images=())
+    assert with_images([kept], renderer)[0].images[0].sha == record.images[0].sha
+    shutil.copyfile(picture_folder / "six.png", picture_folder / "moving.png")
+    with pytest.raises(DataError, match=r"problem 7 had images of 4 tokens .* now of 6"):
+        with_images([kept], renderer)
+    (picture_folder / "moving.png").unlink()
+    with pytest.raises(DataError, match=r"made before.*moving\.png.*missing"):
+        with_images([kept], renderer)
 
 
 def test_a_stream_that_refuses_everything_says_why(renderer):

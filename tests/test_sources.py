@@ -1,12 +1,13 @@
 """Model folder and data of a run: what is refused, and what is counted."""
 
 import json
+import types
 
 import pytest
 
 from configs.quickstart import get_config as text_config
+from luspo_jax import prompts, sources, train
 from luspo_jax import run as runs
-from luspo_jax import sources
 from luspo_jax.config import ConfigError
 from luspo_jax.datasets import DataError
 from tests import vl_cases
@@ -37,6 +38,14 @@ def test_a_model_of_text_is_not_asked_about_images(config):
         _load(config)
 
 
+def test_a_model_of_text_is_not_asked_about_images_of_a_late_source():
+    config = text_config()
+    config.data.mixture = {"words": {"name": "label_sums"}, "drawn": {"name": "shapes"}}
+    config.data.eval_name, config.data.max_prompt_length = "label_sums", 40
+    with pytest.raises(ConfigError, match=r"data\.mixture has problems with images"):
+        _load(config)
+
+
 def test_a_model_that_sees_may_be_asked_in_text(config):
     config.data.name, config.data.eval_name = "shapes", "label_sums"
     assert not any(prompt.images for prompt in _load(config).held_out)
@@ -55,6 +64,20 @@ def test_held_out_problems_that_are_not_asked_are_counted(config):
         _load(config)
 
 
+def test_held_out_problems_that_one_process_refuses_are_asked_by_none(config, monkeypatch):
+    whole = _load(config).held_out
+    theirs = prompts.Refusal(whole[2].prompt_id, "timeout", "stopped at its limit")
+
+    def gather(own):
+        return [own, [theirs if n == 2 else None for n in range(len(own))]]
+
+    monkeypatch.setattr(sources.distributed, "gather", gather)
+    data = _load(config)
+    assert data.refused == {"timeout": 1}
+    asked = [prompt.prompt_id for prompt in data.held_out]
+    assert asked == [prompt.prompt_id for n, prompt in enumerate(whole) if n != 2]
+
+
 def test_an_image_processor_of_another_model_is_refused(config, tmp_path):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"patch_size": 16}))
@@ -69,3 +92,18 @@ def test_blank_images_are_white_and_of_the_same_size(config):
         assert [x.grid_thw for x in prompt.images] == [x.grid_thw for x in blank.images]
         assert all((image.pixels == 255).all() for image in blank.images)
         assert (prompt.tokens == blank.tokens).all()
+
+
+def test_an_export_of_another_architecture_can_be_asked_about_images(config, tmp_path):
+    config.model.overrides = {"num_hidden_layers": 1}
+    run = runs.build(config)
+    run.data.close()
+    run.scorer.close()
+    state = types.SimpleNamespace(params=run.initial_params())
+    train.export_policy(run, state, tmp_path / "export")
+    config.model.overrides = {}
+    config.model.path, config.model.random_weights = str(tmp_path / "export"), False
+    assert runs.load_model(config).config.num_layers == 1
+    assert [x.images[0].sha for x in _load(config).held_out] == [
+        x.images[0].sha for x in run.data.held_out
+    ]

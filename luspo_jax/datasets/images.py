@@ -23,6 +23,8 @@ Reference = dict[str, Any]
 # Name → function of a reference that gives uint8 [height, width, 3].
 GENERATORS: dict[str, Callable[[Reference], np.ndarray]] = {"shapes": shapes.draw}
 
+MAX_FILE_BYTES = 1 << 30  # more than an image of `max_source_pixels` takes in any format
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredImage:
@@ -30,7 +32,8 @@ class StoredImage:
 
     Attributes:
       place: file and row in words.
-      read: gives a file's bytes, or uint8 pixels [height, width, 3]; raises ImageError("missing").
+      read: gives a file's bytes, or uint8 pixels [height, width, 3]; raises ImageError, "missing"
+        or "huge".
     """
 
     place: str
@@ -94,10 +97,14 @@ def references(name: str, cell: Any, number: int, place: str) -> list[Reference]
     found = []
     for position, image in enumerate(cell if several else [cell]):
         path = image.get("path") if isinstance(image, dict) else image
-        if isinstance(image, dict) and image.get("bytes"):
+        named = isinstance(path, str) and path.strip()
+        # An object that holds neither is an image that is lost, to be refused as empty: without a
+        # reference its problem would be asked blind.
+        lost = path is None or (isinstance(path, str) and not named)
+        if isinstance(image, dict) and (image.get("bytes") or lost):
             column = f"{name}.{position}" if several else name
             found.append({"row": number, "column": column})
-        elif isinstance(path, str) and path.strip():
+        elif named:
             found.append({"row": number, "path": path.strip()})
         elif path is not None and not isinstance(path, str):
             raise DataError(
@@ -117,6 +124,7 @@ def read_bytes(
 
     Raises:
       DataError: there is none; the message names file and row.
+      ImageError: "huge", a file of more than MAX_FILE_BYTES, of which nothing is read.
     """
     source = pathlib.Path(source)
     place = f"{source}, row {reference['row']}"
@@ -124,6 +132,9 @@ def read_bytes(
         return _embedded(source, reference, place)
     for file in _places(source, image_dir, reference["path"]):
         if file.is_file():
+            size = file.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise ImageError("huge", f"{place}: image {file} has {size:,} bytes")
             return file.read_bytes()
     first = _folder(source, image_dir) / reference["path"]
     raise DataError(f"{place}: image {first} is missing")
@@ -144,6 +155,7 @@ def open_image(
 
     Raises:
       DataError: the image is missing or unreadable; the message names file and row.
+      ImageError: as `read_bytes`.
     """
     import PIL.Image
 

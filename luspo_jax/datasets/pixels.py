@@ -25,7 +25,8 @@ REASONS = {
     "empty": "no bytes, or a width or height of zero",
     "not_an_image": "no format that is read",
     "corrupt": "an image that breaks off or cannot be decoded",
-    "huge": "a header that announces more pixels than `max_source_pixels`: nothing is decoded",
+    "huge": "a header that announces more pixels than `max_source_pixels`, or a file of more than "
+    "1 GiB: nothing is decoded",
     "animated": "several frames",
     "video": "a video",
     "aspect_ratio": "one side more than 200 times the other",

@@ -34,6 +34,8 @@ def _png(color) -> bytes:
         ({"bytes": None, "path": "a.png"}, [{"row": 7, "path": "a.png"}]),
         ({"bytes": b"x", "path": "a.png"}, [{"row": 7, "column": "image"}]),
         ([{"bytes": b"x", "path": None}], [{"row": 7, "column": "image.0"}]),
+        ({"bytes": b"", "path": None}, [{"row": 7, "column": "image"}]),
+        ([{"bytes": None, "path": " "}], [{"row": 7, "column": "image.0"}]),
     ],
 )
 def test_references(cell, found):
@@ -122,6 +124,10 @@ def test_images_are_read_when_they_are_asked_for(tmp_path):
     assert first.place == f"{source}, row 4, image a.png"
     with pytest.raises(ImageError, match=r"missing: .*data.jsonl, row 4: image .*gone.png is"):
         second.read()
+    with (tmp_path / "gone.png").open("wb") as sparse:
+        sparse.truncate(3 << 30)
+    with pytest.raises(ImageError, match=r"huge: .*row 4: image .*gone.png has 3,221,225,472 byt"):
+        second.read()
     assert ImageFiles(source).images(Example(0, "p", "")) == []
     (unknown,) = ImageFiles().images(Example(0, "p", "", {"images": references[:1]}))
     with pytest.raises(ImageError, match="no data file is known"):
@@ -134,3 +140,17 @@ def test_a_file_that_changes_is_read_anew(tmp_path):
         pq.write_table(pa.table({"image": [[{"bytes": _png(color), "path": None}]]}), source)
         os.utime(source, ns=(0, len(color)))
         assert read_bytes({"row": 1, "column": "image.0"}, source) == _png(color)
+
+
+def test_an_image_without_bytes_or_path_is_empty_and_not_left_out(tmp_path):
+    source = tmp_path / "data.parquet"
+    kind = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    cells = [[{"bytes": b"", "path": None}], [{"bytes": None, "path": None}], []]
+    pq.write_table(
+        pa.table({"id": [1, 2, 3], "q": ["x"] * 3, "a": ["1"] * 3, "image": pa.array(cells, kind)}),
+        source,
+    )
+    examples, _ = read_examples(TABLE, source)
+    first, second, none = (ImageFiles(source).images(example) for example in examples)
+    assert [image.read() for image in (*first, *second)] == [b"", b""]
+    assert none == []
