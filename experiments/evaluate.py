@@ -35,8 +35,8 @@ _SYSTEM = flags.DEFINE_string(
     "system_prompt", None, "A system message, or the name luspo_vl; unset = the benchmark's."
 )
 _IMAGES = flags.DEFINE_string("image_dir", "", "Where images are: a folder, or name=folder,…")
-_MIN_PIXELS = flags.DEFINE_integer("min_pixels", 0, "Of an image; 0 = the model's.", 0)
-_MAX_PIXELS = flags.DEFINE_integer("max_pixels", 0, "Of an image; 0 = the model's.", 0)
+_MIN_PIXELS = flags.DEFINE_integer("min_pixels", 0, "Of an image; 0 = the model's or run's.", 0)
+_MAX_PIXELS = flags.DEFINE_integer("max_pixels", 0, "Of an image; 0 = the model's or run's.", 0)
 _BLANK = flags.DEFINE_bool("blank_images", False, "Every image white: what is answered blind.")
 _REFUSALS = flags.DEFINE_enum(
     "refusals", "stop", ["stop", "skip"],

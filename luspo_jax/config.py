@@ -181,7 +181,8 @@ def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
 
 def changes(old: Mapping[str, Any], config: ConfigDict) -> list[str]:
     """Fields in which `config` differs from a run's stored (flat) one and may not."""
-    new = json.loads(json.dumps(flat(config)))
+    new, defaults = (json.loads(json.dumps(flat(c))) for c in (config, default_config()))
+    old = defaults | old  # a run is older than a field that it does not have
     return [
         f"{name}: {old.get(name)!r} in the workdir, {new.get(name)!r} now"
         for name in sorted({*old, *new})

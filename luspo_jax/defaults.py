@@ -66,6 +66,7 @@ def default_config() -> ConfigDict:
     config.data.min_pixels = 0
     config.data.max_pixels = 0
     config.data.image_dir = ""  # Folder of images; empty = the data file's.
+    config.data.eval_image_dir = ""  # Likewise of the held-out set, where it has a file of its own.
     config.data.blank_images = False  # Every image white, of its own size: what is answered blind.
     config.data.text_blank = 0  # Side of a white image for problems without one; 0 = none.
     config.data.image_workers = 0  # Processes that decode images; 0 = one a core, at most 8.

@@ -173,6 +173,25 @@ def value_table(settings: ImageSettings) -> np.ndarray:
     return table
 
 
+def write_limits(folder: str | pathlib.Path, *, min_pixels: int = 0, max_pixels: int = 0) -> None:
+    """Sets size limits in the settings of a model's folder; 0 leaves one as it is."""
+    edges = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = pathlib.Path(folder) / name
+        if not path.is_file() or not any(edges.values()):
+            continue
+        stored = json.loads(path.read_text())
+        values = stored if name.startswith("pre") else stored.get("image_processor") or {}
+        for field, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if edges[edge]:
+                values[field] = edges[edge]
+                if edge in (values.get("size") or {}):
+                    values["size"][edge] = edges[edge]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(stored, indent=2) + "\n")
+        partial.replace(path)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedImage:
     """An image as the vision tower takes it.

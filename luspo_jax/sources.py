@@ -209,7 +209,8 @@ def _image_files(data):
 
 def _held_out_files(data):
     name, path = data.eval_name or data.name, data.eval_path or data.path
-    return _files(name, path, data.eval_split, data.image_dir if not data.eval_path else "")
+    image_dir = data.eval_image_dir if data.eval_path else data.image_dir
+    return _files(name, path, data.eval_split, image_dir)
 
 
 def _files(name, path, split, image_dir):

@@ -22,6 +22,7 @@ from luspo_jax import (
     distributed,
     evaluate,
     experience,
+    images,
     instruments,
     objectives,
     optimizer,
@@ -228,10 +229,10 @@ def collect(
 
     def sample() -> list[Group]:
         # The same prompts on all processes, of which each samples and scores its own share.
-        prompts = run.data.stream.next_prompts(size)
-        used.extend(prompt.prompt_id for prompt in prompts)
+        asked = run.data.stream.next_prompts(size)
+        used.extend(prompt.prompt_id for prompt in asked)
         own = distributed.share(size)
-        prompts, noise_ids = prompts[own], _noise_ids(used)[-size:][own]
+        prompts, noise_ids = asked[own], _noise_ids(used)[-size:][own]
         with timed(metrics, "gen"):
             responses, stats = run.sampler.generate(
                 weights,
@@ -252,9 +253,15 @@ def collect(
                 max_length=config.rollout.max_response_length,
             )
         with timed(metrics, "gather"):
-            parts = distributed.gather((groups, stats))
+            # Every process has the prompts, and their images are large.
+            sent = [dataclasses.replace(group, prompt=None) for group in groups]
+            parts = distributed.gather((sent, stats))
         metrics.update(_rollout_metrics([stats for _, stats in parts]))
-        return [group for groups, _ in parts for group in groups]
+        groups = [group for groups, _ in parts for group in groups]
+        return [
+            dataclasses.replace(group, prompt=prompt)
+            for group, prompt in zip(groups, asked, strict=True)
+        ]
 
     collected = shaping.collect(
         sample,
@@ -348,6 +355,9 @@ def export_policy(
         for name in vision_weights.COPIED_FILES:  # else the export could not read images
             if (run.model.folder / name).is_file():
                 shutil.copyfile(run.model.folder / name, folder / name)
+    if run.model.config.vision is not None and distributed.is_writer():
+        data = run.config.data
+        images.write_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
     distributed.barrier("export")
 
 

@@ -1,5 +1,6 @@
 """Images: the processor's arithmetic, what is refused and how it is named, worker processes."""
 
+import dataclasses
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from luspo_jax.images import (
     PreparedImage,
     read_settings,
     value_table,
+    write_limits,
 )
 
 SETTINGS = ImageSettings()
@@ -458,3 +460,18 @@ def test_bytes_and_pixels_agree():
     pixels = gradient(100, 90)
     first, second = (prepared(data, Patching()) for data in (pixels, encoded(pixels)))
     np.testing.assert_array_equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_limits_are_written_where_they_are_read(tmp_path, name):
+    values = {"patch_size": 14, "size": {"shortest_edge": 3136, "longest_edge": 12845056}}
+    stored = values if name.startswith("pre") else {"image_processor": values}
+    (tmp_path / name).write_text(json.dumps(stored))
+    before = read_settings(tmp_path).patching
+    write_limits(tmp_path)
+    assert read_settings(tmp_path).patching == before
+    write_limits(tmp_path, max_pixels=784_000)
+    assert read_settings(tmp_path).patching == dataclasses.replace(before, max_pixels=784_000)
+    text = (tmp_path / name).read_text()
+    assert "12845056" not in text  # transformers reads `size`
+    assert [path.name for path in tmp_path.iterdir()] == [name]

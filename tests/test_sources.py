@@ -96,14 +96,23 @@ def test_blank_images_are_white_and_of_the_same_size(config):
 
 def test_an_export_of_another_architecture_can_be_asked_about_images(config, tmp_path):
     config.model.overrides = {"num_hidden_layers": 1}
+    config.data.max_pixels = 6 * 28 * 28  # smaller than most drawings
     run = runs.build(config)
     run.data.close()
     run.scorer.close()
     state = types.SimpleNamespace(params=run.initial_params())
     train.export_policy(run, state, tmp_path / "export")
-    config.model.overrides = {}
+    # It reads images as the run did, without being told.
+    config.model.overrides, config.data.max_pixels = {}, 0
     config.model.path, config.model.random_weights = str(tmp_path / "export"), False
     assert runs.load_model(config).config.num_layers == 1
     assert [x.images[0].sha for x in _load(config).held_out] == [
         x.images[0].sha for x in run.data.held_out
     ]
+
+
+def test_held_out_images_have_a_folder_of_their_own(config):
+    config.data.image_dir, config.data.eval_image_dir = "trained", "held_out"
+    assert str(sources._held_out_files(config.data).image_dir) == "trained"
+    config.data.eval_path = "other.parquet"
+    assert str(sources._held_out_files(config.data).image_dir) == "held_out"

@@ -490,3 +490,12 @@ def test_a_run_on_a_mesh_is_that_of_one_device(finished, config, tmp_path):
     workdir.close()
     got, expected = _results(tmp_path / "run"), _results(finished)
     assert_near_results(without_sampler_counts(got), without_sampler_counts(expected))
+
+
+def test_a_run_may_be_older_than_a_field():
+    config = configuration.default_config()
+    old = json.loads(json.dumps(configuration.flat(config)))
+    del old["train.freeze_vision"], old["data.max_pixels"]
+    assert configuration.changes(old, config) == []
+    config.data.max_pixels = 1000
+    assert configuration.changes(old, config) == ["data.max_pixels: 0 in the workdir, 1000 now"]

@@ -34,6 +34,7 @@ class Policy:
       params: weights in the dtype of sampling.
       layout: where they lie; None on one device.
       digest: twelve hex digits that change with any weight.
+      pixels: least and most of an image, of a run that sets them; 0 for the model's own.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Policy:
     params: Any
     layout: Layout | None
     digest: str
+    pixels: tuple[int, int] = (0, 0)
 
 
 def load(path: str, *, step: str, dtype: str, tensor: int = 1) -> Policy:
@@ -85,7 +87,9 @@ def _of_run(workdir: pathlib.Path, step: str, dtype: str, layout: Layout | None)
         if number is None:
             raise CheckpointError(f"{workdir} holds no {step} checkpoint")
         state, _ = checkpointer.restore(number, like)
-    return _policy(f"{workdir} step {number}", model, state.params, dtype, layout)
+    policy = _policy(f"{workdir} step {number}", model, state.params, dtype, layout)
+    pixels = config.data.min_pixels, config.data.max_pixels
+    return dataclasses.replace(policy, pixels=pixels)
 
 
 def _check(model, layout):

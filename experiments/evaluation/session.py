@@ -37,6 +37,11 @@ def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options:
     """
     with storage.locked(workdir):
         policy = load(model, step=options.step, dtype=options.dtype, tensor=options.tensor)
+        options = dataclasses.replace(
+            options,
+            min_pixels=options.min_pixels or policy.pixels[0],
+            max_pixels=options.max_pixels or policy.pixels[1],
+        )
         tasks = plan.tasks(chosen, options, policy.model)
         engines = [_engine(policy, task, options) for task in tasks]
         manifest = storage.begin(workdir, _manifest(policy, tasks, options))
