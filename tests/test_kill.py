@@ -41,8 +41,8 @@ SEEING = ("--config=configs/quickstart_vl.py",)
 def _start(workdir, log, extra):
     # As a user's process: one device, no test flags.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    settings = SETTINGS[1:] if extra == SEEING else SETTINGS
-    flags = (*settings, *extra, f"--workdir={workdir}")
+    settings = (*SEEING, *SETTINGS[1:]) if extra == SEEING else (*SETTINGS, *extra)
+    flags = (*settings, f"--workdir={workdir}")
     command = [sys.executable, "-m", "experiments.train", *flags]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
