@@ -341,7 +341,8 @@ def export_policy(
     run: Run, state: TrainState, folder: pathlib.Path, *, dtype: str = "float32"
 ) -> None:
     """Writes the policy as a folder that `transformers` loads; process 0 writes, all call."""
-    source = None if run.config.model.overrides else run.model.folder
+    model = run.config.model  # another tokenizer or architecture is not that of the folder's files
+    source = None if model.overrides or model.tokenizer else run.model.folder
     decoder_weights.export(
         folder,
         state.params,

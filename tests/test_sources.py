@@ -1,12 +1,14 @@
 """Model folder and data of a run: what is refused, and what is counted."""
 
 import json
+import shutil
 import types
 
 import pytest
+from transformers import AutoTokenizer
 
 from configs.quickstart import get_config as text_config
-from luspo_jax import prompts, sources, train
+from luspo_jax import images, prompts, sources, train
 from luspo_jax import run as runs
 from luspo_jax.config import ConfigError
 from luspo_jax.datasets import DataError
@@ -109,6 +111,24 @@ def test_an_export_of_another_architecture_can_be_asked_about_images(config, tmp
     assert [x.images[0].sha for x in _load(config).held_out] == [
         x.images[0].sha for x in run.data.held_out
     ]
+
+
+def test_an_export_has_the_tokenizer_of_the_run(config, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(config.model.path, other, ignore=shutil.ignore_patterns("other"))
+    path = other / "tokenizer_config.json"
+    stored = json.loads(path.read_text())
+    stored["chat_template"] = "other: " + stored["chat_template"]
+    path.write_text(json.dumps(stored))
+    config.model.tokenizer = str(other)
+    run = runs.build(config)
+    run.data.close()
+    run.scorer.close()
+    state = types.SimpleNamespace(params=run.initial_params())
+    train.export_policy(run, state, tmp_path / "export")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert exported.chat_template == stored["chat_template"]
+    assert images.read_settings(tmp_path / "export") == images.read_settings(config.model.path)
 
 
 def test_held_out_images_have_a_folder_of_their_own(config):
