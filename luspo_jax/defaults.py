@@ -54,7 +54,7 @@ def default_config() -> ConfigDict:
     # problem_column, answer_column}; weight is a share of the prompts.
     config.data.mixture = ConfigDict()
     config.data.eval_name = ""  # Held-out set; empty = data.name.
-    config.data.eval_path = ""  # Empty = data.path.
+    config.data.eval_path = ""  # Empty = data.path, of the same dataset.
     config.data.eval_split = "test"
     config.data.cache_dir = ""  # Where built datasets are kept; empty = the user's cache folder.
     config.data.problem_column = ""  # Of a user's own jsonl or parquet.

@@ -103,7 +103,6 @@ def load_data(config: ConfigDict, model: Model) -> Data:
         images=preparer,
         image_files=_image_files(data),
     )
-    tested = dataclasses.replace(renderer, image_files=_held_out_files(data))
     columns = {
         "data_dir": data.cache_dir or None,
         "problem": data.problem_column or None,
@@ -111,12 +110,15 @@ def load_data(config: ConfigDict, model: Model) -> Data:
         **data.options.to_dict(),
     }
     train, reports = _training_set(data, columns)
-    held_out, held_out_report = datasets.load(
-        data.eval_name or data.name, data.eval_path or data.path or None, data.eval_split, **columns
-    )
+    name, path, image_dir = _held_out_place(data)
+    # Another dataset has columns and options of its own.
+    shared = columns if name == data.name else {"data_dir": columns["data_dir"]}
+    held_out, held_out_report = datasets.load(name, path or None, data.eval_split, **shared)
+    files = _files(name, path, data.eval_split, image_dir)
+    tested = dataclasses.replace(renderer, image_files=files)
     trained = "data.mixture" if data.mixture else f"data.name={data.name}"
     _check_sight(model, trained, train)
-    _check_sight(model, f"data.eval_name={data.eval_name or data.name}", held_out)
+    _check_sight(model, f"data.eval_name={name}", held_out)
     stream = prompts.PromptStream(
         train,
         renderer,
@@ -207,10 +209,15 @@ def _image_files(data):
     )
 
 
-def _held_out_files(data):
-    name, path = data.eval_name or data.name, data.eval_path or data.path
-    image_dir = data.eval_image_dir if data.eval_path else data.image_dir
-    return _files(name, path, data.eval_split, image_dir)
+def _held_out_place(data):
+    """(name, path, folder of images) of the held-out set; what is not named is the training set's.
+
+    Unless it is another dataset, which is in another place.
+    """
+    name = data.eval_name or data.name
+    if data.eval_path or name != data.name:
+        return name, data.eval_path, data.eval_image_dir
+    return name, data.path, data.image_dir
 
 
 def _files(name, path, split, image_dir):

@@ -132,7 +132,20 @@ def test_an_export_has_the_tokenizer_of_the_run(config, tmp_path):
 
 
 def test_held_out_images_have_a_folder_of_their_own(config):
-    config.data.image_dir, config.data.eval_image_dir = "trained", "held_out"
-    assert str(sources._held_out_files(config.data).image_dir) == "trained"
-    config.data.eval_path = "other.parquet"
-    assert str(sources._held_out_files(config.data).image_dir) == "held_out"
+    data = config.data
+    data.image_dir, data.eval_image_dir = "trained", "held_out"
+    assert sources._held_out_place(data)[2] == "trained"
+    data.eval_path = "other.parquet"
+    assert sources._held_out_place(data) == ("shapes", "other.parquet", "held_out")
+
+
+def test_another_held_out_dataset_takes_no_place_of_the_training_set(config, tmp_path):
+    rows = [{"q": "abcde?", "answer": str(n % 5), "images": []} for n in range(4)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    config.data.name, config.data.path = "file", str(tmp_path / "own.jsonl")
+    config.data.problem_column = "q"
+    config.data.cache_dir = str(tmp_path / "built")
+    config.data.eval_name = "shapes"
+    data = _load(config)
+    assert (len(data.stream), len(data.held_out)) == (1, 8)
+    assert all(prompt.images for prompt in data.held_out)
