@@ -65,6 +65,7 @@ def default_config() -> ConfigDict:
     # Of models that read images; 0 = as the model's preprocessor_config.json says.
     config.data.min_pixels = 0
     config.data.max_pixels = 0
+    config.data.image_column = ""  # Empty = the dataset's; of a file, image or images.
     config.data.image_dir = ""  # Folder of images; empty = the data file's.
     config.data.eval_image_dir = ""  # Likewise of the held-out set, where it has a file of its own.
     config.data.blank_images = False  # Every image white, of its own size: what is answered blind.

@@ -107,6 +107,7 @@ def load_data(config: ConfigDict, model: Model) -> Data:
         "data_dir": data.cache_dir or None,
         "problem": data.problem_column or None,
         "answer": data.answer_column or None,
+        "image": data.image_column or None,
         **data.options.to_dict(),
     }
     train, reports = _training_set(data, columns)
@@ -226,7 +227,7 @@ def _files(name, path, split, image_dir):
 
 _SOURCE_FIELDS = (
     *("name", "path", "split", "weight", "problem_column", "answer_column"),
-    "image_dir",
+    *("image_dir", "image_column"),
 )
 
 
@@ -251,6 +252,7 @@ def _training_set(data, columns):
             data_dir=columns["data_dir"],
             problem=source.get("problem_column") or None,
             answer=source.get("answer_column") or None,
+            image=source.get("image_column") or None,
         )
         weights[key] = source.get("weight", 1.0)
         reports.append(report)

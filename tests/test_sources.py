@@ -4,6 +4,8 @@ import json
 import shutil
 import types
 
+import numpy as np
+import PIL.Image
 import pytest
 from transformers import AutoTokenizer
 
@@ -149,3 +151,26 @@ def test_another_held_out_dataset_takes_no_place_of_the_training_set(config, tmp
     data = _load(config)
     assert (len(data.stream), len(data.held_out)) == (1, 8)
     assert all(prompt.images for prompt in data.held_out)
+
+
+def _own_file(folder, column):
+    rows = [{"problem": "S?", "answer": "R", column: [f"{n}.png"]} for n in range(3)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for n in range(3):
+        pixels = np.full((28, 56, 3), 80 * n, np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{n}.png")
+    return str(folder / "own.jsonl")
+
+
+@pytest.mark.parametrize("column", ["image", "images", "drawing"])
+def test_a_file_of_ones_own_brings_its_images(config, tmp_path, column):
+    """Rows with the same question are not merged: they show other images."""
+    config.data.name, config.data.path = "file", _own_file(tmp_path, column)
+    config.data.cache_dir = str(tmp_path / "built")
+    config.data.image_column = "drawing" if column == "drawing" else ""
+    data = _load(config)
+    assert len(data.stream) == 3
+    assert len({prompt.images[0].sha for prompt in data.held_out}) == 3
+    config.model.path = "embedded:label_sums"
+    with pytest.raises(ConfigError, match=r"data\.name=file has problems with images"):
+        _load(config)

@@ -14,6 +14,7 @@ from luspo_jax.datasets.hub import hub_file, is_hub
 from luspo_jax.datasets.label_lookup import LabelLookup
 from luspo_jax.datasets.label_sums import LabelSums
 from luspo_jax.datasets.open_problems import MINERVA, OLYMPIADBENCH
+from luspo_jax.datasets.rows import read_rows
 from luspo_jax.datasets.shapes import Shapes
 from luspo_jax.datasets.store import build_once, default_data_dir, file_sha256
 from luspo_jax.datasets.table import READER_VERSION, Table, read_examples
@@ -64,6 +65,7 @@ def load(
     data_dir: str | pathlib.Path | None = None,
     problem: str | None = None,
     answer: str | None = None,
+    image: str | None = None,
     **options,
 ) -> tuple[Sequence[Example], Report]:
     """A dataset as a sequence of examples with random access, and a report on its rows.
@@ -76,6 +78,8 @@ def load(
       data_dir: where the built dataset is kept; by default the user's cache.
       problem: column of the problem, in place of the dataset's own.
       answer: column of the answer, likewise.
+      image: column of the images, likewise; of a user's own file, `image` or `images` where its
+        first row has one.
       **options: a generator's own.
 
     Raises:
@@ -83,13 +87,14 @@ def load(
     """
     entry = _entry(name)
     if not isinstance(entry, Table):
-        if path or problem or answer:
+        if path or problem or answer or image:
             raise DataError(f"dataset {name!r} is generated: it takes no path and no columns")
         examples = entry(split=split, **options)
         return examples, Report(name, f"generator ({split})", "", len(examples), len(examples))
     if options:
         raise DataError(f"dataset {name!r} has no options {sorted(options)}")
-    table, file = entry.with_columns(problem, answer), _file(name, path, split)
+    file = _file(name, path, split)
+    table = entry.with_columns(problem, answer, image or _own_images(name, file))
     digest = _sha256(table, file)
     read_from = (table.meta, table.fields, table.identity, table.images)
     key = _key(READER_VERSION, digest, table.problem, table.answer, *read_from)
@@ -108,6 +113,14 @@ def load(
         )
 
     return build_once(folder, read)
+
+
+def _own_images(name: str, file: pathlib.Path) -> str | None:
+    """The column of images of a user's own file; without it problems would be asked blind."""
+    if name != "file":
+        return None
+    _, row = next(iter(read_rows(file)), (0, {}))
+    return next((column for column in ("image", "images") if column in row), None)
 
 
 def image_source(

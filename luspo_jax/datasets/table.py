@@ -45,6 +45,14 @@ def integer(value: Any) -> str:
     return str(int(result)) if result.isascii() and result.isdigit() else result
 
 
+_NUMBER = "(row number)"  # names the rows of a table that has images and no identity
+
+
+def _numbered(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+    for number, row in read_rows(path):
+        yield number, row | {_NUMBER: number}
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """How one source lays out its rows.
@@ -81,13 +89,18 @@ class Table:
         if self.images and not self.identity:
             raise ValueError("a table with images needs an identity")
 
-    def with_columns(self, problem: str | None, answer: str | None) -> "Table":
+    def with_columns(
+        self, problem: str | None, answer: str | None, image: str | None = None
+    ) -> "Table":
         """The same with the caller's column names in place of its own."""
-        return dataclasses.replace(
+        named = dataclasses.replace(
             self,
             problem=(problem,) if problem else self.problem,
             answer=(answer,) if answer else self.answer,
+            images=(image,) if image else self.images,
+            identity=self.identity or ((_NUMBER,),) if image else self.identity,
         )
+        return named if self.identity or not image else dataclasses.replace(named, rows=_numbered)
 
     def parse(self, row: Row, place: str, number: int = 0) -> tuple[str, str, dict]:
         """(problem, answer, meta) of a row; the number goes into references to its images.
