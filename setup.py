@@ -26,7 +26,10 @@ INSTALL_REQUIRES = [
     "pillow>=10",  # images of visual problems
     "ml-collections>=1.0",  # configurations and their flags
     "absl-py>=2.1",  # launchers
-    "math-verify[antlr4_13_2]>=0.8",  # equality of mathematical answers
+    "math-verify>=0.8",  # equality of mathematical answers
+    # The parser's runtime, in the version that Math-Verify has a parser for. Named here, because
+    # the name of Math-Verify's extra for it is written one way by some releases of pip only.
+    "antlr4-python3-runtime==4.13.2",
     "tensorboardX>=2.6",  # TensorBoard files without tensorflow
     "tqdm>=4.66",  # progress bars
     "matplotlib>=3.9",  # figures of runs and studies

@@ -88,8 +88,9 @@ def with_old_logprobs(
     if check_mismatch and not gap <= limit:
         raise MismatchError(
             f"sampler and trainer log-probs of the same tokens differ by up to {gap:.3g} nats at "
-            f"the first step, more than rollout.mismatch_limit={limit:g}: with float32 this means "
-            "a fault, with bfloat16 raise the limit to about 0.3 or use model.rollout_dtype=float32"
+            f"the first step, more than rollout.mismatch_limit={limit:g}: in float32 this is a "
+            "fault; in bfloat16 rounding makes 0.2 to 0.5 and more in large runs: set the limit to "
+            "1, or model.rollout_dtype=float32"
         )
     if not needed:
         return batch

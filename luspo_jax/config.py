@@ -1,8 +1,9 @@
-"""The run's configuration: every field with its default, its checks, and the batch arithmetic."""
+"""The run's configuration: what goes together, what it builds, and the batch arithmetic."""
 
 import dataclasses
-import difflib
 import hashlib
+import importlib.util
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,16 +11,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from luspo_jax import objectives
-from luspo_jax.datasets import DATASETS
-from luspo_jax.defaults import default_config
+from luspo_jax.datasets import DATASETS, DataError
+from luspo_jax.datasets.table import Table
+from luspo_jax.defaults import OPEN_SECTIONS, SOURCE_FIELDS, default_config, wrong_fields
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.logprobs import REPLAYS
-from luspo_jax.models.decoder import REMAT
 from luspo_jax.prompts import TEMPLATES
-from luspo_jax.rewards.registry import verifiers
+from luspo_jax.rewards import Sample
+from luspo_jax.rewards.record import run as judge
+from luspo_jax.rewards.registry import verifier
 from luspo_jax.shaping import Shaping
-from luspo_jax.update import OFFLOADS
-from luspo_jax.watchdog import BEAT_S
+from luspo_jax.values import Number, nearest, refusal, shown
 
 # Fields that may change between a run and its continuation in the same workdir.
 _FREE_TO_CHANGE = (
@@ -38,10 +39,8 @@ _FREE_TO_CHANGE = (
 )
 
 
-# Sections whose field names are not ours to know.
-OPEN_SECTIONS = (
-    "model.overrides.", "data.mixture.", "data.options.", "reward.parts.", "reward.options.",
-)  # fmt: skip
+# Beyond it, the squares of rewards leave float32.
+_WEIGHT = Number(-1e15, 1e15)
 
 
 class ConfigError(ValueError):
@@ -49,33 +48,22 @@ class ConfigError(ValueError):
 
 
 def check(config: ConfigDict) -> objectives.Objective:
-    """Refuses a configuration that cannot run, all problems in one message; gives the objective.
+    """Refuses a configuration that cannot run, with all problems at once; gives the objective.
+
+    Values are looked at one by one, and together where each is sound. Reads neither model nor data.
 
     Raises:
       ConfigError: naming every unknown field, bad value and size that does not divide.
     """
-    problems = list(_unknown_fields(config))
-    if not problems:
-        problems = [*_wrong_names(config), *_wrong_sizes(config), *_wrong_packing(config)]
-    objective = None
-    if not problems:
-        try:
-            objective = build_objective(config)
-        except ValueError as error:
-            problems.append(f"objective: {error}")
-        try:
-            build_shaping(config)
-        except ValueError as error:
-            problems.append(f"shaping.{error}")
-        try:
-            build_length(config)
-        except ValueError as error:
-            problems.append(f"length.{error}")
-    if problems:
-        raise ConfigError(
-            "this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in problems)
-        )
-    return objective
+    # Each looks at what the ones before have found to be sound.
+    for look in (wrong_fields, _wrong_entries, _wrong_together):
+        problems = list(look(config))
+        if len(problems) == 1:
+            raise ConfigError(f"this configuration cannot run: {problems[0]}")
+        if problems:
+            lines = "\n".join(f"  - {problem}" for problem in problems)
+            raise ConfigError(f"this configuration cannot run:\n{lines}")
+    return build_objective(config)
 
 
 def build_objective(config: ConfigDict) -> objectives.Objective:
@@ -110,7 +98,7 @@ def build_length(config: ConfigDict) -> LengthSettings:
     for name in settings.names:
         if name not in objectives.PRESETS:
             near = nearest(name, objectives.PRESETS)
-            raise ValueError(f'objectives names "{name}", which is no preset: {near}')
+            raise ValueError(f"objectives={name!r} names no preset: {near}")
     group_size = config.rollout.group_size
     if settings.every and group_size < 4:
         raise ValueError(
@@ -137,6 +125,19 @@ def build_length(config: ConfigDict) -> LengthSettings:
             f"rollout.max_response_length={longest}"
         )
     return settings
+
+
+def stop_token_ids(config: ConfigDict) -> tuple[int, ...]:
+    """The ids of `model.stop_token_ids`.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    text = config.model.stop_token_ids
+    ids = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in ids):
+        raise ValueError(f"model.stop_token_ids={text!r} must be ids joined with commas, as 0,2")
+    return tuple(int(part) for part in ids)
 
 
 def _of_objective(config, field):
@@ -251,101 +252,184 @@ def batch_arithmetic(config: ConfigDict) -> BatchArithmetic:
     )
 
 
-def nearest(name: str, names: Any) -> str:
-    """' (did you mean "x"?)' or the list of valid names."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f'did you mean "{close[0]}"?' if close else f"valid: {', '.join(sorted(names))}"
+def _wrong_builds(config: ConfigDict) -> Iterator[str]:
+    """What objective, filters and length settings say of themselves."""
+    for section, build in (
+        ("model", stop_token_ids),
+        ("objective", build_objective),
+        ("shaping", build_shaping),
+        ("length", build_length),
+    ):
+        try:
+            build(config)
+        except ValueError as error:
+            text = str(error).replace("Objective.", "objective.")
+            yield text if text.startswith((f"{section}.", "rollout.")) else f"{section}.{text}"
 
 
-def _unknown_fields(config: ConfigDict) -> Iterator[str]:
-    known = default_config()
-    names = set(flat(known))
-    for name in flat(config):
-        if name not in names and not name.startswith(OPEN_SECTIONS):
-            yield f"unknown field {name}: {nearest(name, names)}"
-    for name in names - set(flat(config)):
-        yield f"missing field {name}: start from luspo_jax.config.default_config()"
-
-
-def _wrong_names(config: ConfigDict) -> Iterator[str]:
-    if not config.model.path:
-        yield "model.path is empty: name a folder in Hugging Face format, or embedded:NAME"
-    choices = [
-        ("data.name", config.data.name, DATASETS),
-        ("data.template", config.data.template, TEMPLATES),
-    ]
-    if config.data.eval_name:
-        choices.append(("data.eval_name", config.data.eval_name, DATASETS))
-    for field, value, names in choices:
-        if value not in names:
-            yield f'{field}="{value}" does not exist: {nearest(value, names)}'
-    try:
-        verifiers(config.reward.parts.to_dict(), config.reward.options.to_dict())
-    except ValueError as error:
-        yield f"reward: {error}"
-    if not config.eval.metric and len(config.reward.parts) > 1:
-        yield (
-            "eval.metric is empty: say which of reward.parts counts as accuracy "
-            f"({', '.join(config.reward.parts)})"
-        )
-    if config.eval.metric and config.eval.metric not in config.reward.parts:
-        yield f'eval.metric="{config.eval.metric}" is not among reward.parts'
-    for field in ("dtype", "rollout_dtype"):
-        if config.model[field] not in ("float32", "bfloat16"):
-            yield f'model.{field}="{config.model[field]}": valid: bfloat16, float32'
-    if config.train.offload not in OFFLOADS:
-        yield f'train.offload="{config.train.offload}": {nearest(config.train.offload, OFFLOADS)}'
-    if config.train.router_replay not in REPLAYS:
-        yield (
-            f'train.router_replay="{config.train.router_replay}": '
-            f"{nearest(config.train.router_replay, REPLAYS)}"
-        )
-    if config.model.remat not in REMAT:
-        yield f'model.remat="{config.model.remat}": {nearest(config.model.remat, REMAT)}'
+def _wrong_entries(config: ConfigDict) -> Iterator[str]:
+    """What is wrong with the entries of the sections whose names are the user's."""
+    yield from _wrong_rewards(config)
+    yield from _wrong_datasets(config.data)
+    for name, source in config.data.mixture.items():
+        yield from _wrong_source(f"data.mixture.{name}", source)
     if config.model.overrides and not config.model.random_weights:
         yield "model.overrides changes the architecture and needs model.random_weights=True"
 
 
+def _wrong_rewards(config: ConfigDict) -> Iterator[str]:
+    parts, options = config.reward.parts, config.reward.options
+    if not parts:
+        yield "reward.parts is empty: name a verifier and its weight, as {'boxed_math': 1.0}"
+        return
+    for name in options:
+        if name not in parts:
+            yield f"reward.options.{name}: no part of the reward; {nearest(name, parts)}"
+    for name, weight in parts.items():
+        problem = refusal(f"reward.parts.{name}", weight, float, _WEIGHT)
+        if problem:
+            yield problem
+        problem = _wrong_part(name, options.get(name, {}), config.rollout.max_response_length)
+        if problem:
+            yield problem
+
+
+def _wrong_part(name, options, longest) -> str | None:
+    """Why a verifier cannot be made, or cannot judge the longest response."""
+    field = f"reward.options.{name}"
+    if not isinstance(options, ConfigDict | Mapping):
+        return f"{field}={shown(options)} must be a section: {{'option': value, …}}"
+    options = options.to_dict() if isinstance(options, ConfigDict) else dict(options)
+    try:
+        made = verifier(name, options)
+    except (ValueError, TypeError) as error:
+        return f"{field if options else f'reward.parts.{name}'}: {error}"
+    if made.id != "overlong":
+        return None
+    tried = judge(made, Sample("", "", length=longest, max_length=longest))
+    if tried.status == "error":
+        return f"{field}: {tried.detail} (rollout.max_response_length={longest})"
+    return None
+
+
+def _wrong_datasets(data: ConfigDict) -> Iterator[str]:
+    """What generated datasets say of their split and options."""
+    held_out, options = data.eval_name or data.name, data.options.to_dict()
+    if data.mixture or isinstance(DATASETS[data.name], Table):
+        if options:
+            yield f"data.options={shown(options)}: only a generated data.name has options"
+    else:
+        wrong = list(_wrong_options(data.name, options))
+        if wrong:
+            yield from wrong
+            return
+        yield from _wrong_split("data.split", data.name, data.split, options)
+    if not isinstance(DATASETS[held_out], Table):
+        own = options if held_out == data.name else {}
+        yield from _wrong_split("data.eval_split", held_out, data.eval_split, own)
+
+
+def _wrong_options(name: str, options: Mapping[str, Any]) -> Iterator[str]:
+    kinds = {n: p.annotation for n, p in inspect.signature(DATASETS[name]).parameters.items()}
+    del kinds["split"]
+    for option, value in options.items():
+        field, kind = f"data.options.{option}", kinds.get(option)
+        if kind is None:
+            yield f"{field}: {name} has no such option; {nearest(option, kinds)}"
+        elif kind in (bool, int, float, str):
+            problem = refusal(field, value, kind)
+            yield from [problem] if problem else []
+
+
+def _wrong_split(field: str, name: str, split: str, options: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        DATASETS[name](split=split, **options)
+    except (DataError, TypeError, ValueError) as error:
+        yield f"{field}={split!r}{', data.options' if options else ''}: {error}"
+
+
+def _wrong_source(place: str, source: Any) -> Iterator[str]:
+    """What is wrong with one source of a mixture."""
+    if not isinstance(source, ConfigDict | Mapping):
+        yield f"{place}={shown(source)} must be a section: {{'name': …, 'path': …, 'weight': …}}"
+        return
+    for name in source:
+        if name not in SOURCE_FIELDS:
+            yield f"{place}.{name}: no such field; {nearest(name, SOURCE_FIELDS)}"
+        else:
+            problem = refusal(f"{place}.{name}", source[name], *SOURCE_FIELDS[name])
+            if problem:
+                yield problem
+    if "name" not in source:
+        yield f"{place}: it needs a name, one of luspo_jax.datasets.DATASETS"
+
+
+def _wrong_together(config: ConfigDict) -> Iterator[str]:
+    """Values that are sound by themselves and do not go together."""
+    for broken, message in _senseless(config):
+        if broken:
+            yield message
+    yield from _wrong_sizes(config)
+    yield from _wrong_packing(config)
+    yield from _wrong_builds(config)
+
+
+def _senseless(config: ConfigDict) -> list[tuple[bool, str]]:
+    """(Whether it is so, what to do)."""
+    data, train, held_out = config.data, config.train, config.eval
+    parts = ", ".join(config.reward.parts)
+    wandb = config.output.wandb_project
+    return [
+        (
+            not held_out.metric and len(config.reward.parts) > 1,
+            f"eval.metric is empty: say which of reward.parts counts as accuracy ({parts})",
+        ),
+        (
+            held_out.metric != "" and held_out.metric not in config.reward.parts,
+            f"eval.metric={held_out.metric!r} is not among reward.parts ({parts})",
+        ),
+        (
+            held_out.temperature == 0 and held_out.num_samples > 1,
+            f"eval.num_samples={held_out.num_samples} must be 1 at eval.temperature=0: greedy "
+            "responses are all alike",
+        ),
+        (
+            not TEMPLATES[data.template].chat
+            and (data.system_prompt != "" or data.enable_thinking is not None),
+            f"data.template={data.template!r} is no chat template: data.system_prompt and "
+            "data.enable_thinking would be ignored; take data.template=chat, or leave them out",
+        ),
+        (
+            0 < data.max_pixels < data.min_pixels,
+            f"data.min_pixels={data.min_pixels} exceeds data.max_pixels={data.max_pixels}",
+        ),
+        *(
+            (
+                list(config[mesh].values()).count(-1) > 1,
+                f"{' and '.join(f'{mesh}.{k}' for k in config[mesh] if config[mesh][k] == -1)} are "
+                "-1: one axis may be, for as many devices as the others leave",
+            )
+            for mesh in ("mesh", "rollout_mesh")
+        ),
+        (
+            train.ref_every > 0 and not _of_objective(config, "kl_coef"),
+            "train.ref_every refreshes the reference of a KL term, but objective.kl_coef is 0",
+        ),
+        (
+            train.learning_rate * train.weight_decay >= 1,
+            f"train.weight_decay={train.weight_decay} times train.learning_rate="
+            f"{train.learning_rate} must be less than 1: a step would wipe the weights out",
+        ),
+        (
+            bool(wandb) and importlib.util.find_spec("wandb") is None,
+            f"output.wandb_project={wandb!r}: wandb is not installed: pip install wandb, or leave "
+            "the field empty",
+        ),
+    ]
+
+
 def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
-    values = flat(config)
-    for field in (
-        "num_steps", "data.max_prompt_length", "rollout.prompts_per_step", "rollout.group_size",
-        "rollout.max_response_length", "rollout.num_slots", "rollout.chunk_length",
-        "train.num_minibatches", "train.num_microbatches", "train.num_epochs",
-        "train.num_length_buckets", "model.head_chunk_tokens", "eval.num_problems",
-        "eval.num_samples", "eval.num_slots", "output.keep_latest", "reward.num_workers",
-    ):  # fmt: skip
-        if values[field] < 1:
-            yield f"{field}={values[field]} must be at least 1"
-    for field in (
-        "rollout.top_k", "eval.top_k", "eval.every", "eval.temperature", "train.warmup_steps",
-        "train.weight_decay", "train.max_grad_norm", "output.checkpoint_every",
-        "output.keep_best", "output.dump_every", "train.ref_every", "hosts.phase_timeout_s",
-        "train.router_aux_coef", "data.min_pixels", "data.max_pixels", "data.text_blank",
-        "data.image_workers",
-    ):  # fmt: skip
-        if values[field] < 0:
-            yield f"{field}={values[field]} must not be negative"
-    if not config.hosts.dead_after_s >= 3 * BEAT_S:
-        yield (
-            f"hosts.dead_after_s={config.hosts.dead_after_s} must be at least {3 * BEAT_S:g}: "
-            f"processes give a sign of life every {BEAT_S:g} s"
-        )
-    if not config.rollout.temperature > 0:
-        yield (
-            f"rollout.temperature={config.rollout.temperature} must be > 0: greedy responses "
-            "carry no gradient"
-        )
-    for field in ("rollout.top_p", "eval.top_p"):
-        if not 0 < values[field] <= 1:
-            yield f"{field}={values[field]} must be in (0, 1]"
-    if not 0 <= config.train.ref_decay < 1:
-        yield f"train.ref_decay={config.train.ref_decay} must be in [0, 1)"
-    if config.train.ref_every and not _of_objective(config, "kl_coef"):
-        yield "train.ref_every refreshes the reference of a KL term, but objective.kl_coef is 0"
-    if not config.train.learning_rate > 0:
-        yield f"train.learning_rate={config.train.learning_rate} must be > 0"
-    prompts, minibatches = config.rollout.prompts_per_step, max(1, config.train.num_minibatches)
+    prompts, minibatches = config.rollout.prompts_per_step, config.train.num_minibatches
     if prompts % minibatches:
         yield (
             f"train.num_minibatches={minibatches} does not divide rollout.prompts_per_step="
@@ -353,7 +437,7 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
         )
     else:
         rows = prompts // minibatches * config.rollout.group_size
-        if config.train.num_microbatches > 0 and rows % config.train.num_microbatches:
+        if rows % config.train.num_microbatches:
             yield (
                 f"train.num_microbatches={config.train.num_microbatches} does not divide the "
                 f"{rows} responses of a minibatch (rollout.prompts_per_step × rollout.group_size / "
@@ -381,7 +465,7 @@ def _wrong_packing(config: ConfigDict) -> Iterator[str]:
     elif train.microbatch_tokens < length:
         yield (
             f"train.microbatch_tokens={train.microbatch_tokens} holds no packed row of {length} "
-            f"tokens: set it to {length} for each row that is to be computed at once"
+            f"tokens: with train.packing, set it to {length} for each row to be computed at once"
         )
     if train.num_microbatches != 1:
         yield (

@@ -1,13 +1,24 @@
-"""Every field of a run's configuration, with its default."""
+"""Every field of a run's configuration: its default, and what its value may be."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from luspo_jax import objectives
+from luspo_jax import objectives, shaping
+from luspo_jax.datasets import DATASETS
 from luspo_jax.length.settings import LengthSettings
+from luspo_jax.logprobs import REPLAYS
+from luspo_jax.models.decoder import REMAT
+from luspo_jax.ops import attention, grouped_matmul
+from luspo_jax.prompts import TEMPLATES
 from luspo_jax.shaping import Shaping
+from luspo_jax.update import OFFLOADS
+from luspo_jax.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, nearest, refusal, shown
+from luspo_jax.watchdog import BEAT_S
 
 
 def default_config() -> ConfigDict:
@@ -21,6 +32,8 @@ def default_config() -> ConfigDict:
     # "hub:OWNER/NAME" to download one.
     config.model.path = ""
     config.model.tokenizer = ""  # Folder; empty = the model's.
+    # Ids, joined with commas, that end a response beside those that the model's files name.
+    config.model.stop_token_ids = ""
     config.model.random_weights = False  # Read config.json only and draw weights from `seed`.
     config.model.overrides = ConfigDict()  # Fields of config.json, with random_weights only.
     config.model.dtype = "float32"  # Compute dtype of training; master weights are float32.
@@ -91,7 +104,10 @@ def default_config() -> ConfigDict:
     config.rollout.top_k = 0  # 0 = off.
     config.rollout.num_slots = 128  # Sequences decoded at once.
     config.rollout.chunk_length = 64  # Decode steps between two looks by the host.
-    config.rollout.mismatch_limit = 0.05  # |sampler − trainer| log-prob refused at the first step.
+    # |sampler − trainer| log-prob of one token that is refused at the first step. In float32 0.05 is
+    # a fault; rounding in bfloat16 makes 0.2 to 0.5 (a model of 135M: 0.21 at temperature 1, 0.44
+    # at 0.6) and more in larger runs: set 1 there. Faults such as a forgotten temperature are nats.
+    config.rollout.mismatch_limit = 0.05
 
     config.shaping = ConfigDict()  # See luspo_jax.shaping.Shaping.
     for field in dataclasses.fields(Shaping):
@@ -167,3 +183,145 @@ def _plain_type(field: dataclasses.Field) -> type:
         if field.type is plain or (plain.__name__ in str(field.type)):
             return plain
     raise TypeError(f"Objective.{field.name} has type {field.type}, which no flag can set")
+
+
+_MOST = 2**31 - 1  # what int32 holds
+_SIZE, _COUNT = Number(1, _MOST), Number(0, _MOST)
+_LONGEST = Number(1, 2**24)  # tokens
+_PROCESSES = 1024
+_AXIS = Number(1, 2**16, also=(-1,))
+_SHARE = Number(0, 1)
+_TYPES = OneOf(("bfloat16", "float32"))
+
+# Field → what it may be beside its type. Every field that is a number is here, but those of
+# Objective and LengthSettings, which check their own.
+RULES: dict[str, Rule] = {
+    "seed": SEED,
+    "num_steps": _SIZE,
+    "model.path": Text("name a folder in Hugging Face format, or embedded:NAME"),
+    "model.dtype": _TYPES,
+    "model.rollout_dtype": _TYPES,
+    "model.remat": OneOf(REMAT),
+    "model.attention": OneOf(("auto", *attention.IMPLEMENTATIONS)),
+    "model.experts": OneOf(("auto", *grouped_matmul.IMPLEMENTATIONS)),
+    "model.head_chunk_tokens": _SIZE,
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.expert": _AXIS,
+    "mesh.context": _AXIS,
+    "mesh.tensor": _AXIS,
+    "rollout_mesh.data": _AXIS,
+    "rollout_mesh.expert": _AXIS,
+    "rollout_mesh.context": _AXIS,
+    "rollout_mesh.tensor": _AXIS,
+    "data.name": OneOf(DATASETS),
+    "data.split": Text("say train, or another split of the dataset"),
+    "data.eval_name": OneOf(("", *DATASETS)),
+    "data.eval_split": Text("say test, or another split of the dataset"),
+    "data.template": OneOf(TEMPLATES),
+    "data.min_pixels": _COUNT,
+    "data.max_pixels": _COUNT,
+    "data.text_blank": Number(0, 2**14),
+    "data.image_workers": Number(0, _PROCESSES),
+    "data.max_prompt_length": _LONGEST,
+    "reward.timeout_s": Number(0.01, 1e5),
+    "reward.num_workers": Number(1, _PROCESSES),
+    "reward.max_failure_rate": _SHARE,
+    "rollout.prompts_per_step": Number(1, 2**20),
+    "rollout.group_size": Number(
+        2, 2**16, why="an advantage compares the responses to one prompt with each other"
+    ),
+    "rollout.max_response_length": _LONGEST,
+    "rollout.temperature": dataclasses.replace(
+        TEMPERATURE, why="colder responses are greedy and carry no gradient"
+    ),
+    "rollout.top_p": Number(0, 1, open_low=True),
+    "rollout.top_k": _COUNT,
+    "rollout.num_slots": _SIZE,
+    "rollout.chunk_length": _SIZE,
+    "rollout.mismatch_limit": Number(0, 1e30),
+    "train.num_minibatches": _SIZE,
+    "train.num_microbatches": _SIZE,
+    "train.microbatch_tokens": Number(0, 2**28),
+    "train.pack_length": Number(0, 2**25),
+    "train.num_length_buckets": _SIZE,
+    "train.offload": OneOf(OFFLOADS),
+    "train.router_replay": OneOf(REPLAYS),
+    "train.router_aux_coef": Number(0, 1e3),
+    "train.num_epochs": _SIZE,
+    "train.learning_rate": Number(0, 1, open_low=True),
+    "train.warmup_steps": _COUNT,
+    "train.b1": Number(0, 1, open_high=True),
+    "train.b2": Number(0, 1, open_high=True),
+    "train.eps": Number(1e-30, 1, why="of AdamW, beside the root of the second moment"),
+    "train.weight_decay": Number(0, 1e3),
+    "train.max_grad_norm": Number(0, 1e30),
+    "train.ref_every": _COUNT,
+    "train.ref_decay": Number(0, 1, open_high=True),
+    "eval.every": _COUNT,
+    "eval.num_problems": _SIZE,
+    "eval.num_samples": Number(1, 2**16),
+    "eval.temperature": dataclasses.replace(
+        TEMPERATURE, also=(0,), why="0 takes the likeliest token"
+    ),
+    "eval.top_p": Number(0, 1, open_low=True),
+    "eval.top_k": _COUNT,
+    "eval.num_slots": _SIZE,
+    "eval.seed": SEED,
+    "output.checkpoint_every": _COUNT,
+    "output.keep_latest": _SIZE,
+    "output.keep_best": _COUNT,
+    "output.dump_every": _COUNT,
+    "hosts.dead_after_s": Number(
+        3 * BEAT_S, 1e6, why=f"processes give a sign of life every {BEAT_S:g} s"
+    ),
+    "hosts.phase_timeout_s": Number(0, 1e6),
+    **{f"shaping.{name}": rule for name, rule in shaping.RULES.items()},
+}
+
+# A source of data.mixture: field → (type, what it may be).
+SOURCE_FIELDS: dict[str, tuple[type, Rule | None]] = {
+    "name": (str, OneOf(DATASETS)),
+    "path": (str, None),
+    "split": (str, RULES["data.split"]),
+    "weight": (float, Number(0, 1e15, open_low=True)),
+    "problem_column": (str, None),
+    "answer_column": (str, None),
+    "image_dir": (str, None),
+    "image_column": (str, None),
+}
+
+# Sections whose field names are not ours to know.
+OPEN_SECTIONS = (
+    "model.overrides.", "data.mixture.", "data.options.", "reward.parts.", "reward.options.",
+)  # fmt: skip
+
+
+def wrong_fields(config: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each field that is unknown, missing, of another type or out of range."""
+    yield from _wrong_fields(config, _known(), "")
+
+
+_known = functools.cache(default_config)  # never handed out
+
+
+def _wrong_fields(config, known, prefix):
+    for key in config:
+        if key not in known:
+            names = [f"{prefix}{name}" for name in known]
+            yield f"unknown field {prefix}{key}: {nearest(f'{prefix}{key}', names)}"
+    missing = [f"{prefix}{key}" for key in known if key not in config]
+    if missing:
+        yield f"missing {', '.join(missing)}: start from luspo_jax.config.default_config()"
+    for key in config:
+        if key not in known:
+            continue
+        field, kind = f"{prefix}{key}", known.get_type(key)
+        if kind is ConfigDict:
+            if not isinstance(config[key], ConfigDict | Mapping):
+                yield f"{field}={shown(config[key])} must be a section: {{'name': value, …}}"
+            elif f"{field}." not in OPEN_SECTIONS:
+                yield from _wrong_fields(config[key], known[key], f"{field}.")
+        elif config[key] is not None or known[key] is not None:  # None where the default is unset
+            problem = refusal(field, config[key], kind, RULES.get(field))
+            yield from [problem] if problem else []

@@ -6,7 +6,6 @@ says how values of one step are combined over micro-batches, updates and process
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from luspo_jax import watchdog
+from luspo_jax.values import nearest
 
 REDUCERS = ("mean", "sum", "max", "min", "last")
 
@@ -148,7 +148,7 @@ def declared(name: str) -> Metric:
     """The declaration of a metric: its own, else that of the first pattern that fits.
 
     Raises:
-      KeyError: nothing declares it; the message has the nearest name.
+      KeyError: nothing declares it; the message has the nearest name, or all.
     """
     if name in METRICS and "*" not in name:
         return METRICS[name]
@@ -156,8 +156,9 @@ def declared(name: str) -> Metric:
         head, star, tail = pattern.partition("*")
         if star and re.fullmatch(f"{re.escape(head)}.+{re.escape(tail)}", name):
             return metric
-    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)
-    raise KeyError(f"metric {name!r} is not declared in luspo_jax/metrics.py; nearest: {near[0]}")
+    raise KeyError(
+        f"metric {name!r} is not declared in luspo_jax/metrics.py: {nearest(name, METRICS)}"
+    )
 
 
 class StepMetrics:

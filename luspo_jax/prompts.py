@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -15,6 +14,7 @@ from luspo_jax.datasets import DataError, Example, Mixture
 from luspo_jax.datasets.dapo_math import PREFIX, SUFFIX
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.images import ImagePreparer, ImageRefusal, PreparedImage
+from luspo_jax.values import nearest
 
 # The system message of arXiv:2602.05261, figure 3; format "luspo_vl" checks what it asks for.
 LUSPO_VL_SYSTEM_PROMPT = (
@@ -204,9 +204,7 @@ class Renderer:
 
 def _named(name: str) -> Template:
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown template {name!r}: {hint}known: {', '.join(sorted(TEMPLATES))}")
+        raise ValueError(f"unknown template {name!r}: {nearest(name, TEMPLATES)}")
     return TEMPLATES[name]
 
 

@@ -84,7 +84,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     """
     objective = configuration.check(config)
     model, length = load_model(config), configuration.build_length(config)
-    _check_router(config, model.config)
+    _check_model(config, model.config)
     layout, rollout_layout = layouts(config, model.config, devices)
     longest, rule = config.rollout.max_response_length, update_rule(config, model, layout)
     return Run(
@@ -120,7 +120,15 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     )
 
 
-def _check_router(config, model):
+def _check_model(config, model):
+    """Refuses what the configuration asks of a model that it cannot give."""
+    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    if prompt + response > model.max_position:
+        raise configuration.ConfigError(
+            f"rollout.max_response_length={response} and data.max_prompt_length={prompt} make "
+            f"{prompt + response} tokens, and the model of {config.model.path} holds "
+            f"{model.max_position} (max_position_embeddings): lower one of them"
+        )
     for field in ("router_replay", "router_aux_coef"):
         value = config.train[field]
         if not model.num_experts and value not in ("none", 0):
@@ -163,9 +171,22 @@ def layouts(
         raise MeshError(
             "the mesh does not fit:\n"
             + "\n".join(f"  - {problem}" for problem in problems)
-            + "\nchange config.mesh or config.rollout_mesh"
+            + f"\n{_advice(config, train, arithmetic)}"
         )
     return train, rollout
+
+
+def _advice(config, train, arithmetic):
+    """The flag that makes the rows of a micro-batch fit the training mesh, where they do not."""
+    parts = train.size("batch") if train else 1
+    rows = arithmetic.packed_rows_per_microbatch
+    if config.train.packing and rows % parts:
+        tokens = -(-rows // parts) * parts * arithmetic.pack_length
+        return (
+            f"set --config.train.microbatch_tokens={tokens}, or change config.mesh or "
+            "config.rollout_mesh"
+        )
+    return "change config.mesh or config.rollout_mesh"
 
 
 def update_rule(config: ConfigDict, model: Model, layout: Layout | None = None) -> UpdateRule:
@@ -208,12 +229,32 @@ def load_model(config: ConfigDict) -> Model:
             f"no tokenizer could be read from {source} ({str(error).splitlines()[0][:200]}): put "
             "tokenizer files there, or name another folder in model.tokenizer"
         ) from error
+    model = _with_stops(config, Model(folder, architecture, tokenizer))
     if len(tokenizer) > architecture.vocab_size:
         raise configuration.ConfigError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens and the model of {folder} a "
             f"vocabulary of {architecture.vocab_size}: they do not belong together"
         )
-    return Model(folder, architecture, tokenizer)
+    return model
+
+
+def _with_stops(config, model):
+    """The model with the tokens of `model.stop_token_ids` among those that end a response."""
+    own, size = configuration.stop_token_ids(config), model.config.vocab_size
+    if any(token >= size for token in own):
+        raise configuration.ConfigError(
+            f"model.stop_token_ids={config.model.stop_token_ids!r} must be tokens of the model's "
+            f"vocabulary of {size}"
+        )
+    ids = tuple(sorted({*model.config.eos_token_ids, *own}))
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=ids))
+    if not model.stop_token_ids:
+        raise configuration.ConfigError(
+            f"no token ends a response: neither config.json nor generation_config.json of "
+            f"{model.folder} nor its tokenizer names an eos token, and every response would be cut "
+            "at its limit: add eos_token_id to generation_config.json, or set model.stop_token_ids"
+        )
+    return model
 
 
 def _scoring(config, model, layout):
@@ -250,7 +291,8 @@ def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layou
             top_k=section.top_k,
         ),
         num_slots=section.num_slots,
-        chunk_length=config.rollout.chunk_length,
+        # No response takes more steps than its limit.
+        chunk_length=min(config.rollout.chunk_length, config.rollout.max_response_length),
         max_prompt_length=config.data.max_prompt_length,
         dtype=jnp.dtype(config.model.rollout_dtype),
         layout=sharding.on_own_devices(layout),

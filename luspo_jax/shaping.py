@@ -11,8 +11,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from luspo_jax.experience import Group
+from luspo_jax.values import Number, OneOf, refusal
 
 GFPO_KEYS = ("length", "reward_per_token")
+
+# Field → what it may be beside its type.
+RULES = {
+    "max_tries": Number(1, 2**31 - 1),
+    "gfpo_keep": Number(2, 2**16, also=(0,), why="0 keeps all; kept ones are compared"),
+    "gfpo_by": OneOf(GFPO_KEYS),
+    "lspo_low": Number(0, 1),
+    "lspo_high": Number(0, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +55,16 @@ class Shaping:
     lspo_high: float = 0.0
 
     def __post_init__(self):
-        if self.max_tries < 1:
-            raise ValueError(f"max_tries={self.max_tries} must be at least 1")
-        if self.gfpo_by not in GFPO_KEYS:
-            raise ValueError(f"gfpo_by={self.gfpo_by!r}: valid: {', '.join(GFPO_KEYS)}")
-        if self.gfpo_keep < 0 or self.gfpo_keep == 1:
-            raise ValueError(
-                f"gfpo_keep={self.gfpo_keep}: 0 keeps all; otherwise at least 2, which can be "
-                "compared with each other"
-            )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            problem = refusal(field.name, value, field.type, RULES.get(field.name))
+            if problem:
+                raise ValueError(problem)
         low, high = self.lspo_low, self.lspo_high
-        if min(low, high) < 0 or low + high > 1:
-            raise ValueError(f"lspo_low={low} and lspo_high={high} must be shares with a sum ≤ 1")
+        if low + high > 1:
+            raise ValueError(
+                f"lspo_low={low} and shaping.lspo_high={high} must be shares with a sum ≤ 1"
+            )
 
     @property
     def filters_groups(self) -> bool:

@@ -95,14 +95,18 @@ def load_data(config: ConfigDict, model: Model) -> Data:
     """
     data = config.data
     preparer = image_preparer(config, model)
-    renderer = prompts.Renderer(
-        model.tokenizer,
-        data.template,
-        data.system_prompt,
-        enable_thinking=data.enable_thinking,
-        images=preparer,
-        image_files=_image_files(data),
-    )
+    image_files = _image_files(data)
+    try:
+        renderer = prompts.Renderer(
+            model.tokenizer,
+            data.template,
+            data.system_prompt,
+            enable_thinking=data.enable_thinking,
+            images=preparer,
+            image_files=image_files,
+        )
+    except ValueError as error:
+        raise configuration.ConfigError(f"data.template: {error}") from None
     columns = {
         "data_dir": data.cache_dir or None,
         "problem": data.problem_column or None,
@@ -225,12 +229,6 @@ def _files(name, path, split, image_dir):
     return ImageFiles(datasets.image_source(name, path or None, split), image_dir or None)
 
 
-_SOURCE_FIELDS = (
-    *("name", "path", "split", "weight", "problem_column", "answer_column"),
-    *("image_dir", "image_column"),
-)
-
-
 def _training_set(data, columns):
     """(examples, report of each source) of the one dataset or of the mixture."""
     if not data.mixture:
@@ -238,13 +236,6 @@ def _training_set(data, columns):
         return examples, (report,)
     sources, weights, reports = {}, {}, []
     for key, source in data.mixture.items():
-        place = f"data.mixture.{key}"
-        unknown = set(source) - set(_SOURCE_FIELDS)
-        if unknown or "name" not in source:
-            wrong = f"no field {sorted(unknown)[0]!r}" if unknown else "it needs a name"
-            raise configuration.ConfigError(
-                f"{place}: {wrong}; the fields are {', '.join(_SOURCE_FIELDS)}"
-            )
         sources[key], report = datasets.load(
             source.name,
             source.get("path") or None,

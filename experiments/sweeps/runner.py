@@ -20,6 +20,7 @@ from experiments.sweeps.spec import Member, Sweep
 from luspo_jax import config as configuration
 from luspo_jax.config import ConfigError
 from luspo_jax.metrics import read_metrics
+from luspo_jax.values import nearest
 from luspo_jax.watchdog import write_atomically
 from luspo_jax.workdir import WorkdirError
 
@@ -65,7 +66,7 @@ def _chosen(members, only):
     names = {name for m in members for name in (m.name, m.variant.name)}
     for name in only:
         if name not in names:
-            near = configuration.nearest(name, names)
+            near = nearest(name, names)
             raise ConfigError(f"--only={name} is no member: {near}")
     return [m for m in members if m.name in only or m.variant.name in only]
 

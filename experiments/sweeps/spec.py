@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
 from luspo_jax.config import ConfigError
+from luspo_jax.values import nearest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 REDUCERS = ("first", "last", "change", "mean", "max", "auc", "at")
@@ -237,7 +238,7 @@ def _set(config, name, value):
     sections = {key.rsplit(".", depth)[0] for key in known for depth in (1, 2) if "." in key}
     sections |= {prefix.rstrip(".") for prefix in configuration.OPEN_SECTIONS}
     if name not in known and name not in sections and not _open(name):
-        near = configuration.nearest(name, {*known, *sections})
+        near = nearest(name, {*known, *sections})
         raise ConfigError(f"unknown field {name}: {near}")
     try:
         if isinstance(value, Mapping) or value is None:

@@ -5,9 +5,9 @@ number goes.
 """
 
 import dataclasses
-import difflib
 
 from luspo_jax.benchmarks.record import BenchmarkError
+from luspo_jax.values import TEMPERATURE, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +70,7 @@ def protocol(name: str, **fields: float | int | None) -> Protocol:
       BenchmarkError: no such preset, or a value that makes no sense, by name.
     """
     if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise BenchmarkError(f"unknown protocol {name!r}: {hint}known: {', '.join(PROTOCOLS)}")
+        raise BenchmarkError(f"unknown protocol {name!r}: {nearest(name, PROTOCOLS)}")
     preset = PROTOCOLS[name]
     given = {field: value for field, value in fields.items() if value is not None}
     chosen = dataclasses.replace(preset, **given)
@@ -84,7 +82,11 @@ def protocol(name: str, **fields: float | int | None) -> Protocol:
 def _check(chosen: Protocol) -> None:
     greedy_samples = chosen.num_samples if chosen.temperature == 0 else 1
     rules = (
-        ("temperature", 0 <= chosen.temperature < float("inf"), "finite and at least 0"),
+        (
+            "temperature",
+            chosen.temperature == 0 or TEMPERATURE.allows(chosen.temperature),
+            f"0, or {TEMPERATURE}",
+        ),
         ("top_p", 0 < chosen.top_p <= 1, "in (0, 1]"),
         ("top_k", chosen.top_k >= 0, "at least 0 (0 keeps all)"),
         ("max_response_length", chosen.max_response_length >= 1, "at least 1 token"),

@@ -1,7 +1,6 @@
 """The benchmarks by name: dataset, prompt, scorer, and the fields that results are split by."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -9,6 +8,7 @@ from luspo_jax.benchmarks.record import BenchmarkError, Record
 from luspo_jax.benchmarks.verdicts import STRICT, Item, Line, RuleScorer, VisualBenchmark, figures
 from luspo_jax.benchmarks.visual import VISUAL
 from luspo_jax.rewards import Reward, Sample, Scorer
+from luspo_jax.values import nearest
 
 
 class Judge(Protocol):
@@ -137,9 +137,7 @@ def benchmark(name: str) -> Benchmark:
       BenchmarkError: there is none; the message has the nearest name and all of them.
     """
     if name not in BENCHMARKS:
-        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise BenchmarkError(f"unknown benchmark {name!r}: {hint}known: {', '.join(BENCHMARKS)}")
+        raise BenchmarkError(f"unknown benchmark {name!r}: {nearest(name, BENCHMARKS)}")
     return BENCHMARKS[name]
 
 

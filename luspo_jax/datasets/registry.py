@@ -1,6 +1,5 @@
 """The datasets by name, and how one is loaded."""
 
-import difflib
 import hashlib
 import pathlib
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from luspo_jax.datasets.visual_benchmarks import (
     MATHVISTA,
     WEMATH,
 )
+from luspo_jax.values import nearest
 
 # A Table reads a file. Anything else is a generator: called with the split and its own options,
 # it is a sequence of examples.
@@ -148,11 +148,9 @@ def _sha256(table: Table, source: pathlib.Path) -> str:
 def _entry(name: str):
     if name in DATASETS:
         return DATASETS[name]
-    near = difflib.get_close_matches(name, DATASETS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise DataError(
-        f"unknown dataset {name!r}: {hint}known: {', '.join(sorted(DATASETS))}; a file of your "
-        "own is dataset 'file' with its path and columns"
+        f"unknown dataset {name!r}: {nearest(name, DATASETS)}; a file of your own is dataset "
+        "'file' with its path and columns"
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 
 STEERING = ("none", "band", "pressure")
+_MOST = 1e9  # of a penalty: it is a reward, whose square must fit float32
 MITIGATIONS = ("none", "penalty", "scale")
 
 
@@ -82,8 +83,8 @@ class LengthSettings:
             (self.steer not in STEERING, f'steer="{self.steer}": valid: {", ".join(STEERING)}'),
             (
                 self.steer == "band" and not 0 < self.target_low <= self.target_high,
-                f"target_low={self.target_low:g} and target_high={self.target_high:g} must be a "
-                "band of lengths in tokens, 0 < target_low ≤ target_high",
+                f"target_low={self.target_low:g} and length.target_high={self.target_high:g} must be "
+                "a band of lengths in tokens, 0 < target_low ≤ target_high",
             ),
             (
                 self.steer == "pressure" and not self.every,
@@ -91,8 +92,8 @@ class LengthSettings:
             ),
             (
                 not -2 <= self.alpha_low < self.alpha_high <= 2,
-                f"alpha_low={self.alpha_low:g} and alpha_high={self.alpha_high:g} must satisfy "
-                "-2 ≤ alpha_low < alpha_high ≤ 2",
+                f"alpha_low={self.alpha_low:g} and length.alpha_high={self.alpha_high:g} must "
+                "satisfy -2 ≤ alpha_low < alpha_high ≤ 2",
             ),
             (not self.alpha_rate > 0, f"alpha_rate={self.alpha_rate:g} must be > 0"),
             (not 0 <= self.smoothing < 1, f"smoothing={self.smoothing:g} must be in [0, 1)"),
@@ -102,7 +103,10 @@ class LengthSettings:
                 self.mitigation not in MITIGATIONS,
                 f'mitigation="{self.mitigation}": valid: {", ".join(MITIGATIONS)}',
             ),
-            (self.penalty < 0, f"penalty={self.penalty:g} must not be negative"),
+            (
+                not 0 <= self.penalty <= _MOST,
+                f"penalty={self.penalty:g} must be at least 0 and at most {_MOST:g}",
+            ),
             (
                 self.mitigation == "penalty" and not self.penalty,
                 'penalty=0 takes nothing: mitigation="penalty" needs a penalty > 0',

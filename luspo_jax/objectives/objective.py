@@ -1,7 +1,6 @@
 """An objective as choices on four axes, an advantage, and their hyperparameters."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import numbers
@@ -15,6 +14,7 @@ from luspo_jax.objectives.kl import KL_ESTIMATORS
 from luspo_jax.objectives.length_scales import LENGTH_SCALES
 from luspo_jax.objectives.ratios import RATIOS
 from luspo_jax.objectives.surrogates import SURROGATE_RATIOS, SURROGATES
+from luspo_jax.values import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,19 +157,20 @@ CHOICES = {
     "off_policy_against": ("old", "sampler"),
 }
 
-_POSITIVE = (0.0, float("inf"), False)
-_NOT_NEGATIVE = (0.0, float("inf"), True)
+_MOST = 1e9  # beyond it, squares of gradients leave float32
+_POSITIVE = (0.0, _MOST, False)
+_NOT_NEGATIVE = (0.0, _MOST, True)
 
 # Field → (least, greatest, whether the least is allowed). None passes where it is the default.
 RANGES = {
     "clip_low": (0.0, 1.0, False),
     "clip_high": _POSITIVE,
-    "dual_clip": (1.0, float("inf"), False),
-    "delta": (1.0, float("inf"), False),
+    "dual_clip": (1.0, _MOST, False),
+    "delta": (1.0, _MOST, False),
     "sapo_temperature_pos": _POSITIVE,
     "sapo_temperature_neg": _POSITIVE,
     "cispo_min_ratio": (0.0, 1.0, True),
-    "cispo_max_ratio": (1.0, float("inf"), True),
+    "cispo_max_ratio": (1.0, _MOST, True),
     "gmpo_log_low": _POSITIVE,
     "gmpo_log_high": _POSITIVE,
     "vespo_k_pos": _NOT_NEGATIVE,
@@ -178,24 +179,24 @@ RANGES = {
     "vespo_lambda_neg": _POSITIVE,
     "dppo_tv_max": (0.0, 1.0, False),
     "dppo_kl_max": _POSITIVE,
-    "dppo_max_ratio": (1.0, float("inf"), True),
+    "dppo_max_ratio": (1.0, _MOST, True),
     "length_alpha": (-2.0, 2.0, True),
     "reference_length": _POSITIVE,
     "length_cap": _POSITIVE,
-    "max_response_length": (1, float("inf"), True),
+    "max_response_length": (1, _MOST, True),
     "advantage_epsilon": _POSITIVE,
     "kl_coef": _NOT_NEGATIVE,
     "entropy_coef": _NOT_NEGATIVE,
     "top_entropy_quantile": (0.0, 1.0, False),
     "off_policy_max": _POSITIVE,
-    "tis_max": (1.0, float("inf"), True),
+    "tis_max": (1.0, _MOST, True),
     "icepop_low": (0.0, 1.0, True),
-    "icepop_high": (1.0, float("inf"), True),
-    "sequence_tis_max": (1.0, float("inf"), True),
+    "icepop_high": (1.0, _MOST, True),
+    "sequence_tis_max": (1.0, _MOST, True),
     "sequence_mis_low": (0.0, 1.0, True),
-    "sequence_mis_high": (1.0, float("inf"), True),
+    "sequence_mis_high": (1.0, _MOST, True),
     "geometric_low": (0.0, 1.0, True),
-    "geometric_high": (1.0, float("inf"), True),
+    "geometric_high": (1.0, _MOST, True),
     "k3_max": _POSITIVE,
     "loss_scale": _POSITIVE,
 }
@@ -205,9 +206,7 @@ def require_name(what: str, name: Any, names) -> None:
     """Refuse a name that is not among `names`, listing them and the nearest."""
     if name in names:
         return
-    near = difflib.get_close_matches(str(name), list(names), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{what}: {name!r} is unknown; choose from {', '.join(names)}.{hint}")
+    raise ValueError(f"{what}: {name!r} is unknown: {nearest(name, names)}.")
 
 
 def _require_range(field: str, value: Any, bounds: tuple[float, float, bool]) -> None:
@@ -216,12 +215,12 @@ def _require_range(field: str, value: Any, bounds: tuple[float, float, bool]) ->
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ValueError(f"Objective.{field} must be a number, not {value!r}.")
     low, high, low_allowed = bounds
-    finite = -float("inf") < value < float("inf")
-    if finite and (low <= value if low_allowed else low < value) and value <= high:
+    if (low <= value if low_allowed else low < value) and value <= high:
         return
     least = f"at least {low:g}" if low_allowed else f"greater than {low:g}"
-    most = f" and at most {high:g}" if high < float("inf") else ""
-    raise ValueError(f"Objective.{field} = {value!r}: must be finite, {least}{most}.")
+    raise ValueError(
+        f"Objective.{field} = {value!r}: must be finite, {least} and at most {high:g}."
+    )
 
 
 def _senseless(objective: Objective) -> list[tuple[bool, str]]:

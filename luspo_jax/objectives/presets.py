@@ -93,7 +93,7 @@ def preset(name: str, **overrides) -> Objective:
         the resulting objective does not read. `max_response_length` is never refused: it is a
         property of the run.
     """
-    require_name("preset", name, PRESETS)
+    require_name("Objective.preset", name, PRESETS)
     fields = [field.name for field in dataclasses.fields(Objective)]
     for field in overrides:
         require_name(f"preset({name!r})", field, fields)
@@ -104,7 +104,7 @@ def preset(name: str, **overrides) -> Objective:
     for field in overrides:
         if field in unread:
             raise ValueError(
-                f"preset({name!r}): {field} has no effect on it; it reads "
+                f"Objective.{field} has no effect on preset {name!r}; it reads "
                 f"{', '.join(used_hyperparameters(objective)) or 'none of the axes’ settings'}."
             )
     return objective

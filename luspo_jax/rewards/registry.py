@@ -1,6 +1,5 @@
 """The rewards by name, and how a weighted list of names becomes verifiers."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from luspo_jax.rewards.multiple_choice import multiple_choice
 from luspo_jax.rewards.overlong import overlong
 from luspo_jax.rewards.record import Reward, Sample, Verifier, combine, run
 from luspo_jax.rewards.user import is_user_reward, user_reward
+from luspo_jax.values import nearest
 
 # Name → function of the reward's options that returns its verifier.
 REWARDS: dict[str, Callable[..., Verifier]] = {
@@ -54,11 +54,9 @@ def verifier(name: str, options: Mapping[str, Any] | None = None) -> Verifier:
             raise ValueError(f"reward {name!r} takes no options")
         return user_reward(name)
     if name not in REWARDS:
-        near = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"unknown reward {name!r}: {hint}known: {', '.join(sorted(REWARDS))}, or "
-            "module:function, or file.py:function"
+            f"unknown reward {name!r}: {nearest(name, REWARDS)}, or module:function, or "
+            "file.py:function"
         )
     try:
         inspect.signature(REWARDS[name]).bind(**options)

@@ -43,7 +43,7 @@ BAD = [
 
 # What only the rest of a configuration makes wrong.
 BAD_TOGETHER = [
-    ("objectives", {"length.objectives": "grpo,luspoo"}, 'did you mean "luspo"'),
+    ("objectives", {"length.objectives": "grpo,luspoo"}, "did you mean 'luspo'"),
     ("every", {"length.every": 1, "rollout.group_size": 2}, "group_size=2 must be at least 4"),
     ("every", {"length.every": 1, "rollout.group_size": 3}, "group_size=3 must be at least 4"),
     ("steer", {"length.every": 1, "length.steer": "pressure"}, "length_scale=adaptive"),
@@ -121,10 +121,10 @@ def test_values_that_do_not_go_together_are_refused(field, fields, message):
 
 
 def test_a_broken_length_section_is_listed_beside_other_problems():
-    fields = {"length.window": 0, "shaping.max_tries": 0, "objective.preset": "luspoo"}
+    fields = {"length.window": 0, "shaping.gfpo_keep": 99, "objective.preset": "luspoo"}
     with pytest.raises(ConfigError) as caught:
         configuration.check(_config(fields))
-    for named in ("length.window=0", "shaping.max_tries=0", "luspoo"):
+    for named in ("length.window=0", "shaping.gfpo_keep=99", "luspoo"):
         assert named in str(caught.value)
 
 
