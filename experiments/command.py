@@ -1,11 +1,13 @@
 """What the launchers share: flags whose mistakes answer in one line, and a run's description."""
 
-import difflib
+import ast
+import codecs
 import errno
 import os
 import sys
+import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # Before jax or transformers are imported: what they tell about absent devices and libraries is no
@@ -16,6 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from absl import flags
 
 from luspo_jax import watchdog
+from luspo_jax.values import nearest
 
 
 class UsageError(ValueError):
@@ -29,6 +32,7 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
       The exit status: 0; 2 for flags and configurations; 1 for anything else foreseen. What is
       not foreseen keeps its traceback, because it is a fault of ours.
     """
+    say_plainly()
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="")
         return 0
@@ -56,6 +60,33 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
             raise
         return _refuse(str(error), 2 if isinstance(error, ValueError) else 1)
     return 0
+
+
+_PLAIN = {"×": "x", "—": "-", "–": "-", "−": "-", "→": "->", "≤": "<=", "≥": ">=", "·": "*"}
+
+
+def say_plainly() -> None:
+    """Lets consoles that are not UTF-8 show what they can: no message may fail for its signs."""
+    codecs.register_error("plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's or a test's may not
+            stream.reconfigure(errors="plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """ASCII in place of signs that an encoding lacks: … is three dots, what has no form is \\u…."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = [_ascii(sign) for sign in error.object[error.start : error.end]]
+    return "".join(found), error.end
+
+
+def _ascii(sign: str) -> str:
+    plain = _PLAIN.get(sign) or unicodedata.normalize("NFKD", sign)
+    return (
+        plain.encode("ascii", "ignore").decode()
+        or sign.encode("ascii", "backslashreplace").decode()
+    )
 
 
 # By name, because importing the modules that define them would import jax before flags are read.
@@ -156,20 +187,51 @@ def _flag_message(error: BaseException) -> str:
 
 
 def _unknown_field() -> str | None:
-    """The first --config.a.b that the configuration does not have, in words."""
+    """The first --config.a.b that cannot be set so, in words."""
     from luspo_jax import config as configuration
 
     names = configuration.flat(configuration.default_config())
     for argument in sys.argv[1:]:
-        name = argument.lstrip("-").split("=")[0].removeprefix("no")
-        if not name.startswith("config."):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not name.removeprefix("no").startswith("config."):
             continue
-        field = name.removeprefix("config.")
-        if field not in names and not field.startswith(configuration.OPEN_SECTIONS):
-            near = difflib.get_close_matches(field, names, n=1)
-            hint = f"; did you mean --config.{near[0]}?" if near else ""
-            return f"the configuration has no field {field!r}{hint}"
+        field = name.removeprefix("no").removeprefix("config.")
+        section = next((s for s in configuration.OPEN_SECTIONS if f"{field}.".startswith(s)), None)
+        if section is not None and equals:
+            wrong = _wrong_entry(field, section.rstrip("."), value)
+            if wrong:
+                return wrong
+        elif section is None and field not in names:
+            return f"the configuration has no field {field!r}: {nearest(field, _flags(names))}"
     return None
+
+
+def _flags(fields: Iterable[str]) -> list[str]:
+    return [f"--config.{field}" for field in fields]
+
+
+def _wrong_entry(field: str, section: str, value: str) -> str | None:
+    """How to write a flag of a section whose names are the user's, where it cannot be read."""
+    flag = f"--config.{field}"
+    if field != section:  # absl knows the entries that the file has, and no others
+        entry, *deeper = field.removeprefix(f"{section}.").split(".")
+        if flag.removeprefix("--") in flags.FLAGS:
+            return None
+        inside = f"{{'{deeper[-1]}': …}}" if deeper else "…"
+        return (
+            f"{flag}: a flag changes an entry that the file has; write the whole section, as "
+            f"\"--config.{section}={{'{entry}': {inside}}}\""
+        )
+    try:
+        sound = isinstance(ast.literal_eval(value), dict)
+    except (ValueError, SyntaxError):
+        sound = False
+    if sound:
+        return None
+    return (
+        f"{flag}={value} is no dictionary: write \"{flag}={{'name': value}}\", names in quotes and "
+        "the whole in double quotes"
+    )
 
 
 def _refuse(message: str, status: int) -> int:

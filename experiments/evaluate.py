@@ -16,6 +16,7 @@ import sys
 from absl import flags
 
 from experiments import command
+from luspo_jax.values import SEED
 
 _MODEL = flags.DEFINE_string("model", "", "What to evaluate.")
 _STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run: latest, best, or a number.")
@@ -29,7 +30,7 @@ _TOP_P = flags.DEFINE_float("top_p", None, "In place of the protocol's.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "In place of the protocol's; 0 = off.")
 _LENGTH = flags.DEFINE_integer("max_response_length", None, "Tokens, in place of the protocol's.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Only the first so many problems; 0 = all.", 0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", 0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", SEED.low, SEED.high)
 _TEMPLATE = flags.DEFINE_string("template", "", "Prompt template; empty = the benchmark's.")
 _SYSTEM = flags.DEFINE_string(
     "system_prompt", None, "A system message, or the name luspo_vl; unset = the benchmark's."

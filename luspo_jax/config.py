@@ -303,7 +303,7 @@ def _wrong_part(name, options, longest) -> str | None:
     try:
         made = verifier(name, options)
     except (ValueError, TypeError) as error:
-        return f"{field if options else f'reward.parts.{name}'}: {error}"
+        return f"{f'{field}={shown(options)}' if options else f'reward.parts.{name}'}: {error}"
     if made.id != "overlong":
         return None
     tried = judge(made, Sample("", "", length=longest, max_length=longest))
@@ -320,10 +320,10 @@ def _wrong_datasets(data: ConfigDict) -> Iterator[str]:
             yield f"data.options={shown(options)}: only a generated data.name has options"
     else:
         wrong = list(_wrong_options(data.name, options))
+        wrong = wrong or list(_wrong_split("data.split", data.name, data.split, options))
         if wrong:
             yield from wrong
             return
-        yield from _wrong_split("data.split", data.name, data.split, options)
     if not isinstance(DATASETS[held_out], Table):
         own = options if held_out == data.name else {}
         yield from _wrong_split("data.eval_split", held_out, data.eval_split, own)

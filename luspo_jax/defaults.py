@@ -104,9 +104,9 @@ def default_config() -> ConfigDict:
     config.rollout.top_k = 0  # 0 = off.
     config.rollout.num_slots = 128  # Sequences decoded at once.
     config.rollout.chunk_length = 64  # Decode steps between two looks by the host.
-    # |sampler − trainer| log-prob of one token that is refused at the first step. In float32 0.05 is
-    # a fault; rounding in bfloat16 makes 0.2 to 0.5 (a model of 135M: 0.21 at temperature 1, 0.44
-    # at 0.6) and more in larger runs: set 1 there. Faults such as a forgotten temperature are nats.
+    # |sampler − trainer| log-prob of one token that is refused at the first step. In float32 more
+    # than 0.05 is a fault; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21 at
+    # temperature 1, 0.44 at 0.6) and more in larger runs: set 1 there. Real faults are of nats.
     config.rollout.mismatch_limit = 0.05
 
     config.shaping = ConfigDict()  # See luspo_jax.shaping.Shaping.

@@ -16,6 +16,7 @@ from luspo_jax.benchmarks.intervals import accuracy_interval
 from luspo_jax.length.coupling import accuracy_by_length_third
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward, Sample, Scorer
+from luspo_jax.rewards.record import FAILURES
 from luspo_jax.rollout import Engine, Request, Response
 
 
@@ -24,7 +25,7 @@ class Evaluation:
     """What a policy does on a set of problems, `num_samples` responses each.
 
     Attributes:
-      accuracy: mean@n, in [0, 1].
+      accuracy: mean@n, in [0, 1]: the mean over problems of the right share of judged responses.
       accuracy_ci95: (low, high) of the 95 % interval for problems like these,
         `luspo_jax.benchmarks.intervals.accuracy_interval`.
       mean_length: tokens a response, stop token included.
@@ -43,12 +44,18 @@ class Evaluation:
     num_problems: int
     num_samples: int
 
+    @property
+    def unjudged(self) -> int:
+        """Responses whose verifier failed or timed out; no accuracy counts them."""
+        return sum(self.statuses.get(status, 0) for status in FAILURES)
+
     def __str__(self) -> str:
         low, high = self.accuracy_ci95
         return (
             f"accuracy {100 * self.accuracy:.1f} % (95 %: {100 * low:.1f} … {100 * high:.1f}; "
             f"mean@{self.num_samples} of {self.num_problems} problems), "
             f"mean length {self.mean_length:.1f} tokens, truncated {100 * self.truncated:.1f} %"
+            + (f", {self.unjudged} responses without a verdict" if self.unjudged else "")
         )
 
 
@@ -174,21 +181,28 @@ def score(
 def summarize(
     responses: Sequence[Response], rewards: Sequence[Reward], *, metric: str, num_samples: int
 ) -> Evaluation:
-    """Statistics of scored responses."""
+    """Statistics of scored responses; accuracies are over those that have a verdict."""
     lengths_B = np.array([len(r.tokens) for r in responses])
-    correct_B = np.array([r.parts[metric] > 0.5 for r in rewards])
+    judged_B = np.array([r.judged for r in rewards])
+    correct_B = np.array([r.judged and r.parts[metric] > 0.5 for r in rewards])
     groups_B = np.arange(len(responses)) // num_samples
-    right_P = correct_B.reshape(-1, num_samples).sum(axis=1)
+    total_P, right_P = (x.reshape(-1, num_samples).sum(axis=1) for x in (judged_B, correct_B))
+    some_P = total_P > 0
     statuses, counts = np.unique([r.status for r in rewards], return_counts=True)
     return Evaluation(
-        accuracy=float(correct_B.mean()),
-        accuracy_ci95=accuracy_interval(right_P, np.full(len(right_P), num_samples)),
+        accuracy=float(np.mean(right_P[some_P] / total_P[some_P])) if some_P.any() else np.nan,
+        accuracy_ci95=accuracy_interval(right_P[some_P], total_P[some_P])
+        if some_P.any()
+        else (np.nan, np.nan),
         mean_length=float(lengths_B.mean()),
         truncated=float(np.mean([not r.stopped for r in responses])),
         accuracy_by_third=tuple(
-            float(x) for x in accuracy_by_length_third(lengths_B, correct_B, groups_B)
+            float(x)
+            for x in accuracy_by_length_third(
+                lengths_B[judged_B], correct_B[judged_B], groups_B[judged_B]
+            )
         ),
         statuses=dict(zip(statuses.tolist(), counts.tolist(), strict=True)),
-        num_problems=len(right_P),
+        num_problems=len(total_P),
         num_samples=num_samples,
     )

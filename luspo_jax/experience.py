@@ -39,6 +39,11 @@ class Group:
     carried: bool = False
 
     @property
+    def judged(self) -> np.ndarray:
+        """Whether each response has a verdict."""
+        return np.array([reward.judged for reward in self.rewards])
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each response."""
         return np.array([len(response.tokens) for response in self.responses], np.int32)
@@ -119,7 +124,7 @@ def scored(
     size = len(responses) // len(prompts)
     texts = [decode(response.tokens) for response in responses]
     rewards = evaluate.score(scorer, prompts, responses, texts=texts, max_length=max_length)
-    judged = np.array([r.status not in ("timeout", "error") for r in rewards])
+    judged = np.array([reward.judged for reward in rewards])
     groups = []
     for index, prompt in enumerate(prompts):
         rows = slice(index * size, (index + 1) * size)
@@ -151,24 +156,25 @@ def records(rollouts: Rollouts, advantages_B: np.ndarray) -> Iterator[RolloutRec
 
 
 def metrics(rollouts: Rollouts, advantages_B: np.ndarray, *, correct: str) -> dict[str, float]:
-    """Rewards, lengths, and how the two go together; the reward part `correct` is being right."""
-    rewards, lengths_B, rewards_B = rollouts.rewards, rollouts.lengths_B, rollouts.rewards_B
-    by_group = [group.values() for group in rollouts.groups]
-    correct_B = np.array([r.parts[correct] > 0.5 for r in rewards])
-    right, wrong = coupling.length_by_correctness(lengths_B, correct_B)
+    """Rewards, lengths, and how the two go together; the reward part `correct` is being right.
+
+    Whatever reads a reward is over the responses that have one: a failed verifier's 0 is no score.
+    """
+    lengths_B = rollouts.lengths_B
+    judged_B = np.concatenate([group.judged for group in rollouts.groups])
+    verdicts = [reward for reward in rollouts.rewards if reward.judged]
+    correct_J = np.array([reward.parts[correct] > 0.5 for reward in verdicts], bool)
+    right, wrong = coupling.length_by_correctness(lengths_B[judged_B], correct_J)
     clipped = np.mean([not response.stopped for response in rollouts.responses])
     values = {
-        "reward": rewards_B.mean(),
-        "reward_std": np.mean([group.std(ddof=1) for group in by_group]),
-        "frac_reward_zero_std": np.mean([np.ptp(group) == 0 for group in by_group]),
-        **_spread("critic/score", rewards_B),
-        **_spread("critic/advantages", advantages_B),
+        **_reward_metrics(rollouts, verdicts),
+        **_spread("critic/advantages", advantages_B[judged_B]),
         **_spread("response_length", lengths_B),
         **_spread("prompt_length", [len(group.prompt.tokens) for group in rollouts.groups]),
         "response_length/clip_ratio": clipped,
         "completions/clipped_ratio": clipped,
         "length/advantage_corr": coupling.advantage_length_correlation(
-            advantages_B, lengths_B, rollouts.group_ids_B
+            advantages_B[judged_B], lengths_B[judged_B], rollouts.group_ids_B[judged_B]
         ),
         "length/correct_mean": right,
         "length/incorrect_mean": wrong,
@@ -176,11 +182,25 @@ def metrics(rollouts: Rollouts, advantages_B: np.ndarray, *, correct: str) -> di
         "response/compress_ratio": np.mean([coupling.compress_ratio(t) for t in rollouts.texts]),
         "shaping/trained_responses": rollouts.trained_B.sum(),
     }
-    for part in rewards[0].parts:
-        values[f"reward/part/{part}"] = np.mean([r.parts[part] for r in rewards])
-    statuses, counts = np.unique([r.status for r in rewards], return_counts=True)
+    statuses, counts = np.unique([r.status for r in rollouts.rewards], return_counts=True)
     values |= {f"reward/status/{s}": c for s, c in zip(statuses, counts, strict=True)}
     return {name: float(value) for name, value in values.items()}
+
+
+def _reward_metrics(rollouts: Rollouts, verdicts: Sequence[Reward]) -> dict[str, float]:
+    """Means over judged responses, and spreads inside the groups that have two of them."""
+    scores_J = np.array([reward.value for reward in verdicts], np.float32)
+    compared = [v for g in rollouts.groups if len(v := g.values()[g.judged]) > 1]
+    parts = rollouts.rewards[0].parts
+    return {
+        "reward": _mean(scores_J),
+        "reward_std": _mean([values.std(ddof=1) for values in compared]),
+        "frac_reward_zero_std": _mean([np.ptp(values) == 0 for values in compared]),
+        "reward/unjudged": len(rollouts.rewards) - len(verdicts),
+        "reward/groups_not_compared": len(rollouts.groups) - len(compared),
+        **_spread("critic/score", scores_J),
+        **{f"reward/part/{name}": _mean([r.parts[name] for r in verdicts]) for name in parts},
+    }
 
 
 def to_json(groups: Iterable[Group]) -> list[dict[str, Any]]:
@@ -273,5 +293,12 @@ def _unpacked(text, dtype):
     return np.frombuffer(base64.b64decode(text), dtype).astype(np.dtype(dtype).newbyteorder("="))
 
 
+def _mean(values):
+    return np.mean(values) if len(values) else np.nan
+
+
 def _spread(name, values):
-    return {f"{name}/{f}": getattr(np, f)(values) for f in ("mean", "max", "min")}
+    return {
+        f"{name}/{f}": getattr(np, f)(values) if len(values) else np.nan
+        for f in ("mean", "max", "min")
+    }

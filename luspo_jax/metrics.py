@@ -43,12 +43,19 @@ _DECLARED = [
     Metric("training/global_step", "last", "steps", "rollout steps done"),
     Metric("training/epoch", "last", "epochs", "passes over the prompts"),
     Metric("num_tokens", "last", "tokens", "prompt and response tokens trained on so far"),
-    Metric("reward", "mean", "", "mean reward of the step's responses"),
-    Metric("reward_std", "mean", "", "mean over groups of the rewards' standard deviation"),
+    # Of judged responses: one whose verifier failed has no reward, and is counted as unjudged.
+    Metric("reward", "mean", "", "mean reward of the step's judged responses"),
+    Metric(
+        "reward_std", "mean", "", "mean over compared groups of the rewards' standard deviation"
+    ),
     Metric("reward/part/*", "mean", "", "mean of one part of the reward, before its weight"),
     Metric("reward/status/*", "sum", "responses", "responses whose reward has this status"),
-    Metric("frac_reward_zero_std", "mean", "", "share of groups whose rewards are all equal"),
-    *_spread("critic/score", "", "the responses' rewards"),
+    Metric("reward/unjudged", "sum", "responses", "responses whose verifier failed or timed out"),
+    Metric(
+        "reward/groups_not_compared", "sum", "groups", "groups with fewer than two judged responses"
+    ),
+    Metric("frac_reward_zero_std", "mean", "", "share of compared groups with equal rewards"),
+    *_spread("critic/score", "", "the judged responses' rewards"),
     *_spread("critic/rewards", "", "the responses' rewards, KL included"),
     *_spread("critic/advantages", "", "the responses' advantages"),
     *_spread("critic/returns", "", "the responses' returns"),
@@ -106,7 +113,7 @@ _DECLARED = [
     Metric("rollout/prefill_calls", "sum", "calls", "prefill calls of the sampler"),
     Metric("rollout/generated_tokens", "sum", "tokens", "tokens sampled"),
     Metric("rollout/slot_utilisation", "mean", "", "share of slot steps that made a token"),
-    Metric("shaping/sampled_reward", "mean", "", "mean reward before any group is left out"),
+    Metric("shaping/sampled_reward", "mean", "", "mean judged reward before any group is left out"),
     Metric("shaping/*", "sum", "", "rounds, groups or responses of the step's data shaping"),
     Metric("packing/padding", "mean", "", "share of the computed tokens that is padding"),
     Metric("packing/microbatches", "mean", "", "micro-batches of an optimizer step"),
@@ -127,8 +134,8 @@ _DECLARED = [
     Metric("length/degeneration/accuracy_gain", "last", "", "growth of accuracy over it"),
     Metric("length/degeneration/flag", "last", "", "1 while length grows and accuracy does not"),
     Metric("length/advantage_corr", "mean", "", "within-group correlation of A and length"),
-    Metric("length/correct_mean", "mean", "tokens", "mean length of right responses"),
-    Metric("length/incorrect_mean", "mean", "tokens", "mean length of wrong responses"),
+    Metric("length/correct_mean", "mean", "tokens", "mean length of responses judged right"),
+    Metric("length/incorrect_mean", "mean", "tokens", "mean length of responses judged wrong"),
     Metric("length/gradient_share/*", "mean", "", "a length bin's share of |coefficients|"),
     Metric("length/accuracy/*", "mean", "", "accuracy in a length bin"),
     Metric("length/scale_alpha", "last", "", "exponent of the adaptive length scale"),
@@ -137,6 +144,7 @@ _DECLARED = [
     Metric("val-core/*", "last", "", "validation: accuracy of a dataset"),
     Metric("val-aux/*/acc/ci95_low", "last", "", "lower end of the accuracy's 95 % interval"),
     Metric("val-aux/*/acc/ci95_high", "last", "", "upper end of the accuracy's 95 % interval"),
+    Metric("val-aux/*/unjudged", "last", "responses", "held-out responses without a verdict"),
     Metric("val-aux/*", "last", "", "validation: lengths, truncation, statuses of a dataset"),
 ]
 

@@ -102,11 +102,12 @@ def collect(
       num_groups: groups of a batch.
       part: the reward part that tells right from wrong.
     """
-    chosen, left_out, rewards, tries = list(surplus), [], [], 0
+    chosen, left_out, rewards, sampled, tries = list(surplus), [], [], 0, 0
     while tries < (shaping.max_tries if shaping.filters_groups else 1) and len(chosen) < num_groups:
         tries += 1
         fresh = sample()
-        rewards += [group.values() for group in fresh]
+        sampled += len(fresh)
+        rewards += [value for group in fresh for value in group.values()[group.judged]]
         kept = [keeps(group, shaping) for group in fresh]
         passed = group_filter(kept, shaping, part=part)
         chosen += [group for group, passes in zip(kept, passed, strict=True) if passes]
@@ -126,7 +127,7 @@ def collect(
         surplus=carried,
         counts={
             "shaping/tries": tries,
-            "shaping/groups_sampled": len(rewards),
+            "shaping/groups_sampled": sampled,
             "shaping/groups_left_out": len(left_out),
             "shaping/groups_carried_in": len(surplus),
             "shaping/groups_carried_over": len(carried),

@@ -431,4 +431,5 @@ def _held_out_metrics(run: Run, measured: Evaluation) -> dict[str, float]:
         f"val-aux/{name}/acc/ci95_high": high,
         f"val-aux/{name}/response_length/mean": measured.mean_length,
         f"val-aux/{name}/response_length/clip_ratio": measured.truncated,
+        f"val-aux/{name}/unjudged": measured.unjudged,
     }

@@ -15,8 +15,8 @@ def nearest(name: Any, names: Iterable[str]) -> str:
     names = sorted(filter(None, names))
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = [f"did you mean {close[0]!r}?"] if close else []
-    known = [f"known: {', '.join(names)}"] if len(names) <= _FEW or not close else []
-    return " ".join(hint + known)
+    known = [f"known: {', '.join(names)}"] if len(names) <= _FEW else []
+    return " ".join(hint + known) or "nothing has a name like it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +85,8 @@ _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: 
 
 def refusal(field: str, value: Any, kind: type, rule: Rule | None = None) -> str | None:
     """One line that refuses the value of a field of type `kind`; None where it is allowed."""
-    if not (type(value) is kind or (kind in (float, str) and isinstance(value, kind))):
-        if kind is not float or type(value) is not int:
-            return f"{field}={shown(value)} must be {_KINDS[kind]}"
+    if not _is(value, kind):
+        return f"{field}={shown(value)} must be {_KINDS[kind]}"
     if rule is None or rule.allows(value):
         return None
     if isinstance(rule, OneOf):
@@ -95,6 +94,13 @@ def refusal(field: str, value: Any, kind: type, rule: Rule | None = None) -> str
     if isinstance(rule, Text):
         return f"{field} is empty: {rule.remedy}"
     return f"{field}={value} must be {rule}"
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind; a whole number is a number, True is none."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def shown(value: Any) -> str:

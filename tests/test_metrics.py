@@ -50,9 +50,9 @@ def test_patterns_cover_names(name, declaration):
 
 @pytest.mark.parametrize("name", ["rewards", "timing_s", "timing_s/", "critic/score/median"])
 def test_undeclared_names_are_refused_with_the_nearest(name, writer):
-    with pytest.raises(KeyError, match="did you mean|known"):
+    with pytest.raises(KeyError, match=r"did you mean|known"):
         declared(name)
-    with pytest.raises(KeyError, match="did you mean|known"):
+    with pytest.raises(KeyError, match=r"did you mean|known"):
         writer.write(1, {name: 1.0})
     assert not writer.path.exists()
 

@@ -301,11 +301,11 @@ def _fitting(entry, found, max_position: int, options: Options) -> list:
     fit = [size for size in sizes if 0 < size <= max_position - length]
     if options.refusals == "stop" or not fit:
         room = max_position - max(sizes)
-        what = (
-            f"give --max_response_length={room} or less (the protocol then says so)"
-            if room >= 1
-            else "images can be made smaller with --max_pixels"
-        )
+        what = "no response can follow it"
+        if room >= 1:
+            what = f"give --max_response_length={room} or less (the protocol then says so)"
+        elif entry.images:
+            what = "images can be made smaller with --max_pixels"
         raise UsageError(
             f"{entry.name}: its longest prompt has {max(sizes)} tokens, and the model holds "
             f"{max_position}: max_response_length={length} of protocol {options.protocol.name} "

@@ -83,8 +83,8 @@ class LengthSettings:
             (self.steer not in STEERING, f'steer="{self.steer}": valid: {", ".join(STEERING)}'),
             (
                 self.steer == "band" and not 0 < self.target_low <= self.target_high,
-                f"target_low={self.target_low:g} and length.target_high={self.target_high:g} must be "
-                "a band of lengths in tokens, 0 < target_low ≤ target_high",
+                f"target_low={self.target_low:g} and length.target_high={self.target_high:g} must "
+                "be a band of lengths in tokens, 0 < target_low ≤ target_high",
             ),
             (
                 self.steer == "pressure" and not self.every,

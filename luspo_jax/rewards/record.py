@@ -7,6 +7,7 @@ from typing import Any
 
 # From best to worst; a reward carries the worst status among its parts.
 STATUSES = ("ok", "unparsed", "timeout", "error")
+FAILURES = ("timeout", "error")  # there is no verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Reward:
     parts: dict[str, float]
     prediction: str | None = None
     detail: str | None = None
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a verdict; without one the value says nothing of the response."""
+        return self.status not in FAILURES
 
 
 def combine(weights: Mapping[str, float], verdicts: Mapping[str, Verdict]) -> Reward:

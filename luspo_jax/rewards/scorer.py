@@ -91,13 +91,11 @@ class Scorer:
         return rewards
 
     def _check_failures(self, rewards: list[Reward]) -> None:
-        self._recent.extend(reward.status in ("timeout", "error") for reward in rewards)
+        self._recent.extend(not reward.judged for reward in rewards)
         failures = sum(self._recent)
         if failures < _FEWEST_FAILURES or failures <= self._max_failure_rate * len(self._recent):
             return
-        reasons = collections.Counter(
-            reward.detail for reward in rewards if reward.status in ("timeout", "error")
-        )
+        reasons = collections.Counter(reward.detail for reward in rewards if not reward.judged)
         listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         raise TooManyFailures(
             f"{failures} of the last {len(self._recent)} rewards are timeouts or errors, more than "
