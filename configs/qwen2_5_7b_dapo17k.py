@@ -15,6 +15,10 @@ Memory  : weights and Adam's moments are 91 GB, 11.4 GB on each of 8 GPUs; a res
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
           takes at least 13.4 min on h100:1x8 (expected 22.5; 50 of 78 GB a device in use at most)
           and at least 10.7 min on v5p:2x2x4 (expected 18.6; 68 GB); decoding is most of it.
+Rehearse: `python -m experiments.rehearse --config=configs/qwen2_5_7b_dapo17k.py
+          --topology=h100:1x8`, or for the slice `python -m experiments.rehearse
+          --config=configs/qwen2_5_7b_dapo17k.py --topology=v5p:2x2x4
+          --config.train.microbatch_tokens=557056`
 Result  : not run here. The paper's Table 2, AIME24 avg@32: base 1.6, GSPO 11.8, LUSPO 14.7.
 
 Stated by the paper: data, lengths, batch and minibatch, rate and warm-up, temperature, clip range,
@@ -53,8 +57,9 @@ def get_config():
     config.rollout.temperature = 1.0
     config.rollout.num_slots = 64  # Of each process: 8 a GPU on 8 GPUs, 16 a chip on v5p hosts.
     config.rollout.chunk_length = 128
-    # The largest of some million differences in bfloat16, which nobody has measured at this size:
-    # wide, so that it catches faults (a forgotten temperature is several nats) and not rounding.
+    # The largest of some million differences in bfloat16, which nobody has measured at this size
+    # (0.2 to 0.5 at 135M): wide, so that it catches faults (a forgotten temperature is several
+    # nats) and not rounding.
     config.rollout.mismatch_limit = 1.0
     config.objective.preset = "luspo"
     config.train.num_minibatches = 8  # 16 prompts each.

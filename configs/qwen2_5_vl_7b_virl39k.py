@@ -17,6 +17,8 @@ Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean 
           image of 1,225 tokens in each prompt, a step takes at least 1.5 min on h100:1x8 (expected
           3.0; 59 of 78 GB a device in use at most) and at least 1.6 min on v5p:2x2x4 (expected
           3.3; 53 GB); updates are half of it, the tower 5 % of an update.
+Rehearse: `python -m experiments.rehearse --config=configs/qwen2_5_vl_7b_virl39k.py
+          --topology=h100:1x8`, or --topology=v5p:2x2x4
 Result  : not run here. The paper's Table 3, mean of six benchmarks: base 39.2, GRPO 44.0, GSPO
           43.6, LUSPO 45.6.
 

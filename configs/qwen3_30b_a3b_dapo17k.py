@@ -16,6 +16,10 @@ Memory  : weights and Adam's moments are 366 GB, 11.5 GB on each of 32 GPUs; a s
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
           takes at least 5.9 min on h100:4x8 (expected 9.5; 52 of 78 GB a device in use at most)
           and at least 9.4 min on v5p:4x4x4 (expected 14.9; 84 GB); decoding is most of it.
+Rehearse: `python -m experiments.rehearse --config=configs/qwen3_30b_a3b_dapo17k.py
+          --topology=h100:4x8`, or for the slice `python -m experiments.rehearse
+          --config=configs/qwen3_30b_a3b_dapo17k.py --topology=v5p:4x4x4 --config.mesh.context=2
+          --config.rollout_mesh.expert=4`
 Result  : not run here. The paper's Table 2: AIME24 76.7 with GSPO, 83.6 with LUSPO.
 
 Stated by the paper and chosen here: as in configs/qwen2_5_7b_dapo17k.py. The paper's

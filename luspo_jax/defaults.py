@@ -239,7 +239,7 @@ RULES: dict[str, Rule] = {
     "rollout.top_k": _COUNT,
     "rollout.num_slots": _SIZE,
     "rollout.chunk_length": _SIZE,
-    "rollout.mismatch_limit": Number(0, 1e30),
+    "rollout.mismatch_limit": Number(0, 1e30, open_low=True, why="rounding is never 0"),
     "train.num_minibatches": _SIZE,
     "train.num_microbatches": _SIZE,
     "train.microbatch_tokens": Number(0, 2**28),

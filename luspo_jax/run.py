@@ -171,14 +171,14 @@ def layouts(
         raise MeshError(
             "the mesh does not fit:\n"
             + "\n".join(f"  - {problem}" for problem in problems)
-            + f"\n{_advice(config, train, arithmetic)}"
+            + f"\n{mesh_advice(config, train)}"
         )
     return train, rollout
 
 
-def _advice(config, train, arithmetic):
-    """The flag that makes the rows of a micro-batch fit the training mesh, where they do not."""
-    parts = train.size("batch") if train else 1
+def mesh_advice(config: ConfigDict, train: Layout | None) -> str:
+    """What to change where a mesh does not fit: of rows, the flag that makes them fit."""
+    arithmetic, parts = configuration.batch_arithmetic(config), train.size("batch") if train else 1
     rows = arithmetic.packed_rows_per_microbatch
     if config.train.packing and rows % parts:
         tokens = -(-rows // parts) * parts * arithmetic.pack_length

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 
 import jax
 import pytest
@@ -300,6 +301,42 @@ def test_more_parts_than_key_heads_are_refused():
     model = decoder_config(architecture(config.model.path))
     with pytest.raises(MeshError, match="num_key_value_heads = 4 is cut into 8 parts by the roll"):
         runs.layouts(config, model, jax.devices()[:8])
+
+
+def _rehearsals(name):
+    """(number of devices, configuration) of each rehearsal that a header prints."""
+    text = " ".join(_module(name).__doc__.split())
+    for line in re.findall(r"`(python -m experiments\.rehearse [^`]*)`", text):
+        flags = dict(flag.removeprefix("--").split("=", 1) for flag in shlex.split(line)[3:])
+        assert flags.pop("config") == f"configs/{name}.py"
+        machine = flags.pop("topology").partition(":")[2]
+        leaves = {flag.removeprefix("config."): int(value) for flag, value in flags.items()}
+        config = _config(name)
+        configuration.assign(config, leaves)
+        yield math.prod(int(size) for size in machine.split("x")), config
+
+
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL])
+def test_a_rehearsal_that_a_header_prints_fits_its_machine_as_printed(name):
+    rehearsals = list(_rehearsals(name))
+    assert rehearsals
+    for devices, config in rehearsals:
+        configuration.check(config)
+        assert not _misfits(config, devices, configuration.batch_arithmetic(config))
+
+
+def test_advice_on_rows_is_the_flag_that_fits_and_that_the_header_prints():
+    config = _config(PAPER[0])
+    shape = tuple(sharding.mesh_sizes(config.mesh, 16).values())
+    layout = sharding.Layout(AbstractMesh(shape, sharding.MESH_AXES), "train")
+    assert runs.mesh_advice(config, layout).startswith("set --config.train.microbatch_tokens=")
+    flag = re.search(r"--config\.train\.microbatch_tokens=\d+", runs.mesh_advice(config, layout))
+    assert flag[0] in _module(PAPER[0]).__doc__
+    model = decoder_config(architecture(config.model.path))
+    three = _config(PAPER[0], train__microbatch_tokens=3 * 34_816)
+    with pytest.raises(MeshError, match=r"set --config\.train\.microbatch_tokens=278528,"):
+        runs.layouts(three, model, jax.devices()[:8])
+    runs.layouts(_config(PAPER[0], train__microbatch_tokens=8 * 34_816), model, jax.devices()[:8])
 
 
 def test_sixteen_devices_need_what_the_header_says():

@@ -1,5 +1,6 @@
 """What a user sees who mistypes: one message that names the field, and a non-zero status."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -37,8 +38,8 @@ def run(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.rollout.group_siz=4"], "did you mean --config.rollout.group_size?"),
-        (["--config.objective.clip_hi=0.1"], "did you mean --config.objective.clip_high?"),
+        (["--config.rollout.group_siz=4"], "did you mean '--config.rollout.group_size'?"),
+        (["--config.objective.clip_hi=0.1"], "did you mean '--config.objective.clip_high'?"),
         (["--config.rollout.group_size=many"], "rollout.group_size=many"),
         (["--wrkdir=x"], "wrkdir"),
         (["stray"], "unexpected argument 'stray'"),
@@ -55,6 +56,18 @@ def run(monkeypatch, capsys, tmp_path):
         (["--config.model.path=embedded:label_sum"], "there are: "),
         (["--config.model.path=/no/such/folder"], "no model folder at /no/such/folder"),
         (["--config.train.ref_every=5"], "objective.kl_coef is 0"),
+        (["--config.rollout.max_response_length=5000"], "the model of embedded:label_sums holds"),
+        (["--config.data.system_prompt=hi"], "data.template='plain' is no chat template"),
+        (["--config.seed=4294967296"], "seed=4294967296 must be at least 0 and at most 4294967295"),
+        (["--config.rollout.temperature=inf"], "rollout.temperature=inf must be"),
+        (["--config.data.options={'foo':3}"], "data.options.foo: label_sums has no such option"),
+        (["--config.reward.parts={'gsm8k':'1'}"], "reward.parts.gsm8k='1' must be a number"),
+        (["--config.reward.parts.format=0.5"], "\"--config.reward.parts={'format': …}\""),
+        (["--config.data.options.x=3"], "\"--config.data.options={'x': …}\""),
+        (["--config.data.mixture.a.name=x"], "\"--config.data.mixture={'a': {'name': …}}\""),
+        (["--config.model.overrides.x=3"], "\"--config.model.overrides={'x': …}\""),
+        (["--config.reward.parts={'gsm8k':1.0"], "no dictionary: write"),
+        (["--config.reward.parts={gsm8k:1.0}"], "no dictionary: write"),
     ],
 )
 def test_mistakes_get_one_message(run, arguments, message):
@@ -62,6 +75,28 @@ def test_mistakes_get_one_message(run, arguments, message):
     assert status in (1, 2)
     assert message in err
     assert "Traceback" not in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "16 prompts x 8"), ("latin-1", "16 prompts × 8")]
+)
+def test_a_console_that_is_not_utf8_shows_what_it_can(encoding, shown, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "experiments.train", QUICKSTART, "--dry_run",
+         "--config.data.cache_dir=" + str(tmp_path / "∑ …")],
+        cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    out = ran.stdout.decode(encoding)
+    assert shown in out
+    assert "\\u2211 ..." in out  # what has no plain form is spelt out
+
+
+def test_signs_of_our_messages_have_plain_forms():
+    command.say_plainly()
+    assert "3 × 2 … 5 — 4 − 1 → ≤".encode("ascii", "plain") == b"3 x 2 ... 5 - 4 - 1 -> <="
+    assert "x² α".encode("ascii", "plain") == b"x2 \\u03b1"
 
 
 def test_missing_config_file_is_named(run):
