@@ -1,11 +1,14 @@
 """The rules of the house that a tool can check."""
 
+import ast
 import pathlib
 import re
 import subprocess
 import sys
+from importlib.metadata import metadata
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = sorted(
@@ -59,3 +62,17 @@ def test_nothing_names_a_machine():
     ).stdout.split()  # fmt: skip
     named = [f for f in tracked if (ROOT / f).is_file() and pattern.search((ROOT / f).read_text())]
     assert not named
+
+
+def test_extras_that_are_asked_for_are_named_as_their_packages_name_them():
+    """pip warns of any other spelling, and installs nothing for it."""
+    (listed,) = (
+        node.value.elts
+        for node in ast.parse((ROOT / "setup.py").read_text()).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "INSTALL_REQUIRES"
+    )
+    needs = [Requirement(entry.value) for entry in listed]
+    assert "antlr4-python3-runtime" in {need.name for need in needs}
+    for need in needs:
+        if need.extras and (need.marker is None or need.marker.evaluate()):
+            assert need.extras <= set(metadata(need.name).get_all("Provides-Extra")), need
