@@ -253,9 +253,9 @@ def test_experts_that_the_mesh_cannot_cut_are_refused(config):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train.router_replay": "r3"}, r'train.router_replay="r3"'),
-        ({"train.router_aux_coef": -0.1}, r"train.router_aux_coef=-0.1 must not be negative"),
-        ({"model.experts": "block"}, r"model.experts: .*'block' is unknown.*'auto'"),
+        ({"train.router_replay": "r3"}, r"train.router_replay='r3' does not exist: known: none, "),
+        ({"train.router_aux_coef": -0.1}, r"train.router_aux_coef=-0.1 must be at least 0"),
+        ({"model.experts": "block"}, r"model.experts='block' does not exist.*known: auto"),
         ({"model.experts": "megablox"}, r"model.experts: .*runs on tpu, not on cpu"),
     ],
     ids=str,

@@ -267,7 +267,7 @@ def test_damaged_checkpoint_is_named(finished, config, tmp_path):
 
 
 def test_sampler_that_disagrees_is_refused(config, tmp_path):
-    config.rollout.mismatch_limit = 0.0
+    config.rollout.mismatch_limit = 1e-12
     with pytest.raises(batches.MismatchError, match="mismatch_limit"):
         _train(config, tmp_path / "run")
 

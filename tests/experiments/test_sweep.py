@@ -162,7 +162,7 @@ def test_a_list_of_members_needs_no_grid():
                 "axes": {"a": {"luspo": {"objective.preset": "luspo"}}},
                 "baseline": {},
             },
-            "target_low=30 and target_high=20",
+            "target_low=30 and length.target_high=20",
         ),
     ],
 )
