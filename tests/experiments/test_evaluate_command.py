@@ -17,7 +17,7 @@ from configs import quickstart
 from experiments.command import UsageError
 from experiments.evaluation import comparison, plan, policy, scoring, session, storage
 from experiments.evaluation.plan import Options
-from luspo_jax import evaluate
+from luspo_jax import evaluate, prompts
 from luspo_jax import run as runs
 from luspo_jax import workdir as workdirs
 from luspo_jax.benchmarks import BENCHMARKS, BenchmarkError, Summary, protocol
@@ -367,3 +367,14 @@ def test_real_files_with_a_random_model(shared_data, tmp_path):
     assert stored["math500"]["scorers"] == {"boxed_math": f"boxed_math@{VERSION}"}
     assert all(entry["results"]["truncated"] > 0 for entry in stored.values())
     assert "first 3 of 30" in table
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("label_sums", "no response can follow it"), ("mathvista", "--max_pixels")]
+)
+def test_a_prompt_that_fills_the_model_is_told_what_would_help(name, remedy):
+    record = prompts.PromptRecord(0, np.zeros(200, np.int32), "", None)
+    with pytest.raises(UsageError, match="has 200 tokens, and the model holds 128") as refused:
+        plan._fitting(BENCHMARKS[name], [record], 128, OPTIONS)
+    assert remedy in str(refused.value)
+    assert ("--max_pixels" in str(refused.value)) == (name == "mathvista")
