@@ -8,7 +8,7 @@ from tqdm import tqdm
 from luspo_jax.rewards import Reward, Sample, Scorer
 
 # Column → reward. What judges is named by module, since worker processes import it.
-VERIFIERS = {"ours": "boxed_math", "math_verify": "experiments.verdicts.math_verify:response"}
+VERIFIERS = {"ours": "boxed_math", "math_verify": "experiments.verdicts.plain_math_verify:response"}
 _BATCH = 256
 
 

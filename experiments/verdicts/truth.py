@@ -225,6 +225,8 @@ def _same_equation(a: tuple[str, str], b: tuple[str, str]) -> bool:
         other = [left - right for left, right in zip(*values[2:], strict=True)]
         if any(abs(value) < _CLOSE for value in one + other):
             return False
+        if _close(one[0], one[1]):  # no unknowns: 1 = 2 is 3 = 5 by a factor only
+            return False
         ratios = [x / y for x, y in zip(one, other, strict=True)]
     return all(_close(ratio, ratios[0]) for ratio in ratios)
 
