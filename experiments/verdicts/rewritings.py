@@ -265,7 +265,8 @@ def text_command(gold: str) -> Made:
 def items_reversed(gold: str) -> Made:
     """A list or a set in the other order; a list with another separator."""
     items = split(gold, ",")
-    if len(items) > 1 and "where" not in gold:
+    whole = all(item.count("$") in (0, 2) for item in items)
+    if len(items) > 1 and whole and "where" not in gold:
         yield ", ".join(reversed(items))
         yield ",".join(items)
         if "$" not in gold:
