@@ -4,20 +4,22 @@
     python -m experiments.score_oracles --data=../shared/data/oracles --write=docs/rewards.md
 
 Prints, for each set found in the folder, agreement, precision and recall on the answers labelled
-right, and verdicts a second, then every disagreement. A label is no proof: some sets carry the
-quirks of the program that wrote them. `--write` makes the committed table, in which each
-disagreement says who is right; the opinions are in oracle_reviews.tsv, beside this file.
+right, and verdicts a second, then every disagreement; and what plain Math-Verify says. A label is
+no proof: some sets carry the quirks of the program that wrote them. `--write` makes the committed
+section, in which each disagreement says who is right; the opinions are in oracle_reviews.tsv,
+beside this file.
 """
 
 import collections
 import csv
-import json
 import pathlib
 import time
-from collections.abc import Iterator
 
 from absl import app, flags
 
+from experiments.verdicts.judging import judged
+from experiments.verdicts.labelled import SETS
+from experiments.verdicts.page import cell, table, write_section
 from luspo_jax.rewards import Reward, Sample, Scorer, verifier
 
 _DATA = flags.DEFINE_string("data", "../shared/data/oracles", "folder of the labelled sets")
@@ -25,77 +27,20 @@ _WORKERS = flags.DEFINE_integer("workers", None, "worker processes; by default o
 _SHOWN = flags.DEFINE_integer("shown", 40, "disagreements printed for each set")
 _WRITE = flags.DEFINE_string("write", None, "also write the results as this Markdown file")
 _REVIEWS = pathlib.Path(__file__).with_name("oracle_reviews.tsv")
-_HEAD = """# Verifiers against labelled answers
+TITLE = "Verifiers against labelled answers"
+_HEAD = """Written by
 
     python -m experiments.score_oracles --data=../shared/data/oracles --write=docs/rewards.md
 
-wrote this. Precision and recall are of the verdict "right". A label is no proof: below, each
-disagreement says who is right, and why.
+Precision and recall are of the verdict "right"; beside them, those of plain
+Math-Verify: `parse` of the gold in a box and of the response, as they are by default, and `verify`.
+A label is no proof: below, each disagreement says who is right, and why.
 
 Known limits of `math_answer` and `boxed_math`: `\\log` and `\\ln` are two functions; sums written
 with dots, "Alice and Bob" in another order, thousands written 1.000.000 and `f(t)=t` for `f(x)=x`
 are not recognised; a closed bracket at infinity, the case of a choice letter, and a wrong
 calculation before the last "=" are overlooked; a decimal stands for a fraction or a root from four
-correct places on.
-"""
-
-Labelled = Iterator[tuple[Sample, bool]]
-
-
-def _lines(path: pathlib.Path) -> Iterator[dict]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)
-
-
-def gsm8k_openai(folder: pathlib.Path) -> Labelled:
-    """Solutions of four models to GSM8K's test problems, which end on a line `A: number`."""
-    for row in _lines(folder / "example_model_solutions.jsonl"):
-        for value in row.values():
-            if isinstance(value, dict):
-                yield Sample(value["solution"], row["ground_truth"]), value["is_correct"]
-
-
-def nemo_pairs(folder: pathlib.Path) -> Labelled:
-    """Pairs of answers from NeMo-Skills' tests."""
-    for row in _lines(folder / "math_equal_pairs.jsonl"):
-        yield Sample(str(row["b"]), str(row["a"])), row["expected"]
-
-
-def nemo_samples(folder: pathlib.Path) -> Labelled:
-    """Three solutions of a model to each of 50 MATH problems."""
-    for path in sorted(folder.glob("output-rs*.jsonl")):
-        for row in _lines(path):
-            yield Sample(row["generation"], row["expected_answer"]), row["symbolic_correct"]
-
-
-def math_verify(folder: pathlib.Path) -> Labelled:
-    """Pairs of answers from Math-Verify's tests."""
-    for row in _lines(folder / "pairs.jsonl"):
-        yield Sample(row["pred"], row["gold"]), bool(row["expected"])
-
-
-def olympiadbench(folder: pathlib.Path) -> Labelled:
-    """OlympiadBench's scoring examples; some allow an absolute error."""
-    for group in json.loads((folder / "scoring_examples.json").read_text(encoding="utf-8")):
-        for row in group["Ans"]:
-            yield Sample(row["answer"], group["GT"], meta=row), row["equal"]
-
-
-def rho(folder: pathlib.Path) -> Labelled:
-    """A 7B model's solutions to MATH500, scored by its authors."""
-    for row in _lines(folder / "rho-math-7b-v0.1_math500.jsonl"):
-        yield Sample(row["code"][0], row["gt"]), row["score"][0]
-
-
-# Name → (folder, reader, verifier, its options).
-SETS = {
-    "gsm8k_openai": ("gsm8k_openai", gsm8k_openai, "gsm8k", {"mark": "\nA:"}),
-    "math_verify_pairs": ("math_verify_pairs", math_verify, "math_answer", {"extract": "whole"}),
-    "nemo_skills_pairs": ("nemo_skills", nemo_pairs, "math_answer", {"extract": "whole"}),
-    "nemo_skills_samples": ("nemo_skills", nemo_samples, "math_answer", {"extract": "final"}),
-    "olympiadbench": ("olympiadbench", olympiadbench, "math_answer", {"extract": "whole"}),
-    "rho_math500": ("rho", rho, "math_answer", {"extract": "final"}),
-}
+correct places on."""
 
 
 def score(name: str, data: pathlib.Path, workers: int | None = None):
@@ -109,6 +54,12 @@ def score(name: str, data: pathlib.Path, workers: int | None = None):
         start = time.perf_counter()
         rewards = scorer.score_batch(samples)
         return samples, labels, rewards, time.perf_counter() - start
+
+
+def alone(name: str, samples, workers: int | None = None) -> list[Reward]:
+    """What plain Math-Verify says of a set."""
+    what = "whole" if SETS[name][3].get("extract") == "whole" else "response"
+    return judged(f"experiments.verdicts.plain_math_verify:{what}", samples, workers=workers)
 
 
 def agreement(labels, rewards: list[Reward]) -> dict[str, float]:
@@ -129,14 +80,15 @@ def disagreements(samples, labels, rewards: list[Reward]) -> list[tuple[Sample, 
     return [(s, bool(label), r) for s, label, r in rows if bool(label) != (r.value > 0)]
 
 
-def _print(name: str, scored) -> None:
+def _print(name: str, scored, plain: list[Reward]) -> None:
     samples, labels, rewards, seconds = scored
-    figures = agreement(labels, rewards)
+    figures, others = agreement(labels, rewards), agreement(labels, plain)
     statuses = dict(collections.Counter(reward.status for reward in rewards))
     print(
         f"{name}: {figures['agree']} of {figures['total']} agree, "
         f"precision {figures['precision']:.4f}, recall {figures['recall']:.4f}, "
-        f"{len(labels) / seconds:.0f} verdicts/s, {statuses}"
+        f"{len(labels) / seconds:.0f} verdicts/s, {statuses}; plain Math-Verify: "
+        f"{others['agree']}, {others['precision']:.4f}, {others['recall']:.4f}"
     )
     for sample, label, reward in disagreements(samples, labels, rewards)[: _SHOWN.value]:
         print(
@@ -153,9 +105,7 @@ def _reviews() -> dict[tuple[str, str, str], tuple[str, str]]:
 
 
 def _cell(text: str | None) -> str:
-    """A short text on one line; what a table would take for its own is escaped."""
-    text = " ".join((text if text is not None else "(none)").split())
-    return "`" + text[-60:].replace("|", "\\|").replace("`", "'") + "`"
+    return cell(text if text is not None else "(none)")
 
 
 def _label(name: str) -> str:
@@ -163,28 +113,27 @@ def _label(name: str) -> str:
 
 
 def markdown(results: dict[str, tuple]) -> str:
-    """The committed table."""
-    lines = [
-        _HEAD,
-        "| set | verifier | agree | of | precision | recall |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, (_, labels, rewards, _) in results.items():
-        figures = agreement(labels, rewards)
-        lines.append(
-            f"| {name} | {_label(name)} | {figures['agree']} | "
-            f"{figures['total']} | {figures['precision']:.4f} | {figures['recall']:.4f} |"
-        )
-    lines += ["", "## Disagreements", ""]
-    lines += ["| set | gold | answer | label | right is | why |", "|---|---|---|---|---|---|"]
-    reviews = _reviews()
-    for name, (samples, labels, rewards, _) in results.items():
+    """The committed section, but for its title."""
+    rows = []
+    for name, ((_, labels, rewards, _), plain) in results.items():
+        row = [name, _label(name), len(labels)]
+        for figures in (agreement(labels, rewards), agreement(labels, plain)):
+            row += [figures["agree"], f"{figures['precision']:.4f}", f"{figures['recall']:.4f}"]
+        rows.append(row)
+    ours = ("set", "verifier", "of", "agree", "precision", "recall")
+    head = [*ours, *(f"Math-Verify: {figure}" for figure in ours[3:])]
+    differing = table(["set", "gold", "answer", "label", "right is", "why"], _differences(results))
+    return "\n\n".join([_HEAD, table(head, rows), "## Disagreements", differing])
+
+
+def _differences(results: dict[str, tuple]) -> list[list[str]]:
+    rows, reviews = [], _reviews()
+    for name, ((samples, labels, rewards, _), _) in results.items():
         for sample, label, reward in disagreements(samples, labels, rewards):
             gold, answer = _cell(sample.answer), _cell(reward.prediction)
             who, why = reviews.get((name, gold, answer), ("open", "not reviewed"))
-            stated = "right" if label else "wrong"
-            lines.append(f"| {name} | {gold} | {answer} | {stated} | {who} | {why} |")
-    return "\n".join(lines) + "\n"
+            rows.append([name, gold, answer, "right" if label else "wrong", who, why])
+    return rows
 
 
 def main(argv) -> None:
@@ -195,10 +144,11 @@ def main(argv) -> None:
         raise SystemExit(f"--data={data} holds none of {', '.join(SETS)}")
     results = {}
     for name in present:
-        results[name] = score(name, data, _WORKERS.value)
-        _print(name, results[name])
+        scored = score(name, data, _WORKERS.value)
+        results[name] = scored, alone(name, scored[0], _WORKERS.value)
+        _print(name, *results[name])
     if _WRITE.value:
-        pathlib.Path(_WRITE.value).write_text(markdown(results), encoding="utf-8")
+        write_section(pathlib.Path(_WRITE.value), TITLE, markdown(results))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""Markdown that commands write: tables, and sections of a page that keep each other's text."""
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+
+def table(head: Sequence, rows: Sequence[Sequence]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def write_section(page: pathlib.Path, title: str, body: str) -> None:
+    """Puts a section in the place of the one with its title, or at the end of the page."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    sections = [s.strip() for s in re.split(r"(?m)^(?=# )", text) if s.strip()]
+    new = f"# {title}\n\n{body}".rstrip()
+    places = [k for k, s in enumerate(sections) if s.partition("\n")[0] == f"# {title}"]
+    if places:
+        sections[places[0]] = new
+    else:
+        sections.append(new)
+    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def cell(text: str, longest: int = 60) -> str:
+    """A short text on one line as code; what a table would take for its own is escaped."""
+    text = " ".join(text.split())
+    return "`" + text[-longest:].replace("|", "\\|").replace("`", "'") + "`"
