@@ -5,16 +5,14 @@ from fractions import Fraction
 
 import pytest
 
+from luspo_jax.rewards.choices import answer_part, chosen, option_meant
 from luspo_jax.benchmarks.answer_extraction import (
-    answer_part,
-    chosen,
     chosen_labels,
     json_field,
     labelled_options,
     labels_in,
     lettered,
     number_and_unit,
-    option_meant,
     stated_answer,
     stated_number,
 )
