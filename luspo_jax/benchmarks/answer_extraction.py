@@ -87,7 +87,7 @@ _FILLER = re.compile(
     r"(?i)\b(?:options?|choices?|answers?|letters?|figures?|images?|box|boxes|the|is|are|both)\b"
 )
 _SEPARATOR = re.compile(r"[\s,;&/()\[\]{}.:*$\\]+|\band\b")
-_LABEL = re.compile(r"[A-Za-z]|\d{1,2}")
+_LABELS = re.compile(r"[A-Za-z]"), re.compile(r"\d{1,2}")  # never both
 
 
 def labels_in(answer: str) -> frozenset[str] | None:
@@ -96,7 +96,7 @@ def labels_in(answer: str) -> frozenset[str] | None:
     if re.search(r"\d\.\d", text):
         return None
     labels = [label for label in _SEPARATOR.split(_FILLER.sub(" ", text)) if label]
-    if labels and all(_LABEL.fullmatch(label) for label in labels):
+    if any(all(kind.fullmatch(label) for label in labels) for kind in _LABELS if labels):
         return frozenset(label.upper() for label in labels)
     joined = labels[0] if len(labels) == 1 else ""
     apart = len(set(joined)) == len(joined) > 0
@@ -105,11 +105,11 @@ def labels_in(answer: str) -> frozenset[str] | None:
 
 def chosen_labels(response: str) -> frozenset[str] | None:
     """All labels that a response chooses; None where it chooses none, or leaves them open."""
-    found = statement(response)
+    part, found = answer_part(response), statement(response)
     if found is None:
         return None
-    letters = letters_of(*found)
-    return labels_in(found[0]) if letters is None else letters or None
+    alone = (labels_in(text) for text in (part, found[0]) if len(text) <= _SHORT)
+    return next((labels for labels in alone if labels), None) or letters_of(*found) or None
 
 
 def option_read(

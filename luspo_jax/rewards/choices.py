@@ -30,7 +30,8 @@ _WIDE = str.maketrans(
     | {ord("。"): ". "}
 )
 _QUOTED_LETTER = re.compile(r"(?<![A-Za-z])['‘]([A-Za-z])['’](?![A-Za-z])")
-_MARKUP = re.compile(r"\*\*|__|[$`\"“”*]|\\[()\[\]]")
+_EMPHASIS = re.compile(r"(?<![\\A-Za-z0-9)*])\*([^*\s][^*\n]{0,80})\*(?![A-Za-z0-9(*])")
+_MARKUP = re.compile(r"\*\*|__|[$`\"“”]|\\[()\[\]]")
 
 # A letter, where it is none of the words "a" and "I", no variable of a formula and no initial.
 _NO_NOUN = (
@@ -57,8 +58,8 @@ _FOLLOWED = (
     r"|[,\s]{1,4}(?:which|but\s(?:that|this|it))\s(?:is|was|seems)\s(?:wrong|incorrect|not)\b)"
 )
 _FILLER = (
-    r"(?i:(?:[^\w\s(\[{<\\+.-]|-(?=\s)|\s|\bI\s(?:think|believe|would\ssay)\b|\bit(?:\sis|'s|’s)"
-    r"|\b(?:that|likely|probably|definitely|clearly|indeed|simply|most|therefore|thus|so|hence|then"
+    r"(?i:(?:[^\w\s(\[{<\\+.-]|-(?=\s)|\s|\bI\s(?:think|believe|would\ssay)\b|\bit['’]s\b"
+    r"|\b(?:it|that|likely|probably|definitely|clearly|indeed|simply|most|therefore|thus|so|hence|then"
     r"|must|be|is|the|option|choice|letter|answer|labell?ed)\b|选项?){0,16})"
 )
 _LEADING = re.compile(_FILLER + _RUN + _FOLLOWED)
@@ -79,8 +80,9 @@ _ANNOUNCED = re.compile(
       | ^\W{{0,6}}(?:option|choice|selection|letter)\b (?=\s{{0,3}}:)
     )
     (?: \s{{0,3}}\b(?:is|are|(?:must|should|would|has\sto)\s{{1,3}}be)\b(?!n't)\s{{0,3}}:?
-      | \s{{0,3}}[:=] | \s{{1,3}}[-–—](?=\s) | (?<=answer)\s{{0,3}}(?:\n|$) )
+      | \s{{0,3}}[:=] | \s{{1,3}}[-–—](?=\s) )
     (?! \s{{0,3}}(?:correct|right|clear|helpful|wrong|incorrect|useful|based|as\sfollows)\b )
+    | ^\W{{0,6}}(?:(?:final|correct)\s)?answer\s{{0,3}}\n
     | (?:答案|正确选项|正确的选项)\s?(?:应该?)?[是为选]?\s?:?
     """
 )
@@ -100,7 +102,7 @@ _NAMED = tuple(
         rf"{_RUN}(?:(?!\b(?:is|are|was|not|and|or|but|if)\b|\b[A-Z]\b)[^.!?\n]){{0,40}}"
         r"\s(?i:(?:is|are)\s(?:both\s|all\s|indeed\s|clearly\s|therefore\s|thus\s)?"
         r"(?:(?:the|my)\s)?(?:only\s)?(?:final\s|best\s)?(?:answer|choice"
-        r"|(?:correct|right)(?=\s{0,3}(?:$|[.,;:!)\n])"
+        r"|(?:correct|right)(?:(?=\s{0,3}(?:$|[.,;:!)\n]))"
         rf"|\s(?:answers?|because|since|as|here|{_KIND})\b)))",
         rf"(?<!不)(?<!不能)选[择项]?\s?:?\s?{_RUN}{_FOLLOWED}",
         rf"{_RUN}\s?项?是?(?:正确|对的)",
@@ -110,7 +112,7 @@ _NAMED = tuple(
 _UNSTATED = re.compile(
     r"(?i)(?:\b(?:if|suppose|assum\w+|whether|unless|wrong|incorrect|none|neither|nor|hope|cannot"
     r"|not|never|no(?!\sdoubt)|which\s(?:of|choice|option|one|answer|letter))\b|n['’]t\b|不是|错误)"
-    r"[^,;:]{0,60}$"
+    r"[^,;:]{0,60}$|\b(?:could|might|may)\s{0,3}$"
 )
 _NEGATED = re.compile(
     r"(?i)\b(?:not|cannot|never|neither|nor|none|no|unable|unclear|wrong|incorrect|whether|if|either"
@@ -189,7 +191,7 @@ def _clean(text: str) -> str:
     text = text.translate(_WIDE)
     for _ in range(2):  # \text{\textbf{B}}
         text = _TEXT_COMMAND.sub(r"\1", text)
-    return _MARKUP.sub("", _QUOTED_LETTER.sub(r"\1", text))
+    return _EMPHASIS.sub(r"\1", _MARKUP.sub("", _QUOTED_LETTER.sub(r"\1", text)))
 
 
 def _announcement(text: str) -> str | None:
@@ -209,7 +211,8 @@ def _is_stated(text: str, match: re.Match) -> bool:
     """Whether an announcement is neither a question, nor supposed, nor denied."""
     before = _SENTENCE_END.split(text[max(0, match.start() - 200) : match.start()])[-1]
     end = _SENTENCE_END.search(text, max(match.end() - 1, match.start()))
-    return not (end and end[0] == "?") and not _UNSTATED.search(before)
+    asked = end is not None and end[0] == "?" and not match[0].rstrip().endswith(":")
+    return not asked and not _UNSTATED.search(before)
 
 
 def _last_line(text: str) -> str:
@@ -296,8 +299,9 @@ _BECAUSE = re.compile(r"\s{1,3}(?:because|since)\b")
 
 def option_meant(text: str, options: Mapping[str, str], *, announced: bool = True) -> str | None:
     """The letter of the option that a statement means; None where it means none, or several."""
-    verbatim = [c for c, option in options.items() if option.strip() == text.strip()]
-    if len(verbatim) == 1 and len(text.strip()) > 1:  # "(b)" may be the text of option C
+    words = text.strip().removesuffix(".")
+    verbatim = [c for c, option in options.items() if option.strip() == words]
+    if len(verbatim) == 1 and len(words) > 1:  # "(b)" may be the text of option C
         return verbatim[0]
     letters = letters_of(text, announced)
     if letters is not None:

@@ -129,7 +129,6 @@ def test_options_in_a_text(text, options):
         ("A, B, and D", "ABD"),
         ("BD", "BD"),
         ("Options A and C", "AC"),
-        ("B. because it rotates", "B"),
         ("3", "3"),
         ("C\nD", "CD"),
     ],
