@@ -15,6 +15,7 @@ from luspo_jax.rewards.plain_numbers import exact_number
 
 _LONGEST_RESPONSE = 20_000  # characters at its end that are looked into
 _LONGEST = 2_000  # characters of a statement
+_MOST = 100  # announcements that are looked into
 _QUOTES = "\"'“”‘’`*_ "
 _DEGREES = re.compile(r"\^\s*\\circ(?![a-zA-Z])")
 _ANGLED = re.compile(r"^<+([^<>]*)>+$")  # <<B>>, as We-Math's prompt writes it
@@ -38,7 +39,10 @@ _NO_NOUN = (
     "is|are|was|has|and|or|nor|to|because|since|as|from|with|in|for|by|on|at|which|that|but|not|so"
 )
 _LOWER_END = r"(?=\s{0,3}(?:[.,;:!)\]](?![a-z])|$)|\s{1,3}(?:and|or|because|since)\b)"
-_BARE = rf"(?:[B-HJ-Z]|A(?!\s+[a-z])|A(?=\s+(?:{_NO_NOUN})\b)|I(?!\s+[a-z])|[a-z]{_LOWER_END})\)?"
+_BARE = (
+    rf"(?:[B-HJ-Z]|A(?!\s+[a-z])|A(?=\s+(?:{_NO_NOUN})\b)|I(?!\s+[a-z])"
+    rf"|(?<!the\s)(?<!The\s)[a-z]{_LOWER_END})\)?"
+)
 _MARK = (
     r"(?<![A-Za-z0-9\\'’^_.])(?:[(\[{<]{1,3}\s?[A-Za-z]\s?[)\]}>]{1,3}|"
     + _BARE
@@ -48,12 +52,12 @@ _BETWEEN = (
     r"(?:\s{0,3}(?:[,;/&|–—-]|\b(?:and|or|nor|to|through)\b|[和与或及至到])\s{0,3}"
     r"(?:(?:and|or)\s{1,3})?(?:(?:options?|choices?)\s{1,3})?|\s{1,3}(?=[(\[]))"
 )
-_RUN = rf"(?P<run>{_MARK}(?:{_BETWEEN}{_MARK}){{0,12}})"
+_RUN = rf"(?P<run>(?>{_MARK}(?:{_BETWEEN}{_MARK}){{0,12}}))"  # all of them or none
 _LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _OPEN = re.compile(r"\b(?:or|nor|to|through)\b|[/|–—或至到-]")
 # What must not follow: a formula, or a verb by which the letter is spoken of.
 _FOLLOWED = (
-    r"(?!\s{0,3}[=+^<>_]|\s{0,3}\\(?:c[au]p|times|cdot|to|in|su[bp]|[lg]eq?|ne|pm|perp|parallel)"
+    r"(?!\s{0,3}(?:[=+^>_]|<(?![/|]))|[-–/]\w|\s{0,3}\\(?:c[au]p|times|cdot|to|in|su[bp]|[lg]eq?|ne|pm|perp|parallel)"
     r"|\s{1,3}(?:is|are|was|were|isn't|cannot|can|could|might|may|does|looks|seems)\b|\s?[不错有]"
     r"|[,\s]{1,4}(?:which|but\s(?:that|this|it))\s(?:is|was|seems)\s(?:wrong|incorrect|not)\b)"
 )
@@ -80,7 +84,7 @@ _ANNOUNCED = re.compile(
       | ^\W{{0,6}}(?:option|choice|selection|letter)\b (?=\s{{0,3}}:)
     )
     (?: \s{{0,3}}\b(?:is|are|(?:must|should|would|has\sto)\s{{1,3}}be)\b(?!n't)\s{{0,3}}:?
-      | \s{{0,3}}[:=] | \s{{1,3}}[-–—](?=\s) )
+      | ['’]?\s{{0,3}}[:=] | \s{{1,3}}[-–—](?=\s) )
     (?! \s{{0,3}}(?:correct|right|clear|helpful|wrong|incorrect|useful|based|as\sfollows)\b )
     | ^\W{{0,6}}(?:(?:final|correct)\s)?answer\s{{0,3}}\n
     | (?:答案|正确选项|正确的选项)\s?(?:应该?)?[是为选]?\s?:?
@@ -99,6 +103,8 @@ _NAMED = tuple(
         r"(?i:\b(?:is|be|i\.e\.,?|namely,?|corresponds?\sto|matches|gives|means|so|thus|hence"
         rf"|therefore)\s{{1,3}}(?:the\s)?(?:option|choice|answer)\s{{1,3}}){_RUN}{_END}",
         rf"(?im:^\W{{0,6}}(?:final\s)?answer\s{{1,3}}){_RUN}{_END}",
+        r"(?im:(?:^|(?<=[.!?]\s))(?:(?:so|thus|hence|therefore|then|actually|no),?\s)?"
+        rf"it(?:\sis|['’]s|\smust\sbe)\s(?:(?:option|choice)\s)?){_RUN}{_END}",
         rf"{_RUN}(?:(?!\b(?:is|are|was|not|and|or|but|if)\b|\b[A-Z]\b)[^.!?\n]){{0,40}}"
         r"\s(?i:(?:is|are)\s(?:both\s|all\s|indeed\s|clearly\s|therefore\s|thus\s)?"
         r"(?:(?:the|my)\s)?(?:only\s)?(?:final\s|best\s)?(?:answer|choice"
@@ -198,7 +204,7 @@ def _announcement(text: str) -> str | None:
     """The text of the last statement that is announced, from its answer on."""
     found = [(m.end(), m) for m in _ANNOUNCED.finditer(text)]
     found += [(m.start("run"), m) for pattern in _NAMED for m in pattern.finditer(text)]
-    for start, match in sorted(found, key=lambda one: one[0], reverse=True):
+    for start, match in sorted(found, key=lambda one: one[0], reverse=True)[:_MOST]:
         if not _is_stated(text, match):
             continue
         if "run" in match.re.groupindex:
@@ -288,6 +294,8 @@ def _words_left_out(run: str) -> str:
 def _stands_apart(match: re.Match, rest: str) -> bool:
     if rest.lstrip()[:1] == "?" or _NEGATED.search(match[0]):
         return False
+    if match["run"].islower() and match.start("run") > 0:  # a word that was cut off
+        return False
     bracketed = match["run"][-1] in ")]}>"
     return (
         bracketed or not re.match(r"\s{0,3}[^\s.:,;!-]", rest) or _BECAUSE.match(rest) is not None
@@ -304,6 +312,8 @@ def option_meant(text: str, options: Mapping[str, str], *, announced: bool = Tru
     if len(verbatim) == 1 and len(words) > 1:  # "(b)" may be the text of option C
         return verbatim[0]
     letters = letters_of(text, announced)
+    if letters is None and not announced:
+        letters = letters_of(_the_sentence(text, announced), announced)
     if letters is not None:
         letter = _only(sorted(letters))
         return letter if letter and (not options or letter in options) else None
@@ -349,24 +359,34 @@ def _with_quantity(text: str, options: Mapping[str, str]) -> list[str]:
     return [c for c, option in options.items() if value and _agree(_quantity(option), value)]
 
 
-def _quantity(text: str):
+def _quantity(text: str) -> tuple | None:
+    """(value, dimensions, factor, sign) of a number with its unit, as far as units are known."""
     text = named_value(plain(text))[1]
-    found = quantities.quantity(re.sub(r"(?<=\d)(?=[A-Za-z]{2})", " ", text))
-    value = exact_number(found.value if found else text)
-    if value is None:
-        letter = re.fullmatch(r"(.*\d)\s*([a-z])", text)  # 7m
-        value = exact_number(letter[1]) if letter and letter[2] in quantities.UNITS else None
-        return None if value is None else (value, *quantities.read_unit(letter[2]), letter[2])
-    return (value, found.unit, found.factor, text) if found else (value, (), 1, "")
+    signed = _SIGNED.fullmatch(text)
+    if signed:
+        value, sign = exact_number(signed[1]), "%" if signed[2] else "°"
+        return None if value is None else (value, None, 1, sign)
+    number, unit = _UNIT_AT_END.fullmatch(text).groups(default="")
+    value, known = exact_number(number), quantities.read_unit(unit) if unit else ((), 1)
+    if value is None or (known is None and len(unit) == 1):  # 3P is a product
+        return None
+    return (value, *(known or (None, 1)), unit.casefold())
 
 
-def _agree(one, other) -> bool:
+_SIGNED = re.compile(
+    r"(?i)(.*\d)\s*(?:(\\?%|percent)|(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|degrees?))"
+)
+_UNIT_AT_END = re.compile(r"(.*?)\s*((?<![A-Za-z\\{])[A-Za-z]+(?:\^\{?[23]\}?)?)?", re.DOTALL)
+
+
+def _agree(one: tuple | None, other: tuple) -> bool:
+    """Whether two quantities are equal; a unit may be left out in one of them."""
     if one is None:
         return False
-    if () in (one[1], other[1]):  # without a unit
+    if () in (one[1], other[1]):
         return one[0] == other[0]
-    if None in (one[1], other[1]):  # with one that is in no table
-        return one[3] == other[3]
+    if None in (one[1], other[1]):
+        return one[0] == other[0] and one[3] == other[3]
     return one[1] == other[1] and one[0] * one[2] == other[0] * other[2]
 
 
