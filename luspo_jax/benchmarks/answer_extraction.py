@@ -169,9 +169,13 @@ _BOUND = re.compile(
 )
 _WHOLE_POWER = re.compile(r"(-?)(\d{1,9})\s*\^\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
 _WORD = re.compile(r"(?<![\\\w])[A-Za-z]{3,9}(?:-[a-z]{3,5})?(?![\w-])")
-_ONE_OF_THEM = re.compile(r"(?i)(?<!\bis )(?<!\bare )(?<!: )\b(?<!^)one\b")
+_NOT_COUNTED = re.compile(r"(?i)(?<!\bis )(?<!\bare )(?<!: )(?<!^)\bone\b|\bone\sof\b")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _CLAUSE_END = re.compile(r"[,;]\s|\s(?:which|so|because)\b")
+_CLAUSE = re.compile(r"[,;]\s|\s(?=(?:but|not|rather than|instead of|unlike)\b)")
+_DENIED = re.compile(
+    r"(?i)\b(?:not|cannot|never|neither|nor|whether|rather\sthan|instead\sof|unlike)\b|n['’]t\b"
+)
 _VERB = re.compile(r"(?:\b(?:is|are|was|were|equals|be)\b|[=≈]|(?<!\d):|:(?!\d))\s*")
 
 
@@ -206,7 +210,7 @@ def digits_for_words(text: str) -> str:
     """The text with digits for its number words, as in `two` or `twenty-one`."""
 
     def digits(match: re.Match) -> str:
-        value = None if _ONE_OF_THEM.fullmatch(text, *match.span()) else spelled(match[0])
+        value = None if _NOT_COUNTED.match(text, match.start()) else spelled(match[0])
         return match[0] if value is None else str(value)
 
     return _WORD.sub(digits, text)
@@ -219,20 +223,29 @@ def stated_number(response: str) -> tuple[str, Fraction] | None:
     better, or else the only number in it. A long response that breaks off states none.
     """
     stated = stated_answer(response)
-    found = _numeral(stated) if stated else None
+    found = _numeral(_not_denied(stated)) if stated and not stated.endswith("?") else None
     if found or (stated and final_answer(answer_part(response))):
         return found
     part = answer_part(response)
     last = _last_line(part)
     if not last or (len(part) > _SHORT_RESPONSE and not re.search(r"[.!?)\]}$*°%]\s*$", part)):
         return None
-    sentence = _SENTENCE.split(last)[-1]
+    sentence = _not_denied(_SENTENCE.split(last)[-1])
+    if sentence.endswith("?"):
+        return None
     for verb in reversed(list(_VERB.finditer(sentence))):
         found = _numeral(_CLAUSE_END.split(sentence[verb.end() :])[0])
         if found:
             return found
     numerals = _NUMERAL.findall(_BOUND.sub("", plain(sentence)))
     return _numeral(numerals[0]) if len(numerals) == 1 else None
+
+
+def _not_denied(text: str) -> str:
+    """The text without the clauses that say what the answer is not."""
+    if not _DENIED.search(text):
+        return text
+    return ", ".join(clause for clause in _CLAUSE.split(text) if not _DENIED.search(clause))
 
 
 def _numeral(answer: str) -> tuple[str, Fraction] | None:

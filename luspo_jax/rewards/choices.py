@@ -57,14 +57,15 @@ _LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _OPEN = re.compile(r"\b(?:or|nor|to|through)\b|[/|–—或至到-]")
 # What must not follow: a formula, or a verb by which the letter is spoken of.
 _FOLLOWED = (
-    r"(?!\s{0,3}(?:[=+^>_]|<(?![/|]))|[-–/]\w|\s{0,3}\\(?:c[au]p|times|cdot|to|in|su[bp]|[lg]eq?|ne|pm|perp|parallel)"
+    r"(?!\s{0,3}(?:[=+^>_]|<(?![/|]))|[-–/]\w"
+    r"|\s{0,3}\\(?:c[au]p|times|cdot|to|in|su[bp]|[lg]eq?|ne|pm|perp|parallel)"
     r"|\s{1,3}(?:is|are|was|were|isn't|cannot|can|could|might|may|does|looks|seems)\b|\s?[不错有]"
     r"|[,\s]{1,4}(?:which|but\s(?:that|this|it))\s(?:is|was|seems)\s(?:wrong|incorrect|not)\b)"
 )
 _FILLER = (
     r"(?i:(?:[^\w\s(\[{<\\+.-]|-(?=\s)|\s|\bI\s(?:think|believe|would\ssay)\b|\bit['’]s\b"
-    r"|\b(?:it|that|likely|probably|definitely|clearly|indeed|simply|most|therefore|thus|so|hence|then"
-    r"|must|be|is|the|option|choice|letter|answer|labell?ed)\b|选项?){0,16})"
+    r"|\b(?:it|that|likely|probably|definitely|clearly|indeed|simply|most|therefore|thus|so|hence"
+    r"|then|must|be|is|the|option|choice|letter|answer|labell?ed)\b|选项?){0,16})"
 )
 _LEADING = re.compile(_FILLER + _RUN + _FOLLOWED)
 _RATHER = re.compile(
