@@ -4,7 +4,29 @@ import time
 
 import pytest
 
-from luspo_jax.rewards.extraction import boxed_answer, boxed_contents, final_answer
+from luspo_jax.rewards.extraction import (
+    after_reasoning,
+    boxed_answer,
+    boxed_contents,
+    final_answer,
+)
+
+
+@pytest.mark.parametrize(
+    ("response", "spoken"),
+    [
+        ("It is 5.", "It is 5."),
+        ("<think>It is 4.</think>It is 5.", "It is 5."),
+        ("It is 4.\n</think>\nIt is 5.", "\nIt is 5."),  # the prompt opened the reasoning
+        ("<think>a</think>It is 4.<think>b</think>It is 5.", "It is 5."),
+        ("It is 4.<think>b", ""),
+        ("<think>a</think>It is 4.<think>b", ""),
+        ("<think>a</think>", ""),
+        ("", ""),
+    ],
+)
+def test_what_is_thought_is_no_answer(response, spoken):
+    assert after_reasoning(response) == spoken
 
 
 @pytest.mark.parametrize(
