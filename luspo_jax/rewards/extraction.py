@@ -11,7 +11,7 @@ _SIGNS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans(  # fullwidth
 )
 _DASH_AS_SIGN = re.compile(r"(?<![\w)\]}])[‐-―](?=[\d.])")
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 # What announces an answer. The strong forms are used for nothing else.
