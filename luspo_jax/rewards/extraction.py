@@ -44,6 +44,16 @@ def after_reasoning(text: str) -> str:
     return "" if "<think>" in spoken else spoken
 
 
+def with_opening(prompt: str, response: str) -> str:
+    """The response after the `<think>` on which its prompt ends, where it ends on one.
+
+    Some chat templates begin the reasoning themselves; a response that was cut off inside it would
+    look like an answer.
+    """
+    _, tag, rest = prompt.rpartition("<think>")
+    return tag + rest + response if tag and not rest.strip() else response
+
+
 def boxed_contents(text: str) -> list[str]:
     """What each closed, outermost `\\boxed{…}` (or `\\fbox{…}`) holds, in order of appearance."""
     return [text[start:end] for start, end in _boxes(text)]
