@@ -16,6 +16,7 @@ from luspo_jax.benchmarks.intervals import accuracy_interval
 from luspo_jax.length.coupling import accuracy_by_length_third
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward, Sample, Scorer
+from luspo_jax.rewards.extraction import with_opening
 from luspo_jax.rewards.record import FAILURES
 from luspo_jax.rollout import Engine, Request, Response
 
@@ -161,12 +162,15 @@ def score(
     texts: Sequence[str],
     max_length: int,
 ) -> list[Reward]:
-    """Rewards of responses and their texts, which come prompt by prompt in equal numbers."""
+    """Rewards of responses and their texts, which come prompt by prompt in equal numbers.
+
+    A `<think>` on which the prompt ends belongs to the response.
+    """
     group_size = len(responses) // max(1, len(prompts))
     return scorer.score_batch(
         [
             Sample(
-                response=texts[row],
+                response=with_opening(prompts[row // group_size].text, texts[row]),
                 answer=prompts[row // group_size].example.answer,
                 length=len(response.tokens),
                 max_length=max_length,

@@ -13,6 +13,7 @@ from luspo_jax.benchmarks.registry import Judge, benchmark
 from luspo_jax.datasets import Example
 from luspo_jax.datasets.predictions import read_predictions
 from luspo_jax.rewards import Sample
+from luspo_jax.rewards.extraction import with_opening
 
 _NAMED = 10  # ids that a message names
 _UNKNOWN = "predictions from a file (sampling unknown)"
@@ -55,7 +56,10 @@ def _rescore_parts(folder: pathlib.Path, name: str, judge: Judge) -> int:
 
 def judged(records: Sequence[Record], judge: Judge) -> list[Record]:
     """The same records with verdicts of this scorer."""
-    samples = [Sample(r.response, r.answer, r.length, None, r.meta, r.problem) for r in records]
+    samples = [
+        Sample(with_opening(r.prompt, r.response), r.answer, r.length, None, r.meta, r.problem)
+        for r in records
+    ]
     verdicts = judge.score_batch(samples)
     return [
         dataclasses.replace(record, verdict=verdict, scorers=judge.labels)

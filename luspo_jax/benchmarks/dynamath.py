@@ -11,15 +11,15 @@ import re
 from collections.abc import Sequence
 
 from luspo_jax.benchmarks.answer_extraction import (
-    chosen,
     json_field,
     labelled_options,
-    same_text,
+    option_read,
     stated_answer,
     stated_number,
 )
-from luspo_jax.benchmarks.free_form import VERIFIER, Pair
+from luspo_jax.benchmarks.free_form import VERIFIER, OneOf, Pair
 from luspo_jax.benchmarks.verdicts import Item, ItemVerdict, Line, Reading, VisualBenchmark, share
+from luspo_jax.rewards.choices import same_text
 
 TOLERANCE = 0.001
 VARIANTS = 10  # of a question
@@ -60,14 +60,12 @@ def question(item: Item) -> str:
     return f"## Question\n{item.problem}\n{_FORMS.get(item.meta['answer_type'], _TEXT_FORM)}"
 
 
-def _choice(item: Item, response: str) -> tuple[bool, str | None]:
+def _choice(item: Item, response: str) -> tuple[bool | OneOf, str | None]:
     mark = _CHOICES.search(item.problem)
     options = labelled_options(item.problem[mark.end() :]) if mark else {}
     gold = item.answer.strip().upper()
     options = options if gold in options else {}
-    letter = chosen(json_field(response, _FIELD) or response, options)
-    equal = letter in options and same_text(options[letter], options[gold])
-    return letter == gold or equal, letter
+    return option_read(json_field(response, _FIELD) or response, options, {gold})
 
 
 def _same_name(gold: str, answer: str) -> bool:
@@ -215,7 +213,7 @@ def _behind(figure: str, outcomes: Sequence[Outcome]) -> int:
 
 DYNAMATH = VisualBenchmark(
     id="dynamath",
-    version=f"1+{VERIFIER}",
+    version=f"2+{VERIFIER}",
     read=read,
     lines=lines,
     question=question,

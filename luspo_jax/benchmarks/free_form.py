@@ -34,6 +34,25 @@ class Pair:
     tolerance: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """An answer that means an option where it has the value of that one and of no other.
+
+    Attributes:
+      prediction: the answer found in a response.
+      options: (letter, text) of each option.
+      right: letters of the right ones.
+    """
+
+    prediction: str
+    options: tuple[tuple[str, str], ...]
+    right: frozenset[str]
+
+    def pairs(self) -> list[Pair]:
+        """What has to be compared."""
+        return [Pair(option, self.prediction) for _, option in self.options]
+
+
 def pair_verifier(*, workers: int | None = None, time_limit: float = _TIME_LIMIT) -> Scorer:
     """What compares free-form answers; its processes start with the first pair.
 

@@ -46,7 +46,7 @@ def lines(items, verdicts) -> list:
 
 LOGICVISTA = VisualBenchmark(
     id="logicvista",
-    version="1",
+    version="2",
     read=read,
     lines=lines,
     question=question,

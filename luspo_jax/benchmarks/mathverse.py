@@ -1,11 +1,10 @@
 """MathVerse testmini: one problem in several versions, from text to image (arXiv:2403.14624)."""
 
 from luspo_jax.benchmarks.answer_extraction import (
-    chosen,
     chosen_labels,
     labelled_options,
     labels_in,
-    same_text,
+    option_read,
     stated_answer,
     stated_number,
 )
@@ -26,10 +25,8 @@ def read(item: Item, response: str) -> Reading:
         labels = chosen_labels(response)
         extracted = None if labels is None else ", ".join(sorted(labels))
         return Reading(labels == gold, extracted == item.answer.strip(), extracted)
-    options, (right,) = _options(item), gold
-    letter = chosen(response, options)
-    equal = letter in options and right in options and same_text(options[letter], options[right])
-    return Reading(letter == right or equal, letter == item.answer.strip(), letter)
+    right, letter = option_read(response, _options(item), gold)
+    return Reading(right, letter == item.answer.strip(), letter)
 
 
 def _once(answer: str) -> str:
@@ -89,7 +86,7 @@ def lines(items, verdicts) -> list:
 
 MATHVERSE = VisualBenchmark(
     id="mathverse",
-    version=f"1+{VERIFIER}",
+    version=f"2+{VERIFIER}",
     read=read,
     lines=lines,
     question=question,

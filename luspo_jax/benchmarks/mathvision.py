@@ -3,9 +3,8 @@
 import re
 
 from luspo_jax.benchmarks.answer_extraction import (
-    chosen,
     lettered,
-    same_text,
+    option_read,
     stated_answer,
     stated_number,
 )
@@ -27,12 +26,8 @@ def read(item: Item, response: str) -> Reading:
 
 
 def _choice(item: Item, response: str, options: dict[str, str]) -> Reading:
-    gold, letter = item.answer.strip().upper(), chosen(response, options)
-    right = letter is not None and (
-        letter == gold
-        # Two options may read the same.
-        or (letter in options and gold in options and same_text(options[letter], options[gold]))
-    )
+    gold = item.answer.strip().upper()
+    right, letter = option_read(response, options, {gold})
     if not options:  # a letter that is no option: VLMEvalKit compares strings
         return Reading(right, equal_answers(letter or response, gold), letter)
     inferred = inferred_option(response, options)
@@ -69,7 +64,7 @@ def lines(items, verdicts) -> list:
 
 MATHVISION = VisualBenchmark(
     id="mathvision",
-    version=f"1+{VERIFIER}",
+    version=f"2+{VERIFIER}",
     read=read,
     lines=lines,
     question=question,

@@ -3,17 +3,18 @@
 from fractions import Fraction
 
 from luspo_jax.benchmarks.answer_extraction import (
-    answer_part,
-    chosen,
+    digits_for_words,
     lettered,
     numbers_in,
-    same_text,
+    option_read,
     stated_answer,
     stated_number,
 )
+from luspo_jax.benchmarks.free_form import VERIFIER
 from luspo_jax.benchmarks.record import BenchmarkError
 from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accuracy
 from luspo_jax.benchmarks.vlmevalkit import inferred_option
+from luspo_jax.rewards.choices import answer_part, same_text
 
 
 def read(item: Item, response: str) -> Reading:
@@ -37,15 +38,15 @@ def _choice(item: Item, response: str) -> Reading:
         raise BenchmarkError(
             f"mathvista, item {item.meta['id']}: answer {item.answer!r} is none of the choices"
         )
-    letter = chosen(response, options)
+    strict, letter = option_read(response, options, right)
     inferred = inferred_option(response, options)
     if inferred is None:
         inferred = inferred_option(stated_answer(response) or "", options)
-    return Reading(letter in right, inferred == right[0], letter)
+    return Reading(strict, inferred == right[0], letter)
 
 
 def _integer(item: Item, response: str) -> Reading:
-    gold, stated = _gold_number(item), stated_number(response)
+    gold, stated = _gold_number(item), stated_number(digits_for_words(response))
     if stated is None:
         return Reading(False, _as(int, response) == gold)
     numeral, value = stated
@@ -135,7 +136,7 @@ def lines(items, verdicts) -> list:
 
 MATHVISTA = VisualBenchmark(
     id="mathvista",
-    version="1",
+    version=f"2+{VERIFIER}",
     read=read,
     lines=lines,
     question=question,

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from luspo_jax.benchmarks.free_form import Pair, equal_pairs, pair_verifier
+from luspo_jax.benchmarks.free_form import OneOf, Pair, equal_pairs, pair_verifier
 from luspo_jax.benchmarks.record import UNUSABLE, Record
 from luspo_jax.rewards import Reward, Sample, Scorer
 
@@ -30,13 +30,13 @@ class Reading:
     """What a benchmark's rule makes of one response.
 
     Attributes:
-      strict: right or wrong; a Pair where the math verifier decides; None where the annotation is
-        such that no response can be right.
+      strict: right or wrong; a Pair, or OneOf, where the math verifier decides; None where the
+        annotation is such that no response can be right.
       vlmevalkit: right or wrong by VLMEvalKit's rule.
       extracted: the answer found; None where there is none.
     """
 
-    strict: bool | Pair | None
+    strict: bool | Pair | OneOf | None
     vlmevalkit: bool
     extracted: str | None = None
 
@@ -133,7 +133,7 @@ def score(
       TooManyFailures: of the math verifier.
     """
     readings = [benchmark.read(*pair) for pair in zip(items, responses, strict=True)]
-    pairs = [reading.strict for reading in readings if isinstance(reading.strict, Pair)]
+    pairs = [pair for reading in readings for pair in _pairs(reading.strict)]
     settled = dict(zip(pairs, equal_pairs(pairs, verifier=verifier), strict=True))
     return [
         _verdict(reading, settled, response)
@@ -141,18 +141,37 @@ def score(
     ]
 
 
+def _pairs(strict) -> list[Pair]:
+    if isinstance(strict, OneOf):
+        return strict.pairs()
+    return [strict] if isinstance(strict, Pair) else []
+
+
+def _one_of(choice: OneOf, settled: Mapping) -> tuple[bool, str, str | None]:
+    """(right, status, letter) of an answer that may have the value of one option."""
+    judged = [settled[pair] for pair in choice.pairs()]
+    failed = [verdict.status for verdict in judged if verdict.status in ("timeout", "error")]
+    equal = [c for (c, _), v in zip(choice.options, judged, strict=True) if v.value > 0]
+    if failed or len(equal) != 1:
+        return False, failed[0] if failed else "unparsed", None
+    return equal[0] in choice.right, "ok", equal[0]
+
+
 def _verdict(reading: Reading, settled: Mapping, response: str) -> ItemVerdict:
-    strict, status = reading.strict, "ok" if reading.extracted is not None else "unparsed"
+    strict, extracted = reading.strict, reading.extracted
+    status = "ok" if extracted is not None else "unparsed"
     if isinstance(strict, Pair):
         judged = settled[strict]
         strict, status = judged.value > 0, judged.status
+    elif isinstance(strict, OneOf):
+        strict, status, extracted = _one_of(strict, settled)
     if not response.strip():
         status = "empty"
     if reading.strict is None:
         status = UNUSABLE
     elif status in ("empty", "unparsed"):
         strict = False
-    return ItemVerdict(strict, reading.vlmevalkit, status, reading.extracted)
+    return ItemVerdict(strict, reading.vlmevalkit, status, extracted)
 
 
 class RuleScorer:

@@ -8,7 +8,8 @@ import collections
 import re
 from collections.abc import Sequence
 
-from luspo_jax.benchmarks.answer_extraction import chosen, labelled_options, same_text
+from luspo_jax.benchmarks.answer_extraction import labelled_options, option_read
+from luspo_jax.benchmarks.free_form import VERIFIER
 from luspo_jax.benchmarks.record import BenchmarkError
 from luspo_jax.benchmarks.verdicts import (
     Item,
@@ -28,9 +29,8 @@ def read(item: Item, response: str) -> Reading:
     gold = item.answer.strip().upper()
     options = labelled_options(item.meta["option"])
     options = options if gold in options else {}
-    letter = chosen(response, options)
-    equal = letter in options and same_text(options[letter], options[gold])
-    return Reading(letter == gold or equal, kit_letter(response) == gold, letter)
+    right, letter = option_read(response, options, {gold})
+    return Reading(right, kit_letter(response) == gold, letter)
 
 
 def kit_letter(response: str) -> str | None:
@@ -145,7 +145,7 @@ def _by_steps(ours: Sequence[Problem], kits: Sequence[Problem]) -> list[Line]:
 
 WEMATH = VisualBenchmark(
     id="wemath",
-    version="1",
+    version=f"2+{VERIFIER}",
     read=read,
     lines=lines,
     question=question,

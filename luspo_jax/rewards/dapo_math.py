@@ -2,13 +2,17 @@
 
 The verdicts are those of verl's `math_dapo` (Apache-2.0), whose normalisation is the one given in
 Minerva, arXiv:2206.14858, appendix D.1. String equality, no algebra: `0.5` is not `\\frac12`.
+They differ in two things. What is thought is no answer here: `Answer: …` counts after the last
+`</think>` only, and not at all where a `<think>` is not closed. And Unicode minus signs and
+fullwidth forms are those of ASCII.
 """
 
 import re
 
+from luspo_jax.rewards.extraction import after_reasoning, plain_signs
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
-VERSION = "1"
+VERSION = "2"
 WINDOW = 300  # characters at the end of the response that are read
 
 _ANSWER = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
@@ -67,12 +71,12 @@ def gold(answer: str) -> str:
     stripped = answer.strip()
     if re.fullmatch(r"[+-]?[0-9]+", stripped):
         return str(int(stripped))
-    return normalise(answer)
+    return normalise(plain_signs(answer))
 
 
 def check(sample: Sample) -> Verdict:
     """1 where the last `Answer:` line is the gold answer, else 0; unparsed without such a line."""
-    answers = _ANSWER.findall(sample.response[-WINDOW:])
+    answers = _ANSWER.findall(plain_signs(after_reasoning(sample.response)[-WINDOW:]))
     if not answers:
         return Verdict(0.0, "unparsed", detail=f"no 'Answer:' in the last {WINDOW} characters")
     prediction = normalise(answers[-1])

@@ -3,16 +3,31 @@
 import functools
 import re
 
+from luspo_jax.rewards.extraction import after_reasoning
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
-VERSION = "1"
+VERSION = "2"
+
+
+def compiled(option: str, pattern: str) -> re.Pattern:
+    """A regular expression of the user's.
+
+    Raises:
+      ValueError: it is none; the message names the option.
+    """
+    try:
+        return re.compile(pattern, re.DOTALL if option == "fullmatch" else 0)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{option}={pattern!r} is no regular expression: {error}") from error
 
 
 def check(sample: Sample, *, pattern: re.Pattern | None) -> Verdict:
-    """1 where the stripped strings are equal, else 0; unparsed where the pattern finds nothing."""
-    found = sample.response
+    """1 where the stripped strings are equal, else 0; unparsed where none is found."""
+    found = after_reasoning(sample.response)
+    if not found and sample.response:
+        return Verdict(0.0, "unparsed", detail="nothing follows the reasoning")
     if pattern is not None:
-        matches = list(pattern.finditer(sample.response))
+        matches = list(pattern.finditer(found))
         if not matches:
             return Verdict(0.0, "unparsed", detail=f"nothing matches {pattern.pattern!r}")
         found = matches[-1].group(1 if pattern.groups else 0) or ""
@@ -21,7 +36,14 @@ def check(sample: Sample, *, pattern: re.Pattern | None) -> Verdict:
 
 
 def exact(pattern: str | None = None) -> Verifier:
-    """The verifier; the answer is the last match's first group (or the match) of `pattern`."""
-    compiled = re.compile(pattern) if pattern is not None else None
+    """The verifier; the answer is the last match's first group (or the match) of `pattern`.
+
+    With a pattern it is isolated: one of the user's may backtrack for ever.
+
+    Raises:
+      ValueError: the pattern is no regular expression.
+    """
+    known = None if pattern is None else compiled("pattern", pattern)
     name = "exact" if pattern is None else f"exact[{pattern}]"
-    return Verifier(name, VERSION, functools.partial(check, pattern=compiled))
+    bound = functools.partial(check, pattern=known)
+    return Verifier(name, VERSION, bound, isolated=pattern is not None)

@@ -2,32 +2,65 @@
 
 import re
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+from luspo_jax.rewards.sentence import BETWEEN_PARTS, stated
+
+_SIGNS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans(  # fullwidth forms are ASCII
+    {"−": "-", "﹣": "-", "‑": "-", "。": "."}
+    | dict.fromkeys("\u00a0\u2009\u202f\u3000", " ")
+    | dict.fromkeys("\u200b\u2060\ufeff", "")
+)
+_DASH_AS_SIGN = re.compile(r"(?<![\w)\]}])[‐-―](?=[\d.])")
+
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)
 
-# Between the boxes of one answer: punctuation and math delimiters, or a few words with an "and".
-_PUNCTUATION = r"(?:[\s,;$]|\\[()\[\],;]|\\q?quad)"
-_BETWEEN_BOXES = re.compile(
-    rf"{_PUNCTUATION}{{0,20}}"
-    rf"(?:(?:\\text\s*\{{)?[^.!?\n]{{0,24}}\b(?:and|or)\b[^.!?\n]{{0,16}})?"
-)
 # What announces an answer. The strong forms are used for nothing else.
 _STRONG = re.compile(
     r"""(?ix)
     \#\#\#\# | <answer> | \bfinal[ ]+answer[ ]+is\b
-    | (?:^|[\n.!?*]) [ \t>]{0,8} (?:\*\*|\#{1,6}[ \t]{0,4})?
+    | (?:^|[\n.!?*]) [^\w\n("'\[{$\\]{0,12}
       (?:final[ ]{1,4})? answer [ ]{0,4} (?:\*\*)? [ ]{0,4} :
+    # A heading, where one line follows it and nothing else.
+    | (?:^|\n) [ \t>]{0,8} (?:\*\*|\#{1,6}[ \t]{1,4}) (?:final[ ]{1,4})? answer [ ]{0,4} (?:\*\*)?
+      (?=[ \t]{0,8}\n\s*[^\n]{1,400}(?:\n\s*)?\Z)
     """
 )
 _WEAK = re.compile(r"(?i)\banswer[ ]+is\b")
 _LONGEST_STATEMENT = 4_000  # characters after an announcement that are looked at
-_VERB = re.compile(r"\b(?:is|are|equals)\b[\s:]*")
 _AFTER_ANNOUNCEMENT = re.compile(r"[\s:*]*")
-_MATH = re.compile(
-    r"\$\$(?P<a>.+?)\$\$|(?<!\\)\$(?P<b>(?:[^$\\]|\\.)+)\$|\\\((?P<c>.+?)\\\)|\\\[(?P<d>.+?)\\\]",
-    re.DOTALL,
-)
-_SENTENCE_END = re.compile(r"[.;!?](?:\s|$)|\s*\*\*|</")
+
+
+def plain_signs(text: str) -> str:
+    """The text with its Unicode minus signs, fullwidth forms and odd spaces in ASCII."""
+    return text if text.isascii() else _DASH_AS_SIGN.sub("-", text.translate(_SIGNS))
+
+
+def after_reasoning(text: str) -> str:
+    """What a response says after its last `</think>`; all of it where it has neither tag.
+
+    Nothing where a `<think>` is not closed: what was thought is no answer.
+    """
+    spoken = text.rpartition("</think>")[2]
+    return "" if "<think>" in spoken else spoken
+
+
+def with_opening(prompt: str, response: str) -> str:
+    """The response after the `<think>` on which its prompt ends, where it ends on one.
+
+    Some chat templates begin the reasoning themselves; a response that was cut off inside it would
+    look like an answer.
+    """
+    _, tag, rest = prompt.rpartition("<think>")
+    return tag + rest + response if tag and not rest.strip() else response
+
+
+def after_reasoning(text: str) -> str:
+    """What a response says after its last `</think>`; all of it where it has neither tag.
+
+    Nothing where a `<think>` is not closed: what was thought is no answer.
+    """
+    spoken = text.rpartition("</think>")[2]
+    return "" if "<think>" in spoken else spoken
 
 
 def boxed_contents(text: str) -> list[str]:
@@ -62,6 +95,7 @@ def _boxes(text: str) -> list[tuple[int, int]]:
 
 def boxed_answer(text: str) -> str | None:
     """The content of the last box; of several boxes side by side, all, separated by commas."""
+    text = after_reasoning(text)
     answer = _last_boxes(text)
     return ",".join(text[start:end].strip() for start, end in answer) if answer else None
 
@@ -71,7 +105,7 @@ def _last_boxes(text: str) -> list[tuple[int, int]]:
     answer = spans[-1:]
     for previous, following in zip(reversed(spans[:-1]), reversed(spans[1:]), strict=True):
         opening = text.rfind("\\", 0, following[0])
-        if not _BETWEEN_BOXES.fullmatch(text, previous[1] + 1, opening):
+        if not BETWEEN_PARTS.fullmatch(text, previous[1] + 1, opening):
             break
         answer.append(previous)
     return answer[::-1]
@@ -82,9 +116,11 @@ def final_answer(text: str) -> str | None:
 
     It is the last box, unless "final answer is", "Answer:", "<answer>" or "####" comes after it;
     without any of these, what follows the last "answer is". After such words the answer is the
-    formula there if there is one, else the rest of the sentence. A last number that nothing
-    announces is no answer: a response that was cut off would be right by luck.
+    formula there if there is one, with what touches it, else the rest of the sentence. A last
+    number that nothing announces is no answer: a response that was cut off would be right by luck.
+    What is thought (`after_reasoning`) announces nothing.
     """
+    text = plain_signs(after_reasoning(text))
     boxes = _last_boxes(text)
     strong = _last_end(_STRONG, text, boxes[-1][1] if boxes else 0)
     if strong is not None:
@@ -103,28 +139,4 @@ def _last_end(pattern: re.Pattern, text: str, start: int) -> int | None:
 def _stated(text: str, start: int) -> str:
     """The answer in the sentence that begins at `start`."""
     start = _AFTER_ANNOUNCEMENT.match(text, start).end()
-    text = text[start : start + _LONGEST_STATEMENT]
-    return _in_sentence(text, text.partition("\n")[0])
-
-
-def _in_sentence(text: str, sentence: str) -> str:
-    """The answer in a sentence, of which the text is the continuation."""
-    end = _SENTENCE_END.search(sentence)
-    words = len(sentence) if end is None else end.start()
-    verbs = list(_VERB.finditer(sentence, 0, words))
-    start = verbs[-1].end() if verbs else 0  # "the largest n is 34": what follows the verb
-    formula = _MATH.search(text, start)
-    if formula is not None and formula.start() < words:
-        return _joined_formulas(text, formula)
-    return text[start:words].strip().strip("\"'“”")
-
-
-def _joined_formulas(text: str, first: re.Match) -> str:
-    """The first formula, and those that follow it side by side, separated by commas."""
-    formulas = [first]
-    while following := _MATH.search(text, formulas[-1].end()):
-        if not _BETWEEN_BOXES.fullmatch(text, formulas[-1].end(), following.start()):
-            break
-        formulas.append(following)
-    contents = [next(g for g in formula.groups() if g is not None) for formula in formulas]
-    return ",".join(content.strip() for content in contents)
+    return stated(text[start : start + _LONGEST_STATEMENT])

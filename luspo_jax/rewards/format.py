@@ -1,12 +1,17 @@
-"""Format rewards: 1 where the response has the required form, whatever its answer."""
+"""Format rewards: 1 where the response has the required form, whatever its answer.
+
+Forms of the answer are looked for after the reasoning (`after_reasoning`), like the answer itself;
+`luspo_vl` and `fullmatch`, which describe the reasoning too, in the whole response.
+"""
 
 import functools
 import re
 
-from luspo_jax.rewards.extraction import boxed_contents
+from luspo_jax.rewards.exact import compiled
+from luspo_jax.rewards.extraction import after_reasoning, boxed_contents
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
-VERSION = "1"
+VERSION = "2"
 
 _ANSWER_LINE = re.compile(r"(?i)\banswer\s*:\s*(\S[^\n]*)")
 _NUMBER_LINE = re.compile(r"####[ \t]*(-?\$?[\d,]*\.?\d+)")
@@ -14,6 +19,7 @@ _NUMBER_LINE = re.compile(r"####[ \t]*(-?\$?[\d,]*\.?\d+)")
 
 def _ends_with_only(pattern: re.Pattern, text: str) -> bool:
     """Whether the pattern matches exactly once, and nothing but white space follows the match."""
+    text = after_reasoning(text)
     matches = list(pattern.finditer(text))
     return len(matches) == 1 and not text[matches[0].end() :].strip()
 
@@ -30,6 +36,7 @@ def gsm8k_line(text: str) -> bool:
 
 def one_box(text: str) -> bool:
     """One `\\boxed{…}` that is closed and not empty."""
+    text = after_reasoning(text)
     boxes = boxed_contents(text)
     return len(boxes) == 1 == text.count("\\boxed") and bool(boxes[0].strip())
 
@@ -68,7 +75,7 @@ FORMATS = {
 
 
 def _named(name: str):
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
     return FORMATS[name]
 
@@ -89,7 +96,7 @@ def text_format(
       final: a regular expression of the final answer: one match, and only white space after it.
 
     Raises:
-      ValueError: none or several of them are given, or the name is unknown.
+      ValueError: none or several of them are given, the name is unknown, or a pattern is none.
     """
     given = [way for way in (name, fullmatch, final) if way is not None]
     if len(given) != 1:
@@ -97,15 +104,14 @@ def text_format(
     if name is not None:
         holds = _named(name)
     elif fullmatch is not None:
-        holds = re.compile(fullmatch, re.DOTALL).fullmatch
-        holds = functools.partial(_matches, holds)
+        holds = functools.partial(_matches, compiled("fullmatch", fullmatch))
     else:
-        holds = functools.partial(_ends_with_only, re.compile(final))
+        holds = functools.partial(_ends_with_only, compiled("final", final))
     # A pattern of the user's may backtrack for ever: it runs where it can be killed.
     isolated = name is None
     check_form = functools.partial(check, holds=holds)
     return Verifier(f"format[{given[0]}]", VERSION, check_form, isolated)
 
 
-def _matches(fullmatch, text: str) -> bool:
-    return fullmatch(text) is not None
+def _matches(pattern: re.Pattern, text: str) -> bool:
+    return pattern.fullmatch(text) is not None

@@ -1,40 +1,84 @@
 """GSM8K's rule: the number after the last `####` must equal the reference's."""
 
-import decimal
 import functools
 import re
+from fractions import Fraction
 
+from luspo_jax.rewards.extraction import after_reasoning, plain_signs
+from luspo_jax.rewards.plain_numbers import exact_number
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
-VERSION = "1"
-_NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
+VERSION = "2"
+LONGEST = 1_000  # characters after the mark that are read
+
+_NUMERAL = re.compile(
+    r"""(?x)
+    (?: (?<![\w)\]}.])[-+] | \A\s*[-+]\s? )?
+    (?: (?: \d{1,3}(?:[ ]\d{3})+(?!\d) | \d+(?:,\d{2,3})*,\d{3}(?!\d) | \d+ ) (?:\.\d+)? | \.\d+ )
+    (?: [eE][-+]?\d{1,3}(?!\d) | [ ]?/[ ]?\d+(?![\d.]) )?
+    """
+)
+_DECORATION = re.compile(
+    r"\\[(),;!\[\]$]|\$|(?<![\w)])\*+|\*++(?!\s*[\d(])|\\(?:boxed|text\w*)\s{0,4}\{|\}"
+)
+# What makes a number part of a calculation, a ratio, a date or a formula.
+_GOES_ON = re.compile(
+    r"\s*[-+*/^×·÷:=]+\s*[\d(.]|\s+\.?\d|[.,]\d|\(|[eE][-+]?\d|\s*\\[a-zA-Z]"
+    r"|\s*(?i:hundred|thousand|[mb]illion)"
+)
+_GOES_BEFORE = re.compile(r"(?:[+*/^×·÷]\s*|\w-)\Z")
+_UNIT = re.compile(r"\s*(?:\\?%|[A-Za-z][A-Za-z ]*)?\.?\s*")
 
 
-def number(text: str) -> decimal.Decimal | None:
-    """The first number in a text, commas and currency signs ignored; None where there is none."""
-    match = _NUMBER.search(text.replace("$", ""))
-    return decimal.Decimal(match.group().replace(",", "")) if match else None
+def number(text: str, *, alone: bool = False) -> tuple[str, Fraction] | None:
+    """(as written, value) of the first number in a text, or of that after its last "=".
+
+    None where there is none, or where it is part of a calculation or of LaTeX. Commas, spaces
+    between thousands, currency signs, boxes and emphasis do not matter.
+
+    Args:
+      text: a line.
+      alone: whether the number, with its unit, must be all there is.
+    """
+    text = _DECORATION.sub("", plain_signs(text[:LONGEST])).rpartition("=")[2].strip()
+    match = _NUMERAL.search(text)
+    if match is None:
+        return None
+    before, after = text[: match.start()], text[match.end() :]
+    if "\\" in before or _GOES_BEFORE.search(before[-20:]) or _GOES_ON.match(after):
+        return None
+    if alone and (before or not _UNIT.fullmatch(after)):
+        return None
+    numeral = match.group().replace(",", "").replace(" ", "").lstrip("+")
+    value = exact_number(numeral)
+    return None if value is None else (numeral, value)
 
 
-def final_number(text: str, mark: str) -> decimal.Decimal | None:
+def final_number(text: str, mark: str, **how) -> tuple[str, Fraction] | None:
     """The number after the last mark, in the same line; None without a mark or a number there."""
     _, found, tail = text.rpartition(mark)
-    return number(tail.strip().partition("\n")[0]) if found else None
+    return number(tail[: 2 * LONGEST].strip().partition("\n")[0], **how) if found else None
 
 
 def check(sample: Sample, *, mark: str) -> Verdict:
     """1 where both numbers are equal, else 0. The reference may be a number or a full solution."""
-    has_mark = mark in sample.answer
-    gold = final_number(sample.answer, mark) if has_mark else number(sample.answer)
+    read = functools.partial(final_number, mark=mark) if mark in sample.answer else number
+    gold = read(sample.answer, alone=True)
     if gold is None:
-        return Verdict(0.0, "error", detail=f"the reference {sample.answer[-80:]!r} has no number")
-    prediction = final_number(sample.response, mark)
+        return Verdict(0.0, "error", detail=f"the reference {sample.answer[-80:]!r} is no number")
+    prediction = final_number(after_reasoning(sample.response), mark)
     if prediction is None:
         return Verdict(0.0, "unparsed", detail=f"no '{mark} number' in the response")
-    return Verdict(float(prediction == gold), prediction=f"{prediction:f}")
+    return Verdict(float(prediction[1] == gold[1]), prediction=prediction[0])
 
 
 def gsm8k(mark: str = "####") -> Verifier:
-    """The verifier, for answers announced by `mark`."""
+    """The verifier, for answers announced by `mark`.
+
+    Raises:
+      ValueError: the mark is no text, or empty.
+    """
+    if not isinstance(mark, str) or not mark:
+        raise ValueError(f"mark must be the text before the number, not {mark!r}")
     name = "gsm8k" if mark == "####" else f"gsm8k[{mark}]"
     return Verifier(name, VERSION, functools.partial(check, mark=mark))

@@ -2,7 +2,7 @@
 
 import functools
 
-from luspo_jax.rewards.extraction import boxed_answer, final_answer
+from luspo_jax.rewards.extraction import after_reasoning, boxed_answer, final_answer
 from luspo_jax.rewards.math_equal import LONGEST, VERSION, equal
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
@@ -31,7 +31,8 @@ def tolerances(precision) -> tuple[float, ...]:
 
 def whole(text: str) -> str:
     """The announced answer, or else the text itself: an answer that was extracted before."""
-    return final_answer(text) or text.strip()
+    spoken = after_reasoning(text)
+    return final_answer(spoken) or spoken.strip()
 
 
 EXTRACTIONS = {"final": final_answer, "boxed": boxed_answer, "whole": whole}

@@ -29,7 +29,7 @@ from luspo_jax.rewards.plain_numbers import (
 from luspo_jax.rewards.real_sets import says_it_is_a_set, sets_agree
 from luspo_jax.rewards.symbolic import expression, formulas_equal
 
-VERSION = "2"  # of every verifier that judges by `equal`
+VERSION = "3"  # of every verifier that judges by `equal`
 LONGEST = 2_000  # characters; nothing longer is parsed
 _SLACK = 1 + 1e-9  # 0.003 and 0.002 differ by 0.001 and a rounding error
 _MOST_NUMBERS = 6  # in a list compared with tolerances

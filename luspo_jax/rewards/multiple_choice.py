@@ -1,30 +1,19 @@
-"""Multiple choice: the letter that a response ends on must be the reference letter."""
+"""Multiple choice: the letter that a response states must be the reference letter."""
 
-import re
-
-from luspo_jax.rewards.extraction import final_answer
+from luspo_jax.rewards.choices import chosen, option_meant
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
-VERSION = "1"
-_LETTER = re.compile(
-    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?\s*([A-Za-z])\s*(?:[).:}\s].*)?", re.S
-)
-
-
-def choice(text: str) -> str | None:
-    """The letter of an answer such as `B`, `(B)`, `\\text{(B)}` or `B. a circle`, in upper case."""
-    match = _LETTER.fullmatch(text.strip().strip("$").strip())
-    return match[1].upper() if match else None
+VERSION = "2"
 
 
 def check(sample: Sample) -> Verdict:
-    """1 where the letters are equal, else 0; unparsed where the response ends on no letter."""
-    gold = choice(sample.answer)
+    """1 where the letters are equal, else 0; unparsed where the response states no one letter."""
+    gold = option_meant(sample.answer, {})
     if gold is None:
         return Verdict(0.0, "error", detail=f"the reference {sample.answer[:80]!r} is no letter")
-    prediction = choice(final_answer(sample.response) or sample.response)
+    prediction = chosen(sample.response, {})
     if prediction is None:
-        return Verdict(0.0, "unparsed", detail="the response ends on no letter")
+        return Verdict(0.0, "unparsed", detail="the response states no letter, or several")
     return Verdict(float(prediction == gold), prediction=prediction)
 
 

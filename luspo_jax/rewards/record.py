@@ -119,4 +119,13 @@ def run(verifier: Verifier, sample: Sample) -> Verdict:
     try:
         return verifier.check(sample)
     except Exception as error:
-        return Verdict(0.0, "error", detail=f"{type(error).__name__}: {error}"[:500])
+        return failed(error)
+
+
+def failed(error: BaseException) -> Verdict:
+    """The verdict where a verifier raised something."""
+    try:
+        said = str(error)
+    except Exception:
+        said = "(its message cannot be read)"
+    return Verdict(0.0, "error", detail=f"{type(error).__name__}: {said}"[:500])

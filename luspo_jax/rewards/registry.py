@@ -1,6 +1,8 @@
 """The rewards by name, and how a weighted list of names becomes verifiers."""
 
 import inspect
+import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -63,16 +65,24 @@ def verifier(name: str, options: Mapping[str, Any] | None = None) -> Verifier:
     except TypeError as error:
         allowed = ", ".join(inspect.signature(REWARDS[name]).parameters) or "none"
         raise ValueError(f"reward {name!r}: {error} (options: {allowed})") from error
-    return REWARDS[name](**options)
+    try:
+        return REWARDS[name](**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
 
 
 def verifiers(parts: Parts, options: Options | None = None) -> dict[str, Verifier]:
     """The verifier of each part.
 
     Raises:
-      ValueError: no part at all, options for a part that is not there, or as `verifier`.
+      ValueError: no part at all, a weight that is no finite number, options for a part that is
+        not there, or as `verifier`.
     """
     names = list(dict(parts))
+    for name, weight in dict(parts).items():
+        number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
+            raise ValueError(f"the weight of reward {name!r} must be a number, not {weight!r}")
     stray = set(options or {}) - set(names)
     if not names:
         raise ValueError("a reward needs at least one part")

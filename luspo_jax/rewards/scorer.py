@@ -131,7 +131,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             env=environment,
             bufsize=0,
-            start_new_session=True,  # one signal reaches the child too, and Ctrl-C reaches neither
+            start_new_session=True,  # Ctrl-C does not reach it
         )
         self._limit = settings["time_limit"]
         self._end = weakref.finalize(self, _kill, self._process)
@@ -252,6 +252,9 @@ class _Pool:
                 return worker.take()
         except EOFError:
             pass
+        except Exception as error:  # something of the verifier's wrote where answers are read
+            self._replace(worker)
+            return Verdict(0.0, "error", detail=f"its answer cannot be read: {error}"[:500])
         self._replace(worker)
         if overdue:
             return Verdict(0.0, "timeout", detail="killed: it did not answer in time")

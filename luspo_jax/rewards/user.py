@@ -1,5 +1,7 @@
 """A user's own reward: a function named by `module:function` or `path/file.py:function`."""
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -10,41 +12,50 @@ import sys
 
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
+_LONGEST = 2_000  # characters of a prediction or a detail
 # Beside the response and the answer, a user's function may ask for these by name.
 OFFERED = ("length", "max_length", "meta")
 
 
 def is_user_reward(name: str) -> bool:
     """Whether a reward's name points to a user's function."""
-    return ":" in name
+    return isinstance(name, str) and ":" in name
 
 
 def load_function(name: str):
-    """The function that `module:function` or `file.py:function` names.
+    """(module, function or another thing to call) that `module:f` or `file.py:f` names.
 
     Raises:
-      ValueError: there is no such module, file or function.
+      ValueError: there is no such module, file or function, or what is there cannot be imported.
     """
     place, _, attribute = name.rpartition(":")
     module = _load_file(place) if place.endswith(".py") else _load_module(place)
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"reward {name!r}: {place} has no function {attribute!r}")
-    return function
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"reward {name!r} is an async function: name one that returns a number")
+    return module, function
 
 
 def _load_module(place: str):
     try:
         return importlib.import_module(place)
-    except ModuleNotFoundError as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
-            f"reward module {place!r} cannot be imported ({error}); install it, put its folder on "
-            "PYTHONPATH, or name a file: path/to/file.py:function"
+            f"reward module {place!r} {_failure(error)}; a module must be installed or on "
+            "PYTHONPATH, a file is named path/to/file.py:function"
         ) from error
 
 
+def _failure(error: BaseException) -> str:
+    """In one line, why a module cannot be imported."""
+    said = " ".join(str(error).split())[:300]
+    return f"cannot be imported ({type(error).__name__}: {said})"
+
+
 def _load_file(place: str):
-    path = pathlib.Path(place).resolve()
+    path = pathlib.Path(place).expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"reward file {place!r} does not exist")
     module_name = f"luspo_user_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
@@ -53,32 +64,70 @@ def _load_file(place: str):
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[module_name]
+        raise ValueError(f"reward file {place!r} {_failure(error)}") from error
     return module
 
 
-def _accepted(function) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return OFFERED
-    return tuple(name for name in OFFERED if name in parameters)
+def _accepted(name: str, function) -> tuple[str, ...]:
+    """What a function asks for beside response and answer.
+
+    Raises:
+      ValueError: it cannot be called with these.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none
+        return ()
+    parameters = signature.parameters
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    accepted = tuple(known for known in OFFERED if everything or known in parameters)
+    try:
+        signature.bind("", "", **dict.fromkeys(accepted))
+    except TypeError as error:
+        raise ValueError(
+            f"reward {name!r} takes {signature} and is called with (response, answer), and with "
+            f"{', '.join(OFFERED)} where it has arguments of these names: {error}"
+        ) from error
+    return accepted
+
+
+def _sources(function, module) -> bytes:
+    """The text of the files that say what a function does: its own and its module's."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    if not (inspect.isroutine(function) or inspect.isclass(function)):
+        function = type(function)  # an object with `__call__`
+    files = [getattr(module, "__file__", None)]
+    with contextlib.suppress(TypeError):  # built in
+        files.insert(0, inspect.getsourcefile(function))
+    paths = dict.fromkeys(pathlib.Path(file).resolve() for file in files if file)
+    return b"".join(path.read_bytes() for path in paths)
 
 
 def check(sample: Sample, *, function, accepted: tuple[str, ...]) -> Verdict:
     """The function's own Verdict, or its number as one."""
     extra = {name: getattr(sample, name) for name in accepted}
     result = function(sample.response, sample.answer, **extra)
-    return result if isinstance(result, Verdict) else Verdict(float(result))
+    if not isinstance(result, Verdict):
+        return Verdict(float(result))
+    texts = {"prediction": result.prediction, "detail": result.detail}
+    texts = {name: None if text is None else str(text)[:_LONGEST] for name, text in texts.items()}
+    return dataclasses.replace(result, value=float(result.value), **texts)
 
 
 def user_reward(function: str) -> Verifier:
     """The verifier around `f(response, answer, **what it asks for) -> number or Verdict`.
 
     `function` names f: `module:function` or `path/file.py:function`. The verifier's version is the
-    first digits of its source file's sha256.
+    first digits of its source files' sha256.
     """
-    loaded = load_function(function)
-    source = inspect.getsourcefile(inspect.unwrap(loaded))
-    digest = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()[:12]
-    bound = functools.partial(check, function=loaded, accepted=_accepted(loaded))
+    module, loaded = load_function(function)
+    digest = hashlib.sha256(_sources(loaded, module)).hexdigest()[:12]
+    accepted = _accepted(function, loaded)
+    bound = functools.partial(check, function=loaded, accepted=accepted)
     return Verifier(function, digest, bound, isolated=True)

@@ -9,6 +9,7 @@ task's limit.
 """
 
 import contextlib
+import io
 import os
 import pickle
 import resource
@@ -16,13 +17,15 @@ import signal
 import struct
 import sys
 
-from luspo_jax.rewards.record import Verdict, run
+from luspo_jax.rewards.record import Sample, Verdict, Verifier, failed, run
 from luspo_jax.rewards.registry import verifiers
 
 _HEADER = struct.Struct(">I")
 _ALARMS = (signal.SIGPROF, signal.SIGALRM)
 WALL_FACTOR = 3  # a task may take so many times its limit by the clock
 _RECYCLE = 75  # exit code of a child that has done its share of tasks
+_LARGEST = 1 << 28  # bytes of a frame; a longer one is none of ours
+_PRINTED = 10_000  # characters that a child may print
 
 
 def write_frame(descriptor: int, payload) -> None:
@@ -36,6 +39,8 @@ def write_frame(descriptor: int, payload) -> None:
 def read_frame(descriptor: int):
     """The next object; EOFError when the other side has closed."""
     (size,) = _HEADER.unpack(_read_exactly(descriptor, _HEADER.size))
+    if size > _LARGEST:
+        raise ValueError(f"a frame of {size} bytes")
     return pickle.loads(_read_exactly(descriptor, size))
 
 
@@ -52,17 +57,46 @@ def _read_exactly(descriptor: int, size: int) -> bytes:
 
 def _serve(tasks: int, verdicts: int, checks, settings) -> None:
     """Answer up to `recycle_after` tasks. Each answer is disarmed first and small: see below."""
+    own = os.getpid()
     for _ in range(settings["recycle_after"]):
         try:
             part, sample = read_frame(tasks)
         except EOFError:
             os._exit(0)
         _set_alarms(settings["time_limit"])
-        verdict = run(checks[part], sample)
+        verdict = _verdict(checks[part], sample)
+        if os.getpid() != own:
+            os._exit(0)  # the verifier forked: its copy has no say
         # Disarmed before the answer goes out, so that a task has an answer or a death, never both.
         _set_alarms(0)
         write_frame(verdicts, verdict)
     os._exit(_RECYCLE)
+
+
+def _verdict(check: Verifier, sample: Sample) -> Verdict:
+    """The verdict; SystemExit and its like are errors here, where they would end the process."""
+    try:
+        return run(check, sample)
+    except BaseException as error:
+        return failed(error)
+
+
+class _Console(io.TextIOBase):
+    """Where verifiers print: the console, as far as `_PRINTED` characters."""
+
+    def __init__(self):
+        self._left = _PRINTED
+
+    def write(self, text: str) -> int:
+        if self._left > 0:
+            shown = text[: self._left]
+            self._left -= len(text)
+            shown += "" if self._left > 0 else "\nreward worker: what it prints next is not shown\n"
+            os.write(2, shown.encode(errors="replace"))
+        return len(text)
+
+    def fileno(self) -> int:
+        return 2
 
 
 def _set_alarms(seconds: float) -> None:
@@ -80,6 +114,7 @@ def _child(tasks: int, verdicts: int, checks, settings) -> None:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         sys.setrecursionlimit(4_000)
+        sys.stdout = sys.stderr = _Console()
         _serve(tasks, verdicts, checks, settings)
     except BaseException as error:
         sys.stderr.write(f"reward worker: {type(error).__name__}: {error}\n")
@@ -123,6 +158,7 @@ def _fork_and_wait(tasks: int, verdicts: int, checks, settings) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pid = os.fork()
     if not pid:
+        os.setpgid(0, 0)  # what it starts ends with it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         _child(tasks, verdicts, checks, settings)
@@ -131,10 +167,18 @@ def _fork_and_wait(tasks: int, verdicts: int, checks, settings) -> int:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):  # just reaped
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+        _kill_group(pid)
         os._exit(0)
 
     signal.signal(signal.SIGTERM, end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     status = os.waitpid(pid, 0)[1]
+    _kill_group(pid)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return os.waitstatus_to_exitcode(status)
+
+
+def _kill_group(pid: int) -> None:
+    """End what a child has started and left behind."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

@@ -5,16 +5,14 @@ from fractions import Fraction
 
 import pytest
 
+from luspo_jax.rewards.choices import answer_part, chosen, option_meant
 from luspo_jax.benchmarks.answer_extraction import (
-    answer_part,
-    chosen,
     chosen_labels,
     json_field,
     labelled_options,
     labels_in,
     lettered,
     number_and_unit,
-    option_meant,
     stated_answer,
     stated_number,
 )
@@ -131,7 +129,6 @@ def test_options_in_a_text(text, options):
         ("A, B, and D", "ABD"),
         ("BD", "BD"),
         ("Options A and C", "AC"),
-        ("B. because it rotates", "B"),
         ("3", "3"),
         ("C\nD", "CD"),
     ],

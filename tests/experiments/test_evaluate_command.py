@@ -24,9 +24,12 @@ from luspo_jax.benchmarks import BENCHMARKS, BenchmarkError, Summary, protocol
 from luspo_jax.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
+from luspo_jax.rewards.gsm8k import gsm8k
 from luspo_jax.rewards.math_equal import VERSION
 from luspo_jax.update import initial_state
 from luspo_jax.workdir import WorkdirError
+
+GSM8K = gsm8k().label
 
 MODEL = "embedded:label_sums"
 CHOSEN = [BENCHMARKS["label_sums"]]
@@ -66,7 +69,7 @@ def test_results_say_how_they_came_about(finished):
     entry = stored["benchmarks"]["label_sums"]
     assert stored["protocol"] == OPTIONS.protocol.label
     assert {"seed", "weights", "packages", "model", "sampling"} <= set(stored)
-    assert entry["scorers"] == {"gsm8k": "gsm8k@1"}
+    assert entry["scorers"] == {"gsm8k": GSM8K}
     assert (entry["problems"], entry["num_samples"]) == (6, 4)
     assert entry["template_hash"]
     assert entry["problems_hash"]
@@ -74,7 +77,7 @@ def test_results_say_how_they_came_about(finished):
     low, high = entry["results"]["accuracy_ci95"]
     assert 0 <= low <= entry["results"]["accuracy"] <= high <= 1
     report = (folder / "results.md").read_text()
-    for shown in (OPTIONS.protocol.label, "gsm8k@1", entry["template_hash"], "first 6 of"):
+    for shown in (OPTIONS.protocol.label, GSM8K, entry["template_hash"], "first 6 of"):
         assert shown in report
     assert "avg@n" in table
 
@@ -175,7 +178,7 @@ def test_comparison_with_itself_is_zero(finished):
     ("change", "message"),
     [
         (lambda m: m | {"sampling": {}, "protocol": "greedy"}, "protocols: dapo .* and greedy"),
-        (lambda m: _with(m, scorers={"gsm8k": "gsm8k@2"}), "scorers: gsm8k@1 .* and gsm8k@2"),
+        (lambda m: _with(m, scorers={"gsm8k": "gsm8k@x"}), f"scorers: {GSM8K} .* and gsm8k@x"),
         (lambda m: _with(m, problems_hash="0"), "label_sums: problems: "),
         (lambda m: _with(m, template="chat"), "prompt template: plain and chat"),
         (lambda m: m | {"benchmarks": {}}, "no benchmark in common"),

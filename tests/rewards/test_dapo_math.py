@@ -29,6 +29,12 @@ def _verdict(response, answer):
         ("Answer: 33", " 033 ", 1),
         ("Answer: -7", "-07", 1),
         ("Answer: 0", "000", 1),
+        # Unlike verl's.
+        ("<think>Answer: 33</think>Answer: 34", "33", 0),
+        ("<think>\nAnswer: 33\nor not", "33", 0),
+        ("<think>no</think>Answer: 33", "33", 1),
+        ("Answer: −33", "-33", 1),
+        ("Answer：３３", "33", 1),
         # The last of several answers counts, in any case, with any spacing.
         ("Answer: 1\nanswer : 33", "33", 1),
         ("Answer: 33\nAnswer: 1", "33", 0),

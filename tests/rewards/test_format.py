@@ -25,6 +25,11 @@ VL = "<think>\nwork\n</think> <answer> The answer is $\\boxed{5}$ </answer>"
         ("boxed", r"\boxed{1", 0),
         ("boxed", r"\boxed{1} \boxed{2", 0),
         ("boxed", r"\boxed{ }", 0),
+        ("answer_line", "<think>Answer: 5</think>Answer: 6", 1),
+        ("answer_line", "<think>Answer: 5", 0),
+        ("gsm8k_line", "<think>so\n#### 4", 0),
+        ("boxed", r"<think>\boxed{4}?</think>\boxed{5}", 1),
+        ("boxed", r"<think>\boxed{5}", 0),
         ("luspo_vl", VL, 1),
         ("luspo_vl", VL.replace("\n", ""), 1),
         ("luspo_vl", VL + " done", 0),
@@ -44,6 +49,21 @@ def test_named_formats(name, response, value):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_named_format_refuses_an_empty_response(name):
     assert text_format(name).check(Sample("", "")).value == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fullmatch": "(("}, "fullmatch=.* is no regular expression"),
+        ({"final": 3}, "final=3 is no regular expression"),
+        ({"name": ["boxed"]}, "unknown format"),
+        ({"name": "boxd"}, "known: answer_line"),
+        ({}, "exactly one of"),
+    ],
+)
+def test_what_is_no_form_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        text_format(**options)
 
 
 def test_patterns_of_the_users_own():

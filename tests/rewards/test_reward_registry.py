@@ -1,11 +1,12 @@
 """Rewards by name; wrong names and options are refused with the right ones."""
 
+import math
 import subprocess
 import sys
 
 import pytest
 
-from luspo_jax.rewards import REWARDS, score, verifier
+from luspo_jax.rewards import REWARDS, Scorer, score, verifier
 
 NEEDED = {
     "overlong": {"buffer": 10},
@@ -79,3 +80,9 @@ def test_neither_jax_nor_the_slow_libraries_are_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("weight", ["1", None, math.nan, math.inf, True, [1.0]])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    with pytest.raises(ValueError, match="the weight of reward 'gsm8k' must be a number"):
+        Scorer({"exact": 1.0, "gsm8k": weight})

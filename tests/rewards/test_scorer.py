@@ -13,7 +13,11 @@ from luspo_jax.rewards.worker import WALL_FACTOR
 
 LIMIT = 1.0
 TRICKS = """
-import os, signal, time
+import os, random, signal, subprocess, sys, time
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no message")
 
 def act(response, answer):
     if response == "hang":
@@ -38,6 +42,30 @@ def act(response, answer):
         print("noise on standard output")
     if response == "raise":
         raise KeyboardInterrupt
+    if response == "leave":
+        raise SystemExit(0)
+    if response == "mute":
+        raise Mute
+    if response == "fork":  # both return
+        os.fork()
+    if response == "start":
+        subprocess.Popen(["sleep", "1000"])
+        if os.fork() == 0:
+            time.sleep(1000)
+    if response == "flood":
+        for _ in range(100):
+            print("x" * 100_000, file=random.choice([sys.stdout, sys.stderr]))
+    if response == "garble":
+        for descriptor in range(3, 20):
+            try:
+                os.write(descriptor, b"\\0\\0\\0\\3abc")
+            except OSError:
+                pass
+    if response == "multiply":  # 32 processes that never end
+        for _ in range(5):
+            os.fork()
+        while True:
+            pass
     return float(response == answer)
 """
 
@@ -83,6 +111,12 @@ def test_hostile_samples_get_their_status_and_the_others_their_verdict(scorer):
         "exit": "error",
         "memory": "error",
         "raise": "error",
+        "leave": "error",
+        "mute": "error",
+        "garble": "error",
+        "multiply": "timeout",
+        "start": "ok",
+        "flood": "ok",
         "print": "ok",
     }
     samples = [Sample("fine", "fine")]
@@ -93,6 +127,33 @@ def test_hostile_samples_get_their_status_and_the_others_their_verdict(scorer):
     assert all(reward.detail for reward in rewards if reward.status in ("timeout", "error"))
     assert [(r.value, r.status) for r in rewards[::2]] == [(1.0, "ok")] * (len(expected) + 1)
     assert "MemoryError" in rewards[11].detail
+    assert "SystemExit: 0" in rewards[15].detail
+
+
+def test_a_fork_of_a_verifier_has_no_say(scorer):
+    """Its answers would be taken for those of the next tasks."""
+    responses = ["a", "fork", "a", "b", "fork", "a", "a", "b"] * 3
+    rewards = scorer.score_batch([Sample(response, "a") for response in responses])
+    assert [r.value for r in rewards] == [float(response == "a") for response in responses]
+
+
+def test_what_a_verifier_starts_ends_with_it(tricks):
+    before = _descendants()
+    with Scorer({tricks: 1.0}, workers=1, max_failure_rate=1.0) as scorer:
+        scorer.score_batch([Sample("start", "x"), Sample("a", "a")])
+        started = _descendants() - before
+    _, alive = psutil.wait_procs([psutil.Process(p) for p in started if psutil.pid_exists(p)], 5)
+    assert len(started) >= 4
+    assert not [process for process in alive if _alive(process)]
+
+
+def test_a_verifier_that_prints_without_end_does_not_fill_the_console(tricks, capfd):
+    with Scorer({tricks: 1.0}, workers=1) as scorer:
+        scorer.score_batch([Sample("print", "x"), Sample("flood", "x"), Sample("flood", "x")])
+    printed = capfd.readouterr().err
+    assert "noise on standard output" in printed
+    assert "is not shown" in printed
+    assert len(printed) < 20_000
 
 
 def test_a_time_out_takes_its_limit_of_processor_time_and_at_most_three_by_the_clock(scorer):
