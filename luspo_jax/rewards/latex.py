@@ -86,6 +86,11 @@ _REWRITES = tuple(
             r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)",
             r"\1{(\2\\pi/180)}",
         ),
+        # A number in a text command, and what announces it.
+        (r"^\\text\s*\{\s*(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?\b[\s:]*", r"\\text{"),
+        (r"^\\text\s*\{\s*\}", ""),
+        (r"^\\text\s*\{\s*([+-]?[\d.,/]*\d)\s*\}", r"\1"),
+        (r"^\\text\s*\{\s*([+-]?[\d.,/]*\d)\s*([a-zA-Z][^{}\d]*\})", r"\1 \\text{\2"),
         # A list of words in one text command, and what range a free letter has.
         (r"^\s*\\text\s*\{([^{}]*,[^{}]*)\}\s*$", r"\1"),
         (
@@ -112,6 +117,7 @@ _REWRITES = tuple(
     )
 )
 _FORMULA_AND_UNIT = re.compile(r"\$([^$]+)\$\s*([A-Za-z]+(?:\s[A-Za-z]+)*)")
+_RAISED_UNIT = re.compile(r"(?<=\d)\s*([kcdm]?m|in|ft|mi|yd)([²³])")
 _DOUBLED_COMMAND = re.compile(r"\\\\(?=[a-zA-Z]{2,})")
 _FORMULA_MARK = re.compile(r"(?<!\\)(?:\$\$?|\\[()\[\]])")
 _ENCLOSURES = (("**", "**"), ("__", "__"), ("*", "*"), ("「", "」"))
@@ -122,6 +128,7 @@ _SUM = re.compile(r"[^({]\s*[+-]")
 def tidy(answer: str) -> str:
     """The answer without math delimiters, spacing and size commands, and Unicode signs."""
     # One space for many: patterns below may then try both sides of a space without harm.
+    answer = _RAISED_UNIT.sub(r" \\text{\1}\2", answer)
     answer = re.sub(r"\s+", " ", _plain_letters(answer))
     if "\\begin" not in answer:  # there, \\ ends a row
         answer = _DOUBLED_COMMAND.sub(r"\\", answer)

@@ -29,7 +29,7 @@ from luspo_jax.rewards.plain_numbers import (
 from luspo_jax.rewards.real_sets import says_it_is_a_set, sets_agree
 from luspo_jax.rewards.symbolic import expression, formulas_equal
 
-VERSION = "2"  # of every verifier that judges by `equal`
+VERSION = "3"  # of every verifier that judges by `equal`
 LONGEST = 2_000  # characters; nothing longer is parsed
 _SLACK = 1 + 1e-9  # 0.003 and 0.002 differ by 0.001 and a rounding error
 _MOST_NUMBERS = 6  # in a list compared with tolerances
@@ -155,11 +155,13 @@ def _unit_rule(gold: str, prediction: str) -> bool | None:
     wanted, found = quantities.quantity(gold), quantities.quantity(prediction)
     if wanted is None and found is None:
         return None
+    wanted = wanted or quantities.quantity(gold, letters=found.unit is not None)
+    found = found or quantities.quantity(prediction, letters=wanted.unit is not None)
     values = [q.value if q else answer for q, answer in ((wanted, gold), (found, prediction))]
-    if wanted and found and wanted.unit is not None and found.unit is not None:
-        if wanted.unit != found.unit:
+    if wanted and found:
+        if not wanted.measures_as(found):
             return False
-        if wanted.factor != found.factor:
+        if None not in (wanted.unit, found.unit) and wanted.factor != found.factor:
             relative = found.factor / wanted.factor
             values[1] = (
                 rf"({values[1]})\cdot\frac{{{relative.numerator}}}{{{relative.denominator}}}"

@@ -138,6 +138,10 @@ def sets_agree(gold: str, prediction: str, parse) -> bool | None:
     (name, wanted), (other, found) = sets
     if name and other and name != other:
         return False
+    if wanted in (sympy.S.EmptySet, sympy.S.Reals) and all(
+        map(_RELATION.search, (gold, prediction))
+    ):
+        return None  # inequalities that all numbers fulfil, or none, need not be one
     if wanted == found:
         return True
     try:

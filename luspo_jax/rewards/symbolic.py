@@ -139,7 +139,7 @@ def _plain_symbols(item):
 def formulas_equal(gold: str, prediction: str) -> bool:
     """Whether two answers are equal as formulas."""
     text = is_running_text(gold) or is_running_text(prediction)
-    if not text and _primes(gold) != _primes(prediction):
+    if not text and _dropped(gold) != _dropped(prediction):
         return False  # the parser drops them
     a, b = parse(gold), parse(prediction)
     if not a or not b:
@@ -152,9 +152,12 @@ def formulas_equal(gold: str, prediction: str) -> bool:
     return _library().verify(a, b, timeout_seconds=None, allow_set_relation_comp=True)
 
 
-def _primes(answer: str) -> int:
-    """Primed names in an answer; the apostrophe of a word is none."""
-    return len(re.findall(r"(?<![A-Za-z])[A-Za-z](?:'(?![A-Za-z])|\s*\^\s*\{?\s*\\prime)", answer))
+def _dropped(answer: str) -> tuple[int, int]:
+    """How many degree signs and primed names an answer has; the apostrophe of a word is none."""
+    degrees = len(re.findall(r"\^\s*\{?\s*\\circ", answer))
+    return degrees, len(
+        re.findall(r"(?<![A-Za-z])[A-Za-z](?:'(?![A-Za-z])|\s*\^\s*\{?\s*\\prime)", answer)
+    )
 
 
 def _relations_agree(gold, prediction) -> bool | None:
@@ -201,7 +204,7 @@ def _states(equation, value, *, by_gold: bool) -> bool:
         return False
     left = _opaque(equation.lhs, {})
     known = left.is_Symbol or not left.free_symbols
-    if not known and (by_gold or len(left.free_symbols) == 1 and _is_linear(left)):
+    if not known and (by_gold or (len(left.free_symbols) == 1 and _is_linear(left))):
         return False
     return equal_values(equation.rhs, value) is True
 
@@ -225,9 +228,7 @@ def _same_relation(a, b) -> bool:
     turns = isinstance(a, (sympy.Eq, sympy.Ne))  # a = b is b = a
     one, other = left - right, other_left - other_right
     if not one.free_symbols or not other.free_symbols:
-        return bool(
-            turns and equal_values(left, other_right) and equal_values(right, other_left)
-        )
+        return bool(turns and equal_values(left, other_right) and equal_values(right, other_left))
     ratio = _constant_ratio(one, other)
     if ratio is None and turns:
         ratio = _constant_ratio(*(sympy.fraction(sympy.together(e))[0] for e in (one, other)))
