@@ -151,7 +151,7 @@ def _without_marks(answer: str) -> str:
     measured = _FORMULA_AND_UNIT.fullmatch(answer.strip())
     if measured:
         return rf"{measured[1].strip()} \text{{{measured[2]}}}"
-    if len(pieces) == 1 or is_running_text(answer):
+    if len(pieces) == 1 or is_running_text("$".join(pieces[::2]) + "$"):
         return answer
     joined = ""
     for place, piece in enumerate(pieces):
@@ -201,6 +201,12 @@ def named_value(answer: str) -> tuple[str, str]:
     return match["name"], match["value"].strip()
 
 
+def same_name(one: str, other: str) -> bool:
+    """Whether two names are one; the case of a letter counts only in what a function is of."""
+    (name, *of), (other_name, *other_of) = (squeeze(n).partition("(") for n in (one, other))
+    return name.casefold() == other_name.casefold() and of == other_of
+
+
 _OPENING = {"(", "[", "{", r"\{", r"\begin", r"\langle"}
 _CLOSING = {")", "]", "}", r"\}", r"\end", r"\rangle"}
 _TOKEN = re.compile(r"\\(?:begin|end|langle|rangle)(?![a-z])|\\.|.", re.DOTALL)
@@ -243,7 +249,7 @@ def bracketed(answer: str) -> tuple[str, list[str]] | None:
     return (answer[0] + answer[-1], elements) if len(elements) > 1 else None
 
 
-_COMMANDS = re.compile(r"\\text\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_COMMANDS = re.compile(r"\\(?:text|[mh]box)\s*\{[^{}]*\}|\\[a-zA-Z]+")
 _SENTENCE = re.compile(r"[A-Za-z']{2,}(?:\s+[A-Za-z']{2,}){2,}")
 _WORD = re.compile(r"(?<![A-Za-z])(?!(?:and|or)(?![A-Za-z]))[A-Za-z]{3,}")
 

@@ -60,7 +60,7 @@ _PLAIN = re.compile(
     rf"(?P<value>.*[\d}})])(?P<space>\s*)(?P<unit>(?:{_WORD})(?:(?:\s*[/*]\s*|\s)(?:{_WORD}))*)",
     re.DOTALL,
 )
-_DEGREES = re.compile(r"(?P<value>.*[\d})])\s*\^\s*(?P<unit>\{?\s*\\circ\s*\}?)\s*", re.DOTALL)
+_DEGREES = re.compile(r"(?P<value>.*[\d})])\s*\^\s*\{?\s*(?P<unit>\\circ)\s*\}?\s*", re.DOTALL)
 # Of a plain number, any words are the unit.
 _COUNTED = re.compile(r"(?P<value>[+-]?[\d.,]*\d)\s+(?P<unit>[a-zA-Z]{3,}(?:\s+[a-zA-Z]+)*)\s*")
 _MONEY_SIGN = re.compile(r"(-?)\s*\\?\$\s*(?=[\d.,]+|\\frac)")

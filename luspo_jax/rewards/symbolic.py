@@ -17,7 +17,7 @@ _SPARE = 10  # digits of an evaluation that are not compared
 _DECIMALS = 12  # digits compared where decimals, which carry 15, take part
 _POINTS = 10
 _FEWEST_POINTS = 2
-_SPREAD = 40  # of the points at which roundings to whole numbers are compared
+_WHOLE_POINTS = 40  # at which roundings to whole numbers are compared
 # What may stand around a formula without being part of it.
 _TRIMMINGS = re.compile(
     r"^\s*(?:=|\\approx|\\sim)|\\(?:text|mbox|[hv]space\*?)\s*\{[^{}]*\}\s*$|\s+[a-z]{3,}\s*$|\\+\s*$"
@@ -42,7 +42,7 @@ def _library():
 
 
 @functools.cache
-def _formula_reader(units: bool):
+def _formula_reader():
     """(normalise, read): as Math-Verify reads a formula, but R and r stay two variables."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
 
@@ -50,7 +50,7 @@ def _formula_reader(units: bool):
     from math_verify.parser import LatexExtractionConfig, get_last_eq, should_treat_as_complex
 
     # Without a sentence around it, 6m is six times a variable: `quantities` knows what a unit is.
-    rules = dataclasses.replace(LatexExtractionConfig().normalization_config, units=units)
+    rules = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)
     conversion = ConversionConfig(lowercase_symbols=False)
 
     def read(latex: str):
@@ -81,8 +81,8 @@ def _unambiguous(latex: str) -> str:
     return "".join(pieces) + latex[end:]
 
 
-def _formula(answer: str, *, units: bool = False) -> list:
-    normalise, read, last_equation, _ = _formula_reader(units)
+def _formula(answer: str) -> list:
+    normalise, read, last_equation, _ = _formula_reader()
     latex = _unambiguous(normalise(answer))
     for candidate in dict.fromkeys((latex, last_equation(latex))):
         try:
@@ -94,20 +94,13 @@ def _formula(answer: str, *, units: bool = False) -> list:
 
 @functools.lru_cache(maxsize=4096)
 def parse(answer: str) -> list:
-    """Math-Verify's reading: of the formulas in a text, or of the answer as one formula."""
-    is_text = "$" in answer.replace(r"\$", "") or r"\(" in answer or r"\[" in answer
-    if is_text or is_prose(answer) or is_running_text(answer):
-        parsed = (
-            [] if is_text or is_prose(answer) else _formula(answer, units=True)
-        ) or _library().parse(
-            answer if is_text or is_prose(answer) else f"${answer}$", parsing_timeout=None
-        )
-    else:
-        # Formulas only: a plain number picked out of one that cannot be read is not its value.
-        formula = _TRIMMINGS.sub("", answer).strip() or answer
-        parsed = _formula(formula) or _library().parse(
-            f"${formula}$", [_library().LatexExtractionConfig()], parsing_timeout=None
-        )
+    """Math-Verify's reading of the answer as one formula; empty for text."""
+    if is_running_text(answer) or is_prose(answer):
+        return []  # a formula picked out of a text is not what the text says
+    formula = _TRIMMINGS.sub("", answer).strip() or answer
+    parsed = _formula(formula) or _library().parse(
+        f"${formula}$", [_library().LatexExtractionConfig()], parsing_timeout=None
+    )
     return [_plain_symbols(item) for item in parsed]
 
 
@@ -282,6 +275,7 @@ def equal_values(a, b) -> bool | None:
     names: dict = {}
     one, other = _opaque(a, names), _opaque(b, names)
     verdict = _numbers_agree(one, other) if _are_numbers(one, other) else _at_points(one, other)
+    verdict = verdict and _roundings_agree(one, other)
     # A sum or a limit may have a value of its own.
     return verdict if verdict or not names else None
 
@@ -331,8 +325,6 @@ def _points(a, b):
 
     symbols = sorted(a.free_symbols | b.free_symbols, key=lambda s: s.name)
     domain = _domain(a) + _domain(b)
-    # At small points all floors are alike.
-    rounded = any(e.has(sympy.floor, sympy.ceiling, sympy.Mod) for e in (a, b))
     generator = random.Random(len(symbols))
     for point in range(_POINTS):
         # Near 1, where powers stay small: positive, negative, positive, of either sign.
@@ -341,10 +333,26 @@ def _points(a, b):
             s: generator.choice(signs) * sympy.Rational(generator.randint(1, 2_000_000), 999_983)
             for s in symbols
         }
-        if rounded:
-            values = {s: _SPREAD * value for s, value in values.items()}
         if all(_is_positive(_value(base, values)) for base in domain):
             yield values
+
+
+def _roundings_agree(a, b) -> bool | None:
+    """Whether two expressions with floors agree: at small points all floors are alike."""
+    import sympy
+
+    kinds = (sympy.floor, sympy.ceiling, sympy.Mod)
+    symbols = sorted(a.free_symbols | b.free_symbols, key=lambda s: s.name)
+    if not symbols or not (a.has(*kinds) or b.has(*kinds)):
+        return True
+    generator = random.Random(len(symbols))
+    for point in range(1, _WHOLE_POINTS):
+        values = {
+            s: point if len(symbols) == 1 else generator.randint(1, _WHOLE_POINTS) for s in symbols
+        }
+        if _close(_value(a, values), _value(b, values), _tolerance(a, b)) is False:
+            return False
+    return True
 
 
 def _domain(e) -> list:
