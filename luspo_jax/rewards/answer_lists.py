@@ -4,7 +4,14 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from luspo_jax.rewards.latex import is_prose, named_value, nesting, tokens, top_level_items
+from luspo_jax.rewards.latex import (
+    is_prose,
+    named_value,
+    nesting,
+    same_name,
+    tokens,
+    top_level_items,
+)
 
 # list: several answers, in any order; set: likewise, and repetition means nothing; tuple and
 # vector: the order counts; matrix: parts are rows.
@@ -141,7 +148,7 @@ def _matrix(answer: str) -> Parts | None:
 
 def parts_agree(gold: Parts, prediction: Parts, same: Callable[[str, str], bool]) -> bool:
     """Whether the parts of two answers agree, in order where either side orders them."""
-    if gold.name and prediction.name and not _same_name(gold.name, prediction.name):
+    if gold.name and prediction.name and not same_name(gold.name, prediction.name):
         return False
     kinds = {gold.kind, prediction.kind}
     if kinds == {"matrix", "tuple"}:
@@ -165,13 +172,10 @@ def _only_row(parts: Parts) -> Parts | None:
     return _enclosed(parts.items[0], "") if len(parts.items) == 1 else None
 
 
-def _same_name(one: str, other: str) -> bool:
-    return re.sub(r"\s", "", one).casefold() == re.sub(r"\s", "", other).casefold()
-
-
 def _same_brackets(gold: Parts, prediction: Parts) -> bool:
     # Of more than two parts nothing is an interval.
-    return gold.brackets == prediction.brackets or len(gold.items) > 2
+    brackets = {gold.brackets, prediction.brackets}
+    return len(brackets) == 1 or (brackets == {"()", "[]"} and len(gold.items) > 2)
 
 
 def _in_order(gold: Parts, prediction: Parts, same, *, rows: bool = False) -> bool:

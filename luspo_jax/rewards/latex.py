@@ -1,43 +1,59 @@
 """Answers in LaTeX brought to one form, by general rules."""
 
 import re
+import unicodedata
 
-_UNICODE = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "÷": r"\div ",
-        "π": r"\pi ",
-        "θ": r"\theta ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "∪": r"\cup ",
-        "∩": r"\cap ",
-        "∈": r"\in ",
-        "∅": r"\emptyset ",
-        "±": r"\pm ",
-        "°": r"^{\circ}",
-        "²": "^{2}",
-        "³": "^{3}",
-        "½": r"\frac{1}{2}",
-        "¼": r"\frac{1}{4}",
-        "¾": r"\frac{3}{4}",
-        "…": r"\ldots ",
-        "∞": r"\infty ",
-        "∨": r"\lor ",
-        "ℝ": r"\mathbb{R}",
-        "\u00a0": " ",
-        "\u2009": " ",
-        "\u202f": " ",
-        "\u200b": "",
-        "，": ",",
-        "（": "(",
-        "）": ")",
-    }
-)
+_SIGNS = {
+    **dict.fromkeys("‐‑‒–—―−－", "-"),
+    **dict.fromkeys("·⋅∙", r"\cdot "),
+    **dict.fromkeys("≤⩽≦", r"\le "),
+    **dict.fromkeys("≥⩾≧", r"\ge "),
+    **dict.fromkeys("°º˚", r"^{\circ}"),
+    **dict.fromkeys("∅Ø⌀", r"\emptyset "),
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
+    **{"⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil "},
+    **{"⌉": r"\rceil ", "×": r"\times ", "÷": r"\div ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp "},
+    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∨": r"\lor ", "∖": r"\setminus "},
+    **{"…": r"\ldots ", "∞": r"\infty ", "≈": r"\approx ", "≡": r"\equiv ", "∠": r"\angle "},
+    **{"∑": r"\sum ", "∫": r"\int ", "→": r"\to ", "∛": "√[3]", "∜": "√[4]", "、": ",", "′": "'"},
+    **{letter: rf"\mathbb{{{name}}}" for letter, name in zip("ℝℤℚℕℂ", "RZQNC", strict=True)},
+}
+_RAISED = re.compile(r"[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿⁱˣ]+")
+_LOWERED = re.compile(r"[₀-₉₊₋₍₎ₐₑₒₓₕ-ₜᵢⱼ]+")
+_FRACTION = re.compile(r"(\d+)⁄(\d+)")
+
+
+def _plain_letters(text: str) -> str:
+    """Signs and letters of Unicode as LaTeX and ASCII write them."""
+    if text.isascii():
+        return text
+    text = _RAISED.sub(lambda run: f"^{{{_compatible(run[0])}}}", text)
+    text = _LOWERED.sub(lambda run: f"_{{{_compatible(run[0])}}}", text)
+    return "".join(map(_sign, text.translate(str.maketrans(_SIGNS)))).replace("⁄", "/")
+
+
+def _sign(character: str) -> str:
+    """⅓ as a fraction, β as a command; else the character itself, of ordinary width and weight."""
+    if character.isascii():
+        return character
+    plain = _compatible(character)
+    fraction = _FRACTION.fullmatch(plain)
+    if fraction:
+        return rf"\frac{{{fraction[1]}}}{{{fraction[2]}}}"
+    words = unicodedata.name(plain, "").split() if len(plain) == 1 else []
+    if words[:1] == ["GREEK"] and words[2:3] == ["LETTER"] and words[-1] in _GREEK:
+        small = words[1] == "SMALL"
+        name = words[-1].casefold().replace("lamda", "lambda")
+        return rf"\{name if small else name.capitalize()} "
+    return plain
+
+
+def _compatible(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+
+
+_GREEK = {"ALPHA", "BETA", "GAMMA", "DELTA", "EPSILON", "ZETA", "ETA", "THETA", "IOTA", "KAPPA"}
+_GREEK |= {"LAMDA", "MU", "NU", "XI", "PI", "RHO", "SIGMA", "TAU", "PHI", "CHI", "PSI", "OMEGA"}
 _WORD_END = r"(?![a-zA-Z])"
 _REWRITES = tuple(
     (re.compile(pattern), new)
@@ -61,8 +77,8 @@ _REWRITES = tuple(
         (r"\\(frac|sqrt)\s*(\d)(?![\d.])", r"\\\1{\2}"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-        (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
-        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√(\[\d\])?\s*(\d+|[a-zA-Z])", r"\\sqrt\1{\2}"),
+        (r"√(\[\d\])?\s*\(([^()]*)\)", r"\\sqrt\1{\2}"),
         (r"(?<=\d)\s*[xX*]\s*10\s*\^", r"\\times 10^"),
         # Degrees are a unit, but not inside a trigonometric function.
         (
@@ -70,6 +86,11 @@ _REWRITES = tuple(
             r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)",
             r"\1{(\2\\pi/180)}",
         ),
+        # A number in a text command, and what announces it.
+        (r"^\\text\s*\{\s*(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?\b[\s:]*", r"\\text{"),
+        (r"^\\text\s*\{\s*\}", ""),
+        (r"^\\text\s*\{\s*([+-]?[\d.,/]*\d)\s*\}", r"\1"),
+        (r"^\\text\s*\{\s*([+-]?[\d.,/]*\d)\s*([a-zA-Z][^{}\d]*\})", r"\1 \\text{\2"),
         # A list of words in one text command, and what range a free letter has.
         (r"^\s*\\text\s*\{([^{}]*,[^{}]*)\}\s*$", r"\1"),
         (
@@ -96,38 +117,53 @@ _REWRITES = tuple(
     )
 )
 _FORMULA_AND_UNIT = re.compile(r"\$([^$]+)\$\s*([A-Za-z]+(?:\s[A-Za-z]+)*)")
-_RAISED_UNIT = re.compile(r"(?<=\d)\s*(?:[kcdm]?m|in|ft|mi|yd)[²³]")
+_RAISED_UNIT = re.compile(r"(?<=\d)\s*([kcdm]?m|in|ft|mi|yd)([²³])")
 _DOUBLED_COMMAND = re.compile(r"\\\\(?=[a-zA-Z]{2,})")
-_DELIMITERS = (("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-
-
-_SIGN_BEFORE = re.compile(r"(-)\s*\$([^$]+)\$")
+_FORMULA_MARK = re.compile(r"(?<!\\)(?:\$\$?|\\[()\[\]])")
+_ENCLOSURES = (("**", "**"), ("__", "__"), ("*", "*"), ("「", "」"))
+_BINDING = re.compile(r"[-*/^\d)]\s*$")
+_SUM = re.compile(r"[^({]\s*[+-]")
 
 
 def tidy(answer: str) -> str:
     """The answer without math delimiters, spacing and size commands, and Unicode signs."""
     # One space for many: patterns below may then try both sides of a space without harm.
-    answer = re.sub(r"\s+", " ", _RAISED_UNIT.sub("", answer).translate(_UNICODE))
+    answer = _RAISED_UNIT.sub(r" \\text{\1}\2", answer)
+    answer = re.sub(r"\s+", " ", _plain_letters(answer))
     if "\\begin" not in answer:  # there, \\ ends a row
         answer = _DOUBLED_COMMAND.sub(r"\\", answer)
+    answer = _without_marks(answer)
     for pattern, new in _REWRITES:
         answer = pattern.sub(new, answer)
     previous = None
     while answer != previous:
         previous = answer
-        answer = _undelimited(answer.strip().rstrip(".,;:").strip().strip("`").strip())
+        answer = _opened(answer.strip().rstrip(".,;:").strip().strip("`").strip())
     return answer
 
 
-def _undelimited(answer: str) -> str:
-    signed = _SIGN_BEFORE.fullmatch(answer)
-    if signed:
-        sign, inside = signed.groups()
-        return f"{sign}({inside})" if re.search(r"[^({]\s*[+-]", inside) else f"{sign}{inside}"
-    measured = _FORMULA_AND_UNIT.fullmatch(answer)
+def _without_marks(answer: str) -> str:
+    """The answer without dollar signs and brackets around formulas; in running text they stay."""
+    answer = _FORMULA_MARK.sub("$", answer)
+    pieces = re.split(r"(?<!\\)\$", answer)
+    if len(pieces) == 2:  # one dollar sign is money
+        return (r"\$" if re.match(r"\s*[\d.]", pieces[1]) else "").join(pieces)
+    measured = _FORMULA_AND_UNIT.fullmatch(answer.strip())
     if measured:
         return rf"{measured[1].strip()} \text{{{measured[2]}}}"
-    for left, right in _DELIMITERS:
+    if len(pieces) == 1 or is_running_text("$".join(pieces[::2]) + "$"):
+        return answer
+    joined = ""
+    for place, piece in enumerate(pieces):
+        # What touches a formula belongs to it.
+        bound = place % 2 and _BINDING.search(joined) and _SUM.search(piece)
+        joined += f"({piece})" if bound else piece
+    return joined
+
+
+def _opened(answer: str) -> str:
+    """The answer without marks of emphasis around it."""
+    for left, right in _ENCLOSURES:
         inside = answer[len(left) : -len(right)]
         whole = answer.startswith(left) and answer.endswith(right) and left not in inside
         if whole and inside.strip():
@@ -163,6 +199,12 @@ def named_value(answer: str) -> tuple[str, str]:
     if match is None:
         return "", answer
     return match["name"], match["value"].strip()
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names are one; the case of a letter counts only in what a function is of."""
+    (name, *of), (other_name, *other_of) = (squeeze(n).partition("(") for n in (one, other))
+    return name.casefold() == other_name.casefold() and of == other_of
 
 
 _OPENING = {"(", "[", "{", r"\{", r"\begin", r"\langle"}
@@ -207,7 +249,7 @@ def bracketed(answer: str) -> tuple[str, list[str]] | None:
     return (answer[0] + answer[-1], elements) if len(elements) > 1 else None
 
 
-_COMMANDS = re.compile(r"\\text\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_COMMANDS = re.compile(r"\\(?:text|[mh]box)\s*\{[^{}]*\}|\\[a-zA-Z]+")
 _SENTENCE = re.compile(r"[A-Za-z']{2,}(?:\s+[A-Za-z']{2,}){2,}")
 _WORD = re.compile(r"(?<![A-Za-z])(?!(?:and|or)(?![A-Za-z]))[A-Za-z]{3,}")
 

@@ -15,6 +15,7 @@ from luspo_jax.rewards.latex import (
     bracketed,
     is_running_text,
     named_value,
+    same_name,
     squeeze,
     tidy,
     top_level_items,
@@ -58,8 +59,10 @@ def equal(gold: str, prediction: str, *, tolerances: Sequence[float] = ()) -> bo
 def _answers_agree(gold: str, prediction: str, depth: int = 0) -> bool:
     """Whether two answers agree, with or without the names they are assigned to."""
     (gold_name, gold_value), (name, value) = named_value(gold), named_value(prediction)
-    if gold_name and name and squeeze(gold_name).casefold() != squeeze(name).casefold():
-        return _same(gold, prediction, depth)
+    if gold_name and name:
+        if not same_name(gold_name, name):
+            return _same(gold, prediction, depth)
+        return _same(gold_value, value, depth)
     if _same(gold_value, value, depth):
         return True
     return bool(gold_name or name) and _same(gold, prediction, depth)
@@ -100,6 +103,9 @@ def _percent_rule(gold: str, prediction: str) -> bool | None:
     if None not in values:
         return _same(*values, depth=0)
     share, other = (values[0], prediction) if values[1] is None else (values[1], gold)
+    measured = quantities.quantity(other)
+    if measured and measured.words:
+        return False
     return _same(share, other, 0) or _same(rf"\frac{{{share}}}{{100}}", other, 0)
 
 
@@ -109,7 +115,9 @@ def _base_rule(gold: str, prediction: str) -> bool | None:
         return numbers[0][0] == numbers[1][0]
     if numbers == [None, None]:
         return None
-    # Without its base, the digits must be the same.
+    # Without its base, the digits must be the same; another base is none.
+    if all("_" in answer for answer in (gold, prediction)):
+        return False
     digits = [
         re.sub(r"[_b\\({].*|[()\s]", "", answer.lstrip("( ")) for answer in (gold, prediction)
     ]
@@ -155,11 +163,13 @@ def _unit_rule(gold: str, prediction: str) -> bool | None:
     wanted, found = quantities.quantity(gold), quantities.quantity(prediction)
     if wanted is None and found is None:
         return None
+    wanted = wanted or quantities.quantity(gold, letters=found.unit is not None)
+    found = found or quantities.quantity(prediction, letters=wanted.unit is not None)
     values = [q.value if q else answer for q, answer in ((wanted, gold), (found, prediction))]
-    if wanted and found and wanted.unit is not None and found.unit is not None:
-        if wanted.unit != found.unit:
+    if wanted and found:
+        if not wanted.measures_as(found):
             return False
-        if wanted.factor != found.factor:
+        if None not in (wanted.unit, found.unit) and wanted.factor != found.factor:
             relative = found.factor / wanted.factor
             values[1] = (
                 rf"({values[1]})\cdot\frac{{{relative.numerator}}}{{{relative.denominator}}}"

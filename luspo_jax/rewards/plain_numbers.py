@@ -104,7 +104,7 @@ def decimal_commas_agree(gold: str, prediction: str) -> bool:
         match = _COMMA_DECIMAL.fullmatch(comma.strip())
         if match is None or (comma is gold and len(match[2]) == 1):
             continue
-        if exact_number(point) == Fraction(f"{match[1]}.{match[2]}"):
+        if "." in point and exact_number(point) == Fraction(f"{match[1]}.{match[2]}"):
             return True
     return False
 

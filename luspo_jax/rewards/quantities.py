@@ -4,37 +4,48 @@ import dataclasses
 import re
 from fractions import Fraction
 
-_LENGTHS = {
-    **{"mm": "1/1000", "millimeter": "1/1000", "cm": "1/100", "centimeter": "1/100", "m": "1"},
-    **{"meter": "1", "km": "1000", "kilometer": "1000", "in": "0.0254", "inch": "0.0254"},
-    **{"ft": "0.3048", "foot": "0.3048", "yd": "0.9144", "yard": "0.9144"},
-    **{"mi": "1609.344", "mile": "1609.344"},
+# Unit → factor to the base unit of its dimension.
+_TABLES = {
+    "length": {"m": "1", "meter": "1", "in": "0.0254", "inch": "0.0254", "ft": "0.3048"}
+    | {"foot": "0.3048", "yd": "0.9144", "yard": "0.9144", "mi": "1609.344", "mile": "1609.344"},
+    "time": {"s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "h": "3600"}
+    | {"hr": "3600", "hour": "3600", "day": "86400", "week": "604800"},
+    "mass": {"g": "1/1000", "gram": "1/1000", "lb": "0.45359237", "pound": "0.45359237"}
+    | {"oz": "0.028349523125", "ounce": "0.028349523125"},
+    "money": {"dollar": "1", "usd": "1", "cent": "1/100"},
+    "volume": {"L": "1", "l": "1", "liter": "1", "litre": "1"},
+    "angle": {r"\circ": "1", "degree": "1", "deg": "1"},
+    "radians": {"rad": "1", "radian": "1"},
+    "resistance": {r"\Omega": "1", "ohm": "1"},
+    "frequency": {"Hz": "1", "hertz": "1"},
+    "force": {"N": "1", "newton": "1"},
+    "energy": {"J": "1", "joule": "1"},
+    "power": {"W": "1", "watt": "1"},
+    "pressure": {"Pa": "1", "pascal": "1"},
+    "voltage": {"V": "1", "volt": "1"},
+    "current": {"A": "1", "amp": "1", "ampere": "1"},
+    "charge": {"C": "1", "coulomb": "1"},
+    "temperature": {"K": "1", "kelvin": "1"},
+    "electron volts": {"eV": "1"},
+    "amount": {"mol": "1", "mole": "1"},
 }
-_TIMES = {
-    **{"ms": "1/1000", "s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60"},
-    **{"h": "3600", "hr": "3600", "hour": "3600", "day": "86400", "week": "604800"},
-}
-_MASSES = {
-    **{"mg": "1/1000000", "g": "1/1000", "gram": "1/1000", "kg": "1", "kilogram": "1"},
-    **{"lb": "0.45359237", "pound": "0.45359237", "oz": "0.028349523125"},
-    **{"ounce": "0.028349523125"},
-}
-_SYMBOLS = {"N": "1", "J": "1", "W": "1", "Pa": "1", "Hz": "1", "V": "1", "mol": "1"}
-_MONEY = {"dollar": "1", "usd": "1", "cent": "1/100"}
-# Unit → (dimension, factor to the dimension's base unit).
 UNITS = {
     name: (dimension, Fraction(factor))
-    for dimension, table in (
-        ("length", _LENGTHS),
-        ("time", _TIMES),
-        ("mass", _MASSES),
-        ("money", _MONEY),
-    )
+    for dimension, table in _TABLES.items()
     for name, factor in table.items()
-} | {name: (name, Fraction(factor)) for name, factor in _SYMBOLS.items()}
-_IRREGULAR = {"feet": "foot", "inches": "inch", "metre": "meter", "kilometre": "kilometer"}
+}
+_SYMBOL_PREFIXES = {"T": 12, "G": 9, "M": 6, "k": 3, "d": -1, "c": -2, "m": -3, r"\mu ": -6}
+_SYMBOL_PREFIXES |= {r"\mu": -6, "u": -6, "n": -9, "p": -12}
+_WORD_PREFIXES = {"tera": 12, "giga": 9, "mega": 6, "kilo": 3, "deci": -1, "centi": -2, "milli": -3}
+_WORD_PREFIXES |= {"micro": -6, "nano": -9, "pico": -12}
+_SYMBOLS = {"m", "g", "s", "L", "l", "Hz", "N", "J", "W", "Pa", "V", "A", "C", "eV", "mol"}
+_SYMBOLS |= {r"\Omega"}
+_WORDS = {"meter", "metre", "gram", "second", "liter", "litre", "hertz", "newton", "joule", "watt"}
+_WORDS |= {"pascal", "volt", "amp", "ampere", "ohm", "mole"}
+_IRREGULAR = {"feet": "foot", "inches": "inch", "metre": "meter"}
 _COMPOUND = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "kmph": "km/h"}
-_MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MULTIPLIERS = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}"}
+_MULTIPLIERS |= {"billion": "10^{9}", "trillion": "10^{12}"}
 _PREFIXED = re.compile(r"(square|sq\.?|cubic|cu\.?)\s+(.*)|(.*?)\s+(squared|cubed)", re.IGNORECASE)
 _POWER = re.compile(r"(.*?)\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?")
 
@@ -44,14 +55,24 @@ _IN_TEXT = re.compile(
     r"\s*(?P<power>\^\s*(?:\{\s*-?\d\s*\}|\d))?",
     re.DOTALL,
 )
-_WORD = r"[A-Za-z]{1,12}(?:\^\{?-?\d\}?)?"
+_WORD = r"(?:\\(?:mu|Omega)\s?)?[A-Za-z]{1,12}(?:\^\{?-?\d\}?)?|[kM]?\\Omega"
 _PLAIN = re.compile(
-    rf"(?P<value>.*[\d}})])(?P<space>\s*)(?P<unit>{_WORD}(?:(?:\s*[/*]\s*|\s){_WORD})*)", re.DOTALL
+    rf"(?P<value>.*[\d}})])(?P<space>\s*)(?P<unit>(?:{_WORD})(?:(?:\s*[/*]\s*|\s)(?:{_WORD}))*)",
+    re.DOTALL,
 )
-_DEGREES = re.compile(r"(?P<value>.*[\d})])\s*\^\s*(?P<unit>\{?\s*\\circ\s*\}?)\s*", re.DOTALL)
+_DEGREES = re.compile(r"(?P<value>.*[\d})])\s*\^\s*\{?\s*(?P<unit>\\circ)\s*\}?\s*", re.DOTALL)
 # Of a plain number, any words are the unit.
 _COUNTED = re.compile(r"(?P<value>[+-]?[\d.,]*\d)\s+(?P<unit>[a-zA-Z]{3,}(?:\s+[a-zA-Z]+)*)\s*")
 _MONEY_SIGN = re.compile(r"(-?)\s*\\?\$\s*(?=[\d.,]+|\\frac)")
+_MEASURE = re.compile(
+    r"(\d+(?:\.\d+)?)\s*(?:\\text\s*\{\s*)?([A-Za-z]+)\s*(?:\})?\s*(?:,|and|\\text\s*\{\s*and\s*\})?\s*"
+)
+_SEVERAL = re.compile(rf"(?:{_MEASURE.pattern}){{2,4}}")
+_LONGEST = 80  # characters of several measures
+_MERE_UNITS = re.compile(
+    r"(?i)^(?:(?:square|sq\.?|cubic|cu\.?)\s+)?units?(?:\s+(?:squared|cubed))?$"
+)
+_HALF_DAY = 12 * 60
 _NO_UNIT = re.compile(
     r"\b(?:and|or|to|if|where|when|for|mod|base|not|is|are|pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|infty|infinity)\b"
 )
@@ -64,26 +85,47 @@ class Quantity:
     Attributes:
       value: what stands before the unit.
       unit: (dimension, power) pairs; None for a unit that is not in the table.
+      words: the words of the unit, each in the singular.
       factor: the unit in base units of its dimensions.
       certain: whether it can be nothing else; `2 mg` may be a mass or 2·m·g.
     """
 
     value: str
     unit: tuple[tuple[str, int], ...] | None
+    words: frozenset[str] = frozenset()
     factor: Fraction = Fraction(1)
     certain: bool = True
+
+    def measures_as(self, other: "Quantity") -> bool:
+        """Whether both units are of one kind; of units not in the table, one may say more."""
+        if self.unit is not None and other.unit is not None:
+            return self.unit == other.unit
+        return self.words <= other.words or other.words <= self.words
 
 
 def _single(unit: str) -> tuple[str, Fraction] | None:
     if unit in UNITS:
         return UNITS[unit]
-    unit = unit.casefold()
-    unit = _IRREGULAR.get(unit, unit)
-    for name in (unit, unit.removesuffix("s"), unit.removesuffix("es")):
-        name = _IRREGULAR.get(name, name)
-        if name in UNITS and len(name) > 1:
-            return UNITS[name]
-    return None
+    for prefix, power in _SYMBOL_PREFIXES.items():
+        if unit.startswith(prefix) and unit.removeprefix(prefix) in _SYMBOLS:
+            return _scaled(unit.removeprefix(prefix), power)
+    unit = _singular(unit)
+    for prefix, power in _WORD_PREFIXES.items():
+        if unit.startswith(prefix) and unit.removeprefix(prefix) in _WORDS:
+            return _scaled(_singular(unit.removeprefix(prefix)), power)
+    return UNITS[unit] if unit in UNITS and len(unit) > 1 else None
+
+
+def _scaled(unit: str, power: int) -> tuple[str, Fraction]:
+    dimension, factor = UNITS[unit]
+    return dimension, factor * Fraction(10) ** power
+
+
+def _singular(word: str) -> str:
+    word = word.casefold()
+    word = _IRREGULAR.get(word, word)
+    known = (word, word.removesuffix("s"), word.removesuffix("es"))
+    return next((_IRREGULAR.get(w, w) for w in known if w in UNITS), word.removesuffix("s"))
 
 
 def read_unit(text: str) -> tuple[tuple[tuple[str, int], ...], Fraction] | None:
@@ -115,8 +157,16 @@ def _powered(piece: str) -> tuple[tuple[str, Fraction], int] | None:
     return (unit, power * int(match[2] or 1)) if unit else None
 
 
-def quantity(answer: str) -> Quantity | None:
-    """The value and the unit of an answer that ends on one, or begins with a dollar sign."""
+def quantity(answer: str, *, letters: bool = False) -> Quantity | None:
+    """The value and the unit of an answer that ends on one, or begins with a dollar sign.
+
+    Args:
+      answer: the answer.
+      letters: whether a letter by itself is a unit, as the `g` of `5 g`, or else a variable.
+    """
+    several = _several(answer)
+    if several is not None:
+        return several
     match = _IN_TEXT.fullmatch(answer)
     if match and not _NO_UNIT.search(match["unit"]):
         return _quantity(match["value"], match["unit"], match["power"] or "")
@@ -124,38 +174,49 @@ def quantity(answer: str) -> Quantity | None:
     if match and not _NO_UNIT.search(match["unit"]):
         return _quantity(match["value"], match["unit"], "")
     match = _PLAIN.fullmatch(answer)
-    if match and _is_unit(match["unit"], bool(match["space"])):
+    if (
+        match
+        and match["space"]
+        and (letters or len(match["unit"]) > 1)
+        and read_unit(match["unit"])
+    ):
         return dataclasses.replace(_quantity(match["value"], match["unit"], ""), certain=False)
     money = _MONEY_SIGN.match(answer)
     if money:
-        return Quantity(money[1] + answer[money.end() :], (("money", 1),))
+        return _quantity(money[1] + answer[money.end() :], "dollar", "")
     return None
 
 
-def _is_unit(text: str, spaced: bool) -> bool:
-    # A letter by itself is a variable.
-    return len(text) > 1 and spaced and read_unit(text) is not None
+def _several(answer: str) -> Quantity | None:
+    """1 h 30 min as 5400 seconds."""
+    if len(answer) > _LONGEST or not _SEVERAL.fullmatch(answer):
+        return None
+    pieces = [(Fraction(value), read_unit(unit)) for value, unit in _MEASURE.findall(answer)]
+    units = {unit[0] for _, unit in pieces if unit}
+    if len(units) != 1 or not all(unit for _, unit in pieces):
+        return None
+    total = sum(value * unit[1] for value, unit in pieces)
+    return Quantity(rf"\frac{{{total.numerator}}}{{{total.denominator}}}", units.pop())
 
 
 def _quantity(value: str, unit: str, power: str) -> Quantity:
     value = _MONEY_SIGN.sub(r"\1", value.strip().rstrip("\\").strip(), count=1)
     words = unit.casefold().split()
     if words and words[0] in _MULTIPLIERS:
-        value = rf"{value} \times 10^{{{_MULTIPLIERS[words[0]]}}}"
-        unit = " ".join(words[1:])
-    found = read_unit(unit + power) if unit else None
-    return Quantity(value, *found) if found else Quantity(value, None)
+        value = rf"{value} \times {_MULTIPLIERS[words[0]]}"
+        unit = " ".join(unit.split()[1:])
+    unit = _MERE_UNITS.sub("", unit)
+    words = frozenset(map(_singular, re.findall(r"\\?[A-Za-z]+", unit)))
+    dimensions, factor = (read_unit(unit + power) if unit else None) or (None, Fraction(1))
+    return Quantity(value, dimensions, words, factor)
 
 
 def times_of_day_agree(gold: str, prediction: str) -> bool | None:
     """Whether two times such as `3:30 PM` agree; morning or afternoon may go unsaid in one."""
-    times = [_time(answer) for answer in (gold, prediction)]
-    if None in times:
-        return None
-    (hour, half), (other, other_half) = times
-    if not half and not other_half:
-        return None  # it may be a ratio
-    return hour == other and (half == other_half or not half or not other_half)
+    times = [_minutes(answer) for answer in (gold, prediction)]
+    if None in times or all(len(minutes) > 1 for minutes in times):
+        return None  # without either, it may be a ratio
+    return bool(times[0] & times[1])
 
 
 _TIME = re.compile(
@@ -163,11 +224,17 @@ _TIME = re.compile(
 )
 
 
-def _time(answer: str) -> tuple[tuple[int, int], str] | None:
+def _minutes(answer: str) -> set[int] | None:
+    """The minutes since midnight that a time may mean: two for 7:00, one for 7:00 PM and 19:00."""
     match = _TIME.fullmatch(answer.strip())
     if match is None or not (match[2] or match[3]):
         return None
-    return (int(match[1]), int(match[2] or 0)), (match[3] or "").casefold()
+    hour, minute, half = int(match[1]), int(match[2] or 0), (match[3] or "").casefold()
+    if not 1 <= hour <= 12:
+        return {hour * 60 + minute}
+    morning = hour % 12 * 60 + minute
+    halves = {"a": {morning}, "p": {morning + _HALF_DAY}}
+    return halves[half] if half else halves["a"] | halves["p"]
 
 
 def ratio(answer: str) -> list[str] | None:

@@ -1,5 +1,6 @@
 """Sets of real numbers, written as intervals, inequalities, unions or by a condition."""
 
+import itertools
 import re
 
 from luspo_jax.rewards.latex import bracketed, named_value
@@ -44,7 +45,8 @@ def real_set(answer: str, parse):
     if condition:
         name, value = condition[1], condition[2]
     found, variables = [], {name} if len(name) == 1 else set()
-    for piece in _pieces(value):
+    pieces, listed = _pieces(value)
+    for piece in pieces:
         read = _piece(piece.strip().strip("$").strip(), parse)
         if read is None:
             return None
@@ -52,15 +54,19 @@ def real_set(answer: str, parse):
         found.append(read[1])
     if len(variables) > 1:
         return None
+    if listed and any(
+        a.intersect(b) != sympy.S.EmptySet for a, b in itertools.combinations(found, 2)
+    ):
+        return None  # several answers, not one
     return (variables.pop() if variables else ""), sympy.Union(*found)
 
 
-def _pieces(value: str) -> list[str]:
-    """The parts of a union, or of a list of intervals."""
-    pieces = _UNION.split(value)
+def _pieces(value: str) -> tuple[list[str], bool]:
+    """The parts of a union, or of a list of intervals, and whether it is a list."""
+    pieces, listed = _UNION.split(value), False
     if len(pieces) == 1 and re.search(r"[)\]]\s*,\s*[(\[]", value) and "\\infty" in value:
-        pieces = re.split(r"(?<=[)\]])\s*,\s*(?=[(\[])", value)
-    return pieces
+        pieces, listed = re.split(r"(?<=[)\]])\s*,\s*(?=[(\[])", value), True
+    return pieces, listed
 
 
 def _piece(text: str, parse):
@@ -138,6 +144,10 @@ def sets_agree(gold: str, prediction: str, parse) -> bool | None:
     (name, wanted), (other, found) = sets
     if name and other and name != other:
         return False
+    if wanted in (sympy.S.EmptySet, sympy.S.Reals) and all(
+        map(_RELATION.search, (gold, prediction))
+    ):
+        return None  # inequalities that all numbers fulfil, or none, need not be one
     if wanted == found:
         return True
     try:

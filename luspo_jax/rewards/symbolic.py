@@ -11,15 +11,25 @@ import re
 from luspo_jax.rewards.latex import is_prose, is_running_text
 
 _DIGITS = 50  # of an evaluation
-_EXACT = 10.0**-40  # relative difference of equal values without decimals
-_ROUNDED = 10.0**-12  # and with decimals, which carry 15 digits
-_LARGEST = 10.0**38  # beyond, whole numbers may differ by less than what is compared
+_MORE_DIGITS = 400  # of numbers that agree in the first
+_NOISE = 8  # bits; an evaluation that keeps no more has found zero
+_SPARE = 10  # digits of an evaluation that are not compared
+_DECIMALS = 12  # digits compared where decimals, which carry 15, take part
 _POINTS = 10
 _FEWEST_POINTS = 2
+_WHOLE_POINTS = 40  # at which roundings to whole numbers are compared
 # What may stand around a formula without being part of it.
 _TRIMMINGS = re.compile(
     r"^\s*(?:=|\\approx|\\sim)|\\(?:text|mbox|[hv]space\*?)\s*\{[^{}]*\}\s*$|\s+[a-z]{3,}\s*$|\\+\s*$"
 )
+
+# What the parser would take for a constant, in a formula that names something else by it.
+_TOKEN = re.compile(r"\\(?:text|mathrm|operatorname|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+|[eEiI]")
+_INDEX = re.compile(r"\s*_\s*\{?\s*([A-Za-z0-9]+)\s*\}?")
+_NAMES = {"I", r"\gamma", r"\Gamma"}
+_INDEXED = _NAMES | {"e", "E", "i"}
+# 2(13) is a product, though 2\frac{1}{2} is a mixed number.
+_FACTOR = re.compile(r"((?<![\w.^])(?:\d+\.?\d*|\.\d+)|\))\s*(?=\()")
 
 
 @functools.cache
@@ -32,7 +42,7 @@ def _library():
 
 
 @functools.cache
-def _formula_reader(units: bool):
+def _formula_reader():
     """(normalise, read): as Math-Verify reads a formula, but R and r stay two variables."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
 
@@ -40,7 +50,7 @@ def _formula_reader(units: bool):
     from math_verify.parser import LatexExtractionConfig, get_last_eq, should_treat_as_complex
 
     # Without a sentence around it, 6m is six times a variable: `quantities` knows what a unit is.
-    rules = dataclasses.replace(LatexExtractionConfig().normalization_config, units=units)
+    rules = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)
     conversion = ConversionConfig(lowercase_symbols=False)
 
     def read(latex: str):
@@ -55,9 +65,25 @@ def _formula_reader(units: bool):
     return functools.partial(normalize_latex, config=rules), read, get_last_eq, library
 
 
-def _formula(answer: str, *, units: bool = False) -> list:
-    normalise, read, last_equation, _ = _formula_reader(units)
-    latex = normalise(answer)
+def _unambiguous(latex: str) -> str:
+    """The formula with products written out, and names that are no constants under other names."""
+    latex = _FACTOR.sub(r"\1\\cdot ", latex)
+    pieces, end = [], 0
+    for token in _TOKEN.finditer(latex):
+        if token.start() < end:
+            continue
+        index = _INDEX.match(latex, token.end())
+        call = token[0] == r"\Gamma" and latex[token.end() :].lstrip().startswith("(")
+        if token[0] in (_INDEXED if index else _NAMES) and not call:
+            name = token[0].lstrip("\\") + (index[1] if index else "")
+            pieces += [latex[end : token.start()], rf"\lambda_{{name{name}}}"]
+            end = index.end() if index else token.end()
+    return "".join(pieces) + latex[end:]
+
+
+def _formula(answer: str) -> list:
+    normalise, read, last_equation, _ = _formula_reader()
+    latex = _unambiguous(normalise(answer))
     for candidate in dict.fromkeys((latex, last_equation(latex))):
         try:
             return [read(candidate), latex]
@@ -68,20 +94,13 @@ def _formula(answer: str, *, units: bool = False) -> list:
 
 @functools.lru_cache(maxsize=4096)
 def parse(answer: str) -> list:
-    """Math-Verify's reading: of the formulas in a text, or of the answer as one formula."""
-    is_text = "$" in answer.replace(r"\$", "") or r"\(" in answer or r"\[" in answer
-    if is_text or is_prose(answer) or is_running_text(answer):
-        parsed = (
-            [] if is_text or is_prose(answer) else _formula(answer, units=True)
-        ) or _library().parse(
-            answer if is_text or is_prose(answer) else f"${answer}$", parsing_timeout=None
-        )
-    else:
-        # Formulas only: a plain number picked out of one that cannot be read is not its value.
-        formula = _TRIMMINGS.sub("", answer).strip() or answer
-        parsed = _formula(formula) or _library().parse(
-            f"${formula}$", [_library().LatexExtractionConfig()], parsing_timeout=None
-        )
+    """Math-Verify's reading of the answer as one formula; empty for text."""
+    if is_running_text(answer) or is_prose(answer):
+        return []  # a formula picked out of a text is not what the text says
+    formula = _TRIMMINGS.sub("", answer).strip() or answer
+    parsed = _formula(formula) or _library().parse(
+        f"${formula}$", [_library().LatexExtractionConfig()], parsing_timeout=None
+    )
     return [_plain_symbols(item) for item in parsed]
 
 
@@ -113,12 +132,12 @@ def _plain_symbols(item):
 def formulas_equal(gold: str, prediction: str) -> bool:
     """Whether two answers are equal as formulas."""
     text = is_running_text(gold) or is_running_text(prediction)
-    if not text and _primes(gold) != _primes(prediction):
+    if not text and _dropped(gold) != _dropped(prediction):
         return False  # the parser drops them
     a, b = parse(gold), parse(prediction)
     if not a or not b:
         return False
-    verdict = _equations_equal(a[0], b[0])
+    verdict = _relations_agree(a[0], b[0])
     if verdict is None:
         verdict = equal_values(a[0], b[0])
     if verdict is not None:
@@ -126,28 +145,118 @@ def formulas_equal(gold: str, prediction: str) -> bool:
     return _library().verify(a, b, timeout_seconds=None, allow_set_relation_comp=True)
 
 
-def _primes(answer: str) -> int:
-    """Primed names in an answer; the apostrophe of a word is none."""
-    return len(re.findall(r"(?<![A-Za-z])[A-Za-z](?:'(?![A-Za-z])|\s*\^\s*\{?\s*\\prime)", answer))
+def _dropped(answer: str) -> tuple[int, int]:
+    """How many degree signs and primed names an answer has; the apostrophe of a word is none."""
+    degrees = len(re.findall(r"\^\s*\{?\s*\\circ", answer))
+    return degrees, len(
+        re.findall(r"(?<![A-Za-z])[A-Za-z](?:'(?![A-Za-z])|\s*\^\s*\{?\s*\\prime)", answer)
+    )
 
 
-def _equations_equal(a, b) -> bool | None:
-    """Whether two differential equations agree, up to sides and sign; a value given as n·x = v is
-    none. None for anything else."""
+def _relations_agree(gold, prediction) -> bool | None:
+    """Whether two equations or inequalities say the same, or an equation states a value.
+
+    Solutions are not compared: equations without any, or without unknowns, would all be alike.
+    None where neither is a relation, or one is compared with a set.
+    """
     import sympy
 
-    for value, equation in ((a, b), (b, a)):
-        if isinstance(value, sympy.Expr) and isinstance(equation, sympy.Eq):
-            left = equation.lhs
-            if left.is_Mul and left.args[0].is_number and left.free_symbols:
-                return False
-    if not all(isinstance(e, sympy.Eq) and e.has(sympy.Derivative) for e in (a, b)):
+    a, b = _ends_of_chain(gold), _ends_of_chain(prediction)
+    relations = [isinstance(e, sympy.core.relational.Relational) for e in (a, b)]
+    if all(relations):
+        return _same_relation(a, b)
+    chains = [isinstance(e, sympy.And) for e in (a, b)]
+    if all(chains):
+        sides = [e._unsorted_args for e in (a, b)]
+        return any(
+            len(sides[0]) == len(order) and all(map(_same_relation, sides[0], order))
+            for order in (sides[1], sides[1][::-1])
+        )
+    value, equation = (a, b) if relations[1] else (b, a)
+    if not any(relations) or not isinstance(value, sympy.Expr):
         return None
-    rates = sorted(a.atoms(sympy.Derivative) | b.atoms(sympy.Derivative), key=str)
-    names = {rate: sympy.Symbol(f"rate{k}") for k, rate in enumerate(rates)}
-    one, other = ((e.lhs - e.rhs).xreplace(names) for e in (a, b))
-    verdicts = [equal_values(one, other), equal_values(one, -other)]
-    return True if True in verdicts else None if None in verdicts else False
+    return _states(equation, value, by_gold=relations[0])
+
+
+def _ends_of_chain(e):
+    """x = y = 5 as x = 5; anything else as it is."""
+    import sympy
+
+    if isinstance(e, sympy.And):
+        links = e._unsorted_args
+        if all(isinstance(link, sympy.Eq) for link in links):
+            return sympy.Eq(links[0].lhs, links[-1].rhs, evaluate=False)
+    return e
+
+
+def _states(equation, value, *, by_gold: bool) -> bool:
+    """Whether an equation gives the value, as (x+y)^2 = 81 gives 81 but 3x = 81 does not."""
+    import sympy
+
+    if not isinstance(equation, sympy.Eq):
+        return False
+    left = _opaque(equation.lhs, {})
+    known = left.is_Symbol or not left.free_symbols
+    if not known and (by_gold or (len(left.free_symbols) == 1 and _is_linear(left))):
+        return False
+    return equal_values(equation.rhs, value) is True
+
+
+def _is_linear(e) -> bool:
+    (symbol,) = e.free_symbols
+    return e.diff(symbol).is_constant(symbol) is True
+
+
+def _same_relation(a, b) -> bool:
+    """Whether the sides of two relations agree, or their differences up to a constant factor."""
+    import sympy
+
+    a, b = (e.reversed if isinstance(e, (sympy.Gt, sympy.Ge)) else e for e in (a, b))
+    if type(a) is not type(b):
+        return False
+    names: dict = {}
+    (left, right), (other_left, other_right) = ([_opaque(s, names) for s in e.args] for e in (a, b))
+    if equal_values(left, other_left) and equal_values(right, other_right):
+        return True
+    turns = isinstance(a, (sympy.Eq, sympy.Ne))  # a = b is b = a
+    one, other = left - right, other_left - other_right
+    if not one.free_symbols or not other.free_symbols:
+        return bool(turns and equal_values(left, other_right) and equal_values(right, other_left))
+    ratio = _constant_ratio(one, other)
+    if ratio is None and turns:
+        ratio = _constant_ratio(*(sympy.fraction(sympy.together(e))[0] for e in (one, other)))
+    return ratio is not None and (turns or ratio > 0)
+
+
+def _constant_ratio(a, b):
+    """The number by which b is a multiple of a, at every point that was tried; else None."""
+    ratios = []
+    for values in _points(a, b):
+        one, other = _value(a, values), _value(b, values)
+        if one and other:
+            ratios.append(other / one)
+        elif bool(one) != bool(other) and None not in (one, other):
+            return None
+    agree = len(ratios) > _FEWEST_POINTS and all(
+        _close(ratios[0], ratio, _tolerance(a, b)) for ratio in ratios[1:]
+    )
+    return ratios[0] if agree and ratios[0].is_real else None
+
+
+def _opaque(e, names: dict):
+    """The expression with a symbol for every function, limit and the like that has no value.
+
+    `names` holds the symbols given so far; the same for the same expression.
+    """
+    import sympy
+    from sympy.core.function import AppliedUndef
+
+    kinds = (AppliedUndef, sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
+    if not isinstance(e, sympy.Expr) or not e.has(*kinds):
+        return e
+    if isinstance(e, kinds):
+        return names.setdefault(e, sympy.Symbol(f"opaque{len(names)}"))
+    return e.func(*(_opaque(part, names) for part in e.args))
 
 
 def equal_values(a, b) -> bool | None:
@@ -158,39 +267,49 @@ def equal_values(a, b) -> bool | None:
     logarithm in them is real.
     """
     import sympy
-    from sympy.core.function import AppliedUndef
 
-    # Sums and the like to a symbolic limit have no value at a point that is no whole number.
-    limits = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
-    # At small points all floors are alike.
-    limits += (sympy.floor, sympy.ceiling)
-    unknown = (AppliedUndef, sympy.zoo, sympy.nan, sympy.oo, *limits)
     if not all(isinstance(e, sympy.Expr) and e.is_commutative for e in (a, b)):
         return None
-    if a.has(*unknown) or b.has(*unknown):
+    if a.has(sympy.zoo, sympy.nan, sympy.oo) or b.has(sympy.zoo, sympy.nan, sympy.oo):
         return None
-    symbols = sorted((a.free_symbols | b.free_symbols), key=lambda s: s.name)
-    tolerance = _ROUNDED if a.has(sympy.Float) or b.has(sympy.Float) else _EXACT
-    if not symbols:
-        return _close(_value(a, {}), _value(b, {}), tolerance)
-    return _equal_at_points(a, b, symbols, tolerance)
+    names: dict = {}
+    one, other = _opaque(a, names), _opaque(b, names)
+    verdict = _numbers_agree(one, other) if _are_numbers(one, other) else _at_points(one, other)
+    verdict = verdict and _roundings_agree(one, other)
+    # A sum or a limit may have a value of its own.
+    return verdict if verdict or not names else None
 
 
-def _equal_at_points(a, b, symbols, tolerance: float) -> bool | None:
+def _are_numbers(a, b) -> bool:
+    return not a.free_symbols and not b.free_symbols
+
+
+def _numbers_agree(a, b) -> bool | None:
+    """Whether two numbers are equal: rationals exactly, others in hundreds of digits."""
     import sympy
 
-    domain = _domain(a) + _domain(b)
-    generator = random.Random(len(symbols))
-    decided = 0
-    for point in range(_POINTS):
-        # Near 1, where powers stay small: positive, negative, positive, of either sign.
-        signs = ((1,), (-1,), (1,), (1, -1))[point % 4]
-        values = {
-            s: generator.choice(signs) * sympy.Rational(generator.randint(1, 2_000_000), 999_983)
-            for s in symbols
-        }
-        if not all(_is_positive(_value(base, values)) for base in domain):
-            continue
+    tolerance = _tolerance(a, b)
+    verdict = _close(_value(a, {}), _value(b, {}), tolerance)
+    if not verdict or a.has(sympy.Float) or b.has(sympy.Float):
+        return verdict
+    difference = (a - b).doit()
+    if difference.is_Rational:
+        return bool(difference == 0)
+    values = [_value(e, {}, _MORE_DIGITS) for e in (a, b)]
+    return _close(*values, sympy.Float(10) ** (_SPARE - _MORE_DIGITS))
+
+
+def _tolerance(a, b):
+    """The relative difference up to which values of the two are equal."""
+    import sympy
+
+    decimals = a.has(sympy.Float) or b.has(sympy.Float)
+    return sympy.Float(10) ** (-_DECIMALS if decimals else _SPARE - _DIGITS)
+
+
+def _at_points(a, b) -> bool | None:
+    decided, tolerance = 0, _tolerance(a, b)
+    for point, values in enumerate(_points(a, b)):
         verdict = _close(_value(a, values), _value(b, values), tolerance)
         if verdict is False:
             return False
@@ -198,6 +317,42 @@ def _equal_at_points(a, b, symbols, tolerance: float) -> bool | None:
         if decided > _FEWEST_POINTS and point >= 3:
             return True
     return True if decided >= _FEWEST_POINTS else None
+
+
+def _points(a, b):
+    """Values of the symbols at which every root and logarithm of both is real."""
+    import sympy
+
+    symbols = sorted(a.free_symbols | b.free_symbols, key=lambda s: s.name)
+    domain = _domain(a) + _domain(b)
+    generator = random.Random(len(symbols))
+    for point in range(_POINTS):
+        # Near 1, where powers stay small: positive, negative, positive, of either sign.
+        signs = ((1,), (-1,), (1,), (1, -1))[point % 4]
+        values = {
+            s: generator.choice(signs) * sympy.Rational(generator.randint(1, 2_000_000), 999_983)
+            for s in symbols
+        }
+        if all(_is_positive(_value(base, values)) for base in domain):
+            yield values
+
+
+def _roundings_agree(a, b) -> bool | None:
+    """Whether two expressions with floors agree: at small points all floors are alike."""
+    import sympy
+
+    kinds = (sympy.floor, sympy.ceiling, sympy.Mod)
+    symbols = sorted(a.free_symbols | b.free_symbols, key=lambda s: s.name)
+    if not symbols or not (a.has(*kinds) or b.has(*kinds)):
+        return True
+    generator = random.Random(len(symbols))
+    for point in range(1, _WHOLE_POINTS):
+        values = {
+            s: point if len(symbols) == 1 else generator.randint(1, _WHOLE_POINTS) for s in symbols
+        }
+        if _close(_value(a, values), _value(b, values), _tolerance(a, b)) is False:
+            return False
+    return True
 
 
 def _domain(e) -> list:
@@ -213,28 +368,24 @@ def _is_positive(value) -> bool:
     return value is not None and value.is_real is not False and bool(value.as_real_imag()[0] > 0)
 
 
-def _value(e, values):
+def _value(e, values, digits: int = _DIGITS):
     """The number that an expression is at a point; None where it is none."""
     import sympy
 
     try:
-        value = e.evalf(_DIGITS, subs=values) if values else e.evalf(_DIGITS)
+        value = e.evalf(digits, subs=values) if values else e.evalf(digits)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError, KeyError):
         return None
     known = value.is_number and not value.has(sympy.nan, sympy.zoo, sympy.oo)
     parts = value.as_real_imag() if known else ()
-    return (
-        value
-        if parts and all(part.is_Float or part.is_Integer or part.is_Rational for part in parts)
-        else None
-    )
+    if not parts or not all(part.is_Float or part.is_Rational for part in parts):
+        return None
+    real, imaginary = (0 if p.is_Float and p._prec <= _NOISE else p for p in parts)
+    return real + sympy.I * imaginary
 
 
-def _close(a, b, tolerance: float) -> bool | None:
-    """Whether two values agree; None where either is missing, both vanish, or they are huge."""
+def _close(a, b, tolerance) -> bool | None:
+    """Whether two values agree; None where either is missing."""
     if a is None or b is None:
         return None
-    size = max(abs(a), abs(b))
-    if size > _LARGEST or size < 1e-40:
-        return None
-    return bool(abs(a - b) <= tolerance * size)
+    return bool(abs(a - b) <= tolerance * max(abs(a), abs(b)))

@@ -14,6 +14,7 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 _BARE_CHOICE = re.compile(r"\(?\s*([A-J])\s*\)?")
+_MORE_LETTERS = re.compile(r"(?:(?:[\s,;&/]|\band\b|\bor\b)*\(?[A-J]\b[).]?)+\s*")
 _LETTERS = re.compile(r"\(?[A-J]\)?(?:(?:[\s,;&]|\band\b)+\(?[A-J]\)?)+|[A-J]{2,}")
 _OPENING_VERDICT = re.compile(r"(yes|no|true|false)(?:[,.;:]|\s+(?:it|they|this|that|because)\b).*")
 
@@ -87,6 +88,8 @@ def choices_agree(gold: str, prediction: str) -> bool | None:
         return labelled[1] == bare[1] if labelled and bare else None
     if found is None:
         return None
+    if _MORE_LETTERS.fullmatch(found[4]):
+        return False  # a list of choices is none
     return letter[1] == next(group for group in found.groups()[:3] if group).upper()
 
 

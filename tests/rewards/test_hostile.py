@@ -13,7 +13,7 @@ HOSTILE = {
     "100 kB": (r"\boxed{" + "1+" * 50_000 + "1}", "unparsed"),
     "unbalanced": (r"\boxed{{{{" + r"\boxed{" * 20_000, "unparsed"),
     "zero width": (r"\boxed{" + "\u200b" * 50_000 + "5}", "unparsed"),
-    "hang": (r"\boxed{10000000!}", "timeout"),
+    "factorial": (r"\boxed{10000000!}", "ok"),  # compared with 42 without being computed
 }
 ORDINARY = [(r"so $\boxed{\frac{%d}{2}}$", "%d"), (r"thus $\boxed{x^%d+1}$", "1+x^%d")]
 

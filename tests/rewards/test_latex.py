@@ -12,7 +12,7 @@ from luspo_jax.rewards import latex
     [
         ("$ 5 $.", "5"),
         (r"\( x \)", "x"),
-        ("$1$ and $2$", "$1$ and $2$"),
+        ("$1$ and $2$", "1 and 2"),
         (r"\dfrac{1}{2}", r"\frac{1}{2}"),
         (r"11,\! 111", "11,111"),
         (r"\left( 3, \frac{\pi}{2} \right)", r"( 3, \frac{\pi}{2} )"),
@@ -33,7 +33,7 @@ from luspo_jax.rewards import latex
         ("2√3", r"2\sqrt{3}"),
         ("10 or 12", "10 or 12"),
         ("2 pi", "2 pi"),
-        ("3 m²", "3"),
+        ("3 m²", r"3 \text{m}^{2}"),
         (r"\$12", r"\$12"),
     ],
 )

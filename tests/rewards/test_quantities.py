@@ -18,7 +18,7 @@ from luspo_jax.rewards import quantities
         (r"17\text{ apples}", "17", None, Fraction(1)),
         ("12 dollars", "12", (("money", 1),), Fraction(1)),
         ("5 million", r"5 \times 10^{6}", None, Fraction(1)),
-        (r"30^{\circ}", "30", None, Fraction(1)),
+        (r"30^{\circ}", "30", (("angle", 1),), Fraction(1)),
     ],
 )
 def test_units(answer, value, unit, factor):
