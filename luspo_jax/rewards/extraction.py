@@ -54,15 +54,6 @@ def with_opening(prompt: str, response: str) -> str:
     return tag + rest + response if tag and not rest.strip() else response
 
 
-def after_reasoning(text: str) -> str:
-    """What a response says after its last `</think>`; all of it where it has neither tag.
-
-    Nothing where a `<think>` is not closed: what was thought is no answer.
-    """
-    spoken = text.rpartition("</think>")[2]
-    return "" if "<think>" in spoken else spoken
-
-
 def boxed_contents(text: str) -> list[str]:
     """What each closed, outermost `\\boxed{…}` (or `\\fbox{…}`) holds, in order of appearance."""
     return [text[start:end] for start, end in _boxes(text)]
