@@ -237,8 +237,30 @@ def stated_number(response: str) -> tuple[str, Fraction] | None:
         found = _numeral(_CLAUSE_END.split(sentence[verb.end() :])[0])
         if found:
             return found
-    numerals = _NUMERAL.findall(_BOUND.sub("", plain(sentence)))
+    text = _BOUND.sub("", plain(sentence))
+    numerals = [] if "\\" in text else _NUMERAL.findall(text)  # a part of a formula is none
     return _numeral(numerals[0]) if len(numerals) == 1 else None
+
+
+def free_form_answer(response: str, reference: str) -> str | None:
+    """The answer that a response states, of a sentence what follows its verb.
+
+    `The length is $2\\sqrt{3}$.` states the formula, as `The answer is …` would; the reference's own
+    sentence states itself.
+    """
+    stated = stated_answer(response)
+    if stated and (
+        final_answer(answer_part(response))
+        or not is_running_text(stated)
+        or same_text(stated, plain(reference))
+    ):
+        return stated
+    number = stated_number(response)
+    if number or not stated:
+        return number and number[0]
+    sentence = _not_denied(_SENTENCE.split(stated)[-1]).removesuffix(".")
+    verbs = list(_VERB.finditer(sentence))
+    return sentence[verbs[-1].end() :] if verbs else stated
 
 
 def _not_denied(text: str) -> str:

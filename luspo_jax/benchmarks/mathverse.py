@@ -2,11 +2,10 @@
 
 from luspo_jax.benchmarks.answer_extraction import (
     chosen_labels,
+    free_form_answer,
     labelled_options,
     labels_in,
     option_read,
-    stated_answer,
-    stated_number,
 )
 from luspo_jax.benchmarks.free_form import VERIFIER, Pair
 from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accuracy
@@ -16,7 +15,7 @@ def read(item: Item, response: str) -> Reading:
     """The reading of a response: letters where the reference is letters, else the math verifier."""
     gold = labels_in(item.answer) if _is_choice(item) else None
     if gold is None or not all(label.isalpha() for label in gold):
-        stated = stated_answer(response) or (stated_number(response) or (None,))[0]
+        stated = free_form_answer(response, item.answer)
         kit = stated is not None and stated.strip() == item.answer.strip()
         return Reading(
             False if stated is None else Pair(_once(item.answer), _once(stated)), kit, stated

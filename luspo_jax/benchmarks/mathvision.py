@@ -3,10 +3,10 @@
 import re
 
 from luspo_jax.benchmarks.answer_extraction import (
+    free_form_answer,
     lettered,
     option_read,
     stated_answer,
-    stated_number,
 )
 from luspo_jax.benchmarks.free_form import VERIFIER, Pair
 from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accuracy
@@ -18,7 +18,7 @@ def read(item: Item, response: str) -> Reading:
     options = lettered(item.meta["choices"] or ())
     if options or re.fullmatch(r"[A-Z]", item.answer.strip()):
         return _choice(item, response, options)
-    stated = stated_answer(response) or (stated_number(response) or (None,))[0]
+    stated = free_form_answer(response, item.answer)
     if stated is None:
         return Reading(False, equal_answers(response, item.answer))
     kit = equal_answers(response, item.answer) or equal_answers(stated, item.answer)

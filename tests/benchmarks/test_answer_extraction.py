@@ -163,7 +163,7 @@ def test_announced_sets():
         (r"\frac{1}{2}", Fraction(1, 2), ""),
         (r"1.5 \times 10^{3}", 1500, ""),
         ("145°", 145, r"^{\circ}"),
-        ("9 cm²", 9, ""),
+        ("9 cm²", 9, "cm^{2}"),
     ],
 )
 def test_numbers(answer, value, unit):

@@ -45,6 +45,19 @@ def test_a_choice_whose_reference_is_no_letter_goes_to_the_verifier():
     assert read(_item("False"), "false").strict == Pair("False", "false")
 
 
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"Its length is $2\sqrt{3}$.", r"$2\sqrt{3}$"),
+        (r"Its length is not $2\sqrt{3}$, it is $\sqrt{3}$.", r"$\sqrt{3}$"),
+        ("The distance is 8.3.", "8.3"),
+        (r"2\sqrt{3}", r"2\sqrt{3}"),
+    ],
+)
+def test_a_sentence_states_what_follows_its_verb(response, answer):
+    assert read(_item("1", kind="free-form"), response).extracted == answer
+
+
 def test_free_form_end_to_end():
     cases = [
         ("2191.7 metres", r"\boxed{2191.7}", True),
