@@ -238,7 +238,8 @@ def stated_number(response: str) -> tuple[str, Fraction] | None:
         if found:
             return found
     text = _BOUND.sub("", plain(sentence))
-    numerals = [] if "\\" in text else _NUMERAL.findall(text)  # a part of a formula is none
+    # A part of a formula is no number of the sentence.
+    numerals = [] if re.search(r"\\[a-zA-Z]", text) else _NUMERAL.findall(text)
     return _numeral(numerals[0]) if len(numerals) == 1 else None
 
 
