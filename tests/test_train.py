@@ -496,6 +496,6 @@ def test_a_run_may_be_older_than_a_field():
     config = configuration.default_config()
     old = json.loads(json.dumps(configuration.flat(config)))
     del old["train.freeze_vision"], old["data.max_pixels"]
-    assert configuration.changes(old, config) == []
+    assert configuration.changes(old, config) == {}
     config.data.max_pixels = 1000
-    assert configuration.changes(old, config) == ["data.max_pixels: 0 in the workdir, 1000 now"]
+    assert configuration.changes(old, config) == {"data.max_pixels": (0, 1000)}

@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.command import UsageError
 from luspo_jax.benchmarks import Record
-from luspo_jax.watchdog import write_atomically
+from luspo_jax.files import write_text
 
 MANIFEST = "evaluation.json"
 
@@ -58,7 +58,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     """Replaces it."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
-    write_atomically(folder / MANIFEST, text + "\n")
+    write_text(folder / MANIFEST, text + "\n")
 
 
 def begin(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def part_path(folder: pathlib.Path, benchmark: str, number: int) -> pathlib.Path
 def write_part(path: pathlib.Path, records: Sequence[Record]) -> None:
     """Writes a part whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(record.to_json() for record in records))
+    write_text(path, "".join(record.to_json() for record in records))
 
 
 def read_part(path: pathlib.Path) -> list[Record]:

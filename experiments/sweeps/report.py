@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.sweeps import runner, spec
 from experiments.sweeps.spec import Member, Outcome, Sweep
-from luspo_jax.watchdog import write_atomically
+from luspo_jax.files import write_text
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook); beyond
 # 30 the next smaller entry is taken, which makes an interval slightly too wide.
@@ -202,10 +202,10 @@ def _write(sweep, workdir, results):
     missing = [f"{r.member.name}: {r.missing}" for r in results if r.missing]
     if missing:
         markdown += "\nMissing:\n" + "".join(f"- {line}\n" for line in missing)
-    write_atomically(workdir / "table.md", markdown)
-    write_atomically(workdir / "table.csv", _csv(*_spread_out(columns, rows)))
+    write_text(workdir / "table.md", markdown)
+    write_text(workdir / "table.csv", _csv(*_spread_out(columns, rows)))
     names = [outcome.name for outcome in sweep.outcomes]
-    write_atomically(
+    write_text(
         workdir / "results.csv",
         _csv(
             ["variant", "seed", *names, "missing"],

@@ -19,8 +19,8 @@ from experiments.sweeps import spec
 from experiments.sweeps.spec import Member, Sweep
 from luspo_jax import config as configuration
 from luspo_jax.config import ConfigError
+from luspo_jax.files import write_text
 from luspo_jax.metrics import read_metrics
-from luspo_jax.watchdog import write_atomically
 from luspo_jax.workdir import WorkdirError
 
 Task = dict  # what a worker reads: folder, log, config, fingerprint, compile_cache
@@ -154,7 +154,7 @@ def _claim_locked(workdir, prints):
             f"{workdir} holds another sweep: {', '.join(changed[:5])} "
             f"{'has' if len(changed) == 1 else 'have'} other fields there; choose another --workdir"
         )
-    write_atomically(file, json.dumps({"members": stored | prints}, indent=1) + "\n")
+    write_text(file, json.dumps({"members": stored | prints}, indent=1) + "\n")
 
 
 def _task(member, config, fingerprint, workdir) -> Task:
