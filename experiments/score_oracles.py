@@ -1,7 +1,7 @@
 """Agreement of the verifiers with public sets of labelled answers.
 
     python -m experiments.score_oracles --data=../shared/data/oracles
-    python -m experiments.score_oracles --data=../shared/data/oracles --write=docs/rewards.md
+    python -m experiments.score_oracles --write=docs/rewards.md --overwrite
 
 Prints, for each set found in the folder, agreement, precision and recall on the answers labelled
 right, and verdicts a second, then every disagreement. A label is no proof: some sets carry the
@@ -13,21 +13,25 @@ import collections
 import csv
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 
-from absl import app, flags
+from absl import flags
 
+from experiments import command
+from luspo_jax import files
 from luspo_jax.rewards import Reward, Sample, Scorer, verifier
 
 _DATA = flags.DEFINE_string("data", "../shared/data/oracles", "folder of the labelled sets")
 _WORKERS = flags.DEFINE_integer("workers", None, "worker processes; by default one a core")
 _SHOWN = flags.DEFINE_integer("shown", 40, "disagreements printed for each set")
 _WRITE = flags.DEFINE_string("write", None, "also write the results as this Markdown file")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace that file if it exists")
 _REVIEWS = pathlib.Path(__file__).with_name("oracle_reviews.tsv")
 _HEAD = """# Verifiers against labelled answers
 
-    python -m experiments.score_oracles --data=../shared/data/oracles --write=docs/rewards.md
+    python -m experiments.score_oracles --write=docs/rewards.md --overwrite
 
 wrote this. Precision and recall are of the verdict "right". A label is no proof: below, each
 disagreement says who is right, and why.
@@ -187,8 +191,10 @@ def markdown(results: dict[str, tuple]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv) -> None:
-    del argv
+def main() -> None:
+    """Scores what the folder holds, prints, and writes where asked."""
+    if _WRITE.value:
+        files.check_file(_WRITE.value, flag="--write", overwrite=_OVERWRITE.value)
     data = pathlib.Path(_DATA.value)
     present = [name for name, (folder, *_) in SETS.items() if (data / folder).is_dir()]
     if not present:
@@ -198,8 +204,8 @@ def main(argv) -> None:
         results[name] = score(name, data, _WORKERS.value)
         _print(name, results[name])
     if _WRITE.value:
-        pathlib.Path(_WRITE.value).write_text(markdown(results), encoding="utf-8")
+        files.write_new(_WRITE.value, markdown(results), flag="--write", overwrite=_OVERWRITE.value)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(command.call(main))

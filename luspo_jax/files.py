@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 MARK = ".luspo_jax.json"  # in a folder that we wrote: the names of what we wrote
@@ -60,30 +60,71 @@ def check_file(path: str | os.PathLike, *, flag: str, overwrite: bool = False) -
       PlaceError: it exists and `overwrite` is not said, or it cannot be made.
     """
     path = pathlib.Path(path).absolute()
-    if path.is_dir():
-        raise PlaceError(f"{flag}={path} is a folder: name a file")
-    if os.path.lexists(path) and not overwrite:
+    if path.exists() and not path.is_file():
+        raise PlaceError(f"{flag}={path} is no file: name a file")
+    if path.exists() and path.stat().st_size and not overwrite:
         raise PlaceError(
             f"{flag}={path} exists already: name another file, or pass --overwrite to replace it"
         )
     _check_writable(path.parent, flag, path)
 
 
+def write_new(
+    path: str | os.PathLike, text: str, *, flag: str = "--out", overwrite: bool = False
+) -> None:
+    """Writes a file that a flag names, as `check_file` allows it, with the folders above it."""
+    check_file(path, flag=flag, overwrite=overwrite)
+    path = pathlib.Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def check_own(
+    folder: str | os.PathLike, *, ours: Sequence[str], what: str, flag: str = "--workdir"
+) -> None:
+    """Checks that a folder where a command keeps its results is new, empty, or its own.
+
+    Args:
+      folder: to check.
+      ours: names of which one at least is in a folder of this kind.
+      what: such a folder holds, in words.
+      flag: that named the folder.
+
+    Raises:
+      PlaceError: it holds something else.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise PlaceError(f"{flag}={folder} is a file: name a folder")
+    # Names with a dot in front: a lock, a file that was being written.
+    names = {p.name for p in folder.glob("*") if not p.name.startswith(".")}
+    if names and names.isdisjoint(ours):
+        raise PlaceError(f"{flag}={folder} is not empty and holds no {what}: choose another")
+    _check_writable(folder, flag, folder)
+
+
 def check_folder(
-    folder: str | os.PathLike, *, flag: str = "--out", overwrite: bool = False
+    folder: str | os.PathLike, *, flag: str = "--out", overwrite: bool | None = None
 ) -> None:
     """Checks that a folder may be written where a flag says, before anything slow.
 
+    Args:
+      folder: to check.
+      flag: that named the folder.
+      overwrite: whether the user allows to replace what we wrote there; None where none is asked.
+
     Raises:
-      PlaceError: it holds something, unless we wrote that and `overwrite` is said; or it cannot be
-        made.
+      PlaceError: it holds something, or it cannot be made.
     """
     folder = pathlib.Path(folder).absolute()
     if os.path.lexists(folder):
         if not folder.is_dir():
             raise PlaceError(f"{flag}={folder} is a file: name a folder")
         if any(folder.iterdir()) and not overwrite:
-            raise PlaceError(f"{flag}={folder} exists already and is not empty: name another")
+            hint = "" if overwrite is None else ", or pass --overwrite to replace it"
+            raise PlaceError(
+                f"{flag}={folder} exists already and is not empty: name another folder{hint}"
+            )
         if any(folder.iterdir()) and not (folder / MARK).is_file():
             raise PlaceError(
                 f"{flag}={folder} is not empty and luspo_jax did not write it (there is no {MARK} "
@@ -94,7 +135,11 @@ def check_folder(
 
 @contextlib.contextmanager
 def new_folder(
-    folder: str | os.PathLike, *, flag: str = "--out", overwrite: bool = False, own: bool = False
+    folder: str | os.PathLike,
+    *,
+    flag: str = "--out",
+    overwrite: bool | None = None,
+    own: bool = False,
 ) -> Iterator[pathlib.Path]:
     """A temporary sibling that takes the folder's name when the block ends, or vanishes.
 
@@ -107,7 +152,7 @@ def new_folder(
     Raises:
       PlaceError: as `check_folder`, and where the disk is full or read-only.
     """
-    folder = pathlib.Path(folder).absolute()
+    folder = pathlib.Path(os.path.realpath(folder))
     if not own:
         check_folder(folder, flag=flag, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -177,7 +222,11 @@ def _replace(partial, folder):
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     ours = _written(folder) | {path.name for path in partial.iterdir()}
     folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
     for path in old.iterdir():
         if path.name not in ours:
             path.rename(folder / path.name)

@@ -312,6 +312,7 @@ def export_policy(
     folder: pathlib.Path,
     *,
     dtype: str = "float32",
+    overwrite: bool | None = None,
     own: bool = False,
 ) -> None:
     """Writes the policy as a folder that `transformers` loads; process 0 writes, all call.
@@ -320,9 +321,10 @@ def export_policy(
       config: of the run.
       model: its architecture and tokenizer.
       params: its weights.
-      folder: must be empty or new, unless `own`: the place is the run's.
+      folder: must be empty or new.
       dtype: type to store.
-      own: replace the run's last export.
+      overwrite: replace an earlier export of ours there.
+      own: the place is the run's, whose last export is replaced.
     """
     # Another tokenizer or architecture is not that of the folder's files.
     source = None if config.model.overrides or config.model.tokenizer else model.folder
@@ -338,7 +340,14 @@ def export_policy(
             images.write_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
 
     decoder_weights.export(
-        folder, params, model.config, source=source, dtype=dtype, own=own, finish=finish
+        folder,
+        params,
+        model.config,
+        source=source,
+        dtype=dtype,
+        overwrite=overwrite,
+        own=own,
+        finish=finish,
     )
 
 

@@ -311,7 +311,7 @@ def export(
     source: str | pathlib.Path | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
-    overwrite: bool = False,
+    overwrite: bool | None = None,
     own: bool = False,
     finish: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
