@@ -56,6 +56,8 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
         watchdog.failed(error, str(error) or type(error).__name__)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return _refuse(f"{error}: free some space, then run the same command again", 1)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            return _refuse(f"{error.filename}: {error.strerror}", 1)
         if type(error).__name__ not in _FORESEEN and type(error) is not FileNotFoundError:
             raise
         return _refuse(str(error), 2 if isinstance(error, ValueError) else 1)
@@ -92,8 +94,8 @@ def _ascii(sign: str) -> str:
 # By name, because importing the modules that define them would import jax before flags are read.
 _FORESEEN = (
     "AgreementError", "BenchmarkError", "CheckpointError", "ClusterError", "ConfigError",
-    "DataError", "MeshError", "MismatchError", "TooManyFailures", "UsageError", "WeightsError",
-    "WorkdirError",
+    "DataError", "MeshError", "MetricsError", "MismatchError", "PlaceError", "TooManyFailures",
+    "UsageError", "WeightsError", "WorkdirError",
 )  # fmt: skip
 
 

@@ -28,11 +28,12 @@ def run_figure(workdir: pathlib.Path) -> pathlib.Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from luspo_jax import files
     from luspo_jax.metrics import read_metrics
 
     workdir = pathlib.Path(workdir)
     source = workdir / "metrics.jsonl"
-    if not source.is_file():
+    if not source.is_file() or not (workdir / "run.json").exists():
         raise FileNotFoundError(f"no metrics at {source}: is {workdir} the --workdir of a run?")
     rows = list(read_metrics(source))
     figure, axes = plt.subplots(1, len(_PANELS), figsize=(13, 3.6), layout="constrained")
@@ -49,7 +50,8 @@ def run_figure(workdir: pathlib.Path) -> pathlib.Path:
     axes[-1].set_ylim(0, 1)
     figure.suptitle(workdir.name, fontsize=10)
     target = workdir / "summary.png"
-    figure.savefig(target, dpi=120)
+    with files.replacing(target) as scratch:
+        figure.savefig(scratch, dpi=120)
     plt.close(figure)
     return target
 

@@ -5,14 +5,15 @@
 
 import dataclasses
 import inspect
-import pathlib
 import sys
 
 from absl import flags
 
 from experiments import command
+from luspo_jax import files
 
 _OUT = flags.DEFINE_string("page", "docs/objectives.md", "File to write.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace that file if it exists.")
 
 AXES = ("ratio", "surrogate", "length_scale", "aggregation", "advantage")
 
@@ -107,10 +108,9 @@ def field_table() -> str:
 
 def main() -> None:
     """Writes the page."""
-    path = pathlib.Path(_OUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(), encoding="utf-8")
-    print(f"{path} written")
+    allowed = _OVERWRITE.value or _OUT.value == _OUT.default  # our own page is there
+    files.write_new(_OUT.value, page(), flag="--page", overwrite=allowed)
+    print(f"{_OUT.value} written")
 
 
 if __name__ == "__main__":

@@ -14,18 +14,19 @@ Exits with 1 where something does not fit, naming the program, the bytes and a c
 
 import json
 import os
-import pathlib
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
 from experiments import command
+from luspo_jax import files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Machine, as v5p:2x2x4, h100:1x8 or local.")
 _JSON = flags.DEFINE_string("json", "", "File for the report as JSON.")
 _MARKDOWN = flags.DEFINE_string("markdown", "", "File for the report as Markdown.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace these files if they exist.")
 _MEAN = flags.DEFINE_float("mean_length", None, "Assumed mean response length; unset = longest/4.")
 _LONGEST = flags.DEFINE_integer("max_length", None, "Assumed longest response; unset = the limit.")
 _LIVE = flags.DEFINE_integer("live", 0, "Sequences a host decodes, for rollout.num_slots.", 0)
@@ -39,6 +40,9 @@ _SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest settings that
 
 def main() -> None:
     """Rehearses, prints, writes, and refuses what does not fit."""
+    for flag in (_JSON, _MARKDOWN):
+        if flag.value:
+            files.check_file(flag.value, flag=f"--{flag.name}", overwrite=_OVERWRITE.value)
     if _TOPOLOGY.value != "local":
         # Nothing runs here: programs are made for devices that are not.
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -72,18 +76,17 @@ def main() -> None:
     if _SEARCH.value:
         report["search"] = search.search(case, report, say=say)
     print(reports.text(report))
-    _written(_JSON.value, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    _written(_MARKDOWN.value, reports.text(report) + "\n")
+    contents = {
+        _JSON: json.dumps(report, indent=2, allow_nan=False) + "\n",
+        _MARKDOWN: reports.text(report) + "\n",
+    }
+    for flag, content in contents.items():
+        if flag.value:
+            files.write_new(flag.value, content, flag=f"--{flag.name}", overwrite=_OVERWRITE.value)
     if _SEARCH.value:
         print(search.text(report["search"]))
     if not report["fits"]:
         raise SystemExit(search.refusal(report))
-
-
-def _written(path, content):
-    if path:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(path).write_text(content)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Agreement of the verifiers with public sets of labelled answers.
 
     python -m experiments.score_oracles --data=../shared/data/oracles
-    python -m experiments.score_oracles --data=../shared/data/oracles --write=docs/rewards.md
+    python -m experiments.score_oracles --write=docs/rewards.md
 
 Prints, for each set found in the folder, agreement, precision and recall on the answers labelled
 right, and verdicts a second, then every disagreement; and what plain Math-Verify says. A label is
@@ -13,10 +13,12 @@ beside this file.
 import collections
 import csv
 import pathlib
+import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
+from experiments import command
 from experiments.verdicts.judging import judged
 from experiments.verdicts.labelled import SETS
 from experiments.verdicts.page import cell, table, write_section
@@ -30,7 +32,7 @@ _REVIEWS = pathlib.Path(__file__).with_name("oracle_reviews.tsv")
 TITLE = "Verifiers against labelled answers"
 _HEAD = """Written by
 
-    python -m experiments.score_oracles --data=../shared/data/oracles --write=docs/rewards.md
+    python -m experiments.score_oracles --write=docs/rewards.md
 
 Precision and recall are of the verdict "right"; beside them, those of plain
 Math-Verify: `parse` of the gold in a box and of the response, as they are by default, and `verify`.
@@ -136,8 +138,8 @@ def _differences(results: dict[str, tuple]) -> list[list[str]]:
     return rows
 
 
-def main(argv) -> None:
-    del argv
+def main() -> None:
+    """Scores what the folder holds, prints, and writes where asked."""
     data = pathlib.Path(_DATA.value)
     present = [name for name, (folder, *_) in SETS.items() if (data / folder).is_dir()]
     if not present:
@@ -152,4 +154,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(command.call(main))

@@ -1,7 +1,9 @@
 """Trains a model: `python -m experiments.train --config=configs/quickstart.py --workdir=DIR`.
 
 Any field of the configuration can be set by flag: `--config.rollout.group_size=16`. Running the
-same command again continues the run. `--dry_run` prints what would run, and stops.
+same command again continues the run. `--dry_run` prints what would run, and stops. `--fork=RUN`
+begins a new workdir from a checkpoint of another one (`--fork_step`; its latest unless given), with
+whatever fields are changed; run.json says which.
 
 On several hosts: the same command on each, with `--coordinator=HOST:PORT --num_processes=N
 --process_id=I`, or with `--distributed=auto` on a TPU pod or under SLURM, Open MPI or Kubernetes.
@@ -19,6 +21,8 @@ from experiments import cluster, command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: metrics, checkpoints, export.")
+_FORK = flags.DEFINE_string("fork", None, "Workdir of a run to begin from; it is not changed.")
+_FORK_STEP = flags.DEFINE_integer("fork_step", None, "Checkpoint to begin from; the latest.", 0)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved run and stop.")
 
 
@@ -31,23 +35,36 @@ def main() -> None:
 
     config, several = command.config_value(_CONFIG), cluster.arguments()
     workdirs.check_place(_WORKDIR.value or "")
+    if _FORK_STEP.value is not None and not _FORK.value:
+        raise command.UsageError("--fork_step is of --fork: name the workdir to begin from")
     if several is not None:
         _join(config, several)
     with watchdog.phase("build"):
         run = runs.build(config)
         workdirs.check_processes(config)
+        facts, fork = runs.facts(run), None
+        if _FORK.value:
+            fork = workdirs.fork(_WORKDIR.value, _FORK.value, _FORK_STEP.value, config, facts)
         if distributed.is_writer():
             print(command.description(run))
+            if fork:
+                print(_begins(fork))
     if _DRY_RUN.value:
         distributed.stop()
         return
-    workdir = workdirs.Workdir(_WORKDIR.value, config, runs.facts(run))
+    workdir = workdirs.Workdir(_WORKDIR.value, config, facts, fork=fork)
     outcome = train.train(run, workdir)
     if distributed.is_writer():
         figure = figures.run_figure(workdir.path)
         print(f"base : {outcome.base}\nfinal: {outcome.final}")
         print(f"figure: {figure}" + (f"\nexport: {outcome.export}" if outcome.export else ""))
     distributed.stop()
+
+
+def _begins(fork) -> str:
+    """Where a fork begins, and what it changes."""
+    changed = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in fork["changed"].items())
+    return f"fork      : of {fork['run']} at step {fork['step']}; changed: {changed or 'nothing'}"
 
 
 def _join(config, arguments) -> None:

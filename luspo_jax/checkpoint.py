@@ -1,11 +1,14 @@
 """Orbax checkpoints that hold everything a bit-exact resume needs."""
 
+import concurrent.futures
 import contextlib
 import errno
+import json
 import logging
 import math
 import pathlib
 import shutil
+import zlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,12 +18,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from luspo_jax import distributed, files
 from luspo_jax.types import TrainState
 
 # Free space asked for before a save, as a multiple of the state's bytes: Orbax writes beside the
 # finished checkpoint and renames, so a save that fits leaves nothing half-written.
 _HEADROOM = 1.1
 _SHOWN = 8  # names listed of each kind in an error
+_SUMS = "checksums.json"  # in a checkpoint: file → CRC-32 of its bytes
+_PIECE = 1 << 24  # bytes of a file that are read at once
 
 
 class CheckpointError(Exception):
@@ -33,10 +39,27 @@ class Checkpointer:
     A checkpoint is named by the number of rollout steps taken when it was written. It holds the
     train state and a JSON record of the host's state (prompt stream, surplus prompts, counters).
     A state may be spread over a mesh, and be restored onto another mesh or one device.
+
+    Args:
+      folder: of the checkpoints; a save that a kill cut off is swept out of it.
+      keep_latest, keep_best: how many.
+      read_only: leave the folder as it is, which may be that of a run that is under way.
+
+    Raises:
+      CheckpointError: the folder cannot be written, or is not there to be read.
     """
 
-    def __init__(self, folder: str | pathlib.Path, *, keep_latest: int, keep_best: int):
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        *,
+        keep_latest: int = 1,
+        keep_best: int = 0,
+        read_only: bool = False,
+    ):
         self.folder = pathlib.Path(folder).absolute()
+        if read_only and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is not there: it comes with the first checkpoint")
         # Orbax reports each save on the root logger's INFO level; the run has its own console line.
         logging.getLogger("absl").addFilter(_not_orbax)
         keep = [policies.LatestN(keep_latest)]
@@ -58,7 +81,8 @@ class Checkpointer:
                 options=ocp.CheckpointManagerOptions(
                     best_fn=_best,
                     preservation_policy=policies.AnyPreservationPolicy(keep),
-                    cleanup_tmp_directories=True,
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
                     enable_async_checkpointing=False,
                 ),
             )
@@ -105,6 +129,7 @@ class Checkpointer:
                 force=True,
             )
             self._manager.wait_until_finished()
+            self._write_sums(step)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads checkpoint `step` into the shapes, types and places of `like`.
@@ -116,9 +141,15 @@ class Checkpointer:
             so that programs compiled for a new state take it.
 
         Raises:
-          CheckpointError: other arrays than those of `like`, named from the metadata before
-            anything is read, or a damaged checkpoint.
+          CheckpointError: there is none of that step, or it is damaged, or it has other arrays
+            than `like`; these are named from the metadata before any is read.
         """
+        steps = self._manager.all_steps()
+        if step not in steps:
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint of step {step}; there are: "
+                f"{', '.join(map(str, sorted(steps))) or 'none'}"
+            )
         restored = self._read(step, jax.tree.map(_abstract, like))
         leaves, tree = jax.tree.flatten(restored["state"])
         host = restored["host"]
@@ -129,6 +160,7 @@ class Checkpointer:
 
     def _read(self, step, abstract):
         try:
+            self._check_sums(step)
             stored = self._manager.item_metadata(step)["state"].tree
             problems = _misfits(stored, abstract)
             if not problems:
@@ -136,17 +168,58 @@ class Checkpointer:
                     state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()
                 )
                 return self._manager.restore(step, args=args)
+        except CheckpointError:
+            raise
         except Exception as error:  # Orbax raises many types; all mean the same to the user.
+            if not (self.folder / str(step)).is_dir():
+                raise CheckpointError(
+                    f"checkpoint {self.folder / str(step)} was deleted while it was read, by its "
+                    "run or by hand: run the same command again"
+                ) from error
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} cannot be read "
                 f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}): if it is "
-                "damaged, delete that folder to continue from the one before"
+                f"damaged: {self._way_out(step)}"
             ) from error
         raise CheckpointError(
             f"checkpoint {self.folder / str(step)} is of another model, optimizer or objective: "
             f"{'; '.join(problems)}. Go on with the settings that it was written with, or start "
             "in a new --workdir"
         )
+
+    def _write_sums(self, step):
+        """Writes the sums of all files, last: each process reads its share of them."""
+        folder = self.folder / str(step)
+        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        names = distributed.gather(names)[0]
+        own = _sums(folder, names[distributed.share(len(names))])
+        sums = {name: value for part in distributed.gather(own) for name, value in part.items()}
+        if distributed.is_writer():
+            files.write_text(folder / _SUMS, json.dumps(sums, indent=0) + "\n")
+
+    def _check_sums(self, step):
+        """Compares the files with their sums; an older checkpoint has none."""
+        folder = self.folder / str(step)
+        try:
+            stored = json.loads((folder / _SUMS).read_text())
+        except FileNotFoundError:
+            stored = {}
+        stored = distributed.gather(stored)[0]
+        names = sorted(stored)
+        found = _sums(folder, names[distributed.share(len(names))])
+        own = [name for name, value in found.items() if value != stored[name]]
+        wrong = [name for part in distributed.gather(own) for name in part]
+        if wrong:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: not as they were written are "
+                f"{', '.join(wrong[:_SHOWN])}; {self._way_out(step)}"
+            )
+
+    def _way_out(self, step):
+        earlier = [other for other in self._manager.all_steps() if other < step]
+        if earlier:
+            return f"delete that folder to continue from the one before, of step {max(earlier)}"
+        return "there is none before it: restore that folder from a copy, or start a new --workdir"
 
     def close(self) -> None:
         """Releases Orbax's threads."""
@@ -169,6 +242,22 @@ def bytes_written(x: Any, devices: Collection[jax.Device]) -> int:
     held = [shard.replica_id for shard in x.global_shards if shard.device in devices]
     copies = max(shard.replica_id for shard in x.global_shards) + 1
     return part * max(held.count(0), -(-len(held) // copies))
+
+
+def _sums(folder, names):
+    """name → CRC-32; None of a file that is not there."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(lambda name: _sum(folder / name), names), strict=True))
+
+
+def _sum(path):
+    if not path.is_file():
+        return None
+    value = 0
+    with path.open("rb") as stream:
+        while piece := stream.read(_PIECE):
+            value = zlib.crc32(piece, value)
+    return value
 
 
 def _abstract(like):

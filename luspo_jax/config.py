@@ -180,15 +180,15 @@ def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
             target[last] = value
 
 
-def changes(old: Mapping[str, Any], config: ConfigDict) -> list[str]:
-    """Fields in which `config` differs from a run's stored (flat) one and may not."""
+def changes(old: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """field → (old, new) where `config` differs from a run's stored (flat) one and may not."""
     new, defaults = (json.loads(json.dumps(flat(c))) for c in (config, default_config()))
     old = defaults | old  # a run is older than a field that it does not have
-    return [
-        f"{name}: {old.get(name)!r} in the workdir, {new.get(name)!r} now"
+    return {
+        name: (old.get(name), new.get(name))
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name) and not name.startswith(_FREE_TO_CHANGE)
-    ]
+    }
 
 
 def fingerprint(config: ConfigDict) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from luspo_jax import files
 from luspo_jax.datasets.images import StoredImage
 from luspo_jax.datasets.pixel_worker import ALARMS, answer
 from luspo_jax.datasets.pixels import REASONS, ImageError, Patching
@@ -187,9 +188,7 @@ def write_limits(folder: str | pathlib.Path, *, min_pixels: int = 0, max_pixels:
                 values[field] = edges[edge]
                 if edge in (values.get("size") or {}):
                     values["size"][edge] = edges[edge]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(stored, indent=2) + "\n")
-        partial.replace(path)
+        files.write_text(path, json.dumps(stored, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

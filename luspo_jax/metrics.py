@@ -16,8 +16,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from luspo_jax import watchdog
+from luspo_jax import files, watchdog
 from luspo_jax.values import nearest
+
+
+class MetricsError(ValueError):
+    """Metrics that cannot be read; the message has file and line."""
+
 
 REDUCERS = ("mean", "sum", "max", "min", "last")
 
@@ -223,16 +228,25 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     A last line that was cut off by a crash is left out.
 
     Raises:
-      ValueError: another line is not JSON.
+      MetricsError: another line is damaged.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    for _, record in _lines_and_records(path):
+        yield record
+
+
+def _lines_and_records(path):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-        odd = record.pop("nonfinite", {})
-        yield record | {name: float(text) for name, text in odd.items()}
+            odd = record.pop("nonfinite", {})
+            record |= {name: float(text) for name, text in odd.items()}
+            record["step"] = int(record["step"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MetricsError(
+                f"{path}, line {number}: no metrics of a step ({type(error).__name__}: {error}); "
+                "delete that line to go on without its figures"
+            ) from error
+        yield line, record
 
 
 def console_line(step: int, num_steps: int | None, values: Mapping[str, float]) -> str:
@@ -320,14 +334,17 @@ class MetricsWriter:
     def truncate_after(self, step: int) -> None:
         """Forget everything after a step, as a run that goes on from its checkpoint must."""
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            records = read_metrics(self.path)
             kept = [
-                line for line, record in zip(lines, records, strict=False) if record["step"] <= step
+                line.decode() + "\n"
+                for line, record in _lines_and_records(self.path)
+                if record["step"] <= step
             ]
-            replace_file(self.path, "".join(kept))
+            if not self.path.read_bytes().endswith(b"\n") and self._console is not None:
+                self._console(f"{self.path}: its last line was cut off, and is dropped")
+            files.write_text(self.path, "".join(kept))
         for path in (self._workdir / "rollouts").glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) > step:
+            number = path.stem.removeprefix("step_")
+            if number.isdecimal() and int(number) > step:  # any other file is not ours
                 path.unlink()
         self._purge_step = step + 1
 
@@ -336,7 +353,7 @@ class MetricsWriter:
         path = self._workdir / "rollouts" / f"step_{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
-        replace_file(path, "".join(lines))
+        files.write_text(path, "".join(lines))
         return path
 
     def close(self) -> None:
@@ -394,16 +411,6 @@ class RolloutRecord:
     truncated: bool
 
 
-def replace_file(path: pathlib.Path, content: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(path)
-
-
 def _append(path: pathlib.Path, line: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -424,7 +431,7 @@ def _wandb_run(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | 
         ) from error
     id_file = workdir / "wandb_id"
     if not id_file.exists():
-        replace_file(id_file, wandb.util.generate_id())
+        files.write_text(id_file, wandb.util.generate_id())
     return wandb.init(
         project=project,
         id=id_file.read_text(),

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from luspo_jax import (
@@ -26,38 +27,28 @@ from luspo_jax import (
     instruments,
     objectives,
     optimizer,
-    prompts,
     shaping,
     watchdog,
 )
 from luspo_jax import config as configuration
+from luspo_jax.beginning import Carried, begin, host_state
 from luspo_jax.checkpoint import Checkpointer
 from luspo_jax.evaluate import Evaluation
 from luspo_jax.experience import Group, Rollouts
-from luspo_jax.length.steering import LengthState
 from luspo_jax.metrics import MetricsWriter, SilentWriter, StepMetrics, timed
 from luspo_jax.models import decoder_weights, vision_weights
 from luspo_jax.rollout import Request, RolloutStats
 from luspo_jax.run import Run
+from luspo_jax.sources import Model
 from luspo_jax.types import TrainBatch, TrainState
 from luspo_jax.update import (
-    abstract_state,
     fetched,
-    initial_state,
     parked,
     put_rows,
     refresh_reference,
     update_step,
 )
 from luspo_jax.workdir import Workdir
-
-
-@dataclasses.dataclass(frozen=True)
-class Carried:
-    """What one step hands to the next on the host: groups left over, and what lengths did."""
-
-    surplus: Sequence[Group] = ()
-    length: LengthState = dataclasses.field(default_factory=LengthState)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +70,19 @@ class Outcome:
 
 
 def train(run: Run, workdir: Workdir) -> Outcome:
-    """Trains from where the workdir stands to `config.num_steps` rollout steps."""
+    """Trains from where the workdir stands to `config.num_steps` rollout steps.
+
+    Raises:
+      WorkdirError: the workdir was deleted or moved meanwhile.
+    """
+    try:
+        return _train(run, workdir)
+    except Exception:
+        workdir.check_there()  # else this is not why it failed
+        raise
+
+
+def _train(run: Run, workdir: Workdir) -> Outcome:
     output, num_steps = run.config.output, run.config.num_steps
     checkpointer = Checkpointer(
         workdir.path / "checkpoints", keep_latest=output.keep_latest, keep_best=output.keep_best
@@ -89,7 +92,7 @@ def train(run: Run, workdir: Workdir) -> Outcome:
         stack.enter_context(run.scorer)
         stack.enter_context(contextlib.closing(run.data))
         with watchdog.phase("restore"):
-            state, start, evaluations, carried = begin(run, checkpointer)
+            state, start, evaluations, carried = begin(run, checkpointer, workdir.forked_from)
             state = parked(state, run.config.train.offload)
         silent = None if distributed.is_writer() else True  # None: silent where there is no console
         bar = stack.enter_context(
@@ -97,13 +100,14 @@ def train(run: Run, workdir: Workdir) -> Outcome:
         )
         writer = stack.enter_context(contextlib.closing(_writer(run, workdir, bar)))
         # A run without a checkpoint starts over, whatever an earlier attempt has written.
-        writer.truncate_after(start if evaluations else -1)
+        writer.truncate_after(start if evaluations else start - 1)
         if not evaluations:
             with watchdog.phase("evaluate"):
-                evaluations = [(0, held_out(run, state))]
-            writer.write(0, _held_out_metrics(run, evaluations[0][1]))
+                evaluations = [(start, held_out(run, state))]
+            writer.write(start, _held_out_metrics(run, evaluations[0][1]))
         for step in range(start, num_steps):
             watchdog.at_step(step + 1)
+            workdir.check_there()
             metrics = StepMetrics()
             state, carried, rollouts, advantages_B = rollout_step(
                 run, state, carried, step, metrics=metrics, check_mismatch=step == start
@@ -123,49 +127,13 @@ def train(run: Run, workdir: Workdir) -> Outcome:
                 score = measured.accuracy if measured else None
                 with watchdog.phase("checkpoint"):
                     checkpointer.save(taken, state, host, metric=score)
+                    workdir.note_checkpoint(taken)
             bar.update()
         export = workdir.path / "export" if output.export else None
         if export is not None:
             with watchdog.phase("export"):
-                export_policy(run, state, export)
+                export_policy(run.config, run.model, state.params, export, own=True)
     return Outcome(evaluations, export)
-
-
-def begin(
-    run: Run, checkpointer: Checkpointer
-) -> tuple[TrainState, int, list[tuple[int, Evaluation]], Carried]:
-    """State, steps taken, held-out results, what is carried: of the latest checkpoint, or new."""
-    latest = checkpointer.latest_step()
-    distributed.agree({"the checkpoint to continue from": latest})  # each looked for itself
-    if latest is None:
-        return begin_state(run), 0, [], Carried()
-    like = abstract_state(run.rule, marked=run.length.every > 0)
-    state, host = checkpointer.restore(latest, like)
-    run.data.stream.set_state(host["stream"])
-    evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
-    surplus = [
-        dataclasses.replace(group, prompt=prompts.pictured(group.prompt, run.data.renderer))
-        for group in experience.from_json(host["surplus"])
-    ]
-    carried = Carried(surplus, LengthState.from_json(host["length"]))
-    return state, latest, evaluations, carried
-
-
-def begin_state(run: Run) -> TrainState:
-    """The state of a run that has taken no step."""
-    return initial_state(run.initial_params(), run.rule, marked=run.length.every > 0)
-
-
-def host_state(
-    run: Run, evaluations: list[tuple[int, Evaluation]], carried: Carried
-) -> dict[str, Any]:
-    """What decides the next step beside the train state, as JSON values."""
-    return {
-        "stream": run.data.stream.get_state(),
-        "evaluations": [(step, dataclasses.asdict(e)) for step, e in evaluations],
-        "surplus": experience.to_json(carried.surplus),
-        "length": carried.length.to_json(),
-    }
 
 
 def rollout_step(
@@ -338,28 +306,49 @@ def held_out(run: Run, state: TrainState) -> Evaluation:
 
 
 def export_policy(
-    run: Run, state: TrainState, folder: pathlib.Path, *, dtype: str = "float32"
+    config: ConfigDict,
+    model: Model,
+    params: Any,
+    folder: pathlib.Path,
+    *,
+    dtype: str = "float32",
+    overwrite: bool | None = None,
+    own: bool = False,
 ) -> None:
-    """Writes the policy as a folder that `transformers` loads; process 0 writes, all call."""
-    model = run.config.model  # another tokenizer or architecture is not that of the folder's files
-    source = None if model.overrides or model.tokenizer else run.model.folder
+    """Writes the policy as a folder that `transformers` loads; process 0 writes, all call.
+
+    Args:
+      config: of the run.
+      model: its architecture and tokenizer.
+      params: its weights.
+      folder: must be empty or new.
+      dtype: type to store.
+      overwrite: replace an earlier export of ours there.
+      own: the place is the run's, whose last export is replaced.
+    """
+    # Another tokenizer or architecture is not that of the folder's files.
+    source = None if config.model.overrides or config.model.tokenizer else model.folder
+
+    def finish(folder):
+        if source is None:
+            model.tokenizer.save_pretrained(folder)
+            for name in vision_weights.COPIED_FILES:  # else the export could not read images
+                if (model.folder / name).is_file():
+                    shutil.copyfile(model.folder / name, folder / name)
+        if model.config.vision is not None:
+            data = config.data
+            images.write_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+
     decoder_weights.export(
         folder,
-        state.params,
-        run.model.config,
+        params,
+        model.config,
         source=source,
         dtype=dtype,
-        overwrite=True,
+        overwrite=overwrite,
+        own=own,
+        finish=finish,
     )
-    if source is None and distributed.is_writer():
-        run.model.tokenizer.save_pretrained(folder)
-        for name in vision_weights.COPIED_FILES:  # else the export could not read images
-            if (run.model.folder / name).is_file():
-                shutil.copyfile(run.model.folder / name, folder / name)
-    if run.model.config.vision is not None and distributed.is_writer():
-        data = run.config.data
-        images.write_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
-    distributed.barrier("export")
 
 
 def _due(every: int, taken: int) -> bool:

@@ -26,6 +26,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from luspo_jax import files
+
 BEAT_S = 2.0  # between two writes of a heartbeat file, and two looks at the others'
 _VARIABLE = "LUSPO_JAX_GUARD"  # descriptor of the channel between guard and worker
 _NEWS_S = 0.5  # after which a new phase is in the file
@@ -414,20 +416,10 @@ class _Guard:
         path = pathlib.Path(self._membership.folder) / f"{self._membership.index}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(self._post) + "\n")
+            files.write_text(path, json.dumps(self._post) + "\n", durable=False)
             self._muted = False
         except OSError:
             self._muted = True
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is either the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _ending(code: int, forwarded: int | None) -> str:

@@ -1,24 +1,25 @@
 """A run's folder: one run in it, one process at it, and what its figures depend on."""
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
-from luspo_jax import distributed
-from luspo_jax.watchdog import write_atomically
+from luspo_jax import distributed, files
+from luspo_jax.files import PlaceError
+from luspo_jax.metrics import read_metrics
 
 _PACKAGES = ("luspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+_NOTE = ".checkpointed"  # step of the last checkpoint that was written
 
 
-class WorkdirError(Exception):
+class WorkdirError(PlaceError):
     """A workdir that this run may not use; the message says why and what to do."""
 
 
@@ -27,25 +28,39 @@ class Workdir:
 
     Process 0 alone locks and writes; the others make sure that they see what it wrote. `run.json`
     holds the configuration and everything that figures made from the folder depend on.
+
+    Args:
+      path: of the folder.
+      config: of the run.
+      facts: what its numbers depend on beside the configuration.
+      fork: the run and step that a new run begins from; a folder that holds a run keeps to its own.
+
+    Attributes:
+      path: of the folder.
+      forked_from: what run.json says of where the run began; None for one that began by itself.
     """
 
-    def __init__(self, path: str | os.PathLike, config: ConfigDict, facts: Mapping[str, Any]):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        config: ConfigDict,
+        facts: Mapping[str, Any],
+        *,
+        fork: Mapping[str, Any] | None = None,
+    ):
         check_place(path)
-        self.path, self._lock = pathlib.Path(path).absolute(), None
+        self.path, self._lock, self.forked_from = pathlib.Path(path).absolute(), None, fork
         if not distributed.is_writer():
             distributed.barrier("workdir")
             self._check_seen(config)
             return
+        self._lock = files.take_lock(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise WorkdirError(f"--workdir={self.path} cannot be written: {error}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorkdirError(f"--workdir={self.path} is in use by another process") from None
-        self._check_or_write(config, facts)
+            self._check_or_write(config, facts)
+            self._check_kept()
+        except BaseException:
+            self.close()
+            raise
         distributed.barrier("workdir")
 
     def close(self) -> None:
@@ -53,10 +68,50 @@ class Workdir:
         if self._lock is not None:
             self._lock.close()
 
+    def check_there(self) -> None:
+        """Checks that the folder was not deleted, moved or replaced since it was taken.
+
+        Raises:
+          WorkdirError: it was; says what is lost.
+        """
+        if self._lock is None:
+            return
+        try:
+            same = os.path.samestat(os.fstat(self._lock.fileno()), (self.path / ".lock").stat())
+        except OSError:
+            same = False
+        if not same:
+            raise WorkdirError(
+                f"--workdir={self.path} was deleted or moved while this run was using it: the run "
+                "has stopped, and what it had written there is lost unless it was moved. Put the "
+                "folder back to continue from its last checkpoint, or start over in a new one"
+            )
+
+    def note_checkpoint(self, step: int) -> None:
+        """Notes that a checkpoint was written, so that a run whose checkpoints are gone is told
+        from one that was stopped before its first."""
+        if self._lock is not None:
+            files.write_text(self.path / _NOTE, f"{step}\n")
+
+    def _check_kept(self):
+        """Refuses to start over a run that has lost its checkpoints."""
+        folder, note, metrics = (self.path / n for n in ("checkpoints", _NOTE, "metrics.jsonl"))
+        lost = note.exists() and not list(checkpoints(self.path))
+        if not metrics.exists() or not (lost or not folder.is_dir()):
+            return
+        last = max((row["step"] for row in read_metrics(metrics)), default=0)
+        if last > (self.forked_from or {"step": 0})["step"]:
+            raise WorkdirError(
+                f"--workdir={self.path} holds metrics of {last} steps, but its checkpoints are "
+                f"gone, so it cannot go on: put {folder} back, or choose another --workdir; to "
+                f"start over in this one, first move {metrics.name} and rollouts/ away"
+            )
+
     def _check_seen(self, config):
         try:
-            seen = json.loads((self.path / "run.json").read_text())["config"]
-        except (OSError, ValueError, KeyError):
+            stored = read_manifest(self.path)
+            seen, self.forked_from = stored["config"], stored.get("forked_from")
+        except WorkdirError:
             seen = None
         if seen != json.loads(json.dumps(configuration.flat(config))):
             raise WorkdirError(
@@ -68,15 +123,12 @@ class Workdir:
         manifest = self.path / "run.json"
         facts = json.loads(json.dumps(facts))  # as they will be read: tuples are lists there
         if manifest.exists():
-            try:
-                stored = json.loads(manifest.read_text())
-                old = stored["config"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise WorkdirError(
-                    f"{manifest} is damaged ({error}): delete it to go on with this configuration, "
-                    "or choose another --workdir"
-                ) from error
-            differences = configuration.changes(old, config)
+            stored = read_manifest(self.path)
+            self.forked_from = stored.get("forked_from")
+            differences = [
+                f"{name}: {old!r} in the workdir, {new!r} now"
+                for name, (old, new) in configuration.changes(stored["config"], config).items()
+            ]
             differences += [
                 f"{name}: {stored.get(name)!r} in the workdir, {value!r} now"
                 for name, value in facts.items()
@@ -86,10 +138,13 @@ class Workdir:
                 raise WorkdirError(
                     f"--workdir={self.path} holds a run with another configuration:\n"
                     + "\n".join(f"  - {line}" for line in differences)
-                    + "\nchoose another --workdir, or set these fields back to continue that run"
+                    + "\nset these fields back to continue that run, or choose another --workdir "
+                    "(with --fork, to begin where that run stands)"
                 )
-        elif any(  # other than lock, broken write, and heartbeats
-            not p.name.startswith(".") and p.name != "processes" for p in self.path.iterdir()
+        elif not any(checkpoints(self.path)) and any(
+            # Other than lock, broken write, and heartbeats.
+            not p.name.startswith(".") and p.name != "processes"
+            for p in self.path.iterdir()
         ):
             raise WorkdirError(
                 f"--workdir={self.path} is not empty and holds no run of luspo_jax: choose another"
@@ -98,8 +153,9 @@ class Workdir:
             "config": configuration.flat(config),
             **facts,
             "packages": package_versions(),
+            **({"forked_from": self.forked_from} if self.forked_from else {}),
         }
-        write_atomically(manifest, json.dumps(record, indent=2, sort_keys=True) + "\n")
+        files.write_text(manifest, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def check_place(path: str | os.PathLike) -> None:
@@ -123,16 +179,88 @@ def stored_config(workdir: str | os.PathLike) -> ConfigDict:
     Raises:
       WorkdirError: it holds none, or one that this version cannot read.
     """
+    stored, config = read_manifest(workdir), configuration.default_config()
+    try:
+        configuration.assign(config, stored["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        manifest = pathlib.Path(workdir) / "run.json"
+        raise WorkdirError(f"{manifest} does not fit this version: {error}") from error
+    return config
+
+
+def read_manifest(workdir: str | os.PathLike) -> dict[str, Any]:
+    """What run.json of a workdir says.
+
+    Raises:
+      WorkdirError: there is none, or it is damaged; with a way out.
+    """
     manifest = pathlib.Path(workdir) / "run.json"
     if not manifest.is_file():
         raise WorkdirError(f"{workdir} holds no run: there is no {manifest.name} in it")
-    stored = json.loads(manifest.read_text())["config"]
-    config = configuration.default_config()
     try:
-        configuration.assign(config, stored)
-    except (KeyError, TypeError, ValueError) as error:
-        raise WorkdirError(f"{manifest} does not fit this version: {error}") from error
-    return config
+        stored = json.loads(manifest.read_text(encoding="utf-8"))
+        dict(stored["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        last = max(checkpoints(workdir), default=None)
+        raise WorkdirError(
+            f"{manifest} is damaged ({error}): "
+            + (
+                "restore it from a copy, or choose another --workdir: there is no checkpoint yet"
+                if last is None
+                else "delete it and train with the run's own --config and --workdir, which goes on "
+                f"from checkpoint {last} and writes it again"
+            )
+        ) from error
+    return stored
+
+
+def checkpoints(workdir: str | os.PathLike) -> Iterator[int]:
+    """Steps of the finished checkpoints that a run has written into a workdir."""
+    for path in (pathlib.Path(workdir) / "checkpoints").glob("*"):
+        if path.name.isdecimal() and (path / "host").is_dir() and (path / "state").is_dir():
+            yield int(path.name)
+
+
+def fork(
+    workdir: str | os.PathLike,
+    parent: str | os.PathLike,
+    step: int | None,
+    config: ConfigDict,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What run.json says of a run that begins from a checkpoint of another one.
+
+    Args:
+      workdir: of the new run; if it holds one, that must have begun in the same way.
+      parent: workdir of the other run.
+      step: of the checkpoint; None for the latest, or the one that the new run began from.
+      config: of the new run.
+      facts: of the new run.
+
+    Raises:
+      WorkdirError: the folder holds another run, or the parent has no such checkpoint.
+    """
+    parent = pathlib.Path(parent).absolute()
+    if (pathlib.Path(workdir) / "run.json").is_file():
+        stored = read_manifest(workdir).get("forked_from")
+        if stored is None or stored["run"] != str(parent) or step not in (None, stored["step"]):
+            began = f"from step {stored['step']} of {stored['run']}" if stored else "by itself"
+            raise WorkdirError(f"--fork={parent}: the run in --workdir={workdir} began {began}")
+        return stored
+    stored = read_manifest(parent)
+    step = max(checkpoints(parent), default=None) if step is None else step
+    if step is None:
+        raise WorkdirError(f"--fork={parent} holds no checkpoint yet: wait for its first one")
+    if step >= config.num_steps:
+        raise WorkdirError(
+            f"--fork={parent} begins at step {step} and config.num_steps is {config.num_steps}: "
+            "raise it, or name an earlier checkpoint in --fork_step"
+        )
+    changed = configuration.changes(stored["config"], config)
+    for name, value in json.loads(json.dumps(facts)).items():
+        if stored.get(name) != value:
+            changed[name] = (stored.get(name), value)
+    return {"run": str(parent), "step": step, "changed": {n: list(v) for n, v in changed.items()}}
 
 
 def package_versions() -> dict[str, str]:

@@ -297,8 +297,62 @@ def test_a_damaged_checkpoint_is_named(checkpointer, tmp_path):
     for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="if it is damaged, delete that folder"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints/1 is damaged.* state/.* a new --workdir"
+    ):
         checkpointer.restore(1, _state(0.0))
+
+
+def _largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_one_flipped_bit_is_named_with_the_way_out(checkpointer, tmp_path, where):
+    state = dataclasses.replace(_state(1), params={"w": jnp.ones((300, 300))})
+    for step in (1, 2):
+        checkpointer.save(step, state, {})
+    file = _largest(tmp_path / "checkpoints" / "2" / "state")
+    content = bytearray(file.read_bytes())
+    content[int(where * (len(content) - 1))] ^= 1
+    file.write_bytes(content)
+    told = rf"checkpoints/2 is damaged.*{file.name}.*delete that folder.*of step 1"
+    with pytest.raises(CheckpointError, match=told):
+        checkpointer.restore(2, state)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    again = Checkpointer(tmp_path / "checkpoints", keep_latest=2, keep_best=1)
+    np.testing.assert_array_equal(again.restore(1, state)[0].params["w"], state.params["w"])
+    again.close()
+
+
+def test_a_missing_file_is_named_and_a_checkpoint_without_sums_is_read(checkpointer, tmp_path):
+    checkpointer.save(1, _state(1.1), {})
+    folder = tmp_path / "checkpoints" / "1"
+    (folder / "checksums.json").rename(tmp_path / "sums")
+    state, _ = checkpointer.restore(1, _state(0.0))  # as older versions wrote it
+    np.testing.assert_array_equal(state.params["w"], _state(1.1).params["w"])
+    (tmp_path / "sums").rename(folder / "checksums.json")
+    file = _largest(folder / "host")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"is damaged.*host/{file.name}"):
+        checkpointer.restore(1, _state(0.0))
+
+
+def test_a_reader_changes_nothing_while_a_save_is_under_way(checkpointer, tmp_path):
+    for step, metric in ((1, 0.9), (2, 0.1), (3, 0.2)):
+        checkpointer.save(step, _state(step), {}, metric=metric)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "3", folder / "4.orbax-checkpoint-tmp")
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    reader = Checkpointer(folder, read_only=True)
+    assert (reader.latest_step(), reader.best_step()) == (3, 1)
+    assert int(reader.restore(3, _state(0))[0].opt_state[0]) == 3
+    with pytest.raises(CheckpointError, match="holds no checkpoint of step 4; there are: 1, 2, 3"):
+        reader.restore(4, _state(0))
+    reader.close()
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    with pytest.raises(CheckpointError, match="comes with the first checkpoint"):
+        Checkpointer(tmp_path / "elsewhere", read_only=True)
 
 
 @pytest.mark.parametrize(

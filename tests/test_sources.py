@@ -105,7 +105,7 @@ def test_an_export_of_another_architecture_can_be_asked_about_images(config, tmp
     run.data.close()
     run.scorer.close()
     state = types.SimpleNamespace(params=run.initial_params())
-    train.export_policy(run, state, tmp_path / "export")
+    train.export_policy(run.config, run.model, state.params, tmp_path / "export")
     # It reads images as the run did, without being told.
     config.model.overrides, config.data.max_pixels = {}, 0
     config.model.path, config.model.random_weights = str(tmp_path / "export"), False
@@ -127,7 +127,7 @@ def test_an_export_has_the_tokenizer_of_the_run(config, tmp_path):
     run.data.close()
     run.scorer.close()
     state = types.SimpleNamespace(params=run.initial_params())
-    train.export_policy(run, state, tmp_path / "export")
+    train.export_policy(run.config, run.model, state.params, tmp_path / "export")
     exported = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert exported.chat_template == stored["chat_template"]
     assert images.read_settings(tmp_path / "export") == images.read_settings(config.model.path)

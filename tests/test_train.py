@@ -15,6 +15,7 @@ from luspo_jax import config as configuration
 from luspo_jax import run as runs
 from luspo_jax import workdir as workdirs
 from luspo_jax.checkpoint import CheckpointError
+from luspo_jax.files import PlaceError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
@@ -228,9 +229,81 @@ def test_foreign_folder_is_refused(config, tmp_path):
 def test_workdir_in_use_is_refused(config, tmp_path):
     run = runs.build(config)
     first = workdirs.Workdir(tmp_path / "run", config, runs.facts(run))
-    with pytest.raises(workdirs.WorkdirError, match="in use"):
+    with pytest.raises(PlaceError, match="in use"):
         workdirs.Workdir(tmp_path / "run", config, runs.facts(run))
     first.close()
+
+
+def _forked(config, folder, parent, step=None):
+    run = runs.build(config)
+    facts = runs.facts(run)
+    fork = workdirs.fork(folder, parent, step, config, facts)
+    workdir = workdirs.Workdir(folder, config, facts, fork=fork)
+    try:
+        return train.train(run, workdir)
+    finally:
+        workdir.close()
+
+
+def _bytes(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_fork_without_changes_goes_on_as_its_parent(finished, config, tmp_path):
+    before = _bytes(finished)
+    _forked(config, tmp_path / "fork", finished, step=2)
+    assert _bytes(finished) == before
+    metrics, rollouts, weights = _results(finished)
+    got = _results(tmp_path / "fork")
+    assert [row["step"] for row in got[0]] == [3, 4]
+    later = {name: text for name, text in rollouts.items() if name in got[1]}
+    _assert_same_results(got, ([row for row in metrics if row["step"] > 2], later, weights))
+    stored = json.loads((tmp_path / "fork" / "run.json").read_text())["forked_from"]
+    assert stored == {"run": str(finished), "step": 2, "changed": {}}
+
+
+def test_a_fork_may_change_fields_and_says_which(finished, config, tmp_path):
+    config.train.learning_rate, config.num_steps = 1e-2, 5
+    _forked(config, tmp_path / "fork", finished)
+    stored = json.loads((tmp_path / "fork" / "run.json").read_text())["forked_from"]
+    assert stored["step"] == 4
+    assert stored["changed"] == {"train.learning_rate": [1e-3, 1e-2]}
+    assert [row["actor/lr"] for row in _results(tmp_path / "fork")[0]] == [1e-2]
+    # The same command again continues; another beginning is refused.
+    _forked(config, tmp_path / "fork", finished)
+    with pytest.raises(workdirs.WorkdirError, match="began from step 4"):
+        _forked(config, tmp_path / "fork", finished, step=2)
+    config.num_steps = 4
+    with pytest.raises(workdirs.WorkdirError, match=r"begins at step 4 and config.num_steps is 4"):
+        _forked(config, tmp_path / "other", finished)
+
+
+def test_a_fork_of_another_optimizer_state_is_refused_by_field(finished, config, tmp_path):
+    config.objective.kl_coef = 0.1  # a reference policy, which the parent has not
+    with pytest.raises(CheckpointError, match=r"--fork=.*ref_params.*objective.kl_coef"):
+        _forked(config, tmp_path / "fork", finished, step=2)
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_start_over(finished, config, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = _bytes(tmp_path / "run")
+    with pytest.raises(workdirs.WorkdirError, match="checkpoints"):
+        _train(config, tmp_path / "run")
+    assert _bytes(tmp_path / "run") == before
+
+
+def test_a_workdir_deleted_under_a_run_is_named(config, tmp_path, monkeypatch):
+    real = train.rollout_step
+
+    def deleted(run, state, surplus, step, **kwargs):
+        if step == 1:
+            shutil.rmtree(tmp_path / "run")
+        return real(run, state, surplus, step, **kwargs)
+
+    monkeypatch.setattr(train, "rollout_step", deleted)
+    with pytest.raises(workdirs.WorkdirError, match="was deleted or moved"):
+        _train(config, tmp_path / "run")
 
 
 def test_a_run_on_files_goes_on(config, tmp_path):
@@ -262,7 +335,7 @@ def test_damaged_checkpoint_is_named(finished, config, tmp_path):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")
     config.num_steps = 6
-    with pytest.raises(CheckpointError, match="checkpoints/4 cannot be read"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/4 is damaged.*of step 2"):
         _train(config, tmp_path / "run")
 
 
@@ -496,6 +569,6 @@ def test_a_run_may_be_older_than_a_field():
     config = configuration.default_config()
     old = json.loads(json.dumps(configuration.flat(config)))
     del old["train.freeze_vision"], old["data.max_pixels"]
-    assert configuration.changes(old, config) == []
+    assert configuration.changes(old, config) == {}
     config.data.max_pixels = 1000
-    assert configuration.changes(old, config) == ["data.max_pixels: 0 in the workdir, 1000 now"]
+    assert configuration.changes(old, config) == {"data.max_pixels": (0, 1000)}

@@ -11,8 +11,10 @@ import sys
 from absl import flags
 
 from experiments import command
+from luspo_jax import files
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the table and the figure.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier one in --out.")
 _LENGTHS = flags.DEFINE_list("lengths", ["4096", "16384", "65536"], "T.")
 _CHUNKS = flags.DEFINE_list("chunks", ["512", "2048", "8192"], "Tokens whose logits exist at once.")
 _VOCAB = flags.DEFINE_integer("vocab", 151_936, "V; the default is Qwen's.")
@@ -22,15 +24,16 @@ _EMBED = flags.DEFINE_integer("embed", 1024, "D.")
 def main() -> None:
     """Compiles every case, prints the table and draws the figure."""
     out = pathlib.Path(_OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
+    files.check_folder(out, overwrite=_OVERWRITE.value)
     rows = []
     for length in map(int, _LENGTHS.value):
         row = {"tokens": length, "plain": temporary_bytes(length, None)}
         row |= {chunk: temporary_bytes(length, int(chunk)) for chunk in _CHUNKS.value}
         rows.append(row)
         print(json.dumps(row), flush=True)
-    (out / "head_memory.json").write_text(json.dumps(rows, indent=2) + "\n")
-    _figure(rows, out / "head_memory.png")
+    with files.new_folder(out, overwrite=_OVERWRITE.value) as folder:
+        files.write_text(folder / "head_memory.json", json.dumps(rows, indent=2) + "\n")
+        _figure(rows, folder / "head_memory.png")
 
 
 def temporary_bytes(length: int, chunk_tokens: int | None) -> int:

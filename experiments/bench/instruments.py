@@ -7,19 +7,20 @@ own share is smaller. Instruments do not change what is trained; that is checked
 
 import contextlib
 import json
-import pathlib
 import sys
 import time
 
 from absl import flags
 
 from experiments import command
+from luspo_jax import files
 
 _CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "File with get_config().")
 _EVERY = flags.DEFINE_integer("every", 10, "Steps between measurements, and of a block.", 2)
 _SHARE = flags.DEFINE_float("share", 0.25, "Share of the groups that are measured.")
 _BLOCKS = flags.DEFINE_integer("blocks", 10, "Blocks of each that count.", 2)
 _JSON = flags.DEFINE_string("json", None, "File for everything measured.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace that file if it exists.")
 
 
 def measure(base: str, *, every: int, share: float, blocks: int) -> dict:
@@ -89,6 +90,8 @@ def _block(side, steps):
 
 def main() -> None:
     """Measures and prints."""
+    if _JSON.value:
+        files.check_file(_JSON.value, flag="--json", overwrite=_OVERWRITE.value)
     found = measure(_CONFIG.value, every=_EVERY.value, share=_SHARE.value, blocks=_BLOCKS.value)
     ratio, seconds = found["ratio"], found["seconds"]
     for name, taken in seconds.items():
@@ -99,7 +102,8 @@ def main() -> None:
         f"{100 * sum(found['share_of_time']) / _BLOCKS.value:.2f} % of the measured run's time"
     )
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(found, indent=2) + "\n"
+        files.write_new(_JSON.value, text, flag="--json", overwrite=_OVERWRITE.value)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,19 @@ and temporary bytes, and the ratio of their times, pair by pair. Responses have 
 """
 
 import json
-import pathlib
 import sys
 import time
 
 from absl import flags
 
 from experiments import command
+from luspo_jax import files
 
 _PAIRS = flags.DEFINE_integer("pairs", 20, "Pairs of updates that count.", lower_bound=2)
 _SCALE = flags.DEFINE_string("length_scale", "length", "The scale compared with none.")
 _SMALL = flags.DEFINE_bool("small", False, "A shape that takes a second, for a try.")
 _JSON = flags.DEFINE_string("json", None, "File for everything measured.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace that file if it exists.")
 
 
 def measure(workload, *, pairs: int, length_scale: str) -> dict:
@@ -97,6 +98,8 @@ def _frozen_rollout(workload):
 
 def main() -> None:
     """Measures and prints."""
+    if _JSON.value:
+        files.check_file(_JSON.value, flag="--json", overwrite=_OVERWRITE.value)
     from experiments.bench.workload import Workload
 
     small = Workload(prompts=2, group=2, prompt_length=8, response_length=16, embed_dim=32,
@@ -115,7 +118,8 @@ def main() -> None:
         f"{ratio['ci95_high']:.4f}"
     )
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(found, indent=2) + "\n"
+        files.write_new(_JSON.value, text, flag="--json", overwrite=_OVERWRITE.value)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import time
 from absl import flags
 
 from experiments import command
+from luspo_jax import files
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the table and the figure.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier one in --out.")
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "32768", "131072"], "Tokens of a row.")
 _DEVICES = flags.DEFINE_integer("devices", 8, "Fake CPU devices that share a row.")
 
@@ -30,13 +32,14 @@ def main() -> None:
 
     jax.config.update("jax_num_cpu_devices", _DEVICES.value)
     out = pathlib.Path(_OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
+    files.check_folder(out, overwrite=_OVERWRITE.value)
     rows = []
     for length in map(int, _LENGTHS.value):
         rows.append(measured(length))
         print(json.dumps(rows[-1]), flush=True)
-    (out / "long_context.json").write_text(json.dumps(rows, indent=2) + "\n")
-    _figure(rows, out / "long_context.png")
+    with files.new_folder(out, overwrite=_OVERWRITE.value) as folder:
+        files.write_text(folder / "long_context.json", json.dumps(rows, indent=2) + "\n")
+        _figure(rows, folder / "long_context.png")
 
 
 def measured(length: int) -> dict[str, float]:

@@ -8,17 +8,18 @@ is timed alone, at any sizes.
 
 import dataclasses
 import json
-import pathlib
 import sys
 
 from absl import flags
 
 from experiments import command
+from luspo_jax import files
 
 _STEPS = flags.DEFINE_integer("steps", 5, "Rounds that count.", lower_bound=1)
 _WARMUP = flags.DEFINE_integer("warmup", 2, "Rounds before them; the first compiles.", 1)
 _PEERS = flags.DEFINE_enum("peers", "trl", ["trl", "none"], "Whom to compare with.")
 _JSON = flags.DEFINE_string("json", None, "File for everything measured.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace that file if it exists.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights, prompts and sampling.", 0)
 _TRL_MICROBATCHES = flags.DEFINE_integer(
     "trl_microbatches", 1, "Parts of TRL's update (gradient accumulation).", 1
@@ -40,6 +41,8 @@ flags.DEFINE_integer("microbatches", 1, "Parts of our update.")
 
 def main() -> None:
     """Runs what the flags say."""
+    if _JSON.value:
+        files.check_file(_JSON.value, flag="--json", overwrite=_OVERWRITE.value)
     from experiments.bench import compare  # After flags are parsed: a typo answers at once.
     from experiments.bench.workload import Workload
 
@@ -57,7 +60,8 @@ def main() -> None:
         trl_microbatches=_TRL_MICROBATCHES.value,
     )
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(record, indent=2) + "\n"
+        files.write_new(_JSON.value, text, flag="--json", overwrite=_OVERWRITE.value)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import pathlib
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
@@ -21,7 +21,6 @@ from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.run import Model
 from luspo_jax.sharding import Layout, MeshError
 from luspo_jax.update import abstract_state
-from luspo_jax.workdir import WorkdirError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +72,48 @@ def load(path: str, *, step: str, dtype: str, tensor: int = 1) -> Policy:
 
 
 def _of_run(workdir: pathlib.Path, step: str, dtype: str, layout: Layout | None) -> Policy:
+    stored = stored_policy(workdir, step, spread=layout is not None)
+    _check(stored.model, layout)
+    name, data = f"{workdir} step {stored.step}", stored.config.data
+    policy = _policy(name, stored.model, stored.params, dtype, layout)
+    return dataclasses.replace(policy, pixels=(data.min_pixels, data.max_pixels))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPolicy:
+    """What a checkpoint of a run says of its policy, and the step that it is of."""
+
+    config: ConfigDict
+    model: Model
+    params: Any
+    step: int
+
+
+def stored_policy(workdir: pathlib.Path, step: str, *, spread: bool = False) -> StoredPolicy:
+    """The policy of a run's checkpoint; nothing is changed there, and no data file is needed.
+
+    Args:
+      workdir: of the run, which may be under way.
+      step: latest, best or a number.
+      spread: over all devices.
+
+    Raises:
+      CheckpointError, WorkdirError: naming what is missing or damaged.
+    """
     config = workdirs.stored_config(workdir)
-    model = runs.load_model(config)
-    _check(model, layout)
-    # The optimizer's state comes along with the weights, so all of it is cut over the devices.
-    cut = sharding.layout("train", {"fsdp": -1}) if layout else None
-    if sharding.misfits(cut, {"hidden_size": ("embed", model.config.embed_dim)}):
-        cut = sharding.layout("train", {"data": -1})
-    rule = runs.update_rule(config, model, cut)
-    like = abstract_state(rule, marked=configuration.build_length(config).every > 0)
-    with _idle(workdir), contextlib.closing(_checkpointer(workdir, config)) as checkpointer:
+    with contextlib.closing(Checkpointer(workdir / "checkpoints", read_only=True)) as checkpointer:
         number = chosen_step(checkpointer, step)
         if number is None:
             raise CheckpointError(f"{workdir} holds no {step} checkpoint")
+        model = runs.load_model(config)
+        # The optimizer's state comes along with the weights, so all of it is cut over the devices.
+        cut = sharding.layout("train", {"fsdp": -1}) if spread else None
+        if sharding.misfits(cut, {"hidden_size": ("embed", model.config.embed_dim)}):
+            cut = sharding.layout("train", {"data": -1})
+        rule = runs.update_rule(config, model, cut)
+        like = abstract_state(rule, marked=configuration.build_length(config).every > 0)
         state, _ = checkpointer.restore(number, like)
-    policy = _policy(f"{workdir} step {number}", model, state.params, dtype, layout)
-    pixels = config.data.min_pixels, config.data.max_pixels
-    return dataclasses.replace(policy, pixels=pixels)
+    return StoredPolicy(config, model, state.params, number)
 
 
 def _check(model, layout):
@@ -112,28 +136,6 @@ def chosen_step(checkpointer: Checkpointer, step: str) -> int | None:
     if not step.isdigit():
         raise CheckpointError(f"--step={step!r}: give latest, best or a number")
     return int(step)
-
-
-def _checkpointer(workdir, config) -> Checkpointer:
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise CheckpointError(f"{workdir} holds no checkpoints yet: evaluate after its first one")
-    keep = {"keep_latest": config.output.keep_latest, "keep_best": config.output.keep_best}
-    return Checkpointer(folder, **keep)
-
-
-@contextlib.contextmanager
-def _idle(workdir: pathlib.Path):
-    """Holds the run's lock: opening its checkpoints sweeps away a save that is under way."""
-    with (workdir / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorkdirError(
-                f"--model={workdir} is in use by a training run: wait for its end, or evaluate a "
-                "copy of the folder"
-            ) from None
-        yield
 
 
 def _policy(name, model, params, dtype, layout) -> Policy:

@@ -13,7 +13,7 @@ from luspo_jax.benchmarks import Benchmark, Record, Summary, summary
 from luspo_jax.benchmarks.record import UNUSABLE
 from luspo_jax.benchmarks.registry import benchmark
 from luspo_jax.benchmarks.verdicts import STRICT, VLMEVALKIT, Line
-from luspo_jax.watchdog import write_atomically
+from luspo_jax.files import write_text
 
 _HEAD = (
     "benchmark", "problems", "not asked", "n", "avg@n %", "95 % interval", "pass@n %", "maj@n %",
@@ -51,10 +51,8 @@ def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
             for name, result in found.items()
         }
     }
-    write_atomically(
-        folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    )
-    write_atomically(folder / "results.md", markdown(manifest, found))
+    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "results.md", markdown(manifest, found))
     return "\n".join([console(manifest, found), *missing])
 
 

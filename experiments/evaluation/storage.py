@@ -7,37 +7,28 @@ problem and sample only.
 """
 
 import contextlib
-import fcntl
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.command import UsageError
+from luspo_jax import files
 from luspo_jax.benchmarks import Record
-from luspo_jax.watchdog import write_atomically
 
 MANIFEST = "evaluation.json"
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The folder, made if need be, for this process alone.
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps the folder of an evaluation for this process; it is made if need be.
 
     Raises:
-      UsageError: it cannot be written, or another process is using it.
+      PlaceError: it holds something else, or cannot be written, or another process is using it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UsageError(f"--workdir={folder} cannot be written: {error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"--workdir={folder} is in use by another process") from None
-        yield folder
+    files.check_own(folder, ours=[MANIFEST], what="evaluation")
+    with files.locked(folder):
+        yield
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
@@ -58,7 +49,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     """Replaces it."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
-    write_atomically(folder / MANIFEST, text + "\n")
+    files.write_text(folder / MANIFEST, text + "\n")
 
 
 def begin(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,8 +72,6 @@ def begin(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
                 + "\nchoose another --workdir"
             )
         manifest["benchmarks"] = stored["benchmarks"] | manifest["benchmarks"]
-    elif any(not path.name.startswith(".") for path in folder.iterdir()):  # lock, broken write
-        raise UsageError(f"--workdir={folder} is not empty and holds no evaluation: choose another")
     write_manifest(folder, manifest)
     return manifest
 
@@ -109,7 +98,7 @@ def part_path(folder: pathlib.Path, benchmark: str, number: int) -> pathlib.Path
 def write_part(path: pathlib.Path, records: Sequence[Record]) -> None:
     """Writes a part whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(record.to_json() for record in records))
+    files.write_text(path, "".join(record.to_json() for record in records))
 
 
 def read_part(path: pathlib.Path) -> list[Record]:

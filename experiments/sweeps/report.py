@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.sweeps import runner, spec
 from experiments.sweeps.spec import Member, Outcome, Sweep
-from luspo_jax.watchdog import write_atomically
+from luspo_jax import files
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook); beyond
 # 30 the next smaller entry is taken, which makes an interval slightly too wide.
@@ -202,10 +202,10 @@ def _write(sweep, workdir, results):
     missing = [f"{r.member.name}: {r.missing}" for r in results if r.missing]
     if missing:
         markdown += "\nMissing:\n" + "".join(f"- {line}\n" for line in missing)
-    write_atomically(workdir / "table.md", markdown)
-    write_atomically(workdir / "table.csv", _csv(*_spread_out(columns, rows)))
+    files.write_text(workdir / "table.md", markdown)
+    files.write_text(workdir / "table.csv", _csv(*_spread_out(columns, rows)))
     names = [outcome.name for outcome in sweep.outcomes]
-    write_atomically(
+    files.write_text(
         workdir / "results.csv",
         _csv(
             ["variant", "seed", *names, "missing"],
@@ -262,7 +262,8 @@ def curves_figure(sweep: Sweep, workdir: pathlib.Path) -> pathlib.Path | None:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         if left_out:
             figure.suptitle(f"the first {len(chosen)} variants; {left_out} more in the table")
-        figure.savefig(workdir / "curves.png", dpi=120)
+        with files.replacing(workdir / "curves.png") as scratch:
+            figure.savefig(scratch, dpi=120)
     plt.close(figure)
     return workdir / "curves.png" if drawn else None
 
@@ -293,7 +294,8 @@ def outcomes_figure(
         axis.grid(alpha=0.3, axis="x")
     axes[0][0].set_yticks(range(len(rows)), names, fontsize=8)
     axes[0][0].invert_yaxis()
-    figure.savefig(workdir / "outcomes.png", dpi=110)
+    with files.replacing(workdir / "outcomes.png") as scratch:
+        figure.savefig(scratch, dpi=110)
     plt.close(figure)
     return workdir / "outcomes.png"
 

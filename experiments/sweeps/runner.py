@@ -1,7 +1,6 @@
 """Runs the members of a sweep in a few worker processes; any of them may fail alone."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -18,11 +17,10 @@ from tqdm import tqdm
 from experiments.sweeps import spec
 from experiments.sweeps.spec import Member, Sweep
 from luspo_jax import config as configuration
+from luspo_jax import files
 from luspo_jax.config import ConfigError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.values import nearest
-from luspo_jax.watchdog import write_atomically
-from luspo_jax.workdir import WorkdirError
 
 Task = dict  # what a worker reads: folder, log, config, fingerprint, compile_cache
 
@@ -119,25 +117,14 @@ def rows_of(folder: pathlib.Path) -> list[dict[str, float]]:
     return rows
 
 
-@contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps out other processes: a cluster may run many `--only` in one folder at once.
-
-    Raises:
-      WorkdirError: the folder cannot be written.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise WorkdirError(f"--workdir={workdir} cannot be written: {error}") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def locked(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
+    """Waits for other processes: a cluster may run many `--only` in one folder at once."""
+    return files.locked(workdir, wait=True)
 
 
 def _claim(workdir, prints):
     """Writes which members the folder holds; members may be added, none may change."""
+    files.check_own(workdir, ours=["sweep.json", "members"], what="sweep")
     with locked(workdir):
         _claim_locked(workdir, prints)
 
@@ -155,7 +142,7 @@ def _claim_locked(workdir, prints):
             f"{workdir} holds another sweep: {', '.join(changed[:5])} "
             f"{'has' if len(changed) == 1 else 'have'} other fields there; choose another --workdir"
         )
-    write_atomically(file, json.dumps({"members": stored | prints}, indent=1) + "\n")
+    files.write_text(file, json.dumps({"members": stored | prints}, indent=1) + "\n")
 
 
 def _task(member, config, fingerprint, workdir) -> Task:

@@ -52,8 +52,8 @@ def run_member(task: dict[str, Any]) -> None:
     import jax
 
     from luspo_jax import config as configuration
+    from luspo_jax import files, train
     from luspo_jax import run as runs
-    from luspo_jax import train, watchdog
     from luspo_jax import workdir as workdirs
 
     jax.config.update("jax_compilation_cache_dir", task["compile_cache"])
@@ -66,7 +66,7 @@ def run_member(task: dict[str, Any]) -> None:
     with contextlib.closing(workdir):
         train.train(run, workdir)
     mark = {"fingerprint": task["fingerprint"]}
-    watchdog.write_atomically(folder / "finished.json", json.dumps(mark) + "\n")
+    files.write_text(folder / "finished.json", json.dumps(mark) + "\n")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from luspo_jax import files
+
 
 def table(head: Sequence, rows: Sequence[Sequence]) -> str:
     """A Markdown table."""
@@ -21,7 +23,7 @@ def write_section(page: pathlib.Path, title: str, body: str) -> None:
         sections[places[0]] = new
     else:
         sections.append(new)
-    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    files.write_text(page, "\n\n".join(sections) + "\n")
 
 
 def cell(text: str, longest: int = 60) -> str:

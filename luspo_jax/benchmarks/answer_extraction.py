@@ -246,8 +246,8 @@ def stated_number(response: str) -> tuple[str, Fraction] | None:
 def free_form_answer(response: str, reference: str) -> str | None:
     """The answer that a response states, of a sentence what follows its verb.
 
-    `The length is $2\\sqrt{3}$.` states the formula, as `The answer is …` would; the reference's own
-    sentence states itself.
+    `The length is $2\\sqrt{3}$.` states the formula, as `The answer is …` would; a sentence that is
+    the reference's own states itself.
     """
     stated = stated_answer(response)
     if stated and (

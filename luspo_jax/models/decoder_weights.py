@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from luspo_jax import sharding
+from luspo_jax import files, sharding
 from luspo_jax.models import decoder, safetensors_folder, vision_config, vision_weights
 from luspo_jax.models.decoder_config import ConfigError, DecoderConfig, decoder_config, hf_config
 from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError, listed
@@ -311,7 +311,9 @@ def export(
     source: str | pathlib.Path | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
-    overwrite: bool = False,
+    overwrite: bool | None = None,
+    own: bool = False,
+    finish: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads; it appears whole or not at all.
 
@@ -320,17 +322,18 @@ def export(
     and all return once the folder is there. If process 0 fails, its exit ends the others' wait.
 
     Args:
-      folder: must not exist yet, unless `overwrite`.
+      folder: must not exist yet or be empty, unless `overwrite` or `own`.
       params: as `load_params` or `init_params` make them, on the host or on devices.
       config: of `params`.
       source: folder whose config, generation config and tokenizer files are taken along.
       dtype: type to store: float32, bfloat16 or float16.
       max_shard_bytes: above this, several files and an index.
-      overwrite: replace an existing folder, once the new one is complete.
+      overwrite, own: as `files.new_folder` takes them.
+      finish: called with the folder before it takes its name, to add files.
 
     Raises:
-      WeightsError: the folder exists, the disk is full, or `params` or `source` do not belong
-        to `config`.
+      PlaceError: the folder is not empty, or cannot be written.
+      WeightsError: `params` or `source` do not belong to `config`.
     """
     dtype = np.dtype(dtype).name
     if dtype not in TYPES:
@@ -342,7 +345,7 @@ def export(
         for name, entry in weight_table(config).items()
     ]
     if jax.process_index() == 0:
-        with safetensors_folder.new_folder(pathlib.Path(folder), overwrite=overwrite) as partial:
+        with files.new_folder(folder, overwrite=overwrite, own=own) as partial:
             safetensors_folder.write_shards(
                 partial, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes
             )
@@ -351,6 +354,8 @@ def export(
             for name in COPIED_FILES if source is not None else ():
                 if (pathlib.Path(source) / name).is_file():
                     shutil.copyfile(pathlib.Path(source) / name, partial / name)
+            if finish is not None:
+                finish(partial)
     else:
         for tensor in tensors:
             tensor.read()

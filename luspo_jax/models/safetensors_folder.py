@@ -7,7 +7,6 @@ bytes of little-endian header length, a JSON header of types, shapes and offsets
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import pathlib
@@ -206,41 +205,6 @@ def _files(folder):
             f"{', '.join(missing)}; download them"
         )
     return [folder / name for name in names]
-
-
-@contextlib.contextmanager
-def new_folder(folder: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
-    """A temporary sibling that takes the folder's name when the block ends, or vanishes.
-
-    Raises WeightsError where the folder exists and is not empty (unless `overwrite`), and in
-    place of the operating system's error where the disk is full.
-    """
-    folder = pathlib.Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise WeightsError(f"{folder} exists already; name another folder, or delete it")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        _replace(partial, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise WeightsError(
-            f"the disk is full while writing {folder}; free some space and export again"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace(partial, folder):
-    """Renames `partial` to `folder`; what was there stays until the new one is in its place."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_shards(

@@ -12,7 +12,7 @@ from experiments.sweeps import report, spec
 from experiments.sweeps.prediction import LENGTH, WINDOW, fit, windows
 from experiments.sweeps.report import Estimate, Result
 from experiments.sweeps.spec import Sweep
-from luspo_jax.watchdog import write_atomically
+from luspo_jax.files import write_text
 
 Ran = tuple[Sweep, pathlib.Path]  # a sweep and the folder of its runs
 
@@ -75,7 +75,7 @@ def write(study: Study, workdir: pathlib.Path) -> str:
     ]
     if missing:
         sections += ["\n## Missing\n", *missing]
-    write_atomically(workdir / "results.md", "".join(sections))
+    write_text(workdir / "results.md", "".join(sections))
     factorial_figure(study, workdir)
     prediction_figure(points, workdir)
     return "".join(sections)

@@ -10,7 +10,7 @@ from experiments.studies.moe_stability import design
 from experiments.sweeps import report, spec
 from experiments.sweeps.report import Estimate
 from experiments.sweeps.spec import Sweep
-from luspo_jax.watchdog import write_atomically
+from luspo_jax.files import write_text
 
 Runs = Mapping[str, Mapping[int, list[dict]]]  # cell → seed → metrics of its steps
 SPIKE = 3.0  # a step's gradient norm over the run's median, beyond which it counts as a spike
@@ -111,7 +111,7 @@ def write(sweep: Sweep, folder: pathlib.Path, workdir: pathlib.Path) -> str:
         sections += ["\n## Not finished\n\n", *missing]
     text = "".join(sections)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / "results.md", text)
+    write_text(workdir / "results.md", text)
     ratio_figure(runs, workdir / "ratios.png")
     curves_figure(runs, workdir / "curves.png")
     return text

@@ -18,14 +18,17 @@ import time
 from absl import flags
 
 from experiments import command
+from luspo_jax import files
 
 _DEVICES = flags.DEFINE_integer("devices", 1, "Fake CPU devices.", 1)
 _OUT = flags.DEFINE_string("out", None, "File for the table as JSON.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace that file if it exists.")
 _ONLY = flags.DEFINE_list("only", [], "Programs to run; empty = all but those held out.")
 
 
 def main() -> None:
     """Runs every program and prints the table."""
+    files.check_file(_OUT.value, flag="--out", overwrite=_OVERWRITE.value)
     import jax
 
     jax.config.update("jax_num_cpu_devices", _DEVICES.value)
@@ -43,9 +46,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     found = {"devices": _DEVICES.value, "chip": topology.chip.source, "programs": rows,
              "flops": topology.chip.flops, "bandwidth": topology.chip.bandwidth}  # fmt: skip
-    path = pathlib.Path(_OUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    files.write_new(_OUT.value, json.dumps(found, indent=2) + "\n", overwrite=_OVERWRITE.value)
     print(table(found))
 
 

@@ -11,7 +11,7 @@ from experiments.sweeps import report, spec
 from experiments.sweeps.prediction import WINDOW, fit, windows
 from experiments.sweeps.report import Result
 from experiments.sweeps.spec import Sweep
-from luspo_jax.watchdog import write_atomically
+from luspo_jax.files import write_text
 
 # Questions as paired differences: name → (this, minus that).
 CONTRASTS = {
@@ -54,7 +54,7 @@ def write(
     if missing:
         sections += ["\n## Not finished\n\n", *missing]
     text = "".join(sections)
-    write_atomically(workdir / "results.md", text)
+    write_text(workdir / "results.md", text)
     curves_figure(sweep, folder, workdir / "curves.png")
     clipping_figure(sweep, folder, workdir / "clipping.png")
     return text

@@ -1,0 +1,103 @@
+"""Where a run begins: new, from its own last checkpoint, or from one of another run."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from luspo_jax import distributed, experience, prompts
+from luspo_jax.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.evaluate import Evaluation
+from luspo_jax.experience import Group
+from luspo_jax.length.steering import LengthState
+from luspo_jax.run import Run
+from luspo_jax.types import TrainState
+from luspo_jax.update import abstract_state, initial_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """What one step hands to the next on the host: groups left over, and what lengths did."""
+
+    surplus: Sequence[Group] = ()
+    length: LengthState = dataclasses.field(default_factory=LengthState)
+
+
+Start = tuple[TrainState, int, list[tuple[int, Evaluation]], Carried]
+
+# What a fork takes along from its parent's host, unless a field or fact changes that begins so.
+_TAKEN_ALONG = {
+    "stream": ("data.", "seed", "datasets", "template_hash", "model.tokenizer"),
+    "surplus": (
+        "data.", "seed", "datasets", "template_hash", "model.", "reward.", "scorers", "rollout.",
+        "shaping.",
+    ),
+    "length": ("length.", "objective.", "rollout."),
+    "evaluations": (
+        "data.", "datasets", "template_hash", "model.", "reward.", "scorers", "eval.",
+        "rollout.max_response_length",
+    ),
+}  # fmt: skip
+
+
+def begin(run: Run, checkpointer: Checkpointer, fork: Mapping[str, Any] | None = None) -> Start:
+    """State, steps taken, held-out results, what is carried: of the latest checkpoint, or of the
+    one that the run was forked from, or new."""
+    latest = checkpointer.latest_step()
+    distributed.agree({"the checkpoint to continue from": latest})  # each looked for itself
+    if latest is not None:
+        return _restored(run, checkpointer, latest)
+    if fork is None:
+        return begin_state(run), 0, [], Carried()
+    folder = pathlib.Path(fork["run"]) / "checkpoints"
+    with contextlib.closing(Checkpointer(folder, read_only=True)) as parent:
+        try:
+            return _restored(run, parent, fork["step"], fork["changed"])
+        except CheckpointError as error:
+            raise CheckpointError(f"--fork={fork['run']}: {error}{_told(fork)}") from error
+
+
+def _restored(run, checkpointer, step, changed=()) -> Start:
+    like = abstract_state(run.rule, marked=run.length.every > 0)
+    state, host = checkpointer.restore(step, like)
+    kept = {name for name, roots in _TAKEN_ALONG.items() if not _begins(changed, roots)}
+    if "stream" in kept:
+        run.data.stream.set_state(host["stream"])
+    evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
+    surplus = [
+        dataclasses.replace(group, prompt=prompts.pictured(group.prompt, run.data.renderer))
+        for group in experience.from_json(host["surplus"] if "surplus" in kept else ())
+    ]
+    length = LengthState.from_json(host["length"]) if "length" in kept else LengthState()
+    carried = Carried(surplus, length)
+    return state, step, evaluations if "evaluations" in kept else [], carried
+
+
+def _begins(names, roots):
+    return any(name.startswith(roots) for name in names)
+
+
+def _told(fork):
+    """The changed fields, one of which has to be set back."""
+    fields = ", ".join(
+        f"{name} ({old!r}, now {new!r})" for name, (old, new) in fork["changed"].items()
+    )
+    return f". Changed are: {fields}; set back what decides these arrays" if fields else ""
+
+
+def begin_state(run: Run) -> TrainState:
+    """The state of a run that has taken no step."""
+    return initial_state(run.initial_params(), run.rule, marked=run.length.every > 0)
+
+
+def host_state(
+    run: Run, evaluations: list[tuple[int, Evaluation]], carried: Carried
+) -> dict[str, Any]:
+    """What decides the next step beside the train state, as JSON values."""
+    return {
+        "stream": run.data.stream.get_state(),
+        "evaluations": [(step, dataclasses.asdict(e)) for step, e in evaluations],
+        "surplus": experience.to_json(carried.surplus),
+        "length": carried.length.to_json(),
+    }

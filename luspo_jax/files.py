@@ -1,0 +1,249 @@
+"""Files and folders that are written whole or not at all, at places that a user named.
+
+One rule for all commands: what a user names must not exist, or be empty. What is there is replaced
+only where the user says so, and a folder only where we wrote it; what somebody else put into such a
+folder stays in it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+MARK = ".luspo_jax.json"  # in a folder that we wrote: the names of what we wrote
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class PlaceError(Exception):
+    """A place that may not or cannot be written; the message says which and what to do."""
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, *, durable: bool = True) -> Iterator[pathlib.Path]:
+    """A temporary sibling that takes the file's name when the block ends, or vanishes.
+
+    Args:
+      path: of the file, whose name errors tell.
+      durable: wait until the disk has it, so that a crash of the machine leaves no empty file.
+    """
+    path = pathlib.Path(path)
+    scratch = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        try:
+            yield scratch
+            if durable:
+                _sync(scratch)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename != str(scratch):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_text(path: str | os.PathLike, text: str, *, durable: bool = True) -> None:
+    """Writes a file that is either the old one or the whole new one."""
+    with replacing(path, durable=durable) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def check_file(path: str | os.PathLike, *, flag: str, overwrite: bool = False) -> None:
+    """Checks that a file may be written where a flag says, before anything slow.
+
+    Raises:
+      PlaceError: it exists and `overwrite` is not said, or it cannot be made.
+    """
+    path = pathlib.Path(path).absolute()
+    if path.exists() and not path.is_file():
+        raise PlaceError(f"{flag}={path} is no file: name a file")
+    if path.exists() and path.stat().st_size and not overwrite:
+        raise PlaceError(
+            f"{flag}={path} exists already: name another file, or pass --overwrite to replace it"
+        )
+    _check_writable(path.parent, flag, path)
+
+
+def write_new(
+    path: str | os.PathLike, text: str, *, flag: str = "--out", overwrite: bool = False
+) -> None:
+    """Writes a file that a flag names, as `check_file` allows it, with the folders above it."""
+    check_file(path, flag=flag, overwrite=overwrite)
+    path = pathlib.Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def check_own(
+    folder: str | os.PathLike, *, ours: Sequence[str], what: str, flag: str = "--workdir"
+) -> None:
+    """Checks that a folder where a command keeps its results is new, empty, or its own.
+
+    Args:
+      folder: to check.
+      ours: names of which one at least is in a folder of this kind.
+      what: such a folder holds, in words.
+      flag: that named the folder.
+
+    Raises:
+      PlaceError: it holds something else.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise PlaceError(f"{flag}={folder} is a file: name a folder")
+    # Names with a dot in front: a lock, a file that was being written.
+    names = {p.name for p in folder.glob("*") if not p.name.startswith(".")}
+    if names and names.isdisjoint(ours):
+        raise PlaceError(f"{flag}={folder} is not empty and holds no {what}: choose another")
+    _check_writable(folder, flag, folder)
+
+
+def check_folder(
+    folder: str | os.PathLike, *, flag: str = "--out", overwrite: bool | None = None
+) -> None:
+    """Checks that a folder may be written where a flag says, before anything slow.
+
+    Args:
+      folder: to check.
+      flag: that named the folder.
+      overwrite: whether the user allows to replace what we wrote there; None where none is asked.
+
+    Raises:
+      PlaceError: it holds something, or it cannot be made.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if os.path.lexists(folder):
+        if not folder.is_dir():
+            raise PlaceError(f"{flag}={folder} is a file: name a folder")
+        if any(folder.iterdir()) and not overwrite:
+            hint = "" if overwrite is None else ", or pass --overwrite to replace it"
+            raise PlaceError(
+                f"{flag}={folder} exists already and is not empty: name another folder{hint}"
+            )
+        if any(folder.iterdir()) and not (folder / MARK).is_file():
+            raise PlaceError(
+                f"{flag}={folder} is not empty and luspo_jax did not write it (there is no {MARK} "
+                "in it): --overwrite does not replace it; name another"
+            )
+    _check_writable(folder.parent, flag, folder)
+
+
+@contextlib.contextmanager
+def new_folder(
+    folder: str | os.PathLike,
+    *,
+    flag: str = "--out",
+    overwrite: bool | None = None,
+    own: bool = False,
+) -> Iterator[pathlib.Path]:
+    """A temporary sibling that takes the folder's name when the block ends, or vanishes.
+
+    Args:
+      folder: as `check_folder` allows it.
+      flag: that named it.
+      overwrite: the user allows to replace what we wrote there.
+      own: the place is ours, as `export` in a run's folder: it may be replaced without a mark.
+
+    Raises:
+      PlaceError: as `check_folder`, and where the disk is full or read-only.
+    """
+    folder = pathlib.Path(os.path.realpath(folder))
+    if not own:
+        check_folder(folder, flag=flag, overwrite=overwrite)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        names = sorted({path.name for path in partial.iterdir()} - {MARK})
+        write_text(partial / MARK, json.dumps({"written": names}) + "\n")
+        _replace(partial, folder)
+    except OSError as error:
+        full = error.errno in _FULL
+        raise PlaceError(
+            f"{folder} cannot be written ({error.strerror}): "
+            + ("free some space" if full else "choose a place that is writable")
+            + ", then run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(
+    folder: str | os.PathLike, *, flag: str = "--workdir", wait: bool = False
+) -> Iterator[TextIO]:
+    """Keeps a folder, which is made if need be, for this process until the block ends.
+
+    Raises:
+      PlaceError: another process has it (unless `wait`), or it cannot be written.
+    """
+    with take_lock(folder, flag=flag, wait=wait) as lock:
+        yield lock
+
+
+def take_lock(folder: str | os.PathLike, *, flag: str = "--workdir", wait: bool = False) -> TextIO:
+    """As `locked`; closing what is returned lets the folder go."""
+    folder = pathlib.Path(folder).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise PlaceError(f"{flag}={folder} cannot be written: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        lock.close()
+        raise PlaceError(
+            f"{flag}={folder} is in use by another process: wait for its end"
+        ) from None
+    return lock
+
+
+def _check_writable(parent, flag, path):
+    """Looks at the nearest folder above that exists."""
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise PlaceError(f"{flag}={path} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PlaceError(f"{flag}={path} cannot be written: {parent} is not writable")
+
+
+def _replace(partial, folder):
+    """Renames `partial` to `folder`; of what was there, only what we wrote goes."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    ours = _written(folder) | {path.name for path in partial.iterdir()}
+    folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    for path in old.iterdir():
+        if path.name not in ours:
+            path.rename(folder / path.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _written(folder):
+    """Names that the mark lists; without one, those of weights, whose number may have changed."""
+    try:
+        return {MARK, *json.loads((folder / MARK).read_text())["written"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {path.name for path in folder.glob("model*.safetensors*")}
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
