@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS
+from luspo_jax.datasets.templates import TEMPLATES
 from luspo_jax.defaults import default_config
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.logprobs import REPLAYS
 from luspo_jax.models.decoder import REMAT
-from luspo_jax.prompts import TEMPLATES
 from luspo_jax.rewards.registry import verifiers
 from luspo_jax.shaping import Shaping
 from luspo_jax.update import OFFLOADS
@@ -272,13 +272,16 @@ def _wrong_names(config: ConfigDict) -> Iterator[str]:
         yield "model.path is empty: name a folder in Hugging Face format, or embedded:NAME"
     choices = [
         ("data.name", config.data.name, DATASETS),
-        ("data.template", config.data.template, TEMPLATES),
     ]
+    if "{problem}" not in config.data.template:
+        choices.append(("data.template", config.data.template, TEMPLATES))
+
     if config.data.eval_name:
         choices.append(("data.eval_name", config.data.eval_name, DATASETS))
     for field, value, names in choices:
         if value not in names:
             yield f'{field}="{value}" does not exist: {nearest(value, names)}'
+    yield from _wrong_template(config.data)
     try:
         verifiers(config.reward.parts.to_dict(), config.reward.options.to_dict())
     except ValueError as error:
@@ -304,6 +307,17 @@ def _wrong_names(config: ConfigDict) -> Iterator[str]:
         yield f'model.remat="{config.model.remat}": {nearest(config.model.remat, REMAT)}'
     if config.model.overrides and not config.model.random_weights:
         yield "model.overrides changes the architecture and needs model.random_weights=True"
+
+
+def _wrong_template(data: ConfigDict) -> Iterator[str]:
+    own = "{problem}" in data.template
+    if own and data.template.count("{problem}") > 1:
+        yield f"data.template={data.template!r} must hold {{problem}} once"
+    if data.template_chat is not None and not own:
+        yield (
+            "data.template_chat is of a template of your own, which holds {problem}: "
+            f'data.template="{data.template}" is a named one, which says so itself'
+        )
 
 
 def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
