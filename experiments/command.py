@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from absl import flags
 
-from luspo_jax import watchdog
+from luspo_jax import files, watchdog
 from luspo_jax.values import nearest
 
 
@@ -45,6 +45,7 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
                 raise flags.Error(f"--{name} is required")
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         return _refuse(_flag_message(error), 2)
+    _expand_home()
     # A warning is a line for the user, without the place in our code that gave it.
     warnings.showwarning = lambda message, *_, **__: sys.stderr.write(f"warning: {message}\n")
     try:
@@ -62,6 +63,13 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
             raise
         return _refuse(str(error), 2 if isinstance(error, ValueError) else 1)
     return 0
+
+
+def _expand_home() -> None:
+    """Takes `~/` at the beginning of a flag for the home folder, as no shell does in `--out=~/x`."""
+    for name, value in flags.FLAGS.flag_values_dict().items():
+        if isinstance(value, str) and value.startswith("~/"):
+            setattr(flags.FLAGS, name, str(files.local(value)))
 
 
 _PLAIN = {"×": "x", "—": "-", "–": "-", "−": "-", "→": "->", "≤": "<=", "≥": ">=", "·": "*"}
@@ -137,15 +145,19 @@ def description(run: Any) -> str:
         f"held out  : {run.data.held_out_report}"
         + (" — THE TRAINING SET ITSELF" if run.data.held_out_report in run.data.reports else ""),
         *([f"overlap   : {overlap}"] if overlap else []),
-        f"prompts   : {len(run.data.stream):,} to train on ({run.data.stream.dropped:,} dropped as "
-        f"longer than {run.config.data.max_prompt_length} tokens), {len(run.data.held_out):,} held "
-        f"out{_refused(run.data.refused)}; template {run.data.template_hash}",
+        f"prompts   : {len(run.data.stream):,} to train on ({run.data.stream.survey(_SURVEYED)}, "
+        f"at data.max_prompt_length={run.config.data.max_prompt_length}), "
+        f"{len(run.data.held_out):,} held out{_refused(run.data.refused)}; template "
+        f"{run.data.template_hash}",
         f"rewards   : {', '.join(run.scorer.labels.values())}",
         f"batch     : {configuration.batch_arithmetic(run.config)}",
         f"memory    : about {sum(memory.values()) / 1e9:.2f} GB a device: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size),
     ]
     return "\n".join(["configuration", *lines])
+
+
+_SURVEYED = 10_000  # training problems of which --dry_run says how many make no prompt
 
 
 def _refused(counts: Mapping[str, int]) -> str:

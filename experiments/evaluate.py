@@ -31,7 +31,12 @@ _TOP_K = flags.DEFINE_integer("top_k", None, "In place of the protocol's; 0 = of
 _LENGTH = flags.DEFINE_integer("max_response_length", None, "Tokens, in place of the protocol's.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Only the first so many problems; 0 = all.", 0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", SEED.low, SEED.high)
-_TEMPLATE = flags.DEFINE_string("template", "", "Prompt template; empty = the benchmark's.")
+_TEMPLATE = flags.DEFINE_string(
+    "template", "", "A name, or a text with {problem} in it; empty = the benchmark's."
+)
+_CHAT = flags.DEFINE_bool(
+    "template_chat", None, "Whether such a text is a message in the model's chat template."
+)
 _SYSTEM = flags.DEFINE_string(
     "system_prompt", None, "A system message, or the name luspo_vl; unset = the benchmark's."
 )
@@ -134,6 +139,7 @@ def _options():
         limit=_LIMIT.value,
         seed=_SEED.value,
         template=_TEMPLATE.value,
+        template_chat=_CHAT.value,
         system_prompt=_SYSTEM.value,
         image_dir=_IMAGES.value,
         min_pixels=_MIN_PIXELS.value,

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS, DataError
 from luspo_jax.datasets.table import Table
+from luspo_jax.datasets.templates import TEMPLATES
 from luspo_jax.defaults import OPEN_SECTIONS, SOURCE_FIELDS, default_config, wrong_fields
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.prompts import TEMPLATES
 from luspo_jax.rewards import Sample
 from luspo_jax.rewards.record import run as judge
 from luspo_jax.rewards.registry import verifier
@@ -394,10 +394,16 @@ def _senseless(config: ConfigDict) -> list[tuple[bool, str]]:
             "responses are all alike",
         ),
         (
-            not TEMPLATES[data.template].chat
+            data.template in TEMPLATES
+            and not TEMPLATES[data.template].chat
             and (data.system_prompt != "" or data.enable_thinking is not None),
             f"data.template={data.template!r} is no chat template: data.system_prompt and "
             "data.enable_thinking would be ignored; take data.template=chat, or leave them out",
+        ),
+        (
+            data.template_chat is not None and data.template in TEMPLATES,
+            "data.template_chat is of a template of your own, which holds {problem}: "
+            f"data.template={data.template} is a named one, which says so itself",
         ),
         (
             0 < data.max_pixels < data.min_pixels,

@@ -10,11 +10,11 @@ from ml_collections.config_dict import placeholder
 
 from luspo_jax import objectives, shaping
 from luspo_jax.datasets import DATASETS
+from luspo_jax.datasets.templates import TEMPLATES
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.logprobs import REPLAYS
 from luspo_jax.models.decoder import REMAT
 from luspo_jax.ops import attention, grouped_matmul
-from luspo_jax.prompts import TEMPLATES
 from luspo_jax.shaping import Shaping
 from luspo_jax.update import OFFLOADS
 from luspo_jax.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, nearest, refusal, shown
@@ -64,7 +64,7 @@ def default_config() -> ConfigDict:
     config.data.split = "train"
     config.data.options = ConfigDict()  # Of a generated dataset.
     # Several sources to train on in place of `name`: a name of yours → {name, path, split, weight,
-    # problem_column, answer_column}; weight is a share of the prompts.
+    # problem_column, answer_column, image_column, image_dir}; weight is a share of the prompts.
     config.data.mixture = ConfigDict()
     config.data.eval_name = ""  # Held-out set; empty = data.name.
     config.data.eval_path = ""  # Empty = data.path, of the same dataset.
@@ -72,7 +72,16 @@ def default_config() -> ConfigDict:
     config.data.cache_dir = ""  # Where built datasets are kept; empty = the user's cache folder.
     config.data.problem_column = ""  # Of a user's own jsonl or parquet.
     config.data.answer_column = ""
-    config.data.template = "plain"  # One of luspo_jax.prompts.TEMPLATES.
+    config.data.eval_problem_column = ""  # Of the held-out set; empty = as the training set's.
+    config.data.eval_answer_column = ""
+    config.data.eval_image_column = ""
+    config.data.drop_bad_rows = False  # Leave out and count rows that cannot be used, or refuse.
+    # One of luspo_jax.datasets.templates.TEMPLATES, or a text of your own, such as
+    # "{problem}\nAnswer with a number." It holds {problem} once, and other columns as {hint}.
+    config.data.template = "plain"
+    # Of such a text: whether it is a user message in the tokenizer's chat template, or the whole
+    # prompt; unset = a message where the tokenizer has a chat template.
+    config.data.template_chat = placeholder(bool)
     config.data.system_prompt = ""
     config.data.enable_thinking = placeholder(bool)  # Passed to the chat template where set.
     # Of models that read images; 0 = as the model's preprocessor_config.json says.
@@ -218,7 +227,7 @@ RULES: dict[str, Rule] = {
     "data.split": Text("say train, or another split of the dataset"),
     "data.eval_name": OneOf(("", *DATASETS)),
     "data.eval_split": Text("say test, or another split of the dataset"),
-    "data.template": OneOf(TEMPLATES),
+    "data.template": OneOf(TEMPLATES, mark="{problem}"),
     "data.min_pixels": _COUNT,
     "data.max_pixels": _COUNT,
     "data.text_blank": Number(0, 2**14),

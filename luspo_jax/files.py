@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, at places that a user named.
+"""Files and folders at places that a user named: read as text, written whole or not at all.
 
 One rule for all commands: what a user names must not exist, or be empty. What is there is replaced
 only where the user says so, and a folder only where we wrote it; what somebody else put into such a
@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 MARK = ".luspo_jax.json"  # in a folder that we wrote: the names of what we wrote
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -202,6 +202,34 @@ def take_lock(folder: str | os.PathLike, *, flag: str = "--workdir", wait: bool 
             f"{flag}={folder} is in use by another process: wait for its end"
         ) from None
     return lock
+
+
+def local(path: str | os.PathLike) -> pathlib.Path:
+    """The path with a leading `~` as the home folder."""
+    return pathlib.Path(os.path.expanduser(path))
+
+
+def open_text(path: pathlib.Path, *, newline: str | None = None) -> TextIO:
+    """Opens UTF-8 text; what is none comes out as U+DC80 … U+DCFF, so that a cell can be named."""
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def read_text(path: pathlib.Path) -> str:
+    """The UTF-8 text of a file.
+
+    Raises:
+      UnicodeDecodeError: it is none.
+    """
+    return path.read_text(encoding="utf-8-sig")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The JSON value of a file.
+
+    Raises:
+      ValueError: it holds none.
+    """
+    return json.loads(read_text(path))
 
 
 def _check_writable(parent, flag, path):

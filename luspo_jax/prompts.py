@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -9,55 +10,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from luspo_jax.datasets import DataError, Example, Mixture
-from luspo_jax.datasets.dapo_math import PREFIX, SUFFIX
 from luspo_jax.datasets.images import ImageFiles
+from luspo_jax.datasets.templates import Template, template
 from luspo_jax.images import ImagePreparer, ImageRefusal, PreparedImage
-from luspo_jax.values import nearest
-
-# The system message of arXiv:2602.05261, figure 3; format "luspo_vl" checks what it asks for.
-LUSPO_VL_SYSTEM_PROMPT = (
-    "Solve the question. When the user asks a question, first think through the reasoning process "
-    "internally. Present this reasoning process explicitly, enclosed within <think> </think> tags. "
-    "Then, provide the final answer in LaTeX format, wrapped in $...$, and ensure the answer is "
-    "enclosed in the \\boxed{} command. The answer should be placed within <answer> </answer> "
-    "tags. For example: <think> Since $1+1=2$, so the answer is $2$. </think> <answer> The answer "
-    "is $\\boxed{2}$ </answer>. The output must always begin with <think> and end with </answer>."
-)
-
-SYSTEM_PROMPTS = {"": "", "luspo_vl": LUSPO_VL_SYSTEM_PROMPT}
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # in a problem: here stands its next image
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """How a problem is put to the model.
-
-    Attributes:
-      text: the message, with `{problem}` where the problem goes.
-      chat: whether the text is a user message in the tokenizer's chat template, or the prompt.
-    """
-
-    text: str
-    chat: bool
-
-    def __post_init__(self):
-        if self.text.count("{problem}") != 1:
-            raise ValueError(f"a template must hold {{problem}} once: {self.text!r}")
-
-
-TEMPLATES = {
-    "boxed": Template(
-        "{problem}\n\nReason step by step and put the final answer in \\boxed{}.", chat=True
-    ),
-    "chat": Template("{problem}", chat=True),
-    "dapo": Template(f"{PREFIX}{{problem}}{SUFFIX}", chat=True),
-    "plain": Template("{problem}", chat=False),
-}
+_AT_ONCE = 256  # problems whose prompts, and images, are in memory while they are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +65,9 @@ class Renderer:
 
     Attributes:
       tokenizer: a Hugging Face tokenizer.
-      template: a name in TEMPLATES, or a Template.
+      template: a name in TEMPLATES, a text with `{problem}` in it, or a Template.
+      template_chat: of such a text, whether it is a user message in the tokenizer's chat template;
+        None = where the tokenizer has one.
       system_prompt: a system message; chat templates only.
       enable_thinking: passed to the chat template where it is not None.
       images: prepares images; None for a model of text, which is asked the bare problem.
@@ -116,6 +82,7 @@ class Renderer:
     enable_thinking: bool | None = None
     images: ImagePreparer | None = None
     image_files: ImageFiles = dataclasses.field(default_factory=ImageFiles)
+    template_chat: bool | None = None
 
     def __post_init__(self):
         if not self._template.chat and (self.system_prompt or self.enable_thinking is not None):
@@ -150,17 +117,30 @@ class Renderer:
             raise ValueError(f"the tokenizer has no token {token}, which images need")
         return found
 
-    @property
+    @functools.cached_property
     def _template(self) -> Template:
-        return self.template if isinstance(self.template, Template) else _named(self.template)
+        if isinstance(self.template, Template):
+            return self.template
+        chat = self.template_chat
+        return template(
+            self.template, chat=bool(self.tokenizer.chat_template if chat is None else chat)
+        )
 
-    def text(self, problem: str, num_images: int = 0) -> str:
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the template names beside the problem."""
+        return self._template.columns
+
+    def text(
+        self, problem: str, num_images: int = 0, columns: Mapping[str, Any] | None = None
+    ) -> str:
         """The whole prompt for a problem; each of its images is one placeholder.
 
         Raises:
           ValueError: the problem marks places for another number of images.
+          DataError: the template names a column that is not among these.
         """
-        message = self._template.text.replace("{problem}", problem)
+        message = self._template.fill(problem, columns)
         pieces = self._pieces(message, num_images)
         if not self._template.chat:
             return f"{VISION_START}{IMAGE_TOKEN}{VISION_END}".join(pieces)
@@ -200,12 +180,6 @@ class Renderer:
             parts = (*parts, self.images.settings.hash)
         what = json.dumps([*parts, self.system_prompt, self.enable_thinking], sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
-
-
-def _named(name: str) -> Template:
-    if name not in TEMPLATES:
-        raise ValueError(f"unknown template {name!r}: {nearest(name, TEMPLATES)}")
-    return TEMPLATES[name]
 
 
 def _content(pieces: list[str]) -> str | list[dict[str, str]]:
@@ -257,11 +231,13 @@ def _ask(example, images, renderer) -> str | Refusal:
     if isinstance(images, ImageRefusal):
         return Refusal(example.id, images.reason, str(images))
     if renderer.images is None:
-        return renderer.text(example.problem)
+        return renderer.text(example.problem, 0, example.meta)
     if VIDEO_MARK in example.problem:
         return Refusal(example.id, "video", f"the problem says {VIDEO_MARK}: videos are not read")
     try:
-        return renderer.text(example.problem, len(images))
+        return renderer.text(example.problem, len(images), example.meta)
+    except DataError:
+        raise
     except ValueError as error:
         return Refusal(example.id, "markers", str(error))
 
@@ -326,6 +302,27 @@ def with_images(records: Sequence[PromptRecord], renderer: Renderer) -> list[Pro
         dataclasses.replace(record, images=images)
         for record, images in zip(records, found, strict=True)
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What becomes of problems that were looked at, spread evenly over a dataset.
+
+    Attributes:
+      total: problems of the dataset.
+      looked_at: problems that were looked at; all of a small dataset.
+      refused: reason → how many of these make no prompt.
+    """
+
+    total: int
+    looked_at: int
+    refused: Mapping[str, int]
+
+    def __str__(self) -> str:
+        of = "" if self.looked_at == self.total else f" of {self.looked_at:,} looked at"
+        counts = [f"{self.refused.get('too_long', 0):,}{of} too long"]
+        counts += [f"{n:,} {reason}" for reason, n in self.refused.items() if reason != "too_long"]
+        return ", ".join(counts)
 
 
 class PromptStream:
@@ -420,6 +417,19 @@ class PromptStream:
             if not found and looked_at >= len(self._examples):
                 raise DataError(self._no_prompts(looked_at))
         return found[self._process_index :: self._process_count]
+
+    def survey(self, limit: int) -> Survey:
+        """What becomes of up to `limit` problems; the stream stays where it is."""
+        total = len(self._examples)
+        places = np.linspace(0, total, min(limit, total), endpoint=False).astype(int)
+        refused: collections.Counter[str] = collections.Counter()
+        for start in tqdm(
+            range(0, len(places), _AT_ONCE), "prompts", disable=None, delay=1, unit=" batches"
+        ):
+            examples = [self._examples[int(place)] for place in places[start : start + _AT_ONCE]]
+            found = outcomes(examples, self._renderer, max_length=self._max_length)
+            refused.update(x.reason for x in found if isinstance(x, Refusal))
+        return Survey(total, len(places), refused)
 
     def _outcomes(self, examples) -> list[PromptRecord | Refusal]:
         own = outcomes(examples, self._renderer, max_length=self._max_length)

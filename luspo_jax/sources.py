@@ -95,35 +95,25 @@ def load_data(config: ConfigDict, model: Model) -> Data:
     """
     data = config.data
     preparer = image_preparer(config, model)
-    image_files = _image_files(data)
-    try:
-        renderer = prompts.Renderer(
-            model.tokenizer,
-            data.template,
-            data.system_prompt,
-            enable_thinking=data.enable_thinking,
-            images=preparer,
-            image_files=image_files,
-        )
-    except ValueError as error:
-        raise configuration.ConfigError(f"data.template: {error}") from None
-    columns = {
+    renderer = _renderer(data, model, preparer)
+    shared = {
         "data_dir": data.cache_dir or None,
-        "problem": data.problem_column or None,
-        "answer": data.answer_column or None,
-        "image": data.image_column or None,
-        **data.options.to_dict(),
+        "keep": renderer.columns,
+        "drop_bad_rows": data.drop_bad_rows,
     }
-    train, reports = _training_set(data, columns)
+    own = {**_columns(data, ""), **data.options.to_dict()}
+    train, reports = _training_set(data, shared, own)
     name, path, image_dir = _held_out_place(data)
     # Another dataset has columns and options of its own.
-    shared = columns if name == data.name else {"data_dir": columns["data_dir"]}
-    held_out, held_out_report = datasets.load(name, path or None, data.eval_split, **shared)
+    held_out_own = (own if name == data.name else {}) | _columns(data, "eval_")
+    held_out, held_out_report = datasets.load(
+        name, path or None, data.eval_split, **shared, **held_out_own
+    )
     files = _files(name, path, data.eval_split, image_dir)
     tested = dataclasses.replace(renderer, image_files=files)
     trained = "data.mixture" if data.mixture else f"data.name={data.name}"
-    _check_sight(model, trained, train)
-    _check_sight(model, f"data.eval_name={name}", held_out)
+    _check_sight(model, trained, train, reports)
+    _check_sight(model, f"data.eval_name={name}", held_out, (held_out_report,))
     stream = prompts.PromptStream(
         train,
         renderer,
@@ -147,9 +137,37 @@ def load_data(config: ConfigDict, model: Model) -> Data:
     return Data(stream, records, reports, held_out_report, (train, wanted), renderer, refused)
 
 
-def _check_sight(model, field, examples):
+def _renderer(data, model, preparer):
+    image_files = _image_files(data)
+    try:
+        return prompts.Renderer(
+            model.tokenizer,
+            data.template,
+            data.system_prompt,
+            enable_thinking=data.enable_thinking,
+            images=preparer,
+            image_files=image_files,
+            template_chat=data.template_chat,
+        )
+    except ValueError as error:
+        raise configuration.ConfigError(f"data.template: {error}") from None
+
+
+def _columns(data, prefix):
+    """The columns that `data`, or a source of its mixture, names with this prefix."""
+    names = {kind: data.get(f"{prefix}{kind}_column", "") for kind in _KINDS}
+    return {kind: name for kind, name in names.items() if name}
+
+
+_KINDS = ("problem", "answer", "image")
+
+
+def _check_sight(model, field, examples, reports):
     """A model of text would be asked about images that it is not shown."""
-    if model.config.vision is None and any(e.meta.get("images") for e in _some(examples)):
+    if model.config.vision is not None:
+        return
+    shown = any(report.pictured for report in reports)
+    if shown or any(example.meta.get("images") for example in _some(examples)):
         raise configuration.ConfigError(
             f"{field} has problems with images, and {model.folder.name} reads none: choose a "
             "Qwen2.5-VL as model.path (data.blank_images shows it white ones)"
@@ -229,10 +247,10 @@ def _files(name, path, split, image_dir):
     return ImageFiles(datasets.image_source(name, path or None, split), image_dir or None)
 
 
-def _training_set(data, columns):
+def _training_set(data, shared, own):
     """(examples, report of each source) of the one dataset or of the mixture."""
     if not data.mixture:
-        examples, report = datasets.load(data.name, data.path or None, data.split, **columns)
+        examples, report = datasets.load(data.name, data.path or None, data.split, **shared, **own)
         return examples, (report,)
     sources, weights, reports = {}, {}, []
     for key, source in data.mixture.items():
@@ -240,10 +258,8 @@ def _training_set(data, columns):
             source.name,
             source.get("path") or None,
             source.get("split", "train"),
-            data_dir=columns["data_dir"],
-            problem=source.get("problem_column") or None,
-            answer=source.get("answer_column") or None,
-            image=source.get("image_column") or None,
+            **shared,
+            **_columns(source, ""),
         )
         weights[key] = source.get("weight", 1.0)
         reports.append(report)

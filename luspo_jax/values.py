@@ -58,13 +58,14 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """One of several names."""
+    """One of several names; with a `mark`, also any text that holds it once."""
 
     names: Collection[str]
+    mark: str = ""
 
     def allows(self, value: str) -> bool:
         """Whether a name is one of these."""
-        return value in self.names
+        return value in self.names or (self.mark != "" and value.count(self.mark) == 1)
 
 
 @dataclasses.dataclass(frozen=True)

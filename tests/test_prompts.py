@@ -11,15 +11,13 @@ import pytest
 from luspo_jax.datasets import DataError, Example, Mixture
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.datasets.shapes import Shapes
+from luspo_jax.datasets.templates import LUSPO_VL_SYSTEM_PROMPT, TEMPLATES, Template
 from luspo_jax.images import ImagePreparer, ImageSettings
 from luspo_jax.prompts import (
-    LUSPO_VL_SYSTEM_PROMPT,
-    TEMPLATES,
     PromptRecord,
     PromptStream,
     Refusal,
     Renderer,
-    Template,
     encode,
     outcomes,
     with_images,

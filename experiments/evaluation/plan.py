@@ -9,17 +9,17 @@ from typing import Any
 
 from experiments.command import UsageError
 from luspo_jax import config as configuration
-from luspo_jax import datasets, prompts, sources
+from luspo_jax import datasets, files, prompts, sources
 from luspo_jax.benchmarks import Benchmark, Protocol
-from luspo_jax.datasets import Example, Report
+from luspo_jax.datasets import Example, Report, templates
 from luspo_jax.datasets.images import ImageFiles
+from luspo_jax.datasets.rows import SUFFIXES
 from luspo_jax.images import ImagePreparer, ImageSettings
 from luspo_jax.sources import Model
 
 _NO_LIMIT = 1 << 30  # tokens: a prompt that is too long is refused later, by its length
 _AT_ONCE = 64  # problems whose images are in memory while prompts are made
 _SHOWN = 1  # refusals that a message quotes
-_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Options:
       cache_dir: where built datasets are kept; empty for the user's cache.
       limit: only the first so many problems, each with all its parts or variants; 0 for all.
       seed: of the sampling noise.
-      template, system_prompt, enable_thinking: as in `prompts.Renderer`; an empty template is
-        the benchmark's, and so is a system prompt of None.
+      template, template_chat, system_prompt, enable_thinking: as in `prompts.Renderer`; an empty
+        template is the benchmark's, and so is a system prompt of None.
       image_dir: a folder, or name=path pairs joined by commas; empty where images are beside
         their data.
       min_pixels, max_pixels: of an image; 0 for the model's own.
@@ -54,6 +54,7 @@ class Options:
     limit: int = 0
     seed: int = 0
     template: str = ""
+    template_chat: bool | None = None
     system_prompt: str | None = None
     image_dir: str = ""
     min_pixels: int = 0
@@ -115,7 +116,7 @@ def tasks(chosen: Sequence[Benchmark], options: Options, model: Model) -> list[T
         )
     preparer = _preparer(options, model) if shown else None
     found = examples(chosen, options)
-    files = _image_files(chosen, options)
+    image_files = _image_files(chosen, options)
     tasks = []
     for entry in chosen:
         try:
@@ -125,7 +126,8 @@ def tasks(chosen: Sequence[Benchmark], options: Options, model: Model) -> list[T
                 _system_prompt(entry, options),
                 enable_thinking=options.enable_thinking,
                 images=preparer if entry.images else None,
-                image_files=files[entry.name],
+                image_files=image_files[entry.name],
+                template_chat=options.template_chat,
             )
         except ValueError as error:
             raise UsageError(f"{entry.name}: {error} (flag --template)") from error
@@ -141,12 +143,23 @@ def examples(
     loaded = {}
     for entry in chosen:
         problems, report = datasets.load(
-            entry.dataset, paths.get(entry.name), "test", data_dir=options.cache_dir or None
+            entry.dataset,
+            paths.get(entry.name),
+            "test",
+            data_dir=options.cache_dir or None,
+            keep=_named_columns(options.template or entry.template),
         )
         problems = _first(entry, problems, options.limit)
         entry.check(problems)
         loaded[entry.name] = problems, report
     return loaded
+
+
+def _named_columns(template: str) -> tuple[str, ...]:
+    try:
+        return templates.template(template).columns
+    except ValueError as error:
+        raise UsageError(f"--template: {error}") from error
 
 
 def _first(entry: Benchmark, problems: Sequence[Example], limit: int) -> list[Example]:
@@ -180,9 +193,9 @@ def _named_paths(
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, equals, path = part.partition("=")
         if equals:
-            given[name] = pathlib.Path(path)
+            given[name] = files.local(path)
         else:
-            folders.append(pathlib.Path(part))
+            folders.append(files.local(part))
     names = [entry.name for entry in chosen]
     stray = [name for name in given if name not in names]
     if stray:
@@ -198,7 +211,7 @@ def _inside(folder: pathlib.Path | None, name: str) -> pathlib.Path:
     """The benchmark's own folder or file in the folder of all."""
     if folder is None:
         raise UsageError(f"--benchmarks={name} needs its file: --data=FOLDER or --data={name}=FILE")
-    candidates = [folder / name, *(folder / f"{name}{suffix}" for suffix in _SUFFIXES)]
+    candidates = [folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
     found = [path for path in candidates if path.exists()]
     if not found:
         raise UsageError(
@@ -234,7 +247,7 @@ def _preparer(options: Options, model: Model) -> ImagePreparer:
 
 def _system_prompt(entry: Benchmark, options: Options) -> str:
     given = entry.system_prompt if options.system_prompt is None else options.system_prompt
-    return prompts.SYSTEM_PROMPTS.get(given, given)
+    return templates.SYSTEM_PROMPTS.get(given, given)
 
 
 def _task(entry, problems, report, options, renderer, max_position) -> Task:

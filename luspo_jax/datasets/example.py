@@ -37,6 +37,8 @@ class Report:
       examples: examples kept.
       duplicates: rows merged into an earlier row with the same problem.
       conflicts: problems dropped because their rows disagree on the answer.
+      unusable: rows left out because they cannot be read, where the caller allows that.
+      pictured: examples with images.
     """
 
     name: str
@@ -46,10 +48,13 @@ class Report:
     examples: int
     duplicates: int = 0
     conflicts: int = 0
+    unusable: int = 0
+    pictured: int = 0
 
     def __str__(self) -> str:
+        unusable = f", {self.unusable:,} rows that cannot be used left out" * bool(self.unusable)
         return (
             f"{self.name}: {self.examples:,} examples from {self.rows:,} rows of {self.source} "
             f"({self.duplicates:,} duplicates merged, {self.conflicts:,} problems with conflicting "
-            "answers dropped)"
+            f"answers dropped{unusable})"
         )

@@ -4,32 +4,36 @@ Two layouts are read: the authors' folders, `train/11/data.json` beside `img_dia
 hub's table of `images`, `problem` and `answer`. The answer is the value in both, not its letter.
 """
 
-import json
 import pathlib
 import string
 from collections.abc import Iterator
 
+from luspo_jax import files
 from luspo_jax.datasets.example import DataError
-from luspo_jax.datasets.rows import Row, column, read_rows
+from luspo_jax.datasets.rows import Refuse, Row, column, read_rows, stop
 from luspo_jax.datasets.table import Table
 
 _DIAGRAM = "img_diagram.png"
 
 
-def problem_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+def problem_rows(path: pathlib.Path, refuse: Refuse = stop) -> Iterator[tuple[int, Row]]:
     """(row number, row) of each problem of a file or folder, with `id`, `answer` and `images`."""
     if path.is_file():
-        for number, row in read_rows(path):  # the hub's table has no id of its own
+        for number, row in read_rows(path, refuse):  # the hub's table has no id of its own
             yield number, {"id": number, **row}
         return
-    files = sorted(path.glob("*/data.json"), key=lambda file: (len(file.parent.name), file))
-    for number, file in enumerate(files, start=1):
-        yield number, _folder_row(file, f"{path}, row {number} ({file.parent.name}/{file.name})")
+    found = sorted(path.glob("*/data.json"), key=lambda file: (len(file.parent.name), file))
+    for number, file in enumerate(found, start=1):
+        place = f"{path}, row {number}"
+        try:
+            yield number, _folder_row(file, f"{place}: {file.parent.name}/{file.name}")
+        except DataError as error:
+            refuse(error)
 
 
 def _folder_row(file: pathlib.Path, place: str) -> Row:
     try:
-        row = json.loads(file.read_text(encoding="utf-8"))
+        row = files.read_json(file)
     except ValueError as error:
         raise DataError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(row, dict):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from luspo_jax import files
 from luspo_jax.datasets import shapes
 from luspo_jax.datasets.example import DataError, Example
 from luspo_jax.datasets.pixels import ImageError
@@ -97,6 +98,7 @@ def references(name: str, cell: Any, number: int, place: str) -> list[Reference]
     found = []
     for position, image in enumerate(cell if several else [cell]):
         path = image.get("path") if isinstance(image, dict) else image
+        path = None if path != path else path  # a table's NaN stands for nothing
         named = isinstance(path, str) and path.strip()
         # An object that holds neither is an image that is lost, to be refused as empty: without a
         # reference its problem would be asked blind.
@@ -177,7 +179,7 @@ def open_image(
 
 
 def _folder(source: pathlib.Path, image_dir: str | pathlib.Path | None) -> pathlib.Path:
-    return pathlib.Path(image_dir or (source if source.is_dir() else source.parent))
+    return files.local(image_dir or (source if source.is_dir() else source.parent))
 
 
 def _places(source, image_dir, path: str) -> Iterator[pathlib.Path]:

@@ -4,18 +4,33 @@ A benchmark whose problems were trained on measures memory. Text is compared wit
 punctuation and LaTeX's marks, so that a copy in other dress is found. One shared n-gram is a
 reason to look, not a proof: "where m and n are relatively prime positive integers find m n" stands
 in many problems. So each match says how much of the held-out problem the training problem holds.
+A problem of fewer words than that is compared as a whole, and by its signs too: 5 − 9 is not 5 + 9.
 """
 
 import collections
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+
+from tqdm import tqdm
 
 from luspo_jax.datasets.example import Example
 
 NGRAM = 13  # words, of arXiv:2005.14165, appendix C
 _WORD = re.compile(r"[a-z]+|\d+|[^\W\d_a-z]")  # the last: one letter of another script
 _MARKS = re.compile(r"\\(?:text|mathrm|left|right|dfrac|tfrac|frac)(?![a-z])")
+
+_TOKEN = re.compile(r"[a-z]+|\d+|\S")
+_DRESS = frozenset(".,;:?$\\{}\"'`~_&")  # signs that say nothing of what is asked
+# Signs that are written in several ways; the rest of LaTeX's names count as words.
+_SIGNS = (
+    (re.compile(r"\\[()\[\]]|(?<=[a-z]{2})-(?=[a-z]{2})"), " "),
+    (re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))"), r"\1\3 / \2\4"),
+    (re.compile(r"\\(?:times|cdot|ast)(?![a-z])|[×·⋅∗]"), " * "),
+    (re.compile(r"\\div(?![a-z])|÷"), " / "),
+    (re.compile("[−–‐‑]"), "-"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +81,20 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(_MARKS.sub(" ", text.lower())))
 
 
+def signed(text: str) -> tuple[str, ...]:
+    """Words and numbers of a text in lower case with the signs between them."""
+    text = text.lower()
+    for pattern, replacement in _SIGNS:
+        text = pattern.sub(replacement, text)
+    return tuple(t for t in _TOKEN.findall(_MARKS.sub(" ", text)) if t not in _DRESS)
+
+
 def overlap(
     held_out: Sequence[Example], trained: Iterable[Example], *, ngram: int = NGRAM
 ) -> Overlap:
     """Held-out problems that share an n-gram of words with a training problem.
 
-    A problem of fewer than n words is one n-gram, and found as a whole problem only.
+    A problem of fewer than n words is found as a whole problem only, its signs included.
 
     Raises:
       ValueError: n is not positive.
@@ -79,18 +102,22 @@ def overlap(
     if ngram < 1:
         raise ValueError(f"ngram={ngram} must be at least 1 word")
     sizes, holders = {}, collections.defaultdict(list)
+    vocabulary = {"times", "cdot", "ast", "div"}  # words to `words`, signs to `signed`
     for example in held_out:
-        grams = _grams(words(example.problem), ngram)
+        said = words(example.problem)
+        vocabulary.update(said)
+        grams = _grams(example.problem, said, ngram, vocabulary)
         sizes[example.id] = len(grams)
         for gram in grams:
             holders[gram].append(example.id)
     best: dict[int, Match] = {}
     num_trained = 0
-    for example in trained:
+    for example in tqdm(trained, "overlap", disable=None, delay=1, unit=" problems"):
         num_trained += 1
-        shared = collections.Counter(
-            held for gram in _grams(words(example.problem), ngram) for held in holders.get(gram, ())
-        )
+        grams = _grams(example.problem, words(example.problem), ngram, vocabulary)
+        if grams.isdisjoint(holders):
+            continue
+        shared = collections.Counter(held for gram in grams for held in holders.get(gram, ()))
         for held, count in shared.items():
             share = count / sizes[held]
             if held not in best or share > best[held].share:
@@ -99,5 +126,16 @@ def overlap(
     return Overlap(len(held_out), num_trained, ngram, matches)
 
 
-def _grams(said: tuple[str, ...], ngram: int) -> set[tuple[str, ...]]:
-    return {said[start : start + ngram] for start in range(max(1, len(said) - ngram + 1))}
+def _grams(
+    text: str, said: tuple[str, ...], ngram: int, vocabulary: Collection[str]
+) -> set[tuple[str, ...]]:
+    """What can be shared of a text: n-grams of words of the vocabulary, or all of a short one."""
+    strange = [place for place, word in enumerate(said) if word not in vocabulary]
+    if len(said) < ngram:
+        return set() if strange else {signed(text)}
+    spans = itertools.pairwise([-1, *strange, len(said)])
+    return {
+        said[start : start + ngram]
+        for before, after in spans
+        for start in range(before + 1, after - ngram + 1)
+    }

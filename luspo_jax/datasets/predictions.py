@@ -3,9 +3,10 @@
 import pathlib
 from collections.abc import Sequence
 
+from luspo_jax import files
 from luspo_jax.datasets.example import DataError
 from luspo_jax.datasets.rows import column, read_rows
-from luspo_jax.datasets.table import answer_text, optional_text
+from luspo_jax.datasets.table import UNDECODED, answer_text, encodable, optional_text
 
 
 def read_predictions(
@@ -19,9 +20,9 @@ def read_predictions(
       response: column of the response.
 
     Raises:
-      DataError: no such file, a missing column, or no rows.
+      DataError: no such file, a row that cannot be read, a missing column, or no rows.
     """
-    path = pathlib.Path(path)
+    path = files.local(path)
     if not path.is_file():
         raise DataError(f"predictions: no file {path}")
     found: dict[str, list[str]] = {}
@@ -41,6 +42,8 @@ def _name(name: str, cell, place: str) -> str:
 
 def _text(name: str, cell, place: str, read=optional_text) -> str:
     try:
-        return read(cell)
+        said = read(cell)
+        # Half a character is what a model may leave of one when it stops.
+        return encodable(said) if UNDECODED.search(said) else said
     except ValueError as error:
         raise DataError(f"{place}: column {name!r} {error}") from error

@@ -1,9 +1,11 @@
 """The datasets by name, and how one is loaded."""
 
+import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from luspo_jax import files
 from luspo_jax.datasets.contests import AIME, AMC, MATH500
 from luspo_jax.datasets.dapo_math import DAPO_LAYOUT
 from luspo_jax.datasets.example import DataError, Example, Report
@@ -13,10 +15,10 @@ from luspo_jax.datasets.hub import hub_file, is_hub
 from luspo_jax.datasets.label_lookup import LabelLookup
 from luspo_jax.datasets.label_sums import LabelSums
 from luspo_jax.datasets.open_problems import MINERVA, OLYMPIADBENCH
-from luspo_jax.datasets.rows import read_rows
+from luspo_jax.datasets.rows import SUFFIXES, names_in
 from luspo_jax.datasets.shapes import Shapes
 from luspo_jax.datasets.store import build_once, default_data_dir, file_sha256
-from luspo_jax.datasets.table import READER_VERSION, Table, read_examples
+from luspo_jax.datasets.table import READER_VERSION, Table, read_file
 from luspo_jax.datasets.virl39k import VIRL39K
 from luspo_jax.datasets.visual_benchmarks import (
     DYNAMATH,
@@ -51,10 +53,8 @@ DATASETS = {
     "virl39k": VIRL39K,
     "wemath": WEMATH,
     # A user's own file: name its columns.
-    "file": Table(problem=("problem",), answer=("answer",)),
+    "file": Table(problem=("problem",), answer=("answer",), images=("image", "images")),
 }
-
-_SUFFIXES = (".jsonl", ".parquet", ".json", ".csv")
 
 
 def load(
@@ -66,6 +66,8 @@ def load(
     problem: str | None = None,
     answer: str | None = None,
     image: str | None = None,
+    keep: Sequence[str] = (),
+    drop_bad_rows: bool = False,
     **options,
 ) -> tuple[Sequence[Example], Report]:
     """A dataset as a sequence of examples with random access, and a report on its rows.
@@ -78,8 +80,10 @@ def load(
       data_dir: where the built dataset is kept; by default the user's cache.
       problem: column of the problem, in place of the dataset's own.
       answer: column of the answer, likewise.
-      image: column of the images, likewise; of a user's own file, `image` or `images` where its
-        first row has one.
+      image: column of the images, likewise; of a user's own file, `image` or `images` where a row
+        has one. Rows of it need not have images.
+      keep: more columns to keep in `meta`, such as those that a template names.
+      drop_bad_rows: leave out and count rows that cannot be used, rather than refuse the file.
       **options: a generator's own.
 
     Raises:
@@ -94,33 +98,30 @@ def load(
     if options:
         raise DataError(f"dataset {name!r} has no options {sorted(options)}")
     file = _file(name, path, split)
-    table = entry.with_columns(problem, answer, image or _own_images(name, file))
+    table = entry.with_columns(problem, answer, image, keep)
     digest = _sha256(table, file)
-    read_from = (table.meta, table.fields, table.identity, table.images)
+    read_from = (table.meta, table.fields, table.identity, table.images, table.keep, drop_bad_rows)
     key = _key(READER_VERSION, digest, table.problem, table.answer, *read_from)
-    folder = pathlib.Path(data_dir or default_data_dir()) / name / key
+    folder = (files.local(data_dir) if data_dir else default_data_dir()) / name / key
 
-    def read() -> tuple[list[Example], Report]:
-        examples, counts = read_examples(table, file)
-        return examples, Report(
-            name=name,
-            source=file.name,
-            sha256=digest,
-            rows=counts.rows,
-            examples=len(examples),
-            duplicates=counts.duplicates,
-            conflicts=counts.conflicts,
-        )
+    def read(scratch: pathlib.Path) -> tuple[Iterable[bytes], Report]:
+        spool = (scratch / "rows").open("w+b")
+        kept, counts = read_file(table, file, spool, drop_bad_rows=drop_bad_rows)
+        if image and not counts.pictured:
+            _refuse_blind(table, file, image)
+        facts = dataclasses.asdict(counts)
+        return kept.lines(), Report(name, file.name, digest, examples=len(kept), **facts)
 
     return build_once(folder, read)
 
 
-def _own_images(name: str, file: pathlib.Path) -> str | None:
-    """The column of images of a user's own file; without it problems would be asked blind."""
-    if name != "file":
-        return None
-    _, row = next(iter(read_rows(file)), (0, {}))
-    return next((column for column in ("image", "images") if column in row), None)
+def _refuse_blind(table: Table, file: pathlib.Path, image: str) -> None:
+    """Refuses a file of which no row has the image that its user named."""
+    _, row = next(table.rows(file, lambda _: None))
+    raise DataError(
+        f"{file}: no row has an image in the column {image!r}; the columns of its first row are: "
+        f"{', '.join(names_in(row))}"
+    )
 
 
 def image_source(
@@ -141,8 +142,8 @@ def _sha256(table: Table, source: pathlib.Path) -> str:
     """Hex digest of a file; of a folder of problems, that of its files' names and digests."""
     if source.is_file():
         return file_sha256(source)
-    files = sorted(source.glob(table.folder))
-    return _key(*((str(file.relative_to(source)), file_sha256(file)) for file in files))
+    found = sorted(source.glob(table.folder))
+    return _key(*((str(file.relative_to(source)), file_sha256(file)) for file in found))
 
 
 def _entry(name: str):
@@ -159,19 +160,19 @@ def _file(name: str, path: str | pathlib.Path | None, split: str) -> pathlib.Pat
     if not path:
         raise DataError(f"dataset {name!r} needs a path to its file ({DATASETS[name].origin})")
     if is_hub(path):
-        return hub_file(str(path), split, _SUFFIXES)
-    place = pathlib.Path(path)
+        return hub_file(str(path), split, SUFFIXES)
+    place = files.local(path)
     pattern = DATASETS[name].folder
     for folder in (place, place / split) if pattern else ():
         if any(folder.glob(pattern)):
             return folder
     if place.is_dir():
-        candidates = [place / f"{split}{s}" for s in _SUFFIXES]
-        files = [file for file in candidates if file.is_file()]
-        if len(files) != 1:
+        candidates = [place / f"{split}{s}" for s in SUFFIXES]
+        found = [file for file in candidates if file.is_file()]
+        if len(found) != 1:
             present = ", ".join(sorted(p.name for p in place.iterdir())) or "nothing"
             raise DataError(f"{place}: need one file {split}.*, the folder holds {present}")
-        return files[0]
+        return found[0]
     if not place.is_file():
         raise DataError(
             f"dataset {name!r}: no file {place}; download it from "

@@ -3,45 +3,89 @@
 import csv
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from luspo_jax import files
 from luspo_jax.datasets.example import DataError
 
 _LONGEST_CELL = 1 << 24  # characters of a CSV cell; a model's response may be long
 Row = dict[str, Any]
-KEY = "_key"  # column of a row's name, where a .json file is an object of named rows
+Refuse = Callable[[DataError], None]  # takes note of a row that cannot be read
+# Columns of our own: a row's name, where a .json file is an object of named rows; its variant.
+KEY, VARIANT = "_key", "_variant"
 
 
-def read_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+def stop(error: DataError) -> None:
+    """Raises it: no row may be left out."""
+    raise error
+
+
+def read_rows(path: pathlib.Path, refuse: Refuse = stop) -> Iterator[tuple[int, Row]]:
     """(row number from 1, row) of each row; blank lines of a jsonl file are no rows.
+
+    The suffix says what a file is; a name with another suffix is read as what its content is.
+
+    Args:
+      path: the file.
+      refuse: is given the error of a row that cannot be read; where it returns, reading goes on.
 
     Raises:
       DataError: unknown kind of file, or one that cannot be read; the message names the row.
     """
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: cannot read {path.suffix!r} files, only {', '.join(readers)}")
-    return readers[path.suffix](path)
-
-
-def _jsonl(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8", errors="strict") as lines:
-        number = 0
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _object(json.loads(line), path, number)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, row {number}: not valid JSON ({error})") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, after row {number}: not UTF-8 ({error})") from error
-
-
-def _json(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        yield from _READERS[_kind(path)](path, refuse)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _kind(path: pathlib.Path) -> str:
+    """The suffix that says what a file is."""
+    suffix = path.suffix.lower()
+    if suffix in _READERS and suffix != ".json":
+        return suffix
+    with path.open("rb") as stream:
+        if stream.read(4) == b"PAR1":
+            return ".parquet"
+    with files.open_text(path) as lines:
+        first = next((line for line in lines if line.strip()), "")
+        second = next((line for line in lines if line.strip()), "")
+    if second and first.lstrip().startswith("{") and _is_json(first):
+        return ".jsonl"
+    if suffix == ".json" or first.lstrip().startswith(("{", "[")):
+        return ".json"
+    raise DataError(
+        f"{path}: cannot read {path.suffix!r} files, only {', '.join(_READERS)}, or under any name "
+        "what is JSON or parquet"
+    )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _jsonl(path: pathlib.Path, refuse: Refuse) -> Iterator[tuple[int, Row]]:
+    with files.open_text(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                refuse(DataError(f"{path}, row {number}: not valid JSON ({error})"))
+                continue
+            yield from _object(item, path, number, refuse)
+
+
+def _json(path: pathlib.Path, refuse: Refuse) -> Iterator[tuple[int, Row]]:
+    try:
+        items = files.read_json(path)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
     if isinstance(items, dict) and items and all(isinstance(v, dict) for v in items.values()):
         items = [{KEY: key, **item} for key, item in items.items()]
@@ -51,43 +95,84 @@ def _json(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
             "or use .jsonl"
         )
     for number, item in enumerate(items, start=1):
-        yield number, _object(item, path, number)
+        yield from _object(item, path, number, refuse)
 
 
-def _csv(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+def _csv(path: pathlib.Path, refuse: Refuse) -> Iterator[tuple[int, Row]]:
     limit = csv.field_size_limit(_LONGEST_CELL)
-    with path.open(encoding="utf-8", newline="") as lines:
-        number = 0
+    number = 0
+    with files.open_text(path, newline="") as lines:
         try:
-            for number, row in enumerate(csv.DictReader(lines), start=1):
-                yield number, row
-        except (csv.Error, UnicodeDecodeError) as error:
+            cells = csv.reader(lines)
+            header = next(cells, [])
+            for name in header:
+                if header.count(name) > 1:
+                    raise DataError(f"{path}: its first line names the column {name!r} twice")
+            for number, row in enumerate(filter(None, cells), start=1):
+                if len(row) == len(header):
+                    yield number, dict(zip(header, row, strict=True))
+                else:
+                    refuse(_ragged(path, number, row, header))
+        except csv.Error as error:
             raise DataError(f"{path}, after row {number}: not readable CSV ({error})") from error
         finally:
             csv.field_size_limit(limit)  # it belongs to the process
 
 
-def _parquet(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+def _ragged(path: pathlib.Path, number: int, row: list[str], header: list[str]) -> DataError:
+    return DataError(
+        f"{path}, row {number}: {len(row)} cells, and its first line names {len(header)} columns "
+        f"({', '.join(header)}); a cell with a comma in it stands in double quotes"
+    )
+
+
+def _parquet(path: pathlib.Path, refuse: Refuse) -> Iterator[tuple[int, Row]]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
+            narrow = [field for field in table.schema_arrow if _has_narrow(field.type)]
             for batch in table.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
-    except pyarrow.ArrowException as error:
+                    yield number, row | {f.name: _plain(row[f.name], f.type) for f in narrow}
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}, after row {number}: not a readable parquet file ({error})"
         ) from error
 
 
-def _object(item: Any, path: pathlib.Path, number: int) -> Row:
-    if not isinstance(item, dict):
-        raise DataError(f"{path}, row {number}: not an object but {type(item).__name__}")
-    return item
+def _has_narrow(kind: Any) -> bool:
+    return "halffloat" in str(kind) or bool(re.search(r"\bfloat\b", str(kind)))
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type with narrow floats as the shortest decimals that mean them.
+
+    A float32 written as 0.1 is 0.10000000149011612 in Python's floats.
+    """
+    from pyarrow import types
+
+    if isinstance(value, float) and (types.is_float32(kind) or types.is_float16(kind)):
+        return float(str(kind.to_pandas_dtype()(value)))
+    if types.is_struct(kind) and value is not None:
+        return {field.name: _plain(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and not types.is_map(kind):
+        return [_plain(item, kind.value_type) for item in value]
+    return _plain(value, kind.value_type) if types.is_dictionary(kind) else value
+
+
+_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+SUFFIXES = tuple(_READERS)
+
+
+def _object(item: Any, path: pathlib.Path, number: int, refuse: Refuse) -> Iterator:
+    if isinstance(item, dict):
+        yield number, item
+    else:
+        refuse(DataError(f"{path}, row {number}: not an object but {type(item).__name__}"))
 
 
 def column(row: Row, names: Sequence[str], place: str) -> tuple[str, Any]:
@@ -99,14 +184,20 @@ def column(row: Row, names: Sequence[str], place: str) -> tuple[str, Any]:
       DataError: the row has none of them; the message lists the columns it has.
     """
     for name in names:
-        found, value = _step_in(row, name)
+        found, value = step_in(row, name)
         if found:
             return name, value
     wanted = " or ".join(repr(name) for name in names)
-    raise DataError(f"{place}: no column {wanted}; the columns are: {', '.join(_paths(row))}")
+    raise DataError(f"{place}: no column {wanted}; the columns are: {', '.join(names_in(row))}")
 
 
-def _step_in(row: Any, name: str) -> tuple[bool, Any]:
+def names_in(row: Row) -> list[str]:
+    """The dotted names of a row's columns."""
+    return _paths({name: value for name, value in row.items() if name not in (KEY, VARIANT)})
+
+
+def step_in(row: Any, name: str) -> tuple[bool, Any]:
+    """(whether there is a column of this dotted name, its value)."""
     if isinstance(row, dict) and name in row:
         return True, row[name]
     head, dot, rest = name.partition(".")
@@ -114,8 +205,8 @@ def _step_in(row: Any, name: str) -> tuple[bool, Any]:
         if isinstance(row, list) and name.isdigit() and int(name) < len(row):
             return True, row[int(name)]
         return False, None
-    found, value = _step_in(row, head)
-    return _step_in(value, rest) if found else (False, None)
+    found, value = step_in(row, head)
+    return step_in(value, rest) if found else (False, None)
 
 
 def _paths(row: Any, prefix: str = "") -> list[str]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from luspo_jax.datasets.example import DataError
-from luspo_jax.datasets.rows import KEY, Row, read_rows
+from luspo_jax.datasets.rows import KEY, VARIANT, Refuse, Row, read_rows, stop
 from luspo_jax.datasets.table import Table, optional_text
 
 MATHVISTA = Table(
@@ -63,11 +63,11 @@ MATHVERSE = Table(
     images=("image",),
     origin="huggingface.co/datasets/AI4Math/MathVerse",
 )
-_NUMBER, _ANYWHERE = "_variant", "**/*.json"
+_ANYWHERE = "**/*.json"
 _VARIANT = re.compile(r"((?:trial|variant|var)[_-]?(\d+))")
 
 
-def variant_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+def variant_rows(path: pathlib.Path, refuse: Refuse = stop) -> Iterator[tuple[int, Row]]:
     """(row number, row) of DynaMath's questions in all variants of a file or folder.
 
     One file is one variant of all questions. Its number, the column `_variant`, stands in the name
@@ -80,8 +80,8 @@ def variant_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
     """
     if not path.is_dir():
         numbers = _VARIANT.findall(_last_names(path)) or [("", "1")]
-        for number, row in read_rows(path):
-            yield number, row | {_NUMBER: int(numbers[-1][1])}
+        for number, row in read_rows(path, refuse):
+            yield number, row | {VARIANT: int(numbers[-1][1])}
         return
     number, seen = 0, {}
     for file in sorted(path.glob(_ANYWHERE)):
@@ -95,9 +95,9 @@ def variant_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
         folder = file.parent.relative_to(path)
         if name in file.name:
             folder /= name
-        for _, row in read_rows(file):
+        for _, row in read_rows(file, refuse):
             number += 1
-            yield number, _placed(row, folder) | {_NUMBER: variant}
+            yield number, _placed(row, folder) | {VARIANT: variant}
     if not seen:
         raise DataError(f"{path}: holds no .json file whose name says which variant it is")
 
@@ -120,9 +120,9 @@ DYNAMATH = Table(
         "subject": ("subject",),
         "level": ("knowledge_level", "level"),
         "question_id": (KEY, "id"),
-        "variant": (_NUMBER,),
+        "variant": (VARIANT,),
     },
-    identity=((KEY, "id"), (_NUMBER,)),
+    identity=((KEY, "id"), (VARIANT,)),
     images=("image",),
     rows=variant_rows,
     folder=_ANYWHERE,

@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+from luspo_jax import files
+
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
 ARCHITECTURES = pathlib.Path(__file__).parent / "architectures"
 _OWNER = "Qwen"  # on the hub, of all that ARCHITECTURES holds
@@ -29,7 +31,7 @@ def model_folder(path: str) -> pathlib.Path:
         return EMBEDDED / name
     if path.startswith("hub:"):
         return _download(path.removeprefix("hub:"))
-    folder = pathlib.Path(path)
+    folder = files.local(path)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no model folder at {folder}: give a folder in Hugging Face format, embedded:NAME, "

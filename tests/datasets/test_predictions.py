@@ -59,7 +59,7 @@ def test_long_responses(tmp_path):
     (tmp_path / "a.csv").write_text('id,prediction\n1,"' + "x" * 200_000 + '"\n')
     assert len(read_predictions(tmp_path / "a.csv")["1"][0]) == 200_000
     (tmp_path / "a.csv").write_bytes(b"id,prediction\n1,\xff\n")
-    with pytest.raises(DataError, match=r"a.csv, after row 0: not readable CSV"):
+    with pytest.raises(DataError, match=r"a.csv, row 1: column 'prediction' is not UTF-8"):
         read_predictions(tmp_path / "a.csv")
 
 

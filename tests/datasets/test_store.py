@@ -1,5 +1,6 @@
 """Built datasets: random access, built once, never half built."""
 
+import json
 import threading
 
 import pytest
@@ -11,8 +12,9 @@ EXAMPLES = [Example(n, f"problem ∑ {n}", str(n), {"level": n, "tags": ["ä"]})
 REPORT = Report("toy", "toy.jsonl", "00", rows=9, examples=7, duplicates=2, conflicts=0)
 
 
-def _read():
-    return EXAMPLES, REPORT
+def _read(_scratch):
+    lines = (json.dumps([e.problem, e.answer, e.meta]).encode() for e in EXAMPLES)
+    return lines, REPORT
 
 
 def test_what_goes_in_comes_out(tmp_path, capsys):
@@ -29,7 +31,7 @@ def test_what_goes_in_comes_out(tmp_path, capsys):
 def test_it_is_built_once(tmp_path):
     store.build_once(tmp_path / "key", _read)
 
-    def again():
+    def again(_scratch):
         raise AssertionError("built twice")
 
     stored, report = store.build_once(tmp_path / "key", again)
@@ -49,9 +51,9 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_two_builders_at_once_agree(tmp_path):
     barrier, results = threading.Barrier(2, timeout=30), []
 
-    def read():
+    def read(scratch):
         barrier.wait()
-        return _read()
+        return _read(scratch)
 
     def build():
         results.append(list(store.build_once(tmp_path / "key", read)[0]))

@@ -16,9 +16,9 @@ from experiments.evaluation.plan import Options
 from luspo_jax.benchmarks import BENCHMARKS, protocol
 from luspo_jax.benchmarks.visual import VISUAL
 from luspo_jax.datasets import shapes
+from luspo_jax.datasets.templates import LUSPO_VL_SYSTEM_PROMPT
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
-from luspo_jax.prompts import LUSPO_VL_SYSTEM_PROMPT
 from tests import vl_cases
 
 SIX = sorted(VISUAL)
@@ -288,7 +288,7 @@ def test_a_problem_of_steps_is_asked_whole_or_not_at_all(model, options, shared_
         ({"image_dir": "wemath=x"}, "--image_dir names wemath, which --benchmarks=shapes does not"),
         ({"min_pixels": 10**6, "max_pixels": 10**5}, "min_pixels=1000000 must be positive and at"),
         ({"max_pixels": 100}, "min_pixels=784 must be positive and at most max_pixels=100"),
-        ({"template": "nonsense"}, r"shapes: unknown template 'nonsense'.*\(flag --template\)"),
+        ({"template": "nonsense"}, r"--template: unknown template 'nonsense'.*known: boxed"),
     ],
 )
 def test_mistakes_are_named(model, fields, message):
