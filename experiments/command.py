@@ -66,7 +66,7 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
 
 
 def _expand_home() -> None:
-    """Takes `~/` at the beginning of a flag for the home folder, as no shell does in `--out=~/x`."""
+    """Takes `~/` at the beginning of a flag for the home folder; no shell does in `--out=~/x`."""
     for name, value in flags.FLAGS.flag_values_dict().items():
         if isinstance(value, str) and value.startswith("~/"):
             setattr(flags.FLAGS, name, str(files.local(value)))
