@@ -14,13 +14,16 @@ of ours as accepted.tsv and rejected.tsv.
 """
 
 import pathlib
+import sys
 
-from absl import app, flags
+from absl import flags
 
+from experiments import command
 from experiments.verdicts.golds import SETS, golds
 from experiments.verdicts.judging import VERIFIERS
 from experiments.verdicts.page import write_section
 from experiments.verdicts.trials import tables, trials, verdicts, write_mistakes
+from luspo_jax import files
 
 _DATA = flags.DEFINE_string("data", "../shared/data", "folder of the public data files")
 _SETS = flags.DEFINE_list("sets", list(SETS), "sets of golds")
@@ -35,8 +38,8 @@ _COMMAND = "    python -m experiments.score_mutations --data=../shared/data --wr
 TITLE = "Changed and rewritten golds"
 
 
-def main(argv) -> None:
-    del argv
+def main() -> None:
+    """Does what the flags say."""
     unknown = [n for n in _SETS.value if n not in SETS]
     unknown += [n for n in _VERIFIER.value if n not in VERIFIERS]
     if unknown:
@@ -44,6 +47,8 @@ def main(argv) -> None:
             f"unknown {unknown[0]!r}: --sets are {', '.join(SETS)}; "
             f"--verifier {', '.join(VERIFIERS)}"
         )
+    if _OUT.value:
+        files.check_own(_OUT.value, ours=["accepted.tsv"], what="mistakes", flag="--out")
     data = pathlib.Path(_DATA.value)
     found = [gold for name in _SETS.value for gold in golds(name, data)[: _GOLDS.value]]
     made, dropped = trials(found, seed=_SEED.value, most=_MOST.value)
@@ -61,4 +66,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(command.call(main))

@@ -13,11 +13,13 @@ import collections
 import csv
 import json
 import pathlib
+import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
+from experiments import command
 from experiments.verdicts.golds import SETS, golds
 from experiments.verdicts.judging import boxed, judged
 from experiments.verdicts.labelled import SETS as LABELLED
@@ -109,8 +111,8 @@ def _mended(counts: collections.Counter) -> int:
     return sum(number for (_, effect), number in counts.items() if effect == "mends")
 
 
-def main(argv) -> None:
-    del argv
+def main() -> None:
+    """Does what the flags say."""
     data = pathlib.Path(_DATA.value)
     samples = [
         *labelled(data / "oracles"),
@@ -131,4 +133,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(command.call(main))

@@ -54,6 +54,7 @@ class Workdir:
             distributed.barrier("workdir")
             self._check_seen(config)
             return
+        self._check_own()
         self._lock = files.take_lock(self.path)
         try:
             self._check_or_write(config, facts)
@@ -119,6 +120,17 @@ class Workdir:
                 f"{jax.process_index()} does not see there the run.json that process 0 wrote"
             )
 
+    def _check_own(self):
+        """Refuses a folder of somebody's before anything is written into it."""
+        if (self.path / "run.json").exists() or any(checkpoints(self.path)):
+            return
+        # Other than lock, broken write, and heartbeats.
+        others = [p for p in self.path.glob("*") if not p.name.startswith(".")]
+        if any(p.name != "processes" for p in others):
+            raise WorkdirError(
+                f"--workdir={self.path} is not empty and holds no run of luspo_jax: choose another"
+            )
+
     def _check_or_write(self, config, facts):
         manifest = self.path / "run.json"
         facts = json.loads(json.dumps(facts))  # as they will be read: tuples are lists there
@@ -141,14 +153,6 @@ class Workdir:
                     + "\nset these fields back to continue that run, or choose another --workdir "
                     "(with --fork, to begin where that run stands)"
                 )
-        elif not any(checkpoints(self.path)) and any(
-            # Other than lock, broken write, and heartbeats.
-            not p.name.startswith(".") and p.name != "processes"
-            for p in self.path.iterdir()
-        ):
-            raise WorkdirError(
-                f"--workdir={self.path} is not empty and holds no run of luspo_jax: choose another"
-            )
         record = {
             "config": configuration.flat(config),
             **facts,
