@@ -320,9 +320,8 @@ class Survey:
 
     def __str__(self) -> str:
         of = "" if self.looked_at == self.total else f" of {self.looked_at:,} looked at"
-        counts = [f"{self.refused.get('too_long', 0):,}{of} too long"]
-        counts += [f"{n:,} {reason}" for reason, n in self.refused.items() if reason != "too_long"]
-        return ", ".join(counts)
+        others = [f", {n:,} {why}" for why, n in self.refused.items() if why != "too_long"]
+        return f"{self.refused.get('too_long', 0):,}{of} too long" + "".join(others)
 
 
 class PromptStream:
@@ -423,9 +422,8 @@ class PromptStream:
         total = len(self._examples)
         places = np.linspace(0, total, min(limit, total), endpoint=False).astype(int)
         refused: collections.Counter[str] = collections.Counter()
-        for start in tqdm(
-            range(0, len(places), _AT_ONCE), "prompts", disable=None, delay=1, unit=" batches"
-        ):
+        starts = range(0, len(places), _AT_ONCE)
+        for start in tqdm(starts, "prompts", disable=None, delay=1, unit=" batches"):
             examples = [self._examples[int(place)] for place in places[start : start + _AT_ONCE]]
             found = outcomes(examples, self._renderer, max_length=self._max_length)
             refused.update(x.reason for x in found if isinstance(x, Refusal))

@@ -254,5 +254,5 @@ class _Response:
 
 class _Prompt:
     def __init__(self, prompt_id):
-        self.prompt_id, self.tokens, self.images = prompt_id, np.array([1]), ()
+        self.prompt_id, self.tokens, self.images, self.text = prompt_id, np.array([1]), (), ""
         self.example = type("Example", (), {"problem": "", "answer": str(prompt_id), "meta": {}})

@@ -192,7 +192,7 @@ def test_rescoring_finds_what_has_changed(finished, copy):
     records = storage.read_part(path)
     right = [dataclasses.replace(r, response=f"Answer: {r.answer}") for r in records]
     storage.write_part(path, right)
-    assert "logicvista@1; 4 verdicts changed" in scoring.rescore(copy, OPTIONS)
+    assert f"{VISUAL['logicvista'].label}; 4 verdicts changed" in scoring.rescore(copy, OPTIONS)
     figures = _results(copy)["logicvista"]["figures"]["lines"]
     assert (figures[0]["strict"], figures[0]["vlmevalkit"]) == (1.0, 1.0)
     text = comparison.compare(copy, finished[0])
