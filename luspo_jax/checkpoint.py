@@ -313,10 +313,12 @@ def _described(x):
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """False for Orbax's progress reports and for its warning that a save carries no metric."""
+    """False for Orbax's progress reports, and for its warnings that a save carries no metric and
+    that a reader only reads."""
     text = record.getMessage()
+    expected = ("did not provide metrics", "read_only=True", "is read only")
     return "orbax" not in record.pathname or not (
-        record.levelno < logging.WARNING or "did not provide metrics" in text
+        record.levelno < logging.WARNING or any(words in text for words in expected)
     )
 
 
