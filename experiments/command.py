@@ -140,7 +140,8 @@ def description(run: Any) -> str:
         f"objective : {_objective(run)}",
         f"device(s) : {jax.device_count()} × {jax.devices()[0].device_kind}; training "
         f"{_mesh(layouts[0])}; rollout {_mesh(layouts[1])}; attention {run.rule.scoring.attention}",
-        f"model     : {run.model.folder.name}, {decoder_weights.num_params(model):,} parameters",
+        f"model     : {run.model.folder.name}, {decoder_weights.num_params(model):,} parameters"
+        + ("" if run.model.stop_token_ids else "; NO TOKEN ENDS A RESPONSE: all are cut"),
         *(f"training  : {report}" for report in run.data.reports),
         f"held out  : {run.data.held_out_report}"
         + (" — THE TRAINING SET ITSELF" if run.data.held_out_report in run.data.reports else ""),

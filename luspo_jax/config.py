@@ -128,15 +128,19 @@ def build_length(config: ConfigDict) -> LengthSettings:
 
 
 def stop_token_ids(config: ConfigDict) -> tuple[int, ...]:
-    """The ids of `model.stop_token_ids`.
+    """The ids of `model.stop_token_ids`; none of "none".
 
     Raises:
       ValueError: naming the field.
     """
     text = config.model.stop_token_ids
+    if text == "none":
+        return ()
     ids = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdecimal() for part in ids):
-        raise ValueError(f"model.stop_token_ids={text!r} must be ids joined with commas, as 0,2")
+        raise ValueError(
+            f"model.stop_token_ids={text!r} must be ids joined with commas, as 0,2, or none"
+        )
     return tuple(int(part) for part in ids)
 
 

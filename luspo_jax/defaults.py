@@ -32,7 +32,8 @@ def default_config() -> ConfigDict:
     # "hub:OWNER/NAME" to download one.
     config.model.path = ""
     config.model.tokenizer = ""  # Folder; empty = the model's.
-    # Ids, joined with commas, that end a response beside those that the model's files name.
+    # Ids, joined with commas, that end a response beside those that the model's files name; "none"
+    # where nothing but the length limit may end one.
     config.model.stop_token_ids = ""
     config.model.random_weights = False  # Read config.json only and draw weights from `seed`.
     config.model.overrides = ConfigDict()  # Fields of config.json, with random_weights only.

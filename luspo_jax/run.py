@@ -248,11 +248,12 @@ def _with_stops(config, model):
         )
     ids = tuple(sorted({*model.config.eos_token_ids, *own}))
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=ids))
-    if not model.stop_token_ids:
+    if not model.stop_token_ids and config.model.stop_token_ids != "none":
         raise configuration.ConfigError(
             f"no token ends a response: neither config.json nor generation_config.json of "
             f"{model.folder} nor its tokenizer names an eos token, and every response would be cut "
-            "at its limit: add eos_token_id to generation_config.json, or set model.stop_token_ids"
+            "at its limit: add eos_token_id to generation_config.json, or set model.stop_token_ids "
+            '("none" where that is meant)'
         )
     return model
 

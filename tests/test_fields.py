@@ -228,6 +228,8 @@ def test_a_model_without_any_stop_token_is_refused_until_one_is_named(tmp_path):
         runs.load_model(config)
     config.model.stop_token_ids = "2, 0"
     assert runs.load_model(config).stop_token_ids == (0, 2)
+    config.model.stop_token_ids = "none"  # as the user says
+    assert runs.load_model(config).stop_token_ids == ()
     config.model.stop_token_ids = "100000"
     with pytest.raises(ConfigError, match=r"model\.stop_token_ids='100000' must be tokens"):
         runs.load_model(config)

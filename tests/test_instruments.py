@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from luspo_jax import batches, instruments, train
+from luspo_jax import batches, beginning, instruments, train
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
 from luspo_jax.checkpoint import Checkpointer
@@ -36,9 +36,9 @@ def steered(config, monkeypatch):
     """A run whose α is steered by pressure, measured in steps 1, 3, … and used in the next."""
     # A restored state is tied to its device and a new one is not: every program of a continued
     # run would be compiled again, which these tests have no time for and test_train.py does.
-    begin_state = train.begin_state
+    begin_state = beginning.begin_state
     monkeypatch.setattr(
-        train, "begin_state", lambda run: jax.device_put(begin_state(run), jax.devices()[0])
+        beginning, "begin_state", lambda run: jax.device_put(begin_state(run), jax.devices()[0])
     )
     config.objective.length_scale = "adaptive"
     config.objective.reference_length = 8.0
@@ -75,7 +75,7 @@ def _length_state(folder, config):
     run = runs.build(config)
     checkpointer = Checkpointer(folder / "checkpoints", keep_latest=2, keep_best=1)
     try:
-        return train.begin(run, checkpointer)[3].length
+        return beginning.begin(run, checkpointer)[3].length
     finally:
         checkpointer.close()
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from luspo_jax import batches, datasets, experience, sharding, train
+from luspo_jax import batches, beginning, datasets, experience, sharding, train
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
 from luspo_jax import workdir as workdirs
@@ -76,7 +76,7 @@ def many_digits(response, answer):
 
 def _collected(config, step=0, surplus=()):
     run, found = runs.build(config), StepMetrics()
-    state = train.begin_state(run)
+    state = beginning.begin_state(run)
     rollouts, surplus = train.collect(run, state.params, step, surplus, found)
     return run, state, rollouts, surplus, found
 
@@ -172,7 +172,7 @@ def _results(config, folder):
     ]
     rollouts = {p.name: p.read_text() for p in sorted((folder / "rollouts").iterdir())}
     checkpointer = Checkpointer(folder / "checkpoints", keep_latest=2, keep_best=1)
-    state, step, _, _ = train.begin(runs.build(config), checkpointer)
+    state, step, _, _ = beginning.begin(runs.build(config), checkpointer)
     checkpointer.close()
     assert step == config.num_steps
     return rows, rollouts, jax.device_get(state)

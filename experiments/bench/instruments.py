@@ -58,15 +58,16 @@ def measure(base: str, *, every: int, share: float, blocks: int) -> dict:
 
 def _start(base, every, share, stack):
     from experiments.sweeps import spec
+    from luspo_jax import beginning
     from luspo_jax import config as configuration
     from luspo_jax import run as runs
-    from luspo_jax import train
 
     config = spec.base_config(base)
     configuration.assign(config, {"length.every": every, "length.share": share})
     run = runs.build(config)
     stack.enter_context(run.scorer)
-    return {"run": run, "state": train.begin_state(run), "carried": train.Carried(), "step": 0}
+    state, carried = beginning.begin_state(run), beginning.Carried()
+    return {"run": run, "state": state, "carried": carried, "step": 0}
 
 
 def _block(side, steps):

@@ -7,8 +7,8 @@ import numpy as np
 
 from experiments.bench import workload as workloads
 from experiments.bench.workload import Workload
+from luspo_jax import beginning, train
 from luspo_jax import run as runs
-from luspo_jax import train
 from luspo_jax.config import default_config
 from luspo_jax.metrics import StepMetrics
 
@@ -19,9 +19,9 @@ class Ours:
     def __init__(self, workload: Workload, folder: pathlib.Path, *, seed: int):
         self._workload = workload
         self._run = runs.build(configuration(workload, folder, seed=seed))
-        self._state = train.begin_state(self._run)
+        self._state = beginning.begin_state(self._run)
         self._before = jax.device_get(self._state.params["embedding"])
-        self._carried, self._steps = train.Carried(), 0
+        self._carried, self._steps = beginning.Carried(), 0
 
     def step(self) -> dict[str, float]:
         """Samples, rewards, updates; seconds of the generation and of the update.
@@ -64,6 +64,7 @@ def configuration(workload: Workload, folder: pathlib.Path, *, seed: int):
     config = default_config()
     config.seed = seed
     config.model.path = str(folder / workloads.MODEL)
+    config.model.stop_token_ids = "none"  # every response has the same length
     config.model.dtype = config.model.rollout_dtype = workload.dtype
     config.data.name = "file"
     config.data.path = config.data.eval_path = str(folder / workloads.PROMPTS)
