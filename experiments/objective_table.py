@@ -13,7 +13,7 @@ from experiments import command
 from luspo_jax import files
 
 _OUT = flags.DEFINE_string("page", "docs/objectives.md", "File to write.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace that file if it exists.")
+_OVERWRITE = flags.DEFINE_bool("overwrite_page", False, "Replace that file if it exists.")
 
 AXES = ("ratio", "surrogate", "length_scale", "aggregation", "advantage")
 

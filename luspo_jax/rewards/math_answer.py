@@ -1,11 +1,15 @@
 """Mathematical equality of the answer that a response ends on and the reference answer."""
 
 import functools
+import re
 
 from luspo_jax.rewards.extraction import after_reasoning, boxed_answer, final_answer
 from luspo_jax.rewards.math_equal import LONGEST, VERSION, equal
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
+from luspo_jax.rewards.sentence import last_stated
 
+# Words before a formula or a number: the text is a sentence, and its answer stands in it.
+_SAYS = re.compile(r"(?<![\\A-Za-z{])(?!and\b|or\b)[A-Za-z']{2,}[\s:]")
 WARM_UP = Sample(r"$\boxed{\frac{x}{2}}$", "0.5x")
 
 
@@ -17,8 +21,10 @@ def check(sample: Sample, *, extract) -> Verdict:
     if len(prediction) > LONGEST:
         reason = f"the answer has {len(prediction)} characters"
         return Verdict(0.0, "unparsed", prediction[:200], reason)
-    gold = whole(sample.answer)
-    correct = equal(gold, prediction, tolerances=tolerances(sample.meta.get("precision")))
+    gold, allowed = whole(sample.answer), tolerances(sample.meta.get("precision"))
+    correct = equal(gold, prediction, tolerances=allowed)
+    if not correct and extract is whole and _SAYS.search(prediction):
+        correct = equal(gold, last_stated(prediction), tolerances=allowed)  # `So $x$ is 5.`
     return Verdict(float(correct), prediction=prediction)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from luspo_jax.files import PlaceError
 from luspo_jax.models import safetensors_folder
 from luspo_jax.models.decoder import abstract_params, cast, head_kernel
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, hf_config, read_config
@@ -175,13 +176,13 @@ def test_source_files_are_taken_along(tmp_path):
 
 def test_an_existing_folder_is_kept_unless_asked(tmp_path, folder):
     before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(WeightsError, match="exists already"):
+    with pytest.raises(PlaceError, match="exists already"):
         export(folder, _params(seed=1), CONFIG)
     assert (folder / "model.safetensors").read_bytes() == before
-    (folder / "stale").touch()
+    (folder / "notes").touch()
     export(folder, _params(seed=1), CONFIG, overwrite=True)
     _assert_equal(load_params(folder, CONFIG), _params(seed=1))
-    assert not (folder / "stale").exists()
+    assert (folder / "notes").exists()  # a user's own
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -191,7 +192,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, folder, monkeypatch):
 
     monkeypatch.setattr(safetensors_folder.os, "fsync", full)
     for target in (tmp_path / "new", folder):
-        with pytest.raises(WeightsError, match="disk is full"):
+        with pytest.raises(PlaceError, match="free some space"):
             export(target, _params(seed=1), CONFIG, overwrite=True)
     monkeypatch.undo()
     usage = shutil.disk_usage(tmp_path)._replace(free=100)

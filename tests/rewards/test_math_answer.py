@@ -83,3 +83,20 @@ def test_the_reference_may_be_boxed_and_a_precision_is_kept():
 def test_an_unknown_extraction_is_refused():
     with pytest.raises(ValueError, match="boxed"):
         verifier("math_answer", {"extract": "last"})
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "value"),
+    [
+        ("Answer $ 8 $", "$8$", 1),
+        ("So $y \\geq 4$ is the solution.", "$y \\geq 4$", 1),
+        ("The sum of all is $\\frac{3}{7}$.", "3/7", 1),
+        ("At first $3$. The value of $f(1)$ is 6.", "6", 1),
+        ("At first $3$. The value of $f(1)$ is 6.", "3", 0),
+        ("2 + $3$", "3", 0),
+        ("any $k$, where $m$ is $2k$", "any $k$, where $m$ is $2k$", 1),
+    ],
+)
+def test_a_whole_text_that_is_a_sentence_says_its_answer(text, gold, value):
+    check = verifier("math_answer", {"extract": "whole"}).check
+    assert check(Sample(text, gold)).value == value
