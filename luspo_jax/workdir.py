@@ -252,9 +252,15 @@ def fork(
             raise WorkdirError(f"--fork={parent}: the run in --workdir={workdir} began {began}")
         return stored
     stored = read_manifest(parent)
-    step = max(checkpoints(parent), default=None) if step is None else step
-    if step is None:
+    there = sorted(checkpoints(parent))
+    if not there:
         raise WorkdirError(f"--fork={parent} holds no checkpoint yet: wait for its first one")
+    step = there[-1] if step is None else step
+    if step not in there:
+        raise WorkdirError(
+            f"--fork_step={step}: {parent} holds no checkpoint of that step; there are: "
+            f"{', '.join(map(str, there))}"
+        )
     if step >= config.num_steps:
         raise WorkdirError(
             f"--fork={parent} begins at step {step} and config.num_steps is {config.num_steps}: "

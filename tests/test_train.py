@@ -271,6 +271,9 @@ def test_a_fork_may_change_fields_and_says_which(finished, config, tmp_path):
     assert [row["actor/lr"] for row in _results(tmp_path / "fork")[0]] == [1e-2]
     # The same command again continues; another beginning is refused.
     _forked(config, tmp_path / "fork", finished)
+    with pytest.raises(workdirs.WorkdirError, match="no checkpoint of that step; there are: 2, 4"):
+        _forked(config, tmp_path / "none", finished, step=3)
+    assert not (tmp_path / "none").exists()
     with pytest.raises(workdirs.WorkdirError, match="began from step 4"):
         _forked(config, tmp_path / "fork", finished, step=2)
     config.num_steps = 4
