@@ -61,3 +61,17 @@ def test_rules_take_no_longer_than_the_length_of_an_answer_asks(piece):
         rule(tidy(answer), "5")
     read_parts(tidy(answer))
     assert time.process_time() - start < 1.5
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction", "same"),
+    [
+        ("A:B=2", "2", True),
+        ("A:B=2", "C:B=2", False),
+        (r"\frac{MN}{PN}=\frac{1}{\sqrt{7}}", r"\frac{1}{\sqrt{7}}", True),
+        (r"\frac{MN}{PN}=2", r"\frac{PN}{MN}=2", False),
+        ("PQ/RS=3", "4", False),
+    ],
+)
+def test_a_ratio_of_lengths_is_a_name(gold, prediction, same):
+    assert equal(gold, prediction) is same
