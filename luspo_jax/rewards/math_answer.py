@@ -6,7 +6,7 @@ import re
 from luspo_jax.rewards.extraction import after_reasoning, boxed_answer, final_answer
 from luspo_jax.rewards.math_equal import LONGEST, VERSION, equal
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
-from luspo_jax.rewards.sentence import last_stated
+from luspo_jax.rewards.symbolic import text_ends_on
 
 # Words before a formula or a number: the text is a sentence, and its answer stands in it.
 _SAYS = re.compile(r"(?<![\\A-Za-z{])(?!and\b|or\b)[A-Za-z']{2,}[\s:]")
@@ -24,7 +24,7 @@ def check(sample: Sample, *, extract) -> Verdict:
     gold, allowed = whole(sample.answer), tolerances(sample.meta.get("precision"))
     correct = equal(gold, prediction, tolerances=allowed)
     if not correct and extract is whole and _SAYS.search(prediction):
-        correct = equal(gold, last_stated(prediction), tolerances=allowed)  # `So $x$ is 5.`
+        correct = text_ends_on(prediction, gold)  # `So $x$ is 5.`
     return Verdict(float(correct), prediction=prediction)
 
 

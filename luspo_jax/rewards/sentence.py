@@ -74,22 +74,9 @@ def stated(text: str) -> str:
     start = verbs[-1].end() if verbs else 0  # "the largest n is 34": what follows the verb
     found = [formula for formula in found if formula.start >= start]
     if not found or found[0].start >= len(line):
-        return text[start : len(line)].strip().strip("\"'“”")
+        # In text that was escaped once more, a quotation mark has a backslash.
+        return text[start : len(line)].replace(r"\"", '"').strip().strip("\"'“”")
     return _joined(text, masked, found, start)
-
-
-def last_stated(text: str) -> str:
-    """The answer in the sentence with a text's last formula, or in its last one without any."""
-    text = text.strip()
-    found = formulas(text)
-    masked = _masked(text, found)
-    until = found[-1].start if found else len(text.rstrip(".!? "))
-    ends = [match.end() for match in _SENTENCE_END.finditer(masked, 0, until)]
-    line = masked.rfind("\n", 0, until) + 1
-    said = stated(text[max([line, *ends]) :].lstrip())
-    if found and not re.search(r"[\d\\]", said):
-        return found[-1].content  # `So $x > 5$ is the solution.`
-    return said
 
 
 def _masked(text: str, found: list[Formula]) -> str:

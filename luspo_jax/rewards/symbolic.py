@@ -8,7 +8,7 @@ import logging
 import random
 import re
 
-from luspo_jax.rewards.latex import is_prose, is_running_text
+from luspo_jax.rewards.latex import is_prose, is_running_text, tidy
 
 _DIGITS = 50  # of an evaluation
 _MORE_DIGITS = 400  # of numbers that agree in the first
@@ -30,6 +30,9 @@ _NAMES = {"I", r"\gamma", r"\Gamma"}
 _INDEXED = _NAMES | {"e", "E", "i"}
 # 2(13) is a product, though 2\frac{1}{2} is a mixed number.
 _FACTOR = re.compile(r"((?<![\w.^])(?:\d+\.?\d*|\.\d+)|\))\s*(?=\()")
+
+# 1/2x is half of x, as calculators have it.
+_COEFFICIENT = re.compile(r"(?<![\w.}/^])(\d+\s*/\s*\d+)\s*(?=[A-Za-z]|\\(?:sqrt|pi)(?![A-Za-z]))")
 
 
 @functools.cache
@@ -67,7 +70,7 @@ def _formula_reader():
 
 def _unambiguous(latex: str) -> str:
     """The formula with products written out, and names that are no constants under other names."""
-    latex = _FACTOR.sub(r"\1\\cdot ", latex)
+    latex = _COEFFICIENT.sub(r"(\1)\\cdot ", _FACTOR.sub(r"\1\\cdot ", latex))
     pieces, end = [], 0
     for token in _TOKEN.finditer(latex):
         if token.start() < end:
@@ -131,10 +134,18 @@ def _plain_symbols(item):
 
 def formulas_equal(gold: str, prediction: str) -> bool:
     """Whether two answers are equal as formulas."""
-    text = is_running_text(gold) or is_running_text(prediction)
-    if not text and _dropped(gold) != _dropped(prediction):
+    if _dropped(gold) != _dropped(prediction):
         return False  # the parser drops them
-    a, b = parse(gold), parse(prediction)
+    return _parsed_equal(parse(gold), parse(prediction))
+
+
+def text_ends_on(text: str, gold: str) -> bool:
+    """Whether the last formula of a text, or its last number, is the gold answer."""
+    found = _library().parse(tidy(text), parsing_timeout=None)
+    return _parsed_equal(parse(tidy(gold)), [_plain_symbols(item) for item in found])
+
+
+def _parsed_equal(a: list, b: list) -> bool:
     if not a or not b:
         return False
     verdict = _relations_agree(a[0], b[0])
@@ -161,6 +172,8 @@ def _relations_agree(gold, prediction) -> bool | None:
     """
     import sympy
 
+    if any(isinstance(e, sympy.logic.boolalg.BooleanAtom) for e in (gold, prediction)):
+        return False  # sympy knows that all numbers fulfil it, or none; that is not what it says
     a, b = _ends_of_chain(gold), _ends_of_chain(prediction)
     relations = [isinstance(e, sympy.core.relational.Relational) for e in (a, b)]
     if all(relations):
@@ -196,7 +209,9 @@ def _states(equation, value, *, by_gold: bool) -> bool:
     if not isinstance(equation, sympy.Eq):
         return False
     left = _opaque(equation.lhs, {})
-    known = left.is_Symbol or not left.free_symbols
+    # A ratio of names is a name.
+    ratio = left.as_numer_denom()[1].free_symbols and equation.rhs.is_number
+    known = left.is_Symbol or not left.free_symbols or bool(ratio)
     if not known and (by_gold or (len(left.free_symbols) == 1 and _is_linear(left))):
         return False
     return equal_values(equation.rhs, value) is True
@@ -216,16 +231,22 @@ def _same_relation(a, b) -> bool:
         return False
     names: dict = {}
     (left, right), (other_left, other_right) = ([_opaque(s, names) for s in e.args] for e in (a, b))
-    if equal_values(left, other_left) and equal_values(right, other_right):
+    if _sides_agree(a.lhs, b.lhs) and _sides_agree(a.rhs, b.rhs):
         return True
     turns = isinstance(a, (sympy.Eq, sympy.Ne))  # a = b is b = a
     one, other = left - right, other_left - other_right
     if not one.free_symbols or not other.free_symbols:
-        return bool(turns and equal_values(left, other_right) and equal_values(right, other_left))
+        return turns and _sides_agree(a.lhs, b.rhs) and _sides_agree(a.rhs, b.lhs)
     ratio = _constant_ratio(one, other)
     if ratio is None and turns:
         ratio = _constant_ratio(*(sympy.fraction(sympy.together(e))[0] for e in (one, other)))
     return ratio is not None and (turns or ratio > 0)
+
+
+def _sides_agree(a, b) -> bool:
+    """Whether two sides have the same values, or are the same formula where values do not tell."""
+    verdict = equal_values(a, b)
+    return _library().verify([a], [b], timeout_seconds=None) if verdict is None else verdict
 
 
 def _constant_ratio(a, b):
