@@ -144,9 +144,8 @@ def sets_agree(gold: str, prediction: str, parse) -> bool | None:
     (name, wanted), (other, found) = sets
     if name and other and name != other:
         return False
-    if wanted in (sympy.S.EmptySet, sympy.S.Reals) and all(
-        map(_RELATION.search, (gold, prediction))
-    ):
+    both = all(map(_RELATION.search, (gold, prediction)))
+    if both and (wanted.is_empty or sympy.S.Reals.is_subset(wanted)):
         return None  # inequalities that all numbers fulfil, or none, need not be one
     if wanted == found:
         return True

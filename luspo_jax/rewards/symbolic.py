@@ -297,8 +297,17 @@ def equal_values(a, b) -> bool | None:
     one, other = _opaque(a, names), _opaque(b, names)
     verdict = _numbers_agree(one, other) if _are_numbers(one, other) else _at_points(one, other)
     verdict = verdict and _roundings_agree(one, other)
-    # A sum or a limit may have a value of its own.
-    return verdict if verdict or not names else None
+    return verdict if verdict or not any(map(_has_value, names)) else None
+
+
+def _has_value(e) -> bool:
+    """Whether something opaque may have a value of its own, as a sum; f(x) and dx/dt have none."""
+    import sympy
+    from sympy.core.function import AppliedUndef
+
+    if isinstance(e, sympy.Derivative):
+        return any(e.expr.has(variable) for variable in e.variables)
+    return not isinstance(e, AppliedUndef)
 
 
 def _are_numbers(a, b) -> bool:
