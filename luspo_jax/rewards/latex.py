@@ -133,7 +133,7 @@ def tidy(answer: str) -> str:
     answer = re.sub(r"\s+", " ", _plain_letters(answer))
     if "\\begin" not in answer:  # there, \\ ends a row
         answer = _DOUBLED_COMMAND.sub(r"\\", answer)
-    answer = _without_marks(answer)
+    answer = _without_marks(_opened(answer.strip()))
     for pattern, new in _REWRITES:
         answer = pattern.sub(new, answer)
     previous = None

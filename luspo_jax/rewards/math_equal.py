@@ -59,10 +59,12 @@ def equal(gold: str, prediction: str, *, tolerances: Sequence[float] = ()) -> bo
 def _answers_agree(gold: str, prediction: str, depth: int = 0) -> bool:
     """Whether two answers agree, with or without the names they are assigned to."""
     (gold_name, gold_value), (name, value) = named_value(gold), named_value(prediction)
+    if gold_name and name and same_name(gold_name, name):
+        # N = n turned round is n = N.
+        turned = gold_name != name and _same(gold, prediction, depth)
+        return turned or _same(gold_value, value, depth)
     if gold_name and name:
-        if not same_name(gold_name, name):
-            return _same(gold, prediction, depth)
-        return _same(gold_value, value, depth)
+        return _same(gold, prediction, depth)
     if _same(gold_value, value, depth):
         return True
     return bool(gold_name or name) and _same(gold, prediction, depth)
