@@ -65,6 +65,7 @@ def stated(text: str) -> str:
     It is what follows the last verb; where there is a formula, the formula with the numbers, signs
     and units that touch it, and those that follow it side by side, separated by commas.
     """
+    text = text.replace(r"\"", '"')  # text that was escaped once more
     found = formulas(text)
     masked = _masked(text, found)
     line = masked.partition("\n")[0]
@@ -74,8 +75,7 @@ def stated(text: str) -> str:
     start = verbs[-1].end() if verbs else 0  # "the largest n is 34": what follows the verb
     found = [formula for formula in found if formula.start >= start]
     if not found or found[0].start >= len(line):
-        # In text that was escaped once more, a quotation mark has a backslash.
-        return text[start : len(line)].replace(r"\"", '"').strip().strip("\"'“”")
+        return text[start : len(line)].strip().strip("\"'“”")
     return _joined(text, masked, found, start)
 
 

@@ -240,7 +240,7 @@ def _same_relation(a, b) -> bool:
     ratio = _constant_ratio(one, other)
     if ratio is None and turns:
         ratio = _constant_ratio(*(sympy.fraction(sympy.together(e))[0] for e in (one, other)))
-    return ratio is not None and (turns or ratio > 0)
+    return ratio is not None and bool(turns or ratio > 0)
 
 
 def _sides_agree(a, b) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from luspo_jax.rewards.symbolic import equal_values, expression, formulas_equal
+from luspo_jax.rewards.symbolic import equal_values, expression, formulas_equal, text_ends_on
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,15 @@ def test_what_values_do_not_tell_is_left_to_math_verify():
     assert formulas_equal(r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}")
     assert not formulas_equal("2^{200}", "2^{200}+1")
     assert formulas_equal("y=2x+3", "2x-y+3=0")
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "verdict"),
+    [
+        ("Therefore $x < 4$ is the solution.", "$x > 4$", False),
+        ("Therefore $4 < x$ is the solution.", "$x > 4$", True),
+        ("It grew by 30 cm in a year", "30", True),
+    ],
+)
+def test_a_text_ends_on_its_last_formula(text, gold, verdict):
+    assert text_ends_on(text, gold) is verdict
