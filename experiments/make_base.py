@@ -25,8 +25,10 @@ from transformers import AutoTokenizer
 
 from experiments import command
 from experiments.bases import models, tasks
-from luspo_jax import evaluate, image_rows, images, logprobs, optimizer, packing, prompts
+from luspo_jax import evaluate, image_rows, logprobs, optimizer, packing, prompts
 from luspo_jax.datasets import shapes
+from luspo_jax.images.preparer import ImagePreparer
+from luspo_jax.images.settings import read_settings
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
 from luspo_jax.models.safetensors_folder import WeightsError
@@ -62,7 +64,7 @@ def encoded(examples, tokenizer, folder, *, blank=False) -> list[prompts.PromptR
     if not task().images:
         renderer = prompts.Renderer(tokenizer)
         return prompts.encode(examples, renderer, max_length=models.MAX_POSITION)[0]
-    with images.ImagePreparer(images.read_settings(folder, blank=blank), workers=1) as preparer:
+    with ImagePreparer(read_settings(folder, blank=blank), workers=1) as preparer:
         renderer = prompts.Renderer(tokenizer, images=preparer)
         return prompts.encode(examples, renderer, max_length=models.MAX_POSITION)[0]
 

@@ -1,7 +1,7 @@
 """Images in training rows: rotary positions, the units at tokens, each micro-batch's images.
 
 Host side, NumPy in and out. A prompt is anything with `tokens` and `images`, each image with
-`patches()`, `grid_thw` and `sha` (`prompts.PromptRecord`, `images.PreparedImage`).
+`patches()`, `grid_thw` and `sha` (`prompts.PromptRecord`, `images.preparer.PreparedImage`).
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax.models import image_layout
+from luspo_jax.images.layout import bucket, laid_out, mrope_positions, stacked, token_units
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.sharding import Layout, rounded_up
 from luspo_jax.types import Images, TokenBatch
@@ -35,7 +35,7 @@ def with_positions(rows: TokenBatch, prompts: Sequence[Any], config: DecoderConf
     places = np.arange(length, dtype=np.int32)[:, None]
     for row, prompt in enumerate(prompts):
         grids = [image.grid_thw for image in prompt.images]
-        of_prompt, after = image_layout.mrope_positions(prompt.tokens, grids, config)
+        of_prompt, after = mrope_positions(prompt.tokens, grids, config)
         start = len(prompt.tokens)
         positions[row] = places + (after - start)
         positions[row, :start] = of_prompt
@@ -77,11 +77,9 @@ def with_images(
             own[part].setdefault(image.sha, (len(own[part]), image))
     room = rounded_up(max(map(len, own)), 1 if layout is None else layout.size("batch"))
     every = [image for images in own for _, image in images.values()]
-    windows = image_layout.bucket(
-        max(image_layout.laid_out(x.grid_thw, config.vision).windows for x in every)
-    )
+    windows = bucket(max(laid_out(x.grid_thw, config.vision).windows for x in every))
     stacks = [
-        image_layout.stacked(
+        stacked(
             [(image.patches(), image.grid_thw) for _, image in images.values()],
             config.vision,
             windows=windows,
@@ -94,7 +92,7 @@ def with_images(
     for row, (part, prompt) in enumerate(zip(parts_B, prompts, strict=False)):
         at = [own[part][image.sha][0] for image in prompt.images]
         grids = [image.grid_thw for image in prompt.images]
-        units_BT[row, : len(prompt.tokens)] = image_layout.token_units(
+        units_BT[row, : len(prompt.tokens)] = token_units(
             prompt.tokens, grids, at, num_units, config
         )
     images = Images(

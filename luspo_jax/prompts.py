@@ -15,7 +15,7 @@ from tqdm import tqdm
 from luspo_jax.datasets import DataError, Example, Mixture
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.datasets.templates import Template, template
-from luspo_jax.images import ImagePreparer, ImageRefusal, PreparedImage
+from luspo_jax.images.preparer import ImagePreparer, ImageRefusal, PreparedImage
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # in a problem: here stands its next image
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -50,7 +50,7 @@ class Refusal:
     Attributes:
       prompt_id: the example's id.
       reason: "too_long"; "markers" (not as many image marks as images); "placeholders" (its text
-        holds tokens that stand for images); "video"; or a reason of `luspo_jax.images.REASONS`.
+        holds tokens that stand for images); "video"; or a reason of `images.record.REASONS`.
       detail: what was found; of an image, file and row.
     """
 

@@ -10,9 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
-from luspo_jax import datasets, distributed, images, prompts
+from luspo_jax import datasets, distributed, prompts
 from luspo_jax.datasets.images import ImageFiles
-from luspo_jax.images import ImagePreparer
+from luspo_jax.images.preparer import ImagePreparer
+from luspo_jax.images.settings import read_settings
 from luspo_jax.models.decoder_config import DecoderConfig
 
 _LOOKED_AT = 64  # problems of a dataset, or source, by which it is known to have images
@@ -196,7 +197,7 @@ def image_preparer(config: ConfigDict, model: Model) -> ImagePreparer | None:
     if vision is None:
         return None
     try:
-        settings = images.read_settings(
+        settings = read_settings(
             model.folder,
             min_pixels=data.min_pixels or None,
             max_pixels=data.max_pixels or None,

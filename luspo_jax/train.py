@@ -23,7 +23,6 @@ from luspo_jax import (
     distributed,
     evaluate,
     experience,
-    images,
     instruments,
     objectives,
     optimizer,
@@ -35,6 +34,7 @@ from luspo_jax.beginning import Carried, begin, host_state
 from luspo_jax.checkpoint import Checkpointer
 from luspo_jax.evaluate import Evaluation
 from luspo_jax.experience import Group, Rollouts
+from luspo_jax.images.settings import write_limits
 from luspo_jax.metrics import MetricsWriter, SilentWriter, StepMetrics, timed
 from luspo_jax.models import decoder_weights, vision_weights
 from luspo_jax.rollout import Request, RolloutStats
@@ -337,7 +337,7 @@ def export_policy(
                     shutil.copyfile(model.folder / name, folder / name)
         if model.config.vision is not None:
             data = config.data
-            images.write_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+            write_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
 
     decoder_weights.export(
         folder,

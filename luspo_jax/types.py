@@ -40,7 +40,7 @@ class Experts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Images that rows hold, in the slots of the vision tower (`models.image_layout`).
+    """Images that rows hold, in the slots of the vision tower (`images.layout`).
 
     Equally many belong to each micro-batch, empty ones included; the units that rows name are those
     of their own micro-batch's images, counted through.

@@ -19,9 +19,10 @@ from luspo_jax import (
     update,
 )
 from luspo_jax import run as runs
+from luspo_jax.images.layout import bucket, laid_out
 from luspo_jax.length import laboratory
 from luspo_jax.metrics import StepMetrics
-from luspo_jax.models import decoder, image_layout
+from luspo_jax.models import decoder
 from luspo_jax.rollout import Engine, Request, Sampling
 from tests import vl_cases
 
@@ -314,10 +315,7 @@ def test_fifty_sizes_of_images_compile_once_a_bucket(run, params):
         request = Request(0, np.array(tokens), (image,))
         return engine.generate(params, [request], group_size=1, seed=0)[1].compilations
 
-    buckets = {
-        image_layout.bucket(image_layout.laid_out((1, *size), config.vision).windows)
-        for size in sizes
-    }
+    buckets = {bucket(laid_out((1, *size), config.vision).windows) for size in sizes}
     assert len(sizes) >= 50
     compilations(*sizes[0])
     found = [compilations(*size) for size in np.random.default_rng(0).permutation(sizes).tolist()]

@@ -12,7 +12,8 @@ from luspo_jax.datasets import DataError, Example, Mixture
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.datasets.shapes import Shapes
 from luspo_jax.datasets.templates import LUSPO_VL_SYSTEM_PROMPT, TEMPLATES, Template
-from luspo_jax.images import ImagePreparer, ImageSettings
+from luspo_jax.images.preparer import ImagePreparer
+from luspo_jax.images.settings import ImageSettings
 from luspo_jax.prompts import (
     PromptRecord,
     PromptStream,

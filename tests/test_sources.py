@@ -10,10 +10,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from configs.quickstart import get_config as text_config
-from luspo_jax import images, prompts, sources, train
+from luspo_jax import prompts, sources, train
 from luspo_jax import run as runs
 from luspo_jax.config import ConfigError
 from luspo_jax.datasets import DataError
+from luspo_jax.images.settings import read_settings
 from tests import vl_cases
 
 
@@ -130,7 +131,7 @@ def test_an_export_has_the_tokenizer_of_the_run(config, tmp_path):
     train.export_policy(run.config, run.model, state.params, tmp_path / "export")
     exported = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert exported.chat_template == stored["chat_template"]
-    assert images.read_settings(tmp_path / "export") == images.read_settings(config.model.path)
+    assert read_settings(tmp_path / "export") == read_settings(config.model.path)
 
 
 def test_held_out_images_have_a_folder_of_their_own(config):

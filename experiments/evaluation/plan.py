@@ -14,7 +14,8 @@ from luspo_jax.benchmarks import Benchmark, Protocol
 from luspo_jax.datasets import Example, Report, templates
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.datasets.rows import SUFFIXES
-from luspo_jax.images import ImagePreparer, ImageSettings
+from luspo_jax.images.preparer import ImagePreparer
+from luspo_jax.images.settings import ImageSettings
 from luspo_jax.sources import Model
 
 _NO_LIMIT = 1 << 30  # tokens: a prompt that is too long is refused later, by its length

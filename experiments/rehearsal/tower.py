@@ -21,8 +21,9 @@ from ml_collections import ConfigDict
 
 from experiments.command import UsageError
 from experiments.rehearsal.costs import RECOMPUTED, Parts, Work, others
-from luspo_jax.datasets import pixels
-from luspo_jax.models import image_layout
+from luspo_jax.images.layout import bucket, laid_out
+from luspo_jax.images.pixels import Patching, smart_size
+from luspo_jax.images.record import ImageError
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.vision_config import VisionConfig
 from luspo_jax.types import Images
@@ -72,7 +73,7 @@ def assumed(
         return None
     side = vision.patch_size * vision.merge_size
     most = config.data.max_prompt_length // count - 2  # tokens; two stand around an image
-    patching = pixels.Patching(
+    patching = Patching(
         vision.patch_size,
         vision.merge_size,
         min_pixels=config.data.min_pixels or side**2,
@@ -82,18 +83,18 @@ def assumed(
         units = math.isqrt(max(1, min(most, patching.max_pixels // side**2)))
         size = (units * side, units * side)
     try:
-        height, width = pixels.smart_size(*size, patching)
-    except pixels.ImageError as error:
+        height, width = smart_size(*size, patching)
+    except ImageError as error:
         raise UsageError(f"--image_size={size[0]}x{size[1]}: {error}") from None
     grid = 1, height // vision.patch_size, width // vision.patch_size
-    layout = image_layout.laid_out(grid, vision)
+    layout = laid_out(grid, vision)
     if layout.num_tokens > most:
         raise UsageError(
             f"--images={count} of {height} x {width} pixels take {layout.num_tokens} tokens each "
             f"and data.max_prompt_length={config.data.max_prompt_length} holds {most}: lower "
             f"data.max_pixels or --image_size, or raise data.max_prompt_length"
         )
-    slots = image_layout.bucket(layout.windows) * vision.window_slots
+    slots = bucket(layout.windows) * vision.window_slots
     return Pictures(count, height, width, layout.num_tokens, slots)
 
 

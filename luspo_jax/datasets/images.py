@@ -13,7 +13,7 @@ import numpy as np
 from luspo_jax import files
 from luspo_jax.datasets import shapes
 from luspo_jax.datasets.example import DataError, Example
-from luspo_jax.datasets.pixels import ImageError
+from luspo_jax.images.record import ImageError, StoredImage
 
 # A reference is {"row": number, "path": text} for a file, relative to the data file's folder,
 # {"row": number, "column": name} for bytes that stand in the data file itself, or
@@ -25,20 +25,6 @@ Reference = dict[str, Any]
 GENERATORS: dict[str, Callable[[Reference], np.ndarray]] = {"shapes": shapes.draw}
 
 MAX_FILE_BYTES = 1 << 30  # more than an image of `max_source_pixels` takes in any format
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredImage:
-    """An image that has not been read yet.
-
-    Attributes:
-      place: file and row in words.
-      read: gives a file's bytes, or uint8 pixels [height, width, 3]; raises ImageError, "missing"
-        or "huge".
-    """
-
-    place: str
-    read: Callable[[], bytes | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,7 @@ def forward(
       params: as `init_params` makes them, in any floating type.
       tokens_BT: int32 token ids.
       positions_BT: int32 rotary positions, from 0 in each segment; [B, T, 3] where images give
-        tokens positions in time, row and column (`image_layout.mrope_positions`).
+        tokens positions in time, row and column (`images.layout.mrope_positions`).
       segment_ids_BT: int32, 0 on padding.
       config: the DecoderConfig of `params`.
       dtype: type of activations and matmuls; norms, rotation, softmax and routers are float32.
@@ -108,7 +108,7 @@ def forward(
         experts; None where routers choose.
       units_UD: embeddings of images, from `vision.encode`; None without images.
       index_BT: int32 row of `units_UD` that stands in place of a token's embedding, −1 where the
-        token's own does (`image_layout.token_units`).
+        token's own does (`images.layout.token_units`).
       layout: where rows, positions and heads lie; where positions are spread, arrays are in
         `ops.attention.ring_order`.
     """

@@ -1,6 +1,6 @@
 """Qwen2.5-VL's vision tower as functions of `(params, arrays)`: patches in, embeddings out.
 
-Patches of an image lie in slots, window after window (`image_layout`), so that a program knows of
+Patches of an image lie in slots, window after window (`images.layout`), so that a program knows of
 an image's size only how many windows it was padded to. Most blocks attend within windows, the
 `full_layers` over the whole image; both kinds have the same parameters, stacked on a leading axis,
 and one scan runs over them all. The merger makes one embedding of each unit of merge_size² patches
@@ -136,7 +136,7 @@ def encode(
 ):
     """Embeddings of the units of I images [I, U, D], U = S / merge_size², in the order of slots.
 
-    `image_layout.stacked` makes the arrays; `image_layout.token_units` says which unit of the
+    `images.layout.stacked` makes the arrays; `images.layout.token_units` says which unit of the
     flattened result stands at which token. Units without patches are finite and mean nothing, and
     change nothing of the others.
 
@@ -274,7 +274,7 @@ def _check(patches_ISC, config, attention):
         raise ValueError(
             f"patches of {I} images are [{S}, {C}] each; the tower takes a multiple of "
             f"{config.window_slots} slots (a window of window_size {config.window_size}) of "
-            f"{expected} numbers, as image_layout.stacked makes them"
+            f"{expected} numbers, as images.layout.stacked makes them"
         )
     if attention == "cudnn":
         raise ValueError(

@@ -12,9 +12,9 @@ import time
 import weakref
 from collections.abc import Sequence
 
+from luspo_jax.hosts.workers import WALL_FACTOR, read_frame, write_frame
 from luspo_jax.rewards.record import Reward, Sample, Verdict, combine, run
 from luspo_jax.rewards.registry import Options, Parts, verifiers
-from luspo_jax.rewards.worker import WALL_FACTOR, read_frame, write_frame
 
 _GRACE = 5.0  # seconds past the limit after which a silent worker is killed from outside
 _WINDOW = 1_000  # samples over which the failure rate is taken

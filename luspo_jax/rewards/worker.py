@@ -11,48 +11,16 @@ task's limit.
 import contextlib
 import io
 import os
-import pickle
 import resource
 import signal
-import struct
 import sys
 
+from luspo_jax.hosts.workers import ALARMS, read_frame, set_alarms, write_frame
 from luspo_jax.rewards.record import Sample, Verdict, Verifier, failed, run
 from luspo_jax.rewards.registry import verifiers
 
-_HEADER = struct.Struct(">I")
-_ALARMS = (signal.SIGPROF, signal.SIGALRM)
-WALL_FACTOR = 3  # a task may take so many times its limit by the clock
 _RECYCLE = 75  # exit code of a child that has done its share of tasks
-_LARGEST = 1 << 28  # bytes of a frame; a longer one is none of ours
 _PRINTED = 10_000  # characters that a child may print
-
-
-def write_frame(descriptor: int, payload) -> None:
-    """Send one pickled object."""
-    body = pickle.dumps(payload)
-    view = memoryview(_HEADER.pack(len(body)) + body)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def read_frame(descriptor: int):
-    """The next object; EOFError when the other side has closed."""
-    (size,) = _HEADER.unpack(_read_exactly(descriptor, _HEADER.size))
-    if size > _LARGEST:
-        raise ValueError(f"a frame of {size} bytes")
-    return pickle.loads(_read_exactly(descriptor, size))
-
-
-def _read_exactly(descriptor: int, size: int) -> bytes:
-    chunks = []
-    while size:
-        chunk = os.read(descriptor, min(size, 1 << 20))
-        if not chunk:
-            raise EOFError
-        chunks.append(chunk)
-        size -= len(chunk)
-    return b"".join(chunks)
 
 
 def _serve(tasks: int, verdicts: int, checks, settings) -> None:
@@ -63,12 +31,12 @@ def _serve(tasks: int, verdicts: int, checks, settings) -> None:
             part, sample = read_frame(tasks)
         except EOFError:
             os._exit(0)
-        _set_alarms(settings["time_limit"])
+        set_alarms(settings["time_limit"])
         verdict = _verdict(checks[part], sample)
         if os.getpid() != own:
             os._exit(0)  # the verifier forked: its copy has no say
         # Disarmed before the answer goes out, so that a task has an answer or a death, never both.
-        _set_alarms(0)
+        set_alarms(0)
         write_frame(verdicts, verdict)
     os._exit(_RECYCLE)
 
@@ -99,16 +67,9 @@ class _Console(io.TextIOBase):
         return 2
 
 
-def _set_alarms(seconds: float) -> None:
-    # The limit is on processor time, so that a busy machine gives the same rewards as an idle one.
-    # One that sleeps is stopped later, by the clock.
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, WALL_FACTOR * seconds)
-
-
 def _child(tasks: int, verdicts: int, checks, settings) -> None:
     try:
-        for alarm in _ALARMS:
+        for alarm in ALARMS:
             signal.signal(alarm, signal.SIG_DFL)
         limit = settings["memory_limit"]
         if limit is not None:
@@ -145,7 +106,7 @@ def main() -> None:
     write_frame(verdicts, None)
     while True:
         code = _fork_and_wait(tasks, verdicts, checks, settings)
-        if -code in _ALARMS:
+        if -code in ALARMS:
             reason = f"stopped at its limit of {settings['time_limit']:g} s"
             write_frame(verdicts, Verdict(0.0, "timeout", detail=reason))
         elif code != _RECYCLE:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from luspo_jax.models import image_layout
+from luspo_jax.images.layout import ImageError, image_spans, mrope_positions, stacked, token_units
 from luspo_jax.sharding import rounded_up
 
 
@@ -26,7 +26,7 @@ def of_prompts(requests, config, *, length, rows, multiple=1):
     images = [image for request in requests for image in request.images]
     if not images:
         return None, offsets_P
-    patches = image_layout.stacked(
+    patches = stacked(
         [(image.patches(), image.grid_thw) for image in images],
         config.vision,
         count=rounded_up(len(images), multiple),
@@ -48,10 +48,10 @@ def of_prompts(requests, config, *, length, rows, multiple=1):
 
 
 def places(tokens, images, rows, num_units, config):
-    """(units_T, positions_T3, position of the next token) of a prompt; see `image_layout`."""
+    """(units_T, positions_T3, position of the next token) of a prompt; see `images.layout`."""
     grids = [image.grid_thw for image in images]
-    units_T = image_layout.token_units(tokens, grids, rows, num_units, config)
-    return units_T, *image_layout.mrope_positions(tokens, grids, config)
+    units_T = token_units(tokens, grids, rows, num_units, config)
+    return units_T, *mrope_positions(tokens, grids, config)
 
 
 def check(tokens, images, config, name):
@@ -65,6 +65,6 @@ def check(tokens, images, config, name):
             raise ValueError(f"{name} has {len(images)} images and the model reads none")
         return
     try:
-        image_layout.image_spans(np.asarray(tokens), [image.grid_thw for image in images], config)
-    except image_layout.ImageError as error:
+        image_spans(np.asarray(tokens), [image.grid_thw for image in images], config)
+    except ImageError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -13,7 +13,7 @@ class Request:
     Attributes:
       prompt_id: names the prompt in the noise law, so the same in every run and on every host.
       tokens: its token ids, one or more; an image has as many placeholders as tokens.
-      images: its images, each with `patches()` and `grid_thw`, as `images.PreparedImage` has them.
+      images: its images, each with `patches()` and `grid_thw`, as `PreparedImage` has them.
     """
 
     prompt_id: int

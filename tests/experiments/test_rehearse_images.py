@@ -14,7 +14,8 @@ from experiments.rehearsal import case as cases
 from experiments.rehearsal import programs, report, resident, rows, search, tower
 from experiments.rehearsal.costs import Parts
 from luspo_jax import batches, packing, update
-from luspo_jax.images import ImageSettings, PreparedImage
+from luspo_jax.images.preparer import PreparedImage
+from luspo_jax.images.settings import ImageSettings
 from luspo_jax.models import vision
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rollout import pictures, slots

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from luspo_jax import evaluate, images, prompts
+from luspo_jax import evaluate, prompts
 from luspo_jax.datasets import label_lookup, label_sums, load, shapes
+from luspo_jax.images.preparer import ImagePreparer
+from luspo_jax.images.settings import read_settings
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import read_config
 from luspo_jax.models.locate import EMBEDDED, embedded_models, model_folder
@@ -63,7 +65,7 @@ def test_folder_is_a_checkpoint(folder):
 def test_image_processor_belongs_to_the_tower(seeing):
     """Drawings keep their size, so that a unit of the tower is a cell of the drawing."""
     folder = model_folder(f"embedded:{seeing}")
-    vision, patching = read_config(folder).vision, images.read_settings(folder).patching
+    vision, patching = read_config(folder).vision, read_settings(folder).patching
     assert (patching.patch_size, patching.merge_size) == (vision.patch_size, vision.merge_size)
     examples, _ = load(seeing, split="test")
     for record in encoded(seeing, folder, [examples[i] for i in range(8)]):
@@ -134,7 +136,7 @@ def encoded(name, folder, examples, *, blank=False):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if name not in SEEING:
         return prompts.encode(examples, prompts.Renderer(tokenizer), max_length=24)[0]
-    with images.ImagePreparer(images.read_settings(folder, blank=blank), workers=1) as preparer:
+    with ImagePreparer(read_settings(folder, blank=blank), workers=1) as preparer:
         renderer = prompts.Renderer(tokenizer, images=preparer)
         return prompts.encode(examples, renderer, max_length=24)[0]
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from luspo_jax import sharding
-from luspo_jax.models import decoder, image_layout, vision
+from luspo_jax.images.layout import Patches, laid_out, mrope_positions, stacked, token_units
+from luspo_jax.models import decoder, vision
 from luspo_jax.models.decoder_config import read_config
 from luspo_jax.models.decoder_weights import load_params
 from luspo_jax.models.vision_config import VisionConfig
@@ -42,7 +43,7 @@ class Batch:
     positions_BT3: np.ndarray
     after_B: np.ndarray
     index_BT: np.ndarray
-    patches: image_layout.Patches
+    patches: Patches
 
     @property
     def segments_BT(self):
@@ -52,11 +53,11 @@ class Batch:
 def batch_of(rows, config, shape=None, **settings):
     """A Batch of rows (tokens, patches of images, grids), padded on the right with anything.
 
-    `shape` is (rows, tokens a row) to pad to; `settings` are those of `image_layout.stacked`.
+    `shape` is (rows, tokens a row) to pad to; `settings` are those of `images.layout.stacked`.
     """
     images = [pair for _, patches, grids in rows for pair in zip(patches, grids, strict=True)]
-    stacked = image_layout.stacked(images, config.vision, **settings)
-    units = stacked.valid_IS.shape[1] // config.vision.unit_patches
+    made = stacked(images, config.vision, **settings)
+    units = made.valid_IS.shape[1] // config.vision.unit_patches
     shape = shape or (len(rows), max(len(tokens) for tokens, _, _ in rows))
     rows = [*rows, *[(np.array([7], np.int32), [], [])] * (shape[0] - len(rows))]
     tokens_BT, index_BT = np.full(shape, 5, np.int32), np.full(shape, -1, np.int32)
@@ -64,9 +65,9 @@ def batch_of(rows, config, shape=None, **settings):
     for b, (tokens, _, grids) in enumerate(rows):
         own = slice(0, len(tokens))
         tokens_BT[b, own] = tokens
-        positions_BT3[b, own], end = image_layout.mrope_positions(tokens, grids, config)
+        positions_BT3[b, own], end = mrope_positions(tokens, grids, config)
         numbers = range(first, first + len(grids))
-        index_BT[b, own] = image_layout.token_units(tokens, grids, numbers, units, config)
+        index_BT[b, own] = token_units(tokens, grids, numbers, units, config)
         after.append(end)
         first += len(grids)
     lengths = [len(tokens) for tokens, _, _ in rows]
@@ -76,7 +77,7 @@ def batch_of(rows, config, shape=None, **settings):
         positions_BT3,
         np.array(after, np.int32),
         index_BT,
-        stacked,
+        made,
     )
 
 
@@ -166,9 +167,9 @@ def raster_units(params, rows, config, **settings):
     images = [pair for _, patches, grids in rows for pair in zip(patches, grids, strict=True)]
     if not images:
         return np.zeros((0, config.embed_dim), np.float32)
-    patches = image_layout.stacked(images, config.vision, **settings)
+    patches = stacked(images, config.vision, **settings)
     units_IUD = np.asarray(encode(params["vision"], *arrays_of(patches), config=config.vision))
-    layouts = [image_layout.laid_out(grid, config.vision) for _, grid in images]
+    layouts = [laid_out(grid, config.vision) for _, grid in images]
     return np.concatenate([units_IUD[row, layout.units_U] for row, layout in enumerate(layouts)])
 
 
@@ -253,21 +254,21 @@ def test_positions_that_do_not_lag_give_other_tokens():
 def test_buckets_order_and_empty_rows_change_nothing():
     images = _images()
     alone = [
-        np.asarray(encode(_params(), *arrays_of(image_layout.stacked([x], TOWER)), config=TOWER))[0]
+        np.asarray(encode(_params(), *arrays_of(stacked([x], TOWER)), config=TOWER))[0]
         for x in images
     ]
     order = [2, 0, 3, 1]
-    padded = image_layout.stacked([images[i] for i in order], TOWER, windows=16, count=6)
+    padded = stacked([images[i] for i in order], TOWER, windows=16, count=6)
     together = np.asarray(encode(_params(), *arrays_of(padded), config=TOWER))
     assert together.shape == (6, 16 * TOWER.window_slots // TOWER.unit_patches, TOWER.out_dim)
     assert np.isfinite(together).all()
     for row, i in enumerate(order):
-        units = image_layout.laid_out(images[i][1], TOWER).units_U
+        units = laid_out(images[i][1], TOWER).units_U
         np.testing.assert_allclose(together[row, units], alone[i][units], rtol=2e-5, atol=2e-5)
 
 
 def test_what_lies_in_empty_slots_changes_nothing():
-    patches = image_layout.stacked(_images(), TOWER)
+    patches = stacked(_images(), TOWER)
     noise = np.random.default_rng(2).normal(size=patches.patches_ISC.shape).astype(np.float32)
     filled = dataclasses.replace(
         patches, patches_ISC=np.where(patches.valid_IS[..., None], patches.patches_ISC, noise)
@@ -275,7 +276,7 @@ def test_what_lies_in_empty_slots_changes_nothing():
     clean, noisy = (np.asarray(encode(_params(), *arrays_of(x), config=TOWER)) for x in
                     (patches, filled))  # fmt: skip
     for row, (_, grid) in enumerate(_images()):
-        units = image_layout.laid_out(grid, TOWER).units_U
+        units = laid_out(grid, TOWER).units_U
         np.testing.assert_array_equal(clean[row, units], noisy[row, units])
 
 
@@ -286,7 +287,7 @@ def test_a_window_sees_itself_only_until_a_full_layer():
     other[0] += 1.0
     for full, changed in (((), 4), ((1,), 16)):
         config = dataclasses.replace(TOWER, full_layers=full)
-        both = image_layout.stacked([(patches, grid), (other, grid)], config)
+        both = stacked([(patches, grid), (other, grid)], config)
         one, two = np.asarray(encode(_params(), *arrays_of(both), config=config))
         assert np.sum(np.abs(one - two).max(axis=-1) > 0) == changed
 
@@ -303,13 +304,13 @@ def test_compiles_once_a_bucket():
     sizes = np.random.default_rng(0).permutation(144)[:50]
     for size in sizes:
         grid = (1, 2 + 2 * (int(size) // 12), 2 + 2 * (int(size) % 12))
-        compiled(params, *arrays_of(image_layout.stacked(_images([grid], config), config)))
+        compiled(params, *arrays_of(stacked(_images([grid], config), config)))
     assert 5 <= len(traced) == len(set(traced)) <= 11  # buckets of 1 to 36 windows
 
 
 @pytest.mark.parametrize("remat", ["full", "attention"])
 def test_remat_changes_no_gradient(remat):
-    arrays = arrays_of(image_layout.stacked(_images(), TOWER))
+    arrays = arrays_of(stacked(_images(), TOWER))
     expected, got = (
         jax.jit(jax.grad(functools.partial(_loss, remat=way)))(_params(), arrays)
         for way in ("none", remat)
@@ -339,7 +340,7 @@ def _loss(params, arrays, remat="none", layout=None):
 )
 def test_gradients_on_a_mesh_are_those_of_one_device(sizes):
     layout = sharding.layout("train", sizes, jax.devices("cpu"))
-    arrays = arrays_of(image_layout.stacked(_images() * 2, TOWER))
+    arrays = arrays_of(stacked(_images() * 2, TOWER))
     value, grads = jax.jit(jax.value_and_grad(_loss))(_params(), arrays)
     places = sharding.shardings(vision.param_axes(TOWER), layout)
     spread = jax.device_put(_params(), places)
@@ -411,7 +412,7 @@ def test_hidden_states_on_a_mesh_are_those_of_one_device():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    patches = image_layout.stacked(_images(), TOWER)
+    patches = stacked(_images(), TOWER)
     with pytest.raises(ValueError, match=r"\[9, 24\] each; the tower takes a multiple of 16 slots"):
         vision.encode(
             _params(), patches.patches_ISC[:, :9], patches.positions_IS2[:, :9],

@@ -1,79 +1,24 @@
-"""Images: the processor's arithmetic, what is refused and how it is named, worker processes."""
+"""Images: the processor's arithmetic, what is refused and how it is named, the cache."""
 
-import dataclasses
 import io
 import json
-import os
 import re
-import signal
-import struct
-import subprocess
-import sys
-import time
-import zlib
 
 import numpy as np
 import PIL.Image
-import psutil
 import pytest
 
-from luspo_jax import images
-from luspo_jax.datasets.images import StoredImage
-from luspo_jax.datasets.pixels import REASONS, ImageError, Patching, prepared, smart_size
-from luspo_jax.images import (
-    ImagePreparer,
-    ImageRefusal,
-    ImageSettings,
-    PreparedImage,
-    read_settings,
-    value_table,
-    write_limits,
-)
-
-SETTINGS = ImageSettings()
+from luspo_jax.images.pixels import Patching
+from luspo_jax.images.preparer import ImagePreparer, ImageRefusal, PreparedImage
+from luspo_jax.images.record import REASONS, ImageError, StoredImage
+from luspo_jax.images.settings import ImageSettings, read_settings
+from tests.images.image_cases import SETTINGS, WHOLE, encoded, gradient, png_header, stored
 
 
 @pytest.fixture(scope="module")
 def preparer():
     with ImagePreparer(SETTINGS, workers=2) as ready:
         yield ready
-
-
-def stored(data, place="data.parquet, row 3"):
-    return StoredImage(place, lambda: data)
-
-
-def gradient(width, height):
-    """The image that the fingerprints are of."""
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    return (np.stack([7 * x + 3 * y, 5 * x + 11 * y, x + 2 * y], axis=-1) % 256).astype(np.uint8)
-
-
-def encoded(image, form="PNG", **options):
-    if isinstance(image, np.ndarray):
-        image = PIL.Image.fromarray(image)
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
-
-
-def png_header(width, height, bits=8, rows=b""):
-    """A PNG that says what size it has and holds hardly any pixels, grey."""
-
-    def chunk(kind, body):
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
-
-
-def white_png(side):
-    """A square of one bit a pixel: small, quickly made, and slow to prepare."""
-    row = b"\0" + b"\xff" * (-(-side // 8))
-    return png_header(side, side, bits=1, rows=row * side)
 
 
 def fnv1a64(values):
@@ -218,7 +163,6 @@ def animation(form):
     return stream.getvalue()
 
 
-WHOLE = encoded(gradient(80, 60))
 REFUSED = [
     ("empty", b"", "no bytes"),
     ("empty", png_header(0, 5), "0 × 5 pixels"),
@@ -279,81 +223,6 @@ def test_arrays_that_are_no_images(pixels, preparer):
     assert found.reason in ("mode", "empty")
 
 
-def test_extreme_ratios():
-    assert smart_size(1, 200, Patching()) == (28, 812)
-    with pytest.raises(ImageError, match="aspect_ratio: 201 × 1 pixels"):
-        smart_size(1, 201, Patching())
-
-
-def test_an_image_over_its_limits_ends_its_worker_only():
-    slow = white_png(9_900)  # a second of processor time
-    with ImagePreparer(SETTINGS, workers=1, time_limit=0.25) as preparer:
-        first, again = preparer.prepare([stored(slow), stored(slow)])
-        # A machine that is busy with other things may miss the clock's limit, three times as long.
-        tries = (preparer.prepare([stored(WHOLE)])[0] for _ in range(10))
-        assert any(isinstance(image, PreparedImage) for image in tries)
-    assert (first.reason, again.reason) == ("timeout", "timeout")
-    assert "limit of 0.25 s" in first.detail
-    large = ImageSettings(Patching(max_source_pixels=10**10))
-    with ImagePreparer(large, workers=1, memory_limit=1 << 30) as preparer:
-        first, second = preparer.prepare([stored(white_png(25_000)), stored(WHOLE)])
-    assert first.reason == "memory"
-    assert isinstance(second, PreparedImage)
-
-
-def test_a_worker_that_dies_is_named_and_replaced():
-    worker = images._Worker(Patching(), 5.0, None)
-    os.kill(worker._process.pid, signal.SIGKILL)
-    assert worker.ask(WHOLE) == (
-        *("refused", "crashed"),
-        "the process that decoded it ended with code -9",
-    )
-    assert not worker.alive()
-    with ImagePreparer(SETTINGS, workers=1) as preparer:
-        preparer.prepare([stored(WHOLE)])
-        idle = preparer._pool._idle.get()
-        preparer._pool._idle.put(idle)
-        idle._process.kill()
-        idle._process.wait(10)
-        (found,) = preparer.prepare([stored(encoded(gradient(90, 60)))])
-        assert isinstance(found, PreparedImage)
-
-
-_PARENT = """
-import time
-from luspo_jax.datasets.pixels import Patching
-from luspo_jax.images import _Worker
-worker = _Worker(Patching(), 5.0, None)
-worker.ask(b"no image")
-print(worker._process.pid, flush=True)
-time.sleep(60)
-"""
-
-
-def test_workers_die_with_their_parent():
-    parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True)
-    worker = psutil.Process(int(parent.stdout.readline()))
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    deadline = time.monotonic() + 10
-    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_closing_ends_the_workers_and_the_next_image_starts_one():
-    preparer = ImagePreparer(SETTINGS, workers=1)
-    preparer.prepare([stored(WHOLE)])
-    idle = preparer._pool._idle.get()
-    preparer._pool._idle.put(idle)
-    preparer.close()
-    assert not psutil.pid_exists(idle._process.pid)
-    (found,) = preparer.prepare([stored(encoded(gradient(61, 60)))])
-    assert isinstance(found, PreparedImage)
-    preparer.close()
-
-
 def test_the_cache_knows_content_and_settings_and_is_bounded():
     preparer = ImagePreparer(SETTINGS, workers=1, cache_bytes=100_000)
     pixels = [np.full((56, 56, 3), shade, np.uint8) for shade in range(20)]
@@ -395,83 +264,3 @@ def test_a_problem_with_one_bad_image_is_refused(preparer):
     found = preparer.of_problems([[stored(WHOLE), bad], [stored(WHOLE)] * 2])
     assert str(found[0]).startswith("d, row 2: image refused as not_an_image")
     assert [image.grid_thw for image in found[1]] == [(1, 4, 6)] * 2
-
-
-def test_settings_of_the_real_model(shared_data):
-    settings = read_settings(shared_data / "qwen" / "Qwen2.5-VL-7B-Instruct")
-    assert settings.patching == Patching(min_pixels=3_136, max_pixels=12_845_056)
-    assert settings.mean == (0.48145466, 0.4578275, 0.40821073)
-    other = read_settings(
-        *(shared_data / "qwen" / "Qwen2.5-VL-7B-Instruct",),
-        max_pixels=1_003_520,
-        blank=True,
-        text_blank=(28, 56),
-        max_source_pixels=10**6,
-    )
-    assert other.patching == Patching(
-        min_pixels=3_136, max_pixels=1_003_520, blank=True, max_source_pixels=10**6
-    )
-    assert other.text_blank == (28, 56)
-
-
-def test_settings_are_read_in_all_their_spellings(tmp_path):
-    plain = tmp_path / "preprocessor_config.json"
-    plain.write_text(
-        json.dumps(
-            {
-                "image_processor_type": "Qwen2VLImageProcessorFast",
-                "size": {"shortest_edge": 3_136, "longest_edge": 9_408},
-                "patch_size": 16,
-                "do_normalize": False,
-                "crop_size": None,
-            }
-        )
-    )
-    settings = read_settings(tmp_path)
-    assert settings.patching == Patching(16, min_pixels=3_136, max_pixels=9_408)
-    np.testing.assert_array_equal(value_table(settings)[1], np.arange(256, dtype=np.float32) / 255)
-    nested = {"processor_class": "x", "image_processor": json.loads(plain.read_text())}
-    plain.unlink()
-    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    assert read_settings(tmp_path) == settings
-    (tmp_path / "processor_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="needs its image processor's settings"):
-        read_settings(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"image_processor_type": "CLIPImageProcessor"}, "'CLIPImageProcessor' is not read; known"),
-        ({"do_resize": False}, "do_resize=false is not supported"),
-        ({"do_pad": True}, "fields that are not read: do_pad"),
-        ({"size": {"height": 3}}, "fields that are not read: height"),
-        ({"min_pixels": 9, "max_pixels": 8}, "min_pixels=9 must be positive and at most max"),
-        ({"image_std": [0.5, 0.5]}, "must be of 3 colours"),
-    ],
-)
-def test_settings_that_mean_something_else_are_refused(tmp_path, fields, message):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=message):
-        read_settings(tmp_path)
-
-
-def test_bytes_and_pixels_agree():
-    pixels = gradient(100, 90)
-    first, second = (prepared(data, Patching()) for data in (pixels, encoded(pixels)))
-    np.testing.assert_array_equal(first[0], second[0])
-
-
-@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
-def test_limits_are_written_where_they_are_read(tmp_path, name):
-    values = {"patch_size": 14, "size": {"shortest_edge": 3136, "longest_edge": 12845056}}
-    stored = values if name.startswith("pre") else {"image_processor": values}
-    (tmp_path / name).write_text(json.dumps(stored))
-    before = read_settings(tmp_path).patching
-    write_limits(tmp_path)
-    assert read_settings(tmp_path).patching == before
-    write_limits(tmp_path, max_pixels=784_000)
-    assert read_settings(tmp_path).patching == dataclasses.replace(before, max_pixels=784_000)
-    text = (tmp_path / name).read_text()
-    assert "12845056" not in text  # transformers reads `size`
-    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.models.image_layout import (
+from luspo_jax.images.layout import (
     ImageError,
     bucket,
     image_spans,
@@ -16,6 +15,7 @@ from luspo_jax.models.image_layout import (
     stacked,
     token_units,
 )
+from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.vision_config import VisionConfig
 
 TOWER = VisionConfig(

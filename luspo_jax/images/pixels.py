@@ -19,40 +19,13 @@ import warnings
 import numpy as np
 import PIL.Image
 
-# Reason → what is refused under this name.
-REASONS = {
-    "missing": "there is no such file, or no bytes in the cell",
-    "empty": "no bytes, or a width or height of zero",
-    "not_an_image": "no format that is read",
-    "corrupt": "an image that breaks off or cannot be decoded",
-    "huge": "a header that announces more pixels than `max_source_pixels`, or a file of more than "
-    "1 GiB: nothing is decoded",
-    "animated": "several frames",
-    "video": "a video",
-    "aspect_ratio": "one side more than 200 times the other",
-    "mode": "pixels that have no agreed meaning as colours",
-    "timeout": "stopped at the time limit",
-    "memory": "more memory than a worker may use",
-    "crashed": "the process that decoded it died",
-}
+from luspo_jax.images.record import ImageError
+
 MAX_ASPECT_RATIO = 200
 # Never EPS or WMF, which Pillow hands to other programs.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
-
-
-class ImageError(ValueError):
-    """An image that is refused.
-
-    Attributes:
-      reason: a key of REASONS.
-      detail: what was found.
-    """
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 @dataclasses.dataclass(frozen=True)

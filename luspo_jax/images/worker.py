@@ -12,10 +12,9 @@ import signal
 import numpy as np
 import PIL.Image
 
-from luspo_jax.datasets.pixels import ImageError, Patching, prepared
-from luspo_jax.rewards.worker import WALL_FACTOR, read_frame, write_frame
-
-ALARMS = (signal.SIGPROF, signal.SIGALRM)
+from luspo_jax.hosts.workers import read_frame, set_alarms, write_frame
+from luspo_jax.images.pixels import Patching, prepared
+from luspo_jax.images.record import ImageError
 
 
 def answer(data: bytes | np.ndarray, patching: Patching) -> tuple:
@@ -26,13 +25,6 @@ def answer(data: bytes | np.ndarray, patching: Patching) -> tuple:
         return ("refused", error.reason, error.detail)
     except MemoryError:
         return ("refused", "memory", "resizing it ran out of memory")
-
-
-def _set_alarms(seconds: float) -> None:
-    # On processor time, so that a busy machine refuses the same images as an idle one; what sleeps
-    # is stopped later, by the clock.
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, WALL_FACTOR * seconds)
 
 
 def main() -> None:
@@ -51,8 +43,8 @@ def main() -> None:
             data = read_frame(tasks)
         except EOFError:
             return
-        _set_alarms(time_limit)
+        set_alarms(time_limit)
         found = answer(data, patching)
         # Disarmed before the answer goes out, so that an image has an answer or a death.
-        _set_alarms(0)
+        set_alarms(0)
         write_frame(answers, found)
