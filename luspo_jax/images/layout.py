@@ -16,13 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from luspo_jax.images.record import ImageError
 from luspo_jax.models.vision_config import VisionConfig
 
 Grid = tuple[int, int, int]  # patches of an image in time (1), rows and columns
-
-
-class ImageError(ValueError):
-    """Images that do not fit the model or the tokens; the message names the numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +71,21 @@ def checked_grid(grid: Any, config: VisionConfig) -> Grid:
     """
     numbers = tuple(int(size) for size in np.asarray(grid).reshape(-1))
     if len(numbers) != 3:
-        raise ImageError(f"the grid of an image is (1, rows, columns) of patches, not {numbers}")
+        raise ImageError(
+            "misfit", f"the grid of an image is (1, rows, columns) of patches, not {numbers}"
+        )
     if numbers[0] != 1:
         raise ImageError(
+            "misfit",
             f"a grid of {numbers} patches has {numbers[0]} moments, a video's: only images, of 1, "
-            f"are implemented"
+            f"are implemented",
         )
     if min(numbers) < 1 or numbers[1] % config.merge_size or numbers[2] % config.merge_size:
         raise ImageError(
+            "misfit",
             f"a grid of {numbers[1]} x {numbers[2]} patches cannot be merged into units of "
             f"{config.merge_size} x {config.merge_size}: resize the image to multiples of "
-            f"{config.merge_size * config.patch_size} pixels, as Qwen2VLImageProcessor does"
+            f"{config.merge_size * config.patch_size} pixels, as Qwen2VLImageProcessor does",
         )
     return numbers
 
@@ -166,8 +167,9 @@ def stacked(
     count = len(images) if count is None else count
     if largest > windows or len(images) > count:
         raise ImageError(
+            "misfit",
             f"{len(images)} images of up to {largest} windows do not fit into {count} rows of "
-            f"{windows} windows"
+            f"{windows} windows",
         )
     slots, channels = windows * config.window_slots, int(np.prod(config.patch_shape))
     patches_ISC = np.zeros((count, slots, channels), np.float32)
@@ -177,8 +179,9 @@ def stacked(
         expected = (len(layout.slots_P), channels)
         if np.shape(patches_PC) != expected:
             raise ImageError(
+                "misfit",
                 f"the patches of an image of grid {layout.grid} must be {expected[0]} x "
-                f"{expected[1]} numbers, not {' x '.join(map(str, np.shape(patches_PC)))}"
+                f"{expected[1]} numbers, not {' x '.join(map(str, np.shape(patches_PC)))}",
             )
         patches_ISC[row, layout.slots_P] = patches_PC
         own = len(layout.valid_S)
@@ -201,8 +204,9 @@ def image_spans(tokens: np.ndarray, grids: Sequence[Any], config) -> list[tuple[
     tokens = np.asarray(tokens)
     if (tokens == config.video_token_id).any():
         raise ImageError(
+            "misfit",
             f"token {config.video_token_id} at {int(np.argmax(tokens == config.video_token_id))} "
-            f"stands for a video (video_token_id), and only images are implemented"
+            f"stands for a video (video_token_id), and only images are implemented",
         )
     here = tokens == config.image_token_id
     sizes = [num_tokens(grid, config.vision) for grid in grids]
@@ -211,25 +215,28 @@ def image_spans(tokens: np.ndarray, grids: Sequence[Any], config) -> list[tuple[
         rest = np.flatnonzero(here[start:])
         if not len(rest):
             raise ImageError(
+                "misfit",
                 f"{len(sizes)} images for the placeholders of {number}: image token "
                 f"{config.image_token_id} (image_token_id) must stand once for each token of an "
-                f"image, here {sizes}"
+                f"image, here {sizes}",
             )
         start += int(rest[0])
         run = _run(here, start)
         if run < size:
             raise ImageError(
+                "misfit",
                 f"image {number + 1} of {len(sizes)} has {size} tokens and {run} placeholders, at "
                 f"{start}: image token {config.image_token_id} (image_token_id) must stand once "
-                f"for each token of its image"
+                f"for each token of its image",
             )
         spans.append((start, start + size))
         start += size
     left = np.flatnonzero(here[start:])
     if len(left):
         raise ImageError(
+            "misfit",
             f"{len(left)} placeholders from {start + int(left[0])} on (image token "
-            f"{config.image_token_id}) have no image: {len(sizes)} images have {sum(sizes)} tokens"
+            f"{config.image_token_id}) have no image: {len(sizes)} images have {sum(sizes)} tokens",
         )
     return spans
 

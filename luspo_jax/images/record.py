@@ -1,4 +1,4 @@
-"""An image that has not been read yet, and why one is refused."""
+"""An image that has not been read yet, and why one is refused: the one ImageError."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,6 +20,7 @@ REASONS = {
     "timeout": "stopped at the time limit",
     "memory": "more memory than a worker may use",
     "crashed": "the process that decoded it died",
+    "misfit": "images that do not fit the model or the tokens of a prompt",
 }
 
 
@@ -38,7 +39,7 @@ class StoredImage:
 
 
 class ImageError(ValueError):
-    """An image that is refused.
+    """An image that is refused, or images that do not fit; the message names the numbers.
 
     Attributes:
       reason: a key of REASONS.

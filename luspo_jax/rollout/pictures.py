@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from luspo_jax.images.layout import ImageError, image_spans, mrope_positions, stacked, token_units
+from luspo_jax.images.layout import image_spans, mrope_positions, stacked, token_units
+from luspo_jax.images.record import ImageError
 from luspo_jax.sharding import rounded_up
 
 
@@ -67,4 +68,4 @@ def check(tokens, images, config, name):
     try:
         image_spans(np.asarray(tokens), [image.grid_thw for image in images], config)
     except ImageError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{name}: {error.detail}") from None

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from luspo_jax.images.layout import (
-    ImageError,
     bucket,
     image_spans,
     laid_out,
@@ -15,6 +14,7 @@ from luspo_jax.images.layout import (
     stacked,
     token_units,
 )
+from luspo_jax.images.record import ImageError
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.vision_config import VisionConfig
 
