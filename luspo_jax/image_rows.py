@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax.images.layout import bucket, laid_out, mrope_positions, stacked, token_units
+from luspo_jax.images import batch
 from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.sharding import Layout, rounded_up
-from luspo_jax.types import Images, TokenBatch
+from luspo_jax.sharding import Layout
+from luspo_jax.types import TokenBatch
 
 
 def with_positions(rows: TokenBatch, prompts: Sequence[Any], config: DecoderConfig) -> TokenBatch:
@@ -34,8 +34,7 @@ def with_positions(rows: TokenBatch, prompts: Sequence[Any], config: DecoderConf
     positions = np.zeros((len(rows.tokens_BT), length, 3), np.int32)
     places = np.arange(length, dtype=np.int32)[:, None]
     for row, prompt in enumerate(prompts):
-        grids = [image.grid_thw for image in prompt.images]
-        of_prompt, after = mrope_positions(prompt.tokens, grids, config)
+        of_prompt, after = batch.positions(prompt.tokens, prompt.images, config)
         start = len(prompt.tokens)
         positions[row] = places + (after - start)
         positions[row, :start] = of_prompt
@@ -71,34 +70,14 @@ def with_images(
     """
     if not any(prompt.images for prompt in prompts):
         return rows
-    own = [{} for _ in range(num_parts)]  # micro-batch → sha of an image → (its row, the image)
+    groups = [[] for _ in range(num_parts)]
     for part, prompt in zip(parts_B, prompts, strict=False):
-        for image in prompt.images:
-            own[part].setdefault(image.sha, (len(own[part]), image))
-    room = rounded_up(max(map(len, own)), 1 if layout is None else layout.size("batch"))
-    every = [image for images in own for _, image in images.values()]
-    windows = bucket(max(laid_out(x.grid_thw, config.vision).windows for x in every))
-    stacks = [
-        stacked(
-            [(image.patches(), image.grid_thw) for _, image in images.values()],
-            config.vision,
-            windows=windows,
-            count=room,
-        )
-        for images in own
-    ]
-    num_units = windows * config.vision.window_slots // config.vision.unit_patches
+        groups[part] += prompt.images
+    multiple = 1 if layout is None else layout.size("batch")
+    images, num_units, rows_of = batch.stack(groups, config, multiple=multiple)
     units_BT = np.full(rows.tokens_BT.shape, -1, np.int32)
     for row, (part, prompt) in enumerate(zip(parts_B, prompts, strict=False)):
-        at = [own[part][image.sha][0] for image in prompt.images]
-        grids = [image.grid_thw for image in prompt.images]
-        units_BT[row, : len(prompt.tokens)] = token_units(
-            prompt.tokens, grids, at, num_units, config
-        )
-    images = Images(
-        *(
-            np.concatenate([getattr(stack, field.name) for stack in stacks])
-            for field in dataclasses.fields(Images)
-        )
-    )
+        at = [rows_of[part][image.sha] for image in prompt.images]
+        units_T, _, _ = batch.places(prompt.tokens, prompt.images, at, num_units, config)
+        units_BT[row, : len(prompt.tokens)] = units_T
     return dataclasses.replace(rows, units_BT=units_BT, images=images)

@@ -48,21 +48,6 @@ class ImageLayout:
         return len(self.units_U)
 
 
-@dataclasses.dataclass(frozen=True)
-class Patches:
-    """Images in slots, ready for `vision.encode`: I images of S slots.
-
-    Attributes:
-      patches_ISC: values of each patch, zero where there is none.
-      positions_IS2: int32 row and column of each.
-      valid_IS: whether there is a patch.
-    """
-
-    patches_ISC: np.ndarray
-    positions_IS2: np.ndarray
-    valid_IS: np.ndarray
-
-
 def checked_grid(grid: Any, config: VisionConfig) -> Grid:
     """A grid of patches (time, rows, columns) as integers.
 
@@ -141,52 +126,6 @@ def bucket(windows: int) -> int:
     """
     size = 1 << max(windows - 1, 0).bit_length()
     return size * 3 // 4 if size >= 4 and windows <= size * 3 // 4 else size
-
-
-def stacked(
-    images: Sequence[tuple[np.ndarray, Any]],
-    config: VisionConfig,
-    *,
-    windows: int | None = None,
-    count: int | None = None,
-) -> Patches:
-    """Images in the slots that `laid_out` gives them.
-
-    Args:
-      images: of each, its patches [P, C] as the image processor gives them, and its grid.
-      config: of the tower.
-      windows: windows of every image; default the bucket of the largest.
-      count: rows to make, those without an image empty; default one an image.
-
-    Raises:
-      ImageError: patches that are not of their grid, or images that do not fit.
-    """
-    layouts = [laid_out(grid, config) for _, grid in images]
-    largest = max((layout.windows for layout in layouts), default=1)
-    windows = bucket(largest) if windows is None else windows
-    count = len(images) if count is None else count
-    if largest > windows or len(images) > count:
-        raise ImageError(
-            "misfit",
-            f"{len(images)} images of up to {largest} windows do not fit into {count} rows of "
-            f"{windows} windows",
-        )
-    slots, channels = windows * config.window_slots, int(np.prod(config.patch_shape))
-    patches_ISC = np.zeros((count, slots, channels), np.float32)
-    positions_IS2 = np.zeros((count, slots, 2), np.int32)
-    valid_IS = np.zeros((count, slots), bool)
-    for row, ((patches_PC, _), layout) in enumerate(zip(images, layouts, strict=True)):
-        expected = (len(layout.slots_P), channels)
-        if np.shape(patches_PC) != expected:
-            raise ImageError(
-                "misfit",
-                f"the patches of an image of grid {layout.grid} must be {expected[0]} x "
-                f"{expected[1]} numbers, not {' x '.join(map(str, np.shape(patches_PC)))}",
-            )
-        patches_ISC[row, layout.slots_P] = patches_PC
-        own = len(layout.valid_S)
-        positions_IS2[row, :own], valid_IS[row, :own] = layout.positions_S2, layout.valid_S
-    return Patches(patches_ISC, positions_IS2, valid_IS)
 
 
 def image_spans(tokens: np.ndarray, grids: Sequence[Any], config) -> list[tuple[int, int]]:

@@ -136,7 +136,7 @@ def encode(
 ):
     """Embeddings of the units of I images [I, U, D], U = S / merge_size², in the order of slots.
 
-    `images.layout.stacked` makes the arrays; `images.layout.token_units` says which unit of the
+    `images.batch.in_slots` makes the arrays; `images.layout.token_units` says which unit of the
     flattened result stands at which token. Units without patches are finite and mean nothing, and
     change nothing of the others.
 
@@ -274,7 +274,7 @@ def _check(patches_ISC, config, attention):
         raise ValueError(
             f"patches of {I} images are [{S}, {C}] each; the tower takes a multiple of "
             f"{config.window_slots} slots (a window of window_size {config.window_size}) of "
-            f"{expected} numbers, as images.layout.stacked makes them"
+            f"{expected} numbers, as images.batch.in_slots makes them"
         )
     if attention == "cudnn":
         raise ValueError(

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from luspo_jax.images import batch
 from luspo_jax.models import decoder
-from luspo_jax.rollout import pictures
 from luspo_jax.rollout import slots as device
 from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.rollout.records import RolloutStats
@@ -22,7 +22,6 @@ from luspo_jax.rollout.schedule import (
     queue_of,
 )
 from luspo_jax.sharding import MeshError, rounded_up
-from luspo_jax.types import Images
 
 SMALLEST_PROMPT = 64  # tokens of the shortest prefill program
 SMALLEST_ROOM = 256  # tokens of the shortest cache
@@ -186,7 +185,7 @@ class Engine:
             )
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise ValueError(f"{name} has tokens outside [0, vocab_size {self.config.vocab_size})")
-        pictures.check(tokens, request.images, self.config, name)
+        batch.check(tokens, request.images, self.config, name)
 
 
 def _check_layout(layout, config):
@@ -215,6 +214,41 @@ def _check_call(group_size, seed, step):
     for name, value in (("seed", seed), ("step", step)):
         if not 0 <= value < ID_LIMIT:
             raise ValueError(f"{name} must lie in [0, 2**32), not {value}")
+
+
+def prompt_images(requests, config, *, shape, multiple=1):
+    """The PromptImages of a prefill of `requests`, and offsets_P.
+
+    Without any image the first is None, and offsets_P are 0.
+
+    Args:
+      requests: of the prefill, in order.
+      config: the DecoderConfig.
+      shape: (prompts, tokens) that the prefill is padded to.
+      multiple: devices that share the images.
+    """
+    offsets_P = np.zeros(shape[0], np.int32)
+    images = [image for request in requests for image in request.images]
+    if not images:
+        return None, offsets_P
+    # Each prompt's own, shared or not: with fewer rows the last bits of embeddings differ.
+    stacked = batch.in_slots(
+        [(image.patches(), image.grid_thw) for image in images],
+        config.vision,
+        count=rounded_up(len(images), multiple),
+    )
+    units_PT = np.full(shape, -1, np.int32)
+    positions_PT3 = np.zeros((*shape, 3), np.int32)
+    positions_PT3[:] = np.arange(shape[1], dtype=np.int32)[:, None]
+    first = 0
+    for p, request in enumerate(requests):
+        size, own = len(request.tokens), range(first, first + len(request.images))
+        units_PT[p, :size], positions_PT3[p, :size], after = batch.places(
+            request.tokens, request.images, own, stacked.num_units, config
+        )
+        offsets_P[p] = after - size
+        first += len(own)
+    return device.PromptImages(stacked.images, units_PT, positions_PT3), offsets_P
 
 
 class _Rollout:
@@ -270,8 +304,8 @@ class _Rollout:
             self._fill(free[: len(taken)], taken)
             free = free[len(taken) :]
 
-    def _prefill(self, batch):
-        engine, requests = self.engine, [self.requests[index] for index in batch]
+    def _prefill(self, indices):
+        engine, requests = self.engine, [self.requests[index] for index in indices]
         length = bucket(
             max(len(request.tokens) for request in requests),
             limit=engine.max_prompt_length,
@@ -280,13 +314,9 @@ class _Rollout:
         self._reserve(length + 1)
         multiple = engine.row_multiple
         prompts = padded_prompts(requests, length=length, multiple=multiple)
-        images, offsets_P = pictures.of_prompts(
-            requests, engine.config, length=length, rows=len(prompts[0]), multiple=multiple
+        images, offsets_P = prompt_images(
+            requests, engine.config, shape=prompts[0].shape, multiple=multiple
         )
-        if images is not None:
-            patches, units_PT, positions_PT3 = images
-            arrays = Images(patches.patches_ISC, patches.positions_IS2, patches.valid_IS)
-            images = device.PromptImages(arrays, units_PT, positions_PT3)
         self.pool, experts = device.prefill(
             self.params,
             *prompts,
@@ -300,7 +330,7 @@ class _Rollout:
             vision_attention=engine.vision_attention,
         )
         self.offsets_P = offsets_P
-        self.queue = queue_of(batch, self.requests, self.group_size, jax.device_get(experts))
+        self.queue = queue_of(indices, self.requests, self.group_size, jax.device_get(experts))
         self.prefill_calls += 1
         self.prefill_tokens += sum(len(request.tokens) for request in requests)
 

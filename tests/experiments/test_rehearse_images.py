@@ -18,8 +18,9 @@ from luspo_jax.images.preparer import PreparedImage
 from luspo_jax.images.settings import ImageSettings
 from luspo_jax.models import vision
 from luspo_jax.prompts import PromptRecord
-from luspo_jax.rollout import pictures, slots
-from luspo_jax.types import Images, TrainBatch
+from luspo_jax.rollout import slots
+from luspo_jax.rollout.engine import prompt_images
+from luspo_jax.types import TrainBatch
 from tests import vl_cases
 from tests.experiments.test_rehearse import machine, products
 
@@ -175,11 +176,8 @@ def test_prompts_of_a_prefill_are_those_that_a_run_would_bring(folder):
     case = built(folder)
     P, T = case.prompt_batch(case.engine, 16, case.sizes.group_size)
     arrays = programs.rollout_arrays(case, case.engine, 16, P, T, 48)
-    (patches, units, positions), _ = pictures.of_prompts(
-        prompts(case, P), case.model, length=T, rows=P, multiple=case.engine.row_multiple
-    )
-    real = slots.PromptImages(
-        Images(patches.patches_ISC, patches.positions_IS2, patches.valid_IS), units, positions
+    real, _ = prompt_images(
+        prompts(case, P), case.model, shape=(P, T), multiple=case.engine.row_multiple
     )
     assert_same_shapes(arrays["images"], real)
 

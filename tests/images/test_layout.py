@@ -11,41 +11,10 @@ from luspo_jax.images.layout import (
     laid_out,
     mrope_positions,
     num_tokens,
-    stacked,
     token_units,
 )
 from luspo_jax.images.record import ImageError
-from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.models.vision_config import VisionConfig
-
-TOWER = VisionConfig(
-    depth=1, embed_dim=8, mlp_dim=8, num_heads=1, out_dim=8, full_layers=(), patch_size=2,
-    window_size=16,
-)  # fmt: skip
-IMAGE, VIDEO, START, END = 30, 31, 28, 29
-CONFIG = DecoderConfig(
-    model_type="qwen2_5_vl",
-    vocab_size=32,
-    num_layers=1,
-    embed_dim=8,
-    mlp_dim=8,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-6,
-    qkv_bias=True,
-    qk_norm=False,
-    tie_embeddings=True,
-    max_position=64,
-    mrope_section=(1, 1, 2),
-    vision=TOWER,
-    image_token_id=IMAGE,
-    video_token_id=VIDEO,
-    vision_start_token_id=START,
-    vision_end_token_id=END,
-)
-GRIDS = [(1, 2, 2), (1, 8, 8), (1, 10, 6), (1, 2, 34), (1, 18, 20)]
+from tests.images.layout_cases import CONFIG, END, GRIDS, IMAGE, START, TOWER, VIDEO, tokens_of
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -85,28 +54,8 @@ def test_buckets():
         assert windows <= bucket(windows) <= max(windows, 1.5 * (windows - 1))
 
 
-def test_stacked_images_lie_in_their_slots():
-    rng = np.random.default_rng(0)
-    images = [(rng.normal(size=(h * w, 24)), (1, h, w)) for _, h, w in GRIDS[:3]]
-    patches = stacked(images, TOWER, count=5)
-    assert patches.patches_ISC.shape == (5, 2 * TOWER.window_slots, 24)
-    for row, (values, grid) in enumerate(images):
-        layout = laid_out(grid, TOWER)
-        np.testing.assert_array_equal(
-            patches.patches_ISC[row, layout.slots_P], values.astype(np.float32)
-        )
-        assert patches.valid_IS[row].sum() == len(values)
-        assert not patches.patches_ISC[row][~patches.valid_IS[row]].any()
-    assert not patches.valid_IS[3:].any()
-    assert stacked([], TOWER).patches_ISC.shape == (0, TOWER.window_slots, 24)
-
-
-def _tokens(*parts):
-    return np.array([token for part in parts for token in np.atleast_1d(part)], np.int32)
-
-
 def test_positions_of_text_and_images():
-    tokens = _tokens(1, 2, START, [IMAGE] * 6, END, 3, START, [IMAGE] * 2, END)
+    tokens = tokens_of(1, 2, START, [IMAGE] * 6, END, 3, START, [IMAGE] * 2, END)
     grids = [(1, 4, 6), (1, 4, 2)]
     positions_T3, after = mrope_positions(tokens, grids, CONFIG)
     expected = [
@@ -122,21 +71,21 @@ def test_positions_of_text_and_images():
 
 
 def test_positions_of_text_alone_count():
-    positions_T3, after = mrope_positions(_tokens(5, 6, 7), [], CONFIG)
+    positions_T3, after = mrope_positions(tokens_of(5, 6, 7), [], CONFIG)
     np.testing.assert_array_equal(positions_T3, np.repeat(np.arange(3)[:, None], 3, axis=1))
     assert after == 3
-    assert mrope_positions(_tokens(), [], CONFIG)[1] == 0
+    assert mrope_positions(tokens_of(), [], CONFIG)[1] == 0
 
 
 def test_an_image_may_end_a_prompt_or_touch_another():
-    tokens = _tokens(1, [IMAGE] * 3)
+    tokens = tokens_of(1, [IMAGE] * 3)
     positions_T3, after = mrope_positions(tokens, [(1, 2, 4), (1, 2, 2)], CONFIG)
     np.testing.assert_array_equal(positions_T3, [(0, 0, 0), (1, 1, 1), (1, 1, 2), (3, 3, 3)])
     assert after == 4
 
 
-def test_units_stand_at_their_tokens():
-    tokens = _tokens(1, [IMAGE] * 15, 2, [IMAGE], 3)
+def test_units_stand_at_theirtokens_of():
+    tokens = tokens_of(1, [IMAGE] * 15, 2, [IMAGE], 3)
     index_T = token_units(tokens, [(1, 10, 6), (1, 2, 2)], [2, 0], 32, CONFIG)
     assert index_T.dtype == np.int32
     assert index_T[[0, 16, 18]].tolist() == [-1, -1, -1]
@@ -148,28 +97,18 @@ def test_units_stand_at_their_tokens():
 @pytest.mark.parametrize(
     ("tokens", "grids", "message"),
     [
-        (_tokens(1, [IMAGE] * 4), [(1, 4, 4), (1, 2, 2)], "2 images for the placeholders of 1"),
-        (_tokens(1), [(1, 4, 4)], "1 images for the placeholders of 0"),
-        (_tokens(1, [IMAGE] * 5), [(1, 4, 4)], "1 placeholders from 5 on .* have no image: 1"),
-        (_tokens([IMAGE]), [], r"1 placeholders from 0 on \(image token 30\) have no image: 0"),
-        (_tokens([IMAGE] * 3, 1), [(1, 4, 4)], "image 1 of 1 has 4 tokens and 3 placeholders"),
-        (_tokens(1, VIDEO), [], r"token 31 at 1 stands for a video \(video_token_id\)"),
-        (_tokens([IMAGE] * 4), [(2, 4, 4)], "has 2 moments, a video's"),
-        (_tokens([IMAGE] * 4), [(1, 3, 4)], "3 x 4 patches cannot be merged into units of 2 x 2"),
-        (_tokens([IMAGE] * 4), [(1, 0, 4)], "cannot be merged"),
-        (_tokens([IMAGE] * 4), [(4, 4)], r"is \(1, rows, columns\) of patches, not \(4, 4\)"),
+        (tokens_of(1, [IMAGE] * 4), [(1, 4, 4), (1, 2, 2)], "2 images for the placeholders of 1"),
+        (tokens_of(1), [(1, 4, 4)], "1 images for the placeholders of 0"),
+        (tokens_of(1, [IMAGE] * 5), [(1, 4, 4)], "1 placeholders from 5 on .* have no image: 1"),
+        (tokens_of([IMAGE]), [], r"1 placeholders from 0 on \(image token 30\) have no image: 0"),
+        (tokens_of([IMAGE] * 3, 1), [(1, 4, 4)], "image 1 of 1 has 4 tokens and 3 placeholders"),
+        (tokens_of(1, VIDEO), [], r"token 31 at 1 stands for a video \(video_token_id\)"),
+        (tokens_of([IMAGE] * 4), [(2, 4, 4)], "has 2 moments, a video's"),
+        (tokens_of([IMAGE] * 4), [(1, 3, 4)], "3 x 4 patches cannot be merged into units of 2 x 2"),
+        (tokens_of([IMAGE] * 4), [(1, 0, 4)], "cannot be merged"),
+        (tokens_of([IMAGE] * 4), [(4, 4)], r"is \(1, rows, columns\) of patches, not \(4, 4\)"),
     ],
 )
 def test_bad_images_are_named(tokens, grids, message):
     with pytest.raises(ImageError, match=message):
         mrope_positions(tokens, grids, CONFIG)
-
-
-def test_patches_that_do_not_fit_are_named():
-    with pytest.raises(ImageError, match=r"of grid \(1, 4, 4\) must be 16 x 24 .* not 16 x 23"):
-        stacked([(np.zeros((16, 23)), (1, 4, 4))], TOWER)
-    image = (np.zeros((20 * 4, 24)), (1, 20, 4))
-    with pytest.raises(ImageError, match=r"1 images of up to 3 windows .* 1 rows of 2 windows"):
-        stacked([image], TOWER, windows=2)
-    with pytest.raises(ImageError, match=r"2 images .* do not fit into 1 rows"):
-        stacked([image, image], TOWER, count=1)

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from luspo_jax import sharding
-from luspo_jax.images.layout import Patches, laid_out, mrope_positions, stacked, token_units
+from luspo_jax.images.batch import in_slots
+from luspo_jax.images.layout import laid_out, mrope_positions, token_units
 from luspo_jax.models import decoder, vision
 from luspo_jax.models.decoder_config import read_config
 from luspo_jax.models.decoder_weights import load_params
 from luspo_jax.models.vision_config import VisionConfig
 from luspo_jax.ops.attention import ring_order
+from luspo_jax.types import Images
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -43,7 +45,7 @@ class Batch:
     positions_BT3: np.ndarray
     after_B: np.ndarray
     index_BT: np.ndarray
-    patches: Patches
+    patches: Images
 
     @property
     def segments_BT(self):
@@ -53,11 +55,10 @@ class Batch:
 def batch_of(rows, config, shape=None, **settings):
     """A Batch of rows (tokens, patches of images, grids), padded on the right with anything.
 
-    `shape` is (rows, tokens a row) to pad to; `settings` are those of `images.layout.stacked`.
+    `shape` is (rows, tokens a row) to pad to; `settings` are those of `images.batch.in_slots`.
     """
     images = [pair for _, patches, grids in rows for pair in zip(patches, grids, strict=True)]
-    made = stacked(images, config.vision, **settings)
-    units = made.valid_IS.shape[1] // config.vision.unit_patches
+    made = in_slots(images, config.vision, **settings)
     shape = shape or (len(rows), max(len(tokens) for tokens, _, _ in rows))
     rows = [*rows, *[(np.array([7], np.int32), [], [])] * (shape[0] - len(rows))]
     tokens_BT, index_BT = np.full(shape, 5, np.int32), np.full(shape, -1, np.int32)
@@ -67,7 +68,7 @@ def batch_of(rows, config, shape=None, **settings):
         tokens_BT[b, own] = tokens
         positions_BT3[b, own], end = mrope_positions(tokens, grids, config)
         numbers = range(first, first + len(grids))
-        index_BT[b, own] = token_units(tokens, grids, numbers, units, config)
+        index_BT[b, own] = token_units(tokens, grids, numbers, made.num_units, config)
         after.append(end)
         first += len(grids)
     lengths = [len(tokens) for tokens, _, _ in rows]
@@ -77,7 +78,7 @@ def batch_of(rows, config, shape=None, **settings):
         positions_BT3,
         np.array(after, np.int32),
         index_BT,
-        made,
+        made.images,
     )
 
 
@@ -167,7 +168,7 @@ def raster_units(params, rows, config, **settings):
     images = [pair for _, patches, grids in rows for pair in zip(patches, grids, strict=True)]
     if not images:
         return np.zeros((0, config.embed_dim), np.float32)
-    patches = stacked(images, config.vision, **settings)
+    patches = in_slots(images, config.vision, **settings).images
     units_IUD = np.asarray(encode(params["vision"], *arrays_of(patches), config=config.vision))
     layouts = [laid_out(grid, config.vision) for _, grid in images]
     return np.concatenate([units_IUD[row, layout.units_U] for row, layout in enumerate(layouts)])
@@ -254,11 +255,11 @@ def test_positions_that_do_not_lag_give_other_tokens():
 def test_buckets_order_and_empty_rows_change_nothing():
     images = _images()
     alone = [
-        np.asarray(encode(_params(), *arrays_of(stacked([x], TOWER)), config=TOWER))[0]
+        np.asarray(encode(_params(), *arrays_of(in_slots([x], TOWER).images), config=TOWER))[0]
         for x in images
     ]
     order = [2, 0, 3, 1]
-    padded = stacked([images[i] for i in order], TOWER, windows=16, count=6)
+    padded = in_slots([images[i] for i in order], TOWER, windows=16, count=6).images
     together = np.asarray(encode(_params(), *arrays_of(padded), config=TOWER))
     assert together.shape == (6, 16 * TOWER.window_slots // TOWER.unit_patches, TOWER.out_dim)
     assert np.isfinite(together).all()
@@ -268,7 +269,7 @@ def test_buckets_order_and_empty_rows_change_nothing():
 
 
 def test_what_lies_in_empty_slots_changes_nothing():
-    patches = stacked(_images(), TOWER)
+    patches = in_slots(_images(), TOWER).images
     noise = np.random.default_rng(2).normal(size=patches.patches_ISC.shape).astype(np.float32)
     filled = dataclasses.replace(
         patches, patches_ISC=np.where(patches.valid_IS[..., None], patches.patches_ISC, noise)
@@ -287,7 +288,7 @@ def test_a_window_sees_itself_only_until_a_full_layer():
     other[0] += 1.0
     for full, changed in (((), 4), ((1,), 16)):
         config = dataclasses.replace(TOWER, full_layers=full)
-        both = stacked([(patches, grid), (other, grid)], config)
+        both = in_slots([(patches, grid), (other, grid)], config).images
         one, two = np.asarray(encode(_params(), *arrays_of(both), config=config))
         assert np.sum(np.abs(one - two).max(axis=-1) > 0) == changed
 
@@ -304,13 +305,13 @@ def test_compiles_once_a_bucket():
     sizes = np.random.default_rng(0).permutation(144)[:50]
     for size in sizes:
         grid = (1, 2 + 2 * (int(size) // 12), 2 + 2 * (int(size) % 12))
-        compiled(params, *arrays_of(stacked(_images([grid], config), config)))
+        compiled(params, *arrays_of(in_slots(_images([grid], config), config).images))
     assert 5 <= len(traced) == len(set(traced)) <= 11  # buckets of 1 to 36 windows
 
 
 @pytest.mark.parametrize("remat", ["full", "attention"])
 def test_remat_changes_no_gradient(remat):
-    arrays = arrays_of(stacked(_images(), TOWER))
+    arrays = arrays_of(in_slots(_images(), TOWER).images)
     expected, got = (
         jax.jit(jax.grad(functools.partial(_loss, remat=way)))(_params(), arrays)
         for way in ("none", remat)
@@ -340,7 +341,7 @@ def _loss(params, arrays, remat="none", layout=None):
 )
 def test_gradients_on_a_mesh_are_those_of_one_device(sizes):
     layout = sharding.layout("train", sizes, jax.devices("cpu"))
-    arrays = arrays_of(stacked(_images() * 2, TOWER))
+    arrays = arrays_of(in_slots(_images() * 2, TOWER).images)
     value, grads = jax.jit(jax.value_and_grad(_loss))(_params(), arrays)
     places = sharding.shardings(vision.param_axes(TOWER), layout)
     spread = jax.device_put(_params(), places)
@@ -412,7 +413,7 @@ def test_hidden_states_on_a_mesh_are_those_of_one_device():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    patches = stacked(_images(), TOWER)
+    patches = in_slots(_images(), TOWER).images
     with pytest.raises(ValueError, match=r"\[9, 24\] each; the tower takes a multiple of 16 slots"):
         vision.encode(
             _params(), patches.patches_ISC[:, :9], patches.positions_IS2[:, :9],
