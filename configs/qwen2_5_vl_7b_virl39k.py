@@ -36,7 +36,7 @@ no dual clip, seed, bfloat16 with float32 master weights, and everything about d
 """
 
 from luspo_jax.config import default_config
-from luspo_jax.datasets.templates import LUSPO_VL_SYSTEM_PROMPT
+from luspo_jax.prompts.templates import LUSPO_VL_SYSTEM_PROMPT
 
 
 def get_config():

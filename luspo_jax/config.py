@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS, DataError
 from luspo_jax.datasets.table import Table
-from luspo_jax.datasets.templates import TEMPLATES
 from luspo_jax.defaults import OPEN_SECTIONS, SOURCE_FIELDS, default_config, wrong_fields
 from luspo_jax.length.settings import LengthSettings
+from luspo_jax.prompts.templates import TEMPLATES
 from luspo_jax.rewards import Sample
 from luspo_jax.rewards.record import run as judge
 from luspo_jax.rewards.registry import verifier

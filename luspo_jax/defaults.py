@@ -10,11 +10,11 @@ from ml_collections.config_dict import placeholder
 
 from luspo_jax import objectives, shaping
 from luspo_jax.datasets import DATASETS
-from luspo_jax.datasets.templates import TEMPLATES
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.logprobs import REPLAYS
 from luspo_jax.models.decoder import REMAT
 from luspo_jax.ops import attention, grouped_matmul
+from luspo_jax.prompts.templates import TEMPLATES
 from luspo_jax.shaping import Shaping
 from luspo_jax.update import OFFLOADS
 from luspo_jax.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, nearest, refusal, shown
@@ -77,7 +77,7 @@ def default_config() -> ConfigDict:
     config.data.eval_answer_column = ""
     config.data.eval_image_column = ""
     config.data.drop_bad_rows = False  # Leave out and count rows that cannot be used, or refuse.
-    # One of luspo_jax.datasets.templates.TEMPLATES, or a text of your own, such as
+    # One of luspo_jax.prompts.templates.TEMPLATES, or a text of your own, such as
     # "{problem}\nAnswer with a number." It holds {problem} once, and other columns as {hint}.
     config.data.template = "plain"
     # Of such a text: whether it is a user message in the tokenizer's chat template, or the whole

@@ -239,13 +239,7 @@ def collect(
         part=run.metric,
     )
     metrics.update(collected.counts)
-    metrics.update(
-        {
-            "training/epoch": run.data.stream.epoch,
-            "prompts/dropped": run.data.stream.dropped,
-            **{f"prompts/refused/{why}": n for why, n in run.data.stream.refused.items()},
-        }
-    )
+    metrics.update(run.data.stream.metrics)
     return Rollouts(collected.groups), collected.surplus
 
 

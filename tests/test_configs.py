@@ -16,10 +16,10 @@ from luspo_jax import config as configuration
 from luspo_jax import run as runs
 from luspo_jax import sharding
 from luspo_jax.datasets import DataError
-from luspo_jax.datasets.templates import LUSPO_VL_SYSTEM_PROMPT
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import decoder_config
 from luspo_jax.models.locate import architecture
+from luspo_jax.prompts.templates import LUSPO_VL_SYSTEM_PROMPT
 from luspo_jax.rewards.registry import score
 from luspo_jax.sharding import MeshError
 

@@ -11,11 +11,12 @@ from experiments.command import UsageError
 from luspo_jax import config as configuration
 from luspo_jax import datasets, files, prompts, sources
 from luspo_jax.benchmarks import Benchmark, Protocol
-from luspo_jax.datasets import Example, Report, templates
+from luspo_jax.datasets import Example, Report
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.datasets.rows import SUFFIXES
 from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import ImageSettings
+from luspo_jax.prompts import templates
 from luspo_jax.sources import Model
 
 _NO_LIMIT = 1 << 30  # tokens: a prompt that is too long is refused later, by its length

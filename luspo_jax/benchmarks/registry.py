@@ -31,8 +31,8 @@ class Benchmark:
       name: its name.
       dataset: a name in luspo_jax.datasets.DATASETS.
       parts: the scorer: verifier → weight; the first one stands for accuracy.
-      template: a name in luspo_jax.datasets.templates.TEMPLATES.
-      system_prompt: a name in luspo_jax.datasets.templates.SYSTEM_PROMPTS.
+      template: a name in luspo_jax.prompts.templates.TEMPLATES.
+      system_prompt: a name in luspo_jax.prompts.templates.SYSTEM_PROMPTS.
       split_by: fields of an example's meta by which results are split.
       id_field: field of meta that names a problem in other people's files; empty where they
         count problems.
