@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax import files
 from luspo_jax.datasets.images import StoredImage
 from luspo_jax.datasets.pixel_worker import ALARMS, answer
 from luspo_jax.datasets.pixels import REASONS, ImageError, Patching
+from luspo_jax.hosts import files
 from luspo_jax.rewards.worker import WALL_FACTOR, read_frame, write_frame
 
 _GRACE = 5.0  # seconds past the limit after which a silent worker is killed from outside

@@ -10,6 +10,10 @@ from typing import Any
 _FEW = 40  # names that a message lists
 
 
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names each field and the remedy."""
+
+
 def nearest(name: Any, names: Iterable[str]) -> str:
     """The words after an unknown name: the closest of `names`, and all of them if they are few."""
     names = sorted(filter(None, names))

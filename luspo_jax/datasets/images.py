@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax import files
 from luspo_jax.datasets import shapes
 from luspo_jax.datasets.example import DataError, Example
 from luspo_jax.datasets.pixels import ImageError
+from luspo_jax.hosts import files
 
 # A reference is {"row": number, "path": text} for a file, relative to the data file's folder,
 # {"row": number, "column": name} for bytes that stand in the data file itself, or

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ from ml_collections.config_dict import placeholder
 from luspo_jax import objectives, shaping
 from luspo_jax.datasets import DATASETS
 from luspo_jax.datasets.templates import TEMPLATES
+from luspo_jax.hosts.guard import BEAT_S
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.logprobs import REPLAYS
 from luspo_jax.models.decoder import REMAT
@@ -18,7 +21,6 @@ from luspo_jax.ops import attention, grouped_matmul
 from luspo_jax.shaping import Shaping
 from luspo_jax.update import OFFLOADS
 from luspo_jax.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, nearest, refusal, shown
-from luspo_jax.watchdog import BEAT_S
 
 
 def default_config() -> ConfigDict:
@@ -181,7 +183,7 @@ def default_config() -> ConfigDict:
     config.output.wandb_project = ""  # Empty = no Weights & Biases.
     config.output.export = True  # Write a Hugging Face folder at the end.
 
-    config.hosts = ConfigDict()  # Of a run of several processes; see luspo_jax.watchdog.
+    config.hosts = ConfigDict()  # Of a run of several processes; see luspo_jax.hosts.guard.
     config.hosts.dead_after_s = 30.0  # Without a sign of life a process counts as dead.
     config.hosts.phase_timeout_s = 0.0  # Longest that a phase may take; 0 = no limit.
     config.lock()
@@ -322,7 +324,7 @@ def _wrong_fields(config, known, prefix):
             yield f"unknown field {prefix}{key}: {nearest(f'{prefix}{key}', names)}"
     missing = [f"{prefix}{key}" for key in known if key not in config]
     if missing:
-        yield f"missing {', '.join(missing)}: start from luspo_jax.config.default_config()"
+        yield f"missing {', '.join(missing)}: start from luspo_jax.run.fields.default_config()"
     for key in config:
         if key not in known:
             continue
@@ -335,3 +337,69 @@ def _wrong_fields(config, known, prefix):
         elif config[key] is not None or known[key] is not None:  # None where the default is unset
             problem = refusal(field, config[key], kind, RULES.get(field))
             yield from [problem] if problem else []
+
+
+# Fields that may change between a run and its continuation in the same workdir.
+_FREE_TO_CHANGE = (
+    "num_steps",
+    "output.",
+    "hosts.",
+    "eval.num_slots",
+    "rollout.num_slots",
+    "rollout.chunk_length",
+    "mesh.",
+    "rollout_mesh.",
+    "train.offload",
+    # Another mesh may need other micro-batches; results depend on them by rounding only.
+    "train.num_microbatches",
+    "train.microbatch_tokens",
+)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"rollout.group_size": 8, …}: dotted names of all leaves."""
+    leaves = {}
+    for key in config:
+        value, name = config[key], f"{prefix}{key}"
+        if isinstance(value, (ConfigDict, Mapping)):
+            leaves |= flat(value, f"{name}.")
+        else:
+            leaves[name] = value
+    return leaves
+
+
+def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
+    """Sets dotted fields, as `flat` gives them.
+
+    Raises:
+      KeyError, TypeError: a field that does not exist, or a value of another type.
+    """
+    for name, value in leaves.items():
+        *sections, last = name.split(".")
+        target = config
+        for section in sections:
+            if section not in target and name.startswith(OPEN_SECTIONS):
+                with target.unlocked():  # options of a reward: a section inside an open one
+                    target[section] = ConfigDict()
+            target = target[section]
+        if name.startswith(OPEN_SECTIONS):
+            with target.unlocked():
+                target[last] = value
+        elif value is not None:
+            target[last] = value
+
+
+def changes(old: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """field → (old, new) where `config` differs from a run's stored (flat) one and may not."""
+    new, defaults = (json.loads(json.dumps(flat(c))) for c in (config, default_config()))
+    old = defaults | old  # a run is older than a field that it does not have
+    return {
+        name: (old.get(name), new.get(name))
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name) and not name.startswith(_FREE_TO_CHANGE)
+    }
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """Twelve hex digits that change with any field."""
+    return hashlib.sha256(json.dumps(flat(config), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,10 +1,7 @@
 """The run's configuration: what goes together, what it builds, and the batch arithmetic."""
 
-import dataclasses
-import hashlib
 import importlib.util
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,37 +11,16 @@ from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS, DataError
 from luspo_jax.datasets.table import Table
 from luspo_jax.datasets.templates import TEMPLATES
-from luspo_jax.defaults import OPEN_SECTIONS, SOURCE_FIELDS, default_config, wrong_fields
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.rewards import Sample
 from luspo_jax.rewards.record import run as judge
 from luspo_jax.rewards.registry import verifier
+from luspo_jax.run.fields import SOURCE_FIELDS, wrong_fields
 from luspo_jax.shaping import Shaping
-from luspo_jax.values import Number, nearest, refusal, shown
-
-# Fields that may change between a run and its continuation in the same workdir.
-_FREE_TO_CHANGE = (
-    "num_steps",
-    "output.",
-    "hosts.",
-    "eval.num_slots",
-    "rollout.num_slots",
-    "rollout.chunk_length",
-    "mesh.",
-    "rollout_mesh.",
-    "train.offload",
-    # Another mesh may need other micro-batches; results depend on them by rounding only.
-    "train.num_microbatches",
-    "train.microbatch_tokens",
-)
-
+from luspo_jax.values import ConfigError, Number, nearest, refusal, shown
 
 # Beyond it, the squares of rewards leave float32.
 _WEIGHT = Number(-1e15, 1e15)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names each field and the remedy."""
 
 
 def check(config: ConfigDict) -> objectives.Objective:
@@ -149,111 +125,6 @@ def _of_objective(config, field):
     value = config.objective[field]
     preset = objectives.PRESETS.get(config.objective.preset, objectives.Objective())
     return getattr(preset, field) if value is None else value
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"rollout.group_size": 8, …}: dotted names of all leaves."""
-    leaves = {}
-    for key in config:
-        value, name = config[key], f"{prefix}{key}"
-        if isinstance(value, (ConfigDict, Mapping)):
-            leaves |= flat(value, f"{name}.")
-        else:
-            leaves[name] = value
-    return leaves
-
-
-def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
-    """Sets dotted fields, as `flat` gives them.
-
-    Raises:
-      KeyError, TypeError: a field that does not exist, or a value of another type.
-    """
-    for name, value in leaves.items():
-        *sections, last = name.split(".")
-        target = config
-        for section in sections:
-            if section not in target and name.startswith(OPEN_SECTIONS):
-                with target.unlocked():  # options of a reward: a section inside an open one
-                    target[section] = ConfigDict()
-            target = target[section]
-        if name.startswith(OPEN_SECTIONS):
-            with target.unlocked():
-                target[last] = value
-        elif value is not None:
-            target[last] = value
-
-
-def changes(old: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """field → (old, new) where `config` differs from a run's stored (flat) one and may not."""
-    new, defaults = (json.loads(json.dumps(flat(c))) for c in (config, default_config()))
-    old = defaults | old  # a run is older than a field that it does not have
-    return {
-        name: (old.get(name), new.get(name))
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name) and not name.startswith(_FREE_TO_CHANGE)
-    }
-
-
-def fingerprint(config: ConfigDict) -> str:
-    """Twelve hex digits that change with any field."""
-    return hashlib.sha256(json.dumps(flat(config), sort_keys=True).encode()).hexdigest()[:12]
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchArithmetic:
-    """What "batch size" means in this run."""
-
-    prompts_per_step: int
-    group_size: int
-    responses_per_step: int
-    responses_per_minibatch: int
-    responses_per_microbatch: int
-    updates_per_step: int
-    tokens_per_row: int
-    pack_length: int = 0  # 0 without packing
-    packed_rows_per_microbatch: int = 0
-
-    def __str__(self) -> str:
-        parts = (
-            f"{self.packed_rows_per_microbatch} packed rows × {self.pack_length} tokens, as many "
-            "as the responses fill"
-            if self.pack_length
-            else f"{self.responses_per_microbatch} rows × up to {self.tokens_per_row} tokens"
-        )
-        return (
-            f"{self.prompts_per_step} prompts × {self.group_size} responses = "
-            f"{self.responses_per_step} responses a step; {self.updates_per_step} optimizer "
-            f"step(s) of {self.responses_per_minibatch} responses, in micro-batches of "
-            f"{parts}"
-        )
-
-
-def batch_arithmetic(config: ConfigDict) -> BatchArithmetic:
-    """Resolves the sizes of a step from a checked configuration.
-
-    With packing, `responses_per_microbatch` is how many of the longest fit.
-    """
-    rollout, train = config.rollout, config.train
-    responses = rollout.prompts_per_step * rollout.group_size
-    longest = config.data.max_prompt_length + rollout.max_response_length
-    together = responses // train.num_minibatches // train.num_microbatches
-    pack_length = rows = 0
-    if train.packing:
-        pack_length = train.pack_length or longest
-        rows = train.microbatch_tokens // pack_length
-        together = rows * pack_length // longest
-    return BatchArithmetic(
-        prompts_per_step=rollout.prompts_per_step,
-        group_size=rollout.group_size,
-        responses_per_step=responses,
-        responses_per_minibatch=responses // train.num_minibatches,
-        responses_per_microbatch=together,
-        updates_per_step=train.num_minibatches * train.num_epochs,
-        tokens_per_row=longest,
-        pack_length=pack_length,
-        packed_rows_per_microbatch=rows,
-    )
 
 
 def _wrong_builds(config: ConfigDict) -> Iterator[str]:

@@ -2,44 +2,19 @@
 
 import collections
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from luspo_jax import config as configuration
-from luspo_jax import datasets, distributed, images, prompts
+from luspo_jax import datasets, images, prompts
 from luspo_jax.datasets.images import ImageFiles
+from luspo_jax.hosts import processes
 from luspo_jax.images import ImagePreparer
-from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.run.model import Model
+from luspo_jax.values import ConfigError
 
 _LOOKED_AT = 64  # problems of a dataset, or source, by which it is known to have images
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The policy's architecture, where it came from, and its tokenizer."""
-
-    folder: pathlib.Path
-    config: DecoderConfig
-    tokenizer: Any
-
-    def decode(self, tokens: np.ndarray) -> str:
-        """Text of response tokens, special tokens left out."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a response: the model's whole set and the tokenizer's own."""
-        own = self.tokenizer.eos_token_id
-        return tuple(sorted({*self.config.eos_token_ids, *([] if own is None else [own])}))
-
-    @property
-    def pad_token_id(self) -> int:
-        """Any token: padding is known by its segment id."""
-        return self.tokenizer.pad_token_id or 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +78,7 @@ def load_data(config: ConfigDict, model: Model) -> Data:
     }
     own = {**_columns(data, ""), **data.options.to_dict()}
     train, reports = _training_set(data, shared, own)
-    name, path, image_dir = _held_out_place(data)
+    name, path, image_dir = held_out_place(data)
     # Another dataset has columns and options of its own.
     held_out_own = (own if name == data.name else {}) | _columns(data, "eval_")
     held_out, held_out_report = datasets.load(
@@ -119,12 +94,12 @@ def load_data(config: ConfigDict, model: Model) -> Data:
         renderer,
         max_length=data.max_prompt_length,
         seed=config.seed,
-        gather=None if preparer is None else distributed.gather,
+        gather=None if preparer is None else processes.gather,
     )
     wanted = [held_out[i] for i in range(min(len(held_out), config.eval.num_problems))]
     found = prompts.outcomes(wanted, tested, max_length=data.max_prompt_length)
     if preparer is not None:  # each process asks its share of one list
-        found = prompts.agreed(found, distributed.gather)
+        found = prompts.agreed(found, processes.gather)
     records = [prompt for prompt in found if isinstance(prompt, prompts.PromptRecord)]
     refusals = [prompt for prompt in found if isinstance(prompt, prompts.Refusal)]
     if not records:
@@ -150,7 +125,7 @@ def _renderer(data, model, preparer):
             template_chat=data.template_chat,
         )
     except ValueError as error:
-        raise configuration.ConfigError(f"data.template: {error}") from None
+        raise ConfigError(f"data.template: {error}") from None
 
 
 def _columns(data, prefix):
@@ -168,7 +143,7 @@ def _check_sight(model, field, examples, reports):
         return
     shown = any(report.pictured for report in reports)
     if shown or any(example.meta.get("images") for example in _some(examples)):
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"{field} has problems with images, and {model.folder.name} reads none: choose a "
             "Qwen2.5-VL as model.path (data.blank_images shows it white ones)"
         )
@@ -204,10 +179,10 @@ def image_preparer(config: ConfigDict, model: Model) -> ImagePreparer | None:
             text_blank=(data.text_blank, data.text_blank) if data.text_blank else None,
         )
     except ValueError as error:
-        raise configuration.ConfigError(f"data (images): {error}") from None
+        raise ConfigError(f"data (images): {error}") from None
     patching = settings.patching
     if (patching.patch_size, patching.merge_size) != (vision.patch_size, vision.merge_size):
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"{model.folder}: preprocessor_config.json cuts patches of {patching.patch_size} "
             f"pixels and merges {patching.merge_size} a side, config.json's tower takes "
             f"{vision.patch_size} and {vision.merge_size}: they do not belong together"
@@ -232,7 +207,7 @@ def _image_files(data):
     )
 
 
-def _held_out_place(data):
+def held_out_place(data):
     """(name, path, folder of images) of the held-out set; what is not named is the training set's.
 
     Unless it is another dataset, which is in another place.
