@@ -46,7 +46,7 @@ def _config(name, **leaves):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_can_run_and_says_how(name):
     config = _config(name)
-    assert checks.check(config) is not None
+    assert checks.check(config).num_steps == config.num_steps
     text = _module(name).__doc__
     assert "Command : " in text
     assert "Hardware: " in text
@@ -169,7 +169,7 @@ def test_constants_of_the_run_on_images_are_those_of_the_paper():
     ],
 )
 def test_the_compared_objectives_are_one_flag_away(name, preset, ratio, scale, low, high):
-    objective = checks.check(_config(name, objective__preset=preset))
+    objective = checks.check(_config(name, objective__preset=preset)).objective
     assert (objective.ratio, objective.length_scale) == (ratio, scale)
     assert (objective.clip_low, objective.clip_high) == (low, high)
     assert (objective.aggregation, objective.kl_coef) == ("seq-mean-token-mean", 0.0)
@@ -178,7 +178,7 @@ def test_the_compared_objectives_are_one_flag_away(name, preset, ratio, scale, l
 def test_gspo_with_the_papers_clip_is_what_the_header_says():
     clip = {"objective__clip_low": 2e-3, "objective__clip_high": 2.5e-3}
     config = _config(PAPER[0], objective__preset="gspo", **clip)
-    assert checks.check(config).clip_high == 2.5e-3
+    assert checks.check(config).objective.clip_high == 2.5e-3
 
 
 @pytest.mark.parametrize(

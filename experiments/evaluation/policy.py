@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 from luspo_jax import sharding
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.rollout.handover import rollout_params
-from luspo_jax.run import checks, fields
+from luspo_jax.run import fields
 from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.build import update_rule
 from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.run.model import Model, load_model
+from luspo_jax.run.settings import section
 from luspo_jax.sharding import Layout, MeshError
 from luspo_jax.update import abstract_state
 
@@ -111,7 +112,7 @@ def stored_policy(workdir: pathlib.Path, step: str, *, spread: bool = False) -> 
         if sharding.misfits(cut, {"hidden_size": ("embed", model.config.embed_dim)}):
             cut = sharding.layout("train", {"data": -1})
         rule = update_rule(config, model, cut)
-        like = abstract_state(rule, marked=checks.build_length(config).every > 0)
+        like = abstract_state(rule, marked=section(config, "length").every > 0)
         state, _ = checkpointer.restore(number, like)
     return StoredPolicy(config, model, state.params, number)
 

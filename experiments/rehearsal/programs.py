@@ -30,8 +30,8 @@ from luspo_jax.length import laboratory
 from luspo_jax.models import decoder
 from luspo_jax.rollout import handover, slots
 from luspo_jax.rollout.sampling import rollout_key
-from luspo_jax.run import checks
 from luspo_jax.run.memory import param_bytes
+from luspo_jax.run.settings import section
 from luspo_jax.sharding import MESH_AXES, Layout, same_order
 from luspo_jax.types import TokenBatch, TrainBatch
 
@@ -439,7 +439,7 @@ def _tower(case, responses, *, gradient):
 
 def _pressure(case):
     config, sizes = case.config, case.sizes
-    settings = checks.build_length(config)
+    settings = section(config, "length")
     lab = laboratory.laboratory(
         settings,
         dataclasses.replace(

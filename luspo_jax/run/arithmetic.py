@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ml_collections import ConfigDict
+from luspo_jax.run.settings import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class BatchArithmetic:
         )
 
 
-def batch_arithmetic(config: ConfigDict) -> BatchArithmetic:
+def batch_arithmetic(config: Config) -> BatchArithmetic:
     """Resolves the sizes of a step from a checked configuration.
 
     With packing, `responses_per_microbatch` is how many of the longest fit.

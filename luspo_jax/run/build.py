@@ -24,6 +24,7 @@ from luspo_jax.run import checks
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.data import Data, load_data
 from luspo_jax.run.model import Model, load_model
+from luspo_jax.run.settings import Config, Settings, section
 from luspo_jax.shaping import Shaping
 from luspo_jax.sharding import Layout, MeshError
 from luspo_jax.update import UpdateRule
@@ -35,6 +36,7 @@ class Run:
     """Everything of a run that its steps do not change."""
 
     config: ConfigDict
+    settings: Settings
     model: Model
     data: Data
     scorer: Scorer
@@ -49,13 +51,13 @@ class Run:
     @property
     def metric(self) -> str:
         """The part of the reward that counts as being right."""
-        return self.config.eval.metric or next(iter(self.config.reward.parts))  # the only one
+        return self.settings.eval.metric or next(iter(self.settings.reward.parts))  # the only one
 
     def initial_params(self) -> Any:
         """The base policy's weights, or random ones where the configuration says so."""
-        model, layout = self.config.model, self.rule.scoring.layout
+        model, layout = self.settings.model, self.rule.scoring.layout
         if model.random_weights:
-            key = jax.random.key(self.config.seed)
+            key = jax.random.key(self.settings.seed)
             return decoder.init_params(key, self.model.config, layout=layout)
         return decoder_weights.load_params(
             self.model.folder, self.model.config, dtype=jnp.float32, layout=layout
@@ -67,7 +69,7 @@ class Run:
             params,
             config=self.model.config,
             layout=self.rollout_layout,
-            dtype=self.config.model.rollout_dtype,
+            dtype=self.settings.model.rollout_dtype,
         )
 
 
@@ -81,29 +83,30 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     Raises:
       ConfigError, DataError, FileNotFoundError, MeshError, ValueError: naming the field or file.
     """
-    objective = checks.check(config)
-    model, length = load_model(config), checks.build_length(config)
-    _check_model(config, model.config)
-    layout, rollout_layout = layouts(config, model.config, devices)
-    longest, rule = config.rollout.max_response_length, update_rule(config, model, layout)
+    settings = checks.check(config)
+    model = load_model(settings)
+    _check_model(settings, model.config)
+    layout, rollout_layout = layouts(settings, model.config, devices)
+    rule = update_rule(settings, model, layout)
     return Run(
         config=config,
+        settings=settings,
         model=model,
-        data=load_data(config, model),
+        data=load_data(settings, model),
         scorer=Scorer(
-            config.reward.parts.to_dict(),
-            options=config.reward.options.to_dict(),
-            workers=config.reward.num_workers,
-            time_limit=config.reward.timeout_s,
-            max_failure_rate=config.reward.max_failure_rate,
+            settings.reward.parts,
+            options=settings.reward.options,
+            workers=settings.reward.num_workers,
+            time_limit=settings.reward.timeout_s,
+            max_failure_rate=settings.reward.max_failure_rate,
         ),
-        sampler=sampler(config, model, config.rollout, rollout_layout),
-        held_out_sampler=sampler(config, model, config.eval, rollout_layout),
+        sampler=sampler(settings, model, settings.rollout, rollout_layout),
+        held_out_sampler=sampler(settings, model, settings.eval, rollout_layout),
         rule=rule,
-        shaping=checks.build_shaping(config),
-        length=length,
+        shaping=settings.shaping,
+        length=settings.length,
         laboratory=laboratory.laboratory(
-            length,
+            settings.length,
             # Length pressure differentiates the backward pass, which kernels do not allow.
             dataclasses.replace(
                 rule.scoring,
@@ -111,9 +114,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
                 experts="reference",
                 vision_attention="reference",
             ),
-            objective,
-            max_response_length=longest,
-            rows_at_once=batch_arithmetic(config).responses_per_microbatch,
+            settings.objective,
+            max_response_length=settings.rollout.max_response_length,
+            rows_at_once=batch_arithmetic(settings).responses_per_microbatch,
         ),
         rollout_layout=rollout_layout,
     )
@@ -129,7 +132,7 @@ def _check_model(config, model):
             f"{model.max_position} (max_position_embeddings): lower one of them"
         )
     for field in ("router_replay", "router_aux_coef"):
-        value = config.train[field]
+        value = getattr(config.train, field)
         if not model.num_experts and value not in ("none", 0):
             raise ConfigError(
                 f"train.{field}={value} is of a mixture of experts, and the model of "
@@ -138,15 +141,15 @@ def _check_model(config, model):
 
 
 def layouts(
-    config: ConfigDict, model: DecoderConfig, devices: Sequence[jax.Device] | None = None
+    config: Config, model: DecoderConfig, devices: Sequence[jax.Device] | None = None
 ) -> tuple[Layout | None, Layout | None]:
     """Where training and rollout lay out their arrays over `devices`.
 
     Raises:
       MeshError: naming every number that does not fit the devices or the model.
     """
-    train = sharding.layout("train", config.mesh, devices)
-    rollout = sharding.layout("rollout", config.rollout_mesh, devices)
+    train = sharding.layout("train", section(config, "mesh").sizes, devices)
+    rollout = sharding.layout("rollout", section(config, "rollout_mesh").sizes, devices)
     arithmetic = batch_arithmetic(config)
     rows = {
         "responses of a micro-batch (train.num_microbatches)": (
@@ -175,7 +178,7 @@ def layouts(
     return train, rollout
 
 
-def mesh_advice(config: ConfigDict, train: Layout | None) -> str:
+def mesh_advice(config: Config, train: Layout | None) -> str:
     """What to change where a mesh does not fit: of rows, the flag that makes them fit."""
     arithmetic, parts = batch_arithmetic(config), train.size("batch") if train else 1
     rows = arithmetic.packed_rows_per_microbatch
@@ -188,11 +191,11 @@ def mesh_advice(config: ConfigDict, train: Layout | None) -> str:
     return "change config.mesh or config.rollout_mesh"
 
 
-def update_rule(config: ConfigDict, model: Model, layout: Layout | None = None) -> UpdateRule:
+def update_rule(config: Config, model: Model, layout: Layout | None = None) -> UpdateRule:
     """What an optimizer step does, and with it the layout of the train state."""
     return UpdateRule(
         scoring=_scoring(config, model, layout),
-        objective=checks.build_objective(config),
+        objective=section(config, "objective"),
         optimizer=optimizer.adamw(
             b1=config.train.b1,
             b2=config.train.b2,
@@ -201,7 +204,7 @@ def update_rule(config: ConfigDict, model: Model, layout: Layout | None = None) 
         ),
         num_microbatches=config.train.num_microbatches,
         max_grad_norm=config.train.max_grad_norm,
-        bin_edges=checks.build_length(config).bins(config.rollout.max_response_length),
+        bin_edges=section(config, "length").bins(config.rollout.max_response_length),
         router_aux_coef=config.train.router_aux_coef,
         frozen=("vision",) if _freezes(config, model.config) else (),
     )
@@ -229,18 +232,18 @@ def _freezes(config, model):
     return model.vision is not None and config.train.freeze_vision
 
 
-def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layout | None) -> Engine:
-    """What samples as `section` says: config.rollout (experts are recorded), or config.eval."""
+def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> Engine:
+    """What samples as `asked`: config.rollout (experts are recorded), or config.eval."""
     return Engine(
         model.config,
         Sampling(
             max_response_length=config.rollout.max_response_length,
             stop_token_ids=model.stop_token_ids,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
         ),
-        num_slots=section.num_slots,
+        num_slots=asked.num_slots,
         # No response takes more steps than its limit.
         chunk_length=min(config.rollout.chunk_length, config.rollout.max_response_length),
         max_prompt_length=config.data.max_prompt_length,
@@ -250,7 +253,7 @@ def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layou
             model.config, layout, config.model.rollout_dtype, config.model.attention
         ),
         experts=expert_products(layout, config.model.experts),
-        record_experts=section is config.rollout and model.config.num_experts > 0,
+        record_experts=asked is config.rollout and model.config.num_experts > 0,
         vision_attention=vision_attention(
             model.config, layout, config.model.rollout_dtype, config.model.attention
         ),

@@ -1,4 +1,4 @@
-"""The run's configuration: what goes together, what it builds, and the batch arithmetic."""
+"""What of a configuration cannot run: what does not go together across its sections."""
 
 import importlib.util
 import inspect
@@ -10,21 +10,21 @@ from ml_collections import ConfigDict
 from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS, DataError
 from luspo_jax.datasets.table import Table
-from luspo_jax.datasets.templates import TEMPLATES
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.rewards import Sample
 from luspo_jax.rewards.record import run as judge
 from luspo_jax.rewards.registry import verifier
-from luspo_jax.run.fields import SOURCE_FIELDS, wrong_fields
-from luspo_jax.shaping import Shaping
+from luspo_jax.run.fields import wrong_fields
+from luspo_jax.run.sections import SOURCE_FIELDS
+from luspo_jax.run.settings import Settings, sections_of
 from luspo_jax.values import ConfigError, Number, nearest, refusal, shown
 
 # Beyond it, the squares of rewards leave float32.
 _WEIGHT = Number(-1e15, 1e15)
 
 
-def check(config: ConfigDict) -> objectives.Objective:
-    """Refuses a configuration that cannot run, with all problems at once; gives the objective.
+def check(config: ConfigDict) -> Settings:
+    """Refuses a configuration that cannot run, with all problems at once; gives its settings.
 
     Values are looked at one by one, and together where each is sound. Reads neither model nor data.
 
@@ -39,107 +39,7 @@ def check(config: ConfigDict) -> objectives.Objective:
         if problems:
             lines = "\n".join(f"  - {problem}" for problem in problems)
             raise ConfigError(f"this configuration cannot run:\n{lines}")
-    return build_objective(config)
-
-
-def build_objective(config: ConfigDict) -> objectives.Objective:
-    """The preset with the fields that the configuration sets.
-
-    `max_response_length`, the constant of Dr.GRPO's aggregation, is the rollout's limit unless set.
-    """
-    chosen = {k: v for k, v in config.objective.to_dict().items() if v is not None}
-    chosen.setdefault("max_response_length", config.rollout.max_response_length)
-    objective = objectives.preset(chosen.pop("preset"), **chosen)
-    objectives.validate_group_size(objective, config.rollout.group_size)
-    return objective
-
-
-def build_shaping(config: ConfigDict) -> Shaping:
-    """The filters of the configuration."""
-    shaping = Shaping(**config.shaping.to_dict())
-    if shaping.gfpo_keep > config.rollout.group_size:
-        raise ValueError(
-            f"gfpo_keep={shaping.gfpo_keep} exceeds rollout.group_size={config.rollout.group_size}"
-        )
-    return shaping
-
-
-def build_length(config: ConfigDict) -> LengthSettings:
-    """Instruments and controls of response length.
-
-    Raises:
-      ValueError: naming the field.
-    """
-    settings = LengthSettings(**config.length.to_dict())
-    for name in settings.names:
-        if name not in objectives.PRESETS:
-            near = nearest(name, objectives.PRESETS)
-            raise ValueError(f"objectives={name!r} names no preset: {near}")
-    group_size = config.rollout.group_size
-    if settings.every and group_size < 4:
-        raise ValueError(
-            f"every={settings.every} measures length pressure inside halves of a group: "
-            f"rollout.group_size={group_size} must be at least 4"
-        )
-    steers = settings.steer != "none" or settings.mitigation == "scale"
-    adaptive = _of_objective(config, "length_scale") == "adaptive"
-    if steers and not adaptive:
-        raise ValueError(
-            'steer and mitigation="scale" move α of an adaptive scale: set '
-            "objective.length_scale=adaptive"
-        )
-    start = _of_objective(config, "length_alpha")
-    if adaptive and not settings.alpha_low <= start <= settings.alpha_high:
-        raise ValueError(
-            f"alpha_low={settings.alpha_low:g} and alpha_high={settings.alpha_high:g} must enclose "
-            f"objective.length_alpha={start:g}, where α starts"
-        )
-    longest = config.rollout.max_response_length
-    if settings.steer == "band" and settings.target_low > longest:
-        raise ValueError(
-            f"target_low={settings.target_low:g} is out of reach: no response is longer than "
-            f"rollout.max_response_length={longest}"
-        )
-    return settings
-
-
-def stop_token_ids(config: ConfigDict) -> tuple[int, ...]:
-    """The ids of `model.stop_token_ids`; none of "none".
-
-    Raises:
-      ValueError: naming the field.
-    """
-    text = config.model.stop_token_ids
-    if text == "none":
-        return ()
-    ids = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() for part in ids):
-        raise ValueError(
-            f"model.stop_token_ids={text!r} must be ids joined with commas, as 0,2, or none"
-        )
-    return tuple(int(part) for part in ids)
-
-
-def _of_objective(config, field):
-    """A field of the objective, which may not be buildable: the configuration's or its preset's."""
-    value = config.objective[field]
-    preset = objectives.PRESETS.get(config.objective.preset, objectives.Objective())
-    return getattr(preset, field) if value is None else value
-
-
-def _wrong_builds(config: ConfigDict) -> Iterator[str]:
-    """What objective, filters and length settings say of themselves."""
-    for section, build in (
-        ("model", stop_token_ids),
-        ("objective", build_objective),
-        ("shaping", build_shaping),
-        ("length", build_length),
-    ):
-        try:
-            build(config)
-        except ValueError as error:
-            text = str(error).replace("Objective.", "objective.")
-            yield text if text.startswith((f"{section}.", "rollout.")) else f"{section}.{text}"
+    return Settings.of(config)
 
 
 def _wrong_entries(config: ConfigDict) -> Iterator[str]:
@@ -148,8 +48,6 @@ def _wrong_entries(config: ConfigDict) -> Iterator[str]:
     yield from _wrong_datasets(config.data)
     for name, source in config.data.mixture.items():
         yield from _wrong_source(f"data.mixture.{name}", source)
-    if config.model.overrides and not config.model.random_weights:
-        yield "model.overrides changes the architecture and needs model.random_weights=True"
 
 
 def _wrong_rewards(config: ConfigDict) -> Iterator[str]:
@@ -240,73 +138,82 @@ def _wrong_source(place: str, source: Any) -> Iterator[str]:
 
 
 def _wrong_together(config: ConfigDict) -> Iterator[str]:
-    """Values that are sound by themselves and do not go together."""
-    for broken, message in _senseless(config):
-        if broken:
-            yield message
+    """Values that are sound by themselves and do not go together, in a section or across them."""
+    sound, problems = sections_of(config)
+    yield from problems
+    yield from _wrong_metric(config)
     yield from _wrong_sizes(config)
     yield from _wrong_packing(config)
-    yield from _wrong_builds(config)
-
-
-def _senseless(config: ConfigDict) -> list[tuple[bool, str]]:
-    """(Whether it is so, what to do)."""
-    data, train, held_out = config.data, config.train, config.eval
-    parts = ", ".join(config.reward.parts)
+    if config.train.ref_every > 0 and not _of_objective(config, "kl_coef"):
+        yield "train.ref_every refreshes the reference of a KL term, but objective.kl_coef is 0"
     wandb = config.output.wandb_project
-    return [
-        (
-            not held_out.metric and len(config.reward.parts) > 1,
-            f"eval.metric is empty: say which of reward.parts counts as accuracy ({parts})",
-        ),
-        (
-            held_out.metric != "" and held_out.metric not in config.reward.parts,
-            f"eval.metric={held_out.metric!r} is not among reward.parts ({parts})",
-        ),
-        (
-            held_out.temperature == 0 and held_out.num_samples > 1,
-            f"eval.num_samples={held_out.num_samples} must be 1 at eval.temperature=0: greedy "
-            "responses are all alike",
-        ),
-        (
-            data.template in TEMPLATES
-            and not TEMPLATES[data.template].chat
-            and (data.system_prompt != "" or data.enable_thinking is not None),
-            f"data.template={data.template!r} is no chat template: data.system_prompt and "
-            "data.enable_thinking would be ignored; take data.template=chat, or leave them out",
-        ),
-        (
-            data.template_chat is not None and data.template in TEMPLATES,
-            "data.template_chat is of a template of your own, which holds {problem}: "
-            f"data.template={data.template} is a named one, which says so itself",
-        ),
-        (
-            0 < data.max_pixels < data.min_pixels,
-            f"data.min_pixels={data.min_pixels} exceeds data.max_pixels={data.max_pixels}",
-        ),
-        *(
-            (
-                list(config[mesh].values()).count(-1) > 1,
-                f"{' and '.join(f'{mesh}.{k}' for k in config[mesh] if config[mesh][k] == -1)} are "
-                "-1: one axis may be, for as many devices as the others leave",
-            )
-            for mesh in ("mesh", "rollout_mesh")
-        ),
-        (
-            train.ref_every > 0 and not _of_objective(config, "kl_coef"),
-            "train.ref_every refreshes the reference of a KL term, but objective.kl_coef is 0",
-        ),
-        (
-            train.learning_rate * train.weight_decay >= 1,
-            f"train.weight_decay={train.weight_decay} times train.learning_rate="
-            f"{train.learning_rate} must be less than 1: a step would wipe the weights out",
-        ),
-        (
-            bool(wandb) and importlib.util.find_spec("wandb") is None,
+    if wandb and importlib.util.find_spec("wandb") is None:
+        yield (
             f"output.wandb_project={wandb!r}: wandb is not installed: pip install wandb, or leave "
-            "the field empty",
-        ),
-    ]
+            "the field empty"
+        )
+    if "objective" in sound:
+        yield from _wrong_group(config, sound["objective"])
+    keep, group_size = config.shaping.gfpo_keep, config.rollout.group_size
+    if "shaping" in sound and keep > group_size:
+        yield f"shaping.gfpo_keep={keep} exceeds rollout.group_size={group_size}"
+    if "length" in sound:
+        yield from _wrong_length(config, sound["length"])
+
+
+def _wrong_metric(config: ConfigDict) -> Iterator[str]:
+    metric, parts = config.eval.metric, ", ".join(config.reward.parts)
+    if not metric and len(config.reward.parts) > 1:
+        yield f"eval.metric is empty: say which of reward.parts counts as accuracy ({parts})"
+    if metric and metric not in config.reward.parts:
+        yield f"eval.metric={metric!r} is not among reward.parts ({parts})"
+
+
+def _wrong_group(config: ConfigDict, objective: objectives.Objective) -> Iterator[str]:
+    try:
+        objectives.validate_group_size(objective, config.rollout.group_size)
+    except ValueError as error:
+        text = str(error).replace("Objective.", "objective.")
+        yield text if text.startswith(("objective.", "rollout.")) else f"objective.{text}"
+
+
+def _wrong_length(config: ConfigDict, length: LengthSettings) -> Iterator[str]:
+    """What the instruments and controls of length ask of the other sections."""
+    unknown = [name for name in length.names if name not in objectives.PRESETS]
+    for name in unknown[:1]:
+        near = nearest(name, objectives.PRESETS)
+        yield f"length.objectives={name!r} names no preset: {near}"
+    group_size, longest = config.rollout.group_size, config.rollout.max_response_length
+    if length.every and group_size < 4:
+        yield (
+            f"length.every={length.every} measures length pressure inside halves of a group: "
+            f"rollout.group_size={group_size} must be at least 4"
+        )
+    steers = length.steer != "none" or length.mitigation == "scale"
+    adaptive = _of_objective(config, "length_scale") == "adaptive"
+    if steers and not adaptive:
+        yield (
+            'length.steer and mitigation="scale" move α of an adaptive scale: set '
+            "objective.length_scale=adaptive"
+        )
+    start = _of_objective(config, "length_alpha")
+    if adaptive and not length.alpha_low <= start <= length.alpha_high:
+        yield (
+            f"length.alpha_low={length.alpha_low:g} and alpha_high={length.alpha_high:g} must "
+            f"enclose objective.length_alpha={start:g}, where α starts"
+        )
+    if length.steer == "band" and length.target_low > longest:
+        yield (
+            f"length.target_low={length.target_low:g} is out of reach: no response is longer than "
+            f"rollout.max_response_length={longest}"
+        )
+
+
+def _of_objective(config, field):
+    """A field of the objective, which may not be buildable: the configuration's or its preset's."""
+    value = config.objective[field]
+    preset = objectives.PRESETS.get(config.objective.preset, objectives.Objective())
+    return getattr(preset, field) if value is None else value
 
 
 def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
@@ -331,9 +238,6 @@ def _wrong_packing(config: ConfigDict) -> Iterator[str]:
         config.train, config.data.max_prompt_length, config.rollout.max_response_length
     )  # fmt: skip
     if not train.packing:
-        for field in ("microbatch_tokens", "pack_length"):
-            if train[field]:
-                yield f"train.{field}={train[field]} is of packed rows: set train.packing=True"
         return
     longest = prompt + response
     length = train.pack_length or longest
@@ -347,9 +251,4 @@ def _wrong_packing(config: ConfigDict) -> Iterator[str]:
         yield (
             f"train.microbatch_tokens={train.microbatch_tokens} holds no packed row of {length} "
             f"tokens: with train.packing, set it to {length} for each row to be computed at once"
-        )
-    if train.num_microbatches != 1:
-        yield (
-            f"train.num_microbatches={train.num_microbatches} cannot be set with train.packing: "
-            f"micro-batches are sized by train.microbatch_tokens={train.microbatch_tokens}"
         )

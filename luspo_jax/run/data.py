@@ -5,13 +5,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from luspo_jax import datasets, images, prompts
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.hosts import processes
 from luspo_jax.images import ImagePreparer
 from luspo_jax.run.model import Model
+from luspo_jax.run.settings import Config, section
 from luspo_jax.values import ConfigError
 
 _LOOKED_AT = 64  # problems of a dataset, or source, by which it is known to have images
@@ -60,7 +60,7 @@ class Data:
             self.renderer.images.close()
 
 
-def load_data(config: ConfigDict, model: Model) -> Data:
+def load_data(config: Config, model: Model) -> Data:
     """Training stream and held-out prompts of `config.data`, with their images where `model` reads
     images.
 
@@ -68,7 +68,7 @@ def load_data(config: ConfigDict, model: Model) -> Data:
       ConfigError: problems with images, and a model of text.
       DataError: data that cannot be read; no held-out prompt at all.
     """
-    data = config.data
+    data = section(config, "data")
     preparer = image_preparer(config, model)
     renderer = _renderer(data, model, preparer)
     shared = {
@@ -76,11 +76,11 @@ def load_data(config: ConfigDict, model: Model) -> Data:
         "keep": renderer.columns,
         "drop_bad_rows": data.drop_bad_rows,
     }
-    own = {**_columns(data, ""), **data.options.to_dict()}
+    own = {**_columns(vars(data), ""), **data.options}
     train, reports = _training_set(data, shared, own)
     name, path, image_dir = held_out_place(data)
     # Another dataset has columns and options of its own.
-    held_out_own = (own if name == data.name else {}) | _columns(data, "eval_")
+    held_out_own = (own if name == data.name else {}) | _columns(vars(data), "eval_")
     held_out, held_out_report = datasets.load(
         name, path or None, data.eval_split, **shared, **held_out_own
     )
@@ -128,9 +128,9 @@ def _renderer(data, model, preparer):
         raise ConfigError(f"data.template: {error}") from None
 
 
-def _columns(data, prefix):
-    """The columns that `data`, or a source of its mixture, names with this prefix."""
-    names = {kind: data.get(f"{prefix}{kind}_column", "") for kind in _KINDS}
+def _columns(fields, prefix):
+    """The columns that the fields of `data`, or of a source in its mixture, name with a prefix."""
+    names = {kind: fields.get(f"{prefix}{kind}_column", "") for kind in _KINDS}
     return {kind: name for kind, name in names.items() if name}
 
 
@@ -159,7 +159,7 @@ def _some(examples):
         start += size
 
 
-def image_preparer(config: ConfigDict, model: Model) -> ImagePreparer | None:
+def image_preparer(config: Config, model: Model) -> ImagePreparer | None:
     """What turns images into patches as the model's folder and `config.data` say.
 
     None for a model of text.
@@ -197,7 +197,7 @@ def _image_files(data):
     return ImageFiles(
         of_source={
             name: _files(
-                source.name,
+                source["name"],
                 source.get("path", ""),
                 source.get("split", "train"),
                 source.get("image_dir", ""),
@@ -230,7 +230,7 @@ def _training_set(data, shared, own):
     sources, weights, reports = {}, {}, []
     for key, source in data.mixture.items():
         sources[key], report = datasets.load(
-            source.name,
+            source["name"],
             source.get("path") or None,
             source.get("split", "train"),
             **shared,

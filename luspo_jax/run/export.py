@@ -4,15 +4,14 @@ import pathlib
 import shutil
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from luspo_jax import images
 from luspo_jax.models import decoder_weights, vision_weights
 from luspo_jax.run.model import Model
+from luspo_jax.run.settings import Config
 
 
 def export_policy(
-    config: ConfigDict,
+    config: Config,
     model: Model,
     params: Any,
     folder: pathlib.Path,

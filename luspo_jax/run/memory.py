@@ -7,18 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from luspo_jax import sharding
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.run import checks
 from luspo_jax.run.arithmetic import batch_arithmetic
+from luspo_jax.run.settings import Config, section
 from luspo_jax.sharding import Layout
 
 
 def memory_estimate(
-    config: ConfigDict, model: DecoderConfig, layouts: tuple[Layout | None, Layout | None]
+    config: Config, model: DecoderConfig, layouts: tuple[Layout | None, Layout | None]
 ) -> dict[str, int]:
     """Bytes of the large arrays of a step on one device, by name.
 
@@ -28,7 +27,7 @@ def memory_estimate(
     """
     sizes = batch_arithmetic(config)
     compute, sampling = (
-        jnp.dtype(config.model[name]).itemsize for name in ("dtype", "rollout_dtype")
+        jnp.dtype(getattr(config.model, name)).itemsize for name in ("dtype", "rollout_dtype")
     )
     train, rollout = layouts
     params = param_bytes(model, train, jnp.float32)
@@ -52,7 +51,7 @@ def memory_estimate(
         "master weights (float32)": params,
         "Adam moments (float32)": 2 * params,
         "gradients (float32)": params,
-        "reference policy": params if checks.build_objective(config).kl_coef else 0,
+        "reference policy": params if section(config, "objective").kl_coef else 0,
         "policy before a measured update": params if config.length.every else 0,
         "rollout weights": param_bytes(model, rollout, config.model.rollout_dtype)
         if sampling != 4 or rollout

@@ -6,11 +6,10 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
 from luspo_jax.models.locate import model_folder
-from luspo_jax.run import checks
+from luspo_jax.run.settings import Config, section
 from luspo_jax.values import ConfigError
 
 
@@ -38,20 +37,21 @@ class Model:
         return self.tokenizer.pad_token_id or 0
 
 
-def load_model(config: ConfigDict) -> Model:
+def load_model(config: Config) -> Model:
     """Architecture and tokenizer of `config.model`."""
+    settings = section(config, "model")
     from transformers import AutoTokenizer  # Slow to import; nothing else here needs it.
 
-    folder = model_folder(config.model.path)
-    if config.model.random_weights:
+    folder = model_folder(settings.path)
+    if settings.random_weights:
         path = folder / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: model.path must hold a config.json")
-        hf = json.loads(path.read_text()) | config.model.overrides.to_dict()
+        hf = json.loads(path.read_text()) | settings.overrides
         architecture = decoder_config(hf)
     else:
         architecture = read_config(folder)
-    source = model_folder(config.model.tokenizer) if config.model.tokenizer else folder
+    source = model_folder(settings.tokenizer) if settings.tokenizer else folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers raises many types for a missing or broken file
@@ -59,7 +59,7 @@ def load_model(config: ConfigDict) -> Model:
             f"no tokenizer could be read from {source} ({str(error).splitlines()[0][:200]}): put "
             "tokenizer files there, or name another folder in model.tokenizer"
         ) from error
-    model = _with_stops(config, Model(folder, architecture, tokenizer))
+    model = _with_stops(settings, Model(folder, architecture, tokenizer))
     if len(tokenizer) > architecture.vocab_size:
         raise ConfigError(
             f"the tokenizer of {source} has {len(tokenizer)} tokens and the model of {folder} a "
@@ -68,17 +68,17 @@ def load_model(config: ConfigDict) -> Model:
     return model
 
 
-def _with_stops(config, model):
+def _with_stops(settings, model):
     """The model with the tokens of `model.stop_token_ids` among those that end a response."""
-    own, size = checks.stop_token_ids(config), model.config.vocab_size
+    own, size = settings.own_stop_ids, model.config.vocab_size
     if any(token >= size for token in own):
         raise ConfigError(
-            f"model.stop_token_ids={config.model.stop_token_ids!r} must be tokens of the model's "
+            f"model.stop_token_ids={settings.stop_token_ids!r} must be tokens of the model's "
             f"vocabulary of {size}"
         )
     ids = tuple(sorted({*model.config.eos_token_ids, *own}))
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=ids))
-    if not model.stop_token_ids and config.model.stop_token_ids != "none":
+    if not model.stop_token_ids and settings.stop_token_ids != "none":
         raise ConfigError(
             f"no token ends a response: neither config.json nor generation_config.json of "
             f"{model.folder} nor its tokenizer names an eos token, and every response would be cut "

@@ -14,6 +14,7 @@ from luspo_jax.hosts import files, processes
 from luspo_jax.hosts.files import PlaceError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.run import fields
+from luspo_jax.run.settings import Config
 from luspo_jax.values import ConfigError
 
 _PACKAGES = ("luspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -279,7 +280,7 @@ def package_versions() -> dict[str, str]:
     return {name: _version(name) for name in _PACKAGES}
 
 
-def check_processes(config: ConfigDict) -> None:
+def check_processes(config: Config) -> None:
     """Refuses a run whose processes have nothing to do.
 
     Raises:

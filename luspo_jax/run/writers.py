@@ -185,13 +185,13 @@ def writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWrite
     """One process writes; times, throughput and memory are what it sees."""
     if not processes.is_writer():
         return SilentWriter()
-    output = run.config.output
+    output = run.settings.output
     return MetricsWriter(
         workdir.path,
         tensorboard=output.tensorboard,
         wandb_project=output.wandb_project,
         config=fields.flat(run.config),
-        num_steps=run.config.num_steps,
+        num_steps=run.settings.num_steps,
         console=bar.write,
     )
 

@@ -86,7 +86,7 @@ def _config(leaves=()):
 
 
 def test_the_default_is_fine_and_measures_nothing():
-    settings = checks.build_length(_config())
+    settings = checks.check(_config()).length
     assert settings == LengthSettings()
     assert (settings.every, settings.steer, settings.mitigation) == (0, "none", "none")
 
