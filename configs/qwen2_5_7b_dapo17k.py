@@ -30,7 +30,7 @@ log-probs, seed, bfloat16 with float32 master weights, the answer's format (one 
 end, as the prompt asks), and everything about devices.
 """
 
-from luspo_jax.config import default_config
+from luspo_jax.run.fields import default_config
 
 
 def get_config():

@@ -35,8 +35,8 @@ Math-Verify. No KL term, weight decay 0.1 and gradient clipping at 1.0 (DAPO's s
 no dual clip, seed, bfloat16 with float32 master weights, and everything about devices.
 """
 
-from luspo_jax.config import default_config
 from luspo_jax.prompts.templates import LUSPO_VL_SYSTEM_PROMPT
+from luspo_jax.run.fields import default_config
 
 
 def get_config():

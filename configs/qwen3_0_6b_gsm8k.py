@@ -16,7 +16,7 @@ and the three rewards; 32 prompts × 8 responses a step, minibatches of 8 prompt
 without a thinking block, so that 1,024 tokens suffice.
 """
 
-from luspo_jax.config import default_config
+from luspo_jax.run.fields import default_config
 
 
 def get_config():

@@ -9,7 +9,7 @@ Command : python -m experiments.train --config=configs/smoke_dapo17k.py --workdi
 Hardware: two CPU cores
 """
 
-from luspo_jax.config import default_config
+from luspo_jax.run.fields import default_config
 
 
 def get_config():

@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from absl import flags
 
-from luspo_jax import files, watchdog
+from luspo_jax.hosts import files, guard
 from luspo_jax.values import nearest
 
 
@@ -51,10 +51,10 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
     try:
         main()
     except KeyboardInterrupt as interrupt:
-        watchdog.failed(interrupt, "interrupted")
+        guard.failed(interrupt, "interrupted")
         return _refuse("interrupted: run the same command again to continue", 130)
     except Exception as error:
-        watchdog.failed(error, str(error) or type(error).__name__)
+        guard.failed(error, str(error) or type(error).__name__)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return _refuse(f"{error}: free some space, then run the same command again", 1)
         if isinstance(error, OSError) and error.filename and error.strerror:
@@ -125,15 +125,16 @@ def description(run: Any) -> str:
     """The resolved run: configuration, data, batch arithmetic, parameters, memory."""
     import jax
 
-    from luspo_jax import config as configuration
-    from luspo_jax import run as runs
     from luspo_jax.models import decoder_weights
+    from luspo_jax.run import fields
+    from luspo_jax.run.arithmetic import batch_arithmetic
+    from luspo_jax.run.memory import memory_estimate
 
     layouts = run.rule.scoring.layout, run.rollout_layout
     model = run.model.config
-    memory = runs.memory_estimate(run.config, model, layouts)
-    fields = configuration.flat(run.config)
-    shown = {k: v for k, v in fields.items() if v is not None and v != ""}
+    memory = memory_estimate(run.config, model, layouts)
+    leaves = fields.flat(run.config)
+    shown = {k: v for k, v in leaves.items() if v is not None and v != ""}
     overlap = run.data.overlap()
     lines = [
         *(f"  {name} = {value}" for name, value in shown.items()),
@@ -151,7 +152,7 @@ def description(run: Any) -> str:
         f"{len(run.data.held_out):,} held out{_refused(run.data.refused)}; template "
         f"{run.data.template_hash}",
         f"rewards   : {', '.join(run.scorer.labels.values())}",
-        f"batch     : {configuration.batch_arithmetic(run.config)}",
+        f"batch     : {batch_arithmetic(run.config)}",
         f"memory    : about {sum(memory.values()) / 1e9:.2f} GB a device: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size),
     ]
@@ -203,15 +204,15 @@ def _flag_message(error: BaseException) -> str:
 
 def _unknown_field() -> str | None:
     """The first --config.a.b that cannot be set so, in words."""
-    from luspo_jax import config as configuration
+    from luspo_jax.run import fields
 
-    names = configuration.flat(configuration.default_config())
+    names = fields.flat(fields.default_config())
     for argument in sys.argv[1:]:
         name, equals, value = argument.lstrip("-").partition("=")
         if not name.removeprefix("no").startswith("config."):
             continue
         field = name.removeprefix("no").removeprefix("config.")
-        section = next((s for s in configuration.OPEN_SECTIONS if f"{field}.".startswith(s)), None)
+        section = next((s for s in fields.OPEN_SECTIONS if f"{field}.".startswith(s)), None)
         if section is not None and equals:
             wrong = _wrong_entry(field, section.rstrip("."), value)
             if wrong:

@@ -28,7 +28,7 @@ def run_figure(workdir: pathlib.Path) -> pathlib.Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from luspo_jax import files
+    from luspo_jax.hosts import files
     from luspo_jax.metrics import read_metrics
 
     workdir = pathlib.Path(workdir)

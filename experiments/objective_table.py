@@ -10,7 +10,7 @@ import sys
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _OUT = flags.DEFINE_string("page", "docs/objectives.md", "File to write.")
 _OVERWRITE = flags.DEFINE_bool("overwrite_page", False, "Replace that file if it exists.")

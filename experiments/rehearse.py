@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Machine, as v5p:2x2x4, h100:1x8 or local.")

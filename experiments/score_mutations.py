@@ -23,7 +23,7 @@ from experiments.verdicts.golds import SETS, golds
 from experiments.verdicts.judging import VERIFIERS
 from experiments.verdicts.page import write_section
 from experiments.verdicts.trials import tables, trials, verdicts, write_mistakes
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _DATA = flags.DEFINE_string("data", "../shared/data", "folder of the public data files")
 _SETS = flags.DEFINE_list("sets", list(SETS), "sets of golds")

@@ -8,12 +8,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from luspo_jax import config as configuration
 from luspo_jax import image_rows, objectives, packing
 from luspo_jax.experience import Rollouts
 from luspo_jax.logprobs import Scored
 from luspo_jax.metrics import StepMetrics
-from luspo_jax.run import Run
+from luspo_jax.run.arithmetic import batch_arithmetic
+from luspo_jax.run.build import Run
 from luspo_jax.types import Experts, TrainBatch, TrainState
 from luspo_jax.update import experts_on_host, put_rows, score_rows
 
@@ -25,7 +25,7 @@ class MismatchError(RuntimeError):
 def train_batch(run: Run, rollouts: Rollouts) -> TrainBatch:
     """Training rows of the step in NumPy, without advantages and other policies' log-probs."""
     config = run.config
-    sizes = configuration.batch_arithmetic(config)
+    sizes = batch_arithmetic(config)
     prompts = [prompt.tokens for prompt in rollouts.prompts]
     tokens = [response.tokens for response in rollouts.responses]
     longest = max(len(p) + len(t) for p, t in zip(prompts, tokens, strict=True))
@@ -65,7 +65,7 @@ def with_old_logprobs(
     recorded: those are taken. So it is with the experts of a mixture.
     """
     objective = run.rule.objective
-    sizes = configuration.batch_arithmetic(run.config)
+    sizes = batch_arithmetic(run.config)
     ranks_entropy = objective.top_entropy_quantile < 1
     carried_B = rollouts.carried_B
     needed = (
@@ -171,7 +171,7 @@ def _with_images(run, prompts, rows, num_parts, plan):
 
 
 def _plan(run, rows):
-    sizes = configuration.batch_arithmetic(run.config)
+    sizes = batch_arithmetic(run.config)
     return packing.plan(
         (rows.segment_ids_BT > 0).sum(axis=1),
         row_length=sizes.pack_length,
@@ -188,7 +188,7 @@ def _score(run, rollouts, params, batch, record_experts=False, **changes):
     prompts, scoring = rollouts.prompts, dataclasses.replace(run.rule.scoring, **changes)
     if not any(prompt.images for prompt in prompts):
         return _score_rows(run, prompts, params, batch.rows, scoring, record_experts)
-    size = configuration.batch_arithmetic(run.config).responses_per_minibatch
+    size = batch_arithmetic(run.config).responses_per_minibatch
     found = [
         _score_rows(
             run,
@@ -207,7 +207,7 @@ def _score(run, rollouts, params, batch, record_experts=False, **changes):
 
 
 def _score_rows(run, prompts, params, rows, scoring, record_experts=False):
-    sizes = configuration.batch_arithmetic(run.config)
+    sizes = batch_arithmetic(run.config)
     width = rows.tokens_BT.shape[1]
     plan, parts = None, len(prompts) // sizes.responses_per_microbatch
     if run.config.train.packing:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax import distributed
 from luspo_jax.benchmarks import Record
 from luspo_jax.benchmarks.intervals import accuracy_interval
+from luspo_jax.hosts import processes
 from luspo_jax.length.coupling import accuracy_by_length_third
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward, Sample, Scorer
@@ -144,13 +144,13 @@ def respond(
 
 def _ask(engine, params, prompts, scorer, *, decode, noise):
     """(responses, their texts, their rewards), prompt by prompt; each process asks its share."""
-    prompts = prompts[distributed.share(len(prompts))]
+    prompts = prompts[processes.share(len(prompts))]
     requests = [Request(p.prompt_id, p.tokens, p.images) for p in prompts]
     responses, _ = engine.generate(params, requests, step=0, **noise) if requests else ([], None)
     texts = [decode(response.tokens) for response in responses]
     limit = engine.sampling.max_response_length
     rewards = score(scorer, prompts, responses, texts=texts, max_length=limit)
-    parts = distributed.gather((responses, texts, rewards))
+    parts = processes.gather((responses, texts, rewards))
     return [[row for part in parts for row in part[column]] for column in range(3)]
 
 

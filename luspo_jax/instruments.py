@@ -10,7 +10,7 @@ from luspo_jax.length import laboratory, steering
 from luspo_jax.length.laboratory import Sampled
 from luspo_jax.length.steering import LengthState
 from luspo_jax.metrics import StepMetrics
-from luspo_jax.run import Run
+from luspo_jax.run.build import Run
 from luspo_jax.types import TrainBatch, TrainState
 from luspo_jax.update import mark_params
 

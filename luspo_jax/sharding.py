@@ -23,6 +23,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from luspo_jax.values import ConfigError
+
 # Slowest links first: neighbours in a mesh row are neighbours in the machine.
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -49,7 +51,7 @@ TABLES["handover"] = {**TABLES["rollout"], "embed": ("data", "fsdp", "expert", "
 Axes = tuple[str | None, ...]  # the logical axis of each dimension; None is spread over nothing
 
 
-class MeshError(ValueError):
+class MeshError(ConfigError):
     """A mesh that does not fit the devices or the model; the message names the numbers."""
 
 

@@ -8,38 +8,33 @@ the next step is in the checkpoint, so that a run that was killed goes on bit fo
 import contextlib
 import dataclasses
 import pathlib
-import resource
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from luspo_jax import (
     batches,
-    distributed,
     evaluate,
     experience,
     instruments,
     objectives,
     optimizer,
     shaping,
-    watchdog,
 )
-from luspo_jax import config as configuration
-from luspo_jax.beginning import Carried, begin, host_state
-from luspo_jax.checkpoint import Checkpointer
 from luspo_jax.evaluate import Evaluation
 from luspo_jax.experience import Group, Rollouts
-from luspo_jax.images.settings import write_limits
-from luspo_jax.metrics import MetricsWriter, SilentWriter, StepMetrics, timed
-from luspo_jax.models import decoder_weights, vision_weights
+from luspo_jax.hosts import guard, processes
+from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.rollout import Request, RolloutStats
-from luspo_jax.run import Run
-from luspo_jax.sources import Model
+from luspo_jax.run import writers
+from luspo_jax.run.beginning import Carried, begin, host_state
+from luspo_jax.run.build import Run
+from luspo_jax.run.checkpoint import Checkpointer
+from luspo_jax.run.export import export_policy
+from luspo_jax.run.workdir import Workdir
 from luspo_jax.types import TrainBatch, TrainState
 from luspo_jax.update import (
     fetched,
@@ -48,7 +43,6 @@ from luspo_jax.update import (
     refresh_reference,
     update_step,
 )
-from luspo_jax.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,22 +85,22 @@ def _train(run: Run, workdir: Workdir) -> Outcome:
         stack.enter_context(contextlib.closing(checkpointer))
         stack.enter_context(run.scorer)
         stack.enter_context(contextlib.closing(run.data))
-        with watchdog.phase("restore"):
+        with guard.phase("restore"):
             state, start, evaluations, carried = begin(run, checkpointer, workdir.forked_from)
             state = parked(state, run.config.train.offload)
-        silent = None if distributed.is_writer() else True  # None: silent where there is no console
+        silent = None if processes.is_writer() else True  # None: silent where there is no console
         bar = stack.enter_context(
             tqdm(total=num_steps, initial=start, unit="step", leave=False, disable=silent)
         )
-        writer = stack.enter_context(contextlib.closing(_writer(run, workdir, bar)))
+        writer = stack.enter_context(contextlib.closing(writers.writer(run, workdir, bar)))
         # A run without a checkpoint starts over, whatever an earlier attempt has written.
         writer.truncate_after(start if evaluations else start - 1)
         if not evaluations:
-            with watchdog.phase("evaluate"):
+            with guard.phase("evaluate"):
                 evaluations = [(start, held_out(run, state))]
             writer.write(start, _held_out_metrics(run, evaluations[0][1]))
         for step in range(start, num_steps):
-            watchdog.at_step(step + 1)
+            guard.at_step(step + 1)
             workdir.check_there()
             metrics = StepMetrics()
             state, carried, rollouts, advantages_B = rollout_step(
@@ -125,13 +119,13 @@ def _train(run: Run, workdir: Workdir) -> Outcome:
             if taken == num_steps or _due(output.checkpoint_every, taken):
                 host = host_state(run, evaluations, carried)
                 score = measured.accuracy if measured else None
-                with watchdog.phase("checkpoint"):
+                with guard.phase("checkpoint"):
                     checkpointer.save(taken, state, host, metric=score)
                     workdir.note_checkpoint(taken)
             bar.update()
         export = workdir.path / "export" if output.export else None
         if export is not None:
-            with watchdog.phase("export"):
+            with guard.phase("export"):
                 export_policy(run.config, run.model, state.params, export, own=True)
     return Outcome(evaluations, export)
 
@@ -183,7 +177,7 @@ def rollout_step(
             length = instruments.after_update(run, state, length, sample, step, metrics)
         state = parked(state, offload)
     metrics.update(experience.metrics(rollouts, batch.advantages_B, correct=run.metric))
-    metrics.update(_speed_metrics(metrics, rollouts))
+    metrics.update(writers.speed_metrics(metrics, rollouts))
     return state, Carried(surplus, length), rollouts, batch.advantages_B
 
 
@@ -199,7 +193,7 @@ def collect(
         # The same prompts on all processes, of which each samples and scores its own share.
         asked = run.data.stream.next_prompts(size)
         used.extend(prompt.prompt_id for prompt in asked)
-        own = distributed.share(size)
+        own = processes.share(size)
         prompts, noise_ids = asked[own], _noise_ids(used)[-size:][own]
         with timed(metrics, "gen"):
             responses, stats = run.sampler.generate(
@@ -223,7 +217,7 @@ def collect(
         with timed(metrics, "gather"):
             # Every process has the prompts, and their images are large.
             sent = [dataclasses.replace(group, prompt=None) for group in groups]
-            parts = distributed.gather((sent, stats))
+            parts = processes.gather((sent, stats))
         metrics.update(_rollout_metrics([stats for _, stats in parts]))
         groups = [group for groups, _ in parts for group in groups]
         return [
@@ -299,52 +293,6 @@ def held_out(run: Run, state: TrainState) -> Evaluation:
     )
 
 
-def export_policy(
-    config: ConfigDict,
-    model: Model,
-    params: Any,
-    folder: pathlib.Path,
-    *,
-    dtype: str = "float32",
-    overwrite: bool | None = None,
-    own: bool = False,
-) -> None:
-    """Writes the policy as a folder that `transformers` loads; process 0 writes, all call.
-
-    Args:
-      config: of the run.
-      model: its architecture and tokenizer.
-      params: its weights.
-      folder: must be empty or new.
-      dtype: type to store.
-      overwrite: replace an earlier export of ours there.
-      own: the place is the run's, whose last export is replaced.
-    """
-    # Another tokenizer or architecture is not that of the folder's files.
-    source = None if config.model.overrides or config.model.tokenizer else model.folder
-
-    def finish(folder):
-        if source is None:
-            model.tokenizer.save_pretrained(folder)
-            for name in vision_weights.COPIED_FILES:  # else the export could not read images
-                if (model.folder / name).is_file():
-                    shutil.copyfile(model.folder / name, folder / name)
-        if model.config.vision is not None:
-            data = config.data
-            write_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
-
-    decoder_weights.export(
-        folder,
-        params,
-        model.config,
-        source=source,
-        dtype=dtype,
-        overwrite=overwrite,
-        own=own,
-        finish=finish,
-    )
-
-
 def _due(every: int, taken: int) -> bool:
     return every > 0 and taken % every == 0
 
@@ -369,40 +317,6 @@ def _minibatches(run, group_ids_B, step, epoch) -> Iterator[np.ndarray]:
         groups = np.random.default_rng([run.config.seed, step, epoch]).permutation(groups)
     for part in np.split(groups, run.config.train.num_minibatches):
         yield np.concatenate([np.flatnonzero(group_ids_B == group) for group in part])
-
-
-def _writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWriter:
-    """One process writes; times, throughput and memory are what it sees."""
-    if not distributed.is_writer():
-        return SilentWriter()
-    output = run.config.output
-    return MetricsWriter(
-        workdir.path,
-        tensorboard=output.tensorboard,
-        wandb_project=output.wandb_project,
-        config=configuration.flat(run.config),
-        num_steps=run.config.num_steps,
-        console=bar.write,
-    )
-
-
-def _speed_metrics(metrics: StepMetrics, rollouts: Rollouts) -> dict[str, float]:
-    seconds = metrics.result()["timing_s/step"]
-    tokens = int(rollouts.lengths_B.sum()) + sum(len(p.tokens) for p in rollouts.prompts)
-    return {
-        "perf/total_num_tokens": tokens,
-        "perf/time_per_step": seconds,
-        "perf/throughput": tokens / seconds / jax.device_count(),
-        "perf/max_memory_allocated_gb": _peak_memory() / 1e9,
-    }
-
-
-def _peak_memory() -> int:
-    """Bytes: of the accelerator where it keeps count, else of this process."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _held_out_metrics(run: Run, measured: Evaluation) -> dict[str, float]:

@@ -10,6 +10,17 @@ from typing import Any
 _FEW = 40  # names that a message lists
 
 
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names each field and the remedy.
+
+    It may be made of several problems, each an argument.
+    """
+
+    def __str__(self) -> str:
+        """The problem, or a line for each."""
+        return "\n".join(str(problem) for problem in self.args)
+
+
 def nearest(name: Any, names: Iterable[str]) -> str:
     """The words after an unknown name: the closest of `names`, and all of them if they are few."""
     names = sorted(filter(None, names))
@@ -95,6 +106,34 @@ def refusal(field: str, value: Any, kind: type, rule: Rule | None = None) -> str
     if isinstance(rule, Text):
         return f"{field} is empty: {rule.remedy}"
     return f"{field}={value} must be {rule}"
+
+
+def refused_field(section: type, name: str, value: Any, prefix: str = "") -> str | None:
+    """One line that refuses the value of a dataclass's field, by its type and the class's RULES."""
+    (kind,) = (field.type for field in dataclasses.fields(section) if field.name == name)
+    if kind == bool | None and value is not None:
+        kind = bool
+    if kind not in _KINDS:  # names that are the user's, another section, or unset
+        return None
+    return refusal(f"{prefix}{name}", value, kind, section.RULES.get(name))
+
+
+def check_fields(section: Any, prefix: str = "", together: Iterable[str] = ()) -> None:
+    """Checks the fields of a dataclass that has RULES: field → what it may be beside its type.
+
+    Args:
+      section: an instance.
+      prefix: what comes before a field's name, such as "rollout.".
+      together: lines about values that do not go together; read where each value is sound.
+
+    Raises:
+      ConfigError: with all lines, each an argument.
+    """
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    found = (refused_field(type(section), *item, prefix) for item in values.items())
+    problems = [line for line in found if line] or list(together)
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _is(value: Any, kind: type) -> bool:

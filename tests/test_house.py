@@ -46,7 +46,7 @@ def test_files_stay_readable():
 def test_importing_reaches_no_network_and_starts_no_device():
     """Importing the package must not initialise jax's backends."""
     code = (
-        "import luspo_jax.train, luspo_jax.run, jax; "
+        "import luspo_jax.train, luspo_jax.run.build, jax; "
         "from jax._src import xla_bridge; assert not xla_bridge._backends, 'a backend was started'"
     )
     ran = _tool("-c", code)

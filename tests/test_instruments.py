@@ -7,10 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from luspo_jax import batches, beginning, instruments, train
-from luspo_jax import config as configuration
-from luspo_jax import run as runs
-from luspo_jax.checkpoint import Checkpointer
+from luspo_jax import batches, instruments, train
 from luspo_jax.datasets import Example
 from luspo_jax.experience import Group, Rollouts
 from luspo_jax.length.settings import LengthSettings
@@ -20,6 +17,9 @@ from luspo_jax.objectives import preset
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward
 from luspo_jax.rollout import Response
+from luspo_jax.run import beginning, fields
+from luspo_jax.run.build import build
+from luspo_jax.run.checkpoint import Checkpointer
 from luspo_jax.types import TokenBatch, TrainBatch
 from tests import test_train
 from tests.test_train import _assert_same_results, _results, _train
@@ -72,7 +72,7 @@ def _rows(folder):
 
 def _length_state(folder, config):
     """What the last checkpoint of a run remembers of its lengths."""
-    run = runs.build(config)
+    run = build(config)
     checkpointer = Checkpointer(folder / "checkpoints", keep_latest=2, keep_best=1)
     try:
         return beginning.begin(run, checkpointer)[3].length
@@ -223,14 +223,14 @@ def _group(right, lengths, judged=None):
     )
 
 
-def _some_run(objective, **fields):
+def _some_run(objective, **settings):
     """The parts of a run that the functions under test read."""
-    config = configuration.default_config()
+    config = fields.default_config()
     config.rollout.max_response_length = 10
     return types.SimpleNamespace(
         config=config,
         rule=types.SimpleNamespace(objective=objective),
-        length=LengthSettings(**fields),
+        length=LengthSettings(**settings),
         metric="right",
     )
 

@@ -18,12 +18,12 @@ from luspo_jax import (
     train,
     update,
 )
-from luspo_jax import run as runs
 from luspo_jax.images.layout import bucket, laid_out
 from luspo_jax.length import laboratory
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.models import decoder
 from luspo_jax.rollout import Engine, Request, Sampling
+from luspo_jax.run.build import build
 from tests import vl_cases
 
 ATOL = 1e-5
@@ -46,7 +46,7 @@ def _config(folder, **fields):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    run = runs.build(_config(folder))
+    run = build(_config(folder))
     yield run
     run.scorer.close()
 
@@ -102,7 +102,7 @@ def test_images_are_looked_at(run, params, rollouts):
 
 
 def test_packed_rows_score_as_rows_alone(folder, run, params, rollouts):
-    packed = runs.build(_config(folder, train__packing=True, train__microbatch_tokens=56 * 4))
+    packed = build(_config(folder, train__packing=True, train__microbatch_tokens=56 * 4))
     batch = batches.train_batch(run, rollouts)
     alone = _score(run, params, rollouts, batch).logprobs_BT
     scored = _score(packed, params, rollouts, batch).logprobs_BT
@@ -116,7 +116,7 @@ def test_a_mesh_scores_as_one_device(folder, run, params, rollouts, sizes):
     config = _config(folder)
     for axis in ("data", "fsdp", "context", "tensor"):
         config.mesh[axis] = sizes.get(axis, 1)
-    meshed = runs.build(config, devices=jax.devices())
+    meshed = build(config, devices=jax.devices())
     placed = jax.device_put(params, update.param_shardings(meshed.rule.scoring))
     batch = batches.train_batch(run, rollouts)
     alone = _score(run, params, rollouts, batch).logprobs_BT
@@ -144,8 +144,8 @@ def _gap(found, expected):
 
 def test_microbatches_and_packing_do_not_change_an_update(folder, run, params, rollouts):
     expected = _updated(run, params, rollouts).opt_state[0].mu
-    several = runs.build(_config(folder, train__num_microbatches=4))
-    packed = runs.build(_config(folder, train__packing=True, train__microbatch_tokens=56 * 2))
+    several = build(_config(folder, train__num_microbatches=4))
+    packed = build(_config(folder, train__packing=True, train__microbatch_tokens=56 * 2))
     for other in (several, packed):
         # Of the first moments, which are the gradient: the step itself is nearly its sign.
         found = _updated(other, params, rollouts).opt_state[0].mu
@@ -155,7 +155,7 @@ def test_microbatches_and_packing_do_not_change_an_update(folder, run, params, r
 
 def test_a_frozen_tower_stays_as_it_is(folder, params, rollouts):
     config = _config(folder, train__freeze_vision=True, train__weight_decay=0.1)
-    found = _updated(runs.build(config), params, rollouts).params
+    found = _updated(build(config), params, rollouts).params
     assert _gap(found["vision"], params["vision"]) == 0
     assert _gap(found["layers"], params["layers"]) > 1e-4
 

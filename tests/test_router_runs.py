@@ -7,11 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from luspo_jax import batches, beginning, datasets, experience, sharding, train
-from luspo_jax import config as configuration
-from luspo_jax import run as runs
-from luspo_jax import workdir as workdirs
-from luspo_jax.checkpoint import Checkpointer
+from luspo_jax import batches, datasets, experience, sharding, train
 from luspo_jax.logprobs import REPLAYS
 from luspo_jax.metrics import StepMetrics, read_metrics
 from luspo_jax.models import char_tokenizer
@@ -19,6 +15,11 @@ from luspo_jax.models.decoder_config import hf_config
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward
 from luspo_jax.rollout import Response
+from luspo_jax.run import beginning, fields
+from luspo_jax.run import workdir as workdirs
+from luspo_jax.run.build import Run, build, facts, layouts
+from luspo_jax.run.checkpoint import Checkpointer
+from luspo_jax.values import ConfigError
 from tests.models import expert_cases
 
 MODEL = expert_cases.config(
@@ -42,7 +43,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def config(model_folder, monkeypatch):
-    config = configuration.default_config()
+    config = fields.default_config()
     config.num_steps = 2
     config.model.path = str(model_folder)
     config.model.random_weights = True
@@ -65,7 +66,7 @@ def config(model_folder, monkeypatch):
     config.output.checkpoint_every = 1
     config.output.tensorboard = config.output.export = False
     # Routers with a will of their own, as expert_cases.params has them.
-    monkeypatch.setattr(runs.Run, "initial_params", lambda run: expert_cases.params(MODEL))
+    monkeypatch.setattr(Run, "initial_params", lambda run: expert_cases.params(MODEL))
     return config
 
 
@@ -75,7 +76,7 @@ def many_digits(response, answer):
 
 
 def _collected(config, step=0, surplus=()):
-    run, found = runs.build(config), StepMetrics()
+    run, found = build(config), StepMetrics()
     state = beginning.begin_state(run)
     rollouts, surplus = train.collect(run, state.params, step, surplus, found)
     return run, state, rollouts, surplus, found
@@ -156,8 +157,8 @@ def test_a_response_without_its_record_is_refused_by_name(config, change):
 
 
 def _train(config, folder):
-    run = runs.build(config)
-    workdir = workdirs.Workdir(folder, config, runs.facts(run))
+    run = build(config)
+    workdir = workdirs.Workdir(folder, config, facts(run))
     try:
         train.train(run, workdir)
     finally:
@@ -172,7 +173,7 @@ def _results(config, folder):
     ]
     rollouts = {p.name: p.read_text() for p in sorted((folder / "rollouts").iterdir())}
     checkpointer = Checkpointer(folder / "checkpoints", keep_latest=2, keep_best=1)
-    state, step, _, _ = beginning.begin(runs.build(config), checkpointer)
+    state, step, _, _ = beginning.begin(build(config), checkpointer)
     checkpointer.close()
     assert step == config.num_steps
     return rows, rollouts, jax.device_get(state)
@@ -206,7 +207,7 @@ RUNS = {
     ],
 )
 def test_what_a_run_reports_and_how_it_goes_on_after_a_kill(config, tmp_path, monkeypatch, name):
-    configuration.assign(config, RUNS[name])
+    fields.assign(config, RUNS[name])
     _train(config, tmp_path / "straight")
     rows = list(read_metrics(tmp_path / "straight" / "metrics.jsonl"))[1:]
     for row in rows:
@@ -246,12 +247,12 @@ def test_experts_that_the_mesh_cannot_cut_are_refused(config):
     config.mesh.expert, config.rollout_mesh.expert = 8, 8
     message = r"num_experts = 4 is cut into 8 parts by the (train|rollout) mesh \(expert 8\)"
     with pytest.raises(sharding.MeshError, match=message) as error:
-        runs.layouts(config, MODEL, jax.devices())
+        layouts(config, MODEL, jax.devices())
     assert str(error.value).count("num_experts = 4") == 2
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("leaves", "message"),
     [
         ({"train.router_replay": "r3"}, r"train.router_replay='r3' does not exist: known: none, "),
         ({"train.router_aux_coef": -0.1}, r"train.router_aux_coef=-0.1 must be at least 0"),
@@ -260,10 +261,10 @@ def test_experts_that_the_mesh_cannot_cut_are_refused(config):
     ],
     ids=str,
 )
-def test_names_that_do_not_exist_are_refused(config, fields, message):
-    configuration.assign(config, fields)
-    with pytest.raises(configuration.ConfigError, match=message):
-        runs.build(config)
+def test_names_that_do_not_exist_are_refused(config, leaves, message):
+    fields.assign(config, leaves)
+    with pytest.raises(ConfigError, match=message):
+        build(config)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +283,6 @@ def test_what_is_of_experts_is_refused_for_a_dense_model(config, tmp_path, field
     config.train.router_aux_coef = 0.0
     config.train[field] = value
     message = rf"train.{field}={value} is of a mixture of experts, and the model of"
-    with pytest.raises(configuration.ConfigError, match=message):
-        runs.build(config)
+    with pytest.raises(ConfigError, match=message):
+        build(config)
     assert set(REPLAYS) == {"none", "old", "sampler"}

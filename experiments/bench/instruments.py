@@ -13,7 +13,7 @@ import time
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "File with get_config().")
 _EVERY = flags.DEFINE_integer("every", 10, "Steps between measurements, and of a block.", 2)
@@ -58,13 +58,12 @@ def measure(base: str, *, every: int, share: float, blocks: int) -> dict:
 
 def _start(base, every, share, stack):
     from experiments.sweeps import spec
-    from luspo_jax import beginning
-    from luspo_jax import config as configuration
-    from luspo_jax import run as runs
+    from luspo_jax.run import beginning, fields
+    from luspo_jax.run.build import build
 
     config = spec.base_config(base)
-    configuration.assign(config, {"length.every": every, "length.share": share})
-    run = runs.build(config)
+    fields.assign(config, {"length.every": every, "length.share": share})
+    run = build(config)
     stack.enter_context(run.scorer)
     state, carried = beginning.begin_state(run), beginning.Carried()
     return {"run": run, "state": state, "carried": carried, "step": 0}

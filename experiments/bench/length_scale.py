@@ -11,7 +11,7 @@ import time
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _PAIRS = flags.DEFINE_integer("pairs", 20, "Pairs of updates that count.", lower_bound=2)
 _SCALE = flags.DEFINE_string("length_scale", "length", "The scale compared with none.")

@@ -16,7 +16,7 @@ import time
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the table and the figure.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier one in --out.")

@@ -7,10 +7,11 @@ import numpy as np
 
 from experiments.bench import workload as workloads
 from experiments.bench.workload import Workload
-from luspo_jax import beginning, train
-from luspo_jax import run as runs
-from luspo_jax.config import default_config
+from luspo_jax import train
 from luspo_jax.metrics import StepMetrics
+from luspo_jax.run import beginning
+from luspo_jax.run.build import build
+from luspo_jax.run.fields import default_config
 
 
 class Ours:
@@ -18,7 +19,7 @@ class Ours:
 
     def __init__(self, workload: Workload, folder: pathlib.Path, *, seed: int):
         self._workload = workload
-        self._run = runs.build(configuration(workload, folder, seed=seed))
+        self._run = build(configuration(workload, folder, seed=seed))
         self._state = beginning.begin_state(self._run)
         self._before = jax.device_get(self._state.params["embedding"])
         self._carried, self._steps = beginning.Carried(), 0

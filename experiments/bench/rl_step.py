@@ -13,7 +13,7 @@ import sys
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _STEPS = flags.DEFINE_integer("steps", 5, "Rounds that count.", lower_bound=1)
 _WARMUP = flags.DEFINE_integer("warmup", 2, "Rounds before them; the first compiles.", 1)

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.command import UsageError
-from luspo_jax import config as configuration
-from luspo_jax import datasets, files, prompts, sources
+from luspo_jax import datasets, prompts
 from luspo_jax.benchmarks import Benchmark, Protocol
 from luspo_jax.datasets import Example, Report
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.datasets.rows import SUFFIXES
+from luspo_jax.hosts import files
 from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import ImageSettings
 from luspo_jax.prompts import templates
-from luspo_jax.sources import Model
+from luspo_jax.run import fields
+from luspo_jax.run.data import image_preparer
+from luspo_jax.run.model import Model
 
 _NO_LIMIT = 1 << 30  # tokens: a prompt that is too long is refused later, by its length
 _AT_ONCE = 64  # problems whose images are in memory while prompts are made
@@ -240,11 +242,11 @@ def _image_files(chosen: Sequence[Benchmark], options: Options) -> dict[str, Ima
 
 
 def _preparer(options: Options, model: Model) -> ImagePreparer:
-    config = configuration.default_config()
+    config = fields.default_config()
     config.data.min_pixels, config.data.max_pixels = options.min_pixels, options.max_pixels
     config.data.blank_images = options.blank_images
     config.data.image_workers = options.workers
-    return sources.image_preparer(config, model)
+    return image_preparer(config, model)
 
 
 def _system_prompt(entry: Benchmark, options: Options) -> str:

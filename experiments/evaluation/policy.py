@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from luspo_jax import config as configuration
-from luspo_jax import run as runs
 from luspo_jax import sharding
-from luspo_jax import workdir as workdirs
-from luspo_jax.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.rollout.handover import rollout_params
-from luspo_jax.run import Model
+from luspo_jax.run import fields
+from luspo_jax.run import workdir as workdirs
+from luspo_jax.run.build import update_rule
+from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.run.model import Model, load_model
+from luspo_jax.run.settings import section
 from luspo_jax.sharding import Layout, MeshError
 from luspo_jax.update import abstract_state
 
@@ -61,9 +62,9 @@ def load(path: str, *, step: str, dtype: str, tensor: int = 1) -> Policy:
     layout = sharding.layout("rollout", {"data": -1, "tensor": tensor})
     if (pathlib.Path(path) / "run.json").is_file():
         return _of_run(pathlib.Path(path), step, dtype, layout)
-    config = configuration.default_config()
+    config = fields.default_config()
     config.model.path = path
-    model = runs.load_model(config)
+    model = load_model(config)
     _check(model, layout)
     params = decoder_weights.load_params(
         model.folder, model.config, dtype=jnp.dtype(dtype), layout=layout
@@ -105,13 +106,13 @@ def stored_policy(workdir: pathlib.Path, step: str, *, spread: bool = False) -> 
         number = chosen_step(checkpointer, step)
         if number is None:
             raise CheckpointError(f"{workdir} holds no {step} checkpoint")
-        model = runs.load_model(config)
+        model = load_model(config)
         # The optimizer's state comes along with the weights, so all of it is cut over the devices.
         cut = sharding.layout("train", {"fsdp": -1}) if spread else None
         if sharding.misfits(cut, {"hidden_size": ("embed", model.config.embed_dim)}):
             cut = sharding.layout("train", {"data": -1})
-        rule = runs.update_rule(config, model, cut)
-        like = abstract_state(rule, marked=configuration.build_length(config).every > 0)
+        rule = update_rule(config, model, cut)
+        like = abstract_state(rule, marked=section(config, "length").every > 0)
         state, _ = checkpointer.restore(number, like)
     return StoredPolicy(config, model, state.params, number)
 

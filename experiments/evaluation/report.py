@@ -13,7 +13,7 @@ from luspo_jax.benchmarks import Benchmark, Record, Summary, summary
 from luspo_jax.benchmarks.record import UNUSABLE
 from luspo_jax.benchmarks.registry import benchmark
 from luspo_jax.benchmarks.verdicts import STRICT, VLMEVALKIT, Line
-from luspo_jax.files import write_text
+from luspo_jax.hosts.files import write_text
 
 _HEAD = (
     "benchmark", "problems", "not asked", "n", "avg@n %", "95 % interval", "pass@n %", "maj@n %",

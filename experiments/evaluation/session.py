@@ -16,11 +16,11 @@ from experiments.evaluation import plan, report, storage
 from experiments.evaluation.plan import Options, Task
 from experiments.evaluation.policy import Policy, load
 from luspo_jax import evaluate, prompts, sharding
-from luspo_jax import run as runs
 from luspo_jax.benchmarks import Benchmark, Protocol
 from luspo_jax.benchmarks.registry import Judge
 from luspo_jax.datasets import Example, Report
 from luspo_jax.rollout import Engine, Sampling
+from luspo_jax.run.build import prefill_attention, vision_attention
 
 _PACKAGES = ("luspo_jax", "jax", "transformers", "math-verify")
 _FILLS = 4  # times that the responses of a part fill the slots, so that few wait at its end
@@ -64,8 +64,8 @@ def _engine(policy: Policy, task: Task, options: Options) -> Engine:
         max_prompt_length=task.longest_prompt,
         dtype=jnp.dtype(options.dtype),
         layout=sharding.on_own_devices(policy.layout),
-        attention=runs.prefill_attention(config, policy.layout, options.dtype),
-        vision_attention=runs.vision_attention(config, policy.layout, options.dtype),
+        attention=prefill_attention(config, policy.layout, options.dtype),
+        vision_attention=vision_attention(config, policy.layout, options.dtype),
     )
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.command import UsageError
-from luspo_jax import files
 from luspo_jax.benchmarks import Record
+from luspo_jax.hosts import files
 
 MANIFEST = "evaluation.json"
 

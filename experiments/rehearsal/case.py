@@ -13,15 +13,17 @@ from ml_collections import ConfigDict
 from experiments.command import UsageError
 from experiments.rehearsal import costs, tower
 from experiments.rehearsal.topologies import Topology
-from luspo_jax import config as configuration
 from luspo_jax import packing, update
-from luspo_jax import run as runs
-from luspo_jax.config import BatchArithmetic
 from luspo_jax.models import locate
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config
 from luspo_jax.rollout import Engine, Request
 from luspo_jax.rollout.engine import SMALLEST_PROMPT
 from luspo_jax.rollout.schedule import bucket, prefill_batches
+from luspo_jax.run import checks
+from luspo_jax.run.arithmetic import BatchArithmetic, batch_arithmetic
+from luspo_jax.run.build import layouts, sampler, update_rule
+from luspo_jax.run.memory import param_bytes
+from luspo_jax.run.model import Model
 from luspo_jax.sharding import Layout, rounded_up
 from luspo_jax.types import TrainState
 from luspo_jax.update import UpdateRule
@@ -62,12 +64,12 @@ class Case:
     @property
     def sizes(self) -> BatchArithmetic:
         """The batch arithmetic."""
-        return configuration.batch_arithmetic(self.config)
+        return batch_arithmetic(self.config)
 
     @property
     def num_params(self) -> int:
         """Parameters of the model."""
-        return runs.param_bytes(self.model, None, jnp.float32) // 4
+        return param_bytes(self.model, None, jnp.float32) // 4
 
     @functools.cached_property
     def state(self) -> TrainState:
@@ -195,7 +197,7 @@ def build(
     config = config.copy_and_resolve_references()
     if live:
         config.rollout.num_slots = live
-    configuration.check(config)
+    checks.check(config)
     longest = max_length or config.rollout.max_response_length
     if not 1 <= longest <= config.rollout.max_response_length:
         raise UsageError(
@@ -205,19 +207,19 @@ def build(
     mean = mean_length or max(1.0, longest / 4)
     if not 1 <= mean <= longest:
         raise UsageError(f"--mean_length={mean:g} must lie between 1 and the longest, {longest}")
-    model = runs.Model(locate.EMBEDDED, architecture(config), _NoTokenizer())
+    model = Model(locate.EMBEDDED, architecture(config), _NoTokenizer())
     pictures = tower.assumed(config, model.config, images, image_size)
-    layouts = runs.layouts(config, model.config, topology.devices)
+    laid = layouts(config, model.config, topology.devices)
     with _device_of(topology):
         return Case(
             config=config,
             topology=topology,
             lengths=Lengths(config.data.max_prompt_length, mean, longest, pictures),
             model=model.config,
-            rule=runs.update_rule(config, model, layouts[0]),
-            layouts=layouts,
-            engine=runs.sampler(config, model, config.rollout, layouts[1]),
-            held_out=runs.sampler(config, model, config.eval, layouts[1]),
+            rule=update_rule(config, model, laid[0]),
+            layouts=laid,
+            engine=sampler(config, model, config.rollout, laid[1]),
+            held_out=sampler(config, model, config.eval, laid[1]),
         )
 
 

@@ -25,13 +25,13 @@ from experiments.rehearsal.resident import (
     weights_bytes,
 )
 from experiments.rehearsal.rows import abstract_rows
-from luspo_jax import config as configuration
 from luspo_jax import update
 from luspo_jax.length import laboratory
 from luspo_jax.models import decoder
 from luspo_jax.rollout import handover, slots
 from luspo_jax.rollout.sampling import rollout_key
-from luspo_jax.run import param_bytes
+from luspo_jax.run.memory import param_bytes
+from luspo_jax.run.settings import section
 from luspo_jax.sharding import MESH_AXES, Layout, same_order
 from luspo_jax.types import TokenBatch, TrainBatch
 
@@ -439,7 +439,7 @@ def _tower(case, responses, *, gradient):
 
 def _pressure(case):
     config, sizes = case.config, case.sizes
-    settings = configuration.build_length(config)
+    settings = section(config, "length")
     lab = laboratory.laboratory(
         settings,
         dataclasses.replace(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from experiments.rehearsal import costs
 from experiments.rehearsal.case import Case
 from luspo_jax import update
-from luspo_jax.run import param_bytes
+from luspo_jax.run.memory import param_bytes
 
 
 def device_bytes(tree: Any) -> float:

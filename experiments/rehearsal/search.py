@@ -11,9 +11,7 @@ from typing import Any
 from experiments.rehearsal import case as cases
 from experiments.rehearsal import costs, programs, report, resident, rows, tower
 from experiments.rehearsal.case import Case
-from luspo_jax import config as configuration
-from luspo_jax.config import ConfigError
-from luspo_jax.sharding import MeshError
+from luspo_jax.run import fields
 
 Changes = dict[str, Any]  # dotted field → value
 _COMPILED = 4  # settings that a search compiles, of training and of the rollout each
@@ -28,7 +26,7 @@ def changed(case: Case, changes: Changes) -> Case:
       ConfigError, MeshError: where they do not go together.
     """
     config = case.config.copy_and_resolve_references()
-    configuration.assign(config, changes)
+    fields.assign(config, changes)
     lengths = case.lengths
     images = lengths.images
     return cases.build(
@@ -163,7 +161,7 @@ def _best(case, found, names, options, tried, say):
 def _valid(case, options) -> Iterator[tuple[Changes, Case]]:
     """Options that a run would accept, without the fields that they leave as they are."""
     seen = []
-    now = configuration.flat(case.config)
+    now = fields.flat(case.config)
     for option in options:
         changes = {name: value for name, value in option.items() if now[name] != value}
         if changes in seen:
@@ -171,7 +169,7 @@ def _valid(case, options) -> Iterator[tuple[Changes, Case]]:
         seen.append(changes)
         try:
             yield changes, changed(case, changes)
-        except (ConfigError, MeshError, ValueError):
+        except ValueError:
             continue
 
 
@@ -221,7 +219,7 @@ def _rollout(case, found):
         option |= {"rollout_mesh.expert": expert} if expert != config.rollout_mesh.expert else {}
         try:
             other = changed(case, option)
-        except (ConfigError, MeshError, ValueError):
+        except ValueError:
             continue
         live = _live(case, other, found)
         now, batch = config.rollout.num_slots, other.rollout_parts.batch

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.sweeps import runner, spec
 from experiments.sweeps.spec import Member, Outcome, Sweep
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook); beyond
 # 30 the next smaller entry is taken, which makes an interval slightly too wide.

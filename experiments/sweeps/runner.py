@@ -16,11 +16,10 @@ from tqdm import tqdm
 
 from experiments.sweeps import spec
 from experiments.sweeps.spec import Member, Sweep
-from luspo_jax import config as configuration
-from luspo_jax import files
-from luspo_jax.config import ConfigError
+from luspo_jax.hosts import files
 from luspo_jax.metrics import read_metrics
-from luspo_jax.values import nearest
+from luspo_jax.run import fields
+from luspo_jax.values import ConfigError, nearest
 
 Task = dict  # what a worker reads: folder, log, config, fingerprint, compile_cache
 
@@ -38,7 +37,7 @@ def run(
     if only:
         members = _chosen(members, only)
     configs = {m.name: spec.config_of(sweep, m) for m in members}
-    prints = {name: configuration.fingerprint(config) for name, config in configs.items()}
+    prints = {name: fields.fingerprint(config) for name, config in configs.items()}
     _claim(workdir, prints)
     failures, waiting = {}, []
     for member in members:
@@ -81,7 +80,7 @@ def standing(folder: pathlib.Path, config: ConfigDict) -> tuple[str, str]:
         except (ValueError, OSError) as error:
             return "broken", f"{file} is damaged ({error}): {remedy}"
         if name == "finished.json" and stored is not None:
-            if stored.get("fingerprint") != configuration.fingerprint(config):
+            if stored.get("fingerprint") != fields.fingerprint(config):
                 return "broken", f"{file} belongs to another configuration: {remedy}"
             try:
                 _check_complete(folder, config.num_steps)
@@ -151,7 +150,7 @@ def _task(member, config, fingerprint, workdir) -> Task:
     return {
         "folder": str(folder),
         "log": str(log.absolute()),
-        "config": configuration.flat(config),
+        "config": fields.flat(config),
         "fingerprint": fingerprint,
         "compile_cache": str((workdir / ".compile_cache").absolute()),
     }

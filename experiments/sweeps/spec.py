@@ -14,9 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from luspo_jax import config as configuration
-from luspo_jax.config import ConfigError
-from luspo_jax.values import nearest
+from luspo_jax.run import checks, fields
+from luspo_jax.values import ConfigError, nearest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 REDUCERS = ("first", "last", "change", "mean", "max", "auc", "at")
@@ -133,12 +132,12 @@ def variants(sweep: Sweep) -> list[Variant]:
             # A level may be named by its value, a number.
             names = (str(name) for name, _ in combination)
             levels = tuple(zip(sweep.axes, names, strict=True))
-            fields = dict(sweep.fixed)
+            leaves = dict(sweep.fixed)
             for _, chosen in combination:
-                fields |= chosen
-            found.append(Variant(levels, tuple(fields.items())))
-    for name, fields in sweep.members.items():
-        merged = {**sweep.fixed, **fields}
+                leaves |= chosen
+            found.append(Variant(levels, tuple(leaves.items())))
+    for name, leaves in sweep.members.items():
+        merged = {**sweep.fixed, **leaves}
         found.append(Variant((("member", name),), tuple(merged.items())))
     return found
 
@@ -201,7 +200,7 @@ def check(sweep: Sweep) -> list[Member]:
         wrong: dict[str, list[str]] = {}  # what is wrong with many is told once
         for variant in found:
             try:
-                configuration.check(config_of(sweep, Member(variant, sweep.seeds[0])))
+                checks.check(config_of(sweep, Member(variant, sweep.seeds[0])))
             except ConfigError as error:
                 wrong.setdefault(str(error), []).append(variant.name)
         for message, names in wrong.items():
@@ -218,25 +217,25 @@ def launch_line(sweep: Sweep, member: Member, workdir: pathlib.Path, sweep_file:
     Fields that flags cannot set (whole sections, None) are left to the sweep file by `--only`.
     """
     folder = member.folder(workdir)
-    fields = dict(member.variant.fields)
-    if any(v is None or isinstance(v, Mapping) or _open(name) for name, v in fields.items()):
+    leaves = dict(member.variant.fields)
+    if any(v is None or isinstance(v, Mapping) or _open(name) for name, v in leaves.items()):
         words = ["experiments.sweep", f"--sweep={sweep_file}", f"--only={member.name}"]
         words.append(f"--workdir={workdir}")
     else:
-        flags = [f"--config.{name}={value}" for name, value in fields.items()]
+        flags = [f"--config.{name}={value}" for name, value in leaves.items()]
         words = ["experiments.train", f"--config={sweep.base}", *flags]
         words += [f"--config.seed={member.seed}", f"--workdir={folder}"]
     return "python -m " + " ".join(shlex.quote(word) for word in words)
 
 
 def _open(name):
-    return name.startswith(configuration.OPEN_SECTIONS)
+    return name.startswith(fields.OPEN_SECTIONS)
 
 
 def _set(config, name, value):
-    known = configuration.flat(config)
+    known = fields.flat(config)
     sections = {key.rsplit(".", depth)[0] for key in known for depth in (1, 2) if "." in key}
-    sections |= {prefix.rstrip(".") for prefix in configuration.OPEN_SECTIONS}
+    sections |= {prefix.rstrip(".") for prefix in fields.OPEN_SECTIONS}
     if name not in known and name not in sections and not _open(name):
         near = nearest(name, {*known, *sections})
         raise ConfigError(f"unknown field {name}: {near}")
@@ -246,11 +245,11 @@ def _set(config, name, value):
             target = config
             for section in path:
                 target = target[section]
-            if value is None and configuration.flat(configuration.default_config()).get(name):
+            if value is None and fields.flat(fields.default_config()).get(name):
                 raise TypeError("only a field that is unset by default can be None")
             target[last] = None if value is None else dict(value)
         else:
-            configuration.assign(config, {name: value})
+            fields.assign(config, {name: value})
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{name}={value!r}: {error}") from error
 

@@ -51,18 +51,19 @@ def run_member(task: dict[str, Any]) -> None:
     """Trains one member where it stands, and marks it as finished."""
     import jax
 
-    from luspo_jax import config as configuration
-    from luspo_jax import files, train
-    from luspo_jax import run as runs
-    from luspo_jax import workdir as workdirs
+    from luspo_jax import train
+    from luspo_jax.hosts import files
+    from luspo_jax.run import fields
+    from luspo_jax.run import workdir as workdirs
+    from luspo_jax.run.build import build, facts
 
     jax.config.update("jax_compilation_cache_dir", task["compile_cache"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    config = configuration.default_config()
-    configuration.assign(config, task["config"])
-    run = runs.build(config)
+    config = fields.default_config()
+    fields.assign(config, task["config"])
+    run = build(config)
     folder = pathlib.Path(task["folder"])
-    workdir = workdirs.Workdir(folder, config, runs.facts(run))
+    workdir = workdirs.Workdir(folder, config, facts(run))
     with contextlib.closing(workdir):
         train.train(run, workdir)
     mark = {"fingerprint": task["fingerprint"]}

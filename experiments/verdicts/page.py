@@ -4,7 +4,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 
 def table(head: Sequence, rows: Sequence[Sequence]) -> str:

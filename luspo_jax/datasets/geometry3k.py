@@ -8,10 +8,10 @@ import pathlib
 import string
 from collections.abc import Iterator
 
-from luspo_jax import files
 from luspo_jax.datasets.example import DataError
 from luspo_jax.datasets.rows import Refuse, Row, column, read_rows, stop
 from luspo_jax.datasets.table import Table
+from luspo_jax.hosts import files
 
 _DIAGRAM = "img_diagram.png"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax import files
 from luspo_jax.datasets import shapes
 from luspo_jax.datasets.example import DataError, Example
+from luspo_jax.hosts import files
 from luspo_jax.images.record import ImageError, StoredImage
 
 # A reference is {"row": number, "path": text} for a file, relative to the data file's folder,

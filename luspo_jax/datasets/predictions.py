@@ -3,10 +3,10 @@
 import pathlib
 from collections.abc import Sequence
 
-from luspo_jax import files
 from luspo_jax.datasets.example import DataError
 from luspo_jax.datasets.rows import column, read_rows
 from luspo_jax.datasets.table import UNDECODED, answer_text, encodable, optional_text
+from luspo_jax.hosts import files
 
 
 def read_predictions(

@@ -5,7 +5,6 @@ import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from luspo_jax import files
 from luspo_jax.datasets.contests import AIME, AMC, MATH500
 from luspo_jax.datasets.dapo_math import DAPO_LAYOUT
 from luspo_jax.datasets.example import DataError, Example, Report
@@ -28,6 +27,7 @@ from luspo_jax.datasets.visual_benchmarks import (
     MATHVISTA,
     WEMATH,
 )
+from luspo_jax.hosts import files
 from luspo_jax.values import nearest
 
 # A Table reads a file. Anything else is a generator: called with the split and its own options,

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from luspo_jax import files
 from luspo_jax.datasets.example import DataError
+from luspo_jax.hosts import files
 
 _LONGEST_CELL = 1 << 24  # characters of a CSV cell; a model's response may be long
 Row = dict[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax import files
+from luspo_jax.hosts import files
 from luspo_jax.images.pixels import Patching
 
 _PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")

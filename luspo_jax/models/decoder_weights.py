@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from luspo_jax import files, sharding
+from luspo_jax import sharding
+from luspo_jax.hosts import files
 from luspo_jax.models import decoder, safetensors_folder, vision_config, vision_weights
 from luspo_jax.models.decoder_config import ConfigError, DecoderConfig, decoder_config, hf_config
 from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError, listed

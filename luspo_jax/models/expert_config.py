@@ -7,6 +7,8 @@ token goes to the likeliest few; no expert is shared, and none drops a token.
 from collections.abc import Mapping
 from typing import Any
 
+from luspo_jax.values import ConfigError
+
 MODEL_TYPE = "qwen3_moe"
 
 # Our field: its name in config.json. All of them are required where the model has experts.
@@ -43,10 +45,6 @@ NEUTRAL = {
     "first_k_dense_replace": 0,
     "num_nextn_predict_layers": 0,
 }
-
-
-class ConfigError(ValueError):
-    """A `config.json` that this decoder cannot honour; the message names the field and a remedy."""
 
 
 def is_int(value: Any) -> bool:

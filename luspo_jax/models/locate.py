@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
 ARCHITECTURES = pathlib.Path(__file__).parent / "architectures"

@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from luspo_jax.models.expert_config import ConfigError, is_int, required
+from luspo_jax.models.expert_config import is_int, required
+from luspo_jax.values import ConfigError
 
 MODEL_TYPE = "qwen2_5_vl"
 ROPE_THETA = 10_000.0  # of the tower; the checkpoints do not name it

@@ -53,7 +53,7 @@ class PromptStream:
       shuffle: whether to shuffle, anew in every epoch; otherwise the order of the examples.
       process_index: this process.
       process_count: how many processes share the stream.
-      gather: gives the values of all processes (`distributed.gather`). Of a run of several
+      gather: gives the values of all processes (`processes.gather`). Of a run of several
         processes on images, whose files or time limits may fail on one of them only: what one
         refuses is then refused by all.
 

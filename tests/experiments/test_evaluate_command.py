@@ -18,16 +18,17 @@ from experiments.command import UsageError
 from experiments.evaluation import comparison, plan, policy, scoring, session, storage
 from experiments.evaluation.plan import Options
 from luspo_jax import evaluate, prompts
-from luspo_jax import run as runs
-from luspo_jax import workdir as workdirs
 from luspo_jax.benchmarks import BENCHMARKS, BenchmarkError, Summary, protocol
-from luspo_jax.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
 from luspo_jax.rewards.gsm8k import gsm8k
 from luspo_jax.rewards.math_equal import VERSION
+from luspo_jax.run import workdir as workdirs
+from luspo_jax.run.build import update_rule
+from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.run.model import load_model
+from luspo_jax.run.workdir import WorkdirError
 from luspo_jax.update import initial_state
-from luspo_jax.workdir import WorkdirError
 
 GSM8K = gsm8k().label
 
@@ -283,8 +284,8 @@ def test_model_that_is_not_there_is_named(tmp_path):
 def test_checkpoint_of_a_run_is_a_model(tmp_path):
     """The weights of the step that was asked for, at no more than the run's folder."""
     config = quickstart.get_config()
-    model = runs.load_model(config)
-    rule = runs.update_rule(config, model)
+    model = load_model(config)
+    rule = update_rule(config, model)
     workdirs.Workdir(tmp_path / "run", config, {}).close()
     with pytest.raises(CheckpointError, match="comes with the first checkpoint"):
         policy.load(str(tmp_path / "run"), step="latest", dtype="float32")

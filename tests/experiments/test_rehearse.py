@@ -18,11 +18,12 @@ from experiments.rehearsal import case as cases
 from experiments.rehearsal import costs, programs, report, resident, search, topologies
 from experiments.rehearsal.costs import Parts, Rows, Work
 from luspo_jax import packing, update
-from luspo_jax import run as runs
-from luspo_jax.config import ConfigError, default_config
 from luspo_jax.models import decoder
+from luspo_jax.run.fields import default_config
+from luspo_jax.run.memory import param_bytes
 from luspo_jax.sharding import MESH_AXES, Layout, MeshError
 from luspo_jax.types import TrainBatch
+from luspo_jax.values import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHIP = topologies.Chip("cpu", 1e9, 0.0, 1e11, 1e10, 1e9, 1e9, 8, (), "made up")
@@ -233,13 +234,13 @@ def test_bytes_of_experts_are_those_of_what_they_are_cut_over():
     model, train, rollout = paper()
     whole = _ATTENTION + 48 * 128 * _EXPERT + _ROUTERS + 2 * _HEAD + _NORMS
     assert whole == 30_532_122_624
-    assert runs.param_bytes(model, None, "float32") == 4 * whole
+    assert param_bytes(model, None, "float32") == 4 * whole
     # In training everything but the norms is cut over all 64 devices, experts or not.
-    assert runs.param_bytes(model, train, "float32") == 4 * ((whole - _NORMS) // 64 + _NORMS)
+    assert param_bytes(model, train, "float32") == 4 * ((whole - _NORMS) // 64 + _NORMS)
     # In the rollout experts alone, over 4; routers stay float32.
     rest = _ATTENTION + 2 * _HEAD + _NORMS
     own = 2 * (48 * 32 * _EXPERT + rest) + 4 * _ROUTERS
-    assert runs.param_bytes(model, rollout, "bfloat16") == own
+    assert param_bytes(model, rollout, "bfloat16") == own
     assert own == pytest.approx(17.6e9, rel=0.01)
     active = costs.matrices(model) + 48 * 8 * _EXPERT + 2 * _HEAD
     assert costs.matrices(model) == _ATTENTION + _ROUTERS

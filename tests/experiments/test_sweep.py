@@ -14,8 +14,8 @@ import pytest
 from experiments.sweeps import report, runner, spec
 from experiments.sweeps.report import T_95, estimate, paired
 from experiments.sweeps.spec import Member, Outcome, Sweep
-from luspo_jax import config as configuration
-from luspo_jax.config import ConfigError
+from luspo_jax.run import fields
+from luspo_jax.values import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASE = "configs/quickstart.py"
@@ -50,7 +50,7 @@ def _finish(sweep, workdir, member, accuracies, lengths):
         for step, (a, n) in enumerate(zip(accuracies, lengths, strict=True))
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mark = {"fingerprint": configuration.fingerprint(spec.config_of(sweep, member))}
+    mark = {"fingerprint": fields.fingerprint(spec.config_of(sweep, member))}
     (folder / "finished.json").write_text(json.dumps(mark))
     return folder
 
@@ -181,9 +181,9 @@ def test_a_stored_configuration_comes_back_with_the_options_of_rewards():
         }
     )
     config = spec.config_of(sweep, spec.check(sweep)[0])
-    again = configuration.default_config()
-    configuration.assign(again, json.loads(json.dumps(configuration.flat(config))))
-    assert configuration.fingerprint(again) == configuration.fingerprint(config)
+    again = fields.default_config()
+    fields.assign(again, json.loads(json.dumps(fields.flat(config))))
+    assert fields.fingerprint(again) == fields.fingerprint(config)
     assert again.reward.options.overlong.factor == 0.3
 
 

@@ -126,7 +126,7 @@ def test_dry_run_tells_what_would_run(run, tmp_path):
 def test_configurations_are_valid(config):
     import importlib.util
 
-    from luspo_jax.config import check
+    from luspo_jax.run.checks import check
 
     spec = importlib.util.spec_from_file_location("config", config)
     module = importlib.util.module_from_spec(spec)
@@ -136,7 +136,8 @@ def test_configurations_are_valid(config):
 
 def test_reward_of_several_parts_must_say_which_is_accuracy():
     from configs import quickstart_format
-    from luspo_jax.config import ConfigError, check
+    from luspo_jax.run.checks import check
+    from luspo_jax.values import ConfigError
 
     config = quickstart_format.get_config()
     config.eval.metric = ""

@@ -6,12 +6,12 @@ import json
 import pytest
 
 from luspo_jax.models.decoder_config import (
-    ConfigError,
     DecoderConfig,
     decoder_config,
     hf_config,
     read_config,
 )
+from luspo_jax.values import ConfigError
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -12,7 +12,7 @@ from experiments.sweeps import report, spec
 from experiments.sweeps.prediction import LENGTH, WINDOW, fit, windows
 from experiments.sweeps.report import Estimate, Result
 from experiments.sweeps.spec import Sweep
-from luspo_jax.files import write_text
+from luspo_jax.hosts.files import write_text
 
 Ran = tuple[Sweep, pathlib.Path]  # a sweep and the folder of its runs
 

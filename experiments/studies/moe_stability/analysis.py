@@ -10,7 +10,7 @@ from experiments.studies.moe_stability import design
 from experiments.sweeps import report, spec
 from experiments.sweeps.report import Estimate
 from experiments.sweeps.spec import Sweep
-from luspo_jax.files import write_text
+from luspo_jax.hosts.files import write_text
 
 Runs = Mapping[str, Mapping[int, list[dict]]]  # cell → seed → metrics of its steps
 SPIKE = 3.0  # a step's gradient norm over the run's median, beyond which it counts as a spike

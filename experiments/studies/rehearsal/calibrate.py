@@ -18,7 +18,7 @@ import time
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _DEVICES = flags.DEFINE_integer("devices", 1, "Fake CPU devices.", 1)
 _OUT = flags.DEFINE_string("out", None, "File for the table as JSON.")
@@ -55,7 +55,7 @@ _MEAN = 240.0
 
 def configuration():
     """A run of 12 million parameters, with rows of 1,024 tokens."""
-    from luspo_jax.config import default_config
+    from luspo_jax.run.fields import default_config
 
     config = default_config()
     config.model.path = "embedded:label_sums"

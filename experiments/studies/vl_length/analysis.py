@@ -11,7 +11,7 @@ from experiments.sweeps import report, spec
 from experiments.sweeps.prediction import WINDOW, fit, windows
 from experiments.sweeps.report import Result
 from experiments.sweeps.spec import Sweep
-from luspo_jax.files import write_text
+from luspo_jax.hosts.files import write_text
 
 # Questions as paired differences: name → (this, minus that).
 CONTRASTS = {

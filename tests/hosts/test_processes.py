@@ -7,25 +7,26 @@ import pytest
 from absl import flags
 
 from experiments import cluster, command
-from luspo_jax import distributed, evaluate
-from luspo_jax import workdir as workdirs
+from luspo_jax import evaluate
+from luspo_jax.hosts import processes
+from luspo_jax.run import workdir as workdirs
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("count", [0, 1, 5, 16, 100])
 def test_shares_are_contiguous_complete_and_even(count, num):
     things = list(range(count))
-    parts = [things[distributed.share(count, index, num)] for index in range(num)]
+    parts = [things[processes.share(count, index, num)] for index in range(num)]
     assert [thing for part in parts for thing in part] == things
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_one_process_has_everything_and_gathers_nothing():
-    assert distributed.is_writer()
+    assert processes.is_writer()
     value = object()
-    assert distributed.gather(value)[0] is value
-    assert list(range(5))[distributed.share(5)] == list(range(5))
-    distributed.barrier("nobody to wait for")
+    assert processes.gather(value)[0] is value
+    assert list(range(5))[processes.share(5)] == list(range(5))
+    processes.barrier("nobody to wait for")
 
 
 def test_gather_puts_pieces_of_unequal_values_together(monkeypatch):
@@ -41,8 +42,8 @@ def test_gather_puts_pieces_of_unequal_values_together(monkeypatch):
     num_parts = -(-max(map(len, data)) // 2048)
     rows = np.stack([np.pad(d, (0, num_parts * 2048 - len(d))) for d in data])
     parts = list(rows.reshape(3, num_parts, 2048).transpose(1, 0, 2))
-    monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
-    monkeypatch.setattr(distributed, "_GATHERED_BYTES", 3 * 2048)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(processes, "_GATHERED_BYTES", 3 * 2048)
     for index, value in enumerate(values):
         answers, sent = iter([lengths, *parts]), []
 
@@ -50,8 +51,8 @@ def test_gather_puts_pieces_of_unequal_values_together(monkeypatch):
             sent.append(row)
             return next(answers)
 
-        monkeypatch.setattr(distributed, "_all_rows", collective)
-        got = distributed.gather(value)
+        monkeypatch.setattr(processes, "_all_rows", collective)
+        got = processes.gather(value)
         np.testing.assert_array_equal(got[0]["tokens"], values[0]["tokens"])
         np.testing.assert_array_equal(got[0]["logprobs"], values[0]["logprobs"])
         assert got[0]["logprobs"].dtype == np.float32
@@ -64,7 +65,7 @@ def test_gather_puts_pieces_of_unequal_values_together(monkeypatch):
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 10**6, 3 * 2**30])
 @pytest.mark.parametrize("num", [2, 64, 2048])
 def test_pieces_cover_and_are_bounded(size, num):
-    pieces = distributed._pieces(size, num)
+    pieces = processes._pieces(size, num)
     starts, widths = zip(*pieces, strict=True)
     assert len(set(widths)) == 1
     assert widths[0] * num <= max(2**27, 1024 * num)
@@ -74,27 +75,27 @@ def test_pieces_cover_and_are_bounded(size, num):
 
 def test_differences_name_process_field_and_both_values():
     same = {"python": "3.12.1", "--config.seed": 0}
-    assert distributed.differences([same, dict(same), dict(same)]) == []
+    assert processes.differences([same, dict(same), dict(same)]) == []
     other = same | {"--config.seed": 1, "source a.py": "12ab"}
-    lines = distributed.differences([same, same, other])
+    lines = processes.differences([same, same, other])
     assert lines == [
         "  - process 2: --config.seed is 1, and 0 on process 0",
         "  - process 2: source a.py is '12ab', and 'absent' on process 0",
     ]
     many = {f"f{i:02}": i for i in range(30)}
-    assert distributed.differences([{}, many])[-1] == "  - and 20 more"
+    assert processes.differences([{}, many])[-1] == "  - and 20 more"
 
 
 def test_agree_raises_what_differs(monkeypatch):
-    monkeypatch.setattr(distributed, "gather", lambda facts: [facts, {"jax": "0.9"}])
-    with pytest.raises(distributed.AgreementError, match=r"process 1: jax is '0\.9', and '1\.0'"):
-        distributed.agree({"jax": "1.0"})
+    monkeypatch.setattr(processes, "gather", lambda facts: [facts, {"jax": "0.9"}])
+    with pytest.raises(processes.AgreementError, match=r"process 1: jax is '0\.9', and '1\.0'"):
+        processes.agree({"jax": "1.0"})
 
 
 def test_unequal_numbers_of_devices_are_refused():
-    distributed.check_devices({0: 4, 1: 4})
-    with pytest.raises(distributed.AgreementError, match="process 0 has 4, process 1 has 2"):
-        distributed.check_devices({0: 4, 1: 2})
+    processes.check_devices({0: 4, 1: 4})
+    with pytest.raises(processes.AgreementError, match="process 0 has 4, process 1 has 2"):
+        processes.check_devices({0: 4, 1: 2})
 
 
 def test_source_hashes_see_every_byte(tmp_path):
@@ -103,26 +104,26 @@ def test_source_hashes_see_every_byte(tmp_path):
     (package / "a.py").write_text("x = 1\n")
     (package / "inner" / "b.py").write_text("y = 1\n")
     (package / "notes.txt").write_text("not code")
-    before = distributed.source_hashes(package)
+    before = processes.source_hashes(package)
     assert set(before) == {"source package/a.py", "source package/inner/b.py"}
     (package / "inner" / "b.py").write_text("y = 2\n")
-    after = distributed.source_hashes(package)
+    after = processes.source_hashes(package)
     assert [name for name in before if before[name] != after[name]] == ["source package/inner/b.py"]
 
 
 def test_shared_folder_is_seen_or_refused(monkeypatch, tmp_path):
     """Process 1 looks into a folder of its own, where process 0's mark does not appear."""
-    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "barrier", lambda label: None)
-    monkeypatch.setattr(distributed, "_VISIBLE_AFTER_S", 0.1)
-    monkeypatch.setattr(distributed, "gather", lambda value: [value, value])
-    distributed.check_shared(tmp_path / "run", "token")
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "barrier", lambda label: None)
+    monkeypatch.setattr(processes, "_VISIBLE_AFTER_S", 0.1)
+    monkeypatch.setattr(processes, "gather", lambda value: [value, value])
+    processes.check_shared(tmp_path / "run", "token")
     assert not list((tmp_path / "run").iterdir())  # the mark is taken away
     monkeypatch.setattr(
-        distributed, "gather", lambda value: [value, False if value is True else value]
+        processes, "gather", lambda value: [value, False if value is True else value]
     )
-    with pytest.raises(distributed.AgreementError, match=r"is not seen by process 1$"):
-        distributed.check_shared(tmp_path / "run", "token")
+    with pytest.raises(processes.AgreementError, match=r"is not seen by process 1$"):
+        processes.check_shared(tmp_path / "run", "token")
 
 
 FLAGS = ("coordinator", "num_processes", "process_id", "distributed")
@@ -169,29 +170,29 @@ def test_cluster_that_is_not_there_is_named(monkeypatch):
     def refuse(**arguments):
         raise ValueError("coordinator_address should be defined.\nmore")
 
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", refuse)
-    with pytest.raises(distributed.ClusterError, match="--distributed=auto could not start"):
-        distributed.initialize({}, dead_after_s=30)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", refuse)
+    with pytest.raises(processes.ClusterError, match="--distributed=auto could not start"):
+        processes.initialize({}, dead_after_s=30)
     named = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
-    with pytest.raises(distributed.ClusterError, match=r"process 1 of 2 could not meet .* a:1"):
-        distributed.initialize(named, dead_after_s=30)
+    with pytest.raises(processes.ClusterError, match=r"process 1 of 2 could not meet .* a:1"):
+        processes.initialize(named, dead_after_s=30)
 
 
 def test_jax_is_slower_than_the_watchdog(monkeypatch):
     seen = []
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **a: seen.append(a))
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **a: seen.append(a))
     for dead_after_s in (6, 30, 600):
-        distributed.initialize({}, dead_after_s=dead_after_s)
+        processes.initialize({}, dead_after_s=dead_after_s)
         assert seen[-1]["heartbeat_timeout_seconds"] >= max(100, 2 * dead_after_s)
 
 
 def test_workdir_of_another_process_is_read_only_and_must_be_the_same(monkeypatch, tmp_path):
-    from luspo_jax import config as configuration
+    from luspo_jax.run import fields
 
-    config = configuration.default_config()
+    config = fields.default_config()
     (tmp_path / "run" / "processes").mkdir(parents=True)  # heartbeats come before the run
     workdirs.Workdir(tmp_path / "run", config, {}).close()
-    monkeypatch.setattr(distributed.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes.jax, "process_index", lambda: 1)
     seen = workdirs.Workdir(tmp_path / "run", config, {})
     seen.close()
     with pytest.raises(workdirs.WorkdirError, match=r"does not see there the run\.json"):
@@ -203,12 +204,13 @@ def test_workdir_of_another_process_is_read_only_and_must_be_the_same(monkeypatc
 
 
 def test_more_processes_than_prompts_are_refused(monkeypatch):
-    from luspo_jax import config as configuration
+    from luspo_jax.run import fields
+    from luspo_jax.values import ConfigError
 
-    config = configuration.default_config()
+    config = fields.default_config()
     workdirs.check_processes(config)
-    monkeypatch.setattr(distributed.jax, "process_count", lambda: 17)
-    with pytest.raises(configuration.ConfigError, match=r"prompts_per_step=16 .* processes, 17"):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 17)
+    with pytest.raises(ConfigError, match=r"prompts_per_step=16 .* processes, 17"):
         workdirs.check_processes(config)
 
 
@@ -234,14 +236,14 @@ def test_evaluation_of_shares_is_the_evaluation(monkeypatch):
         return evaluate._ask(Engine(), None, prompts, Scorer(), decode=str, noise=noise)
 
     whole = ask()
-    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
     parts = []
-    monkeypatch.setattr(distributed, "gather", lambda value: parts.append(value) or [value])
+    monkeypatch.setattr(processes, "gather", lambda value: parts.append(value) or [value])
     for index in range(2):
-        monkeypatch.setattr(distributed.jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(processes.jax, "process_index", lambda index=index: index)
         ask()
     assert [len(part[0]) for part in parts] == [4, 6]
-    monkeypatch.setattr(distributed, "gather", lambda value: parts)
+    monkeypatch.setattr(processes, "gather", lambda value: parts)
     together = ask()
     assert [r.prompt_id for r in together[0]] == [r.prompt_id for r in whole[0]]
     assert together[1:] == whole[1:]

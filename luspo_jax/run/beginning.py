@@ -6,12 +6,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from luspo_jax import distributed, experience, prompts
-from luspo_jax.checkpoint import Checkpointer, CheckpointError
+from luspo_jax import experience, prompts
 from luspo_jax.evaluate import Evaluation
 from luspo_jax.experience import Group
+from luspo_jax.hosts import processes
 from luspo_jax.length.steering import LengthState
-from luspo_jax.run import Run
+from luspo_jax.run.build import Run
+from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.types import TrainState
 from luspo_jax.update import abstract_state, initial_state
 
@@ -45,7 +46,7 @@ def begin(run: Run, checkpointer: Checkpointer, fork: Mapping[str, Any] | None =
     """State, steps taken, held-out results, what is carried: of the latest checkpoint, or of the
     one that the run was forked from, or new."""
     latest = checkpointer.latest_step()
-    distributed.agree({"the checkpoint to continue from": latest})  # each looked for itself
+    processes.agree({"the checkpoint to continue from": latest})  # each looked for itself
     if latest is not None:
         return _restored(run, checkpointer, latest)
     if fork is None:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from luspo_jax import watchdog
+from luspo_jax.hosts import guard
 
 _GATHERED_BYTES = 1 << 27  # at once, from all processes together
 _VISIBLE_AFTER_S = 60.0  # that a file written by another host may take to appear
@@ -40,7 +40,7 @@ def initialize(arguments: Mapping[str, Any], *, dead_after_s: float, timeout_s: 
     Args:
       arguments: coordinator_address, num_processes and process_id; empty to let jax find them out
         from a TPU pod, SLURM, Open MPI or Kubernetes.
-      dead_after_s: after which the watchdog calls a process dead. jax has a heartbeat of its own,
+      dead_after_s: after which a guard calls a process dead. jax has a heartbeat of its own,
         which ends processes without naming a cause: it is set to be slower.
       timeout_s: how long to wait for the others.
 
@@ -50,7 +50,7 @@ def initialize(arguments: Mapping[str, Any], *, dead_after_s: float, timeout_s: 
     """
     # What is given is all that counts: no look at SLURM or at a cloud's metadata then.
     method = {"cluster_detection_method": "deactivate"} if arguments else {}
-    watchdog.may_be_aborted(_not_joined(arguments, timeout_s, "jax gave up"))
+    guard.may_be_aborted(_not_joined(arguments, timeout_s, "jax gave up"))
     try:
         jax.distributed.initialize(
             **arguments,
@@ -127,8 +127,8 @@ def start(
     folder = pathlib.Path(workdir).absolute()
     attempt = gather(uuid.uuid4().hex)[0]
     check_shared(folder, attempt)  # before the watch: no heartbeat can be seen without it
-    watchdog.join(
-        watchdog.Membership(
+    guard.join(
+        guard.Membership(
             folder=str(folder / "processes"),
             checkpoints=str(folder / "checkpoints"),
             index=jax.process_index(),
@@ -167,7 +167,7 @@ def gather(value: Any) -> list[Any]:
     num = jax.process_count()
     if num == 1:
         return [value]
-    with watchdog.phase("gather"):
+    with guard.phase("gather"):
         return _gather(value, num)
 
 
@@ -204,7 +204,7 @@ def gathered(rows: Sequence[Any]) -> list[Any]:
 def barrier(label: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
-        with watchdog.phase("wait"):
+        with guard.phase("wait"):
             multihost_utils.sync_global_devices(label)
 
 

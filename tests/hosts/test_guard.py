@@ -1,7 +1,8 @@
-"""The watchdog with made-up heartbeat files and small processes that never import jax."""
+"""The guard with made-up heartbeat files and small processes that never import jax."""
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -9,12 +10,12 @@ import time
 
 import pytest
 
-from luspo_jax import watchdog
+from luspo_jax.hosts import guard
 
 
 def _membership(folder, index=0, count=3, **changes):
     values = {"dead_after_s": 30.0, "phase_timeout_s": 0.0, "attempt": "now", **changes}
-    return watchdog.Membership(
+    return guard.Membership(
         folder=str(folder / "processes"),
         checkpoints=str(folder / "checkpoints"),
         index=index,
@@ -45,7 +46,7 @@ def clock():
 
 
 def test_beats_keep_a_process_alive_and_silence_names_it(tmp_path, clock):
-    peers = watchdog.Peers(_membership(tmp_path), clock)
+    peers = guard.Peers(_membership(tmp_path), clock)
     for beat in range(5):
         for index in (1, 2):
             _post(tmp_path, index, beat=beat)
@@ -64,7 +65,7 @@ def test_beats_keep_a_process_alive_and_silence_names_it(tmp_path, clock):
 def test_files_of_an_earlier_attempt_are_no_signs(tmp_path, clock):
     _post(tmp_path, 1, attempt="before", status="failed", message="old news")
     _post(tmp_path, 2)
-    peers = watchdog.Peers(_membership(tmp_path), clock)
+    peers = guard.Peers(_membership(tmp_path), clock)
     assert peers.look() is None
     clock.now += 31
     _post(tmp_path, 2, beat=2)
@@ -73,7 +74,7 @@ def test_files_of_an_earlier_attempt_are_no_signs(tmp_path, clock):
 
 
 def test_failure_is_named_at_once_and_a_cause_goes_before_its_consequences(tmp_path, clock):
-    peers = watchdog.Peers(_membership(tmp_path), clock)
+    peers = guard.Peers(_membership(tmp_path), clock)
     _post(tmp_path, 1, status="broken", message="Gloo AllGather failed")
     _post(tmp_path, 2)
     assert peers.look() is None  # somebody broke the collective, and may yet be named
@@ -86,7 +87,7 @@ def test_failure_is_named_at_once_and_a_cause_goes_before_its_consequences(tmp_p
 
 
 def test_who_is_done_is_not_dead(tmp_path, clock):
-    peers = watchdog.Peers(_membership(tmp_path, count=2), clock)
+    peers = guard.Peers(_membership(tmp_path, count=2), clock)
     _post(tmp_path, 1, status="done")
     peers.look()
     clock.now += 1000
@@ -94,7 +95,7 @@ def test_who_is_done_is_not_dead(tmp_path, clock):
 
 
 def test_damaged_file_is_no_sign_of_life(tmp_path, clock):
-    peers = watchdog.Peers(_membership(tmp_path, count=2), clock)
+    peers = guard.Peers(_membership(tmp_path, count=2), clock)
     _post(tmp_path, 1)
     assert peers.look() is None
     (tmp_path / "processes" / "1.json").write_text('{"process": 1, "be')
@@ -105,33 +106,33 @@ def test_damaged_file_is_no_sign_of_life(tmp_path, clock):
 
 
 def test_next_start(tmp_path):
-    assert watchdog.next_start(tmp_path / "checkpoints").endswith("starts over")
+    assert guard.next_start(tmp_path / "checkpoints").endswith("starts over")
     for name in ("2", "10", "12.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert watchdog.next_start(tmp_path / "checkpoints").endswith("checkpoint step 10")
+    assert guard.next_start(tmp_path / "checkpoints").endswith("checkpoint step 10")
 
 
 def test_errors_of_collectives_are_told_from_others():
     class JaxRuntimeError(RuntimeError):
         pass
 
-    assert watchdog._is_collective(JaxRuntimeError("UNKNOWN: Gloo AllGather failed"))
-    assert not watchdog._is_collective(JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
-    assert watchdog._is_collective(ValueError("UNKNOWN: Gloo AllGather failed: closed by peer"))
-    assert not watchdog._is_collective(ValueError("bad data"))
+    assert guard._is_collective(JaxRuntimeError("UNKNOWN: Gloo AllGather failed"))
+    assert not guard._is_collective(JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert guard._is_collective(ValueError("UNKNOWN: Gloo AllGather failed: closed by peer"))
+    assert not guard._is_collective(ValueError("bad data"))
     wrapped = OSError("a checkpoint")
     wrapped.__cause__ = JaxRuntimeError("UNAVAILABLE")
-    assert watchdog._is_collective(wrapped)
+    assert guard._is_collective(wrapped)
 
 
 def test_phases_nest_and_keep_the_one_that_failed(monkeypatch):
     said = []
-    monkeypatch.setattr(watchdog, "_tell", lambda **news: said.append(news))
-    monkeypatch.setattr(watchdog, "_here", {"phase": "step", "step": 1})
-    with watchdog.phase("rollout"), watchdog.phase("gather"):
+    monkeypatch.setattr(guard, "_tell", lambda **news: said.append(news))
+    monkeypatch.setattr(guard, "_here", {"phase": "step", "step": 1})
+    with guard.phase("rollout"), guard.phase("gather"):
         pass
     assert [news["phase"] for news in said] == ["rollout", "gather", "rollout", "step"]
-    with pytest.raises(ValueError, match="bad"), watchdog.phase("reward"):
+    with pytest.raises(ValueError, match="bad"), guard.phase("reward"):
         raise ValueError("bad")
     assert said[-1] == {"phase": "reward"}
 
@@ -140,20 +141,20 @@ def test_phases_nest_and_keep_the_one_that_failed(monkeypatch):
 MEMBER = """
 import os, signal, subprocess, sys, time
 sys.path.insert(0, os.environ["ROOT"])
-from luspo_jax import watchdog
-watchdog.BEAT_S, watchdog._GRACE_S = 0.5, 2.0  # a test need not wait as long as hosts do
+from luspo_jax.hosts import guard
+guard.BEAT_S, guard._GRACE_S = 0.5, 2.0  # a test need not wait as long as hosts do
 index, folder, what = sys.argv[1:]
 
 def main():
     if what == "alone":
-        watchdog.may_be_aborted("process 0 of 2 could not meet the others")
+        guard.may_be_aborted("process 0 of 2 could not meet the others")
         os.abort()
     assert "jax" not in sys.modules
-    watchdog.join(watchdog.Membership(
+    guard.join(guard.Membership(
         folder=folder + "/processes", checkpoints=folder + "/checkpoints", index=int(index),
         count=2, attempt="now", dead_after_s=4.0, phase_timeout_s=3.0 if what == "hang" else 0.0))
-    watchdog.at_step(3)
-    with watchdog.phase("reward"):
+    guard.at_step(3)
+    with guard.phase("reward"):
         time.sleep(1.0)
         if what == "exit":
             os._exit(7)
@@ -174,16 +175,16 @@ def main():
         time.sleep(1.0 if what == "done" else 60.0)
     return 0
 
-if watchdog.guarded():
-    watchdog.work(main)
-sys.exit(watchdog.guard([sys.executable, *sys.orig_argv[1:]]))
+if guard.guarded():
+    guard.work(main)
+sys.exit(guard.watch([sys.executable, *sys.orig_argv[1:]]))
 """
 NAMED = r"process 1 (host "
 WHERE = "phase reward of step 3"
 
 
 def _members(folder, *whats):
-    environment = os.environ | {"ROOT": os.path.dirname(os.path.dirname(watchdog.__file__))}
+    environment = os.environ | {"ROOT": str(pathlib.Path(guard.__file__).parents[2])}
     return [
         subprocess.Popen(
             [sys.executable, "-c", MEMBER, str(index), str(folder), what],
@@ -271,7 +272,7 @@ def test_process_that_jax_aborts_before_it_has_joined_says_what_that_means(tmp_p
 
 
 def test_silence_proves_nothing_where_nobody_can_write(tmp_path, clock):
-    peers = watchdog.Peers(_membership(tmp_path, count=2), clock)
+    peers = guard.Peers(_membership(tmp_path, count=2), clock)
     _post(tmp_path, 1)
     assert peers.look() is None
     clock.now += 31

@@ -14,12 +14,12 @@ import optax
 import pytest
 
 from luspo_jax import optimizer, sharding, update
-from luspo_jax.checkpoint import Checkpointer, CheckpointError, bytes_written
 from luspo_jax.logprobs import Scoring
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.objectives import preset
 from luspo_jax.rollout.compile_clock import CompileClock
+from luspo_jax.run.checkpoint import Checkpointer, CheckpointError, bytes_written
 from luspo_jax.types import TokenBatch, TrainBatch, TrainState
 
 MODEL = DecoderConfig(

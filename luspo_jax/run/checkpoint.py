@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from luspo_jax import distributed, files
+from luspo_jax.hosts import files, processes
 from luspo_jax.types import TrainState
 
 # Free space asked for before a save, as a multiple of the state's bytes: Orbax writes beside the
@@ -191,10 +191,10 @@ class Checkpointer:
         """Writes the sums of all files, last: each process reads its share of them."""
         folder = self.folder / str(step)
         names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-        names = distributed.gather(names)[0]
-        own = _sums(folder, names[distributed.share(len(names))])
-        sums = {name: value for part in distributed.gather(own) for name, value in part.items()}
-        if distributed.is_writer():
+        names = processes.gather(names)[0]
+        own = _sums(folder, names[processes.share(len(names))])
+        sums = {name: value for part in processes.gather(own) for name, value in part.items()}
+        if processes.is_writer():
             files.write_text(folder / _SUMS, json.dumps(sums, indent=0) + "\n")
 
     def _check_sums(self, step):
@@ -204,11 +204,11 @@ class Checkpointer:
             stored = json.loads((folder / _SUMS).read_text())
         except FileNotFoundError:
             stored = {}
-        stored = distributed.gather(stored)[0]
+        stored = processes.gather(stored)[0]
         names = sorted(stored)
-        found = _sums(folder, names[distributed.share(len(names))])
+        found = _sums(folder, names[processes.share(len(names))])
         own = [name for name, value in found.items() if value != stored[name]]
-        wrong = [name for part in distributed.gather(own) for name in part]
+        wrong = [name for part in processes.gather(own) for name in part]
         if wrong:
             raise CheckpointError(
                 f"checkpoint {folder} is damaged: not as they were written are "

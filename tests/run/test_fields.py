@@ -9,21 +9,20 @@ import numpy as np
 import pytest
 
 from configs import quickstart, quickstart_format, quickstart_moe, quickstart_vl
-from luspo_jax import config as configuration
-from luspo_jax import run as runs
 from luspo_jax import train
-from luspo_jax.config import ConfigError
 from luspo_jax.datasets import DataError
-from luspo_jax.defaults import OPEN_SECTIONS, RULES, default_config
-from luspo_jax.sharding import MeshError
-from luspo_jax.values import Number
-from luspo_jax.workdir import Workdir
+from luspo_jax.run import checks, fields
+from luspo_jax.run.build import build, facts
+from luspo_jax.run.fields import OPEN_SECTIONS, RULES, default_config
+from luspo_jax.run.model import load_model
+from luspo_jax.run.workdir import Workdir
+from luspo_jax.values import ConfigError, Number
 
 SENSELESS = (
     *(None, "", "nonsense", b"x", True, -1, -0.5, 0, 10**12, 1e300),
     *(math.nan, math.inf, -math.inf, {}, {"a": 1}, [], [1], object()),
 )
-SECTIONS = sorted({n.partition(".")[0] for n in configuration.flat(default_config()) if "." in n})
+SECTIONS = sorted({n.partition(".")[0] for n in fields.flat(default_config()) if "." in n})
 
 
 def _put(config, field, value):
@@ -39,16 +38,16 @@ def _refusal(act):
     """The message of a refusal; None where there is none."""
     try:
         act()
-    except (ConfigError, MeshError, DataError) as error:
+    except (ConfigError, DataError) as error:
         return str(error)
     return None
 
 
 def _fields(module):
     """All fields of the quickstart; of another configuration, those in which it differs."""
-    found = configuration.flat(module.get_config())
+    found = fields.flat(module.get_config())
     if module is not quickstart:
-        plain = configuration.flat(quickstart.get_config())
+        plain = fields.flat(quickstart.get_config())
         return [name for name, value in found.items() if plain.get(name, found) != value]
     return [*found, *(section.rstrip(".") for section in OPEN_SECTIONS)]
 
@@ -64,7 +63,7 @@ def test_every_field_takes_a_value_or_refuses_it_by_name_in_one_line(module):
         for value in SENSELESS:
             config = module.get_config()
             _put(config, field, value)
-            line = _refusal(lambda config=config: configuration.check(config))
+            line = _refusal(lambda config=config: checks.check(config))
             if line is not None:
                 refused += 1
                 named = field
@@ -80,31 +79,31 @@ def test_sections_that_are_none_and_fields_that_are_missing():
         config = quickstart.get_config()
         _put(config, section, None)
         with pytest.raises(ConfigError, match=f"run: {section}=None must be a section"):
-            configuration.check(config)
+            checks.check(config)
     config = quickstart.get_config()
     with config.unlocked():
         del config.rollout["top_k"], config.rollout["top_p"]
     with pytest.raises(ConfigError, match=r"run: missing rollout\.top_k, rollout\.top_p: start"):
-        configuration.check(config)
+        checks.check(config)
     with config.unlocked():
         config.rollout.top_kk = 1
     with pytest.raises(ConfigError, match=r"unknown field rollout\.top_kk: did you mean"):
-        configuration.check(config)
+        checks.check(config)
 
 
 def test_every_number_has_a_rule_or_an_owner_that_checks_it():
     known = default_config()
-    for name in configuration.flat(known):
+    for name in fields.flat(known):
         section, _, last = name.rpartition(".")
         kind = (known[section] if section else known).get_type(last)
         if kind in (int, float) and section not in ("objective", "length"):
             assert isinstance(RULES.get(name), Number), name
-    assert set(RULES) <= set(configuration.flat(known))
+    assert set(RULES) <= set(fields.flat(known))
 
 
-def _with(**fields):
+def _with(**leaves):
     config = quickstart.get_config()
-    for name, value in fields.items():
+    for name, value in leaves.items():
         _put(config, name.replace("__", "."), value)
     return config
 
@@ -162,7 +161,7 @@ NAN, INF = math.nan, math.inf
 )  # fmt: skip
 def test_values_without_sense_are_refused_by_field(field, config):
     with pytest.raises(ConfigError) as refused:
-        configuration.check(config)
+        checks.check(config)
     assert field in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -183,8 +182,8 @@ def test_an_overlong_penalty_that_no_response_could_get_is_refused_at_start(opti
     parts = {"gsm8k": 1.0, "overlong": 1.0}
     config = _with(reward__parts=parts, reward__options={"overlong": options}, eval__metric="gsm8k")
     with pytest.raises(ConfigError, match=rf"reward\.(options|parts)\.overlong.*{message}"):
-        configuration.check(config)
-    configuration.check(
+        checks.check(config)
+    checks.check(
         _with(
             reward__parts=parts, reward__options={"overlong": {"buffer": 40}}, eval__metric="gsm8k"
         )
@@ -195,7 +194,7 @@ def test_a_tracker_that_is_not_installed_is_known_at_start(monkeypatch):
     config = _with(output__wandb_project="p")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"output\.wandb_project='p': wandb is not installed"):
-        configuration.check(config)
+        checks.check(config)
 
 
 # ---------------------------------------------------------------- what only the model can say
@@ -205,7 +204,7 @@ def test_responses_beyond_the_models_positions_are_refused_by_both_fields():
     with pytest.raises(
         ConfigError, match=r"max_response_length=5000 .*prompt_length=16 .*holds 128"
     ):
-        runs.build(_with(rollout__max_response_length=5000))
+        build(_with(rollout__max_response_length=5000))
 
 
 def _model_folder(tmp_path, eos):
@@ -225,14 +224,14 @@ def _model_folder(tmp_path, eos):
 def test_a_model_without_any_stop_token_is_refused_until_one_is_named(tmp_path):
     config = _with(model__path=_model_folder(tmp_path, None))
     with pytest.raises(ConfigError, match=r"no token ends a response.*model\.stop_token_ids"):
-        runs.load_model(config)
+        load_model(config)
     config.model.stop_token_ids = "2, 0"
-    assert runs.load_model(config).stop_token_ids == (0, 2)
+    assert load_model(config).stop_token_ids == (0, 2)
     config.model.stop_token_ids = "none"  # as the user says
-    assert runs.load_model(config).stop_token_ids == ()
+    assert load_model(config).stop_token_ids == ()
     config.model.stop_token_ids = "100000"
     with pytest.raises(ConfigError, match=r"model\.stop_token_ids='100000' must be tokens"):
-        runs.load_model(config)
+        load_model(config)
 
 
 # ---------------------------------------------------------------- accepted values run
@@ -246,7 +245,7 @@ _COSTLY = {  # at their bound they ask for more time or memory, and get it
 def _bounds():
     for field, rule in RULES.items():
         if isinstance(rule, Number) and field not in _COSTLY:
-            kind = configuration.flat(default_config())[field].__class__
+            kind = fields.flat(default_config())[field].__class__
             inside = (rule.high - rule.low) * 1e-6
             yield field, kind(rule.low + inside * rule.open_low)
             yield field, kind(rule.high - inside * rule.open_high)
@@ -269,10 +268,10 @@ def _tiny():
 def test_what_a_rule_allows_runs_or_the_model_refuses_it_by_name(field, value, tmp_path):
     config = _tiny()
     _put(config, field, value)
-    line = _refusal(lambda: runs.build(config, jax.devices()[:1]))
+    line = _refusal(lambda: build(config, jax.devices()[:1]))
     if line is not None:
         assert field.rpartition(".")[2] in line
         return
-    run = runs.build(config, jax.devices()[:1])
-    outcome = train.train(run, Workdir(tmp_path / "run", config, runs.facts(run)))
+    run = build(config, jax.devices()[:1])
+    outcome = train.train(run, Workdir(tmp_path / "run", config, facts(run)))
     assert np.isfinite(outcome.final.accuracy)

@@ -10,11 +10,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from configs.quickstart import get_config as text_config
-from luspo_jax import prompts, sources, train
-from luspo_jax import run as runs
-from luspo_jax.config import ConfigError
+from luspo_jax import prompts
 from luspo_jax.datasets import DataError
+from luspo_jax.hosts import processes
 from luspo_jax.images.settings import read_settings
+from luspo_jax.run.build import build
+from luspo_jax.run.data import held_out_place, load_data
+from luspo_jax.run.export import export_policy
+from luspo_jax.run.model import load_model
+from luspo_jax.values import ConfigError
 from tests import vl_cases
 
 
@@ -27,8 +31,8 @@ def config(tmp_path):
 
 
 def _load(config):
-    model = runs.load_model(config)
-    data = sources.load_data(config, model)
+    model = load_model(config)
+    data = load_data(config, model)
     data.close()
     return data
 
@@ -76,7 +80,7 @@ def test_held_out_problems_that_one_process_refuses_are_asked_by_none(config, mo
     def gather(own):
         return [own, [theirs if n == 2 else None for n in range(len(own))]]
 
-    monkeypatch.setattr(sources.distributed, "gather", gather)
+    monkeypatch.setattr(processes, "gather", gather)
     data = _load(config)
     assert data.refused == {"timeout": 1}
     asked = [prompt.prompt_id for prompt in data.held_out]
@@ -102,15 +106,15 @@ def test_blank_images_are_white_and_of_the_same_size(config):
 def test_an_export_of_another_architecture_can_be_asked_about_images(config, tmp_path):
     config.model.overrides = {"num_hidden_layers": 1}
     config.data.max_pixels = 6 * 28 * 28  # smaller than most drawings
-    run = runs.build(config)
+    run = build(config)
     run.data.close()
     run.scorer.close()
     state = types.SimpleNamespace(params=run.initial_params())
-    train.export_policy(run.config, run.model, state.params, tmp_path / "export")
+    export_policy(run.config, run.model, state.params, tmp_path / "export")
     # It reads images as the run did, without being told.
     config.model.overrides, config.data.max_pixels = {}, 0
     config.model.path, config.model.random_weights = str(tmp_path / "export"), False
-    assert runs.load_model(config).config.num_layers == 1
+    assert load_model(config).config.num_layers == 1
     assert [x.images[0].sha for x in _load(config).held_out] == [
         x.images[0].sha for x in run.data.held_out
     ]
@@ -124,11 +128,11 @@ def test_an_export_has_the_tokenizer_of_the_run(config, tmp_path):
     stored["chat_template"] = "other: " + stored["chat_template"]
     path.write_text(json.dumps(stored))
     config.model.tokenizer = str(other)
-    run = runs.build(config)
+    run = build(config)
     run.data.close()
     run.scorer.close()
     state = types.SimpleNamespace(params=run.initial_params())
-    train.export_policy(run.config, run.model, state.params, tmp_path / "export")
+    export_policy(run.config, run.model, state.params, tmp_path / "export")
     exported = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert exported.chat_template == stored["chat_template"]
     assert read_settings(tmp_path / "export") == read_settings(config.model.path)
@@ -137,9 +141,9 @@ def test_an_export_has_the_tokenizer_of_the_run(config, tmp_path):
 def test_held_out_images_have_a_folder_of_their_own(config):
     data = config.data
     data.image_dir, data.eval_image_dir = "trained", "held_out"
-    assert sources._held_out_place(data)[2] == "trained"
+    assert held_out_place(data)[2] == "trained"
     data.eval_path = "other.parquet"
-    assert sources._held_out_place(data) == ("shapes", "other.parquet", "held_out")
+    assert held_out_place(data) == ("shapes", "other.parquet", "held_out")
 
 
 def test_another_held_out_dataset_takes_no_place_of_the_training_set(config, tmp_path):

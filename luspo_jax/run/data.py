@@ -2,45 +2,20 @@
 
 import collections
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from luspo_jax import config as configuration
-from luspo_jax import datasets, distributed, prompts
+from luspo_jax import datasets, prompts
 from luspo_jax.datasets.images import ImageFiles
+from luspo_jax.hosts import processes
 from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import read_settings
-from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.run.model import Model
+from luspo_jax.run.settings import Config, section
+from luspo_jax.values import ConfigError
 
 _LOOKED_AT = 64  # problems of a dataset, or source, by which it is known to have images
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The policy's architecture, where it came from, and its tokenizer."""
-
-    folder: pathlib.Path
-    config: DecoderConfig
-    tokenizer: Any
-
-    def decode(self, tokens: np.ndarray) -> str:
-        """Text of response tokens, special tokens left out."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a response: the model's whole set and the tokenizer's own."""
-        own = self.tokenizer.eos_token_id
-        return tuple(sorted({*self.config.eos_token_ids, *([] if own is None else [own])}))
-
-    @property
-    def pad_token_id(self) -> int:
-        """Any token: padding is known by its segment id."""
-        return self.tokenizer.pad_token_id or 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +61,7 @@ class Data:
             self.renderer.images.close()
 
 
-def load_data(config: ConfigDict, model: Model) -> Data:
+def load_data(config: Config, model: Model) -> Data:
     """Training stream and held-out prompts of `config.data`, with their images where `model` reads
     images.
 
@@ -94,7 +69,7 @@ def load_data(config: ConfigDict, model: Model) -> Data:
       ConfigError: problems with images, and a model of text.
       DataError: data that cannot be read; no held-out prompt at all.
     """
-    data = config.data
+    data = section(config, "data")
     preparer = image_preparer(config, model)
     renderer = _renderer(data, model, preparer)
     shared = {
@@ -102,11 +77,11 @@ def load_data(config: ConfigDict, model: Model) -> Data:
         "keep": renderer.columns,
         "drop_bad_rows": data.drop_bad_rows,
     }
-    own = {**_columns(data, ""), **data.options.to_dict()}
+    own = {**_columns(vars(data), ""), **data.options}
     train, reports = _training_set(data, shared, own)
-    name, path, image_dir = _held_out_place(data)
+    name, path, image_dir = held_out_place(data)
     # Another dataset has columns and options of its own.
-    held_out_own = (own if name == data.name else {}) | _columns(data, "eval_")
+    held_out_own = (own if name == data.name else {}) | _columns(vars(data), "eval_")
     held_out, held_out_report = datasets.load(
         name, path or None, data.eval_split, **shared, **held_out_own
     )
@@ -120,12 +95,12 @@ def load_data(config: ConfigDict, model: Model) -> Data:
         renderer,
         max_length=data.max_prompt_length,
         seed=config.seed,
-        gather=None if preparer is None else distributed.gather,
+        gather=None if preparer is None else processes.gather,
     )
     wanted = [held_out[i] for i in range(min(len(held_out), config.eval.num_problems))]
     found = prompts.outcomes(wanted, tested, max_length=data.max_prompt_length)
     if preparer is not None:  # each process asks its share of one list
-        found = prompts.agreed(found, distributed.gather)
+        found = prompts.agreed(found, processes.gather)
     records = [prompt for prompt in found if isinstance(prompt, prompts.PromptRecord)]
     refusals = [prompt for prompt in found if isinstance(prompt, prompts.Refusal)]
     if not records:
@@ -151,12 +126,12 @@ def _renderer(data, model, preparer):
             template_chat=data.template_chat,
         )
     except ValueError as error:
-        raise configuration.ConfigError(f"data.template: {error}") from None
+        raise ConfigError(f"data.template: {error}") from None
 
 
-def _columns(data, prefix):
-    """The columns that `data`, or a source of its mixture, names with this prefix."""
-    names = {kind: data.get(f"{prefix}{kind}_column", "") for kind in _KINDS}
+def _columns(fields, prefix):
+    """The columns that the fields of `data`, or of a source in its mixture, name with a prefix."""
+    names = {kind: fields.get(f"{prefix}{kind}_column", "") for kind in _KINDS}
     return {kind: name for kind, name in names.items() if name}
 
 
@@ -169,7 +144,7 @@ def _check_sight(model, field, examples, reports):
         return
     shown = any(report.pictured for report in reports)
     if shown or any(example.meta.get("images") for example in _some(examples)):
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"{field} has problems with images, and {model.folder.name} reads none: choose a "
             "Qwen2.5-VL as model.path (data.blank_images shows it white ones)"
         )
@@ -185,7 +160,7 @@ def _some(examples):
         start += size
 
 
-def image_preparer(config: ConfigDict, model: Model) -> ImagePreparer | None:
+def image_preparer(config: Config, model: Model) -> ImagePreparer | None:
     """What turns images into patches as the model's folder and `config.data` say.
 
     None for a model of text.
@@ -205,10 +180,10 @@ def image_preparer(config: ConfigDict, model: Model) -> ImagePreparer | None:
             text_blank=(data.text_blank, data.text_blank) if data.text_blank else None,
         )
     except ValueError as error:
-        raise configuration.ConfigError(f"data (images): {error}") from None
+        raise ConfigError(f"data (images): {error}") from None
     patching = settings.patching
     if (patching.patch_size, patching.merge_size) != (vision.patch_size, vision.merge_size):
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"{model.folder}: preprocessor_config.json cuts patches of {patching.patch_size} "
             f"pixels and merges {patching.merge_size} a side, config.json's tower takes "
             f"{vision.patch_size} and {vision.merge_size}: they do not belong together"
@@ -223,7 +198,7 @@ def _image_files(data):
     return ImageFiles(
         of_source={
             name: _files(
-                source.name,
+                source["name"],
                 source.get("path", ""),
                 source.get("split", "train"),
                 source.get("image_dir", ""),
@@ -233,7 +208,7 @@ def _image_files(data):
     )
 
 
-def _held_out_place(data):
+def held_out_place(data):
     """(name, path, folder of images) of the held-out set; what is not named is the training set's.
 
     Unless it is another dataset, which is in another place.
@@ -256,7 +231,7 @@ def _training_set(data, shared, own):
     sources, weights, reports = {}, {}, []
     for key, source in data.mixture.items():
         sources[key], report = datasets.load(
-            source.name,
+            source["name"],
             source.get("path") or None,
             source.get("split", "train"),
             **shared,

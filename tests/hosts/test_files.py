@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from luspo_jax import files
-from luspo_jax.files import MARK, PlaceError
+from luspo_jax.hosts import files
+from luspo_jax.hosts.files import MARK, PlaceError
 
 
 def _write(folder, names, **options):
@@ -97,7 +97,7 @@ def test_a_place_that_is_not_writable_is_named(tmp_path):
 
 
 def test_a_folder_is_kept_for_one_process(tmp_path):
-    code = "import sys; from luspo_jax import files; files.take_lock(sys.argv[1])"
+    code = "import sys; from luspo_jax.hosts import files; files.take_lock(sys.argv[1])"
     with files.locked(tmp_path / "run"):
         with pytest.raises(PlaceError, match="in use by another process"):
             files.take_lock(tmp_path / "run")

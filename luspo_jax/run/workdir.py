@@ -10,10 +10,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from luspo_jax import config as configuration
-from luspo_jax import distributed, files
-from luspo_jax.files import PlaceError
+from luspo_jax.hosts import files, processes
+from luspo_jax.hosts.files import PlaceError
 from luspo_jax.metrics import read_metrics
+from luspo_jax.run import fields
+from luspo_jax.run.settings import Config
+from luspo_jax.values import ConfigError
 
 _PACKAGES = ("luspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 _NOTE = ".checkpointed"  # step of the last checkpoint that was written
@@ -50,8 +52,8 @@ class Workdir:
     ):
         check_place(path)
         self.path, self._lock, self.forked_from = pathlib.Path(path).absolute(), None, fork
-        if not distributed.is_writer():
-            distributed.barrier("workdir")
+        if not processes.is_writer():
+            processes.barrier("workdir")
             self._check_seen(config)
             return
         self._check_own()
@@ -62,7 +64,7 @@ class Workdir:
         except BaseException:
             self.close()
             raise
-        distributed.barrier("workdir")
+        processes.barrier("workdir")
 
     def close(self) -> None:
         """Lets another process use the folder."""
@@ -114,7 +116,7 @@ class Workdir:
             seen, self.forked_from = stored["config"], stored.get("forked_from")
         except WorkdirError:
             seen = None
-        if seen != json.loads(json.dumps(configuration.flat(config))):
+        if seen != json.loads(json.dumps(fields.flat(config))):
             raise WorkdirError(
                 f"--workdir={self.path} must be on storage that all processes share: process "
                 f"{jax.process_index()} does not see there the run.json that process 0 wrote"
@@ -139,7 +141,7 @@ class Workdir:
             self.forked_from = stored.get("forked_from")
             differences = [
                 f"{name}: {old!r} in the workdir, {new!r} now"
-                for name, (old, new) in configuration.changes(stored["config"], config).items()
+                for name, (old, new) in fields.changes(stored["config"], config).items()
             ]
             differences += [
                 f"{name}: {stored.get(name)!r} in the workdir, {value!r} now"
@@ -154,7 +156,7 @@ class Workdir:
                     "(with --fork, to begin where that run stands)"
                 )
         record = {
-            "config": configuration.flat(config),
+            "config": fields.flat(config),
             **facts,
             "packages": package_versions(),
             **({"forked_from": self.forked_from} if self.forked_from else {}),
@@ -183,9 +185,9 @@ def stored_config(workdir: str | os.PathLike) -> ConfigDict:
     Raises:
       WorkdirError: it holds none, or one that this version cannot read.
     """
-    stored, config = read_manifest(workdir), configuration.default_config()
+    stored, config = read_manifest(workdir), fields.default_config()
     try:
-        configuration.assign(config, stored["config"])
+        fields.assign(config, stored["config"])
     except (KeyError, TypeError, ValueError) as error:
         manifest = pathlib.Path(workdir) / "run.json"
         raise WorkdirError(f"{manifest} does not fit this version: {error}") from error
@@ -266,7 +268,7 @@ def fork(
             f"--fork={parent} begins at step {step} and config.num_steps is {config.num_steps}: "
             "raise it, or name an earlier checkpoint in --fork_step"
         )
-    changed = configuration.changes(stored["config"], config)
+    changed = fields.changes(stored["config"], config)
     for name, value in json.loads(json.dumps(facts)).items():
         if stored.get(name) != value:
             changed[name] = (stored.get(name), value)
@@ -278,7 +280,7 @@ def package_versions() -> dict[str, str]:
     return {name: _version(name) for name in _PACKAGES}
 
 
-def check_processes(config: ConfigDict) -> None:
+def check_processes(config: Config) -> None:
     """Refuses a run whose processes have nothing to do.
 
     Raises:
@@ -286,7 +288,7 @@ def check_processes(config: ConfigDict) -> None:
     """
     count, prompts_per_step = jax.process_count(), config.rollout.prompts_per_step
     if prompts_per_step < count:
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"rollout.prompts_per_step={prompts_per_step} must be at least the number of "
             f"processes, {count}: each samples responses to its share of the prompts"
         )

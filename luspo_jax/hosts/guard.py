@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 BEAT_S = 2.0  # between two writes of a heartbeat file, and two looks at the others'
 _VARIABLE = "LUSPO_JAX_GUARD"  # descriptor of the channel between guard and worker
@@ -133,7 +133,7 @@ def work(main: Callable[[], int]) -> NoReturn:
         os._exit(status)  # jax would wait at exit for processes that may be dead
 
 
-def guard(command: Sequence[str]) -> int:
+def watch(command: Sequence[str]) -> int:
     """Starts `command`, which calls `work`, and watches it; returns when it has ended.
 
     Returns:

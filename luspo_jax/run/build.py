@@ -1,9 +1,6 @@
 """What a configuration resolves to: model, data, sampler, rewards, and a workdir of its own."""
 
 import dataclasses
-import functools
-import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,24 +8,27 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from luspo_jax import config as configuration
-from luspo_jax import optimizer, sharding, sources
+from luspo_jax import optimizer, sharding
 from luspo_jax.length import laboratory
 from luspo_jax.length.laboratory import Laboratory
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.logprobs import Scoring
 from luspo_jax.models import decoder, decoder_weights
-from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
-from luspo_jax.models.locate import model_folder
+from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.ops import attention as attention_op
 from luspo_jax.ops import grouped_matmul
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
+from luspo_jax.run import checks
+from luspo_jax.run.arithmetic import batch_arithmetic
+from luspo_jax.run.data import Data, load_data
+from luspo_jax.run.model import Model, load_model
+from luspo_jax.run.settings import Config, Settings, section
 from luspo_jax.shaping import Shaping
 from luspo_jax.sharding import Layout, MeshError
-from luspo_jax.sources import Model
 from luspo_jax.update import UpdateRule
+from luspo_jax.values import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Run:
     """Everything of a run that its steps do not change."""
 
     config: ConfigDict
+    settings: Settings
     model: Model
-    data: sources.Data
+    data: Data
     scorer: Scorer
     sampler: Engine
     held_out_sampler: Engine
@@ -50,13 +51,13 @@ class Run:
     @property
     def metric(self) -> str:
         """The part of the reward that counts as being right."""
-        return self.config.eval.metric or next(iter(self.config.reward.parts))  # the only one
+        return self.settings.eval.metric or next(iter(self.settings.reward.parts))  # the only one
 
     def initial_params(self) -> Any:
         """The base policy's weights, or random ones where the configuration says so."""
-        model, layout = self.config.model, self.rule.scoring.layout
+        model, layout = self.settings.model, self.rule.scoring.layout
         if model.random_weights:
-            key = jax.random.key(self.config.seed)
+            key = jax.random.key(self.settings.seed)
             return decoder.init_params(key, self.model.config, layout=layout)
         return decoder_weights.load_params(
             self.model.folder, self.model.config, dtype=jnp.float32, layout=layout
@@ -68,7 +69,7 @@ class Run:
             params,
             config=self.model.config,
             layout=self.rollout_layout,
-            dtype=self.config.model.rollout_dtype,
+            dtype=self.settings.model.rollout_dtype,
         )
 
 
@@ -82,29 +83,30 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     Raises:
       ConfigError, DataError, FileNotFoundError, MeshError, ValueError: naming the field or file.
     """
-    objective = configuration.check(config)
-    model, length = load_model(config), configuration.build_length(config)
-    _check_model(config, model.config)
-    layout, rollout_layout = layouts(config, model.config, devices)
-    longest, rule = config.rollout.max_response_length, update_rule(config, model, layout)
+    settings = checks.check(config)
+    model = load_model(settings)
+    _check_model(settings, model.config)
+    layout, rollout_layout = layouts(settings, model.config, devices)
+    rule = update_rule(settings, model, layout)
     return Run(
         config=config,
+        settings=settings,
         model=model,
-        data=sources.load_data(config, model),
+        data=load_data(settings, model),
         scorer=Scorer(
-            config.reward.parts.to_dict(),
-            options=config.reward.options.to_dict(),
-            workers=config.reward.num_workers,
-            time_limit=config.reward.timeout_s,
-            max_failure_rate=config.reward.max_failure_rate,
+            settings.reward.parts,
+            options=settings.reward.options,
+            workers=settings.reward.num_workers,
+            time_limit=settings.reward.timeout_s,
+            max_failure_rate=settings.reward.max_failure_rate,
         ),
-        sampler=sampler(config, model, config.rollout, rollout_layout),
-        held_out_sampler=sampler(config, model, config.eval, rollout_layout),
+        sampler=sampler(settings, model, settings.rollout, rollout_layout),
+        held_out_sampler=sampler(settings, model, settings.eval, rollout_layout),
         rule=rule,
-        shaping=configuration.build_shaping(config),
-        length=length,
+        shaping=settings.shaping,
+        length=settings.length,
         laboratory=laboratory.laboratory(
-            length,
+            settings.length,
             # Length pressure differentiates the backward pass, which kernels do not allow.
             dataclasses.replace(
                 rule.scoring,
@@ -112,9 +114,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
                 experts="reference",
                 vision_attention="reference",
             ),
-            objective,
-            max_response_length=longest,
-            rows_at_once=configuration.batch_arithmetic(config).responses_per_microbatch,
+            settings.objective,
+            max_response_length=settings.rollout.max_response_length,
+            rows_at_once=batch_arithmetic(settings).responses_per_microbatch,
         ),
         rollout_layout=rollout_layout,
     )
@@ -124,31 +126,31 @@ def _check_model(config, model):
     """Refuses what the configuration asks of a model that it cannot give."""
     prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
     if prompt + response > model.max_position:
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"rollout.max_response_length={response} and data.max_prompt_length={prompt} make "
             f"{prompt + response} tokens, and the model of {config.model.path} holds "
             f"{model.max_position} (max_position_embeddings): lower one of them"
         )
     for field in ("router_replay", "router_aux_coef"):
-        value = config.train[field]
+        value = getattr(config.train, field)
         if not model.num_experts and value not in ("none", 0):
-            raise configuration.ConfigError(
+            raise ConfigError(
                 f"train.{field}={value} is of a mixture of experts, and the model of "
                 f"{config.model.path} has none: leave it at its default"
             )
 
 
 def layouts(
-    config: ConfigDict, model: DecoderConfig, devices: Sequence[jax.Device] | None = None
+    config: Config, model: DecoderConfig, devices: Sequence[jax.Device] | None = None
 ) -> tuple[Layout | None, Layout | None]:
     """Where training and rollout lay out their arrays over `devices`.
 
     Raises:
       MeshError: naming every number that does not fit the devices or the model.
     """
-    train = sharding.layout("train", config.mesh, devices)
-    rollout = sharding.layout("rollout", config.rollout_mesh, devices)
-    arithmetic = configuration.batch_arithmetic(config)
+    train = sharding.layout("train", section(config, "mesh").sizes, devices)
+    rollout = sharding.layout("rollout", section(config, "rollout_mesh").sizes, devices)
+    arithmetic = batch_arithmetic(config)
     rows = {
         "responses of a micro-batch (train.num_microbatches)": (
             "batch",
@@ -176,9 +178,9 @@ def layouts(
     return train, rollout
 
 
-def mesh_advice(config: ConfigDict, train: Layout | None) -> str:
+def mesh_advice(config: Config, train: Layout | None) -> str:
     """What to change where a mesh does not fit: of rows, the flag that makes them fit."""
-    arithmetic, parts = configuration.batch_arithmetic(config), train.size("batch") if train else 1
+    arithmetic, parts = batch_arithmetic(config), train.size("batch") if train else 1
     rows = arithmetic.packed_rows_per_microbatch
     if config.train.packing and rows % parts:
         tokens = -(-rows // parts) * parts * arithmetic.pack_length
@@ -189,11 +191,11 @@ def mesh_advice(config: ConfigDict, train: Layout | None) -> str:
     return "change config.mesh or config.rollout_mesh"
 
 
-def update_rule(config: ConfigDict, model: Model, layout: Layout | None = None) -> UpdateRule:
+def update_rule(config: Config, model: Model, layout: Layout | None = None) -> UpdateRule:
     """What an optimizer step does, and with it the layout of the train state."""
     return UpdateRule(
         scoring=_scoring(config, model, layout),
-        objective=configuration.build_objective(config),
+        objective=section(config, "objective"),
         optimizer=optimizer.adamw(
             b1=config.train.b1,
             b2=config.train.b2,
@@ -202,60 +204,10 @@ def update_rule(config: ConfigDict, model: Model, layout: Layout | None = None) 
         ),
         num_microbatches=config.train.num_microbatches,
         max_grad_norm=config.train.max_grad_norm,
-        bin_edges=configuration.build_length(config).bins(config.rollout.max_response_length),
+        bin_edges=section(config, "length").bins(config.rollout.max_response_length),
         router_aux_coef=config.train.router_aux_coef,
         frozen=("vision",) if _freezes(config, model.config) else (),
     )
-
-
-def load_model(config: ConfigDict) -> Model:
-    """Architecture and tokenizer of `config.model`."""
-    from transformers import AutoTokenizer  # Slow to import; nothing else here needs it.
-
-    folder = model_folder(config.model.path)
-    if config.model.random_weights:
-        path = folder / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: model.path must hold a config.json")
-        hf = json.loads(path.read_text()) | config.model.overrides.to_dict()
-        architecture = decoder_config(hf)
-    else:
-        architecture = read_config(folder)
-    source = model_folder(config.model.tokenizer) if config.model.tokenizer else folder
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers raises many types for a missing or broken file
-        raise FileNotFoundError(
-            f"no tokenizer could be read from {source} ({str(error).splitlines()[0][:200]}): put "
-            "tokenizer files there, or name another folder in model.tokenizer"
-        ) from error
-    model = _with_stops(config, Model(folder, architecture, tokenizer))
-    if len(tokenizer) > architecture.vocab_size:
-        raise configuration.ConfigError(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens and the model of {folder} a "
-            f"vocabulary of {architecture.vocab_size}: they do not belong together"
-        )
-    return model
-
-
-def _with_stops(config, model):
-    """The model with the tokens of `model.stop_token_ids` among those that end a response."""
-    own, size = configuration.stop_token_ids(config), model.config.vocab_size
-    if any(token >= size for token in own):
-        raise configuration.ConfigError(
-            f"model.stop_token_ids={config.model.stop_token_ids!r} must be tokens of the model's "
-            f"vocabulary of {size}"
-        )
-    ids = tuple(sorted({*model.config.eos_token_ids, *own}))
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_token_ids=ids))
-    if not model.stop_token_ids and config.model.stop_token_ids != "none":
-        raise configuration.ConfigError(
-            f"no token ends a response: neither config.json nor generation_config.json of "
-            f"{model.folder} nor its tokenizer names an eos token, and every response would be cut "
-            "at its limit: add eos_token_id to generation_config.json, or set model.stop_token_ids "
-            '("none" where that is meant)'
-        )
-    return model
 
 
 def _scoring(config, model, layout):
@@ -280,18 +232,18 @@ def _freezes(config, model):
     return model.vision is not None and config.train.freeze_vision
 
 
-def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layout | None) -> Engine:
-    """What samples as `section` says: config.rollout (experts are recorded), or config.eval."""
+def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> Engine:
+    """What samples as `asked`: config.rollout (experts are recorded), or config.eval."""
     return Engine(
         model.config,
         Sampling(
             max_response_length=config.rollout.max_response_length,
             stop_token_ids=model.stop_token_ids,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
         ),
-        num_slots=section.num_slots,
+        num_slots=asked.num_slots,
         # No response takes more steps than its limit.
         chunk_length=min(config.rollout.chunk_length, config.rollout.max_response_length),
         max_prompt_length=config.data.max_prompt_length,
@@ -301,7 +253,7 @@ def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layou
             model.config, layout, config.model.rollout_dtype, config.model.attention
         ),
         experts=expert_products(layout, config.model.experts),
-        record_experts=section is config.rollout and model.config.num_experts > 0,
+        record_experts=asked is config.rollout and model.config.num_experts > 0,
         vision_attention=vision_attention(
             model.config, layout, config.model.rollout_dtype, config.model.attention
         ),
@@ -345,7 +297,7 @@ def expert_products(layout: Layout | None, name: str = "auto") -> str:
     try:
         return grouped_matmul.resolve(name, platform=_platform(layout))
     except ValueError as error:
-        raise configuration.ConfigError(f"model.experts: {error}") from None
+        raise ConfigError(f"model.experts: {error}") from None
 
 
 def _platform(layout):
@@ -356,75 +308,7 @@ def _resolved(name, layout, **needs):
     try:
         return attention_op.resolve(name, platform=_platform(layout), **needs)
     except ValueError as error:
-        raise configuration.ConfigError(f"model.attention: {error}") from None
-
-
-def memory_estimate(
-    config: ConfigDict, model: DecoderConfig, layouts: tuple[Layout | None, Layout | None]
-) -> dict[str, int]:
-    """Bytes of the large arrays of a step on one device, by name.
-
-    Activations are those of one micro-batch at its longest: per token and layer about
-    16·D + 3·F + 4·N·H values without remat, D with it; of experts, which always compute theirs
-    again, 6·D + 7·F for each of a token's K, of one layer. An estimate, not a promise.
-    """
-    sizes = configuration.batch_arithmetic(config)
-    compute, sampling = (
-        jnp.dtype(config.model[name]).itemsize for name in ("dtype", "rollout_dtype")
-    )
-    train, rollout = layouts
-    params = param_bytes(model, train, jnp.float32)
-    tokens = sizes.responses_per_microbatch * sizes.tokens_per_row
-    if config.train.packing:
-        tokens = sizes.packed_rows_per_microbatch * sizes.pack_length
-    tokens //= _parts(train, "batch", "length")
-    slots = config.rollout.num_slots * sizes.tokens_per_row
-    slots //= _parts(sharding.on_own_devices(rollout), "batch", "cache_length")
-    mlp_dim = model.mlp_dim if model.num_expert_layers < model.num_layers else 0
-    inside = 16 * model.embed_dim + 3 * mlp_dim + 4 * model.num_heads * model.head_dim
-    kept = (
-        model.embed_dim * model.num_layers + inside
-        if config.model.remat != "none"
-        else (inside * model.num_layers)
-    )
-    kept += model.experts_per_token * (6 * model.embed_dim + 7 * model.expert_dim)
-    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    cached //= _parts(rollout, "kv_heads")
-    return {
-        "master weights (float32)": params,
-        "Adam moments (float32)": 2 * params,
-        "gradients (float32)": params,
-        "reference policy": params if configuration.build_objective(config).kl_coef else 0,
-        "policy before a measured update": params if config.length.every else 0,
-        "rollout weights": param_bytes(model, rollout, config.model.rollout_dtype)
-        if sampling != 4 or rollout
-        else 0,
-        "rollout KV cache": sampling * slots * cached,
-        "activations of a micro-batch": compute * tokens * kept,
-        "head logits": 8
-        * config.model.head_chunk_tokens
-        * model.vocab_size
-        // _parts(train, "vocab"),
-    }
-
-
-@functools.cache  # traces the model
-def param_bytes(model: DecoderConfig, layout: Layout | None, dtype: Any) -> int:
-    """Bytes of one device's part of the parameters in `dtype`, routers in float32 at least.
-
-    What is cut over which axes differs by parameter: experts over the expert axis, norms over none.
-    """
-    params = decoder.abstract_params(model, jnp.dtype(dtype))
-    axes = jax.tree.leaves(decoder.param_axes(model), is_leaf=lambda node: isinstance(node, tuple))
-    return sum(
-        math.prod(layout.sharding(names).shard_shape(x.shape) if layout else x.shape)
-        * x.dtype.itemsize
-        for x, names in zip(jax.tree.leaves(params), axes, strict=True)
-    )
-
-
-def _parts(layout, *axes):
-    return math.prod(layout.size(axis) for axis in axes) if layout else 1
+        raise ConfigError(f"model.attention: {error}") from None
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""The policy as a folder that other programs load."""
+
+import pathlib
+import shutil
+from typing import Any
+
+from luspo_jax.images.settings import write_limits
+from luspo_jax.models import decoder_weights, vision_weights
+from luspo_jax.run.model import Model
+from luspo_jax.run.settings import Config
+
+
+def export_policy(
+    config: Config,
+    model: Model,
+    params: Any,
+    folder: pathlib.Path,
+    *,
+    dtype: str = "float32",
+    overwrite: bool | None = None,
+    own: bool = False,
+) -> None:
+    """Writes the policy as a folder that `transformers` loads; process 0 writes, all call.
+
+    Args:
+      config: of the run.
+      model: its architecture and tokenizer.
+      params: its weights.
+      folder: must be empty or new.
+      dtype: type to store.
+      overwrite: replace an earlier export of ours there.
+      own: the place is the run's, whose last export is replaced.
+    """
+    # Another tokenizer or architecture is not that of the folder's files.
+    source = None if config.model.overrides or config.model.tokenizer else model.folder
+
+    def finish(folder):
+        if source is None:
+            model.tokenizer.save_pretrained(folder)
+            for name in vision_weights.COPIED_FILES:  # else the export could not read images
+                if (model.folder / name).is_file():
+                    shutil.copyfile(model.folder / name, folder / name)
+        if model.config.vision is not None:
+            data = config.data
+            write_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+
+    decoder_weights.export(
+        folder,
+        params,
+        model.config,
+        source=source,
+        dtype=dtype,
+        overwrite=overwrite,
+        own=own,
+        finish=finish,
+    )
