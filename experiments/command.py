@@ -129,8 +129,8 @@ def description(run: Any) -> str:
     from luspo_jax import run as runs
     from luspo_jax.models import decoder_weights
 
-    layouts = run.rule.scoring.layout, run.rollout_layout
-    model = run.model.config
+    how, model = run.rule.logprobs.how, run.model.config
+    layouts = how.layout, run.rollout_layout
     memory = runs.memory_estimate(run.config, model, layouts)
     fields = configuration.flat(run.config)
     shown = {k: v for k, v in fields.items() if v is not None and v != ""}
@@ -139,7 +139,7 @@ def description(run: Any) -> str:
         *(f"  {name} = {value}" for name, value in shown.items()),
         f"objective : {_objective(run)}",
         f"device(s) : {jax.device_count()} × {jax.devices()[0].device_kind}; training "
-        f"{_mesh(layouts[0])}; rollout {_mesh(layouts[1])}; attention {run.rule.scoring.attention}",
+        f"{_mesh(layouts[0])}; rollout {_mesh(layouts[1])}; attention {how.attention}",
         f"model     : {run.model.folder.name}, {decoder_weights.num_params(model):,} parameters"
         + ("" if run.model.stop_token_ids else "; NO TOKEN ENDS A RESPONSE: all are cut"),
         *(f"training  : {report}" for report in run.data.reports),

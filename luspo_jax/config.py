@@ -22,6 +22,9 @@ from luspo_jax.rewards.registry import verifier
 from luspo_jax.shaping import Shaping
 from luspo_jax.values import Number, nearest, refusal, shown
 
+# Field of an older run → the name it has now.
+_RENAMED = {"model.experts": "model.expert_kernel"}
+
 # Fields that may change between a run and its continuation in the same workdir.
 _FREE_TO_CHANGE = (
     "num_steps",
@@ -164,12 +167,12 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
-    """Sets dotted fields, as `flat` gives them.
+    """Sets dotted fields, as `flat` gives them or gave them to an older run.
 
     Raises:
       KeyError, TypeError: a field that does not exist, or a value of another type.
     """
-    for name, value in leaves.items():
+    for name, value in _renamed(leaves).items():
         *sections, last = name.split(".")
         target = config
         for section in sections:
@@ -184,10 +187,14 @@ def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
             target[last] = value
 
 
+def _renamed(leaves):
+    return {_RENAMED.get(name, name): value for name, value in leaves.items()}
+
+
 def changes(old: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """field → (old, new) where `config` differs from a run's stored (flat) one and may not."""
     new, defaults = (json.loads(json.dumps(flat(c))) for c in (config, default_config()))
-    old = defaults | old  # a run is older than a field that it does not have
+    old = defaults | _renamed(old)  # a run is older than a field that it does not have
     return {
         name: (old.get(name), new.get(name))
         for name in sorted({*old, *new})

@@ -41,7 +41,7 @@ def default_config() -> ConfigDict:
     config.model.rollout_dtype = "float32"  # Of sampling: weights, activations and KV cache.
     config.model.remat = "none"  # What is kept for the backward pass: a key of decoder.REMAT.
     config.model.attention = "auto"  # By platform, or a name of luspo_jax.ops.attention.
-    config.model.experts = "auto"  # By platform, or a name of luspo_jax.ops.grouped_matmul.
+    config.model.expert_kernel = "auto"  # By platform, or a name of luspo_jax.ops.grouped_matmul.
     config.model.head_chunk_tokens = 2048  # Tokens whose logits exist at one time on a device.
 
     # Devices of training, of all processes; one size may be -1, for as many as the others leave.
@@ -213,7 +213,7 @@ RULES: dict[str, Rule] = {
     "model.rollout_dtype": _TYPES,
     "model.remat": OneOf(REMAT),
     "model.attention": OneOf(("auto", *attention.IMPLEMENTATIONS)),
-    "model.experts": OneOf(("auto", *grouped_matmul.IMPLEMENTATIONS)),
+    "model.expert_kernel": OneOf(("auto", *grouped_matmul.IMPLEMENTATIONS)),
     "model.head_chunk_tokens": _SIZE,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,

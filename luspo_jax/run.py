@@ -16,12 +16,11 @@ from luspo_jax import optimizer, sharding, sources
 from luspo_jax.length import laboratory
 from luspo_jax.length.laboratory import Laboratory
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.logprobs import Scoring
-from luspo_jax.models import decoder, decoder_weights
+from luspo_jax.logprobs import LogprobRule
+from luspo_jax.models import decoder, decoder_weights, kernels
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.locate import model_folder
-from luspo_jax.ops import attention as attention_op
-from luspo_jax.ops import grouped_matmul
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
@@ -54,7 +53,7 @@ class Run:
 
     def initial_params(self) -> Any:
         """The base policy's weights, or random ones where the configuration says so."""
-        model, layout = self.config.model, self.rule.scoring.layout
+        model, layout = self.config.model, self.rule.logprobs.how.layout
         if model.random_weights:
             key = jax.random.key(self.config.seed)
             return decoder.init_params(key, self.model.config, layout=layout)
@@ -106,12 +105,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
         laboratory=laboratory.laboratory(
             length,
             # Length pressure differentiates the backward pass, which kernels do not allow.
-            dataclasses.replace(
-                rule.scoring,
-                attention="reference",
-                experts="reference",
-                vision_attention="reference",
-            ),
+            dataclasses.replace(rule.logprobs, how=rule.logprobs.how.with_reference_kernels()),
             objective,
             max_response_length=longest,
             rows_at_once=configuration.batch_arithmetic(config).responses_per_microbatch,
@@ -192,7 +186,7 @@ def mesh_advice(config: ConfigDict, train: Layout | None) -> str:
 def update_rule(config: ConfigDict, model: Model, layout: Layout | None = None) -> UpdateRule:
     """What an optimizer step does, and with it the layout of the train state."""
     return UpdateRule(
-        scoring=_scoring(config, model, layout),
+        logprobs=_logprob_rule(config, model.config, layout),
         objective=configuration.build_objective(config),
         optimizer=optimizer.adamw(
             b1=config.train.b1,
@@ -258,21 +252,13 @@ def _with_stops(config, model):
     return model
 
 
-def _scoring(config, model, layout):
-    return Scoring(
-        model=model.config,
+def _logprob_rule(config, model, layout):
+    return LogprobRule(
+        how=training_forward(config, model, layout),
         temperature=config.rollout.temperature,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        attention=_attention(config, model.config, layout),
         head_chunk_tokens=config.model.head_chunk_tokens,
-        layout=layout,
-        experts=expert_products(layout, config.model.experts),
         replay=config.train.router_replay,
-        freeze_vision=_freezes(config, model.config),
-        vision_attention=vision_attention(
-            model.config, layout, config.model.dtype, config.model.attention
-        ),
+        freeze_vision=_freezes(config, model),
     )
 
 
@@ -283,7 +269,7 @@ def _freezes(config, model):
 def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layout | None) -> Engine:
     """What samples as `section` says: config.rollout (experts are recorded), or config.eval."""
     return Engine(
-        model.config,
+        sampling_forward(config, model.config, sharding.on_own_devices(layout)),
         Sampling(
             max_response_length=config.rollout.max_response_length,
             stop_token_ids=model.stop_token_ids,
@@ -295,68 +281,34 @@ def sampler(config: ConfigDict, model: Model, section: ConfigDict, layout: Layou
         # No response takes more steps than its limit.
         chunk_length=min(config.rollout.chunk_length, config.rollout.max_response_length),
         max_prompt_length=config.data.max_prompt_length,
-        dtype=jnp.dtype(config.model.rollout_dtype),
-        layout=sharding.on_own_devices(layout),
-        attention=prefill_attention(
-            model.config, layout, config.model.rollout_dtype, config.model.attention
-        ),
-        experts=expert_products(layout, config.model.experts),
         record_experts=section is config.rollout and model.config.num_experts > 0,
-        vision_attention=vision_attention(
-            model.config, layout, config.model.rollout_dtype, config.model.attention
-        ),
     )
 
 
-def _attention(config, model, layout):
-    """The name of the trainer's attention on this platform."""
-    return _resolved(
-        config.model.attention,
-        layout,
-        packed=config.train.packing,
-        head_dim=model.head_dim,
-        dtype=config.model.dtype,
-        context=layout.size("length") if layout else 1,
+def training_forward(config: ConfigDict, model: DecoderConfig, layout: Layout | None) -> Forward:
+    """How the trainer computes a forward pass on this platform."""
+    used = {"dtype": config.model.dtype, "remat": config.model.remat}
+    return _forward(config, model, layout, packed=config.train.packing, **used)
+
+
+def sampling_forward(config: ConfigDict, model: DecoderConfig, layout: Layout | None) -> Forward:
+    """How the sampler does; prompts lie one in a row."""
+    return _forward(config, model, layout, packed=False, dtype=config.model.rollout_dtype)
+
+
+def _forward(config, model, layout, *, packed, **settings):
+    how = Forward(
+        model,
+        attention=config.model.attention,
+        vision_attention=config.model.attention,
+        expert_kernel=config.model.expert_kernel,
+        layout=layout,
+        **settings,
     )
-
-
-def prefill_attention(
-    model: DecoderConfig, layout: Layout | None, dtype: str, name: str = "auto"
-) -> str:
-    """The name of the sampler's attention over prompts, which lie one in a row."""
-    return _resolved(name, layout, packed=False, head_dim=model.head_dim, dtype=dtype)
-
-
-def vision_attention(
-    model: DecoderConfig, layout: Layout | None, dtype: str, name: str = "auto"
-) -> str:
-    """The name of the vision tower's attention over an image; its heads have a size of their own.
-
-    Patches are not one run in their slots, as a packed row's tokens are not: what reads segment ids
-    is needed. "reference" is kept, of any other name what fits the platform is taken.
-    """
-    if model.vision is None or name == "reference":
-        return "reference"
-    return _resolved("auto", layout, packed=True, head_dim=model.vision.head_dim, dtype=dtype)
-
-
-def expert_products(layout: Layout | None, name: str = "auto") -> str:
-    """The name of the grouped product of experts on this platform."""
     try:
-        return grouped_matmul.resolve(name, platform=_platform(layout))
+        return kernels.resolved(how, packed=packed)
     except ValueError as error:
-        raise configuration.ConfigError(f"model.experts: {error}") from None
-
-
-def _platform(layout):
-    return (layout.mesh.devices.flat[0] if layout else sharding.available_devices()[0]).platform
-
-
-def _resolved(name, layout, **needs):
-    try:
-        return attention_op.resolve(name, platform=_platform(layout), **needs)
-    except ValueError as error:
-        raise configuration.ConfigError(f"model.attention: {error}") from None
+        raise configuration.ConfigError(f"model.{error}") from None
 
 
 def memory_estimate(

@@ -59,7 +59,7 @@ def _batch(config):
 
 
 def _logits(params, batch, config):
-    hidden_BTD = decoder.hidden_states(params, *batch, config=config)
+    hidden_BTD = decoder.hidden_states(params, *batch, how=Forward(config))
     return jnp.einsum("btd,vd->btv", hidden_BTD, decoder.head_kernel(params))
 
 
