@@ -39,7 +39,7 @@ HOW = Forward(CONFIG)
 
 
 @functools.cache
-def _params(how=HOW):
+def _params(config=CONFIG):
     """Random parameters in which no weight is at its initial one or zero."""
     rng = np.random.default_rng(0)
 
@@ -249,9 +249,7 @@ def test_a_decode_loop_holds_the_cache_once():
     def decode(params, tokens_B, cache):
         def body(state):
             lengths_B, hidden_BD, cache = state
-            hidden_BD, cache, _ = decoder.decode_step(
-                params, tokens_B, lengths_B, cache, how=HOW
-            )
+            hidden_BD, cache, _ = decoder.decode_step(params, tokens_B, lengths_B, cache, how=HOW)
             return lengths_B + 1, hidden_BD, cache
 
         lengths_B = jnp.zeros(batch, jnp.int32)

@@ -11,6 +11,7 @@ from luspo_jax import evaluate, images, prompts
 from luspo_jax.datasets import label_lookup, label_sums, load, shapes
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import read_config
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.locate import EMBEDDED, embedded_models, model_folder
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Request, Sampling
