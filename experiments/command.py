@@ -18,7 +18,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from absl import flags
 
 from luspo_jax import files, watchdog
-from luspo_jax.values import nearest
 
 
 class UsageError(ValueError):
@@ -204,6 +203,7 @@ def _flag_message(error: BaseException) -> str:
 def _unknown_field() -> str | None:
     """The first --config.a.b that cannot be set so, in words."""
     from luspo_jax import config as configuration
+    from luspo_jax.defaults import instead_of
 
     names = configuration.flat(configuration.default_config())
     for argument in sys.argv[1:]:
@@ -217,7 +217,8 @@ def _unknown_field() -> str | None:
             if wrong:
                 return wrong
         elif section is None and field not in names:
-            return f"the configuration has no field {field!r}: {nearest(field, _flags(names))}"
+            instead = instead_of(field, _flags(names))
+            return f"the configuration has no field {field!r}: {instead}"
     return None
 
 

@@ -14,16 +14,19 @@ from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS, DataError
 from luspo_jax.datasets.table import Table
 from luspo_jax.datasets.templates import TEMPLATES
-from luspo_jax.defaults import OPEN_SECTIONS, SOURCE_FIELDS, default_config, wrong_fields
+from luspo_jax.defaults import (
+    OPEN_SECTIONS,
+    RENAMED,
+    SOURCE_FIELDS,
+    default_config,
+    wrong_fields,
+)
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.rewards import Sample
 from luspo_jax.rewards.record import run as judge
 from luspo_jax.rewards.registry import verifier
 from luspo_jax.shaping import Shaping
 from luspo_jax.values import Number, nearest, refusal, shown
-
-# Field of an older run → the name it has now.
-_RENAMED = {"model.experts": "model.expert_kernel"}
 
 # Fields that may change between a run and its continuation in the same workdir.
 _FREE_TO_CHANGE = (
@@ -188,7 +191,7 @@ def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
 
 
 def _renamed(leaves):
-    return {_RENAMED.get(name, name): value for name, value in leaves.items()}
+    return {RENAMED.get(name, name): value for name, value in leaves.items()}
 
 
 def changes(old: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -203,6 +203,9 @@ _AXIS = Number(1, 2**16, also=(-1,))
 _SHARE = Number(0, 1)
 _TYPES = OneOf(("bfloat16", "float32"))
 
+# Field of an older version → the name that it has now.
+RENAMED = {"model.experts": "model.expert_kernel"}
+
 # Field → what it may be beside its type. Every field that is a number is here, but those of
 # Objective and LengthSettings, which check their own.
 RULES: dict[str, Rule] = {
@@ -312,14 +315,19 @@ def wrong_fields(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrong_fields(config, _known(), "")
 
 
+def instead_of(field: str, names: Iterable[str]) -> str:
+    """What to name in place of a field that does not exist: what it became, or the nearest."""
+    return f"it is {RENAMED[field]} now" if field in RENAMED else nearest(field, names)
+
+
 _known = functools.cache(default_config)  # never handed out
 
 
 def _wrong_fields(config, known, prefix):
     for key in config:
         if key not in known:
-            names = [f"{prefix}{name}" for name in known]
-            yield f"unknown field {prefix}{key}: {nearest(f'{prefix}{key}', names)}"
+            field, names = f"{prefix}{key}", [f"{prefix}{name}" for name in known]
+            yield f"unknown field {field}: {instead_of(field, names)}"
     missing = [f"{prefix}{key}" for key in known if key not in config]
     if missing:
         yield f"missing {', '.join(missing)}: start from luspo_jax.config.default_config()"

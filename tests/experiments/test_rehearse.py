@@ -406,9 +406,8 @@ def test_shapes_are_those_that_a_run_would_bring():
         assert made.shape == wanted.shape
         assert made.dtype == wanted.dtype
     where = batch.rows.packed.tokens_RT.sharding
-    assert (
-        where == update.put_rows(real, case.rule.logprobs.how.layout).rows.packed.tokens_RT.sharding
-    )
+    put = update.put_rows(real, case.rule.logprobs.how.layout)
+    assert where == put.rows.packed.tokens_RT.sharding
 
 
 def test_rows_of_a_mixture_come_with_recorded_experts():

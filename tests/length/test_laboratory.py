@@ -114,8 +114,7 @@ def test_responses_without_a_verdict_are_masked_out():
     sampled = _sampled()
     sampled = dataclasses.replace(sampled, counted_B=np.arange(16) != 3)
     lab = _laboratory(objectives.preset("luspo"))
-    half = laboratory._half(
-        sampled, dataclasses.replace(lab, rule=LogprobRule(Forward(model=None)))
-    )
+    lab = dataclasses.replace(lab, rule=LogprobRule(Forward(model=None)))
+    half = laboratory._half(sampled, lab)
     assert not half.response_mask_BT[3].any()
     assert half.response_mask_BT[2].any()
