@@ -106,10 +106,6 @@ class Engine:
         self.leave_at = max(1, math.ceil(refill_fraction * self.num_slots))
 
     @property
-    def config(self):
-        return self.how.model
-
-    @property
     def layout(self):
         return self.how.layout
 
@@ -126,7 +122,7 @@ class Engine:
             1 if self.layout is None else self.layout.size(axis)
             for axis in ("kv_heads", "cache_length")
         )
-        c = self.config
+        c = self.how.model
         per_token = 2 * c.num_layers * (c.num_kv_heads // heads) * c.head_dim * self.dtype.itemsize
         return per_token * -(-length // positions)
 
@@ -185,9 +181,11 @@ class Engine:
             raise ValueError(
                 f"{name} must hold a list of token ids, not {tokens.dtype}{list(tokens.shape)}"
             )
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(f"{name} has tokens outside [0, vocab_size {self.config.vocab_size})")
-        pictures.check(tokens, request.images, self.config, name)
+        if tokens.min() < 0 or tokens.max() >= self.how.model.vocab_size:
+            raise ValueError(
+                f"{name} has tokens outside [0, vocab_size {self.how.model.vocab_size})"
+            )
+        pictures.check(tokens, request.images, self.how.model, name)
 
 
 def _check_layout(layout, config):
@@ -282,7 +280,7 @@ class _Rollout:
         multiple = engine.row_multiple
         prompts = padded_prompts(requests, length=length, multiple=multiple)
         images, offsets_P = pictures.of_prompts(
-            requests, engine.config, length=length, rows=len(prompts[0]), multiple=multiple
+            requests, engine.how.model, length=length, rows=len(prompts[0]), multiple=multiple
         )
         if images is not None:
             patches, units_PT, positions_PT3 = images
