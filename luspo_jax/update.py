@@ -122,10 +122,9 @@ def score_rows(
     """Scores rows without gradients, one micro-batch at a time; everything on every device.
 
     `num_microbatches` is that of rows that are not packed. With `record_experts`,
-    `router.expert_ids`
-    are [micro-batches, rows, T, L, K] of the rows that the model read. A token's take L · K bytes
-    (384 in Qwen3-30B-A3B, and its log-prob and entropy 8), so they stay where the rows lie, and
-    `experts_on_host` fetches them.
+    `router.expert_ids` are [micro-batches, rows, T, L, K] of the rows that the model read. A
+    token's take L · K bytes (384 in Qwen3-30B-A3B, and its log-prob and entropy 8), so they stay
+    where the rows lie, and `experts_on_host` fetches them.
     """
 
     def score(carry, part):
