@@ -18,7 +18,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from absl import flags
 
 from luspo_jax.hosts import files, guard
-from luspo_jax.values import nearest
 
 
 class UsageError(ValueError):
@@ -130,8 +129,8 @@ def description(run: Any) -> str:
     from luspo_jax.run.arithmetic import batch_arithmetic
     from luspo_jax.run.memory import memory_estimate
 
-    layouts = run.rule.scoring.layout, run.rollout_layout
-    model = run.model.config
+    how, model = run.rule.logprobs.how, run.model.config
+    layouts = how.layout, run.rollout_layout
     memory = memory_estimate(run.config, model, layouts)
     leaves = fields.flat(run.config)
     shown = {k: v for k, v in leaves.items() if v is not None and v != ""}
@@ -140,7 +139,7 @@ def description(run: Any) -> str:
         *(f"  {name} = {value}" for name, value in shown.items()),
         f"objective : {_objective(run)}",
         f"device(s) : {jax.device_count()} × {jax.devices()[0].device_kind}; training "
-        f"{_mesh(layouts[0])}; rollout {_mesh(layouts[1])}; attention {run.rule.scoring.attention}",
+        f"{_mesh(layouts[0])}; rollout {_mesh(layouts[1])}; attention {how.attention}",
         f"model     : {run.model.folder.name}, {decoder_weights.num_params(model):,} parameters"
         + ("" if run.model.stop_token_ids else "; NO TOKEN ENDS A RESPONSE: all are cut"),
         *(f"training  : {report}" for report in run.data.reports),
@@ -218,7 +217,8 @@ def _unknown_field() -> str | None:
             if wrong:
                 return wrong
         elif section is None and field not in names:
-            return f"the configuration has no field {field!r}: {nearest(field, _flags(names))}"
+            instead = fields.instead_of(field, _flags(names))
+            return f"the configuration has no field {field!r}: {instead}"
     return None
 
 

@@ -29,10 +29,10 @@ from luspo_jax import evaluate, image_rows, logprobs, optimizer, packing, prompt
 from luspo_jax.datasets import shapes
 from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import read_settings
-from luspo_jax.models import char_tokenizer, decoder, decoder_weights
+from luspo_jax.models import char_tokenizer, decoder, decoder_weights, kernels
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.safetensors_folder import WeightsError
-from luspo_jax.ops import grouped_matmul
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Request, Sampling
 
@@ -102,10 +102,8 @@ def train_step(params, opt_state, rows, weights_BT, rate, *, config, adam):
     """
 
     def loss(params):
-        scoring = logprobs.Scoring(
-            config, head_chunk_tokens=weights_BT.size, experts=expert_products()
-        )
-        found = logprobs.scored(params, rows, scoring=scoring)
+        rule = logprobs.LogprobRule(forward(config), head_chunk_tokens=weights_BT.size)
+        found = logprobs.scored(params, rows, rule=rule)
         value = -(weights_BT * found.logprobs_BT).sum() / weights_BT.sum()
         if found.router is None:
             return value, (value, 0.0)
@@ -118,9 +116,9 @@ def train_step(params, opt_state, rows, weights_BT, rate, *, config, adam):
     return params, opt_state, *measured
 
 
-def expert_products() -> str:
-    """The name of the grouped product of experts on this platform."""
-    return grouped_matmul.resolve("auto", platform=jax.default_backend())
+def forward(config: DecoderConfig) -> Forward:
+    """How the model is computed: with the grouped product of experts of this platform."""
+    return kernels.resolved(Forward(config, expert_kernel="auto"))
 
 
 def load_balance(router: logprobs.RouterPass) -> tuple[jax.Array, jax.Array]:
@@ -196,12 +194,11 @@ def ask(params, config, tokenizer, records):
         max_response_length=task().max_response_length(), stop_token_ids=config.eos_token_ids
     )
     engine = Engine(
-        config,
+        forward(config),
         sampling,
         num_slots=256,
         max_prompt_length=max(len(record.tokens) for record in records),
         chunk_length=16,
-        experts=expert_products(),
         record_experts=config.num_experts > 0,
     )
     responses, _ = engine.generate(
@@ -265,7 +262,7 @@ def router_load(responses, config: DecoderConfig) -> dict[str, str]:
     if not config.num_experts:
         return {}
     # A stop token is sampled, but nothing reads it.
-    ids_NLK = np.concatenate([response.experts[:-1] for response in responses])
+    ids_NLK = np.concatenate([response.expert_ids[:-1] for response in responses])
     load_LE = np.stack(
         [
             np.bincount(ids.reshape(-1), minlength=config.num_experts)

@@ -66,7 +66,7 @@ def main() -> None:
         images=_IMAGES.value,
         image_size=tower.image_size(_IMAGE_SIZE.value),
     )
-    print(f"{cases.whole_host(case)}; attention {case.rule.scoring.attention}", flush=True)
+    print(f"{cases.whole_host(case)}; attention {case.rule.logprobs.how.attention}", flush=True)
 
     def say(line):
         print(line, flush=True)

@@ -96,7 +96,9 @@ def with_old_logprobs(
         return batch
     rows = batch.rows
     if scored.router is not None:
-        old = np.where(carried_B[:, None, None, None], rows.experts.sampler, scored.router.experts)
+        old = np.where(
+            carried_B[:, None, None, None], rows.experts.sampler, scored.router.expert_ids
+        )
         rows = dataclasses.replace(rows, experts=dataclasses.replace(rows.experts, old=old))
     return dataclasses.replace(
         batch,
@@ -166,7 +168,7 @@ def _with_images(run, prompts, rows, num_parts, plan):
     else:
         num_parts = plan.num_microbatches
         parts_B = plan.places_B // plan.responses_per_microbatch
-    config, layout = run.model.config, run.rule.scoring.layout
+    config, layout = run.model.config, run.rule.logprobs.how.layout
     return image_rows.with_images(rows, prompts, parts_B, num_parts, config=config, layout=layout)
 
 
@@ -185,9 +187,9 @@ def _score(run, rollouts, params, batch, record_experts=False, **changes):
     With images, as many rows at a time as an update reads: pixels take more memory than all else,
     and a micro-batch of few prompts encodes few images.
     """
-    prompts, scoring = rollouts.prompts, dataclasses.replace(run.rule.scoring, **changes)
+    prompts, rule = rollouts.prompts, dataclasses.replace(run.rule.logprobs, **changes)
     if not any(prompt.images for prompt in prompts):
-        return _score_rows(run, prompts, params, batch.rows, scoring, record_experts)
+        return _score_rows(run, prompts, params, batch.rows, rule, record_experts)
     size = batch_arithmetic(run.config).responses_per_minibatch
     found = [
         _score_rows(
@@ -195,7 +197,7 @@ def _score(run, rollouts, params, batch, record_experts=False, **changes):
             prompts[start : start + size],
             params,
             jax.tree.map(lambda x, start=start: x[start : start + size], batch.rows),
-            scoring,
+            rule,
         )
         for start in range(0, len(prompts), size)
     ]
@@ -206,7 +208,7 @@ def _score(run, rollouts, params, batch, record_experts=False, **changes):
     return Scored(logprobs_BT, entropy_BT)  # no model that reads images has experts
 
 
-def _score_rows(run, prompts, params, rows, scoring, record_experts=False):
+def _score_rows(run, prompts, params, rows, rule, record_experts=False):
     sizes = batch_arithmetic(run.config)
     width = rows.tokens_BT.shape[1]
     plan, parts = None, len(prompts) // sizes.responses_per_microbatch
@@ -217,22 +219,22 @@ def _score_rows(run, prompts, params, rows, scoring, record_experts=False):
         rows, parts = packing.packed_rows(rows, plan), 1
     scored = score_rows(
         params,
-        put_rows(rows, scoring.layout),
-        scoring=scoring,
+        put_rows(rows, rule.how.layout),
+        rule=rule,
         num_microbatches=parts,
         record_experts=record_experts,
     )
     router, experts = scored.router, None
     if router is not None:
         if record_experts:
-            experts = experts_on_host(router, scoring)
-        router = jax.tree.map(np.asarray, dataclasses.replace(router, experts=None))
+            experts = experts_on_host(router, rule.how.layout)
+        router = jax.tree.map(np.asarray, dataclasses.replace(router, expert_ids=None))
     of_rows = [np.asarray(x) for x in (scored.logprobs_BT, scored.entropy_BT)]
     if plan is not None:
         of_rows = [packing.from_places(x, plan) for x in of_rows]
         if experts is not None:
             experts = packing.from_rows(experts, plan, width)
-    return Scored(*of_rows, router and dataclasses.replace(router, experts=experts))
+    return Scored(*of_rows, router and dataclasses.replace(router, expert_ids=experts))
 
 
 def _sampler_experts(run, rollouts, length):
@@ -248,8 +250,8 @@ def _sampler_experts(run, rollouts, length):
     ):
         start, end = len(prompt.tokens), len(prompt.tokens) + len(response.tokens)
         for name, part in (
-            ("prompt_experts", placed[row, :start]),
-            ("experts", placed[row, start:end]),
+            ("prompt_expert_ids", placed[row, :start]),
+            ("expert_ids", placed[row, start:end]),
         ):
             ids = getattr(response, name)
             if ids is None or ids.shape != part.shape:

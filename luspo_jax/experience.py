@@ -265,22 +265,24 @@ def _group(values):
     )
 
 
+# Name in a file, which carried responses of older runs have → field of a Response.
+_EXPERT_IDS = {"experts": "expert_ids", "prompt_experts": "prompt_expert_ids"}
+
+
 def _experts_to_json(response):
-    if response.experts is None:
+    if response.expert_ids is None:
         return {}
+    found = {name: getattr(response, field) for name, field in _EXPERT_IDS.items()}
     return {
         name: {"shape": list(ids.shape), "type": ids.dtype.str, "ids": _packed(ids, ids.dtype)}
-        for name, ids in (
-            ("experts", response.experts),
-            ("prompt_experts", response.prompt_experts),
-        )
+        for name, ids in found.items()
     }
 
 
 def _experts_from_json(stored):
     return {
-        name: _unpacked(stored[name]["ids"], stored[name]["type"]).reshape(stored[name]["shape"])
-        for name in ("experts", "prompt_experts")
+        field: _unpacked(stored[name]["ids"], stored[name]["type"]).reshape(stored[name]["shape"])
+        for name, field in _EXPERT_IDS.items()
         if name in stored
     }
 

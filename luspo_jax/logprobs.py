@@ -9,45 +9,33 @@ import jax.numpy as jnp
 
 from luspo_jax import sharding
 from luspo_jax.models import decoder, vision
-from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.experts import check_ids
+from luspo_jax.models.forward import Forward
 from luspo_jax.ops.attention import inverse_ring_order, ring_order
 from luspo_jax.ops.head_logprobs import head_logprobs
-from luspo_jax.sharding import Layout
 from luspo_jax.types import TokenBatch
 
 
 @dataclasses.dataclass(frozen=True)
-class Scoring:
+class LogprobRule:
     """How log-probabilities are computed; static under jit.
 
     Attributes:
-      model: the decoder's configuration.
+      how: how the model's forward pass is.
       temperature: of the rollout; log-probabilities of any other temperature would make
         the importance ratio wrong by several nats.
-      dtype: name of the compute dtype; the head always accumulates in float32.
-      remat: what of a layer is kept for the backward pass, a key of `decoder.REMAT`.
-      attention: name of the implementation in `ops.attention`.
-      vision_attention: likewise, of the vision tower.
-      experts: name of the implementation in `ops.grouped_matmul`.
+      head_chunk_tokens: tokens (rows × positions) whose logits exist at one time on a device; the
+        head always accumulates in float32.
       replay: which recorded experts stand in for the routers' choice, a key of REPLAYS; rows
         without that record are routed as the policy does.
       freeze_vision: no gradient goes to the vision tower.
-      head_chunk_tokens: tokens (rows × positions) whose logits exist at one time on a device.
-      layout: where parameters, rows and positions lie; None on one device.
     """
 
-    model: DecoderConfig
+    how: Forward
     temperature: float = 1.0
-    dtype: str = "float32"
-    remat: str = "none"
-    attention: str = "reference"
     head_chunk_tokens: int = 2048
-    layout: Layout | None = None
-    experts: str = "reference"
     replay: str = "none"
     freeze_vision: bool = False
-    vision_attention: str = "reference"
 
 
 # Router replay: "old" is R2 and "sampler" R3 of arXiv:2512.01374.
@@ -60,7 +48,7 @@ class RouterPass:
     """What the routers did in a pass over rows; counts are over real tokens, prompts included.
 
     Attributes:
-      experts: [rows, T, L, K] the routers' own choice at each token of the rows that the model
+      expert_ids: [rows, T, L, K] the routers' own choice at each token of the rows that the model
         read, packed ones where there are, whatever was replayed; None where it is not kept.
       load_LE: float32 tokens that each expert was sent.
       mass_LE: float32 sums of the routers' probabilities.
@@ -69,7 +57,7 @@ class RouterPass:
         summed over real tokens.
     """
 
-    experts: jax.Array | None
+    expert_ids: jax.Array | None
     load_LE: jax.Array
     mass_LE: jax.Array
     tokens: jax.Array
@@ -90,14 +78,14 @@ class Scored:
 
 
 def token_logprobs(
-    params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring
+    params: Mapping[str, Any], rows: TokenBatch, *, rule: LogprobRule
 ) -> tuple[jax.Array, jax.Array]:
     """(logprobs_BT, entropy_BT) of `scored`."""
-    result = scored(params, rows, scoring=scoring)
+    result = scored(params, rows, rule=rule)
     return result.logprobs_BT, result.entropy_BT
 
 
-def scored(params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring) -> Scored:
+def scored(params: Mapping[str, Any], rows: TokenBatch, *, rule: LogprobRule) -> Scored:
     """Log-probs and entropies of the response tokens of rows, and what routers did.
 
     Of packed rows, one micro-batch at a time: the model and the head read the dense rows, and what
@@ -112,8 +100,8 @@ def scored(params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring) -> 
             rows.segment_ids_BT,
             rows.response_mask_BT,
             rows.experts,
-            _images(params, rows, rows.units_BT, scoring),
-            scoring,
+            _images(params, rows, rows.units_BT, rule),
+            rule,
         )
     of_rows = _scored(
         params,
@@ -122,58 +110,49 @@ def scored(params: Mapping[str, Any], rows: TokenBatch, *, scoring: Scoring) -> 
         packed.segment_ids_RT,
         packed.response_mask_RT,
         packed.experts,
-        _images(params, rows, packed.units_RT, scoring),
-        scoring,
+        _images(params, rows, packed.units_RT, rule),
+        rule,
     )
     unpacked = (
-        _unpacked(x_RT, rows, scoring.layout) for x_RT in (of_rows.logprobs_BT, of_rows.entropy_BT)
+        _unpacked(x_RT, rows, rule.how.layout) for x_RT in (of_rows.logprobs_BT, of_rows.entropy_BT)
     )
     return Scored(*unpacked, of_rows.router)
 
 
-def _images(params, rows, units_BT, scoring):
+def _images(params, rows, units_BT, rule):
     """(embeddings of the rows' images [U, D], the one at each token or −1); None without any."""
     if rows.images is None:
         return None
     tower = params["vision"]
     units_IUD = vision.encode(
-        jax.lax.stop_gradient(tower) if scoring.freeze_vision else tower,
+        jax.lax.stop_gradient(tower) if rule.freeze_vision else tower,
         rows.images.patches_ISC,
         rows.images.positions_IS2,
         rows.images.valid_IS,
-        config=scoring.model.vision,
-        dtype=jnp.dtype(scoring.dtype),
-        remat=scoring.remat,
-        attention=scoring.vision_attention,
-        layout=scoring.layout,
+        how=rule.how,
     )
     return units_IUD.reshape(-1, units_IUD.shape[-1]), units_BT
 
 
 def _scored(
-    params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, experts, images, scoring
+    params, tokens_BT, positions_BT, segment_ids_BT, response_mask_BT, experts, images, rule
 ):
-    layout = scoring.layout
+    layout = rule.how.layout
     recorded = {} if experts is None else vars(experts)
     recorded = {name: ids for name, ids in recorded.items() if ids is not None}
     for name, ids in recorded.items():
-        check_ids(ids, tokens_BT, scoring.model, f"experts.{name}")
+        check_ids(ids, tokens_BT, rule.how.model, f"experts.{name}")
     order, back = _ring(tokens_BT.shape[1], layout)
-    replayed = recorded.get(scoring.replay)
+    replayed = recorded.get(rule.replay)
     hidden_BTD, routed = decoder.forward(
         params,
         order(tokens_BT),
         order(positions_BT),
         order(segment_ids_BT),
-        config=scoring.model,
-        dtype=jnp.dtype(scoring.dtype),
-        remat=scoring.remat,
-        attention=scoring.attention,
-        experts=scoring.experts,
+        how=rule.how,
         replayed_BTLK=None if replayed is None else order(replayed),
         units_UD=None if images is None else images[0],
         index_BT=None if images is None else order(images[1]),
-        layout=layout,
     )
     # The state at t−1 predicts token t. Predictions are made where they stand (index t−1) and
     # moved to the token they score, which is the alignment law of types.py. A segment begins with
@@ -183,8 +162,8 @@ def _scored(
         decoder.head_kernel(params),
         order(jnp.roll(tokens_BT, -1, axis=1)),
         order(_shift_left(response_mask_BT)),
-        temperature=scoring.temperature,
-        chunk_tokens=scoring.head_chunk_tokens,
+        temperature=rule.temperature,
+        chunk_tokens=rule.head_chunk_tokens,
         layout=layout,
     )
     router = None if routed is None else _router_pass(routed, back, segment_ids_BT > 0, recorded)
@@ -192,14 +171,14 @@ def _scored(
 
 
 def _router_pass(routed, back, real_BT, recorded):
-    ids = back(routed.experts)
+    ids = back(routed.expert_ids)
     agreement = {}
     for name, others in recorded.items():
         shared = jnp.any(ids[..., :, None] == others[..., None, :], axis=-1)
         share_BT = jnp.mean(shared.astype(jnp.float32), axis=(-2, -1))
         agreement[name] = jnp.sum(jnp.where(real_BT, share_BT, 0))
     return RouterPass(
-        experts=ids,
+        expert_ids=ids,
         load_LE=routed.load_LE,
         mass_LE=routed.mass_LE,
         tokens=jnp.sum(real_BT, dtype=jnp.float32),

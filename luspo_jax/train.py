@@ -256,7 +256,7 @@ def optimize(
     for epoch in range(settings.num_epochs):
         for rows in _minibatches(run, batch.group_ids_B, step, epoch):
             minibatch = batches.minibatch(run, rollouts, batch, rows, metrics)
-            minibatch = put_rows(minibatch, run.rule.scoring.layout)
+            minibatch = put_rows(minibatch, run.rule.logprobs.how.layout)
             state, measured = update_step(
                 state, minibatch, np.float32(rate), np.float32(alpha_shift), rule=run.rule
             )

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 
 from luspo_jax import objectives, optimizer, sharding
-from luspo_jax.logprobs import RouterPass, Scored, Scoring, scored
+from luspo_jax.logprobs import LogprobRule, RouterPass, Scored, scored
 from luspo_jax.models import decoder
 from luspo_jax.models.experts import load
+from luspo_jax.models.forward import Forward
 from luspo_jax.objectives import Objective
 from luspo_jax.ops.precision import wide_type
 from luspo_jax.sharding import Layout
@@ -24,7 +25,7 @@ class UpdateRule:
     """Everything about an optimizer step that is static under jit.
 
     Attributes:
-      scoring: how log-probabilities are computed.
+      logprobs: how log-probabilities are computed.
       objective: the loss.
       optimizer: an optax transformation (compared by identity: build it once).
       num_microbatches: parts a minibatch is cut into, one after another; the result does not
@@ -35,7 +36,7 @@ class UpdateRule:
       router_aux_coef: of the load-balancing loss of a mixture of experts; needs recorded experts.
     """
 
-    scoring: Scoring
+    logprobs: LogprobRule
     objective: Objective
     optimizer: optax.GradientTransformation
     num_microbatches: int
@@ -51,7 +52,7 @@ def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> Tra
     The arrays are copies, because `update_step` gives its state's memory away. `marked` makes
     room for `TrainState.marked_params`.
     """
-    if rule.scoring.layout is None:
+    if rule.logprobs.how.layout is None:
         return _fresh(params, rule, marked)
     fresh = functools.partial(_fresh, rule=rule, marked=marked)
     where = state_shardings(jax.eval_shape(fresh, params), rule)
@@ -60,9 +61,9 @@ def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> Tra
 
 def abstract_state(rule: UpdateRule, *, marked: bool = False) -> TrainState:
     """Shapes, types and places of `initial_state`; nothing is allocated."""
-    params = decoder.abstract_params(rule.scoring.model)
+    params = decoder.abstract_params(rule.logprobs.how.model)
     state = jax.eval_shape(functools.partial(_fresh, rule=rule, marked=marked), params)
-    if rule.scoring.layout is None:
+    if rule.logprobs.how.layout is None:
         return state
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -73,10 +74,10 @@ def abstract_state(rule: UpdateRule, *, marked: bool = False) -> TrainState:
 
 def state_shardings(state: TrainState, rule: UpdateRule) -> TrainState | None:
     """Where the leaves of a state lie: moments and copies as the parameters they belong to."""
-    layout = rule.scoring.layout
+    layout = rule.logprobs.how.layout
     if layout is None:
         return None
-    of_params, whole = param_shardings(rule.scoring), layout.sharding(())
+    of_params, whole = param_shardings(rule.logprobs.how), layout.sharding(())
     return TrainState(
         of_params,
         optax.tree_utils.tree_map_params(
@@ -92,9 +93,9 @@ def state_shardings(state: TrainState, rule: UpdateRule) -> TrainState | None:
     )
 
 
-def param_shardings(scoring: Scoring) -> Any:
+def param_shardings(how: Forward) -> Any:
     """Where the parameters lie; None on one device."""
-    return sharding.shardings(decoder.param_axes(scoring.model), scoring.layout)
+    return sharding.shardings(decoder.param_axes(how.model), how.layout)
 
 
 def _fresh(params, rule, marked):
@@ -109,63 +110,65 @@ def _fresh(params, rule, marked):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("scoring", "num_microbatches", "record_experts"))
+@functools.partial(jax.jit, static_argnames=("rule", "num_microbatches", "record_experts"))
 def score_rows(
     params: Any,
     rows: TokenBatch,
     *,
-    scoring: Scoring,
+    rule: LogprobRule,
     num_microbatches: int,
     record_experts: bool = False,
 ) -> Scored:
     """Scores rows without gradients, one micro-batch at a time; everything on every device.
 
-    `num_microbatches` is that of rows that are not packed. With `record_experts`, `router.experts`
-    are [micro-batches, rows, T, L, K] of the rows that the model read. A token's take L · K bytes
-    (384 in Qwen3-30B-A3B, and its log-prob and entropy 8), so they stay where the rows lie, and
-    `experts_on_host` fetches them.
+    `num_microbatches` is that of rows that are not packed. With `record_experts`,
+    `router.expert_ids` are [micro-batches, rows, T, L, K] of the rows that the model read. A
+    token's take L · K bytes (384 in Qwen3-30B-A3B, and its log-prob and entropy 8), so they stay
+    where the rows lie, and `experts_on_host` fetches them.
     """
 
     def score(carry, part):
-        found = scored(params, part, scoring=scoring)
+        found = scored(params, part, rule=rule)
         if found.router is not None and not record_experts:
             found = dataclasses.replace(
-                found, router=dataclasses.replace(found.router, experts=None)
+                found, router=dataclasses.replace(found.router, expert_ids=None)
             )
         return carry, found
 
-    parts = _split(rows, _num_parts(rows, num_microbatches), scoring.layout)
+    parts = _split(rows, _num_parts(rows, num_microbatches), rule.how.layout)
     step = score
     if rows.packed is not None:
-        step = _unless_empty(score, lambda part: part, scoring.model)
+        step = _unless_empty(score, lambda part: part, rule.how.model)
     _, result = jax.lax.scan(step, None, parts)
 
     def whole(x):  # on every process, because the host reads them
         x = x.reshape(-1, *x.shape[2:])
-        return sharding.constrain(x, (None,) * x.ndim, scoring.layout)
+        return sharding.constrain(x, (None,) * x.ndim, rule.how.layout)
 
     router = result.router
     if router is not None:
-        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), dataclasses.replace(router, experts=None))
-        experts = router.experts
-        if experts is not None:
-            axes = (None, "batch", *[None] * (experts.ndim - 2))
-            experts = sharding.constrain(experts, axes, scoring.layout)
-        router = dataclasses.replace(sums, experts=experts)
+        sums = jax.tree.map(
+            lambda x: jnp.sum(x, axis=0), dataclasses.replace(router, expert_ids=None)
+        )
+        ids = router.expert_ids
+        if ids is not None:
+            axes = (None, "batch", *[None] * (ids.ndim - 2))
+            ids = sharding.constrain(ids, axes, rule.how.layout)
+        router = dataclasses.replace(sums, expert_ids=ids)
     return Scored(whole(result.logprobs_BT), whole(result.entropy_BT), router)
 
 
-def experts_on_host(router: RouterPass, scoring: Scoring) -> np.ndarray:
+def experts_on_host(router: RouterPass, layout: Layout | None) -> np.ndarray:
     """The experts that `score_rows` recorded as [rows, T, L, K], on every process.
 
     Micro-batch by micro-batch, because each is on every device for a moment.
     """
-    if scoring.layout is None:
-        parts = np.asarray(router.experts)
+    if layout is None:
+        parts = np.asarray(router.expert_ids)
     else:
         parts = [
-            np.asarray(_on_every_device(router.experts, np.int32(part), layout=scoring.layout))
-            for part in range(router.experts.shape[0])
+            np.asarray(_on_every_device(router.expert_ids, np.int32(part), layout=layout))
+            for part in range(router.expert_ids.shape[0])
         ]
     return np.concatenate(parts)
 
@@ -210,7 +213,7 @@ def update_step(
 
     def loss(params, part):
         micro, scale_B = part
-        found = scored(params, micro.rows, scoring=rule.scoring)
+        found = scored(params, micro.rows, rule=rule.logprobs)
         total, metrics = objectives.loss(
             objective,
             objectives.PolicyBatch(
@@ -230,20 +233,20 @@ def update_step(
         if router is not None:
             if balance_LE is not None:
                 total = total + rule.router_aux_coef * jnp.sum(balance_LE * router.mass_LE)
-            router = jax.lax.stop_gradient(dataclasses.replace(router, experts=None))
+            router = jax.lax.stop_gradient(dataclasses.replace(router, expert_ids=None))
         return total, (metrics, router)
 
     def accumulate(grads, part):
         (_, found), new = jax.value_and_grad(loss, has_aux=True)(state.params, part)
         grads = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
-        return sharding.constrain_tree(grads, param_shardings(rule.scoring)), found
+        return sharding.constrain_tree(grads, param_shardings(rule.logprobs.how)), found
 
     # Gradients add up in float32, or float64 where the master weights are.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), state.params)
     num_parts = _num_parts(batch.rows, rule.num_microbatches)
-    parts = _split((batch, length_scale_B), num_parts, rule.scoring.layout)
+    parts = _split((batch, length_scale_B), num_parts, rule.logprobs.how.layout)
     if batch.rows.packed is not None:
-        accumulate = _unless_empty(accumulate, lambda part: part[0].rows, rule.scoring.model)
+        accumulate = _unless_empty(accumulate, lambda part: part[0].rows, rule.logprobs.how.model)
     grads, found = jax.lax.scan(accumulate, zeros, parts)
     metrics, router = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
     if router is not None:
@@ -264,13 +267,13 @@ def balance_weights(rows: TokenBatch, rule: UpdateRule) -> jax.Array | None:
     """
     if not rule.router_aux_coef:
         return None
-    model, used = rule.scoring.model, None
+    model, used = rule.logprobs.how.model, None
     if rows.packed is None:
         experts, real = rows.experts, rows.segment_ids_BT > 0
     else:
         experts, real = rows.packed.experts, rows.packed.segment_ids_RT > 0
     if experts is not None:
-        sampled = rule.scoring.replay == "sampler" or experts.old is None
+        sampled = rule.logprobs.replay == "sampler" or experts.old is None
         used = experts.sampler if sampled else experts.old
     if used is None:
         raise ValueError(

@@ -14,15 +14,15 @@ from jax.sharding import AbstractMesh
 
 from luspo_jax import sharding
 from luspo_jax.datasets import DataError
-from luspo_jax.models import decoder
+from luspo_jax.models import decoder, kernels
 from luspo_jax.models.decoder_config import decoder_config
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.locate import architecture
 from luspo_jax.prompts.templates import LUSPO_VL_SYSTEM_PROMPT
 from luspo_jax.rewards.registry import score
-from luspo_jax.run import build as building
 from luspo_jax.run import checks, fields
 from luspo_jax.run.arithmetic import batch_arithmetic
-from luspo_jax.run.build import build, layouts, mesh_advice, prefill_attention, vision_attention
+from luspo_jax.run.build import build, layouts, mesh_advice
 from luspo_jax.run.memory import memory_estimate
 from luspo_jax.sharding import MeshError
 
@@ -395,17 +395,22 @@ def test_the_tower_has_an_attention_of_its_own(platform, prompts, images, monkey
     """Patches are not one run in their slots, and the tower's heads have a size of their own."""
     model = decoder_config(architecture(_config(VISUAL).model.path))
     text = decoder_config(architecture(_config(PAPER[0]).model.path))
-    monkeypatch.setattr(building, "_platform", lambda layout: platform)
-    assert prefill_attention(model, None, "bfloat16") == prompts
-    assert vision_attention(model, None, "bfloat16") == images
-    assert vision_attention(model, None, "bfloat16", prompts) == images
-    assert vision_attention(model, None, "bfloat16", "reference") == "reference"
-    assert vision_attention(text, None, "bfloat16") == "reference"
+    monkeypatch.setattr(kernels, "_platform", lambda layout: platform)
+
+    def names(model, name="auto"):
+        how = Forward(model, "bfloat16", attention=name, vision_attention=name)
+        how = kernels.resolved(how)
+        return how.attention, how.vision_attention
+
+    assert names(model) == (prompts, images)
+    assert names(model, prompts) == (prompts, images)
+    assert names(model, "reference") == ("reference", "reference")
+    assert names(text) == (prompts, "reference")
     small = dataclasses.replace(
         model, vision=dataclasses.replace(model.vision, embed_dim=64, num_heads=8)
     )
     fits = {"cuda": "reference"}.get(platform, images)  # 8 is less than the kernel takes
-    assert vision_attention(small, None, "bfloat16") == fits
+    assert names(small)[1] == fits
 
 
 def test_data_that_is_not_there_is_told_with_where_it_comes_from(shared_data, tmp_path):
@@ -438,7 +443,7 @@ def test_runs_are_built_from_real_tokenizers_and_data(name, shared_data, tmp_pat
     run = build(config, jax.devices()[:8])
     assert len(run.data.held_out) == min(config.eval.num_problems, 500)
     assert len(run.data.stream) == {"gsm8k": 7473}.get(config.data.name, 17_279)
-    assert run.rule.scoring.layout.size("batch") == 8
+    assert run.rule.logprobs.how.layout.size("batch") == 8
     prompts = run.data.stream.next_prompts(256)
     assert run.data.stream.dropped == 0
     assert all("<|im_start|>user" in prompt.text for prompt in prompts)

@@ -7,15 +7,16 @@ import pytest
 
 from luspo_jax import objectives, optimizer, update
 from luspo_jax.length import pressure
-from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.logprobs import LogprobRule, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
 from luspo_jax.types import TokenBatch, TrainBatch
 
 CONFIG = DecoderConfig(
     "qwen3", 512, 1, 16, 32, 2, 1, 8, 1e4, 1e-6, False, True, False, 8192
 )  # fmt: skip
-SCORING = Scoring(CONFIG, remat="full", head_chunk_tokens=64)
+LOGPROBS = LogprobRule(Forward(CONFIG, remat="full"), head_chunk_tokens=64)
 
 
 def _rows(b, t):
@@ -30,7 +31,7 @@ def _step_bytes(t, b=2):
         _rows(b, t), row, jax.ShapeDtypeStruct((b,), jnp.int32), None, None, None, floats
     )
     adam = optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-    rule = update.UpdateRule(SCORING, objectives.preset("luspo"), adam, 1, 1.0)
+    rule = update.UpdateRule(LOGPROBS, objectives.preset("luspo"), adam, 1, 1.0)
     program = update.update_step.lower(
         update.abstract_state(rule), batch, np.float32(1e-6), rule=rule
     )
@@ -44,7 +45,7 @@ def _pressure_bytes(t, b=4):
 
     def measured(params, half_a, half_b):
         return pressure.cross_fitted(
-            lambda p, rows: token_logprobs(p, rows, scoring=SCORING)[0],
+            lambda p, rows: token_logprobs(p, rows, rule=LOGPROBS)[0],
             params,
             half_a,
             half_b,

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from luspo_jax import objectives, optimizer, sharding, update
-from luspo_jax.logprobs import Scoring
+from luspo_jax.logprobs import LogprobRule
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
 from luspo_jax.types import TokenBatch, TrainBatch
 from luspo_jax.update import UpdateRule
 
@@ -55,8 +56,8 @@ def _batch(seed=0):
 def _rule(sizes, remat="full"):
     layout = sharding.layout("train", sizes, jax.devices()) if sizes else None
     objective = objectives.preset("luspo", kl_coef=0.01)
-    scoring = Scoring(CONFIG, remat=remat, head_chunk_tokens=64, layout=layout)
-    return UpdateRule(scoring, objective, OPTIMIZER, num_microbatches=2, max_grad_norm=1.0)
+    logprobs = LogprobRule(Forward(CONFIG, remat=remat, layout=layout), head_chunk_tokens=64)
+    return UpdateRule(logprobs, objective, OPTIMIZER, num_microbatches=2, max_grad_norm=1.0)
 
 
 def _stepped(sizes):
@@ -64,7 +65,7 @@ def _stepped(sizes):
     rule = _rule(sizes)
     params = decoder.init_params(jax.random.key(0), CONFIG)
     state = update.initial_state(params, rule, marked=True)
-    batch = update.put_rows(_batch(), rule.scoring.layout)
+    batch = update.put_rows(_batch(), rule.logprobs.how.layout)
     program = update.update_step.lower(state, batch, RATE, np.float32(0), rule=rule).compile()
     before = update.state_shardings(state, rule)
     state, metrics = update.update_step(state, batch, RATE, np.float32(0), rule=rule)
@@ -113,10 +114,10 @@ def test_scores_are_those_of_one_device(one_device):
     params = decoder.init_params(jax.random.key(0), CONFIG)
     scored = []
     for sizes in (None, *MESHES.values()):
-        scoring = _rule(sizes).scoring
-        placed = jax.device_put(params, update.param_shardings(scoring)) if sizes else params
-        rows = update.put_rows(_batch().rows, scoring.layout)
-        scored.append(update.score_rows(placed, rows, scoring=scoring, num_microbatches=2))
+        rule = _rule(sizes).logprobs
+        placed = jax.device_put(params, update.param_shardings(rule.how)) if sizes else params
+        rows = update.put_rows(_batch().rows, rule.how.layout)
+        scored.append(update.score_rows(placed, rows, rule=rule, num_microbatches=2))
     for found in scored[1:]:
         assert _worst(jax.device_get(found), jax.device_get(scored[0])) <= 1e-5
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from luspo_jax import packing
-from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.logprobs import LogprobRule, token_logprobs
 from luspo_jax.models import decoder
+from luspo_jax.models.forward import Forward
 from luspo_jax.types import TrainBatch
 from tests.test_update import MODEL
 
@@ -194,11 +195,11 @@ def test_there_are_few_sizes():
 def scored():
     """Scores packed rows of 40 tokens, and the packed rows of 5 sequences, two or three a row."""
     params = decoder.init_params(jax.random.key(3), MODEL)
-    scoring = Scoring(MODEL, head_chunk_tokens=32)
+    rule = LogprobRule(Forward(MODEL), head_chunk_tokens=32)
     rows, _ = _rows(count=5)
     plan, batch = _packed(rows, row_length=40, rows_per_microbatch=2)
     assert (plan.num_microbatches, batch.packed.segment_ids_RT.max()) == (1, 3)
-    function = jax.jit(lambda rows: token_logprobs(params, rows, scoring=scoring))
+    function = jax.jit(lambda rows: token_logprobs(params, rows, rule=rule))
     return lambda rows: [np.asarray(x) for x in function(rows)], rows, plan, batch
 
 

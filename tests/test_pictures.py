@@ -22,6 +22,7 @@ from luspo_jax.images.layout import bucket, laid_out
 from luspo_jax.length import laboratory
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.models import decoder
+from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Engine, Request, Sampling
 from luspo_jax.run.build import build
 from tests import vl_cases
@@ -117,7 +118,7 @@ def test_a_mesh_scores_as_one_device(folder, run, params, rollouts, sizes):
     for axis in ("data", "fsdp", "context", "tensor"):
         config.mesh[axis] = sizes.get(axis, 1)
     meshed = build(config, devices=jax.devices())
-    placed = jax.device_put(params, update.param_shardings(meshed.rule.scoring))
+    placed = jax.device_put(params, update.param_shardings(meshed.rule.logprobs.how))
     batch = batches.train_batch(run, rollouts)
     alone = _score(run, params, rollouts, batch).logprobs_BT
     scored = _score(meshed, placed, rollouts, batch).logprobs_BT
@@ -175,10 +176,9 @@ def test_carried_groups_get_their_images_back(run, rollouts):
 def _generated(run, params, requests, layout=None, **sizes):
     """response token ids and log-probs, by prompt and sample."""
     engine = Engine(
-        run.model.config,
+        Forward(run.model.config, layout=layout),
         Sampling(max_response_length=12, stop_token_ids=(1,)),
         max_prompt_length=40,
-        layout=layout,
         **sizes,
     )
     responses, _ = engine.generate(params, requests, group_size=3, seed=5)
@@ -243,7 +243,7 @@ def test_rows_of_no_one_and_two_images_score_as_they_were_sampled(run, params):
     config = run.model.config
     rows = image_rows.with_positions(rows, prompts_B, config)
     rows = image_rows.with_images(rows, prompts_B, np.zeros(len(keys), int), 1, config=config)
-    logprobs_BT, _ = logprobs.token_logprobs(params, rows, scoring=run.rule.scoring)
+    logprobs_BT, _ = logprobs.token_logprobs(params, rows, rule=run.rule.logprobs)
     found = [
         row[mask] for row, mask in zip(np.asarray(logprobs_BT), rows.response_mask_BT, strict=True)
     ]
@@ -264,7 +264,7 @@ def pressures(run, params, rollouts):
         fresh_B=~rollouts.carried_B,
         prompts_B=instruments.prompts_with_images(rollouts),
     )
-    lab = laboratory.Laboratory(run.rule.scoring, (("own", run.rule.objective),), (4, 8), 99)
+    lab = laboratory.Laboratory(run.rule.logprobs, (("own", run.rule.objective),), (4, 8), 99)
     return lab, sampled, laboratory.measure(lab, params, params, sampled, 0.0)
 
 
@@ -276,9 +276,10 @@ def test_length_pressure_does_not_depend_on_pieces_or_devices(
 ):
     lab, sampled, expected = pressures
     layout = sharding.layout("train", sizes, jax.devices()) if sizes else None
-    scoring = dataclasses.replace(run.rule.scoring, layout=layout)
-    pieces = dataclasses.replace(lab, rows_at_once=4, scoring=scoring)
-    placed = jax.device_put(params, update.param_shardings(scoring)) if sizes else params
+    how = dataclasses.replace(run.rule.logprobs.how, layout=layout)
+    rule = dataclasses.replace(run.rule.logprobs, how=how)
+    pieces = dataclasses.replace(lab, rows_at_once=4, rule=rule)
+    placed = jax.device_put(params, update.param_shardings(how)) if sizes else params
     found = laboratory.measure(pieces, placed, placed, sampled, 0.0)
     assert abs(float(expected["own"].length)) > 0
     scale = float(np.abs(expected["own"].length_bins).max())
@@ -297,7 +298,7 @@ def test_fifty_sizes_of_images_compile_once_a_bucket(run, params):
     """Each image in a prompt of its own; the programs that do not know of images are warm."""
     config = run.model.config
     sampling = Sampling(max_response_length=1, stop_token_ids=(1,))
-    engine = Engine(config, sampling, num_slots=1, max_prompt_length=64)
+    engine = Engine(Forward(config), sampling, num_slots=1, max_prompt_length=64)
     (some,) = run.data.held_out[0].images
     sizes = [(2 * rows, 2 * columns) for rows in range(1, 8) for columns in range(1, 9)]
 
@@ -326,7 +327,7 @@ def test_fifty_sizes_of_images_compile_once_a_bucket(run, params):
 def test_bad_images_are_named(run, params):
     prompt = run.data.held_out[0]
     sampling = Sampling(max_response_length=4, stop_token_ids=(1,))
-    engine = Engine(run.model.config, sampling, num_slots=4, max_prompt_length=40)
+    engine = Engine(Forward(run.model.config), sampling, num_slots=4, max_prompt_length=40)
     with pytest.raises(ValueError, match=r"prompt_id 7.*placeholders"):
         engine.generate(params, [Request(7, prompt.tokens, ())], group_size=1, seed=0)
     twice = Request(7, prompt.tokens, prompt.images * 2)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from luspo_jax import objectives, optimizer, packing, sharding, update
-from luspo_jax.logprobs import Scoring, scored
+from luspo_jax.logprobs import LogprobRule, scored
 from luspo_jax.models import decoder
+from luspo_jax.models.forward import Forward
 from luspo_jax.objectives.presets import PRESETS, used_hyperparameters
 from luspo_jax.types import Experts, TrainBatch
 from tests.models import expert_cases as cases
@@ -34,21 +35,21 @@ def _rows(length=T, order=None):
     )
 
 
-@functools.partial(jax.jit, static_argnames="scoring")
-def _scored(params, rows, *, scoring):
-    return scored(params, rows, scoring=scoring)
+@functools.partial(jax.jit, static_argnames="rule")
+def _scored(params, rows, *, rule):
+    return scored(params, rows, rule=rule)
 
 
 @functools.cache
 def _recorded(model):
     """Ids [B, T, L, K] of two policies that are not quite the current one."""
-    params, scoring = cases.params(model), Scoring(model, head_chunk_tokens=64)
+    params, rule = cases.params(model), LogprobRule(Forward(model), head_chunk_tokens=64)
     with jax.enable_x64(False):
         return [
             np.asarray(
                 _scored(
-                    cases.with_other_routers(params, size), _rows(), scoring=scoring
-                ).router.experts
+                    cases.with_other_routers(params, size), _rows(), rule=rule
+                ).router.expert_ids
             )
             for size in (0.5, 0.2)
         ]
@@ -92,22 +93,23 @@ def _packed(batch, row_length=32, rows_per_microbatch=2):
 
 
 def _rule(name="luspo", *, model=MODEL, mesh=None, plan=PLAIN, **fields):
-    """Fields of the rule, of its scoring and of its objective."""
+    """Fields of the rule, of its log-probs and of its objective."""
     own = {"num_microbatches": 1, "max_grad_norm": 0.0, "router_aux_coef": 0.0}
     own |= {k: fields.pop(k) for k in own if k in fields}
-    how = {"replay": "none", "dtype": "float32", "remat": "none"}
-    how |= {k: fields.pop(k) for k in how if k in fields}
+    how = {k: fields.pop(k) for k in ("dtype", "remat") if k in fields}
+    replay = fields.pop("replay", "none")
     layout = sharding.layout("train", MESHES[mesh], jax.devices()) if mesh else None
-    scoring = Scoring(model, head_chunk_tokens=64, layout=layout, **how)
+    how = Forward(model, layout=layout, **how)
+    logprobs = LogprobRule(how, head_chunk_tokens=64, replay=replay)
     wide = dict.fromkeys({"clip_low", "clip_high"} & set(used_hyperparameters(PRESETS[name])), 0.9)
     objective = objectives.preset(name, **(wide | {"kl_coef": 0.1} | fields))
-    return update.UpdateRule(scoring, objective, plan, **own)
+    return update.UpdateRule(logprobs, objective, plan, **own)
 
 
 def _step(params, batch, rule):
     """(first moments, parameters after the step, metrics)."""
     state = update.initial_state(params, rule)
-    batch = update.put_rows(batch, rule.scoring.layout)
+    batch = update.put_rows(batch, rule.logprobs.how.layout)
     new, metrics = update.update_step(state, batch, np.float32(1e-6), rule=rule)
     return jax.device_get((new.opt_state[0].mu, new.params, metrics))
 
@@ -206,8 +208,8 @@ def test_a_step_is_that_of_the_plain_decoder(x64, replay):
 @pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_with_the_weights_that_recorded_agreement_is_exactly_one(packed):
     params, batch = cases.params(MODEL), _batch()
-    scoring = Scoring(MODEL, head_chunk_tokens=64)
-    ids = np.asarray(_scored(params, batch.rows, scoring=scoring).router.experts)
+    rule = LogprobRule(Forward(MODEL), head_chunk_tokens=64)
+    ids = np.asarray(_scored(params, batch.rows, rule=rule).router.expert_ids)
     batch = dataclasses.replace(
         batch, rows=dataclasses.replace(batch.rows, experts=Experts(sampler=ids))
     )
@@ -282,8 +284,8 @@ def test_a_step_does_not_depend_on_the_order_of_rows(x64):
 def test_rows_without_a_record_are_routed_by_the_policy():
 
     def logprobs(replay, *recorded):
-        scoring = Scoring(MODEL, head_chunk_tokens=64, replay=replay)
-        found = _scored(cases.params(MODEL), _batch(recorded=recorded).rows, scoring=scoring)
+        rule = LogprobRule(Forward(MODEL), head_chunk_tokens=64, replay=replay)
+        found = _scored(cases.params(MODEL), _batch(recorded=recorded).rows, rule=rule)
         return np.asarray(found.logprobs_BT)
 
     expected = logprobs("none")
@@ -380,7 +382,7 @@ def test_no_collective_makes_the_experts_of_all_devices(mesh):
     """Over the expert axis tokens travel; over fsdp, one layer's experts at a time."""
     rule = _rule(mesh=mesh, **_ON_MESHES)
     state = update.abstract_state(rule)
-    batch = update.abstract_rows(_batch(model=STACK), rule.scoring.layout)
+    batch = update.abstract_rows(_batch(model=STACK), rule.logprobs.how.layout)
     number = jax.ShapeDtypeStruct((), jnp.float32)
     text = update.update_step.lower(state, batch, number, number, rule=rule).compile().as_text()
     found = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all)(?:-start)?\(", text)
@@ -414,29 +416,29 @@ def test_no_collective_makes_the_experts_of_all_devices(mesh):
 )
 def test_what_score_rows_records_and_where_it_lies(mesh, packed):
     rule, batch = _rule(model=STACK, mesh=mesh), _batch(model=STACK, recorded=("sampler",))
-    scoring, rows, width = rule.scoring, batch.rows, T
+    logprobs, rows, width = rule.logprobs, batch.rows, T
     if packed:
         plan = packing.plan(
             (rows.segment_ids_BT > 0).sum(axis=1), row_length=32, rows_per_microbatch=4
         )
         rows = packing.packed_rows(rows, plan)
     params = cases.params(STACK)
-    placed = jax.device_put(params, update.param_shardings(scoring)) if mesh else params
-    put = update.put_rows(rows, scoring.layout)
-    call = functools.partial(update.score_rows, placed, put, scoring=scoring, num_microbatches=4)
-    assert call().router.experts is None
+    placed = jax.device_put(params, update.param_shardings(logprobs.how)) if mesh else params
+    put = update.put_rows(rows, logprobs.how.layout)
+    call = functools.partial(update.score_rows, placed, put, rule=logprobs, num_microbatches=4)
+    assert call().router.expert_ids is None
     found = call(record_experts=True)
-    ids = found.router.experts
+    ids = found.router.expert_ids
     assert ids.dtype == np.uint8
     # A share on each device; on every device, which is what log-probs are, would not fit.
-    parts = scoring.layout.size("batch") if mesh else 1
+    parts = logprobs.how.layout.size("batch") if mesh else 1
     assert ids.addressable_shards[0].data.size == ids.size // parts
-    on_host = update.experts_on_host(found.router, scoring)
+    on_host = update.experts_on_host(found.router, logprobs.how.layout)
     if packed:
         on_host = packing.from_rows(on_host, plan, width)
-    alone = _scored(params, batch.rows, scoring=Scoring(STACK, head_chunk_tokens=64))
+    alone = _scored(params, batch.rows, rule=dataclasses.replace(logprobs, how=Forward(STACK)))
     real = batch.rows.segment_ids_BT > 0
-    np.testing.assert_array_equal(on_host[real], np.asarray(alone.router.experts)[real])
+    np.testing.assert_array_equal(on_host[real], np.asarray(alone.router.expert_ids)[real])
     shared = found.router.agreement["sampler"] / found.router.tokens
     expected = alone.router.agreement["sampler"] / alone.router.tokens
     np.testing.assert_allclose(shared, expected, rtol=1e-6)
@@ -470,7 +472,7 @@ def test_recorded_ids_of_another_shape_are_refused_by_name(shape, kind, message)
     with pytest.raises(ValueError, match=message.replace("experts.old", "replayed_BTLK")):
         decoder.forward(
             cases.params(MODEL), batch.rows.tokens_BT, batch.rows.positions_BT,
-            batch.rows.segment_ids_BT, config=MODEL, replayed_BTLK=batch.rows.experts.old,
+            batch.rows.segment_ids_BT, how=Forward(MODEL), replayed_BTLK=batch.rows.experts.old,
         )  # fmt: skip
 
 

@@ -130,13 +130,13 @@ def test_carried_groups_keep_their_experts_through_json(kind):
     group = experience.Group(prompt, responses, ["a", "b"], verdicts, yes, yes)
     (again,) = experience.from_json(json.loads(json.dumps(experience.to_json([group]))))
     for got, expected in zip(again.responses, responses, strict=True):
-        for name in ("experts", "prompt_experts"):
+        for name in ("expert_ids", "prompt_expert_ids"):
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
             assert getattr(got, name).dtype == kind
-    plain = [dataclasses.replace(r, experts=None, prompt_experts=None) for r in responses]
+    plain = [dataclasses.replace(r, expert_ids=None, prompt_expert_ids=None) for r in responses]
     group = dataclasses.replace(group, responses=plain)
     (again,) = experience.from_json(json.loads(json.dumps(experience.to_json([group]))))
-    assert again.responses[0].experts is again.responses[0].prompt_experts is None
+    assert again.responses[0].expert_ids is again.responses[0].prompt_expert_ids is None
 
 
 @pytest.mark.parametrize("change", ["none recorded", "of other tokens"])
@@ -144,11 +144,13 @@ def test_a_response_without_its_record_is_refused_by_name(config, change):
     run, _, rollouts, _, _ = _collected(config)
     first, *others = rollouts.groups
     response = first.responses[1]
-    ids = None if change == "none recorded" else response.experts[:-1]
+    ids = None if change == "none recorded" else response.expert_ids[:-1]
     responses = [*first.responses]
-    responses[1] = dataclasses.replace(response, experts=ids)
+    responses[1] = dataclasses.replace(response, expert_ids=ids)
     first = dataclasses.replace(first, responses=responses)
-    message = rf"^experts of the response 1 to prompt {first.prompt.prompt_id} must be .*record_exp"
+    message = (
+        rf"^expert_ids of the response 1 to prompt {first.prompt.prompt_id} must be .*record_exp"
+    )
     with pytest.raises(ValueError, match=message):
         batches.train_batch(run, dataclasses.replace(rollouts, groups=[first, *others]))
 
@@ -256,8 +258,11 @@ def test_experts_that_the_mesh_cannot_cut_are_refused(config):
     [
         ({"train.router_replay": "r3"}, r"train.router_replay='r3' does not exist: known: none, "),
         ({"train.router_aux_coef": -0.1}, r"train.router_aux_coef=-0.1 must be at least 0"),
-        ({"model.experts": "block"}, r"model.experts='block' does not exist.*known: auto"),
-        ({"model.experts": "megablox"}, r"model.experts: .*runs on tpu, not on cpu"),
+        (
+            {"model.expert_kernel": "block"},
+            r"model.expert_kernel='block' does not exist.*known: auto",
+        ),
+        ({"model.expert_kernel": "megablox"}, r"model.expert_kernel: .*runs on tpu, not on cpu"),
     ],
     ids=str,
 )

@@ -560,7 +560,7 @@ def test_a_run_on_a_mesh_is_that_of_one_device(finished, config, tmp_path):
     config.mesh.data, config.mesh.context = 2, 2
     config.rollout_mesh.context = 2
     run = build(config, jax.devices())
-    assert run.rule.scoring.layout.mesh.shape["fsdp"] == 2
+    assert run.rule.logprobs.how.layout.mesh.shape["fsdp"] == 2
     workdir = workdirs.Workdir(tmp_path / "run", config, facts(run))
     train.train(run, workdir)
     workdir.close()
@@ -575,3 +575,15 @@ def test_a_run_may_be_older_than_a_field():
     assert fields.changes(old, config) == {}
     config.data.max_pixels = 1000
     assert fields.changes(old, config) == {"data.max_pixels": (0, 1000)}
+
+
+def test_a_run_may_be_older_than_the_name_of_a_field():
+    """Its value is compared, and read, under the new name."""
+    config = fields.default_config()
+    old = json.loads(json.dumps(fields.flat(config)))
+    old["model.experts"] = old.pop("model.expert_kernel")
+    assert fields.changes(old, config) == {}
+    old["model.experts"] = "blocks"
+    assert fields.changes(old, config) == {"model.expert_kernel": ("blocks", "auto")}
+    fields.assign(config, old)
+    assert config.model.expert_kernel == "blocks"

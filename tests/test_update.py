@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from luspo_jax import objectives, optimizer, packing, update
-from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.logprobs import LogprobRule, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
 from luspo_jax.objectives.presets import used_hyperparameters
 from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.types import TrainBatch
@@ -34,8 +35,8 @@ MODEL = DecoderConfig(
 )
 # With b1 = 0 the first moment is the gradient itself, exactly: that is what is compared.
 PLAIN = optimizer.adamw(b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0)
-SCORING = Scoring(MODEL, head_chunk_tokens=16)
-SCORING64 = Scoring(MODEL, head_chunk_tokens=16, dtype="float64")
+LOGPROBS = LogprobRule(Forward(MODEL), head_chunk_tokens=16)
+LOGPROBS64 = LogprobRule(Forward(MODEL, "float64"), head_chunk_tokens=16)
 # One that averages sequences and one that averages tokens; tests/objectives has them all, without
 # the model.
 PRESETS = ["luspo", "dapo"]
@@ -79,11 +80,11 @@ def params64(x64, params):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
 
 
-def _rule(name="luspo", num_microbatches=1, max_grad_norm=0.0, scoring=SCORING, **fields):
+def _rule(name="luspo", num_microbatches=1, max_grad_norm=0.0, logprobs=LOGPROBS, **fields):
     # Wide clips and a KL term, so that every part of the loss carries gradient.
     wide = {"clip_low": 0.9, "clip_high": 0.9, "kl_coef": 0.1} | fields
     return update.UpdateRule(
-        scoring, objectives.preset(name, **wide), PLAIN, num_microbatches, max_grad_norm
+        logprobs, objectives.preset(name, **wide), PLAIN, num_microbatches, max_grad_norm
     )
 
 
@@ -101,9 +102,9 @@ def _assert_same(got, expected, tolerance=1e-6):
         assert np.abs(a - b).max() <= tolerance * scale, jax.tree_util.keystr(path)
 
 
-def _variants(name, scoring):
+def _variants(name, logprobs):
     order = np.random.default_rng(5).permutation(8)
-    rule = functools.partial(_rule, name, scoring=scoring)
+    rule = functools.partial(_rule, name, logprobs=logprobs)
     return {
         "micro-batches": (_batch(), rule(num_microbatches=4)),
         "padding, row order, micro-batches": (
@@ -115,8 +116,8 @@ def _variants(name, scoring):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_step_does_not_depend_on_microbatches_padding_or_row_order(params64, name):
-    expected, metrics = _step(params64, _batch(), _rule(name, scoring=SCORING64))
-    for batch, rule in _variants(name, SCORING64).values():
+    expected, metrics = _step(params64, _batch(), _rule(name, logprobs=LOGPROBS64))
+    for batch, rule in _variants(name, LOGPROBS64).values():
         got, got_metrics = _step(params64, batch, rule)
         _assert_same(got, expected, 1e-9)
         for key, (total, count) in metrics.items():
@@ -127,13 +128,13 @@ def test_step_does_not_depend_on_microbatches_padding_or_row_order(params64, nam
 def test_invariances_in_float32_up_to_rounding(params):
     """The same in the type that runs use; sums in another order round at most this much."""
     expected, _ = _step(params, _batch(), _rule())
-    for batch, rule in _variants("luspo", SCORING).values():
+    for batch, rule in _variants("luspo", LOGPROBS).values():
         _assert_same(_step(params, batch, rule)[0], expected, 3e-6)
 
 
 def test_gradient_is_that_of_the_loss_over_whole_rows(params64):
     """Against autodiff through the model with log_softmax over whole logits."""
-    batch, rule = _batch(), _rule("luspo", scoring=SCORING64)
+    batch, rule = _batch(), _rule("luspo", logprobs=LOGPROBS64)
     mask, tokens = batch.rows.response_mask_BT, batch.rows.tokens_BT
     lengths = mask.sum(1)
 
@@ -143,8 +144,7 @@ def test_gradient_is_that_of_the_loss_over_whole_rows(params64):
             tokens,
             batch.rows.positions_BT,
             batch.rows.segment_ids_BT,
-            config=MODEL,
-            dtype=jnp.float64,
+            how=Forward(MODEL, "float64"),
         )
         logp = jax.nn.log_softmax(hidden @ decoder.head_kernel(params).T)[:, :-1]
         logp = jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0]
@@ -176,7 +176,7 @@ def test_other_tokens_than_scored_ones_do_not_matter(params):
 
 def test_old_logprobs_may_be_left_out_on_policy(params):
     batch = _batch()
-    logprobs_BT, _ = token_logprobs(params, batch.rows, scoring=SCORING)
+    logprobs_BT, _ = token_logprobs(params, batch.rows, rule=LOGPROBS)
     given = dataclasses.replace(batch, old_logprobs_BT=np.asarray(logprobs_BT))
     left_out = dataclasses.replace(batch, old_logprobs_BT=None)
     _assert_same(_step(params, left_out, _rule())[0], _step(params, given, _rule())[0], 1e-6)
@@ -184,9 +184,7 @@ def test_old_logprobs_may_be_left_out_on_policy(params):
 
 def test_scores_do_not_depend_on_microbatches(params):
     rows = _batch().rows
-    one, two = (
-        update.score_rows(params, rows, scoring=SCORING, num_microbatches=n) for n in (1, 4)
-    )
+    one, two = (update.score_rows(params, rows, rule=LOGPROBS, num_microbatches=n) for n in (1, 4))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -246,8 +244,8 @@ def test_reference_refresh_is_a_copy_or_an_average(params):
 def test_bfloat16_steps_follow_float32(params):
     """Under float32 master weights; the gradient points the same way."""
     expected, _ = _step(params, _batch(), _rule())
-    scoring = dataclasses.replace(SCORING, dtype="bfloat16")
-    got, metrics = _step(params, _batch(), _rule(scoring=scoring))
+    logprobs = dataclasses.replace(LOGPROBS, how=Forward(MODEL, "bfloat16"))
+    got, metrics = _step(params, _batch(), _rule(logprobs=logprobs))
     flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (got, expected)]
     assert flat[0].dtype == np.float32
     cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
@@ -306,7 +304,7 @@ PLACEMENTS = {
 def test_packed_step_is_the_same_step(params64, placement):
     order = np.random.default_rng(6).permutation(8)
     packed = _packed(_batch(length=17, order=order), **PLACEMENTS[placement])
-    rule = _rule("luspo", scoring=SCORING64)
+    rule = _rule("luspo", logprobs=LOGPROBS64)
     _assert_same_step(params64, _batch(), packed, rule, 1e-9)
 
 
@@ -323,7 +321,7 @@ def test_packed_step_with_every_term_and_filtered_responses(params64, name):
     batch = _filtered(_batch())
     entropy = np.random.default_rng(2).uniform(0.5, 3, size=(8, 14)).astype(np.float32)
     batch = dataclasses.replace(batch, old_entropy_BT=entropy)
-    rule = _rule(name, scoring=SCORING64, **TERMS[name])
+    rule = _rule(name, logprobs=LOGPROBS64, **TERMS[name])
     _assert_same_step(params64, batch, _packed(batch), rule, 1e-9)
 
 
@@ -337,7 +335,7 @@ def test_packed_step_is_the_same_under_every_preset(params64, params, name):
     wide = dict.fromkeys({"clip_low", "clip_high"} & set(_reads(name)), 0.9)
     objective = objectives.preset(name, kl_coef=0.1, **wide)
     batch, rule = _filtered(_batch()), _rule()
-    exact = dataclasses.replace(rule, objective=objective, scoring=SCORING64)
+    exact = dataclasses.replace(rule, objective=objective, logprobs=LOGPROBS64)
     _assert_same_step(params64, batch, _packed(batch), exact, 1e-9)
     with jax.enable_x64(False):
         rule = dataclasses.replace(rule, objective=objective)
@@ -355,8 +353,8 @@ def test_packed_scores_are_those_of_rows_alone(params):
     )
     plan = dataclasses.replace(plan, num_microbatches=plan.used_microbatches + 1)  # an empty one
     packed = packing.packed_rows(batch.rows, plan)
-    alone = update.score_rows(params, batch.rows, scoring=SCORING, num_microbatches=1)
-    scored = update.score_rows(params, packed, scoring=SCORING, num_microbatches=1)
+    alone = update.score_rows(params, batch.rows, rule=LOGPROBS, num_microbatches=1)
+    scored = update.score_rows(params, packed, rule=LOGPROBS, num_microbatches=1)
     for x, y in zip(jax.tree.leaves(scored), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(packing.from_places(np.asarray(x), plan), y, atol=2e-6)
         assert not np.asarray(x)[~packed.response_mask_BT].any()
@@ -379,7 +377,7 @@ def test_empty_microbatches_are_not_computed(params):
     untied = dataclasses.replace(MODEL, tie_embeddings=False)
     params = decoder.init_params(jax.random.key(0), untied)
     params["embedding"] = params["embedding"].at[0].set(jnp.nan)
-    rule = _rule(kl_coef=0.0, scoring=dataclasses.replace(SCORING, model=untied))
+    rule = _rule(kl_coef=0.0, logprobs=dataclasses.replace(LOGPROBS, how=Forward(untied)))
     packed = _packed(batch, rows_per_microbatch=1, num_microbatches=6)
     assert (packed.rows.packed.segment_ids_RT > 0).all(axis=1).sum() == 3
     grads, metrics = _step(params, packed, rule)

@@ -55,12 +55,13 @@ def measure(workload, *, pairs: int, length_scale: str) -> dict:
 
 def _rule(workload, length_scale):
     from luspo_jax import objectives, optimizer, update
-    from luspo_jax.logprobs import Scoring
+    from luspo_jax.logprobs import LogprobRule
+    from luspo_jax.models.forward import Forward
 
     fields = {"reference_length": 64.0} if length_scale in ("power", "log") else {}
     fields |= {"length_cap": 64.0} if length_scale == "capped" else {}
     return update.UpdateRule(
-        scoring=Scoring(workload.model, head_chunk_tokens=2048),
+        logprobs=LogprobRule(Forward(workload.model), head_chunk_tokens=2048),
         objective=objectives.preset("luspo", length_scale=length_scale, **fields),
         optimizer=optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
         num_microbatches=workload.microbatches,

@@ -82,9 +82,10 @@ def case(length: int):
     import numpy as np
 
     from luspo_jax import objectives, optimizer, sharding, update
-    from luspo_jax.logprobs import Scoring
+    from luspo_jax.logprobs import LogprobRule
     from luspo_jax.models import decoder
     from luspo_jax.models.decoder_config import DecoderConfig
+    from luspo_jax.models.forward import Forward
     from luspo_jax.types import TokenBatch, TrainBatch
 
     config = DecoderConfig(
@@ -94,7 +95,7 @@ def case(length: int):
     )  # fmt: skip
     layout = sharding.layout("train", {"context": -1}, jax.devices())
     rule = update.UpdateRule(
-        scoring=Scoring(config, remat="full", head_chunk_tokens=1024, layout=layout),
+        logprobs=LogprobRule(Forward(config, remat="full", layout=layout), head_chunk_tokens=1024),
         objective=objectives.preset("luspo"),
         optimizer=optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
         num_microbatches=1,

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from experiments.evaluation import plan, report, storage
@@ -19,8 +18,9 @@ from luspo_jax import evaluate, prompts, sharding
 from luspo_jax.benchmarks import Benchmark, Protocol
 from luspo_jax.benchmarks.registry import Judge
 from luspo_jax.datasets import Example, Report
+from luspo_jax.models import kernels
+from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Engine, Sampling
-from luspo_jax.run.build import prefill_attention, vision_attention
 
 _PACKAGES = ("luspo_jax", "jax", "transformers", "math-verify")
 _FILLS = 4  # times that the responses of a part fill the slots, so that few wait at its end
@@ -56,16 +56,19 @@ def scorer(entry: Benchmark, options: Options) -> Judge:
 
 
 def _engine(policy: Policy, task: Task, options: Options) -> Engine:
-    chosen, config = options.protocol, policy.model.config
+    chosen = options.protocol
+    how = Forward(
+        policy.model.config,
+        options.dtype,
+        attention="auto",
+        vision_attention="auto",
+        layout=sharding.on_own_devices(policy.layout),
+    )
     return Engine(
-        config,
+        kernels.resolved(how),
         Sampling(stop_token_ids=policy.model.stop_token_ids, **chosen.sampling),
         num_slots=options.num_slots,
         max_prompt_length=task.longest_prompt,
-        dtype=jnp.dtype(options.dtype),
-        layout=sharding.on_own_devices(policy.layout),
-        attention=prefill_attention(config, policy.layout, options.dtype),
-        vision_attention=vision_attention(config, policy.layout, options.dtype),
     )
 
 

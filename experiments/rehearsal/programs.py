@@ -200,7 +200,6 @@ def _sampler(case, engine, prompts, group_size, suffix):
     held = {**kept, "pool of prompts": pool}
     cache = cache_bytes(case, count, room, width)
     arrays = functools.cache(functools.partial(rollout_arrays, case, engine, count, P, T))
-    static = {"config": case.model, "dtype": engine.dtype, "layout": engine.layout}
 
     def prefill():
         a = arrays(room)
@@ -209,11 +208,8 @@ def _sampler(case, engine, prompts, group_size, suffix):
             a["tokens"],
             a["lengths"],
             a["images"],
-            attention=engine.attention,
-            experts=engine.experts,
+            how=engine.how,
             record=engine.record_experts,
-            vision_attention=engine.vision_attention,
-            **static,
         )
 
     def fill():
@@ -227,9 +223,9 @@ def _sampler(case, engine, prompts, group_size, suffix):
     def decode():
         a = arrays(room)
         return slots.decode_chunk.lower(
-            a["params"], a["slots"], jnp.int32(1), jnp.int32(1), sampling=engine.sampling,
-            chunk_length=engine.chunk_length, experts=engine.experts,
-            record=engine.record_experts, **static,
+            a["params"], a["slots"], jnp.int32(1), jnp.int32(1), how=engine.how,
+            sampling=engine.sampling, chunk_length=engine.chunk_length,
+            record=engine.record_experts,
         )  # fmt: skip
 
     steps = decoding(case, engine, prompts, group_size)
@@ -283,21 +279,15 @@ def rollout_arrays(
     case: Case, engine: Any, count: int, prompts: int, length: int, room: int
 ) -> dict[str, Any]:
     """Abstract inputs of the rollout's programs."""
-    model, dtype, layout = case.model, engine.dtype, engine.layout
+    model, how = case.model, engine.how
     key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
-    params = case.on_host(decoder.abstract_params(model, dtype), decoder.param_axes(model))
-    static = {"config": model, "dtype": dtype, "layout": layout}
+    params = case.on_host(decoder.abstract_params(model, engine.dtype), decoder.param_axes(model))
     held = jax.eval_shape(
-        functools.partial(slots.empty_slots, num_slots=count, length=room, **static), key
+        functools.partial(slots.empty_slots, num_slots=count, length=room, how=how), key
     )
     tokens = jax.ShapeDtypeStruct((prompts, length), jnp.int32)
     lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32)
-    pool, _ = jax.eval_shape(
-        functools.partial(
-            slots.prefill, attention=engine.attention, experts=engine.experts, **static
-        ),
-        params, tokens, lengths,
-    )  # fmt: skip
+    pool, _ = jax.eval_shape(functools.partial(slots.prefill, how=how), params, tokens, lengths)
     signed, unsigned = (jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.int32, jnp.uint32))
     return {
         "params": params,
@@ -340,7 +330,7 @@ def _training(case):
                 lambda: update.score_rows.lower(
                     case.state.params,
                     rows,
-                    scoring=case.rule.scoring,
+                    rule=case.rule.logprobs,
                     num_microbatches=parts,
                     record_experts=case.model.num_experts > 0,
                 ),
@@ -383,20 +373,20 @@ def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
     responses = sizes.responses_per_minibatch if images else responses
     rows, used, micro = abstract_rows(case, responses, "sampler")
     parts = 1 if case.config.train.packing else responses // sizes.responses_per_microbatch
-    part, width, scoring = case.train_parts, case.width, case.rule.scoring
+    part, width, rule = case.train_parts, case.width, case.rule.logprobs
     work = costs.forward(case.model, micro, part, width) + costs.scoring(
-        case.model, micro, part, width, scoring.head_chunk_tokens, gradient=False
+        case.model, micro, part, width, rule.head_chunk_tokens, gradient=False
     )
     work = (work + _tower(case, responses, gradient=False)) * used
     ids = costs.recorded_bytes(case.model) * micro.tokens
     # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
     work += Work(0, 0, ids * used * (1 - 1 / part.batch))
-    return update.abstract_rows(case.on(rows), scoring.layout), parts, work
+    return update.abstract_rows(case.on(rows), rule.how.layout), parts, work
 
 
 def train_batch(case: Case) -> tuple[TrainBatch, Work]:
     """(batch, work) of one optimizer step."""
-    scoring, objective = case.rule.scoring, case.rule.objective
+    rule, objective = case.rule.logprobs, case.rule.objective
     several = case.sizes.updates_per_step > 1
     ranked = objective.top_entropy_quantile < 1
     recorded = ("sampler", "old") if scores_old(case) else ("sampler",)
@@ -414,24 +404,22 @@ def train_batch(case: Case) -> tuple[TrainBatch, Work]:
     )
     work = costs.training(
         case.model, micro, case.train_parts, case.width,
-        remat=scoring.remat, kernel=scoring.attention, chunk=scoring.head_chunk_tokens,
+        remat=rule.how.remat, kernel=rule.how.attention, chunk=rule.head_chunk_tokens,
     )  # fmt: skip
     work += _tower(case, case.sizes.responses_per_minibatch, gradient=True)
     work = work * used + costs.optimizer(param_bytes(case.model, case.layouts[0], jnp.float32))
-    return update.abstract_rows(case.on(batch), scoring.layout), work
+    return update.abstract_rows(case.on(batch), rule.how.layout), work
 
 
 def _tower(case, responses, *, gradient):
     """The vision tower's part of a micro-batch of the first `responses`."""
-    pictures, scoring = case.lengths.images, case.rule.scoring
+    pictures, rule = case.lengths.images, case.rule.logprobs
     if pictures is None:
         return Work()
     args = (case.model.vision, cases.images_at_once(case, responses), pictures.slots,
             case.train_parts, case.width)  # fmt: skip
-    frozen = scoring.freeze_vision or not gradient
-    return tower.training(
-        *args, frozen=frozen, remat=scoring.remat, kernel=scoring.vision_attention
-    )
+    frozen, how = rule.freeze_vision or not gradient, rule.how
+    return tower.training(*args, frozen=frozen, remat=how.remat, kernel=how.vision_attention)
 
 
 # ---------------------------------------------------------------- length pressure
@@ -439,15 +427,10 @@ def _tower(case, responses, *, gradient):
 
 def _pressure(case):
     config, sizes = case.config, case.sizes
-    settings = section(config, "length")
+    settings, rule = section(config, "length"), case.rule.logprobs
     lab = laboratory.laboratory(
         settings,
-        dataclasses.replace(
-            case.rule.scoring,
-            attention="reference",
-            experts="reference",
-            vision_attention="reference",
-        ),
+        dataclasses.replace(rule, how=rule.how.with_reference_kernels()),
         case.rule.objective,
         max_response_length=config.rollout.max_response_length,
         rows_at_once=sizes.responses_per_microbatch,
@@ -463,7 +446,7 @@ def _pressure(case):
     )  # fmt: skip
     part, width = case.train_parts, case.width
     rows = Rows(B * T, B * T * T, B * T)  # the reference computes squares, or nearly
-    chunk = case.rule.scoring.head_chunk_tokens
+    chunk = rule.head_chunk_tokens
     args = (case.model, rows, part, width)
     # A gradient, a derivative along it (twice the forward), a score of the end: over both halves.
     work = costs.training(*args, remat=config.model.remat, kernel="reference", chunk=chunk)

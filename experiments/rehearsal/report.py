@@ -59,8 +59,9 @@ def rehearse(
 
 def _attention(case):
     """Implementations by what they work on."""
-    found = {"training": case.rule.scoring.attention, "prefill": case.engine.attention}
-    return found | ({"images": case.engine.vision_attention} if case.model.vision else {})
+    sampling = case.engine.how
+    found = {"training": case.rule.logprobs.how.attention, "prefill": sampling.attention}
+    return found | ({"images": sampling.vision_attention} if case.model.vision else {})
 
 
 def record(topology: Topology, program: Program, made: Compiled) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from luspo_jax import image_rows, objectives, sharding
 from luspo_jax.length import pressure
 from luspo_jax.length.pressure import Half, Pressure
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.logprobs import LogprobRule, token_logprobs
 from luspo_jax.objectives import Objective
 from luspo_jax.types import TokenBatch
 
@@ -27,13 +27,13 @@ class Laboratory:
     """What a run measures; static under jit.
 
     Attributes:
-      scoring: how log-probabilities are computed.
+      rule: how log-probabilities are computed.
       objectives: (name, objective) pairs, the run's own first.
       bin_edges: of the length bins, tokens.
       rows_at_once: most rows scored together.
     """
 
-    scoring: Scoring
+    rule: LogprobRule
     objectives: tuple[tuple[str, Objective], ...]
     bin_edges: tuple[int, ...]
     rows_at_once: int
@@ -64,7 +64,7 @@ class Sampled:
 
 def laboratory(
     settings: LengthSettings,
-    scoring: Scoring,
+    rule: LogprobRule,
     objective: Objective,
     *,
     max_response_length: int,
@@ -84,7 +84,7 @@ def laboratory(
         (name, objectives.preset(name, max_response_length=max_response_length))
         for name in settings.names
     ]
-    return Laboratory(scoring, tuple(chosen), settings.bins(max_response_length), rows_at_once)
+    return Laboratory(rule, tuple(chosen), settings.bins(max_response_length), rows_at_once)
 
 
 def chosen(sampled: Sampled, *, share: float, num_groups: int) -> Sampled | None:
@@ -128,7 +128,7 @@ def lower_measure(lab: Laboratory, params: Any, sampled: Sampled) -> Any:
 
     `params` may be shapes with shardings; `end_params` are taken to lie alike.
     """
-    layout = lab.scoring.layout
+    layout = lab.rule.how.layout
 
     def shape(x):
         where = layout.sharding(("batch", *[None] * (x.ndim - 1))) if layout else None
@@ -208,12 +208,12 @@ def _taken(params, old_params, half, *, lab):
 
 def _whole(tree, lab):
     """Results on every process, because the host reads them."""
-    layout = lab.scoring.layout
+    layout = lab.rule.how.layout
     return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim, layout), tree)
 
 
 def _score(lab):
-    return lambda params, rows: token_logprobs(params, rows, scoring=lab.scoring)[0]
+    return lambda params, rows: token_logprobs(params, rows, rule=lab.rule)[0]
 
 
 def _rows(sampled, rows):
@@ -229,7 +229,7 @@ def _rows(sampled, rows):
 
 
 def _half(sampled, lab):
-    layout = lab.scoring.layout
+    layout = lab.rule.how.layout
     return jax.tree.map(
         lambda x: sharding.put(x, ("batch", *[None] * (x.ndim - 1)), layout),
         _half_rows(sampled, lab),
@@ -261,13 +261,13 @@ def _with_images(half, prompts_B, lab):
         prompts_B,
         np.arange(total) // (total // num_parts),
         num_parts,
-        config=lab.scoring.model,
-        layout=lab.scoring.layout,
+        config=lab.rule.how.model,
+        layout=lab.rule.how.layout,
     )
 
 
 def _row_parts(lab):
-    return lab.scoring.layout.size("batch") if lab.scoring.layout else 1
+    return lab.rule.how.layout.size("batch") if lab.rule.how.layout else 1
 
 
 def _num_parts(lab, half):

@@ -16,6 +16,7 @@ from luspo_jax import sharding
 from luspo_jax.models import vision
 from luspo_jax.models.decoder_layers import REMAT, Decoder, KVCache
 from luspo_jax.models.experts import EXPERT_AXES, ROUTER_AXES, Routed, check_ids
+from luspo_jax.models.forward import Forward
 from luspo_jax.ops.attention import attention as attend
 from luspo_jax.ops.decode_attention import CACHE_AXES, append_and_attend
 from luspo_jax.ops.normal_slice import normal_slice
@@ -42,37 +43,34 @@ INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
 _MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by the last key of their path
 
 
-def _attend_sequence(
-    query, key, value, cache, layer, segment_ids_BT, *, implementation, keep, layout=None
-):
+def _attend_sequence(query, key, value, cache, layer, segment_ids_BT, *, how, keep):
     out = attend(
         query,
         key,
         value,
         segment_ids_BT=segment_ids_BT,
-        implementation=implementation,
-        layout=layout,
+        implementation=how.attention,
+        layout=how.layout,
     )
     kept = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)) if keep else None
     return out, cache, kept
 
 
-def _attend_cache(query, key, value, cache, layer, lengths_B, *, implementation, layout=None):
+def _attend_cache(query, key, value, cache, layer, lengths_B, *, layout):
     out, keys, values = append_and_attend(
         query,
         (key, value),
         (cache.keys_LBKSH, cache.values_LBKSH),
         layer,
         positions_B=lengths_B,
-        implementation=implementation,
         layout=layout,
     )
     return out, KVCache(keys, values), None
 
 
-def hidden_states(params, tokens_BT, positions_BT, segment_ids_BT, **settings):
+def hidden_states(params, tokens_BT, positions_BT, segment_ids_BT, *, how, **images):
     """Hidden states [B, T, D] after the final norm: the first of what `forward` gives."""
-    return forward(params, tokens_BT, positions_BT, segment_ids_BT, **settings)[0]
+    return forward(params, tokens_BT, positions_BT, segment_ids_BT, how=how, **images)[0]
 
 
 def forward(
@@ -81,15 +79,10 @@ def forward(
     positions_BT,
     segment_ids_BT,
     *,
-    config,
-    dtype=jnp.float32,
-    remat="none",
-    attention="reference",
-    experts="reference",
+    how,
     replayed_BTLK=None,
     units_UD=None,
     index_BT=None,
-    layout=None,
 ):
     """(hidden states [B, T, D] after the final norm, Routed or None).
 
@@ -99,26 +92,18 @@ def forward(
       positions_BT: int32 rotary positions, from 0 in each segment; [B, T, 3] where images give
         tokens positions in time, row and column (`images.layout.mrope_positions`).
       segment_ids_BT: int32, 0 on padding.
-      config: the DecoderConfig of `params`.
-      dtype: type of activations and matmuls; norms, rotation, softmax and routers are float32.
-      remat: a key of REMAT: what of a layer is kept for the backward pass.
-      attention: an implementation of `ops.attention.attention`.
-      experts: an implementation of `ops.grouped_matmul`.
+      how: the Forward; where its layout spreads positions, arrays are in
+        `ops.attention.ring_order`.
       replayed_BTLK: expert ids to use in place of the routers' choice, L the layers that have
         experts; None where routers choose.
       units_UD: embeddings of images, from `vision.encode`; None without images.
       index_BT: int32 row of `units_UD` that stands in place of a token's embedding, −1 where the
         token's own does (`images.layout.token_units`).
-      layout: where rows, positions and heads lie; where positions are spread, arrays are in
-        `ops.attention.ring_order`.
     """
-    attend_fn = functools.partial(
-        _attend_sequence, implementation=attention, keep=False, layout=layout
-    )
-    decoder = Decoder(config, attend_fn, dtype, remat=remat, experts=experts, layout=layout)
+    decoder = Decoder(how, functools.partial(_attend_sequence, how=how, keep=False))
     replayed = None
     if replayed_BTLK is not None:
-        check_ids(replayed_BTLK, tokens_BT, config, "replayed_BTLK")
+        check_ids(replayed_BTLK, tokens_BT, how.model, "replayed_BTLK")
         replayed = jnp.moveaxis(replayed_BTLK, -2, 0)
     hidden_BTD, _, _, routed = decoder.apply(
         {"params": params},
@@ -137,14 +122,10 @@ def prefill(
     tokens_BT,
     lengths_B,
     *,
-    config,
-    dtype=jnp.float32,
-    attention="reference",
-    experts="reference",
+    how,
     positions_BT=None,
     units_UD=None,
     index_BT=None,
-    layout=None,
 ):
     """(hidden state of each row's last token [B, D], cache of all of length T, expert ids).
 
@@ -154,15 +135,12 @@ def prefill(
     lie over "batch" and key heads over "kv_heads"; positions are on every device. The ids are
     [B, T, L, K], None where there are no experts.
     """
-    B, T = tokens_BT.shape
+    (B, T), layout = tokens_BT.shape, how.layout
     tokens_BT = sharding.constrain(tokens_BT, ("batch", None), layout)
     places_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     positions_BT = places_BT if positions_BT is None else positions_BT
     segment_ids_BT = (places_BT < lengths_B[:, None]).astype(jnp.int32)
-    attend_fn = functools.partial(
-        _attend_sequence, implementation=attention, keep=True, layout=layout
-    )
-    decoder = Decoder(config, attend_fn, dtype, experts=experts, layout=layout)
+    decoder = Decoder(how, functools.partial(_attend_sequence, how=how, keep=True))
     hidden_BD, _, kept, routed = decoder.apply(
         {"params": params},
         tokens_BT,
@@ -184,25 +162,21 @@ def decode_step(
     lengths_B,
     cache,
     *,
-    config,
-    dtype=jnp.float32,
-    attention="auto",
-    experts="reference",
+    how,
     real_B=None,
     positions_B=None,
-    layout=None,
 ):
     """(hidden state [B, D] of one more token a row, the cache with it written in, expert ids).
 
     Token b sits at position `lengths_B[b]`, where its key and value are written, and sees the
     entries up to and including its own. Its rotary position is that, or `positions_B[b]`, which
-    lags behind after images. `attention` is an implementation of
-    `ops.decode_attention`, `experts` of `ops.grouped_matmul`; under a layout the cache lies as
-    `append_and_attend` says. The ids are [B, L, K], None where there are no experts; rows that
-    are not `real_B` (None: all are) go to none. Donate the cache: it is updated in place.
+    lags behind after images. Attention is what `ops.decode_attention` takes on the platform,
+    whatever `how` names for whole sequences; under a layout the cache lies as `append_and_attend`
+    says. The ids are [B, L, K], None where there are no experts; rows that are not `real_B` (None:
+    all are) go to none. Donate the cache: it is updated in place.
     """
-    attend_fn = functools.partial(_attend_cache, implementation=attention, layout=layout)
-    decoder = Decoder(config, attend_fn, dtype, experts=experts, layout=layout)
+    layout = how.layout
+    decoder = Decoder(how, functools.partial(_attend_cache, layout=layout))
     positions_B = lengths_B if positions_B is None else positions_B
     hidden_BD, cache, _, routed = decoder.apply(
         {"params": params}, tokens_B, positions_B, lengths_B, cache, real=real_B
@@ -213,16 +187,16 @@ def decode_step(
 def _ids(routed, layout):
     if routed is None:
         return None
-    axes = ("batch", *[None] * (routed.experts.ndim - 1))
-    return sharding.constrain(routed.experts, axes, layout)
+    axes = ("batch", *[None] * (routed.expert_ids.ndim - 1))
+    return sharding.constrain(routed.expert_ids, axes, layout)
 
 
-def empty_cache(config, batch, length, dtype=jnp.float32, layout=None):
+def empty_cache(how, batch, length):
     """A zero KVCache for `batch` rows of up to `length` tokens."""
-    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-    return KVCache(
-        *(sharding.constrain(jnp.zeros(shape, dtype), CACHE_AXES, layout) for _ in range(2))
-    )
+    c = how.model
+    shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
+    zeros = (jnp.zeros(shape, jnp.dtype(how.dtype)) for _ in range(2))
+    return KVCache(*(sharding.constrain(x, CACHE_AXES, how.layout) for x in zeros))
 
 
 def head_kernel(params):
@@ -273,8 +247,9 @@ def _normal_part(key, start, shape, axes, layout):
 
 def abstract_params(config, dtype=jnp.float32):
     """Shapes and types of the parameters, routers float32 at least; nothing is allocated."""
-    attend_fn = functools.partial(_attend_sequence, implementation="reference", keep=False)
-    init = Decoder(config, attend_fn, param_dtype=dtype).init
+    how = Forward(config)
+    attend_fn = functools.partial(_attend_sequence, how=how, keep=False)
+    init = Decoder(how, attend_fn, param_dtype=dtype).init
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tree = jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT, tokens_BT)["params"]
     if config.vision is not None:

@@ -39,13 +39,13 @@ class Routed:
     """What the routers of a forward pass did; of one layer without the L.
 
     Attributes:
-      experts: [..., L, K] ids that the routers chose, whatever was replayed, in the order of their
+      expert_ids: [..., L, K], the routers' choice, whatever was replayed, in the order of their
         weight; of type `id_type`.
       load_LE: float32, how many real tokens each expert got.
       mass_LE: float32, sum over real tokens of the router's probability of each expert.
     """
 
-    experts: jax.Array
+    expert_ids: jax.Array
     load_LE: jax.Array
     mass_LE: jax.Array
 

@@ -122,18 +122,7 @@ def cut_sizes(config):
     }
 
 
-def encode(
-    params,
-    patches_ISC,
-    positions_IS2,
-    valid_IS,
-    *,
-    config,
-    dtype=jnp.float32,
-    remat="none",
-    attention="reference",
-    layout=None,
-):
+def encode(params, patches_ISC, positions_IS2, valid_IS, *, how):
     """Embeddings of the units of I images [I, U, D], U = S / merge_size², in the order of slots.
 
     `images.batch.in_slots` makes the arrays; `images.layout.token_units` says which unit of the
@@ -145,38 +134,36 @@ def encode(
       patches_ISC: floating; each patch as the image processor gives it, C its numbers.
       positions_IS2: int32 row and column of each slot's patch.
       valid_IS: bool, whether the slot holds a patch; S a multiple of a window's slots.
-      config: the VisionConfig of `params`.
-      dtype: type of activations and matmuls; norms, rotation and softmax are float32.
-      remat: a key of `decoder.REMAT`: what of a block is kept for the backward pass.
-      attention: an implementation of `ops.attention` that reads segment ids, for `full_layers`.
-      layout: where images, slots and heads lie: images over "batch", each image's windows over
-        "length" where that divides their number.
+      how: the Forward. Its `vision_attention` reads segment ids and is of `full_layers`; under its
+        layout images lie over "batch", each image's windows over "length" where that divides their
+        number.
 
     Raises:
       ValueError: sizes that do not fit, or an attention that takes lengths only (cudnn): the slots
         of an image are not one run.
     """
-    _check(patches_ISC, config, attention)
-    patches_ISC = placed(patches_ISC.astype(dtype), layout)
+    config, layout = how.model.vision, how.layout
+    _check(patches_ISC, config, how.vision_attention)
+    patches_ISC = placed(patches_ISC.astype(how.dtype), layout)
     kernel_CD = params["patch"]["kernel"].reshape(-1, config.embed_dim)
     x_ISD = placed(project(patches_ISC, kernel_CD, 1, (None, "embed"), layout), layout)
     rotation = _rotation(positions_IS2, config.head_dim)
-    full_attention = functools.partial(_attend_image, attention, layout)
+    full_attention = functools.partial(_attend_image, how.vision_attention, layout)
 
     def block(x_ISD, scanned):
         block_params, full = scanned
-        return _block(x_ISD, block_params, full, rotation, valid_IS, full_attention, config, layout)
+        return _block(x_ISD, block_params, full, rotation, valid_IS, full_attention, how)
 
-    if remat != "none":
-        block = jax.checkpoint(block, prevent_cse=False, policy=REMAT[remat])
+    if how.remat != "none":
+        block = jax.checkpoint(block, prevent_cse=False, policy=REMAT[how.remat])
     full_L = np.isin(np.arange(config.depth), config.full_layers)
     x_ISD, _ = lax.scan(block, x_ISD, (params["blocks"], full_L))
     return _merge(x_ISD, params["merger"], config, layout)
 
 
-def _block(x, params, full, rotation, valid_IS, full_attention, config, layout):
+def _block(x, params, full, rotation, valid_IS, full_attention, how):
     """One pre-norm residual block, as the body of a scan."""
-    axes = _AXES["blocks"]
+    axes, config, layout = _AXES["blocks"], how.model.vision, how.layout
     normed = rms_norm(x, params["attention_norm"]["scale"], NORM_EPS)
     qkv = _affine(normed, params["attention"]["qkv"], axes["attention"]["qkv"], layout)
     query, key, value = (qkv[:, :, i] for i in range(3))

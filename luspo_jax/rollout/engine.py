@@ -37,25 +37,22 @@ class Engine:
 
     def __init__(
         self,
-        config,
+        how,
         sampling,
         *,
         num_slots,
         max_prompt_length,
         chunk_length=64,
-        dtype=jnp.float32,
         refill_fraction=1 / 16,
         max_prefill_tokens=16_384,
-        attention="reference",
-        experts="reference",
         record_experts=False,
-        layout=None,
-        vision_attention="reference",
     ):
         """Check the sizes; nothing is allocated or compiled yet.
 
         Args:
-          config: the DecoderConfig.
+          how: the Forward, of prompts, their images and the steps after them. Its layout is of
+            table "rollout" over devices of this process, on which `params` already lie by
+            `decoder.param_axes`; its dtype is that of the cache, too.
           sampling: the Sampling.
           num_slots: rows decoded together. Where a step costs by the row (a CPU), a half to a
             quarter of the responses of a call wastes least; where it costs by the weights read,
@@ -63,24 +60,19 @@ class Engine:
             added idles only where there are fewer responses.
           max_prompt_length: the longest prompt accepted.
           chunk_length: most decode steps between two looks from the host.
-          dtype: type of activations and of the cache.
           refill_fraction: share of the slots that must be free before they are refilled.
           max_prefill_tokens: most prompt tokens in one prefill, padded to the longest of the
             batch, where it holds more than one prompt a device; rounding rows and lengths up to
             few sizes makes at most four times as many (more of prompts shorter than
             SMALLEST_PROMPT). On a mesh a device gathers the cache of them all for the moment of a
             refill: 1.5 · kv_bytes_per_slot(tokens).
-          attention: the implementation of `ops.attention.attention` for prompts.
-          experts: the implementation of `ops.grouped_matmul`, of a mixture of experts.
-          record_experts: responses carry the experts of each of their and the prompt's tokens.
-          layout: a `sharding.Layout` of table "rollout" over devices of this process, on which
-            `params` already lie by `decoder.param_axes`; None for one device.
-          vision_attention: as `attention`, for the patches of an image.
+          record_experts: responses carry ids of the experts of their and the prompt's tokens.
 
         Raises:
           ValueError: naming the argument that makes no sense.
           MeshError: where the layout does not fit this engine or the model.
         """
+        config, layout = how.model, how.layout
         _check_layout(layout, config)
         counts = {
             "num_slots": num_slots,
@@ -103,17 +95,22 @@ class Engine:
                 f"max_prompt_length {max_prompt_length} + max_response_length "
                 f"{sampling.max_response_length} must be <= max_position {config.max_position}"
             )
-        self.config, self.sampling, self.dtype = config, sampling, jnp.dtype(dtype)
         if record_experts and not config.num_experts:
             raise ValueError("record_experts=True needs a mixture of experts")
-        self.attention, self.layout = attention, layout
-        self.vision_attention = vision_attention
-        self.experts, self.record_experts = experts, record_experts
+        self.how, self.sampling, self.record_experts = how, sampling, record_experts
         self.row_multiple = 1 if layout is None else layout.size("batch")
         self.num_slots = -(-num_slots // self.row_multiple) * self.row_multiple
         self.max_prompt_length = max_prompt_length
         self.chunk_length, self.max_prefill_tokens = chunk_length, max_prefill_tokens
         self.leave_at = max(1, math.ceil(refill_fraction * self.num_slots))
+
+    @property
+    def layout(self):
+        return self.how.layout
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.how.dtype)
 
     def kv_bytes_per_slot(self, length):
         """Bytes of cache that a slot of `length` tokens takes on each device that holds it.
@@ -124,7 +121,7 @@ class Engine:
             1 if self.layout is None else self.layout.size(axis)
             for axis in ("kv_heads", "cache_length")
         )
-        c = self.config
+        c = self.how.model
         per_token = 2 * c.num_layers * (c.num_kv_heads // heads) * c.head_dim * self.dtype.itemsize
         return per_token * -(-length // positions)
 
@@ -183,9 +180,11 @@ class Engine:
             raise ValueError(
                 f"{name} must hold a list of token ids, not {tokens.dtype}{list(tokens.shape)}"
             )
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(f"{name} has tokens outside [0, vocab_size {self.config.vocab_size})")
-        batch.check(tokens, request.images, self.config, name)
+        if tokens.min() < 0 or tokens.max() >= self.how.model.vocab_size:
+            raise ValueError(
+                f"{name} has tokens outside [0, vocab_size {self.how.model.vocab_size})"
+            )
+        batch.check(tokens, request.images, self.how.model, name)
 
 
 def _check_layout(layout, config):
@@ -315,22 +314,17 @@ class _Rollout:
         multiple = engine.row_multiple
         prompts = padded_prompts(requests, length=length, multiple=multiple)
         images, offsets_P = prompt_images(
-            requests, engine.config, shape=prompts[0].shape, multiple=multiple
+            requests, engine.how.model, shape=prompts[0].shape, multiple=multiple
         )
-        self.pool, experts = device.prefill(
+        self.pool, ids = device.prefill(
             self.params,
             *prompts,
             images,
-            config=engine.config,
-            dtype=engine.dtype,
-            attention=engine.attention,
-            experts=engine.experts,
+            how=engine.how,
             record=engine.record_experts,
-            layout=engine.layout,
-            vision_attention=engine.vision_attention,
         )
         self.offsets_P = offsets_P
-        self.queue = queue_of(indices, self.requests, self.group_size, jax.device_get(experts))
+        self.queue = queue_of(indices, self.requests, self.group_size, jax.device_get(ids))
         self.prefill_calls += 1
         self.prefill_tokens += sum(len(request.tokens) for request in requests)
 
@@ -361,12 +355,7 @@ class _Rollout:
         self.room = engine.room(length)
         if self.slots is None:
             self.slots = device.empty_slots(
-                self.key,
-                num_slots=self.num_slots,
-                length=self.room,
-                config=engine.config,
-                dtype=engine.dtype,
-                layout=engine.layout,
+                self.key, num_slots=self.num_slots, length=self.room, how=engine.how
             )
         else:
             self.slots = device.grow(self.slots, length=self.room, layout=engine.layout)
@@ -382,13 +371,10 @@ class _Rollout:
             self.slots,
             np.int32(max_steps),
             np.int32(leave_at),
-            config=engine.config,
+            how=engine.how,
             sampling=engine.sampling,
             chunk_length=engine.chunk_length,
-            dtype=engine.dtype,
-            experts=engine.experts,
             record=engine.record_experts,
-            layout=engine.layout,
         )
         chunk = jax.device_get(chunk)
         self.decode_steps += int(chunk.steps)

@@ -29,9 +29,9 @@ class Response:
       tokens: int32, the stop token included.
       logprobs: float32 log-probability of each token at the rollout temperature.
       stopped: whether a stop token ended it; False where it was cut at the longest length.
-      experts: unsigned ids [tokens, L, K] of the experts that routers chose for each token, in the
-        L layers that have experts; None where they were not recorded.
-      prompt_experts: the same of the prompt's tokens; one array for all samples of a prompt.
+      expert_ids: unsigned [tokens, L, K], the experts that routers chose for each token, in the L
+        layers that have experts; None where they were not recorded.
+      prompt_expert_ids: the same of the prompt's tokens; one array for all samples of a prompt.
     """
 
     prompt_id: int
@@ -39,8 +39,8 @@ class Response:
     tokens: np.ndarray
     logprobs: np.ndarray
     stopped: bool
-    experts: np.ndarray | None = None
-    prompt_experts: np.ndarray | None = None
+    expert_ids: np.ndarray | None = None
+    prompt_expert_ids: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,10 +63,10 @@ class Occupant:
     length: int  # of the row, prompt included
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
-    experts: list[np.ndarray] = dataclasses.field(default_factory=list)
-    prompt_experts: np.ndarray | None = None
+    expert_ids: list[np.ndarray] = dataclasses.field(default_factory=list)
+    prompt_expert_ids: np.ndarray | None = None
 
-    def extend(self, tokens, logprobs, experts=None):
+    def extend(self, tokens, logprobs, expert_ids=None):
         """Append what one chunk sampled, and where routers sent it.
 
         Raises:
@@ -79,8 +79,8 @@ class Occupant:
             )
         self.tokens.append(tokens)
         self.logprobs.append(logprobs)
-        if experts is not None:
-            self.experts.append(experts)
+        if expert_ids is not None:
+            self.expert_ids.append(expert_ids)
         self.length += len(tokens)
 
     def response(self, stop_token_ids):
@@ -91,8 +91,8 @@ class Occupant:
             tokens=tokens,
             logprobs=np.concatenate(self.logprobs),
             stopped=int(tokens[-1]) in stop_token_ids,
-            experts=np.concatenate(self.experts) if self.experts else None,
-            prompt_experts=self.prompt_experts,
+            expert_ids=np.concatenate(self.expert_ids) if self.expert_ids else None,
+            prompt_expert_ids=self.prompt_expert_ids,
         )
 
 
@@ -121,11 +121,11 @@ class SlotTable:
             if occupant is None:
                 continue
             count = chunk.counts_B[slot]
-            experts = (
-                None if chunk.experts_CBLK is None else chunk.experts_CBLK[:count, slot].copy()
-            )
+            ids_CBLK = chunk.expert_ids_CBLK
             occupant.extend(
-                tokens_BC[slot, :count].copy(), logprobs_BC[slot, :count].copy(), experts
+                tokens_BC[slot, :count].copy(),
+                logprobs_BC[slot, :count].copy(),
+                None if ids_CBLK is None else ids_CBLK[:count, slot].copy(),
             )
             if not chunk.active_B[slot]:
                 self.responses[occupant.index] = occupant.response(stop_token_ids)
@@ -134,14 +134,14 @@ class SlotTable:
         self.generated_tokens += int(chunk.counts_B.sum())
 
 
-def queue_of(batch, requests, group_size, experts_PTLK=None):
+def queue_of(batch, requests, group_size, ids_PTLK=None):
     """(pool row, Occupant) of every sample of the prefilled `batch`, in order."""
     queue = collections.deque()
     for row, index in enumerate(batch):
         length = len(requests[index].tokens)
-        experts = None if experts_PTLK is None else experts_PTLK[row, :length].copy()
+        ids_TLK = None if ids_PTLK is None else ids_PTLK[row, :length].copy()
         for sample_id in range(group_size):
             occupant = Occupant(requests[index], index * group_size + sample_id, sample_id, length)
-            occupant.prompt_experts = experts
+            occupant.prompt_expert_ids = ids_TLK
             queue.append((row, occupant))
     return queue

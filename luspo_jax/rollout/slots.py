@@ -95,7 +95,7 @@ class Refill:
 class Chunk:
     """Tokens of up to C decode steps; row b holds its counts_B[b] tokens in the first steps.
 
-    `experts_CBLK` has the experts of each token, None where they are not recorded.
+    `expert_ids_CBLK` has the experts of each token, None where they are not recorded.
     """
 
     tokens_CB: jax.Array
@@ -103,7 +103,7 @@ class Chunk:
     counts_B: jax.Array
     active_B: jax.Array
     steps: jax.Array
-    experts_CBLK: jax.Array | None = None
+    expert_ids_CBLK: jax.Array | None = None
 
 
 _ROW, _ROWS, _STEPS = ("batch",), ("batch", None), (None, "batch")
@@ -112,7 +112,7 @@ SLOTS_AXES = Slots(decoder.KVCache(CACHE_AXES, CACHE_AXES), _ROWS, *[_ROW] * 5)
 POOL_AXES = Pool(_ROWS, decoder.KVCache(_PROMPT_AXES, _PROMPT_AXES))
 REFILL_AXES = Refill(*[(None,)] * 7)
 CHUNK_AXES = Chunk(_STEPS, _STEPS, _ROW, _ROW, ())
-_EXPERTS = (*_STEPS, None, None)
+_IDS = (*_STEPS, None, None)
 
 
 def _leaves(axes_tree):
@@ -128,46 +128,25 @@ def _placed(tree, axes_tree, layout):
     return jax.tree.unflatten(treedef, placed)
 
 
-@functools.partial(jax.jit, static_argnames=("num_slots", "length", "config", "dtype", "layout"))
-def empty_slots(key, *, num_slots, length, config, dtype, layout=None):
+@functools.partial(jax.jit, static_argnames=("num_slots", "length", "how"))
+def empty_slots(key, *, num_slots, length, how):
     """Slots that hold nothing, with room for `length` tokens each."""
     slots = Slots(
-        cache=decoder.empty_cache(config, num_slots, length, dtype, layout),
-        hidden_BD=jnp.zeros((num_slots, config.embed_dim), dtype),
+        cache=decoder.empty_cache(how, num_slots, length),
+        hidden_BD=jnp.zeros((num_slots, how.model.embed_dim), jnp.dtype(how.dtype)),
         keys_B=jnp.broadcast_to(key, (num_slots,)),
         lengths_B=jnp.zeros(num_slots, jnp.int32),
         offsets_B=jnp.zeros(num_slots, jnp.int32),
         limits_B=jnp.zeros(num_slots, jnp.int32),
         active_B=jnp.zeros(num_slots, bool),
     )
-    return _placed(slots, SLOTS_AXES, layout)
+    return _placed(slots, SLOTS_AXES, how.layout)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "config", "dtype", "attention", "experts", "record", "layout", "vision_attention"
-    ),
-)  # fmt: skip
-def prefill(
-    params,
-    tokens_PT,
-    lengths_P,
-    prompt_images=None,
-    *,
-    config,
-    dtype,
-    attention="reference",
-    experts="reference",
-    record=False,
-    layout=None,
-    vision_attention="reference",
-):
-    """(Pool of the left-aligned prompts `tokens_PT`, their experts [P, T, L, K] with `record`).
-
-    `prompt_images` is None where no prompt has an image; `attention` is of the prompts,
-    `vision_attention` of the patches of an image.
-    """
+@functools.partial(jax.jit, static_argnames=("how", "record"))
+def prefill(params, tokens_PT, lengths_P, prompt_images=None, *, how, record=False):
+    """(Pool of the left-aligned prompts `tokens_PT`, ids of their experts [P, T, L, K] with
+    `record`); `prompt_images` is None where no prompt has an image."""
     of_images = {}
     if prompt_images is not None:
         images = prompt_images.images
@@ -176,27 +155,14 @@ def prefill(
             images.patches_ISC,
             images.positions_IS2,
             images.valid_IS,
-            config=config.vision,
-            dtype=dtype,
-            attention=vision_attention,
-            layout=layout,
+            how=how,
         )
         of_images = {
             "units_UD": units_IUD.reshape(-1, units_IUD.shape[-1]),
             "index_BT": prompt_images.units_PT,
             "positions_BT": prompt_images.positions_PT3,
         }
-    hidden_PD, cache, ids = decoder.prefill(
-        params,
-        tokens_PT,
-        lengths_P,
-        config=config,
-        dtype=dtype,
-        attention=attention,
-        experts=experts,
-        layout=layout,
-        **of_images,
-    )
+    hidden_PD, cache, ids = decoder.prefill(params, tokens_PT, lengths_P, how=how, **of_images)
     return Pool(hidden_PD, cache), ids if record else None
 
 
@@ -305,35 +271,20 @@ def grow_array(array, *, length, layout=None):
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "config", "sampling", "chunk_length", "dtype", "experts", "record", "layout"
-    ),
+    static_argnames=("how", "sampling", "chunk_length", "record"),
     donate_argnames="slots",
-)  # fmt: skip
-def decode_chunk(
-    params,
-    slots,
-    max_steps,
-    leave_at,
-    *,
-    config,
-    sampling,
-    chunk_length,
-    dtype,
-    experts="reference",
-    record=False,
-    layout=None,
-):
+)
+def decode_chunk(params, slots, max_steps, leave_at, *, how, sampling, chunk_length, record=False):
     """Up to `max_steps` ≤ chunk_length tokens for every active slot, in one program.
 
     Leaves as soon as `leave_at` slots are free. The slots are donated: the cache is updated in
-    place. `record` keeps the experts of each token.
+    place. `record` keeps the ids of each token's experts.
 
     Returns:
       The slots, and the Chunk of what was sampled.
     """
-    B = slots.lengths_B.shape[0]
-    kernel_VD = decoder.head_kernel(params).astype(dtype)
+    B, layout = slots.lengths_B.shape[0], how.layout
+    kernel_VD = decoder.head_kernel(params).astype(jnp.dtype(how.dtype))
     chunk = Chunk(
         tokens_CB=jnp.zeros((chunk_length, B), jnp.int32),
         logprobs_CB=jnp.zeros((chunk_length, B), jnp.float32),
@@ -343,17 +294,14 @@ def decode_chunk(
     )
     chunk_axes = CHUNK_AXES
     if record:
-        shape = (chunk_length, B, config.num_expert_layers, config.experts_per_token)
-        ids = jnp.zeros(shape, id_type(config.num_experts))
-        chunk = dataclasses.replace(chunk, experts_CBLK=ids)
-        chunk_axes = dataclasses.replace(CHUNK_AXES, experts_CBLK=_EXPERTS)
+        shape = (chunk_length, B, how.model.num_expert_layers, how.model.experts_per_token)
+        ids = jnp.zeros(shape, id_type(how.model.num_experts))
+        chunk = dataclasses.replace(chunk, expert_ids_CBLK=ids)
+        chunk_axes = dataclasses.replace(CHUNK_AXES, expert_ids_CBLK=_IDS)
     chunk = _placed(chunk, chunk_axes, layout)
     # Whole rows of logits on every device, so that a token is drawn as on one.
     draw = sharding.shard_map(
         functools.partial(_draw, sampling=sampling), layout, (_ROWS, _ROW, _ROW), (_ROW, _ROW)
-    )
-    step = functools.partial(
-        _advance, config=config, sampling=sampling, dtype=dtype, experts=experts, layout=layout
     )
 
     def unfinished(carry):
@@ -369,7 +317,7 @@ def decode_chunk(
         logits_BV = sharding.constrain(logits_BV, ("batch", "vocab"), layout)
         tokens_B, logprobs_B = draw(logits_BV, slots.keys_B, slots.lengths_B)
         active_B = slots.active_B
-        slots, ids_BLK = step(slots, tokens_B, params)
+        slots, ids_BLK = _advance(slots, tokens_B, params, how=how, sampling=sampling)
         chunk = _record(chunk, active_B, tokens_B, logprobs_B, ids_BLK)
         return _placed(slots, SLOTS_AXES, layout), _placed(chunk, chunk_axes, layout)
 
@@ -382,10 +330,10 @@ def _draw(logits_BV, keys_B, positions_B, *, sampling):
 
 
 def _record(chunk, active_B, tokens_B, logprobs_B, ids_BLK):
-    experts = chunk.experts_CBLK
+    ids_CBLK = chunk.expert_ids_CBLK
     return dataclasses.replace(
         chunk,
-        experts_CBLK=None if experts is None else experts.at[chunk.steps].set(ids_BLK),
+        expert_ids_CBLK=None if ids_CBLK is None else ids_CBLK.at[chunk.steps].set(ids_BLK),
         tokens_CB=chunk.tokens_CB.at[chunk.steps].set(tokens_B),
         logprobs_CB=chunk.logprobs_CB.at[chunk.steps].set(logprobs_B),
         counts_B=chunk.counts_B + active_B.astype(jnp.int32),
@@ -393,9 +341,9 @@ def _record(chunk, active_B, tokens_B, logprobs_B, ids_BLK):
     )
 
 
-def _advance(slots, tokens_B, params, *, config, sampling, dtype, experts, layout):
-    """(slots, experts of the tokens): appends `tokens_B` to the active rows, and ends those that
-    stop or are full."""
+def _advance(slots, tokens_B, params, *, how, sampling):
+    """(slots, ids of the tokens' experts): appends `tokens_B` to the active rows, and ends those
+    that stop or are full."""
     # Others decode at position 0 of their own row: it costs least, and a refill writes over it.
     positions_B = jnp.where(slots.active_B, slots.lengths_B, 0)
     hidden_BD, cache, ids_BLK = decoder.decode_step(
@@ -403,12 +351,9 @@ def _advance(slots, tokens_B, params, *, config, sampling, dtype, experts, layou
         tokens_B,
         positions_B,
         slots.cache,
-        config=config,
-        dtype=dtype,
-        experts=experts,
+        how=how,
         real_B=slots.active_B,
-        positions_B=None if config.vision is None else positions_B + slots.offsets_B,
-        layout=layout,
+        positions_B=None if how.model.vision is None else positions_B + slots.offsets_B,
     )
     lengths_B = slots.lengths_B + slots.active_B.astype(jnp.int32)
     stops = jnp.asarray(sampling.stop_token_ids, jnp.int32)

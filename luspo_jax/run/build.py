@@ -12,11 +12,10 @@ from luspo_jax import optimizer, sharding
 from luspo_jax.length import laboratory
 from luspo_jax.length.laboratory import Laboratory
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.logprobs import Scoring
-from luspo_jax.models import decoder, decoder_weights
+from luspo_jax.logprobs import LogprobRule
+from luspo_jax.models import decoder, decoder_weights, kernels
 from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.ops import attention as attention_op
-from luspo_jax.ops import grouped_matmul
+from luspo_jax.models.forward import Forward
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
@@ -55,7 +54,7 @@ class Run:
 
     def initial_params(self) -> Any:
         """The base policy's weights, or random ones where the configuration says so."""
-        model, layout = self.settings.model, self.rule.scoring.layout
+        model, layout = self.settings.model, self.rule.logprobs.how.layout
         if model.random_weights:
             key = jax.random.key(self.settings.seed)
             return decoder.init_params(key, self.model.config, layout=layout)
@@ -108,12 +107,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
         laboratory=laboratory.laboratory(
             settings.length,
             # Length pressure differentiates the backward pass, which kernels do not allow.
-            dataclasses.replace(
-                rule.scoring,
-                attention="reference",
-                experts="reference",
-                vision_attention="reference",
-            ),
+            dataclasses.replace(rule.logprobs, how=rule.logprobs.how.with_reference_kernels()),
             settings.objective,
             max_response_length=settings.rollout.max_response_length,
             rows_at_once=batch_arithmetic(settings).responses_per_microbatch,
@@ -194,7 +188,7 @@ def mesh_advice(config: Config, train: Layout | None) -> str:
 def update_rule(config: Config, model: Model, layout: Layout | None = None) -> UpdateRule:
     """What an optimizer step does, and with it the layout of the train state."""
     return UpdateRule(
-        scoring=_scoring(config, model, layout),
+        logprobs=_logprob_rule(config, model.config, layout),
         objective=section(config, "objective"),
         optimizer=optimizer.adamw(
             b1=config.train.b1,
@@ -210,21 +204,13 @@ def update_rule(config: Config, model: Model, layout: Layout | None = None) -> U
     )
 
 
-def _scoring(config, model, layout):
-    return Scoring(
-        model=model.config,
+def _logprob_rule(config, model, layout):
+    return LogprobRule(
+        how=training_forward(config, model, layout),
         temperature=config.rollout.temperature,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        attention=_attention(config, model.config, layout),
         head_chunk_tokens=config.model.head_chunk_tokens,
-        layout=layout,
-        experts=expert_products(layout, config.model.experts),
         replay=config.train.router_replay,
-        freeze_vision=_freezes(config, model.config),
-        vision_attention=vision_attention(
-            model.config, layout, config.model.dtype, config.model.attention
-        ),
+        freeze_vision=_freezes(config, model),
     )
 
 
@@ -235,7 +221,7 @@ def _freezes(config, model):
 def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> Engine:
     """What samples as `asked`: config.rollout (experts are recorded), or config.eval."""
     return Engine(
-        model.config,
+        sampling_forward(config, model.config, sharding.on_own_devices(layout)),
         Sampling(
             max_response_length=config.rollout.max_response_length,
             stop_token_ids=model.stop_token_ids,
@@ -247,68 +233,34 @@ def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> 
         # No response takes more steps than its limit.
         chunk_length=min(config.rollout.chunk_length, config.rollout.max_response_length),
         max_prompt_length=config.data.max_prompt_length,
-        dtype=jnp.dtype(config.model.rollout_dtype),
-        layout=sharding.on_own_devices(layout),
-        attention=prefill_attention(
-            model.config, layout, config.model.rollout_dtype, config.model.attention
-        ),
-        experts=expert_products(layout, config.model.experts),
         record_experts=asked is config.rollout and model.config.num_experts > 0,
-        vision_attention=vision_attention(
-            model.config, layout, config.model.rollout_dtype, config.model.attention
-        ),
     )
 
 
-def _attention(config, model, layout):
-    """The name of the trainer's attention on this platform."""
-    return _resolved(
-        config.model.attention,
-        layout,
-        packed=config.train.packing,
-        head_dim=model.head_dim,
-        dtype=config.model.dtype,
-        context=layout.size("length") if layout else 1,
+def training_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
+    """How the trainer computes a forward pass on this platform."""
+    used = {"dtype": config.model.dtype, "remat": config.model.remat}
+    return _forward(config, model, layout, packed=config.train.packing, **used)
+
+
+def sampling_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
+    """How the sampler does; prompts lie one in a row."""
+    return _forward(config, model, layout, packed=False, dtype=config.model.rollout_dtype)
+
+
+def _forward(config, model, layout, *, packed, **settings):
+    how = Forward(
+        model,
+        attention=config.model.attention,
+        vision_attention=config.model.attention,
+        expert_kernel=config.model.expert_kernel,
+        layout=layout,
+        **settings,
     )
-
-
-def prefill_attention(
-    model: DecoderConfig, layout: Layout | None, dtype: str, name: str = "auto"
-) -> str:
-    """The name of the sampler's attention over prompts, which lie one in a row."""
-    return _resolved(name, layout, packed=False, head_dim=model.head_dim, dtype=dtype)
-
-
-def vision_attention(
-    model: DecoderConfig, layout: Layout | None, dtype: str, name: str = "auto"
-) -> str:
-    """The name of the vision tower's attention over an image; its heads have a size of their own.
-
-    Patches are not one run in their slots, as a packed row's tokens are not: what reads segment ids
-    is needed. "reference" is kept, of any other name what fits the platform is taken.
-    """
-    if model.vision is None or name == "reference":
-        return "reference"
-    return _resolved("auto", layout, packed=True, head_dim=model.vision.head_dim, dtype=dtype)
-
-
-def expert_products(layout: Layout | None, name: str = "auto") -> str:
-    """The name of the grouped product of experts on this platform."""
     try:
-        return grouped_matmul.resolve(name, platform=_platform(layout))
+        return kernels.resolved(how, packed=packed)
     except ValueError as error:
-        raise ConfigError(f"model.experts: {error}") from None
-
-
-def _platform(layout):
-    return (layout.mesh.devices.flat[0] if layout else sharding.available_devices()[0]).platform
-
-
-def _resolved(name, layout, **needs):
-    try:
-        return attention_op.resolve(name, platform=_platform(layout), **needs)
-    except ValueError as error:
-        raise ConfigError(f"model.attention: {error}") from None
+        raise ConfigError(f"model.{error}") from None
 
 
 def facts(run: Run) -> dict[str, Any]:

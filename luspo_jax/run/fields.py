@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -58,9 +58,18 @@ OPEN_SECTIONS = (
 )  # fmt: skip
 
 
+# Field of an older version → the name that it has now.
+RENAMED = {"model.experts": "model.expert_kernel"}
+
+
 def wrong_fields(config: Mapping[str, Any]) -> Iterator[str]:
     """A line for each field that is unknown, missing, of another type or out of range."""
     yield from _wrong_fields(config, _known(), "")
+
+
+def instead_of(field: str, names: Iterable[str]) -> str:
+    """What to name in place of a field that does not exist: what it became, or the nearest."""
+    return f"it is {RENAMED[field]} now" if field in RENAMED else nearest(field, names)
 
 
 _known = functools.cache(default_config)  # never handed out
@@ -69,8 +78,8 @@ _known = functools.cache(default_config)  # never handed out
 def _wrong_fields(config, known, prefix):
     for key in config:
         if key not in known:
-            names = [f"{prefix}{name}" for name in known]
-            yield f"unknown field {prefix}{key}: {nearest(f'{prefix}{key}', names)}"
+            field, names = f"{prefix}{key}", [f"{prefix}{name}" for name in known]
+            yield f"unknown field {field}: {instead_of(field, names)}"
     missing = [f"{prefix}{key}" for key in known if key not in config]
     if missing:
         yield f"missing {', '.join(missing)}: start from luspo_jax.run.fields.default_config()"
@@ -118,12 +127,12 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
-    """Sets dotted fields, as `flat` gives them.
+    """Sets dotted fields, as `flat` gives them or gave them to an older run.
 
     Raises:
       KeyError, TypeError: a field that does not exist, or a value of another type.
     """
-    for name, value in leaves.items():
+    for name, value in _renamed(leaves).items():
         *sections, last = name.split(".")
         target = config
         for section in sections:
@@ -138,10 +147,14 @@ def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
             target[last] = value
 
 
+def _renamed(leaves):
+    return {RENAMED.get(name, name): value for name, value in leaves.items()}
+
+
 def changes(old: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """field → (old, new) where `config` differs from a run's stored (flat) one and may not."""
     new, defaults = (json.loads(json.dumps(flat(c))) for c in (config, default_config()))
-    old = defaults | old  # a run is older than a field that it does not have
+    old = defaults | _renamed(old)  # a run is older than a field that it does not have
     return {
         name: (old.get(name), new.get(name))
         for name in sorted({*old, *new})

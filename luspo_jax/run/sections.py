@@ -52,7 +52,7 @@ class ModelSettings:
     rollout_dtype: str = "float32"  # Of sampling: weights, activations and KV cache.
     remat: str = "none"  # What is kept for the backward pass: a key of decoder.REMAT.
     attention: str = "auto"  # By platform, or a name of luspo_jax.ops.attention.
-    experts: str = "auto"  # By platform, or a name of luspo_jax.ops.grouped_matmul.
+    expert_kernel: str = "auto"  # By platform, or a name of luspo_jax.ops.grouped_matmul.
     head_chunk_tokens: int = 2048  # Tokens whose logits exist at one time on a device.
 
     RULES: ClassVar[dict[str, Rule]] = {
@@ -61,7 +61,7 @@ class ModelSettings:
         "rollout_dtype": _TYPES,
         "remat": OneOf(REMAT),
         "attention": _ATTENTION,
-        "experts": _PRODUCT,
+        "expert_kernel": _PRODUCT,
         "head_chunk_tokens": _SIZE,
     }
 

@@ -193,8 +193,8 @@ def test_operations_of_a_decode_step_are_those_of_its_program():
     from luspo_jax.rollout import slots
 
     traced = slots.decode_chunk.trace(
-        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), config=case.model,
-        sampling=case.engine.sampling, chunk_length=4, dtype=case.engine.dtype,
+        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), how=case.engine.how,
+        sampling=case.engine.sampling, chunk_length=4,
     )  # fmt: skip
     found = products(traced.jaxpr.jaxpr)
     assert found == pytest.approx(step.flops, rel=0.01)
@@ -275,7 +275,7 @@ def test_experts_touched_are_those_of_all_ways_to_draw(assignments, num_experts)
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_operations_of_an_update_with_experts_are_those_of_its_program(remat):
-    config = tiny_experts(model__remat=remat, model__experts="reference", **SMALL)
+    config = tiny_experts(model__remat=remat, model__expert_kernel="reference", **SMALL)
     case = cases.build(config, machine(1), mean_length=12)
     batch, _ = programs.train_batch(case)
     packed = batch.rows.packed
@@ -301,14 +301,14 @@ def test_operations_of_a_decode_step_with_experts_are_those_of_its_program(slots
     """Of few rows the experts are picked out, of more they are sorted."""
     from luspo_jax.rollout import slots as device
 
-    config = tiny_experts(rollout__num_slots=slots, model__experts="reference", **SMALL)
+    config = tiny_experts(rollout__num_slots=slots, model__expert_kernel="reference", **SMALL)
     case = cases.build(config, machine(1), mean_length=12)
     room = case.rooms(case.engine)[-1]
     step = costs.decode_step(case.model, slots, room, Parts(), 4)
     arrays = programs.rollout_arrays(case, case.engine, slots, 8, 8, room)
     traced = device.decode_chunk.trace(
-        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), config=case.model,
-        sampling=case.engine.sampling, chunk_length=4, dtype=case.engine.dtype,
+        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), how=case.engine.how,
+        sampling=case.engine.sampling, chunk_length=4,
     )  # fmt: skip
     extra = 0
     if slots == 8:
@@ -407,7 +407,8 @@ def test_shapes_are_those_that_a_run_would_bring():
         assert made.shape == wanted.shape
         assert made.dtype == wanted.dtype
     where = batch.rows.packed.tokens_RT.sharding
-    assert where == update.put_rows(real, case.rule.scoring.layout).rows.packed.tokens_RT.sharding
+    put = update.put_rows(real, case.rule.logprobs.how.layout)
+    assert where == put.rows.packed.tokens_RT.sharding
 
 
 def test_rows_of_a_mixture_come_with_recorded_experts():
@@ -425,7 +426,7 @@ def test_rows_of_a_mixture_come_with_recorded_experts():
 
 def test_a_mixture_is_rehearsed():
     """Experts over 4 of 8 devices, in training and rollout."""
-    config = tiny_experts(model__experts="reference", model__remat="full", **SMALL)
+    config = tiny_experts(model__expert_kernel="reference", model__remat="full", **SMALL)
     config.model.overrides.num_hidden_layers = 1
     config.mesh.expert = config.rollout_mesh.expert = 4
     config.train.microbatch_tokens = 8 * 32

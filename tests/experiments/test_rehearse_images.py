@@ -17,6 +17,7 @@ from luspo_jax import batches, packing, update
 from luspo_jax.images.preparer import PreparedImage
 from luspo_jax.images.settings import ImageSettings
 from luspo_jax.models import vision
+from luspo_jax.models.forward import Forward
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rollout import slots
 from luspo_jax.rollout.engine import prompt_images
@@ -163,7 +164,7 @@ def test_rows_are_those_that_a_run_would_bring(folder, packed):
     real = packing.packed_batch(real, plan) if packed else real
     batch, _ = programs.train_batch(case)
     assert_same_shapes(batch, real)
-    placed = update.put_rows(real, case.rule.scoring.layout)
+    placed = update.put_rows(real, case.rule.logprobs.how.layout)
     made = batch.rows.images.patches_ISC
     assert made.sharding == placed.rows.images.patches_ISC.sharding
     # Several micro-batches, and in each no more images than the prompts of a minibatch.
@@ -190,6 +191,7 @@ def test_prompts_of_a_prefill_are_those_that_a_run_would_bring(folder):
 def test_operations_of_the_tower_are_those_of_its_program(folder, full_layers, remat):
     model = cases.architecture(tiny(folder))
     config = dataclasses.replace(model.vision, full_layers=full_layers)
+    how = Forward(dataclasses.replace(model, vision=config), remat=remat)
     I, S = 2, 64
     params = vision.abstract_params(config)
     arrays = tower.shapes(I, tower.Pictures(1, 112, 112, 16, S), config)
@@ -197,7 +199,7 @@ def test_operations_of_the_tower_are_those_of_its_program(folder, full_layers, r
     def units(params, arrays):
         return vision.encode(
             params, arrays.patches_ISC, arrays.positions_IS2, arrays.valid_IS,
-            config=config, remat=remat,
+            how=how,
         )  # fmt: skip
 
     args = (config, I, S, Parts(), 4)
@@ -220,7 +222,7 @@ def test_operations_of_a_prefill_are_those_of_its_program(folder):
     arrays = programs.rollout_arrays(case, engine, 16, P, T, 48)
     traced = slots.prefill.trace(
         arrays["params"], arrays["tokens"], arrays["lengths"], arrays["images"],
-        config=case.model, dtype=engine.dtype,
+        how=engine.how,
     )  # fmt: skip
     program = next(p for p in programs.programs(case) if p.name == "prefill")
     # In the trace both kinds of attention stand in every block of the tower, and the larger is

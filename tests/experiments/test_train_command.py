@@ -39,6 +39,7 @@ def run(monkeypatch, capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--config.rollout.group_siz=4"], "did you mean '--config.rollout.group_size'?"),
+        (["--config.model.experts=blocks"], "'model.experts': it is model.expert_kernel now"),
         (["--config.objective.clip_hi=0.1"], "did you mean '--config.objective.clip_high'?"),
         (["--config.rollout.group_size=many"], "rollout.group_size=many"),
         (["--wrkdir=x"], "wrkdir"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import types
 
 import numpy as np
 import pytest
@@ -12,7 +11,9 @@ from luspo_jax.length import laboratory
 from luspo_jax.length.laboratory import Laboratory, Sampled
 from luspo_jax.length.pressure import Pressure
 from luspo_jax.length.settings import LengthSettings
+from luspo_jax.logprobs import LogprobRule
 from luspo_jax.metrics import declared
+from luspo_jax.models.forward import Forward
 
 
 def _sampled(num_groups=4, group_size=4):
@@ -113,8 +114,7 @@ def test_responses_without_a_verdict_are_masked_out():
     sampled = _sampled()
     sampled = dataclasses.replace(sampled, counted_B=np.arange(16) != 3)
     lab = _laboratory(objectives.preset("luspo"))
-    half = laboratory._half(
-        sampled, dataclasses.replace(lab, scoring=types.SimpleNamespace(layout=None))
-    )
+    lab = dataclasses.replace(lab, rule=LogprobRule(Forward(model=None)))
+    half = laboratory._half(sampled, lab)
     assert not half.response_mask_BT[3].any()
     assert half.response_mask_BT[2].any()

@@ -10,9 +10,10 @@ import pytest
 from luspo_jax import objectives, packing
 from luspo_jax.length import enumeration, pressure
 from luspo_jax.length.pressure import Half
-from luspo_jax.logprobs import Scoring, token_logprobs
+from luspo_jax.logprobs import LogprobRule, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
 
 MODEL = DecoderConfig(
     model_type="qwen3",
@@ -30,14 +31,14 @@ MODEL = DecoderConfig(
     tie_embeddings=True,
     max_position=64,
 )
-SCORING = Scoring(MODEL, head_chunk_tokens=16, dtype="float64")
+LOGPROBS = LogprobRule(Forward(MODEL, "float64"), head_chunk_tokens=16)
 CHOSEN = tuple((n, objectives.preset(n)) for n in ("grpo", "gspo", "luspo", "dapo"))
 TABLE = enumeration.world(num_prompts=2)
 EDGES = (2, 5)
 
 
 def score(params, rows):
-    return token_logprobs(params, rows, scoring=SCORING)[0]
+    return token_logprobs(params, rows, rule=LOGPROBS)[0]
 
 
 @pytest.fixture

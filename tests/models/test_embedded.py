@@ -13,6 +13,7 @@ from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import read_settings
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import read_config
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.locate import EMBEDDED, embedded_models, model_folder
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Request, Sampling
@@ -91,12 +92,12 @@ def test_routers_of_a_mixture_use_all_experts(mixture):
         tokens_BT,
         np.cumsum(ones_BT, axis=1) - 1,
         ones_BT,
-        config=config,
+        how=Forward(config),
     )
     counts_LE = np.stack(
         [
             np.bincount(np.ravel(ids), minlength=config.num_experts)
-            for ids in np.moveaxis(np.asarray(routed.experts), -2, 0)
+            for ids in np.moveaxis(np.asarray(routed.expert_ids), -2, 0)
         ]
     )
     even = tokens_BT.size * config.experts_per_token / config.num_experts
@@ -151,7 +152,7 @@ def measured(name, folder, tokenizer, *, num_problems, num_samples, blank=False)
     sampling = Sampling(
         max_response_length=MAX_RESPONSE, stop_token_ids=config.eos_token_ids, temperature=1.0
     )
-    engine = Engine(config, sampling, num_slots=256, max_prompt_length=24, chunk_length=16)
+    engine = Engine(Forward(config), sampling, num_slots=256, max_prompt_length=24, chunk_length=16)
     responses, _ = engine.generate(
         decoder_weights.load_params(folder, config),
         [Request(record.prompt_id, record.tokens, record.images) for record in records],

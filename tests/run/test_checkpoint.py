@@ -14,9 +14,10 @@ import optax
 import pytest
 
 from luspo_jax import optimizer, sharding, update
-from luspo_jax.logprobs import Scoring
+from luspo_jax.logprobs import LogprobRule
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
 from luspo_jax.objectives import preset
 from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.run.checkpoint import Checkpointer, CheckpointError, bytes_written
@@ -124,7 +125,7 @@ def test_unwritable_folder_is_named(tmp_path):
 def _rule(**fields):
     adam = optimizer.adamw(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1)
     return update.UpdateRule(
-        Scoring(MODEL, head_chunk_tokens=16), preset("luspo", **fields), adam, 1, 0.0
+        LogprobRule(Forward(MODEL), head_chunk_tokens=16), preset("luspo", **fields), adam, 1, 0.0
     )
 
 
@@ -133,8 +134,8 @@ _double = jax.jit(functools.partial(jax.tree.map, lambda x: x + x))
 
 
 def _on(where, config, rule):
-    scoring = dataclasses.replace(rule.scoring, model=config, layout=MESHES[where])
-    return dataclasses.replace(rule, scoring=scoring)
+    logprobs = dataclasses.replace(rule.logprobs, how=Forward(config, layout=MESHES[where]))
+    return dataclasses.replace(rule, logprobs=logprobs)
 
 
 def _policy_state(where, config=MODEL, rule=RULE, marked=True):
