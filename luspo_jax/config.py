@@ -15,11 +15,11 @@ from luspo_jax.datasets import DATASETS, DataError
 from luspo_jax.datasets.table import Table
 from luspo_jax.datasets.templates import TEMPLATES
 from luspo_jax.defaults import OPEN_SECTIONS, SOURCE_FIELDS, default_config, wrong_fields
+from luspo_jax.experience.shaping import Shaping
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.rewards import Sample
 from luspo_jax.rewards.record import run as judge
 from luspo_jax.rewards.registry import verifier
-from luspo_jax.shaping import Shaping
 from luspo_jax.values import Number, nearest, refusal, shown
 
 # Fields that may change between a run and its continuation in the same workdir.
@@ -213,6 +213,11 @@ class BatchArithmetic:
     tokens_per_row: int
     pack_length: int = 0  # 0 without packing
     packed_rows_per_microbatch: int = 0
+
+    @property
+    def rows_per_microbatch(self) -> int:
+        """Rows that are computed together, dense ones or one a response."""
+        return self.packed_rows_per_microbatch or self.responses_per_microbatch
 
     def __str__(self) -> str:
         parts = (

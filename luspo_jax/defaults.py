@@ -8,15 +8,16 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from luspo_jax import objectives, shaping
+from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS
 from luspo_jax.datasets.templates import TEMPLATES
+from luspo_jax.experience import shaping
+from luspo_jax.experience.shaping import Shaping
+from luspo_jax.learner.logprobs import REPLAYS
+from luspo_jax.learner.offload import OFFLOADS
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.logprobs import REPLAYS
 from luspo_jax.models.decoder import REMAT
 from luspo_jax.ops import attention, grouped_matmul
-from luspo_jax.shaping import Shaping
-from luspo_jax.update import OFFLOADS
 from luspo_jax.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, nearest, refusal, shown
 from luspo_jax.watchdog import BEAT_S
 

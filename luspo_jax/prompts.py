@@ -395,6 +395,15 @@ class PromptStream:
         """Epochs begun and done: 1.5 is half way through the second; of a mixture, the mean."""
         return self._position / len(self._examples)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Where the stream is, and what it has passed over."""
+        return {
+            "training/epoch": self.epoch,
+            "prompts/dropped": self.dropped,
+            **{f"prompts/refused/{why}": n for why, n in self.refused.items()},
+        }
+
     def next_prompts(self, count: int) -> list[PromptRecord]:
         """The next `count` prompts of this process.
 

@@ -12,11 +12,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
-from luspo_jax import optimizer, sharding, sources
+from luspo_jax import sharding, sources
+from luspo_jax.experience.rounds import Asker
+from luspo_jax.experience.shaping import Shaping
+from luspo_jax.learner import optimizer
+from luspo_jax.learner.logprobs import Scoring
+from luspo_jax.learner.rows import Planner
+from luspo_jax.learner.state import UpdateRule
 from luspo_jax.length import laboratory
 from luspo_jax.length.laboratory import Laboratory
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.logprobs import Scoring
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
 from luspo_jax.models.locate import model_folder
@@ -25,10 +30,8 @@ from luspo_jax.ops import grouped_matmul
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
-from luspo_jax.shaping import Shaping
 from luspo_jax.sharding import Layout, MeshError
 from luspo_jax.sources import Model
-from luspo_jax.update import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,23 @@ class Run:
     shaping: Shaping
     length: LengthSettings
     laboratory: Laboratory
+    planner: Planner
+    updates_per_step: int
     rollout_layout: Layout | None = None
+
+    @property
+    def asker(self) -> Asker:
+        """What samples and judges the responses of a step."""
+        rollout = self.config.rollout
+        return Asker(
+            stream=self.data.stream,
+            sampler=self.sampler,
+            scorer=self.scorer,
+            decode=self.model.decode,
+            num_prompts=rollout.prompts_per_step,
+            group_size=rollout.group_size,
+            seed=self.config.seed,
+        )
 
     @property
     def metric(self) -> str:
@@ -116,7 +135,23 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
             max_response_length=longest,
             rows_at_once=configuration.batch_arithmetic(config).responses_per_microbatch,
         ),
+        planner=planner(config, model.config, layout),
+        updates_per_step=configuration.batch_arithmetic(config).updates_per_step,
         rollout_layout=rollout_layout,
+    )
+
+
+def planner(config: ConfigDict, model: DecoderConfig, layout: Layout | None) -> Planner:
+    """How responses are laid into the rows that training reads."""
+    sizes = configuration.batch_arithmetic(config)
+    return Planner(
+        model=model,
+        longest=sizes.tokens_per_row,
+        num_buckets=config.train.num_length_buckets,
+        rows_per_microbatch=sizes.rows_per_microbatch,
+        pack_length=sizes.pack_length,
+        pictured_at_once=sizes.responses_per_minibatch,
+        layout=layout,
     )
 
 
@@ -200,7 +235,6 @@ def update_rule(config: ConfigDict, model: Model, layout: Layout | None = None) 
             eps=config.train.eps,
             weight_decay=config.train.weight_decay,
         ),
-        num_microbatches=config.train.num_microbatches,
         max_grad_norm=config.train.max_grad_norm,
         bin_edges=configuration.build_length(config).bins(config.rollout.max_response_length),
         router_aux_coef=config.train.router_aux_coef,

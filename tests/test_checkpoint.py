@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from luspo_jax.logprobs import Scoring
 
 from luspo_jax import optimizer, sharding, update
 from luspo_jax.checkpoint import Checkpointer, CheckpointError, bytes_written
-from luspo_jax.logprobs import Scoring
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.objectives import preset

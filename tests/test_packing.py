@@ -6,9 +6,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from luspo_jax.logprobs import Scoring, token_logprobs
 
 from luspo_jax import packing
-from luspo_jax.logprobs import Scoring, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.types import TrainBatch
 from tests.test_update import MODEL

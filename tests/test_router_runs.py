@@ -6,13 +6,13 @@ import json
 import jax
 import numpy as np
 import pytest
+from luspo_jax.logprobs import REPLAYS
 
 from luspo_jax import batches, beginning, datasets, experience, sharding, train
 from luspo_jax import config as configuration
 from luspo_jax import run as runs
 from luspo_jax import workdir as workdirs
 from luspo_jax.checkpoint import Checkpointer
-from luspo_jax.logprobs import REPLAYS
 from luspo_jax.metrics import StepMetrics, read_metrics
 from luspo_jax.models import char_tokenizer
 from luspo_jax.models.decoder_config import hf_config

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from luspo_jax.logprobs import Scoring, token_logprobs
 
 from luspo_jax import objectives, optimizer, packing, update
-from luspo_jax.logprobs import Scoring, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.objectives.presets import used_hyperparameters

@@ -54,8 +54,9 @@ def measure(workload, *, pairs: int, length_scale: str) -> dict:
 
 
 def _rule(workload, length_scale):
-    from luspo_jax import objectives, optimizer, update
     from luspo_jax.logprobs import Scoring
+
+    from luspo_jax import objectives, optimizer, update
 
     fields = {"reference_length": 64.0} if length_scale in ("power", "log") else {}
     fields |= {"length_cap": 64.0} if length_scale == "capped" else {}

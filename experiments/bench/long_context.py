@@ -80,9 +80,9 @@ def case(length: int):
     """(state, batch, rule) of a small model and one row whose response is all but 64 tokens."""
     import jax
     import numpy as np
+    from luspo_jax.logprobs import Scoring
 
     from luspo_jax import objectives, optimizer, sharding, update
-    from luspo_jax.logprobs import Scoring
     from luspo_jax.models import decoder
     from luspo_jax.models.decoder_config import DecoderConfig
     from luspo_jax.types import TokenBatch, TrainBatch

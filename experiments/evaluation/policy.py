@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from luspo_jax.update import abstract_state
 from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
@@ -20,7 +21,6 @@ from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.run import Model
 from luspo_jax.sharding import Layout, MeshError
-from luspo_jax.update import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)

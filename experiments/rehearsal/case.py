@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from luspo_jax.update import UpdateRule
 from ml_collections import ConfigDict
 
 from experiments.command import UsageError
@@ -24,7 +25,6 @@ from luspo_jax.rollout.engine import SMALLEST_PROMPT
 from luspo_jax.rollout.schedule import bucket, prefill_batches
 from luspo_jax.sharding import Layout, rounded_up
 from luspo_jax.types import TrainState
-from luspo_jax.update import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,10 @@ import numpy as np
 from luspo_jax import objectives
 from luspo_jax.objectives import Objective
 from luspo_jax.objectives.groups import group_mean, group_sum
+from luspo_jax.types import CUT_BY_ROWS, TokenRows
 
-Score = Callable[[Any, Any], jax.Array]  # (params, rows) → logprobs_BT of the response tokens
+# (params, (rows, starts_B, mask_BT) of a micro-batch) → logprobs_BT of the response tokens
+Logprobs = Callable[[Any, Any], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +41,8 @@ class Half:
     """Half of the responses to each prompt.
 
     Attributes:
-      rows: whatever `score(params, rows)` reads, each leaf with B leading.
+      rows: one response a row; they say how many are computed together.
+      starts_B: int32, where each response's sequence begins in the rows of its micro-batch.
       response_mask_BT: bool, true on response tokens.
       rewards_B: rewards.
       group_ids_B: integers, equal for responses to one prompt.
@@ -49,7 +52,8 @@ class Half:
         where the ratios are those of the step's last updates, so that clipping shows.
     """
 
-    rows: Any
+    rows: TokenRows = dataclasses.field(metadata=CUT_BY_ROWS)
+    starts_B: jax.Array
     response_mask_BT: jax.Array
     rewards_B: jax.Array
     group_ids_B: jax.Array
@@ -102,14 +106,13 @@ def halves(group_ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cross_fitted(
-    score: Score,
+    compute: Logprobs,
     params: Any,
     half_a: Half,
     half_b: Half,
     *,
     objectives: Sequence[tuple[str, Objective]],
     bin_edges: tuple[int, ...] = (),
-    num_parts: int = 1,
     alpha_shift: jax.Array | float = 0.0,
 ) -> dict[str, Pressure]:
     """Length and reward pressure of each objective, the mean of both ways round.
@@ -117,25 +120,24 @@ def cross_fitted(
     Only the policy term of an objective counts: KL, entropy and corrections are left out.
 
     Args:
-      score: log-probs of a half's rows, differentiable in the parameters.
+      compute: log-probs of a micro-batch, differentiable in the parameters.
       params: the policy that sampled.
       half_a: half of each group.
       half_b: the other half, of equal size.
       objectives: (name, objective) pairs.
       bin_edges: ascending lengths in tokens; bin k holds lengths above edge k−1 up to edge k.
-      num_parts: pieces that a half is scored in, one after another, to bound memory.
       alpha_shift: of objectives whose length scale is adaptive.
 
     Returns:
       name → Pressure with all ratios 1, and name/end where the halves have `end_logprobs_BT`.
     """
-    seen = [_derivatives(score, params, half, num_parts) for half in (half_a, half_b)]
+    seen = [_derivatives(compute, params, half) for half in (half_a, half_b)]
     results = []
     for (_, direction), (logprobs_BT, _), half in (
         (seen[0], seen[1], half_b),
         (seen[1], seen[0], half_a),
     ):
-        delta = _along(score, params, direction, half, num_parts)
+        delta = _along(compute, params, direction, half)
         found = {}
         for name, objective in objectives:
             ends = {name: logprobs_BT}
@@ -150,29 +152,25 @@ def cross_fitted(
     return jax.tree.map(lambda a, b: (a + b) / 2, *results)
 
 
-def scored(score: Score, params: Any, half: Half, *, num_parts: int = 1) -> jax.Array:
-    """Log-probs of a half's rows [B, T], without gradients."""
-    parts = _split(half.rows, num_parts)
-    _, logprobs = jax.lax.scan(lambda _, rows: (None, score(params, rows)), None, parts)
+def half_logprobs(compute: Logprobs, params: Any, half: Half) -> jax.Array:
+    """Log-probs of a half's responses [B, T], without gradients."""
+    _, logprobs = jax.lax.scan(lambda _, part: (None, compute(params, part)), None, _parts(half))
     return logprobs.reshape(-1, *logprobs.shape[2:])
 
 
-def taken(
-    score: Score, params: Any, change: Any, half: Half, *, num_parts: int = 1
-) -> tuple[jax.Array, jax.Array]:
+def taken(compute: Logprobs, params: Any, change: Any, half: Half) -> tuple[jax.Array, jax.Array]:
     """⟨∇E[L], Δθ⟩ and ⟨∇E[R], Δθ⟩ of a change that was made, in tokens and in reward.
 
     Σ_i a_i ⟨∇ log π(y_i), Δθ⟩: one directional derivative gives both.
 
     Args:
-      score: log-probs of rows.
+      compute: log-probs of a micro-batch.
       params: the policy after the change, which sampled `half`: the estimate is then independent
         of the samples that made the change.
       change: Δθ, as `params`.
       half: whole groups.
-      num_parts: pieces that the rows are scored in.
     """
-    (delta_BT,) = _along(score, params, (change,), half, num_parts)
+    (delta_BT,) = _along(compute, params, (change,), half)
     delta_B = jnp.where(half.response_mask_BT, delta_BT, 0).sum(axis=1)
     return tuple(jnp.vdot(weights_B, delta_B) for weights_B in length_and_reward_weights(half))
 
@@ -265,12 +263,13 @@ def length_and_reward_weights(half: Half) -> tuple[jax.Array, jax.Array]:
     return weights(lengths_B), weights(half.rewards_B)
 
 
-def _derivatives(score, params, half, num_parts):
+def _derivatives(compute, params, half):
     """(logprobs_BT, (v of the length, v of the reward))."""
 
     def accumulate(directions, part):
-        rows, mask_BT, *weights_B = part
-        logprobs_BT, pull = jax.vjp(lambda p: score(p, rows), params)
+        read, *weights_B = part
+        mask_BT = read[-1]
+        logprobs_BT, pull = jax.vjp(lambda p: compute(p, read), params)
         # One by one: under vmap, with jax 0.10 on CPU, the pullback of the scanned decoder is
         # wrong for all but the first.
         pulled = [
@@ -280,26 +279,32 @@ def _derivatives(score, params, half, num_parts):
         return jax.tree.map(jnp.add, directions, tuple(pulled)), logprobs_BT
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    parts = (half.rows, half.response_mask_BT, *length_and_reward_weights(half))
-    directions, logprobs = jax.lax.scan(accumulate, (zeros, zeros), _split(parts, num_parts))
+    parts = _parts(half, *length_and_reward_weights(half))
+    directions, logprobs = jax.lax.scan(accumulate, (zeros, zeros), parts)
     return jax.lax.stop_gradient(logprobs.reshape(-1, *logprobs.shape[2:])), directions
 
 
-def _along(score, params, directions, half, num_parts):
+def _along(compute, params, directions, half):
     """δ_BT of each direction: directional derivatives of the log-probs.
 
     The model's own backward passes have no forward mode. Theirs is linear in the cotangent, so
     its transpose, a backward pass through the backward pass, is the derivative forward.
     """
 
-    def along(_, rows):
-        logprobs_BT, pull = jax.vjp(lambda p: score(p, rows), params)
+    def along(_, part):
+        logprobs_BT, pull = jax.vjp(lambda p: compute(p, part), params)
         _, forward = jax.vjp(lambda u: pull(u)[0], jnp.zeros_like(logprobs_BT))
         return None, [forward(direction)[0] for direction in directions]
 
-    _, deltas = jax.lax.scan(along, None, _split(half.rows, num_parts))
+    _, deltas = jax.lax.scan(along, None, _parts(half))
     return [delta.reshape(-1, *delta.shape[2:]) for delta in deltas]
 
 
-def _split(tree, num_parts):
-    return jax.tree.map(lambda x: x.reshape(num_parts, x.shape[0] // num_parts, *x.shape[1:]), tree)
+def _parts(half, *of_each_response):
+    """A half's micro-batches, and with them what else there is of each response."""
+    count = half.rows.num_microbatches
+    read = (half.rows, half.starts_B, half.response_mask_BT)
+    return jax.tree.map(
+        lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]),
+        (read, *of_each_response) if of_each_response else read,
+    )

@@ -91,8 +91,8 @@ class Occupant:
             tokens=tokens,
             logprobs=np.concatenate(self.logprobs),
             stopped=int(tokens[-1]) in stop_token_ids,
-            experts=np.concatenate(self.experts) if self.experts else None,
-            prompt_experts=self.prompt_experts,
+            expert_ids=np.concatenate(self.experts) if self.experts else None,
+            prompt_expert_ids=self.prompt_experts,
         )
 
 

@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from luspo_jax.update import initial_state
 
 from configs import quickstart
 from experiments.command import UsageError
@@ -26,7 +27,6 @@ from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
 from luspo_jax.rewards.gsm8k import gsm8k
 from luspo_jax.rewards.math_equal import VERSION
-from luspo_jax.update import initial_state
 from luspo_jax.workdir import WorkdirError
 
 GSM8K = gsm8k().label

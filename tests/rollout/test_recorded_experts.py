@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from luspo_jax.logprobs import Scoring, scored
 
 from luspo_jax import packing, sharding
-from luspo_jax.logprobs import Scoring, scored
 from luspo_jax.models import decoder, decoder_layers
 from luspo_jax.rollout import Engine, Sampling, slots
 from luspo_jax.rollout import engine as engine_module
