@@ -17,6 +17,7 @@ from luspo_jax.experience.rounds import Asker
 from luspo_jax.experience.shaping import Shaping
 from luspo_jax.learner import optimizer
 from luspo_jax.learner.logprobs import Scoring
+from luspo_jax.learner.programs import StepPrograms
 from luspo_jax.learner.rows import Planner
 from luspo_jax.learner.state import UpdateRule
 from luspo_jax.length import laboratory
@@ -49,7 +50,7 @@ class Run:
     length: LengthSettings
     laboratory: Laboratory
     planner: Planner
-    updates_per_step: int
+    programs: StepPrograms
     rollout_layout: Layout | None = None
 
     @property
@@ -136,7 +137,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
             rows_at_once=configuration.batch_arithmetic(config).responses_per_microbatch,
         ),
         planner=planner(config, model.config, layout),
-        updates_per_step=configuration.batch_arithmetic(config).updates_per_step,
+        programs=StepPrograms(rule, configuration.batch_arithmetic(config).updates_per_step),
         rollout_layout=rollout_layout,
     )
 

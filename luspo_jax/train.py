@@ -31,7 +31,6 @@ from luspo_jax.learner.offload import fetched, parked
 from luspo_jax.learner.policies import laid, policy_logprobs, sequence_lengths
 from luspo_jax.learner.rows import put
 from luspo_jax.learner.state import refresh_reference
-from luspo_jax.learner.step import update_step
 from luspo_jax.length import instruments
 from luspo_jax.length.laboratory import Sampled
 from luspo_jax.metrics import MetricsWriter, SilentWriter, StepMetrics, timed
@@ -207,27 +206,26 @@ def with_logprobs(
     Returns:
       The rollouts, and the width of arrays that have one row a response.
     """
-    objective, planner, scoring = run.rule.objective, run.planner, run.rule.scoring
-    needed = stages.needs_old_logprobs(objective, rollouts, run.updates_per_step)
+    programs, planner = run.programs, run.planner
+    passes = programs.passes(stale=not rollouts.fresh_B.all(), check=check_mismatch)
     plans = laid(planner, rollouts.prompts, rollouts.responses)
     with timed(metrics, "old_log_prob"):
-        if needed or check_mismatch:
-            found = policy_logprobs(
-                state.params, plans, planner, scoring=scoring,
-                record_experts=needed and run.model.config.num_experts > 0,
-            )  # fmt: skip
+        if "old" in passes:
+            found = policy_logprobs(state, passes["old"], plans, planner)
             gap = stages.largest_gap(rollouts, found)
             metrics.add("rollout_corr/max_abs_diff", gap)
             if check_mismatch:
                 stages.check_gap(gap, run.config.rollout.mismatch_limit)
-        if needed:
-            if found.agreement is not None:  # else the update's own pass says it
-                metrics.add("router/agreement/sampler_old", found.agreement)
-            keep_entropy = objective.top_entropy_quantile < 1
-            rollouts = stages.with_old_logprobs(rollouts, found, keep_entropy=keep_entropy)
+            if passes["old"].kept:
+                rollouts = stages.with_old_logprobs(
+                    rollouts, found, keep_entropy=programs.keeps_entropy
+                )
+                if found.agreement is not None:  # else the update's own pass says it
+                    metrics.add("router/agreement/sampler_old", found.agreement)
     with timed(metrics, "ref"):
-        if state.ref_params is not None:
-            rollouts = stages.with_ref_logprobs(rollouts, state.ref_params, plans, planner, scoring)
+        if "ref" in passes:
+            found = policy_logprobs(state, passes["ref"], plans, planner)
+            rollouts = rollouts.enriched(ref_logprobs=found.logprobs)
     return rollouts, plans[0].plan.width
 
 
@@ -251,13 +249,8 @@ def optimize(
         for chosen in _minibatches(run, rollouts.group_ids_B, step, epoch):
             batch, filled = stages.train_batch(rollouts, planner, chosen, width)
             metrics.update(filled)
-            state, measured = update_step(
-                state,
-                put(batch, planner.layout),
-                np.float32(rate),
-                np.float32(alpha_shift),
-                rule=run.rule,
-            )
+            batch = put(batch, planner.layout)
+            state, measured = run.programs.update(state, batch, rate, alpha_shift)
             taken.append(measured)
     # Summed over all updates before any division, so that ratios of sums stay right.
     total = jax.tree.map(lambda *xs: np.sum(np.asarray(xs, np.float64)), *jax.device_get(taken))

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from luspo_jax.update import abstract_state
 from ml_collections import ConfigDict
 
 from luspo_jax import config as configuration
@@ -17,6 +16,7 @@ from luspo_jax import run as runs
 from luspo_jax import sharding
 from luspo_jax import workdir as workdirs
 from luspo_jax.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.learner.state import abstract_state
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.run import Model
@@ -112,7 +112,7 @@ def stored_policy(workdir: pathlib.Path, step: str, *, spread: bool = False) -> 
             cut = sharding.layout("train", {"data": -1})
         rule = runs.update_rule(config, model, cut)
         like = abstract_state(rule, marked=configuration.build_length(config).every > 0)
-        state, _ = checkpointer.restore(number, like)
+        state, _, _ = checkpointer.restore(number, like)
     return StoredPolicy(config, model, state.params, number)
 
 

@@ -3,21 +3,15 @@
 What a step trains on is settled on the host, once, before its first update.
 """
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 
 from luspo_jax import objectives
 from luspo_jax.experience.groups import Rollouts
-from luspo_jax.learner.logprobs import Scoring
 from luspo_jax.learner.plan import one_a_row
 from luspo_jax.learner.policies import (
     Laid,
     PolicyLogprobs,
     laid_rows,
-    policy_logprobs,
     sequence_lengths,
 )
 from luspo_jax.learner.rows import Planner
@@ -27,20 +21,6 @@ from luspo_jax.types import ResponseRows, TrainBatch
 
 class MismatchError(RuntimeError):
     """Sampler and trainer disagree about the probabilities of sampled tokens."""
-
-
-def needs_old_logprobs(objective: Objective, rollouts: Rollouts, updates_per_step: int) -> bool:
-    """Whether a step computes log-probs of the policy that starts it before it updates.
-
-    A step of one update does not need them: its first forward pass is that policy's. Tokens that
-    another policy sampled were not sampled by the policy of that pass.
-    """
-    return (
-        updates_per_step > 1
-        or objective.top_entropy_quantile < 1
-        or objective.kl_in_reward
-        or not rollouts.fresh_B.all()
-    )
 
 
 def with_old_logprobs(
@@ -107,16 +87,6 @@ def check_gap(gap: float, limit: float) -> None:
             "fault; in bfloat16 rounding makes 0.2 to 0.5 and more in large runs: set the limit to "
             "1, or model.rollout_dtype=float32"
         )
-
-
-def with_ref_logprobs(
-    rollouts: Rollouts, ref_params: Any, laid: Sequence[Laid], planner: Planner, scoring: Scoring
-) -> Rollouts:
-    """Adds log-probs of the reference policy."""
-    # Its routers choose for themselves: another policy's experts are not its own.
-    own = dataclasses.replace(scoring, replay="none")
-    found = policy_logprobs(ref_params, laid, planner, scoring=own)
-    return rollouts.enriched(ref_logprobs=found.logprobs)
 
 
 def with_advantages(

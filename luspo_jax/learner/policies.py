@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from luspo_jax.learner import routers
-from luspo_jax.learner.logprobs import Scoring, row_logprobs
 from luspo_jax.learner.plan import Plan
+from luspo_jax.learner.programs import LogprobPass
 from luspo_jax.learner.rows import Planner, put, token_rows
-from luspo_jax.types import ExpertIds, TokenRows
+from luspo_jax.types import ExpertIds, TokenRows, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,32 +93,26 @@ def laid_rows(planner: Planner, laid: Laid, *, old_ids: bool = False) -> TokenRo
 
 
 def policy_logprobs(
-    params: Any,
-    laid: Sequence[Laid],
-    planner: Planner,
-    *,
-    scoring: Scoring,
-    record_experts: bool = False,
+    state: TrainState, one: LogprobPass, laid: Sequence[Laid], planner: Planner
 ) -> PolicyLogprobs:
     """Passes over laid responses with a policy, without gradients.
 
     Args:
-      params: of the policy.
-      laid: of the responses.
+      state: that holds the policy.
+      one: the pass; expert ids are recorded of responses that were laid at once only.
+      laid: the responses.
       planner: that laid them.
-      scoring: how log-probs are computed.
-      record_experts: keep what the routers chose; only of responses that were laid at once.
     """
     logprobs, entropies, ids, agreement = [], [], None, None
     for part in laid:
         rows = put(laid_rows(planner, part), planner.layout)
-        found = row_logprobs(params, rows, scoring=scoring, record_experts=record_experts)
+        found = one(state, rows)
         logprobs += _of_responses(found.logprobs_RT, part)
         entropies += _of_responses(found.entropy_RT, part)
         if found.router is not None:
             router = jax.device_get(dataclasses.replace(found.router, expert_ids=None))
             agreement = float(router.agreement["sampler"] / router.tokens)
-            if record_experts:
+            if one.record_experts:
                 ids = routers.sequence_ids(found.router, part.plan, planner.layout)
     return PolicyLogprobs(logprobs, entropies, ids, agreement)
 

@@ -14,6 +14,7 @@ from luspo_jax import sharding
 from luspo_jax.learner.plan import Plan, bucket_length, one_a_row, packed, segment_numbers
 from luspo_jax.models import image_layout
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.experts import id_type
 from luspo_jax.sharding import Layout, rounded_up
 from luspo_jax.types import ExpertIds, Images, RowImages, TokenRows
 
@@ -151,6 +152,35 @@ def _images(planner, plan, prompts, lengths):
         )
     )
     return RowImages(images, plan.lay(units, fill=-1))
+
+
+def abstract_token_rows(
+    planner: Planner, plan: Plan, expert_ids: Sequence[str] = (), images: Images | None = None
+) -> TokenRows:
+    """Shapes of the rows of a plan; nothing is allocated.
+
+    Args:
+      planner: of the run.
+      plan: of the sequences.
+      expert_ids: the passes whose expert ids come with the rows of a mixture of experts.
+      images: shapes of the images of all micro-batches; None where the rows show none.
+    """
+    model, shape = planner.model, (plan.num_rows, plan.row_length)
+    ints_RT = jax.ShapeDtypeStruct(shape, np.int32)
+    ids = None
+    if model.num_experts:
+        size = (*shape, model.num_expert_layers, model.experts_per_token)
+        kind = jax.ShapeDtypeStruct(size, id_type(model.num_experts))
+        ids = ExpertIds(**dict.fromkeys(expert_ids, kind))
+    return TokenRows(
+        tokens_RT=ints_RT,
+        positions_RT=jax.ShapeDtypeStruct((*shape, 3) if model.vision else shape, np.int32),
+        segment_ids_RT=ints_RT,
+        response_mask_RT=jax.ShapeDtypeStruct(shape, bool),
+        rows_per_microbatch=plan.rows_per_microbatch,
+        expert_ids=ids,
+        images=None if images is None else RowImages(images, ints_RT),
+    )
 
 
 def put(tree: Any, layout: Layout | None) -> Any:
