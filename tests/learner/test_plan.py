@@ -6,46 +6,49 @@ import time
 import jax
 import numpy as np
 import pytest
-from luspo_jax.logprobs import Scoring, token_logprobs
 
-from luspo_jax import packing
+from luspo_jax.learner import plan as plans
+from luspo_jax.learner.logprobs import Scoring, microbatch_logprobs
 from luspo_jax.models import decoder
-from luspo_jax.types import TrainBatch
-from tests.test_update import MODEL
+from tests import row_cases
+from tests.learner.test_step import MODEL
 
 
 def test_rows_hold_prompt_then_response():
-    rows = packing.padded_rows(
-        [np.array([5, 6]), np.array([7])], [np.array([1, 2, 3]), np.array([4])], length=6, pad_id=9
-    )
-    np.testing.assert_array_equal(rows.tokens_BT, [[5, 6, 1, 2, 3, 9], [7, 4, 9, 9, 9, 9]])
-    np.testing.assert_array_equal(rows.segment_ids_BT, [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(rows.positions_BT, [[0, 1, 2, 3, 4, 0], [0, 1, 0, 0, 0, 0]])
+    prompts, responses = [[5, 6], [7]], [[1, 2, 3], [4]]
+    plan = row_cases.plan_of(prompts, responses, width=6)
+    rows = row_cases.rows_of(MODEL, plan, prompts, responses)
+    np.testing.assert_array_equal(rows.tokens_RT, [[5, 6, 1, 2, 3, 0], [7, 4, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.segment_ids_RT, [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.positions_RT, [[0, 1, 2, 3, 4, 0], [0, 1, 0, 0, 0, 0]])
     np.testing.assert_array_equal(
-        rows.response_mask_BT, np.array([[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]], bool)
+        rows.response_mask_RT, np.array([[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]], bool)
     )
-    placed = packing.place_responses([[0.1, 0.2, 0.3], [0.4]], rows.response_mask_BT)
+    placed = plan.place([np.array([0.1, 0.2, 0.3]), np.array([0.4])])
     np.testing.assert_allclose(placed[0], [0, 0, 0.1, 0.2, 0.3, 0])
     np.testing.assert_allclose(placed[1], [0, 0.4, 0, 0, 0, 0])
 
 
-def test_a_row_that_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="row 1"):
-        packing.padded_rows(
-            [np.array([1]), np.array([1, 2])], [np.array([1]), np.array([3, 4])], length=3, pad_id=0
-        )
+def test_a_sequence_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="sequence 1 has 4 tokens"):
+        plans.one_a_row([2, 4], width=3, rows_per_microbatch=1)
+
+
+def test_rows_that_make_no_whole_microbatches_are_named():
+    with pytest.raises(ValueError, match="make no whole micro-batches of 3 rows"):
+        plans.one_a_row(np.full(8, 2), width=3, rows_per_microbatch=3)
 
 
 @pytest.mark.parametrize(
     ("longest", "expected"), [(1, 25), (25, 25), (26, 50), (99, 100), (100, 100)]
 )
 def test_bucket_length(longest, expected):
-    assert packing.bucket_length(longest, 100, num_buckets=4) == expected
+    assert plans.bucket_length(longest, 100, num_buckets=4) == expected
 
 
 def test_bucket_length_beyond_maximum_is_refused():
     with pytest.raises(ValueError, match="exceeds"):
-        packing.bucket_length(101, 100, num_buckets=4)
+        plans.bucket_length(101, 100, num_buckets=4)
 
 
 def _lengths(count, seed, median=6000, longest=32768):
@@ -54,21 +57,24 @@ def _lengths(count, seed, median=6000, longest=32768):
 
 
 def _plan(lengths, row_length=32768, rows_per_microbatch=1):
-    return packing.plan(lengths, row_length=row_length, rows_per_microbatch=rows_per_microbatch)
+    return plans.packed(
+        lengths, width=row_length, row_length=row_length, rows_per_microbatch=rows_per_microbatch
+    )
 
 
-def _rows(count=23, seed=0, width=20):
-    """Prompts of 1–4 and responses of 1–14 tokens, as rows and as a list of sequences."""
+def _sequences(count=23, seed=0):
+    """Prompts of 1–4 and responses of 1–14 tokens."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, 19, size=rng.integers(1, 5)) for _ in range(count)]
     responses = [rng.integers(1, 19, size=rng.integers(1, 15)) for _ in range(count)]
-    rows = packing.padded_rows(prompts, responses, length=width, pad_id=0)
-    return rows, list(zip(prompts, responses, strict=True))
+    return prompts, responses
 
 
-def _packed(rows, **sizes):
-    plan = _plan((rows.segment_ids_BT > 0).sum(axis=1), **sizes)
-    return plan, packing.packed_rows(rows, plan)
+def _packed(sequences, row_length=24, rows_per_microbatch=1):
+    plan = row_cases.plan_of(
+        *sequences, width=20, pack=row_length, rows_at_once=rows_per_microbatch
+    )
+    return plan, row_cases.rows_of(MODEL, plan, *sequences)
 
 
 @pytest.mark.parametrize("rows_per_microbatch", [1, 4])
@@ -109,49 +115,63 @@ def test_rows_computed_together_have_like_work():
 
 
 def test_every_sequence_is_in_exactly_one_segment():
-    rows, sequences = _rows()
-    plan, batch = _packed(rows, row_length=24, rows_per_microbatch=3)
-    packed, found = batch.packed, {}
-    assert packed.tokens_RT.shape == (plan.num_microbatches * 3, 24)
-    for row in range(len(packed.tokens_RT)):
-        segments = packed.segment_ids_RT[row]
+    sequences = _sequences()
+    plan, rows = _packed(sequences, rows_per_microbatch=3)
+    found = {}
+    assert rows.tokens_RT.shape == (plan.num_microbatches * 3, 24)
+    for row in range(len(rows.tokens_RT)):
+        segments = rows.segment_ids_RT[row]
         for number in range(1, segments.max() + 1):
             at = np.flatnonzero(segments == number)
             np.testing.assert_array_equal(at, np.arange(at[0], at[-1] + 1))
-            np.testing.assert_array_equal(packed.positions_RT[row, at], np.arange(len(at)))
-            mask = packed.response_mask_RT[row, at]
-            found[row // 3, row % 3 * 24 + at[0]] = packed.tokens_RT[row, at], mask
-        assert not packed.response_mask_RT[row, segments == 0].any()
-    assert len(found) == len(sequences)
-    for index, (prompt, response) in enumerate(sequences):
+            np.testing.assert_array_equal(rows.positions_RT[row, at], np.arange(len(at)))
+            mask = rows.response_mask_RT[row, at]
+            found[row // 3, row % 3 * 24 + at[0]] = rows.tokens_RT[row, at], mask
+        assert not rows.response_mask_RT[row, segments == 0].any()
+    assert len(found) == len(sequences[0])
+    starts_B = plan.place_one(plan.firsts_B)
+    for index, (prompt, response) in enumerate(zip(*sequences, strict=True)):
         place = plan.places_B[index]
-        tokens, mask = found.pop((place // plan.responses_per_microbatch, packed.starts_B[place]))
+        tokens, mask = found.pop((place // plan.responses_per_microbatch, starts_B[place]))
         np.testing.assert_array_equal(tokens, [*prompt, *response])
         np.testing.assert_array_equal(mask, [False] * len(prompt) + [True] * len(response))
-        np.testing.assert_array_equal(batch.tokens_BT[place], rows.tokens_BT[index])
-    assert batch.response_mask_BT.sum() == rows.response_mask_BT.sum()
+    assert rows.response_mask_RT.sum() == sum(map(len, sequences[1]))
 
 
-def test_a_batch_is_moved_whole_and_comes_back():
-    rows, _ = _rows()
+def test_values_are_laid_and_come_back():
+    """Of any trailing shape, of dense rows and of one a row, with empty rows."""
+    sequences = _sequences()
+    lengths_B = row_cases.lengths_of(*sequences)
+    rng = np.random.default_rng(3)
+    alone = plans.one_a_row(lengths_B, width=20, rows_per_microbatch=6, num_rows=24)
+    for plan in (alone, _packed(sequences, rows_per_microbatch=2)[0]):
+        for trailing, kind in (((), np.float32), ((2, 3), np.uint8)):
+            values = [(99 * rng.random((n, *trailing))).astype(kind) for n in lengths_B]
+            laid = plan.lay(values, fill=7)
+            assert laid.shape == (plan.num_rows, plan.row_length, *trailing)
+            assert (laid == 7).sum() >= laid.size - sum(map(np.size, values))
+            taken = plan.take(laid)
+            assert all(x.base is None for x in taken)  # nothing holds the padded array
+            for got, wanted in zip(taken, values, strict=True):
+                np.testing.assert_array_equal(got, wanted)
+
+
+def test_what_belongs_to_a_response_goes_to_its_place():
+    prompts, responses = _sequences()
+    plan, _ = _packed((prompts, responses), rows_per_microbatch=2)
     numbers = np.arange(1, 24, dtype=np.float32)
-    batch = TrainBatch(
-        rows=rows,
-        advantages_B=numbers,
-        group_ids_B=np.arange(23, dtype=np.int32),
-        old_logprobs_BT=-rows.tokens_BT.astype(np.float32),
-        old_entropy_BT=None,
-        ref_logprobs_BT=None,
-        sampler_logprobs_BT=rows.tokens_BT.astype(np.float32),
-    )
-    plan = _plan((rows.segment_ids_BT > 0).sum(axis=1), row_length=24, rows_per_microbatch=2)
-    moved = packing.packed_batch(batch, plan)
-    assert moved.old_entropy_BT is None
-    np.testing.assert_array_equal(packing.from_places(moved.advantages_B, plan), numbers)
-    np.testing.assert_array_equal(moved.old_logprobs_BT, -moved.rows.tokens_BT)
-    empty = moved.advantages_B == 0
+    moved = plan.place_one(numbers)
+    np.testing.assert_array_equal(moved[plan.places_B], numbers)
+    empty = moved == 0
     assert empty.sum() == len(empty) - 23 > 0
-    assert not moved.rows.response_mask_BT[empty].any()
+    placed = plan.place([-r.astype(np.float32) for r in responses])
+    assert placed.shape == (plan.num_responses, 20)
+    for place, prompt, response in zip(plan.places_B, prompts, responses, strict=True):
+        start, end = len(prompt), len(prompt) + len(response)
+        np.testing.assert_array_equal(placed[place, start:end], -response)
+        assert not placed[place, :start].any()
+        assert not placed[place, end:].any()
+    assert not placed[empty].any()
 
 
 def test_the_same_lengths_give_the_same_plan():
@@ -163,13 +183,11 @@ def test_the_same_lengths_give_the_same_plan():
 
 
 def test_plans_that_lose_or_mix_sequences_are_refused():
-    rows, _ = _rows()
-    plan, _ = _packed(rows, row_length=24)
-    other = dataclasses.replace(plan, starts_B=np.zeros_like(plan.starts_B))
+    plan, _ = _packed(_sequences())
     with pytest.raises(ValueError, match="over each other"):
-        packing.packed_rows(rows, other)
+        dataclasses.replace(plan, starts_B=np.zeros_like(plan.starts_B))
     with pytest.raises(ValueError, match="other sequences"):
-        packing.packed_rows(_rows(seed=1)[0], plan)
+        row_cases.rows_of(MODEL, plan, *_sequences(seed=1))
 
 
 @pytest.mark.parametrize(
@@ -182,57 +200,61 @@ def test_sequences_that_fit_no_row_are_named(lengths, message):
 
 
 def test_there_are_few_sizes():
-    sizes = sorted({packing.bucket_count(n) for n in range(1, 65)})
+    sizes = sorted({plans.bucket_count(n) for n in range(1, 65)})
     assert sizes == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-    assert all(packing.bucket_count(n) >= n for n in range(1, 65))
+    assert all(plans.bucket_count(n) >= n for n in range(1, 65))
 
 
 # ---------------------------------------------------------------- what the model makes of them
 
 
 @pytest.fixture(scope="module")
-def scored():
-    """Scores packed rows of 40 tokens, and the packed rows of 5 sequences, two or three a row."""
+def packed():
+    """Computes log-probs of dense rows of 40 tokens; five sequences, two or three a row."""
     params = decoder.init_params(jax.random.key(3), MODEL)
     scoring = Scoring(MODEL, head_chunk_tokens=32)
-    rows, _ = _rows(count=5)
-    plan, batch = _packed(rows, row_length=40, rows_per_microbatch=2)
-    assert (plan.num_microbatches, batch.packed.segment_ids_RT.max()) == (1, 3)
-    function = jax.jit(lambda rows: token_logprobs(params, rows, scoring=scoring))
-    return lambda rows: [np.asarray(x) for x in function(rows)], rows, plan, batch
+    sequences = _sequences(count=5)
+    plan, rows = _packed(sequences, row_length=40, rows_per_microbatch=2)
+    assert (plan.num_microbatches, rows.segment_ids_RT.max()) == (1, 3)
+
+    @jax.jit
+    def function(rows):
+        found = microbatch_logprobs(params, rows, scoring=scoring)
+        return found.logprobs_RT, found.entropy_RT
+
+    return lambda rows: [np.asarray(x) for x in function(rows)], sequences, plan, rows
 
 
-def test_packed_logprobs_are_those_of_rows_alone(scored):
-    score, rows, plan, batch = scored
-    for packed, alone in zip(score(batch), score(rows), strict=True):
-        np.testing.assert_allclose(packing.from_places(packed, plan), alone, atol=2e-6, rtol=1e-6)
-        assert not packed[~batch.response_mask_BT].any()
+def test_packed_logprobs_are_those_of_rows_alone(packed):
+    compute, sequences, plan, rows = packed
+    own = row_cases.plan_of(*sequences, width=20)
+    alone = compute(row_cases.rows_of(MODEL, own, *sequences))
+    for dense_RT, alone_RT in zip(compute(rows), alone, strict=True):
+        for x, y in zip(plan.take(dense_RT), own.take(alone_RT), strict=True):
+            np.testing.assert_allclose(x, y, atol=2e-6, rtol=1e-6)
+        assert not dense_RT[~rows.response_mask_RT].any()
 
 
-def test_nothing_leaks_between_segments_or_from_the_future(scored):
+def test_nothing_leaks_between_segments_or_from_the_future(packed):
     """Every token of another segment changes, and every later one of its own: not one bit moves."""
-    score, _, plan, batch = scored
-    expected, packed = score(batch), batch.packed
-    for index in range(len(plan.lengths_B)):
+    compute, _, plan, rows = packed
+    expected = [plan.take(x) for x in compute(rows)]
+    for index, length in enumerate(plan.lengths_B):
         row, start = plan.rows_B[index], plan.starts_B[index]
-        place = plan.places_B[index]
-        last = np.flatnonzero(batch.response_mask_BT[place])[-1]
-        for upto in range(last + 1):
-            keep = np.zeros(packed.tokens_RT.shape, bool)
+        for upto in range(length):
+            keep = np.zeros(rows.tokens_RT.shape, bool)
             keep[row, start : start + upto + 1] = True
-            other = np.where(keep, packed.tokens_RT, (packed.tokens_RT + 5) % 19).astype(np.int32)
-            changed = dataclasses.replace(packed, tokens_RT=other)
-            got = score(dataclasses.replace(batch, packed=changed))
+            other = np.where(keep, rows.tokens_RT, (rows.tokens_RT + 5) % 19).astype(np.int32)
+            got = [plan.take(x) for x in compute(dataclasses.replace(rows, tokens_RT=other))]
             for x, y in zip(got, expected, strict=True):
-                np.testing.assert_array_equal(x[place, : upto + 1], y[place, : upto + 1])
+                np.testing.assert_array_equal(x[index][: upto + 1], y[index][: upto + 1])
 
 
-def test_segment_ids_are_what_keeps_them_apart(scored):
+def test_segment_ids_are_what_keeps_them_apart(packed):
     """The test above can fail: as one segment, sequences do see each other."""
-    score, _, plan, batch = scored
-    joined = np.minimum(batch.packed.segment_ids_RT, 1)
-    changed = dataclasses.replace(batch.packed, segment_ids_RT=joined)
-    gap = np.abs(score(dataclasses.replace(batch, packed=changed))[0] - score(batch)[0])
-    behind = plan.places_B[plan.starts_B > 0]
-    assert gap[behind].max() > 1e-4
-    assert gap[plan.places_B[plan.starts_B == 0]].max() == 0
+    compute, _, plan, rows = packed
+    joined = dataclasses.replace(rows, segment_ids_RT=np.minimum(rows.segment_ids_RT, 1))
+    gap = np.abs(compute(joined)[0] - compute(rows)[0])
+    gaps = np.array([one.max() for one in plan.take(gap)])
+    assert gaps[plan.starts_B > 0].max() > 1e-4
+    assert gaps[plan.starts_B == 0].max() == 0
