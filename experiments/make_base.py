@@ -25,10 +25,16 @@ from transformers import AutoTokenizer
 
 from experiments import command
 from experiments.bases import models, tasks
-from luspo_jax import evaluate, image_rows, logprobs, optimizer, packing, prompts
+from luspo_jax import prompts
 from luspo_jax.datasets import shapes
+from luspo_jax.experience import groups as experience
+from luspo_jax.experience import held_out
 from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import read_settings
+from luspo_jax.learner import logprobs, optimizer
+from luspo_jax.learner.plan import one_a_row
+from luspo_jax.learner.routers import RouterPass
+from luspo_jax.learner.rows import Planner, token_rows
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights, kernels
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
 from luspo_jax.models.forward import Forward
@@ -70,23 +76,18 @@ def encoded(examples, tokenizer, folder, *, blank=False) -> list[prompts.PromptR
 
 
 def demonstrations(records, tokenizer, rng, config, *, plain):
-    """(rows, weights_BT) of one step: problems, each with one response, and the loss weights."""
+    """(rows, weights_RT) of one step: problems, each with one response, and the loss weights."""
     chosen = [records[int(i)] for i in rng.integers(len(records), size=ROWS.value)]
     texts = [task().demonstrate(record.example, rng, plain=plain) for record in chosen]
-    prompt_ids = [record.tokens for record in chosen]
-    response_ids = [[*tokenizer.encode(text), char_tokenizer.END_ID] for text in texts]
-    longest = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
-    rows = packing.padded_rows(
-        prompt_ids,
-        response_ids,
-        length=-(-longest // 16) * 16,  # few lengths: each compiles once
-        pad_id=char_tokenizer.PAD_ID,
-    )
-    looked_up_BT = task().looked_up(rows.tokens_BT, vocabulary())
-    weights_BT = np.where(looked_up_BT, RESULT_WEIGHT.value, 1.0) * rows.response_mask_BT
-    rows = image_rows.with_positions(rows, chosen, config)
-    rows = image_rows.with_images(rows, chosen, np.zeros(len(chosen), int), 1, config=config)
-    return rows, weights_BT.astype(np.float32)
+    responses = [np.array([*tokenizer.encode(text), char_tokenizer.END_ID]) for text in texts]
+    lengths_B = np.array([len(p.tokens) + len(r) for p, r in zip(chosen, responses, strict=True)])
+    width = -(-int(lengths_B.max()) // 16) * 16  # few lengths: each compiles once
+    plan = one_a_row(lengths_B, width=width, rows_per_microbatch=len(chosen))
+    masks = [np.ones(len(r), bool) for r in responses]
+    rows = token_rows(Planner(config, width, 1, len(chosen)), plan, chosen, responses, masks)
+    looked_up_RT = task().looked_up(rows.tokens_RT, vocabulary())
+    weights_RT = np.where(looked_up_RT, RESULT_WEIGHT.value, 1.0) * rows.response_mask_RT
+    return rows, weights_RT.astype(np.float32)
 
 
 def vocabulary() -> list[str]:
@@ -95,16 +96,16 @@ def vocabulary() -> list[str]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "adam"), donate_argnums=(0, 1))
-def train_step(params, opt_state, rows, weights_BT, rate, *, config, adam):
+def train_step(params, opt_state, rows, weights_RT, rate, *, config, adam):
     """One step of Adam on Σ w · (−log p) / Σ w, and with experts on their balance.
 
     Gives params, opt_state, the first term, and the most that an expert's load is over an even one.
     """
 
     def loss(params):
-        rule = logprobs.LogprobRule(forward(config), head_chunk_tokens=weights_BT.size)
-        found = logprobs.scored(params, rows, rule=rule)
-        value = -(weights_BT * found.logprobs_BT).sum() / weights_BT.sum()
+        rule = logprobs.LogprobRule(forward(config), head_chunk_tokens=weights_RT.size)
+        found = logprobs.microbatch_logprobs(params, rows, rule=rule)
+        value = -(weights_RT * found.logprobs_RT).sum() / weights_RT.sum()
         if found.router is None:
             return value, (value, 0.0)
         balance, excess = load_balance(found.router)
@@ -121,7 +122,7 @@ def forward(config: DecoderConfig) -> Forward:
     return kernels.resolved(Forward(config, expert_kernel="auto"))
 
 
-def load_balance(router: logprobs.RouterPass) -> tuple[jax.Array, jax.Array]:
+def load_balance(router: RouterPass) -> tuple[jax.Array, jax.Array]:
     """(mean over layers of E · Σ_e f_e · P_e, the fullest expert's load over an even one's − 1).
 
     f_e is the tokens sent to expert e over all tokens, a constant to the gradient, and P_e the mean
@@ -149,7 +150,7 @@ class WarmStart:
     def phase(self, num_steps: int, *, plain: bool, until: float = 0.0, decay: bool = False):
         """Takes `num_steps` steps, fewer once the loss is below `until`; their last loss."""
         for index in range(num_steps):
-            rows, weights_BT = demonstrations(
+            rows, weights_RT = demonstrations(
                 self._records, self._tokenizer, self._rng, self._config, plain=plain
             )
             rate = RATE.value * min(1.0, (self.step + 1) / 20)
@@ -158,7 +159,7 @@ class WarmStart:
                 self.params,
                 self._opt_state,
                 rows,
-                weights_BT,
+                weights_RT,
                 np.float32(rate),
                 config=self._config,
                 adam=self._adam,
@@ -177,19 +178,18 @@ def measure(params, config, tokenizer, folder) -> dict[str, str]:
     held_out = task().problems("test")
     wanted = [held_out[i] for i in range(min(EVAL_PROBLEMS.value, len(held_out)))]
     records = encoded(wanted, tokenizer, folder)
-    responses, rewards = ask(params, config, tokenizer, records)
-    result = evaluate.summarize(
-        responses, rewards, metric=task().reward, num_samples=EVAL_SAMPLES.value
-    )
+    groups = ask(params, config, tokenizer, records)
+    responses = [response for group in groups for response in group.responses]
+    result = held_out.summarize(groups, metric=task().reward)
     table = properties(result, np.array([len(response.tokens) for response in responses]))
     if task().images:
         blank = encoded(wanted, tokenizer, folder, blank=True)
-        table |= looking(rewards, ask(params, config, tokenizer, blank)[1], wanted)
+        table |= looking(groups, ask(params, config, tokenizer, blank), wanted)
     return table | router_load(responses, config)
 
 
 def ask(params, config, tokenizer, records):
-    """(responses, their rewards), prompt by prompt."""
+    """Judged responses, prompt by prompt."""
     sampling = Sampling(
         max_response_length=task().max_response_length(), stop_token_ids=config.eos_token_ids
     )
@@ -207,37 +207,39 @@ def ask(params, config, tokenizer, records):
         group_size=EVAL_SAMPLES.value,
         seed=SEED.value,
     )
-    texts = [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses]
     with Scorer({task().reward: 1.0}, options={task().reward: task().options}) as scorer:
-        return responses, evaluate.score(
-            scorer, records, responses, texts=texts, max_length=sampling.max_response_length
+        return experience.judged(
+            records,
+            responses,
+            scorer=scorer,
+            decode=functools.partial(tokenizer.decode, skip_special_tokens=True),
+            max_length=sampling.max_response_length,
         )
 
 
-def looking(rewards, blank_rewards, examples) -> dict[str, str]:
+def looking(groups, blank_groups, examples) -> dict[str, str]:
     """What the images tell: accuracy of each kind, with blank images, and of constant answers."""
 
-    def by_kind(rewards):
-        right_P = np.array([reward.parts[task().reward] > 0.5 for reward in rewards])
-        right_P = right_P.reshape(len(examples), -1).mean(axis=1)
+    def by_kind(groups):
+        right_P = np.array([(group.values(task().reward) > 0.5).mean() for group in groups])
         kinds_P = np.array([example.meta["kind"] for example in examples])
         return {"all": right_P.mean()} | {
             kind: right_P[kinds_P == kind].mean() for kind in tasks.KINDS.value
         }
 
     def listed(shares):
-        return ", ".join(f"{kind} {100 * shares[kind]:.1f} %" for kind in by_kind(rewards))
+        return ", ".join(f"{kind} {100 * shares[kind]:.1f} %" for kind in by_kind(groups))
 
     return {
-        "right, by kind": listed(by_kind(rewards)),
-        "right with blank images": listed(by_kind(blank_rewards)),
+        "right, by kind": listed(by_kind(groups)),
+        "right with blank images": listed(by_kind(blank_groups)),
         "right without looking: the best constant answers": listed(
             shapes.blind_accuracy(task().problems("test"))  # of few problems it would be high
         ),
     }
 
 
-def properties(result: evaluate.Evaluation, lengths_B: np.ndarray) -> dict[str, str]:
+def properties(result: held_out.Evaluation, lengths_B: np.ndarray) -> dict[str, str]:
     """The table of the model card."""
     shortest, middle, longest = (100 * share for share in result.accuracy_by_third)
     percentiles = np.percentile(lengths_B, (5, 25, 50, 75, 95, 99)).astype(int)

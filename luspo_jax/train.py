@@ -9,40 +9,32 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from luspo_jax import (
-    batches,
-    evaluate,
-    experience,
-    instruments,
-    objectives,
-    optimizer,
-    shaping,
-)
-from luspo_jax.evaluate import Evaluation
-from luspo_jax.experience import Group, Rollouts
+from luspo_jax import objectives
+from luspo_jax.experience import held_out, measures, shaping, stages
+from luspo_jax.experience.groups import Group, Rollouts
+from luspo_jax.experience.held_out import Evaluation
+from luspo_jax.experience.rounds import rounds
 from luspo_jax.hosts import guard, processes
+from luspo_jax.learner import optimizer
+from luspo_jax.learner.offload import fetched, parked
+from luspo_jax.learner.policies import laid, policy_logprobs, sequence_lengths
+from luspo_jax.learner.rows import put
+from luspo_jax.learner.state import refresh_reference
+from luspo_jax.length import instruments
+from luspo_jax.length.laboratory import Sampled
 from luspo_jax.metrics import StepMetrics, timed
-from luspo_jax.rollout import Request, RolloutStats
 from luspo_jax.run import writers
 from luspo_jax.run.beginning import Carried, begin, host_state
 from luspo_jax.run.build import Run
 from luspo_jax.run.checkpoint import Checkpointer
 from luspo_jax.run.export import export_policy
 from luspo_jax.run.workdir import Workdir
-from luspo_jax.types import TrainBatch, TrainState
-from luspo_jax.update import (
-    fetched,
-    parked,
-    put_rows,
-    refresh_reference,
-    update_step,
-)
+from luspo_jax.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,30 +89,30 @@ def _train(run: Run, workdir: Workdir) -> Outcome:
         writer.truncate_after(start if evaluations else start - 1)
         if not evaluations:
             with guard.phase("evaluate"):
-                evaluations = [(start, held_out(run, state))]
+                evaluations = [(start, evaluate(run, state))]
             writer.write(start, _held_out_metrics(run, evaluations[0][1]))
         for step in range(start, num_steps):
             guard.at_step(step + 1)
             workdir.check_there()
             metrics = StepMetrics()
-            state, carried, rollouts, advantages_B = rollout_step(
+            state, carried, rollouts = rollout_step(
                 run, state, carried, step, metrics=metrics, check_mismatch=step == start
             )
             taken = step + 1
             measured = None
             if taken == num_steps or _due(run.config.eval.every, taken):
                 with timed(metrics, "testing"):
-                    measured = held_out(run, state)
+                    measured = evaluate(run, state)
                 metrics.update(_held_out_metrics(run, measured))
                 evaluations.append((taken, measured))
             if _due(output.dump_every, taken):
-                writer.write_rollouts(taken, experience.records(rollouts, advantages_B))
+                writer.write_rollouts(taken, measures.records(rollouts))
             writer.write(taken, {"training/global_step": taken, **metrics.result()})
             if taken == num_steps or _due(output.checkpoint_every, taken):
-                host = host_state(run, evaluations, carried)
+                host, waiting = host_state(run, evaluations, carried)
                 score = measured.accuracy if measured else None
                 with guard.phase("checkpoint"):
-                    checkpointer.save(taken, state, host, metric=score)
+                    checkpointer.save(taken, state, host, waiting, metric=score)
                     workdir.note_checkpoint(taken)
             bar.update()
         export = workdir.path / "export" if output.export else None
@@ -138,8 +130,8 @@ def rollout_step(
     *,
     metrics: StepMetrics,
     check_mismatch: bool = False,
-) -> tuple[TrainState, Carried, Rollouts, np.ndarray]:
-    """One rollout step: sample, reward, compare inside groups, update.
+) -> tuple[TrainState, Carried, Rollouts]:
+    """Takes one rollout step: sample, reward, compare inside groups, update.
 
     Args:
       run: what does not change.
@@ -150,116 +142,111 @@ def rollout_step(
       check_mismatch: refuse to go on where sampler and trainer disagree.
 
     Returns:
-      The new state, what is carried over, the responses, and their advantages.
+      The new state, what is carried over, and the responses with all that is known of them.
     """
+    settings, objective, lab = run.length, run.rule.objective, run.laboratory
     offload = run.config.train.offload
     with timed(metrics, "step"):
-        rollouts, surplus = collect(run, state.params, step, carried.surplus, metrics)
+        rollouts, surplus = collect(run, state, step, carried.surplus, metrics)
         state = fetched(state, offload)
-        length, flagged = instruments.observe(run, carried.length, rollouts, metrics)
-        batch = batches.train_batch(run, rollouts)
-        with timed(metrics, "old_log_prob"):
-            batch = batches.with_old_logprobs(run, state, rollouts, batch, metrics, check_mismatch)
-        with timed(metrics, "ref"):
-            batch = batches.with_ref_logprobs(run, state, rollouts, batch)
+        length, flagged = instruments.observe(
+            carried.length, settings, objective, rollouts.responses, run.metric, metrics
+        )
+        rollouts, width = with_logprobs(run, state, rollouts, metrics, check_mismatch)
         with timed(metrics, "adv"):
-            batch = batches.with_advantages(run, rollouts, batch, shorten=flagged)
-        with timed(metrics, "length"):
-            sample = instruments.sample(run, rollouts, batch, step)
-            state = instruments.before_update(run, state, sample, step, metrics)
-        with timed(metrics, "update_actor"):
-            state = optimize(
-                run, state, rollouts, batch, step, metrics, alpha_shift=length.alpha_shift
+            penalty_B = instruments.penalty(
+                settings,
+                rollouts.lengths_B,
+                run.config.rollout.max_response_length,
+                flagged=flagged,
             )
+            rollouts = stages.with_advantages(rollouts, objective, width, penalty_B)
+        with timed(metrics, "length"):
+            everything = Sampled(rollouts.prompts, rollouts.responses, rollouts.group_ids_B, width)
+            sample = instruments.sample(settings, everything, step=step, version=step)
+            state = instruments.before_update(lab, settings, state, sample, step, metrics)
+        with timed(metrics, "update_actor"):
+            state = optimize(run, state, rollouts, step, metrics, alpha_shift=length.alpha_shift)
             if state.ref_params is not None and _due(run.config.train.ref_every, step + 1):
                 state = refresh_reference(state, decay=run.config.train.ref_decay)
         with timed(metrics, "length"):
-            length = instruments.after_update(run, state, length, sample, step, metrics)
+            length = instruments.after_update(lab, settings, state, length, sample, step, metrics)
         state = parked(state, offload)
-    metrics.update(experience.metrics(rollouts, batch.advantages_B, correct=run.metric))
+    metrics.update(measures.metrics(rollouts, correct=run.metric))
     metrics.update(writers.speed_metrics(metrics, rollouts))
-    return state, Carried(surplus, length), rollouts, batch.advantages_B
+    return state, Carried(surplus, length), rollouts
 
 
 def collect(
-    run: Run, params: Any, step: int, surplus: Sequence[Group], metrics: StepMetrics
+    run: Run, state: TrainState, step: int, surplus: Sequence[Group], metrics: StepMetrics
 ) -> tuple[Rollouts, list[Group]]:
-    """A batch of scored groups, and what is carried over to the next step."""
-    config, used = run.config, []
-    size = config.rollout.prompts_per_step
-    weights = run.rollout_params(params)
-
-    def sample() -> list[Group]:
-        # The same prompts on all processes, of which each samples and scores its own share.
-        asked = run.data.stream.next_prompts(size)
-        used.extend(prompt.prompt_id for prompt in asked)
-        own = processes.share(size)
-        prompts, noise_ids = asked[own], _noise_ids(used)[-size:][own]
-        with timed(metrics, "gen"):
-            responses, stats = run.sampler.generate(
-                weights,
-                [
-                    Request(i, prompt.tokens, prompt.images)
-                    for i, prompt in zip(noise_ids, prompts, strict=True)
-                ],
-                group_size=config.rollout.group_size,
-                seed=config.seed,
-                step=step,
-            )
-        with timed(metrics, "reward"):
-            groups = experience.scored(
-                prompts,
-                responses,
-                scorer=run.scorer,
-                decode=run.model.decode,
-                max_length=config.rollout.max_response_length,
-            )
-        with timed(metrics, "gather"):
-            # Every process has the prompts, and their images are large.
-            sent = [dataclasses.replace(group, prompt=None) for group in groups]
-            parts = processes.gather((sent, stats))
-        metrics.update(_rollout_metrics([stats for _, stats in parts]))
-        groups = [group for groups, _ in parts for group in groups]
-        return [
-            dataclasses.replace(group, prompt=prompt)
-            for group, prompt in zip(groups, asked, strict=True)
-        ]
-
+    """A batch of judged groups, and what is carried over to the next step."""
+    weights = run.rollout_params(state.params)
     collected = shaping.collect(
-        sample,
+        rounds(run.asker, weights, step, metrics),
         surplus,
         shaping=run.shaping,
-        num_groups=config.rollout.prompts_per_step,
+        num_groups=run.asker.num_prompts,
         part=run.metric,
     )
     metrics.update(collected.counts)
     metrics.update(run.data.stream.metrics)
-    return Rollouts(collected.groups), collected.surplus
+    return Rollouts(collected.groups, version=step), collected.surplus
+
+
+def with_logprobs(
+    run: Run, state: TrainState, rollouts: Rollouts, metrics: StepMetrics, check_mismatch: bool
+) -> tuple[Rollouts, int]:
+    """Adds log-probs of the old and the reference policy, where the objective reads them.
+
+    Returns:
+      The rollouts, and the width of arrays that have one row a response.
+    """
+    programs, planner = run.programs, run.planner
+    passes = programs.passes(stale=not rollouts.fresh_B.all(), check=check_mismatch)
+    plans = laid(planner, rollouts.prompts, rollouts.responses)
+    with timed(metrics, "old_log_prob"):
+        if "old" in passes:
+            found = policy_logprobs(state, passes["old"], plans, planner)
+            gap = stages.largest_gap(rollouts, found)
+            metrics.add("rollout_corr/max_abs_diff", gap)
+            if check_mismatch:
+                stages.check_gap(gap, run.config.rollout.mismatch_limit)
+            if passes["old"].kept:
+                rollouts = stages.with_old_logprobs(
+                    rollouts, found, keep_entropy=programs.keeps_entropy
+                )
+                if found.agreement is not None:  # else the update's own pass says it
+                    metrics.add("router/agreement/sampler_old", found.agreement)
+    with timed(metrics, "ref"):
+        if "ref" in passes:
+            found = policy_logprobs(state, passes["ref"], plans, planner)
+            rollouts = rollouts.enriched(ref_logprobs=found.logprobs)
+    return rollouts, plans[0].plan.width
 
 
 def optimize(
     run: Run,
     state: TrainState,
     rollouts: Rollouts,
-    batch: TrainBatch,
     step: int,
     metrics: StepMetrics,
     *,
     alpha_shift: float = 0.0,
 ) -> TrainState:
     """Takes the step's optimizer steps: `num_epochs` passes, `num_minibatches` each."""
-    settings = run.config.train
+    settings, planner = run.config.train, run.planner
     rate = optimizer.learning_rate(
         step, peak=settings.learning_rate, warmup_steps=settings.warmup_steps
     )
+    width = planner.width(sequence_lengths(rollouts.prompts, rollouts.responses))
     taken = []
     for epoch in range(settings.num_epochs):
-        for rows in _minibatches(run, batch.group_ids_B, step, epoch):
-            minibatch = batches.minibatch(run, rollouts, batch, rows, metrics)
-            minibatch = put_rows(minibatch, run.rule.logprobs.how.layout)
-            state, measured = update_step(
-                state, minibatch, np.float32(rate), np.float32(alpha_shift), rule=run.rule
-            )
+        for chosen in _minibatches(run, rollouts.group_ids_B, step, epoch):
+            batch, filled = stages.train_batch(rollouts, planner, chosen, width)
+            metrics.update(filled)
+            batch = put(batch, planner.layout)
+            state, measured = run.programs.update(state, batch, rate, alpha_shift)
             taken.append(measured)
     # Summed over all updates before any division, so that ratios of sums stay right.
     total = jax.tree.map(lambda *xs: np.sum(np.asarray(xs, np.float64)), *jax.device_get(taken))
@@ -269,45 +256,22 @@ def optimize(
     return state
 
 
-def _rollout_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
-    """Sums over the processes' samplers; the mean of how well they were used."""
-    names = ("decode_steps", "prefill_tokens", "prefill_calls", "generated_tokens")
-    return {
-        **{f"rollout/{name}": sum(getattr(s, name) for s in stats) for name in names},
-        "rollout/slot_utilisation": sum(s.slot_utilisation for s in stats) / len(stats),
-    }
-
-
-def held_out(run: Run, state: TrainState) -> Evaluation:
+def evaluate(run: Run, state: TrainState) -> Evaluation:
     """Accuracy and length on the held-out problems; every call faces the same noise."""
-    config = run.config
-    return evaluate.evaluate(
+    groups = held_out.ask(
         run.held_out_sampler,
         run.rollout_params(state.params),
         run.data.held_out,
         run.scorer,
         decode=run.model.decode,
-        metric=run.metric,
-        num_samples=config.eval.num_samples,
-        seed=config.eval.seed,
+        num_samples=run.config.eval.num_samples,
+        seed=run.config.eval.seed,
     )
+    return held_out.summarize(groups, metric=run.metric)
 
 
 def _due(every: int, taken: int) -> bool:
     return every > 0 and taken % every == 0
-
-
-def _noise_ids(prompt_ids: Sequence[int]) -> list[int]:
-    """Ids that key the sampling noise: the prompt's own, or another one where a small dataset
-    brings a prompt twice in one step, so that its groups differ."""
-    seen: dict[int, int] = {}
-    stride = max(prompt_ids) + 1
-    ids = []
-    for prompt_id in prompt_ids:
-        occurrence = seen.get(prompt_id, 0)
-        seen[prompt_id] = occurrence + 1
-        ids.append(prompt_id + occurrence * stride)
-    return ids
 
 
 def _minibatches(run, group_ids_B, step, epoch) -> Iterator[np.ndarray]:
@@ -320,13 +284,9 @@ def _minibatches(run, group_ids_B, step, epoch) -> Iterator[np.ndarray]:
 
 
 def _held_out_metrics(run: Run, measured: Evaluation) -> dict[str, float]:
-    name = run.config.data.eval_name or run.config.data.name
-    low, high = measured.accuracy_ci95
+    data = run.config.data
+    kinds = {name: "core" if name.startswith("acc/mean") else "aux" for name in measured.metrics}
     return {
-        f"val-core/{name}/acc/mean@{measured.num_samples}": measured.accuracy,
-        f"val-aux/{name}/acc/ci95_low": low,
-        f"val-aux/{name}/acc/ci95_high": high,
-        f"val-aux/{name}/response_length/mean": measured.mean_length,
-        f"val-aux/{name}/response_length/clip_ratio": measured.truncated,
-        f"val-aux/{name}/unjudged": measured.unjudged,
+        f"val-{kinds[name]}/{data.eval_name or data.name}/{name}": value
+        for name, value in measured.metrics.items()
     }

@@ -5,14 +5,14 @@ import re
 import jax
 import numpy as np
 import pytest
+from luspo_jax.logprobs import LogprobRule
+from luspo_jax.update import UpdateRule
 
 from luspo_jax import objectives, optimizer, sharding, update
-from luspo_jax.logprobs import LogprobRule
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
 from luspo_jax.types import TokenBatch, TrainBatch
-from luspo_jax.update import UpdateRule
 
 LAYERS = 5  # a size that no other dimension has, so that a stack of layers is known in HLO
 CONFIG = DecoderConfig(

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from luspo_jax.logprobs import LogprobRule, scored
 
 from luspo_jax import objectives, optimizer, packing, sharding, update
-from luspo_jax.logprobs import LogprobRule, scored
 from luspo_jax.models import decoder
 from luspo_jax.models.forward import Forward
 from luspo_jax.objectives.presets import PRESETS, used_hyperparameters

@@ -6,9 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from luspo_jax.logprobs import REPLAYS
 
 from luspo_jax import batches, datasets, experience, sharding, train
-from luspo_jax.logprobs import REPLAYS
 from luspo_jax.metrics import StepMetrics, read_metrics
 from luspo_jax.models import char_tokenizer
 from luspo_jax.models.decoder_config import hf_config

@@ -79,7 +79,7 @@ def _block(side, steps):
     inside = 0.0
     for _ in range(steps):
         metrics = StepMetrics()
-        side["state"], side["carried"], _, _ = train.rollout_step(
+        side["state"], side["carried"], _ = train.rollout_step(
             side["run"], side["state"], side["carried"], side["step"], metrics=metrics
         )
         inside += metrics.result()["timing_s/length"]

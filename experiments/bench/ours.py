@@ -33,7 +33,7 @@ class Ours:
           RuntimeError: the step did not do all the work.
         """
         metrics = StepMetrics()
-        self._state, self._carried, rollouts, advantages_B = train.rollout_step(
+        self._state, self._carried, rollouts = train.rollout_step(
             self._run,
             self._state,
             self._carried,
@@ -44,7 +44,7 @@ class Ours:
         self._steps += 1
         if not np.all(rollouts.lengths_B == self._workload.response_length):
             raise RuntimeError(f"responses were cut short: {rollouts.lengths_B}")
-        if not np.any(advantages_B):
+        if not np.any(rollouts.advantages_B):
             raise RuntimeError("every advantage is zero: the update had nothing to do")
         values = metrics.result()
         if values["actor/skipped_updates"]:

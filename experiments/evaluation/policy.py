@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from luspo_jax import sharding
+from luspo_jax.learner.state import abstract_state
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.run import fields
@@ -21,7 +22,6 @@ from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.run.model import Model, load_model
 from luspo_jax.run.settings import section
 from luspo_jax.sharding import Layout, MeshError
-from luspo_jax.update import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def stored_policy(workdir: pathlib.Path, step: str, *, spread: bool = False) -> 
             cut = sharding.layout("train", {"data": -1})
         rule = update_rule(config, model, cut)
         like = abstract_state(rule, marked=section(config, "length").every > 0)
-        state, _ = checkpointer.restore(number, like)
+        state, _, _ = checkpointer.restore(number, like)
     return StoredPolicy(config, model, state.params, number)
 
 

@@ -14,10 +14,11 @@ from tqdm import tqdm
 from experiments.evaluation import plan, report, storage
 from experiments.evaluation.plan import Options, Task
 from experiments.evaluation.policy import Policy, load
-from luspo_jax import evaluate, prompts, sharding
+from luspo_jax import prompts, sharding
 from luspo_jax.benchmarks import Benchmark, Protocol
 from luspo_jax.benchmarks.registry import Judge
 from luspo_jax.datasets import Example, Report
+from luspo_jax.experience import held_out
 from luspo_jax.models import kernels
 from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Engine, Sampling
@@ -89,18 +90,17 @@ def _generate(
                 def progress(finished: int, _: int, before=before) -> None:
                     bar.update(before + finished - bar.n)
 
-                records = evaluate.respond(
+                groups = held_out.ask(
                     engine,
                     policy.params,
                     prompts.with_images(asked, task.renderer),
                     judge,
                     decode=policy.model.decode,
-                    benchmark=name,
                     num_samples=samples,
                     seed=options.seed,
                     progress=progress,
                 )
-                storage.write_part(path, records)
+                storage.write_part(path, held_out.kept(groups, name, judge.labels))
                 bar.n = before
             bar.update(len(asked) * samples)
 

@@ -13,7 +13,10 @@ from ml_collections import ConfigDict
 from experiments.command import UsageError
 from experiments.rehearsal import costs, tower
 from experiments.rehearsal.topologies import Topology
-from luspo_jax import packing, update
+from luspo_jax.learner.plan import Plan
+from luspo_jax.learner.programs import StepPrograms
+from luspo_jax.learner.rows import Planner
+from luspo_jax.learner.state import UpdateRule, abstract_state
 from luspo_jax.models import locate
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config
 from luspo_jax.rollout import Engine, Request
@@ -21,12 +24,11 @@ from luspo_jax.rollout.engine import SMALLEST_PROMPT
 from luspo_jax.rollout.schedule import bucket, prefill_batches
 from luspo_jax.run import checks
 from luspo_jax.run.arithmetic import BatchArithmetic, batch_arithmetic
-from luspo_jax.run.build import layouts, sampler, update_rule
+from luspo_jax.run.build import layouts, planner, sampler, update_rule
 from luspo_jax.run.memory import param_bytes
 from luspo_jax.run.model import Model
 from luspo_jax.sharding import Layout, rounded_up
 from luspo_jax.types import TrainState
-from luspo_jax.update import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,16 @@ class Case:
         """The batch arithmetic."""
         return batch_arithmetic(self.config)
 
+    @functools.cached_property
+    def planner(self) -> Planner:
+        """How responses are laid into rows."""
+        return planner(self.config, self.model, self.layouts[0])
+
+    @property
+    def programs(self) -> StepPrograms:
+        """The programs of a step that train."""
+        return StepPrograms(self.rule, self.sizes.updates_per_step)
+
     @property
     def num_params(self) -> int:
         """Parameters of the model."""
@@ -74,7 +86,7 @@ class Case:
     @functools.cached_property
     def state(self) -> TrainState:
         """Shapes and places of the train state."""
-        return self.on(update.abstract_state(self.rule, marked=self.config.length.every > 0))
+        return self.on(abstract_state(self.rule, marked=self.config.length.every > 0))
 
     @property
     def width(self) -> int:
@@ -230,39 +242,27 @@ def _device_of(topology):
     return jax.default_device(topology.devices[0])
 
 
-def plan(case: Case, responses: int) -> packing.Plan:
-    """Where the first `responses` of a step lie in packed rows, at the assumed lengths."""
-    lengths = np.array(case.response_lengths[:responses]) + case.lengths.prompt
-    return packing.plan(
-        lengths,
-        row_length=case.sizes.pack_length,
-        rows_per_microbatch=case.sizes.packed_rows_per_microbatch,
-    )
+def plan(case: Case, responses: int) -> Plan:
+    """Where the first `responses` of a step lie in rows, at the assumed lengths."""
+    lengths_B = np.array(case.response_lengths[:responses]) + case.lengths.prompt
+    return case.planner.plan(lengths_B, row_length(case))
 
 
 def images_at_once(case: Case, responses: int) -> int:
     """Rows of images of every micro-batch of the first `responses` of a step: of the micro-batch
-    with the most prompts, each prompt's once, rounded up as `batches.with_images` does."""
+    with the most prompts, each prompt's once, rounded up as training does."""
     if case.lengths.images is None:
         return 0
-    if case.config.train.packing:
-        packed = plan(case, responses)
-        parts = packed.places_B // packed.responses_per_microbatch
-    else:
-        parts = np.arange(responses) // case.sizes.responses_per_microbatch
-    prompts = np.arange(responses) // case.sizes.group_size
-    most = max(len(np.unique(prompts[parts == part])) for part in np.unique(parts))
+    parts_B = plan(case, responses).parts_B
+    prompts_B = np.arange(responses) // case.sizes.group_size
+    most = max(len(np.unique(prompts_B[parts_B == part])) for part in np.unique(parts_B))
     layout = case.layouts[0]
     return rounded_up(most * case.lengths.images.count, layout.size("batch") if layout else 1)
 
 
 def row_length(case: Case) -> int:
-    """Tokens of a row that is not packed, or of the arrays beside packed ones."""
-    return packing.bucket_length(
-        case.lengths.prompt + case.lengths.longest,
-        case.sizes.tokens_per_row,
-        num_buckets=case.config.train.num_length_buckets,
-    )
+    """Tokens of the arrays that have one row a response."""
+    return case.planner.width([case.lengths.prompt + case.lengths.longest])
 
 
 def whole_host(case: Case) -> str:

@@ -24,8 +24,9 @@ from experiments.rehearsal.resident import (
     state_bytes,
     weights_bytes,
 )
-from experiments.rehearsal.rows import abstract_rows
-from luspo_jax import update
+from experiments.rehearsal.rows import images, microbatch
+from luspo_jax.learner import rows as training_rows
+from luspo_jax.learner.rows import abstract_token_rows
 from luspo_jax.length import laboratory
 from luspo_jax.models import decoder
 from luspo_jax.rollout import handover, slots
@@ -33,7 +34,7 @@ from luspo_jax.rollout.sampling import rollout_key
 from luspo_jax.run.memory import param_bytes
 from luspo_jax.run.settings import section
 from luspo_jax.sharding import MESH_AXES, Layout, same_order
-from luspo_jax.types import TokenBatch, TrainBatch
+from luspo_jax.types import TokenRows, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,26 +319,18 @@ def _prompt_images(case, engine, prompts, length):
 
 
 def _training(case):
-    sizes, objective = case.sizes, case.rule.objective
-    found = []
-    if scores_old(case):
-        rows, parts, work = scored_rows(case)
-        # With images, minibatch by minibatch.
-        times = case.config.train.num_minibatches if case.lengths.images else 1
+    found, programs, state = [], case.programs, case.state
+    for number, (name, one) in enumerate(programs.passes().items()):
+        rows, times, work = pass_rows(case, one.record_experts)
+        gone = {"params": "ref_params", "ref_params": "params"}[one.policy]
         found.append(
             Program(
-                "log-probs",
-                lambda: update.score_rows.lower(
-                    case.state.params,
-                    rows,
-                    rule=case.rule.logprobs,
-                    num_microbatches=parts,
-                    record_experts=case.model.num_experts > 0,
-                ),
+                "log-probs" if number == 0 else f"log-probs ({name})",
+                functools.partial(one.lower, state, rows),
                 work,
-                times * (1 + bool(objective.kl_coef)),
-                state_bytes(case, "opt_state", "ref_params", "marked_params"),
-                lambda: device_bytes((case.state.params, rows)),
+                times,
+                state_bytes(case, "opt_state", gone, "marked_params"),
+                functools.partial(device_bytes, (getattr(state, one.policy), rows)),
             )
         )
     batch, work = train_batch(case)
@@ -345,70 +338,52 @@ def _training(case):
     found.append(
         Program(
             "update",
-            lambda: update.update_step.lower(case.state, batch, number, number, rule=case.rule),
+            lambda: programs.lower_update(state, batch, number),
             work,
-            sizes.updates_per_step,
+            case.sizes.updates_per_step,
             {},
-            lambda: device_bytes((case.state, batch)),
+            lambda: device_bytes((state, batch)),
         )
     )
     return found
 
 
-def scores_old(case: Case) -> bool:
-    """Whether a step scores its responses before it updates."""
-    objective = case.rule.objective
-    return (
-        case.sizes.updates_per_step > 1
-        or objective.top_entropy_quantile < 1
-        or objective.kl_coef > 0
-    )
+def pass_rows(case: Case, record_experts: bool) -> tuple[TokenRows, int, Work]:
+    """(rows, calls, work of one) of a pass over the responses of a step.
 
-
-def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
-    """(rows, num_microbatches, work) of the pass that scores the responses of a step, or with
-    images those of a minibatch."""
-    sizes = case.sizes
-    images, responses = case.lengths.images, sizes.responses_per_step
-    responses = sizes.responses_per_minibatch if images else responses
-    rows, used, micro = abstract_rows(case, responses, "sampler")
-    parts = 1 if case.config.train.packing else responses // sizes.responses_per_microbatch
+    With images, a call reads the responses of a minibatch.
+    """
+    sizes, pictured = case.sizes, case.lengths.images is not None
+    responses = sizes.responses_per_minibatch if pictured else sizes.responses_per_step
+    plan = cases.plan(case, responses)
+    micro, used = microbatch(case, plan)
     part, width, rule = case.train_parts, case.width, case.rule.logprobs
     work = costs.forward(case.model, micro, part, width) + costs.scoring(
         case.model, micro, part, width, rule.head_chunk_tokens, gradient=False
     )
     work = (work + _tower(case, responses, gradient=False)) * used
-    ids = costs.recorded_bytes(case.model) * micro.tokens
-    # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
-    work += Work(0, 0, ids * used * (1 - 1 / part.batch))
-    return update.abstract_rows(case.on(rows), rule.how.layout), parts, work
+    if record_experts:
+        # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
+        ids = costs.recorded_bytes(case.model) * micro.tokens
+        work += Work(0, 0, ids * used * (1 - 1 / part.batch))
+    rows = abstract_token_rows(case.planner, plan, ("sampler",), images(case, plan))
+    times = case.config.train.num_minibatches if pictured else 1
+    return training_rows.abstract(case.on(rows), rule.how.layout), times, work
 
 
 def train_batch(case: Case) -> tuple[TrainBatch, Work]:
     """(batch, work) of one optimizer step."""
-    rule, objective = case.rule.logprobs, case.rule.objective
-    several = case.sizes.updates_per_step > 1
-    ranked = objective.top_entropy_quantile < 1
-    recorded = ("sampler", "old") if scores_old(case) else ("sampler",)
-    rows, used, micro = abstract_rows(case, case.sizes.responses_per_minibatch, *recorded)
-    B, T = rows.tokens_BT.shape
-    numbers_BT = jax.ShapeDtypeStruct((B, T), jnp.float32)
-    batch = TrainBatch(
-        rows=rows,
-        advantages_B=jax.ShapeDtypeStruct((B,), jnp.float32),
-        group_ids_B=jax.ShapeDtypeStruct((B,), jnp.int32),
-        old_logprobs_BT=numbers_BT if several or ranked else None,
-        old_entropy_BT=numbers_BT if ranked else None,
-        ref_logprobs_BT=numbers_BT if objective.kl_coef else None,
-        sampler_logprobs_BT=numbers_BT,
-    )
+    rule, responses = case.rule.logprobs, case.sizes.responses_per_minibatch
+    plan = cases.plan(case, responses)
+    micro, used = microbatch(case, plan)
+    batch = case.programs.abstract_batch(case.planner, plan, images(case, plan))
     work = costs.training(
         case.model, micro, case.train_parts, case.width,
         remat=rule.how.remat, kernel=rule.how.attention, chunk=rule.head_chunk_tokens,
     )  # fmt: skip
-    work += _tower(case, case.sizes.responses_per_minibatch, gradient=True)
+    work += _tower(case, responses, gradient=True)
     work = work * used + costs.optimizer(param_bytes(case.model, case.layouts[0], jnp.float32))
-    return update.abstract_rows(case.on(batch), rule.how.layout), work
+    return training_rows.abstract(case.on(batch), rule.how.layout), work
 
 
 def _tower(case, responses, *, gradient):
@@ -437,13 +412,7 @@ def _pressure(case):
     )
     groups = math.ceil(settings.share * sizes.prompts_per_step)
     B, T = groups * sizes.group_size, cases.row_length(case)
-    zeros_BT = np.broadcast_to(np.int32(0), (B, T))  # of text: images are left out
-    positions = np.broadcast_to(np.int32(0), (B, T, 3)) if case.model.vision else zeros_BT
-    sampled = laboratory.Sampled(
-        TokenBatch(zeros_BT, positions, zeros_BT, np.broadcast_to(False, (B, T))),
-        np.zeros(B, np.float32), np.repeat(np.arange(groups), sizes.group_size),
-        *[np.ones(B, bool)] * 3,
-    )  # fmt: skip
+    half = laboratory.abstract_half(lab, groups * (sizes.group_size // 2), T)  # images left out
     part, width = case.train_parts, case.width
     rows = Rows(B * T, B * T * T, B * T)  # the reference computes squares, or nearly
     chunk = rule.head_chunk_tokens
@@ -454,7 +423,7 @@ def _pressure(case):
     beside = state_bytes(case, "opt_state", "ref_params")
     return Program(
         "pressure",
-        lambda: laboratory.lower_measure(lab, case.state.params, sampled),
+        lambda: laboratory.lower_measure(lab, case.state.params, case.on(half)),
         work,
         1 / config.length.every,
         beside,

@@ -11,7 +11,7 @@ from experiments.rehearsal import costs, programs, resident, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.programs import Compiled, Program
 from experiments.rehearsal.topologies import Topology
-from luspo_jax import update
+from luspo_jax.learner.offload import OFFLOADS
 
 # Shares of the peak that a run is expected to reach, for the estimate beside the roofline: MaxText
 # publishes 45 % of a v5p's compute for pre-training, verl 31 to 40 % of an H100's for RL updates;
@@ -119,7 +119,7 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
             held_out = [a + b for a, b in zip(held_out, both, strict=True)]
         else:
             phases[program.name] = both
-    moved = sum(resident.state_bytes(case, *update.OFFLOADS[case.config.train.offload]).values())
+    moved = sum(resident.state_bytes(case, *OFFLOADS[case.config.train.offload]).values())
     if moved:
         phases["offload and back"] = [2 * moved / _HOST_LINK] * 2
     total = [sum(both[i] for both in phases.values()) for i in (0, 1)]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from experiments.rehearsal import costs
 from experiments.rehearsal.case import Case
-from luspo_jax import update
+from luspo_jax.learner.offload import OFFLOADS
 from luspo_jax.run.memory import param_bytes
 
 
@@ -35,7 +35,7 @@ def state_bytes(case: Case, *names: str) -> dict[str, float]:
 
 def parked(case: Case, *without: str) -> dict[str, float]:
     """The train state during a rollout, what is offloaded left out."""
-    gone = {*update.OFFLOADS[case.config.train.offload], *without}
+    gone = {*OFFLOADS[case.config.train.offload], *without}
     names = ("params", "opt_state", "ref_params", "marked_params")
     return state_bytes(case, *[name for name in names if name not in gone])
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs, report, resident, rows, tower
+from experiments.rehearsal import costs, programs, report, resident, tower
 from experiments.rehearsal.case import Case
 from luspo_jax.run import fields
 
@@ -328,5 +328,5 @@ def _counted_images(case, name):
     pixels = resident.device_bytes(tower.shapes(images, pictures, vision)) / images
     units = pictures.slots / vision.unit_patches * vision.out_dim
     own = images / part.tokens
-    held = rows.microbatches(case, responses) * images / part.batch * pixels
+    held = cases.plan(case, responses).num_microbatches * images / part.batch * pixels
     return held + case.width * (own * pictures.slots * kept + images * units)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from luspo_jax.length.pressure import Half, Pressure, Score, coefficients, of_half
+from luspo_jax.length.pressure import Half, Logprobs, Pressure, coefficients, of_half
 from luspo_jax.objectives import Objective
 
 STOP = 0
@@ -97,18 +97,18 @@ def table_logprobs(logits_SV: jax.Array, rows: Rows) -> jax.Array:
     return jnp.where(rows.mask_BT, logprobs_BT, 0)
 
 
-def probabilities(score: Score, params, here: World) -> jax.Array:
+def probabilities(compute: Logprobs, params, here: World) -> jax.Array:
     """π(y | prompt) of every response; each prompt's add up to 1."""
-    return jnp.exp(score(params, here.rows).sum(axis=1))
+    return jnp.exp(compute(params, here.rows).sum(axis=1))
 
 
-def mean(score: Score, params, here: World, values_B: jax.Array) -> jax.Array:
+def mean(compute: Logprobs, params, here: World, values_B: jax.Array) -> jax.Array:
     """E[x] of a value of each response, averaged over prompts."""
-    return jnp.sum(probabilities(score, params, here) * values_B) / here.num_prompts
+    return jnp.sum(probabilities(compute, params, here) * values_B) / here.num_prompts
 
 
 def expected_pressure(
-    score: Score,
+    compute: Logprobs,
     params,
     here: World,
     rewards_B: jax.Array,
@@ -125,11 +125,11 @@ def expected_pressure(
     `mass` and `gradient_share` are their means over half-batches.
     """
     length_BT, reward_BT = (
-        _along(score, params, here, jax.grad(lambda p, x=x: mean(score, p, here, x))(params))
+        _along(compute, params, here, jax.grad(lambda p, x=x: mean(compute, p, here, x))(params))
         for x in (jnp.asarray(here.lengths_B, jnp.result_type(float)), rewards_B)
     )
-    index_CB, weight_C = half_batches(probabilities(score, params, here), here, half_size)
-    logprobs_BT = score(params, here.rows)
+    index_CB, weight_C = half_batches(probabilities(compute, params, here), here, half_size)
+    logprobs_BT = compute(params, here.rows)
 
     def of_one(objective, index_B):
         half, at_BT = _half(here, rewards_B, index_B, half_size), logprobs_BT[index_B]
@@ -147,7 +147,7 @@ def expected_pressure(
 
 
 def expected_gradient(
-    score: Score,
+    compute: Logprobs,
     params,
     here: World,
     rewards_B: jax.Array,
@@ -159,8 +159,8 @@ def expected_gradient(
 
     As `params`. Advantages are formed inside half-groups of `half_size`; the policy term only.
     """
-    index_CB, weight_C = half_batches(probabilities(score, params, here), here, half_size)
-    logprobs_BT, pull = jax.vjp(lambda p: score(p, here.rows), params)
+    index_CB, weight_C = half_batches(probabilities(compute, params, here), here, half_size)
+    logprobs_BT, pull = jax.vjp(lambda p: compute(p, here.rows), params)
 
     def of_one(index_B):
         at_BT = logprobs_BT[index_B]
@@ -206,5 +206,5 @@ def _half(here, rewards_B, index_B, half_size):
     return Half(rows, rows.mask_BT, rewards_B[index_B], group_ids_B)
 
 
-def _along(score, params, here, direction):
-    return jax.jvp(lambda p: score(p, here.rows), (params,), (direction,))[1]
+def _along(compute, params, here, direction):
+    return jax.jvp(lambda p: compute(p, here.rows), (params,), (direction,))[1]

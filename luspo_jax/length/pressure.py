@@ -30,7 +30,8 @@ from luspo_jax import objectives
 from luspo_jax.objectives import Objective
 from luspo_jax.objectives.groups import group_mean, group_sum
 
-Score = Callable[[Any, Any], jax.Array]  # (params, rows) → logprobs_BT of the response tokens
+# (params, rows) → logprobs_BT of the response tokens
+Logprobs = Callable[[Any, Any], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +40,7 @@ class Half:
     """Half of the responses to each prompt.
 
     Attributes:
-      rows: whatever `score(params, rows)` reads, each leaf with B leading.
+      rows: whatever `compute(params, rows)` reads, each leaf with B leading.
       response_mask_BT: bool, true on response tokens.
       rewards_B: rewards.
       group_ids_B: integers, equal for responses to one prompt.
@@ -102,7 +103,7 @@ def halves(group_ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cross_fitted(
-    score: Score,
+    compute: Logprobs,
     params: Any,
     half_a: Half,
     half_b: Half,
@@ -117,25 +118,25 @@ def cross_fitted(
     Only the policy term of an objective counts: KL, entropy and corrections are left out.
 
     Args:
-      score: log-probs of a half's rows, differentiable in the parameters.
+      compute: log-probs of a half's rows, differentiable in the parameters.
       params: the policy that sampled.
       half_a: half of each group.
       half_b: the other half, of equal size.
       objectives: (name, objective) pairs.
       bin_edges: ascending lengths in tokens; bin k holds lengths above edge k−1 up to edge k.
-      num_parts: pieces that a half is scored in, one after another, to bound memory.
+      num_parts: pieces that a half is computed in, one after another, to bound memory.
       alpha_shift: of objectives whose length scale is adaptive.
 
     Returns:
       name → Pressure with all ratios 1, and name/end where the halves have `end_logprobs_BT`.
     """
-    seen = [_derivatives(score, params, half, num_parts) for half in (half_a, half_b)]
+    seen = [_derivatives(compute, params, half, num_parts) for half in (half_a, half_b)]
     results = []
     for (_, direction), (logprobs_BT, _), half in (
         (seen[0], seen[1], half_b),
         (seen[1], seen[0], half_a),
     ):
-        delta = _along(score, params, direction, half, num_parts)
+        delta = _along(compute, params, direction, half, num_parts)
         found = {}
         for name, objective in objectives:
             ends = {name: logprobs_BT}
@@ -150,29 +151,29 @@ def cross_fitted(
     return jax.tree.map(lambda a, b: (a + b) / 2, *results)
 
 
-def scored(score: Score, params: Any, half: Half, *, num_parts: int = 1) -> jax.Array:
+def half_logprobs(compute: Logprobs, params: Any, half: Half, *, num_parts: int = 1) -> jax.Array:
     """Log-probs of a half's rows [B, T], without gradients."""
     parts = _split(half.rows, num_parts)
-    _, logprobs = jax.lax.scan(lambda _, rows: (None, score(params, rows)), None, parts)
+    _, logprobs = jax.lax.scan(lambda _, rows: (None, compute(params, rows)), None, parts)
     return logprobs.reshape(-1, *logprobs.shape[2:])
 
 
 def taken(
-    score: Score, params: Any, change: Any, half: Half, *, num_parts: int = 1
+    compute: Logprobs, params: Any, change: Any, half: Half, *, num_parts: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """⟨∇E[L], Δθ⟩ and ⟨∇E[R], Δθ⟩ of a change that was made, in tokens and in reward.
 
     Σ_i a_i ⟨∇ log π(y_i), Δθ⟩: one directional derivative gives both.
 
     Args:
-      score: log-probs of rows.
+      compute: log-probs of rows.
       params: the policy after the change, which sampled `half`: the estimate is then independent
         of the samples that made the change.
       change: Δθ, as `params`.
       half: whole groups.
-      num_parts: pieces that the rows are scored in.
+      num_parts: pieces that the rows are computed in.
     """
-    (delta_BT,) = _along(score, params, (change,), half, num_parts)
+    (delta_BT,) = _along(compute, params, (change,), half, num_parts)
     delta_B = jnp.where(half.response_mask_BT, delta_BT, 0).sum(axis=1)
     return tuple(jnp.vdot(weights_B, delta_B) for weights_B in length_and_reward_weights(half))
 
@@ -265,12 +266,12 @@ def length_and_reward_weights(half: Half) -> tuple[jax.Array, jax.Array]:
     return weights(lengths_B), weights(half.rewards_B)
 
 
-def _derivatives(score, params, half, num_parts):
+def _derivatives(compute, params, half, num_parts):
     """(logprobs_BT, (v of the length, v of the reward))."""
 
     def accumulate(directions, part):
         rows, mask_BT, *weights_B = part
-        logprobs_BT, pull = jax.vjp(lambda p: score(p, rows), params)
+        logprobs_BT, pull = jax.vjp(lambda p: compute(p, rows), params)
         # One by one: under vmap, with jax 0.10 on CPU, the pullback of the scanned decoder is
         # wrong for all but the first.
         pulled = [
@@ -285,7 +286,7 @@ def _derivatives(score, params, half, num_parts):
     return jax.lax.stop_gradient(logprobs.reshape(-1, *logprobs.shape[2:])), directions
 
 
-def _along(score, params, directions, half, num_parts):
+def _along(compute, params, directions, half, num_parts):
     """δ_BT of each direction: directional derivatives of the log-probs.
 
     The model's own backward passes have no forward mode. Theirs is linear in the cotangent, so
@@ -293,7 +294,7 @@ def _along(score, params, directions, half, num_parts):
     """
 
     def along(_, rows):
-        logprobs_BT, pull = jax.vjp(lambda p: score(p, rows), params)
+        logprobs_BT, pull = jax.vjp(lambda p: compute(p, rows), params)
         _, forward = jax.vjp(lambda u: pull(u)[0], jnp.zeros_like(logprobs_BT))
         return None, [forward(direction)[0] for direction in directions]
 

@@ -129,6 +129,11 @@ class Objective:
     k3_max: float = 1e-2
     loss_scale: float = 1.0
 
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether a KL term is taken from the reward before advantages are formed."""
+        return self.kl_coef > 0 and self.kl_placement == "reward"
+
     def __post_init__(self):
         for field, names in CHOICES.items():
             require_name(f"Objective.{field}", getattr(self, field), names)

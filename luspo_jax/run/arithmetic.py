@@ -19,6 +19,11 @@ class BatchArithmetic:
     pack_length: int = 0  # 0 without packing
     packed_rows_per_microbatch: int = 0
 
+    @property
+    def rows_per_microbatch(self) -> int:
+        """Rows that are computed together, dense ones or one a response."""
+        return self.packed_rows_per_microbatch or self.responses_per_microbatch
+
     def __str__(self) -> str:
         parts = (
             f"{self.packed_rows_per_microbatch} packed rows × {self.pack_length} tokens, as many "

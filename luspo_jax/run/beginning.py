@@ -6,15 +6,18 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from luspo_jax import experience, prompts
-from luspo_jax.evaluate import Evaluation
-from luspo_jax.experience import Group
+import numpy as np
+
+from luspo_jax import prompts
+from luspo_jax.experience.groups import Group
+from luspo_jax.experience.held_out import Evaluation
+from luspo_jax.experience.stored import from_stored, to_stored
 from luspo_jax.hosts import processes
+from luspo_jax.learner.state import abstract_state, initial_state
 from luspo_jax.length.steering import LengthState
 from luspo_jax.run.build import Run
 from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.types import TrainState
-from luspo_jax.update import abstract_state, initial_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +64,15 @@ def begin(run: Run, checkpointer: Checkpointer, fork: Mapping[str, Any] | None =
 
 def _restored(run, checkpointer, step, changed=()) -> Start:
     like = abstract_state(run.rule, marked=run.length.every > 0)
-    state, host = checkpointer.restore(step, like)
+    state, host, waiting = checkpointer.restore(step, like)
     kept = {name for name, roots in _TAKEN_ALONG.items() if not _begins(changed, roots)}
     if "stream" in kept:
         run.data.stream.set_state(host["stream"])
     evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
+    stored = from_stored(waiting, host["waiting"]) if "surplus" in kept else []
     surplus = [
         dataclasses.replace(group, prompt=prompts.pictured(group.prompt, run.data.renderer))
-        for group in experience.from_json(host["surplus"] if "surplus" in kept else ())
+        for group in stored
     ]
     length = LengthState.from_json(host["length"]) if "length" in kept else LengthState()
     carried = Carried(surplus, length)
@@ -94,11 +98,13 @@ def begin_state(run: Run) -> TrainState:
 
 def host_state(
     run: Run, evaluations: list[tuple[int, Evaluation]], carried: Carried
-) -> dict[str, Any]:
-    """What decides the next step beside the train state, as JSON values."""
-    return {
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What decides the next step beside the train state: JSON values, and arrays of responses."""
+    waiting, described = to_stored(carried.surplus)
+    host = {
         "stream": run.data.stream.get_state(),
         "evaluations": [(step, dataclasses.asdict(e)) for step, e in evaluations],
-        "surplus": experience.to_json(carried.surplus),
+        "waiting": described,
         "length": carried.length.to_json(),
     }
+    return host, waiting

@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from luspo_jax import optimizer, sharding
+from luspo_jax import sharding
+from luspo_jax.experience.rounds import Asker
+from luspo_jax.experience.shaping import Shaping
+from luspo_jax.learner import optimizer
+from luspo_jax.learner.logprobs import LogprobRule
+from luspo_jax.learner.programs import StepPrograms
+from luspo_jax.learner.rows import Planner
+from luspo_jax.learner.state import UpdateRule
 from luspo_jax.length import laboratory
 from luspo_jax.length.laboratory import Laboratory
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.logprobs import LogprobRule
 from luspo_jax.models import decoder, decoder_weights, kernels
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
@@ -24,9 +30,7 @@ from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.data import Data, load_data
 from luspo_jax.run.model import Model, load_model
 from luspo_jax.run.settings import Config, Settings, section
-from luspo_jax.shaping import Shaping
 from luspo_jax.sharding import Layout, MeshError
-from luspo_jax.update import UpdateRule
 from luspo_jax.values import ConfigError
 
 
@@ -45,7 +49,23 @@ class Run:
     shaping: Shaping
     length: LengthSettings
     laboratory: Laboratory
+    planner: Planner
+    programs: StepPrograms
     rollout_layout: Layout | None = None
+
+    @property
+    def asker(self) -> Asker:
+        """What samples and judges the responses of a step."""
+        rollout = self.settings.rollout
+        return Asker(
+            stream=self.data.stream,
+            sampler=self.sampler,
+            scorer=self.scorer,
+            decode=self.model.decode,
+            num_prompts=rollout.prompts_per_step,
+            group_size=rollout.group_size,
+            seed=self.settings.seed,
+        )
 
     @property
     def metric(self) -> str:
@@ -112,7 +132,23 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
             max_response_length=settings.rollout.max_response_length,
             rows_at_once=batch_arithmetic(settings).responses_per_microbatch,
         ),
+        planner=planner(settings, model.config, layout),
+        programs=StepPrograms(rule, batch_arithmetic(settings).updates_per_step),
         rollout_layout=rollout_layout,
+    )
+
+
+def planner(config: Config, model: DecoderConfig, layout: Layout | None) -> Planner:
+    """How responses are laid into the rows that training reads."""
+    sizes = batch_arithmetic(config)
+    return Planner(
+        model=model,
+        longest=sizes.tokens_per_row,
+        num_buckets=config.train.num_length_buckets,
+        rows_per_microbatch=sizes.rows_per_microbatch,
+        pack_length=sizes.pack_length,
+        pictured_at_once=sizes.responses_per_minibatch,
+        layout=layout,
     )
 
 
@@ -196,7 +232,6 @@ def update_rule(config: Config, model: Model, layout: Layout | None = None) -> U
             eps=config.train.eps,
             weight_decay=config.train.weight_decay,
         ),
-        num_microbatches=config.train.num_microbatches,
         max_grad_norm=config.train.max_grad_norm,
         bin_edges=section(config, "length").bins(config.rollout.max_response_length),
         router_aux_coef=config.train.router_aux_coef,

@@ -37,7 +37,8 @@ class Checkpointer:
     """Keeps the latest few checkpoints and the best few by a metric under one folder.
 
     A checkpoint is named by the number of rollout steps taken when it was written. It holds the
-    train state and a JSON record of the host's state (prompt stream, surplus prompts, counters).
+    train state, a JSON record of the host's state (prompt stream, counters), and arrays of the
+    responses that wait for a later step.
     A state may be spread over a mesh, and be restored onto another mesh or one device.
 
     Args:
@@ -77,6 +78,7 @@ class Checkpointer:
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
                     "host": ocp.JsonCheckpointHandler(),
+                    "waiting": ocp.PyTreeCheckpointHandler(),
                 },
                 options=ocp.CheckpointManagerOptions(
                     best_fn=_best,
@@ -96,14 +98,22 @@ class Checkpointer:
         return self._manager.best_step()
 
     def save(
-        self, step: int, state: TrainState, host: Mapping[str, Any], *, metric: float | None = None
+        self,
+        step: int,
+        state: TrainState,
+        host: Mapping[str, Any],
+        waiting: Mapping[str, np.ndarray] | None = None,
+        *,
+        metric: float | None = None,
     ) -> None:
         """Writes a checkpoint; it is complete when this returns, or absent when it raises.
 
         Of several processes each writes parts of its own, and asks for space for these.
         """
         own = jax.local_devices()
-        needed = int(_HEADROOM * sum(bytes_written(x, own) for x in jax.tree.leaves(state)))
+        waiting = dict(waiting or {})
+        written = jax.tree.leaves((state, waiting))
+        needed = int(_HEADROOM * sum(bytes_written(x, own) for x in written))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise CheckpointError(
@@ -123,7 +133,9 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(dict(host))
+                    state=ocp.args.StandardSave(state),
+                    host=ocp.args.JsonSave(dict(host)),
+                    **({"waiting": ocp.args.PyTreeSave(waiting)} if waiting else {}),
                 ),
                 metrics=None if metric is None else {"best": float(metric)},
                 force=True,
@@ -131,8 +143,11 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._write_sums(step)
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads checkpoint `step` into the shapes, types and places of `like`.
+    def restore(
+        self, step: int, like: TrainState
+    ) -> tuple[TrainState, dict[str, Any], dict[str, np.ndarray]]:
+        """Reads checkpoint `step`: the state into the shapes, types and places of `like`, the JSON
+        record of the host, and the arrays of waiting responses.
 
         Args:
           step: names the checkpoint.
@@ -142,7 +157,8 @@ class Checkpointer:
 
         Raises:
           CheckpointError: there is none of that step, or it is damaged, or it has other arrays
-            than `like`; these are named from the metadata before any is read.
+            than `like`; these are named from the metadata before any is read. Or responses wait in
+            it that a version before 0.2 wrote.
         """
         steps = self._manager.all_steps()
         if step not in steps:
@@ -152,11 +168,23 @@ class Checkpointer:
             )
         restored = self._read(step, jax.tree.map(_abstract, like))
         leaves, tree = jax.tree.flatten(restored["state"])
-        host = restored["host"]
+        host, waiting = restored["host"], restored.get("waiting") or {}
         del restored  # so that each array goes as soon as it is replaced
         for i, x in enumerate(jax.tree.leaves(like)):
             leaves[i] = _freed(leaves[i], x)
-        return jax.tree.unflatten(tree, leaves), host
+        return jax.tree.unflatten(tree, leaves), self._renewed(step, host), waiting
+
+    def _renewed(self, step, host):
+        """The host's record as it is written today."""
+        surplus = host.pop("surplus", None)
+        if surplus:
+            raise CheckpointError(
+                f"checkpoint {self.folder / str(step)} was written by an earlier version of "
+                f"luspo_jax, and {len(surplus)} groups of responses wait in it that this one does "
+                "not read: go on with that version, or delete the folder to continue from a "
+                "checkpoint in which none wait"
+            )
+        return {"waiting": [], **host}
 
     def _read(self, step, abstract):
         try:
@@ -164,10 +192,13 @@ class Checkpointer:
             stored = self._manager.item_metadata(step)["state"].tree
             problems = _misfits(stored, abstract)
             if not problems:
-                args = ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()
-                )
-                return self._manager.restore(step, args=args)
+                args = {
+                    "state": ocp.args.StandardRestore(abstract),
+                    "host": ocp.args.JsonRestore(),
+                }
+                if (self.folder / str(step) / "waiting").is_dir():
+                    args["waiting"] = ocp.args.PyTreeRestore(restore_args=self._as_numpy(step))
+                return self._manager.restore(step, args=ocp.args.Composite(**args))
         except CheckpointError:
             raise
         except Exception as error:  # Orbax raises many types; all mean the same to the user.
@@ -186,6 +217,10 @@ class Checkpointer:
             f"{'; '.join(problems)}. Go on with the settings that it was written with, or start "
             "in a new --workdir"
         )
+
+    def _as_numpy(self, step):
+        stored = self._manager.item_metadata(step)["waiting"].tree
+        return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(stored))
 
     def _write_sums(self, step):
         """Writes the sums of all files, last: each process reads its share of them."""

@@ -5,7 +5,9 @@ from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
-from luspo_jax import objectives, shaping
+from luspo_jax import objectives
+from luspo_jax.experience import shaping
+from luspo_jax.experience.shaping import Shaping
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.objectives import Objective
 from luspo_jax.run.sections import (
@@ -20,7 +22,6 @@ from luspo_jax.run.sections import (
     RolloutSettings,
     TrainSettings,
 )
-from luspo_jax.shaping import Shaping
 from luspo_jax.values import SEED, ConfigError, Number, Rule, check_fields, refused_field, shown
 
 

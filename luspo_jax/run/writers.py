@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from luspo_jax.experience import Rollouts
+from luspo_jax.experience.groups import Rollouts
 from luspo_jax.hosts import files, processes
 from luspo_jax.metrics import RolloutRecord, StepMetrics, declared, json_line, lines_and_records
 from luspo_jax.run import fields

@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from luspo_jax.update import initial_state
 
 from configs import quickstart
 from experiments.command import UsageError
@@ -28,7 +29,6 @@ from luspo_jax.run.build import update_rule
 from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
 from luspo_jax.run.model import load_model
 from luspo_jax.run.workdir import WorkdirError
-from luspo_jax.update import initial_state
 
 GSM8K = gsm8k().label
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from luspo_jax.logprobs import LogprobRule, token_logprobs
 
 from luspo_jax import objectives, packing
 from luspo_jax.length import enumeration, pressure
 from luspo_jax.length.pressure import Half
-from luspo_jax.logprobs import LogprobRule, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward

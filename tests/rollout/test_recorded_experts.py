@@ -8,9 +8,9 @@ import re
 import jax
 import numpy as np
 import pytest
+from luspo_jax.logprobs import LogprobRule, scored
 
 from luspo_jax import packing, sharding
-from luspo_jax.logprobs import LogprobRule, scored
 from luspo_jax.models import decoder, decoder_layers
 from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Engine, Sampling, slots

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from luspo_jax.logprobs import LogprobRule
 
 from luspo_jax import optimizer, sharding, update
-from luspo_jax.logprobs import LogprobRule
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward

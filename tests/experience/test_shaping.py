@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from luspo_jax.shaping import Shaping
 
 from luspo_jax import experience, shaping
 from luspo_jax.datasets import Example
@@ -11,7 +12,6 @@ from luspo_jax.experience import Group
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward
 from luspo_jax.rollout import Response
-from luspo_jax.shaping import Shaping
 
 
 def _group(prompt_id, correct, lengths=None, stopped=None, judged=None):

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from luspo_jax.shaping import Shaping
 
 from luspo_jax import evaluate, experience, shaping
 from luspo_jax.datasets import Example
@@ -12,7 +13,6 @@ from luspo_jax.metrics import declared
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward
 from luspo_jax.rollout import Response
-from luspo_jax.shaping import Shaping
 
 FAILED = Reward(0.0, "error", {"right": 0.0}, detail="right: TypeError")
 LATE = Reward(0.0, "timeout", {"right": 0.0})

@@ -6,11 +6,11 @@ what is missing is filled with groups that carry no gradient, and said.
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from luspo_jax.experience import Group
+from luspo_jax.experience.groups import Group
 from luspo_jax.values import Number, OneOf, refusal
 
 GFPO_KEYS = ("length", "reward_per_token")
@@ -82,30 +82,32 @@ class Collected:
 
 
 def collect(
-    sample: Callable[[], list[Group]],
+    rounds: Iterable[list[Group]],
     surplus: Sequence[Group],
     *,
     shaping: Shaping,
     num_groups: int,
     part: str,
 ) -> Collected:
-    """Samples until `num_groups` groups pass the filters, or tries run out.
+    """Takes rounds until `num_groups` groups pass the filters, or tries run out.
 
     Groups that pass beyond a full batch are carried over and come first in the next step. Fewer
     than a batch are kept, so that all of them are used one step later and none grows older; a
     larger surplus is given up and counted.
 
     Args:
-      sample: one round of sampling and scoring; each call brings new prompts.
+      rounds: of sampled and judged groups, each of new prompts; no more are taken than needed.
       surplus: carried over from the step before.
       shaping: the filters.
       num_groups: groups of a batch.
       part: the reward part that tells right from wrong.
     """
     chosen, left_out, rewards, sampled, tries = list(surplus), [], [], 0, 0
-    while tries < (shaping.max_tries if shaping.filters_groups else 1) and len(chosen) < num_groups:
+    most = shaping.max_tries if shaping.filters_groups else 1
+    rounds = iter(rounds)
+    while tries < most and len(chosen) < num_groups:
+        fresh = next(rounds)
         tries += 1
-        fresh = sample()
         sampled += len(fresh)
         rewards += [value for group in fresh for value in group.values()[group.judged]]
         kept = [keeps(group, shaping) for group in fresh]
@@ -121,7 +123,7 @@ def collect(
         )
     filling = [_without_gradient(group) for group in left_out[:missing]]
     spare = chosen[num_groups:]
-    carried = [dataclasses.replace(group, carried=True) for group in spare[: num_groups - 1]]
+    carried = spare[: num_groups - 1]
     return Collected(
         groups=[*chosen[:num_groups], *filling],
         surplus=carried,
@@ -140,7 +142,7 @@ def collect(
 
 def keeps(group: Group, shaping: Shaping) -> Group:
     """The group with the response filters applied."""
-    counted, trained = group.counted.copy(), group.trained.copy()
+    counted = group.counted
     if shaping.gfpo_keep:
         lengths = group.lengths
         order = lengths if shaping.gfpo_by == "length" else -group.values() / lengths
@@ -148,11 +150,11 @@ def keeps(group: Group, shaping: Shaping) -> Group:
         ranked = np.lexsort((np.arange(len(order)), order, ~counted))
         chosen = np.zeros_like(counted)
         chosen[ranked[: shaping.gfpo_keep]] = True
-        counted &= chosen
-        trained &= chosen
+        counted = counted & chosen
+    trained = counted
     if shaping.overlong_filter:
-        trained &= np.array([response.stopped for response in group.responses])
-    return dataclasses.replace(group, counted=counted, trained=trained)
+        trained = trained & np.array(group.column("stopped"), bool)
+    return _restricted(group, counted, trained)
 
 
 def group_filter(groups: Sequence[Group], shaping: Shaping, *, part: str) -> np.ndarray:
@@ -174,5 +176,13 @@ def _informative(group, part):
 
 
 def _without_gradient(group):
-    nothing = np.zeros_like(group.counted)
-    return dataclasses.replace(group, counted=nothing, trained=nothing)
+    nothing = np.zeros(len(group.responses), bool)
+    return _restricted(group, nothing, nothing)
+
+
+def _restricted(group, counted, trained):
+    """The group in which fewer responses count and carry gradient."""
+    return group.enriched(
+        counted=counted.tolist(),
+        trained=[mask & keep for mask, keep in zip(group.column("trained"), trained, strict=True)],
+    )

@@ -1,7 +1,7 @@
 """Accuracy of a policy on held-out problems: the same prompts, sampler and rewards as training.
 
-Training validates with `evaluate`; `python -m experiments.evaluate` keeps what `respond` gives.
-Both ask and score by the same code, and their numbers come from `luspo_jax.benchmarks`.
+Training summarizes what `ask` gives; `python -m experiments.evaluate` keeps it, response by
+response. Numbers come from `luspo_jax.benchmarks`.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ import numpy as np
 
 from luspo_jax.benchmarks import Record
 from luspo_jax.benchmarks.intervals import accuracy_interval
+from luspo_jax.experience.groups import Group, judged
 from luspo_jax.hosts import processes
 from luspo_jax.length.coupling import accuracy_by_length_third
 from luspo_jax.prompts import PromptRecord
-from luspo_jax.rewards import Reward, Sample, Scorer
-from luspo_jax.rewards.extraction import with_opening
+from luspo_jax.rewards import Scorer
 from luspo_jax.rewards.record import FAILURES
-from luspo_jax.rollout import Engine, Request, Response
+from luspo_jax.rollout import Engine, Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,19 @@ class Evaluation:
         """Responses whose verifier failed or timed out; no accuracy counts them."""
         return sum(self.statuses.get(status, 0) for status in FAILURES)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Values by the last part of their metric's name."""
+        low, high = self.accuracy_ci95
+        return {
+            f"acc/mean@{self.num_samples}": self.accuracy,
+            "acc/ci95_low": low,
+            "acc/ci95_high": high,
+            "response_length/mean": self.mean_length,
+            "response_length/clip_ratio": self.truncated,
+            "unjudged": self.unjudged,
+        }
+
     def __str__(self) -> str:
         low, high = self.accuracy_ci95
         return (
@@ -60,19 +73,18 @@ class Evaluation:
         )
 
 
-def evaluate(
+def ask(
     engine: Engine,
     params: Any,
     prompts: Sequence[PromptRecord],
     scorer: Scorer,
     *,
     decode: Callable[[np.ndarray], str],
-    metric: str,
     num_samples: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
-    """Samples and scores `num_samples` responses to each prompt.
+) -> list[Group]:
+    """Samples and judges `num_samples` responses to each prompt; each process asks its share.
 
     The noise depends on `seed`, the prompt and the sample only, so two policies evaluated with
     one seed face the same draws and their difference is paired.
@@ -81,111 +93,64 @@ def evaluate(
       engine: the sampler.
       params: the policy's weights.
       prompts: what to ask.
-      scorer: the reward, of which part `metric` is taken as being right (value > 0.5).
+      scorer: the reward.
       decode: tokens → text.
-      metric: a part of the reward.
       num_samples: responses a problem.
       seed: of the sampling noise.
       progress: called with (finished, total) responses, of this process's share.
     """
-    responses, _, rewards = _ask(
-        engine,
-        params,
-        prompts,
-        scorer,
-        decode=decode,
-        noise={"group_size": num_samples, "seed": seed, "progress": progress},
-    )
-    return summarize(responses, rewards, metric=metric, num_samples=num_samples)
+    own = prompts[processes.share(len(prompts))]
+    requests = [Request(p.prompt_id, p.tokens, p.images) for p in own]
+    responses = []
+    if requests:
+        noise = {"group_size": num_samples, "seed": seed, "step": 0, "progress": progress}
+        responses, _ = engine.generate(params, requests, **noise)
+    limit = engine.sampling.max_response_length
+    groups = judged(own, responses, scorer=scorer, decode=decode, max_length=limit)
+    parts = processes.gather([group.responses for group in groups])
+    found = [responses for part in parts for responses in part]
+    return [Group(*pair) for pair in zip(prompts, found, strict=True)]
 
 
-def respond(
-    engine: Engine,
-    params: Any,
-    prompts: Sequence[PromptRecord],
-    scorer: Scorer,
-    *,
-    decode: Callable[[np.ndarray], str],
-    benchmark: str,
-    num_samples: int,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Record]:
-    """As `evaluate`, but every response with its verdict, prompt by prompt, for keeping."""
-    responses, texts, rewards = _ask(
-        engine,
-        params,
-        prompts,
-        scorer,
-        decode=decode,
-        noise={"group_size": num_samples, "seed": seed, "progress": progress},
-    )
-    asked = [prompt for prompt in prompts for _ in range(num_samples)]
-    rows = zip(asked, responses, texts, rewards, strict=True)
+def kept(groups: Sequence[Group], benchmark: str, scorers: Sequence[str]) -> list[Record]:
+    """Every response with its verdict, prompt by prompt, for keeping.
+
+    Args:
+      groups: of `ask`.
+      benchmark: what the problems belong to.
+      scorers: labels of the verifiers.
+    """
     return [
         Record(
             benchmark=benchmark,
-            problem_id=prompt.prompt_id,
+            problem_id=group.prompt.prompt_id,
             sample_id=response.sample_id,
-            prompt=prompt.text,
-            response=text,
-            answer=prompt.example.answer,
+            prompt=group.prompt.text,
+            response=response.text,
+            answer=group.prompt.example.answer,
             tokens=response.tokens.tolist(),
             length=len(response.tokens),
             truncated=not response.stopped,
-            meta=prompt.example.meta,
-            verdict=verdict,
-            scorers=scorer.labels,
-            problem=prompt.example.problem,
+            meta=group.prompt.example.meta,
+            verdict=response.reward,
+            scorers=scorers,
+            problem=group.prompt.example.problem,
         )
-        for prompt, response, text, verdict in rows
+        for group in groups
+        for response in group.responses
     ]
 
 
-def _ask(engine, params, prompts, scorer, *, decode, noise):
-    """(responses, their texts, their rewards), prompt by prompt; each process asks its share."""
-    prompts = prompts[processes.share(len(prompts))]
-    requests = [Request(p.prompt_id, p.tokens, p.images) for p in prompts]
-    responses, _ = engine.generate(params, requests, step=0, **noise) if requests else ([], None)
-    texts = [decode(response.tokens) for response in responses]
-    limit = engine.sampling.max_response_length
-    rewards = score(scorer, prompts, responses, texts=texts, max_length=limit)
-    parts = processes.gather((responses, texts, rewards))
-    return [[row for part in parts for row in part[column]] for column in range(3)]
+def summarize(groups: Sequence[Group], *, metric: str) -> Evaluation:
+    """Statistics of judged responses; accuracies are over those that have a verdict.
 
-
-def score(
-    scorer: Scorer,
-    prompts: Sequence[PromptRecord],
-    responses: Sequence[Response],
-    *,
-    texts: Sequence[str],
-    max_length: int,
-) -> list[Reward]:
-    """Rewards of responses and their texts, which come prompt by prompt in equal numbers.
-
-    A `<think>` on which the prompt ends belongs to the response.
+    Args:
+      groups: equally many responses to each prompt.
+      metric: the part of the reward that is taken as being right (value > 0.5).
     """
-    group_size = len(responses) // max(1, len(prompts))
-    return scorer.score_batch(
-        [
-            Sample(
-                response=with_opening(prompts[row // group_size].text, texts[row]),
-                answer=prompts[row // group_size].example.answer,
-                length=len(response.tokens),
-                max_length=max_length,
-                meta=prompts[row // group_size].example.meta,
-                problem=prompts[row // group_size].example.problem,
-            )
-            for row, response in enumerate(responses)
-        ]
-    )
-
-
-def summarize(
-    responses: Sequence[Response], rewards: Sequence[Reward], *, metric: str, num_samples: int
-) -> Evaluation:
-    """Statistics of scored responses; accuracies are over those that have a verdict."""
+    responses = [response for group in groups for response in group.responses]
+    num_samples = len(responses) // len(groups)
+    rewards = [response.reward for response in responses]
     lengths_B = np.array([len(r.tokens) for r in responses])
     judged_B = np.array([r.judged for r in rewards])
     correct_B = np.array([r.judged and r.parts[metric] > 0.5 for r in rewards])
@@ -193,6 +158,7 @@ def summarize(
     total_P, right_P = (x.reshape(-1, num_samples).sum(axis=1) for x in (judged_B, correct_B))
     some_P = total_P > 0
     statuses, counts = np.unique([r.status for r in rewards], return_counts=True)
+    thirds = accuracy_by_length_third(lengths_B[judged_B], correct_B[judged_B], groups_B[judged_B])
     return Evaluation(
         accuracy=float(np.mean(right_P[some_P] / total_P[some_P])) if some_P.any() else np.nan,
         accuracy_ci95=accuracy_interval(right_P[some_P], total_P[some_P])
@@ -200,12 +166,7 @@ def summarize(
         else (np.nan, np.nan),
         mean_length=float(lengths_B.mean()),
         truncated=float(np.mean([not r.stopped for r in responses])),
-        accuracy_by_third=tuple(
-            float(x)
-            for x in accuracy_by_length_third(
-                lengths_B[judged_B], correct_B[judged_B], groups_B[judged_B]
-            )
-        ),
+        accuracy_by_third=tuple(float(x) for x in thirds),
         statuses=dict(zip(statuses.tolist(), counts.tolist(), strict=True)),
         num_problems=len(total_P),
         num_samples=num_samples,

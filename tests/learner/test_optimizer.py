@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from luspo_jax import optimizer
+from luspo_jax.learner import optimizer
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.05), (9, 0.5), (19, 1.0), (500, 1.0)])

@@ -1,0 +1,155 @@
+"""Stages of a step between rewards and the update: each adds fields to the responses.
+
+What a step trains on is settled on the host, once, before its first update.
+"""
+
+import numpy as np
+
+from luspo_jax import objectives
+from luspo_jax.experience.groups import Rollouts
+from luspo_jax.learner.plan import one_a_row
+from luspo_jax.learner.policies import (
+    Laid,
+    PolicyLogprobs,
+    laid_rows,
+    sequence_lengths,
+)
+from luspo_jax.learner.rows import Planner
+from luspo_jax.objectives import Objective
+from luspo_jax.types import ResponseRows, TrainBatch
+
+
+class MismatchError(RuntimeError):
+    """Sampler and trainer disagree about the probabilities of sampled tokens."""
+
+
+def with_old_logprobs(
+    rollouts: Rollouts, found: PolicyLogprobs, *, keep_entropy: bool = False
+) -> Rollouts:
+    """Adds what the policy that starts the step says of the responses, as the trainer computes it.
+
+    Of a token that another policy sampled, the sampler recorded the log-prob under that policy:
+    that is taken. So it is with the experts of a mixture.
+
+    Args:
+      rollouts: the responses.
+      found: of that policy.
+      keep_entropy: whether the objective ranks entropies.
+    """
+    responses = rollouts.responses
+    fresh = [versions == rollouts.version for versions in rollouts.column("versions")]
+    columns = {
+        "old_logprobs": [
+            np.where(own, computed, response.logprobs)
+            for own, computed, response in zip(fresh, found.logprobs, responses, strict=True)
+        ]
+    }
+    if keep_entropy:
+        columns["old_entropy"] = found.entropies
+    if found.expert_ids is not None:
+        columns["old_expert_ids"] = [
+            _chosen_ids(*pair) for pair in zip(fresh, found.expert_ids, responses, strict=True)
+        ]
+    return rollouts.enriched(**columns)
+
+
+def _chosen_ids(fresh, computed, response):
+    if fresh.all():
+        return computed
+    of_prompt = np.full(len(computed) - len(fresh), fresh.all())
+    own = np.concatenate([of_prompt, fresh])[:, None, None]
+    sampled = np.concatenate([response.prompt_expert_ids, response.expert_ids])
+    return np.where(own, computed, sampled)
+
+
+def largest_gap(rollouts: Rollouts, found: PolicyLogprobs) -> float:
+    """The largest difference of a trained token's log-prob between sampler and trainer, in nats.
+
+    Tokens that another policy sampled are left out.
+    """
+    gaps = [
+        np.abs(computed - r.logprobs)[r.trained & (r.versions == rollouts.version)]
+        for computed, r in zip(found.logprobs, rollouts.responses, strict=True)
+    ]
+    return float(np.max(np.concatenate(gaps), initial=0.0))
+
+
+def check_gap(gap: float, limit: float) -> None:
+    """Refuses to train where sampler and trainer disagree.
+
+    Raises:
+      MismatchError: naming the gap, in nats, and what to do.
+    """
+    if not gap <= limit:
+        raise MismatchError(
+            f"sampler and trainer log-probs of the same tokens differ by up to {gap:.3g} nats at "
+            f"the first step, more than rollout.mismatch_limit={limit:g}: in float32 this is a "
+            "fault; in bfloat16 rounding makes 0.2 to 0.5 and more in large runs: set the limit to "
+            "1, or model.rollout_dtype=float32"
+        )
+
+
+def with_advantages(
+    rollouts: Rollouts, objective: Objective, width: int, penalty_B: np.ndarray | float = 0.0
+) -> Rollouts:
+    """Adds advantages, formed inside each group of responses to one prompt.
+
+    Args:
+      rollouts: with the log-probs that a KL term in the reward reads.
+      objective: what advantages are.
+      width: tokens of the longest sequence, rounded up to few sizes.
+      penalty_B: float32, taken from the reward of each response.
+    """
+    rewards_B = rollouts.rewards_B - np.float32(penalty_B)
+    if objective.kl_in_reward:
+        prompts, responses = rollouts.prompts, rollouts.responses
+        lengths_B = sequence_lengths(prompts, responses)
+        plan = one_a_row(lengths_B, width=width, rows_per_microbatch=len(lengths_B))
+        arrays = (
+            plan.place(rollouts.column(name))
+            for name in ("old_logprobs", "ref_logprobs", "trained")
+        )
+        rewards_B = rewards_B + np.asarray(
+            objectives.reward_adjustment(
+                *arrays, kl_coef=objective.kl_coef, kl_estimator=objective.kl_estimator
+            )
+        )
+    lengths_B = np.where(rollouts.counted_B, rollouts.lengths_B, 0)
+    advantages_B = objectives.advantages(objective, rewards_B, rollouts.group_ids_B, lengths_B)
+    return rollouts.enriched(advantage=np.asarray(advantages_B, np.float32).tolist())
+
+
+def train_batch(
+    rollouts: Rollouts, planner: Planner, chosen: np.ndarray, width: int
+) -> tuple[TrainBatch, dict[str, float]]:
+    """The batch of one optimizer step in NumPy, and how its rows are filled.
+
+    Args:
+      rollouts: with everything that the objective reads.
+      planner: of the run.
+      chosen: indices of the responses; whole groups.
+      width: tokens of the arrays that have one row a response, the same in all of a step.
+    """
+    prompts, responses = (
+        [column[i] for i in chosen] for column in (rollouts.prompts, rollouts.responses)
+    )
+    plan = planner.plan(sequence_lengths(prompts, responses), width)
+    known = {
+        f"{name}_BT": plan.place([getattr(r, name) for r in responses])
+        for name in ("old_logprobs", "old_entropy", "ref_logprobs")
+        if getattr(responses[0], name) is not None
+    }
+    rows = laid_rows(
+        planner,
+        Laid(prompts, responses, plan),
+        old_ids=responses[0].old_expert_ids is not None,
+    )
+    objective_rows = ResponseRows(
+        starts_B=plan.place_one(plan.firsts_B),
+        response_mask_BT=plan.place([r.trained for r in responses]),
+        advantages_B=plan.place_one(rollouts.advantages_B[chosen]),
+        group_ids_B=plan.place_one(rollouts.group_ids_B[chosen]),
+        sampler_logprobs_BT=plan.place([r.logprobs for r in responses]),
+        **known,
+    )
+    return TrainBatch(rows, objective_rows), dict(plan.metrics)
