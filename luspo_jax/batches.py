@@ -12,6 +12,7 @@ from luspo_jax import image_rows, objectives, packing
 from luspo_jax.experience import Rollouts
 from luspo_jax.logprobs import Scored
 from luspo_jax.metrics import StepMetrics
+from luspo_jax.ops.sizes import bucket_length
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.build import Run
 from luspo_jax.types import Experts, TrainBatch, TrainState
@@ -29,7 +30,7 @@ def train_batch(run: Run, rollouts: Rollouts) -> TrainBatch:
     prompts = [prompt.tokens for prompt in rollouts.prompts]
     tokens = [response.tokens for response in rollouts.responses]
     longest = max(len(p) + len(t) for p, t in zip(prompts, tokens, strict=True))
-    length = packing.bucket_length(
+    length = bucket_length(
         longest, sizes.tokens_per_row, num_buckets=config.train.num_length_buckets
     )
     rows = packing.padded_rows(prompts, tokens, length=length, pad_id=run.model.pad_token_id)

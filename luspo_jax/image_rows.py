@@ -12,7 +12,8 @@ import numpy as np
 
 from luspo_jax.models import image_layout
 from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.sharding import Layout, rounded_up
+from luspo_jax.ops.sizes import bucket_count, rounded_up
+from luspo_jax.sharding import Layout
 from luspo_jax.types import Images, TokenBatch
 
 
@@ -77,7 +78,7 @@ def with_images(
             own[part].setdefault(image.sha, (len(own[part]), image))
     room = rounded_up(max(map(len, own)), 1 if layout is None else layout.size("batch"))
     every = [image for images in own for _, image in images.values()]
-    windows = image_layout.bucket(
+    windows = bucket_count(
         max(image_layout.laid_out(x.grid_thw, config.vision).windows for x in every)
     )
     stacks = [

@@ -7,18 +7,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from luspo_jax.ops.sizes import bucket_count
 from luspo_jax.types import PackedRows, TokenBatch, TrainBatch
-
-
-def bucket_length(longest: int, maximum: int, *, num_buckets: int) -> int:
-    """Smallest of `num_buckets` equally spaced row lengths up to `maximum` that holds `longest`.
-
-    A step compiles once a bucket; more buckets compute less padding.
-    """
-    if longest > maximum:
-        raise ValueError(f"a row of {longest} tokens exceeds the maximum of {maximum}")
-    size = -(-maximum // num_buckets)
-    return min(maximum, max(1, -(-longest // size)) * size)
 
 
 def padded_rows(
@@ -159,12 +149,6 @@ def plan(lengths_B: np.ndarray, *, row_length: int, rows_per_microbatch: int) ->
         num_microbatches=bucket_count(used),
         used_microbatches=used,
     )
-
-
-def bucket_count(count: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is at least `count`."""
-    power = 1 << max(0, int(count) - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
 
 
 def packed_batch(batch: TrainBatch, plan: Plan) -> TrainBatch:

@@ -36,18 +36,6 @@ def test_a_row_that_does_not_fit_is_named():
         )
 
 
-@pytest.mark.parametrize(
-    ("longest", "expected"), [(1, 25), (25, 25), (26, 50), (99, 100), (100, 100)]
-)
-def test_bucket_length(longest, expected):
-    assert packing.bucket_length(longest, 100, num_buckets=4) == expected
-
-
-def test_bucket_length_beyond_maximum_is_refused():
-    with pytest.raises(ValueError, match="exceeds"):
-        packing.bucket_length(101, 100, num_buckets=4)
-
-
 def _lengths(count, seed, median=6000, longest=32768):
     lengths = np.round(median * np.exp(np.random.default_rng(seed).normal(size=count)))
     return np.clip(lengths, 1, longest).astype(int)
@@ -179,12 +167,6 @@ def test_plans_that_lose_or_mix_sequences_are_refused():
 def test_sequences_that_fit_no_row_are_named(lengths, message):
     with pytest.raises(ValueError, match=message):
         _plan(np.array(lengths, int), row_length=8)
-
-
-def test_there_are_few_sizes():
-    sizes = sorted({packing.bucket_count(n) for n in range(1, 65)})
-    assert sizes == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-    assert all(packing.bucket_count(n) >= n for n in range(1, 65))
 
 
 # ---------------------------------------------------------------- what the model makes of them

@@ -21,6 +21,7 @@ from luspo_jax import (
 from luspo_jax.length import laboratory
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.models import decoder, image_layout
+from luspo_jax.ops.sizes import bucket_count
 from luspo_jax.rollout import Engine, Request, Sampling
 from luspo_jax.run.build import build
 from tests import vl_cases
@@ -315,8 +316,7 @@ def test_fifty_sizes_of_images_compile_once_a_bucket(run, params):
         return engine.generate(params, [request], group_size=1, seed=0)[1].compilations
 
     buckets = {
-        image_layout.bucket(image_layout.laid_out((1, *size), config.vision).windows)
-        for size in sizes
+        bucket_count(image_layout.laid_out((1, *size), config.vision).windows) for size in sizes
     }
     assert len(sizes) >= 50
     compilations(*sizes[0])

@@ -25,6 +25,7 @@ from luspo_jax.datasets import pixels
 from luspo_jax.models import image_layout
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.vision_config import VisionConfig
+from luspo_jax.ops.sizes import bucket_count
 from luspo_jax.types import Images
 
 
@@ -93,7 +94,7 @@ def assumed(
             f"and data.max_prompt_length={config.data.max_prompt_length} holds {most}: lower "
             f"data.max_pixels or --image_size, or raise data.max_prompt_length"
         )
-    slots = image_layout.bucket(layout.windows) * vision.window_slots
+    slots = bucket_count(layout.windows) * vision.window_slots
     return Pictures(count, height, width, layout.num_tokens, slots)
 
 

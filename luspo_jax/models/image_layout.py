@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from luspo_jax.models.vision_config import VisionConfig
+from luspo_jax.ops.sizes import bucket_count
 
 Grid = tuple[int, int, int]  # patches of an image in time (1), rows and columns
 
@@ -132,16 +133,6 @@ def _laid_out(grid, config):
     return layout
 
 
-def bucket(windows: int) -> int:
-    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32 … that is not less than a count of windows.
-
-    A batch of images is padded to that many, so that few programs serve all sizes; of the largest
-    image at most a third are added.
-    """
-    size = 1 << max(windows - 1, 0).bit_length()
-    return size * 3 // 4 if size >= 4 and windows <= size * 3 // 4 else size
-
-
 def stacked(
     images: Sequence[tuple[np.ndarray, Any]],
     config: VisionConfig,
@@ -162,7 +153,7 @@ def stacked(
     """
     layouts = [laid_out(grid, config) for _, grid in images]
     largest = max((layout.windows for layout in layouts), default=1)
-    windows = bucket(largest) if windows is None else windows
+    windows = bucket_count(largest) if windows is None else windows
     count = len(images) if count is None else count
     if largest > windows or len(images) > count:
         raise ImageError(

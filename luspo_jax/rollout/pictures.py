@@ -3,7 +3,7 @@
 import numpy as np
 
 from luspo_jax.models import image_layout
-from luspo_jax.sharding import rounded_up
+from luspo_jax.ops.sizes import rounded_up
 
 
 def of_prompts(requests, config, *, length, rows, multiple=1):
