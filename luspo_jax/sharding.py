@@ -141,11 +141,6 @@ def available_devices() -> list[jax.Device]:
     return [chosen] if isinstance(chosen, jax.Device) else jax.devices()
 
 
-def rounded_up(count: int, multiple: int) -> int:
-    """`count`, or the next of multiple · {1, 2, 4, …}: few sizes that `multiple` devices share."""
-    return multiple * (1 << (-(-count // multiple) - 1).bit_length())
-
-
 def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
     """`x`, laid out by its logical axes; for use under jit."""
     if layout is None:

@@ -18,11 +18,12 @@ from luspo_jax import (
     train,
     update,
 )
-from luspo_jax.images.layout import bucket, laid_out
+from luspo_jax.images.layout import laid_out
 from luspo_jax.length import laboratory
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.models import decoder
 from luspo_jax.models.forward import Forward
+from luspo_jax.ops.sizes import bucket_count
 from luspo_jax.rollout import Engine, Request, Sampling
 from luspo_jax.run.build import build
 from tests import vl_cases
@@ -316,7 +317,7 @@ def test_fifty_sizes_of_images_compile_once_a_bucket(run, params):
         request = Request(0, np.array(tokens), (image,))
         return engine.generate(params, [request], group_size=1, seed=0)[1].compilations
 
-    buckets = {bucket(laid_out((1, *size), config.vision).windows) for size in sizes}
+    buckets = {bucket_count(laid_out((1, *size), config.vision).windows) for size in sizes}
     assert len(sizes) >= 50
     compilations(*sizes[0])
     found = [compilations(*size) for size in np.random.default_rng(0).permutation(sizes).tolist()]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from luspo_jax.benchmarks import Benchmark, Record, Summary, summary
 from luspo_jax.benchmarks.record import UNUSABLE
 from luspo_jax.benchmarks.registry import benchmark
 from luspo_jax.benchmarks.verdicts import STRICT, VLMEVALKIT, Line
-from luspo_jax.hosts.files import write_text
+from luspo_jax.hosts.files import write_json, write_text
 
 _HEAD = (
     "benchmark", "problems", "not asked", "n", "avg@n %", "95 % interval", "pass@n %", "maj@n %",
@@ -51,7 +50,7 @@ def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
             for name, result in found.items()
         }
     }
-    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "results.json", results)
     write_text(folder / "results.md", markdown(manifest, found))
     return "\n".join([console(manifest, found), *missing])
 

@@ -19,15 +19,16 @@ from luspo_jax.learner.rows import Planner
 from luspo_jax.learner.state import UpdateRule, abstract_state
 from luspo_jax.models import locate
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config
+from luspo_jax.ops.sizes import rounded_up
 from luspo_jax.rollout import Engine, Request
 from luspo_jax.rollout.engine import SMALLEST_PROMPT
-from luspo_jax.rollout.schedule import bucket, prefill_batches
+from luspo_jax.rollout.schedule import prefill_batches
 from luspo_jax.run import checks
 from luspo_jax.run.arithmetic import BatchArithmetic, batch_arithmetic
 from luspo_jax.run.build import layouts, planner, sampler, update_rule
 from luspo_jax.run.memory import param_bytes
 from luspo_jax.run.model import Model
-from luspo_jax.sharding import Layout, rounded_up
+from luspo_jax.sharding import Layout
 from luspo_jax.types import TrainState
 
 
@@ -147,7 +148,7 @@ class Case:
             max_tokens=engine.max_prefill_tokens,
             multiple=engine.row_multiple,
         )
-        length = bucket(len(longest), limit=engine.max_prompt_length, smallest=SMALLEST_PROMPT)
+        length = rounded_up(len(longest), SMALLEST_PROMPT, engine.max_prompt_length)
         return rounded_up(len(batches[0]), engine.row_multiple), length
 
     def prefilled_images(self, prompts: int, multiple: int) -> int:

@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 
 from experiments.command import UsageError
 from experiments.rehearsal.costs import RECOMPUTED, Parts, Work, others
-from luspo_jax.images.layout import bucket, laid_out
+from luspo_jax.images.layout import laid_out
 from luspo_jax.images.pixels import Patching, smart_size
 from luspo_jax.images.record import ImageError
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.vision_config import VisionConfig
+from luspo_jax.ops.sizes import bucket_count
 from luspo_jax.types import Images
 
 
@@ -94,7 +95,7 @@ def assumed(
             f"and data.max_prompt_length={config.data.max_prompt_length} holds {most}: lower "
             f"data.max_pixels or --image_size, or raise data.max_prompt_length"
         )
-    slots = bucket(layout.windows) * vision.window_slots
+    slots = bucket_count(layout.windows) * vision.window_slots
     return Pictures(count, height, width, layout.num_tokens, slots)
 
 

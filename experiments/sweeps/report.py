@@ -9,19 +9,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy.stats
 
 from experiments.sweeps import runner, spec
 from experiments.sweeps.spec import Member, Outcome, Sweep
 from luspo_jax.hosts import files
-
-# Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook); beyond
-# 30 the next smaller entry is taken, which makes an interval slightly too wide.
-T_95 = {
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
-    10: 2.228, 11: 2.201, 12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 16: 2.120, 17: 2.110,
-    18: 2.101, 19: 2.093, 20: 2.086, 21: 2.080, 22: 2.074, 23: 2.069, 24: 2.064, 25: 2.060,
-    26: 2.056, 27: 2.052, 28: 2.048, 29: 2.045, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980,
-}  # fmt: skip
+from luspo_jax.values import nearest
 
 CURVES = (
     ("reward", "reward", "mean reward"),
@@ -61,8 +54,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     finite = np.array([v for v in values if math.isfinite(v)], np.float64)
     if len(finite) < 2:
         return Estimate(float(finite.mean()) if len(finite) else math.nan, math.nan, len(finite))
-    freedom = max(n for n in T_95 if n <= len(finite) - 1)
-    half_width = T_95[freedom] * finite.std(ddof=1) / math.sqrt(len(finite))
+    reach = scipy.stats.t.ppf(0.975, len(finite) - 1)
+    half_width = reach * finite.std(ddof=1) / math.sqrt(len(finite))
     return Estimate(float(finite.mean()), float(half_width), len(finite))
 
 
@@ -112,7 +105,8 @@ def value_of(rows: Sequence[dict], outcome: Outcome) -> float:
             if not steps[0] <= reached <= steps[-1]:
                 return math.nan
             return float(np.interp(reached, steps, values))
-    raise ValueError(f"reduce={outcome.reduce!r}: valid: {', '.join(spec.REDUCERS)}")
+    near = nearest(outcome.reduce, spec.REDUCERS)
+    raise ValueError(f"reduce={outcome.reduce!r} does not exist: {near}")
 
 
 def first_reaching(steps: np.ndarray, values: np.ndarray, level: float) -> float:

@@ -275,7 +275,8 @@ def _structure(sweep) -> Iterator[str]:
             yield f"baseline {wrong} is none of its variants: {', '.join(sorted(names)[:20])}"
     for outcome in sweep.outcomes:
         if outcome.reduce not in REDUCERS:
-            yield f"outcome {outcome.name}: reduce={outcome.reduce!r}: valid: {', '.join(REDUCERS)}"
+            near = nearest(outcome.reduce, REDUCERS)
+            yield f"outcome {outcome.name}: reduce={outcome.reduce!r} does not exist: {near}"
         if outcome.reduce == "at" and not outcome.where:
             yield f'outcome {outcome.name}: reduce="at" needs `where`, the metric that decides'
 

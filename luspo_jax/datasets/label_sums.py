@@ -126,14 +126,23 @@ def digits(code: int, num_terms: int) -> tuple[int, ...]:
     return tuple(code // MODULUS**place % MODULUS for place in range(num_terms))
 
 
+def check_split(split: str) -> None:
+    """Refuses a split that generated datasets do not have.
+
+    Raises:
+      DataError: naming those that they have.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} does not exist: choose one of {SPLITS}")
+
+
 def check_size(split: str, num_terms: int) -> None:
     """Refuses a split or a size that does not exist.
 
     Raises:
       DataError: naming the field and what it may be.
     """
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} does not exist: choose one of {SPLITS}")
+    check_split(split)
     if not 2 <= num_terms <= MAX_TERMS:
         raise DataError(f"num_terms must be from 2 to {MAX_TERMS}, not {num_terms}")
 

@@ -154,10 +154,7 @@ class Shapes:
     seed: int = 0
 
     def __post_init__(self):
-        if self.split not in label_sums.SPLITS:
-            raise DataError(
-                f"split {self.split!r} does not exist: choose one of {label_sums.SPLITS}"
-            )
+        label_sums.check_split(self.split)
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise DataError(f"kinds must be some of {tuple(KINDS)}, not {tuple(self.kinds)}")

@@ -53,6 +53,11 @@ def write_text(path: str | os.PathLike, text: str, *, durable: bool = True) -> N
         scratch.write_text(text, encoding="utf-8")
 
 
+def write_json(path: str | os.PathLike, values: Any) -> None:
+    """Writes JSON for people too: indented, characters as they are; the old file or the new one."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
 def check_file(path: str | os.PathLike, *, flag: str, overwrite: bool = False) -> None:
     """Checks that a file may be written where a flag says, before anything slow.
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax.images.layout import bucket, image_spans, laid_out, mrope_positions, token_units
+from luspo_jax.images.layout import image_spans, laid_out, mrope_positions, token_units
 from luspo_jax.images.record import ImageError
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.vision_config import VisionConfig
-from luspo_jax.sharding import rounded_up
+from luspo_jax.ops.sizes import bucket_count, rounded_up
 from luspo_jax.types import Images
 
 
@@ -53,7 +53,7 @@ def stack(
     own = [{image.sha: image for image in group} for group in groups]
     room = rounded_up(max(map(len, own)), multiple)
     layouts = [laid_out(image.grid_thw, config.vision) for of in own for image in of.values()]
-    windows = bucket(max(layout.windows for layout in layouts))
+    windows = bucket_count(max(layout.windows for layout in layouts))
     parts = [
         in_slots(
             [(image.patches(), image.grid_thw) for image in of.values()],
@@ -89,7 +89,7 @@ def in_slots(
     """
     layouts = [laid_out(grid, config) for _, grid in images]
     largest = max((layout.windows for layout in layouts), default=1)
-    windows = bucket(largest) if windows is None else windows
+    windows = bucket_count(largest) if windows is None else windows
     count = len(images) if count is None else count
     if largest > windows or len(images) > count:
         raise ImageError(

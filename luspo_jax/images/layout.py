@@ -118,16 +118,6 @@ def _laid_out(grid, config):
     return layout
 
 
-def bucket(windows: int) -> int:
-    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32 … that is not less than a count of windows.
-
-    A batch of images is padded to that many, so that few programs serve all sizes; of the largest
-    image at most a third are added.
-    """
-    size = 1 << max(windows - 1, 0).bit_length()
-    return size * 3 // 4 if size >= 4 and windows <= size * 3 // 4 else size
-
-
 def image_spans(tokens: np.ndarray, grids: Sequence[Any], config) -> list[tuple[int, int]]:
     """Where each image's placeholders begin and end in a sequence of tokens.
 

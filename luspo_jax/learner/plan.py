@@ -10,16 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-
-def bucket_length(longest: int, maximum: int, *, num_buckets: int) -> int:
-    """Smallest of `num_buckets` equally spaced row lengths up to `maximum` that holds `longest`.
-
-    A step compiles once a bucket; more buckets compute less padding.
-    """
-    if longest > maximum:
-        raise ValueError(f"a row of {longest} tokens exceeds the maximum of {maximum}")
-    size = -(-maximum // num_buckets)
-    return min(maximum, max(1, -(-longest // size)) * size)
+from luspo_jax.ops.sizes import bucket_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,12 +227,6 @@ def _runs(starts_B, sizes_B):
     """start, start + 1, … of each run, one run after another."""
     ends_B = np.cumsum(sizes_B)
     return np.arange(ends_B[-1]) + np.repeat(starts_B - (ends_B - sizes_B), sizes_B)
-
-
-def bucket_count(count: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is at least `count`."""
-    power = 1 << max(0, int(count) - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
 
 
 def _spread(lengths_B, row_length, rows_per_microbatch):

@@ -12,9 +12,10 @@ import numpy as np
 
 from luspo_jax import sharding
 from luspo_jax.images import batch
-from luspo_jax.learner.plan import Plan, bucket_length, one_a_row, packed, segment_numbers
+from luspo_jax.learner.plan import Plan, one_a_row, packed, segment_numbers
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.experts import id_type
+from luspo_jax.ops.sizes import bucket_length
 from luspo_jax.sharding import Layout
 from luspo_jax.types import ExpertIds, Images, RowImages, TokenRows
 

@@ -6,6 +6,8 @@ The section `length` of a configuration.
 import dataclasses
 import math
 
+from luspo_jax.values import nearest
+
 STEERING = ("none", "band", "pressure")
 _MOST = 1e9  # of a penalty: it is a reward, whose square must fit float32
 MITIGATIONS = ("none", "penalty", "scale")
@@ -80,7 +82,10 @@ class LengthSettings:
                 edges is None or list(edges) != sorted({*edges}) or min(edges, default=1) < 1,
                 f'bin_edges="{self.bin_edges}" must be ascending lengths such as "64,256,1024"',
             ),
-            (self.steer not in STEERING, f'steer="{self.steer}": valid: {", ".join(STEERING)}'),
+            (
+                self.steer not in STEERING,
+                f'steer="{self.steer}" does not exist: {nearest(self.steer, STEERING)}',
+            ),
             (
                 self.steer == "band" and not 0 < self.target_low <= self.target_high,
                 f"target_low={self.target_low:g} and length.target_high={self.target_high:g} must "
@@ -101,7 +106,8 @@ class LengthSettings:
             (self.growth < 0, f"growth={self.growth:g} must not be negative"),
             (
                 self.mitigation not in MITIGATIONS,
-                f'mitigation="{self.mitigation}": valid: {", ".join(MITIGATIONS)}',
+                f'mitigation="{self.mitigation}" does not exist: '
+                f"{nearest(self.mitigation, MITIGATIONS)}",
             ),
             (
                 not 0 <= self.penalty <= _MOST,

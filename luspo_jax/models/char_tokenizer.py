@@ -4,8 +4,9 @@ Every character is a token, and `####`, which announces an answer in GSM8K's for
 The files are written directly, byte for byte the same whatever version of a library is installed.
 """
 
-import json
 import pathlib
+
+from luspo_jax.hosts import files
 
 PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
@@ -45,8 +46,8 @@ def write_tokenizer(
       max_length: tokens that the model can hold.
       images: with IMAGE_TOKENS, and a chat template that knows of images.
     """
-    _write_json(folder / "tokenizer.json", _tokenizer(vocabulary(characters, images=images)))
-    _write_json(
+    files.write_json(folder / "tokenizer.json", _tokenizer(vocabulary(characters, images=images)))
+    files.write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -96,7 +97,3 @@ def _tokenizer(tokens):
             "unk_token": UNKNOWN,
         },
     }
-
-
-def _write_json(path, values):
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -350,8 +350,8 @@ def export(
             safetensors_folder.write_shards(
                 partial, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes
             )
-            _write_json(partial / "config.json", hf)
-            _write_json(partial / "generation_config.json", _generation_config(config))
+            files.write_json(partial / "config.json", hf)
+            files.write_json(partial / "generation_config.json", _generation_config(config))
             for name in COPIED_FILES if source is not None else ():
                 if (pathlib.Path(source) / name).is_file():
                     shutil.copyfile(pathlib.Path(source) / name, partial / name)
@@ -494,7 +494,3 @@ def _generation_config(config):
         "pad_token_id": config.pad_token_id,
     }
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _write_json(path, values):
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,18 +10,18 @@ import numpy as np
 
 from luspo_jax.images import batch
 from luspo_jax.models import decoder
+from luspo_jax.ops.sizes import rounded_up
 from luspo_jax.rollout import slots as device
 from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.rollout.records import RolloutStats
 from luspo_jax.rollout.sampling import rollout_key
 from luspo_jax.rollout.schedule import (
     SlotTable,
-    bucket,
     padded_prompts,
     prefill_batches,
     queue_of,
 )
-from luspo_jax.sharding import MeshError, rounded_up
+from luspo_jax.sharding import MeshError
 
 SMALLEST_PROMPT = 64  # tokens of the shortest prefill program
 SMALLEST_ROOM = 256  # tokens of the shortest cache
@@ -128,7 +128,7 @@ class Engine:
     def room(self, length):
         """Positions of the cache that is allocated where a slot needs `length` of them."""
         positions = 1 if self.layout is None else self.layout.size("cache_length")
-        room = bucket(length, limit=self.max_length, smallest=SMALLEST_ROOM)
+        room = rounded_up(length, SMALLEST_ROOM, self.max_length)
         return -(-room // positions) * positions
 
     def generate(self, params, requests, *, group_size, seed, step=0, progress=None):
@@ -305,10 +305,10 @@ class _Rollout:
 
     def _prefill(self, indices):
         engine, requests = self.engine, [self.requests[index] for index in indices]
-        length = bucket(
+        length = rounded_up(
             max(len(request.tokens) for request in requests),
-            limit=engine.max_prompt_length,
-            smallest=SMALLEST_PROMPT,
+            SMALLEST_PROMPT,
+            engine.max_prompt_length,
         )
         self._reserve(length + 1)
         multiple = engine.row_multiple

@@ -5,19 +5,8 @@ import dataclasses
 
 import numpy as np
 
+from luspo_jax.ops.sizes import rounded_up
 from luspo_jax.rollout.records import Request, Response
-from luspo_jax.sharding import rounded_up
-
-
-def bucket(length, *, limit, smallest):
-    """The least of smallest · {1, 2, 4, …} that reaches `length`, cut at `limit`.
-
-    Few sizes mean few compilations.
-    """
-    size = smallest
-    while size < length:
-        size *= 2
-    return min(size, limit)
 
 
 def prefill_batches(requests, *, group_size, num_slots, max_tokens, multiple=1):

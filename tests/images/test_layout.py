@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from luspo_jax.images.layout import (
-    bucket,
     image_spans,
     laid_out,
     mrope_positions,
@@ -45,13 +44,6 @@ def test_places_are_shared_and_cannot_be_changed():
     assert laid_out((1, 4, 4), TOWER) is layout
     with pytest.raises(ValueError, match="read-only"):
         layout.slots_P[0] = 1
-
-
-def test_buckets():
-    expected = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 6, 7: 8, 9: 12, 13: 16, 17: 24, 25: 32, 33: 48}
-    assert {windows: bucket(windows) for windows in expected} == expected
-    for windows in range(1, 2000):
-        assert windows <= bucket(windows) <= max(windows, 1.5 * (windows - 1))
 
 
 def test_positions_of_text_and_images():

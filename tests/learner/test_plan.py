@@ -40,18 +40,6 @@ def test_rows_that_make_no_whole_microbatches_are_named():
         plans.one_a_row(np.full(8, 2), width=3, rows_per_microbatch=3)
 
 
-@pytest.mark.parametrize(
-    ("longest", "expected"), [(1, 25), (25, 25), (26, 50), (99, 100), (100, 100)]
-)
-def test_bucket_length(longest, expected):
-    assert plans.bucket_length(longest, 100, num_buckets=4) == expected
-
-
-def test_bucket_length_beyond_maximum_is_refused():
-    with pytest.raises(ValueError, match="exceeds"):
-        plans.bucket_length(101, 100, num_buckets=4)
-
-
 def _lengths(count, seed, median=6000, longest=32768):
     lengths = np.round(median * np.exp(np.random.default_rng(seed).normal(size=count)))
     return np.clip(lengths, 1, longest).astype(int)
@@ -198,12 +186,6 @@ def test_plans_that_lose_or_mix_sequences_are_refused():
 def test_sequences_that_fit_no_row_are_named(lengths, message):
     with pytest.raises(ValueError, match=message):
         _plan(np.array(lengths, int), row_length=8)
-
-
-def test_there_are_few_sizes():
-    sizes = sorted({plans.bucket_count(n) for n in range(1, 65)})
-    assert sizes == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-    assert all(plans.bucket_count(n) >= n for n in range(1, 65))
 
 
 # ---------------------------------------------------------------- what the model makes of them

@@ -5,7 +5,6 @@ environments and the pressure runs, and writes tables, figures and verdict into 
 same command continues. `--publish` also copies tables and figures beside the study's README.
 """
 
-import json
 import pathlib
 import shutil
 import subprocess
@@ -34,6 +33,7 @@ def main() -> None:
     """Everything, in order."""
     from experiments.studies.length_bias import analysis, design
     from experiments.sweeps import report, runner, tuning
+    from luspo_jax.hosts import files
 
     workdir, parallel = pathlib.Path(_WORKDIR.value).absolute(), _PARALLEL.value
     if _ANALYSE_ONLY.value:
@@ -54,7 +54,7 @@ def main() -> None:
     for task in design.TASKS:
         tuned = run(f"tuning {task}", design.tuning(task, workdir / "bases"))
         rates[task] = tuning.best_rates(*tuned)
-    (workdir / "rates.json").write_text(json.dumps(rates, indent=1) + "\n")
+    files.write_json(workdir / "rates.json", rates)
     bases = workdir / "bases"
     found = analysis.Study(
         rates=rates,

@@ -6,7 +6,6 @@ every seed, and writes tables and figures into the workdir. The same command con
 study's README.
 """
 
-import json
 import pathlib
 import shutil
 import sys
@@ -27,6 +26,7 @@ def main() -> None:
     """Everything, in order."""
     from experiments.studies.vl_length import analysis, design
     from experiments.sweeps import runner, tuning
+    from luspo_jax.hosts import files
 
     workdir = pathlib.Path(_WORKDIR.value).absolute()
     failures = {}
@@ -39,7 +39,7 @@ def main() -> None:
         return sweep, folder
 
     rates = tuning.best_rates(*run("tuning", design.tuning()))
-    (workdir / "rates.json").write_text(json.dumps(rates, indent=1) + "\n")
+    files.write_json(workdir / "rates.json", rates)
     print(analysis.write(rates, *run("main", design.main(rates)), workdir))
     if _PUBLISH.value:
         for name in PUBLISHED:
