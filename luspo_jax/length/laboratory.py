@@ -1,4 +1,4 @@
-"""Length pressure of a training run: which responses, which programs, which metrics."""
+"""Length pressure of a training run: selects responses, compiles programs, reports metrics."""
 
 import dataclasses
 import functools
@@ -17,20 +17,20 @@ from luspo_jax.logprobs import Scoring, token_logprobs
 from luspo_jax.objectives import Objective
 from luspo_jax.types import TokenBatch
 
-OWN = "own"  # the run's objective among those measured
+OWN = "own"  # name of the run's own objective
 _RAISED = "own_raised"
-_ALPHA_STEP = 0.25  # how far α is moved to see what pressure does
+_ALPHA_STEP = 0.25  # change in α that measures the slope of pressure
 
 
 @dataclasses.dataclass(frozen=True)
 class Laboratory:
-    """What a run measures; static under jit.
+    """What a run measures, and how; static under jit.
 
     Attributes:
-      scoring: how log-probabilities are computed.
+      scoring: how log-probs are computed.
       objectives: (name, objective) pairs, the run's own first.
-      bin_edges: of the length bins, tokens.
-      rows_at_once: most rows scored together.
+      bin_edges: edges of the length bins, tokens.
+      rows_at_once: most rows whose log-probs are computed together.
     """
 
     scoring: Scoring
@@ -41,16 +41,16 @@ class Laboratory:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """The responses of a step that pressure reads, as NumPy arrays.
+    """The responses of a step on which pressure is measured, as NumPy arrays.
 
     Attributes:
       rows: the token rows; the mask holds every response token.
       rewards_B: rewards.
-      group_ids_B: of each prompt.
-      counted_B: whether the response has a verdict.
-      trained_B: whether it carries gradient.
-      fresh_B: sampled by the policy that starts the step.
-      prompts_B: objects, the prompt of each with its images; None where no prompt has any.
+      group_ids_B: integers, equal for responses to one prompt.
+      counted_B: bool, whether the response has a verdict.
+      trained_B: bool, whether it carries gradient.
+      fresh_B: bool, whether the policy at the start of the step sampled it.
+      prompts_B: objects, each response's prompt with its images; None if no prompt has images.
     """
 
     rows: TokenBatch
@@ -70,7 +70,7 @@ def laboratory(
     max_response_length: int,
     rows_at_once: int,
 ) -> Laboratory:
-    """Resolves settings; the scorer is the trainer's, whose attention has second derivatives.
+    """Resolves settings; log-probs use the trainer's attention, which has second derivatives.
 
     Raises:
       ValueError: a preset that does not exist.
@@ -88,9 +88,9 @@ def laboratory(
 
 
 def chosen(sampled: Sampled, *, share: float, num_groups: int) -> Sampled | None:
-    """The first ⌈share · P⌉ groups that the current policy sampled and that carry gradient.
+    """Selects the first ⌈share · P⌉ groups that the current policy sampled and that carry gradient.
 
-    None where there are not that many.
+    Returns None if there are fewer.
     """
     wanted = math.ceil(share * num_groups)
     groups = np.unique(sampled.group_ids_B)
@@ -106,17 +106,17 @@ def chosen(sampled: Sampled, *, share: float, num_groups: int) -> Sampled | None
 def measure(
     lab: Laboratory, params: Any, end_params: Any, sampled: Sampled, alpha_shift: float
 ) -> dict[str, Pressure]:
-    """Pressure of every objective at the start of a step, and as NAME/end at its end.
+    """Measures the pressure of every objective at the start of a step, and as NAME/end at its end.
 
-    At the start all ratios are 1. At the end, coefficients are taken at `end_params`, so that
-    the ratios are those of the step's last updates and clipping shows.
+    At the start all ratios are 1. At the end, coefficients are taken at `end_params`, so the ratios
+    are those of the step's last updates and clipping shows.
 
     Args:
       lab: what to measure.
       params: the policy that sampled.
       end_params: the policy after the step's updates.
-      sampled: of `chosen`.
-      alpha_shift: of an adaptive length scale.
+      sampled: output of `chosen`.
+      alpha_shift: shift of an adaptive length scale.
     """
     sides = [_half(_rows(sampled, side), lab) for side in pressure.halves(sampled.group_ids_B)]
     result = _measure(params, end_params, *sides, np.float32(alpha_shift), lab=lab)
@@ -124,9 +124,9 @@ def measure(
 
 
 def lower_measure(lab: Laboratory, params: Any, sampled: Sampled) -> Any:
-    """The lowered program of `measure`, for looking at what it holds; nothing is computed.
+    """Lowers the program of `measure` for inspection; computes nothing.
 
-    `params` may be shapes with shardings; `end_params` are taken to lie alike.
+    `params` may be shapes with shardings; `end_params` are assumed to have the same.
     """
     layout = lab.scoring.layout
 
@@ -142,12 +142,12 @@ def lower_measure(lab: Laboratory, params: Any, sampled: Sampled) -> Any:
 
 
 def taken(lab: Laboratory, params: Any, old_params: Any, sampled: Sampled) -> tuple[float, float]:
-    """First-order change of mean length and mean reward by the update from `old_params`."""
+    """Returns the first-order change in mean length and reward by the update from `old_params`."""
     return jax.device_get(_taken(params, old_params, _half(sampled, lab), lab=lab))
 
 
 def metrics(measured: Mapping[str, Pressure]) -> dict[str, float]:
-    """Measurements by metric name: per unit of learning rate of plain gradient descent."""
+    """Names the measurements as metrics: per unit of learning rate of plain gradient descent."""
     values = {}
     for name, p in measured.items():
         if name.startswith(_RAISED):
@@ -164,7 +164,7 @@ def metrics(measured: Mapping[str, Pressure]) -> dict[str, float]:
 
 
 def own_slope(lab: Laboratory, measured: Mapping[str, Pressure]) -> tuple[float, float]:
-    """The run's own pressure per unit of gradient mass, and its derivative in α (0 if fixed)."""
+    """Returns the run's own pressure per unit of gradient mass, and its slope in α (0 if fixed)."""
 
     def normalized(name):
         p = measured[name]
@@ -207,7 +207,7 @@ def _taken(params, old_params, half, *, lab):
 
 
 def _whole(tree, lab):
-    """Results on every process, because the host reads them."""
+    """Replicates results to every process, because the host reads them."""
     layout = lab.scoring.layout
     return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim, layout), tree)
 
@@ -245,14 +245,14 @@ def _half_rows(sampled, lab):
         group_ids_B=sampled.group_ids_B,
         trained_B=sampled.trained_B,
     )
-    # Empty rows, which count nowhere, so that devices have equally many.
+    # Pad with empty rows, which never count, so that each device gets the same number.
     missing = -len(sampled.rewards_B) % _row_parts(lab)
     half = jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), half)
     return dataclasses.replace(half, rows=_with_images(half, sampled.prompts_B, lab))
 
 
 def _with_images(half, prompts_B, lab):
-    """The half's rows with the images of each piece that is scored at a time."""
+    """Adds the images of each piece whose log-probs are computed at a time to the half's rows."""
     if prompts_B is None:
         return half.rows
     total, num_parts = len(half.rewards_B), _num_parts(lab, half)
@@ -271,7 +271,7 @@ def _row_parts(lab):
 
 
 def _num_parts(lab, half):
-    """Fewest equal pieces of at most `rows_at_once` rows, each spread evenly over the devices."""
+    """Returns the fewest equal pieces of at most `rows_at_once` rows, each even over devices."""
     total, even = half.rewards_B.shape[0], _row_parts(lab)
     return next(
         n
