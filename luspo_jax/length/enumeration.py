@@ -175,7 +175,7 @@ def expected_gradient(
 def half_batches(
     probabilities_B: jax.Array, here: World, half_size: int
 ) -> tuple[np.ndarray, jax.Array]:
-    """(rows of every distinct half-batch [C, prompts · half_size], its probability [C])."""
+    """Returns the rows of each distinct half-batch [C, prompts · half_size] and its probability."""
     bags = list(
         itertools.combinations_with_replacement(range(here.num_responses), half_size)
     )  # all orders of one multiset share a gradient
