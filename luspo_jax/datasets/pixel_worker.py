@@ -1,8 +1,8 @@
-"""The process that decodes image files: one that hangs, crashes or fills memory ends it alone.
+"""The process that decodes image files; an image that hangs, crashes or fills memory ends only it.
 
 It reads its settings and then images from standard input and answers each on standard output. The
-kernel ends it when one image exceeds its limit (alarms left at their default action). When the
-input closes it ends, so nothing outlives the run by more than one image's limit.
+kernel ends it when one image exceeds its limit (alarms keep their default action). When the input
+closes it ends, so nothing outlives the run by more than one image's limit.
 """
 
 import os
@@ -19,7 +19,7 @@ ALARMS = (signal.SIGPROF, signal.SIGALRM)
 
 
 def answer(data: bytes | np.ndarray, patching: Patching) -> tuple:
-    """("ok", patches, grid), or ("refused", reason, detail)."""
+    """Returns ("ok", patches, grid), or ("refused", reason, detail)."""
     try:
         return ("ok", *prepared(data, patching))
     except ImageError as error:
@@ -29,21 +29,21 @@ def answer(data: bytes | np.ndarray, patching: Patching) -> tuple:
 
 
 def _set_alarms(seconds: float) -> None:
-    # On processor time, so that a busy machine refuses the same images as an idle one; what sleeps
-    # is stopped later, by the clock.
+    # The limit is on processor time, so that a busy machine refuses the same images as an idle one;
+    # a sleeping task is stopped later, by the wall clock.
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, WALL_FACTOR * seconds)
 
 
 def main() -> None:
-    """Answer until the input closes."""
+    """Answers images until the input closes."""
     tasks, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what a decoder prints must not reach the answers
+    os.dup2(2, 1)  # a decoder's prints must not mix with the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     PIL.Image.MAX_IMAGE_PIXELS = None  # sizes are checked against max_source_pixels
     patching, time_limit, memory_limit = read_frame(tasks)
-    answer(np.zeros((56, 56, 3), np.uint8), patching)  # imports done before the first limit
+    answer(np.zeros((56, 56, 3), np.uint8), patching)  # complete all imports before the first limit
     if memory_limit is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
     while True:
@@ -53,6 +53,6 @@ def main() -> None:
             return
         _set_alarms(time_limit)
         found = answer(data, patching)
-        # Disarmed before the answer goes out, so that an image has an answer or a death.
+        # Disarm before sending the answer, so that an image has either an answer or a death.
         _set_alarms(0)
         write_frame(answers, found)
