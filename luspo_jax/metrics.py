@@ -1,7 +1,7 @@
-"""Every metric declared once, and the writers of metrics and rollouts.
+"""Declares every metric once, and writes metrics and rollouts.
 
-A name may hold `*`, which stands for one or more path segments (a dataset, a bin). The reducer
-says how values of one step are combined over micro-batches, updates and processes.
+A name may contain `*`, which matches one or more path segments (a dataset, a bin). The reducer
+combines the values of one step over micro-batches, updates and processes.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from luspo_jax.values import nearest
 
 
 class MetricsError(ValueError):
-    """Metrics that cannot be read; the message has file and line."""
+    """Metrics cannot be read; the message has file and line."""
 
 
 REDUCERS = ("mean", "sum", "max", "min", "last")
@@ -29,7 +29,7 @@ REDUCERS = ("mean", "sum", "max", "min", "last")
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric's name or pattern, how it is reduced, its unit and what it means."""
+    """A metric's name or pattern, its reducer, unit and meaning."""
 
     name: str
     reducer: str
@@ -48,7 +48,7 @@ _DECLARED = [
     Metric("training/global_step", "last", "steps", "rollout steps done"),
     Metric("training/epoch", "last", "epochs", "passes over the prompts"),
     Metric("num_tokens", "last", "tokens", "prompt and response tokens trained on so far"),
-    # Of judged responses: one whose verifier failed has no reward, and is counted as unjudged.
+    # Over judged responses: a response whose verifier failed has no reward and counts as unjudged.
     Metric("reward", "mean", "", "mean reward of the step's judged responses"),
     Metric(
         "reward_std", "mean", "", "mean over compared groups of the rewards' standard deviation"
@@ -158,10 +158,10 @@ METRICS = {metric.name: metric for metric in _DECLARED}
 
 @functools.cache
 def declared(name: str) -> Metric:
-    """The declaration of a metric: its own, else that of the first pattern that fits.
+    """Returns the declaration of a metric: its own, else that of the first matching pattern.
 
     Raises:
-      KeyError: nothing declares it; the message has the nearest name, or all.
+      KeyError: no declaration; the message has the nearest name, or all.
     """
     if name in METRICS and "*" not in name:
         return METRICS[name]
@@ -175,13 +175,13 @@ def declared(name: str) -> Metric:
 
 
 class StepMetrics:
-    """Gathers one step's values and combines them by each metric's reducer."""
+    """Collects one step's values and combines them by each metric's reducer."""
 
     def __init__(self):
         self._values: dict[str, list[tuple[float, float]]] = {}
 
     def add(self, name: str, value: float, count: float | None = None) -> None:
-        """One value; with a count, `value` is a sum over so many items (mean metrics only)."""
+        """Adds a value; with a count, `value` is a sum over that many items (mean metrics only)."""
         reducer = declared(name).reducer
         if count is not None and reducer != "mean":
             raise ValueError(f"{name} is reduced by {reducer}: it takes no count")
@@ -189,18 +189,18 @@ class StepMetrics:
         self._values.setdefault(name, []).append(pair)
 
     def update(self, values: Mapping[str, Any]) -> None:
-        """Several: name → value or (sum, count)."""
+        """Adds several values: name → value or (sum, count)."""
         for name, value in values.items():
             self.add(name, *(value if isinstance(value, tuple) else (value,)))
 
     def result(self) -> dict[str, float]:
-        """name → combined value, in the order of first appearance; a mean of nothing is NaN."""
+        """Returns name → combined value, in order of first appearance; an empty mean is NaN."""
         return {name: _reduce(declared(name).reducer, v) for name, v in self._values.items()}
 
 
 @contextlib.contextmanager
 def timed(metrics: StepMetrics, phase: str) -> Iterator[None]:
-    """Adds the seconds inside to `timing_s/{phase}`, and marks the phase for the watchdog."""
+    """Adds the seconds spent inside to `timing_s/{phase}`, and tells the watchdog the phase."""
     started = time.perf_counter()
     with watchdog.phase("rollout" if phase == "gen" else phase):
         yield
@@ -216,16 +216,16 @@ def _reduce(reducer: str, pairs: list[tuple[float, float]]) -> float:
 
 
 def json_line(step: int, values: Mapping[str, float]) -> str:
-    """One line of metrics.jsonl. JSON has no NaN: such values are null and named in `nonfinite`."""
+    """Formats a line of metrics.jsonl. JSON lacks NaN: such values are null and in `nonfinite`."""
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     odd = {name: str(values[name]) for name, value in finite.items() if value is None}
     return json.dumps({"step": step, **finite, **({"nonfinite": odd} if odd else {})}) + "\n"
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The steps of a metrics.jsonl with null back as the value it stood for.
+    """Yields the steps of a metrics.jsonl, with each null restored to its non-finite value.
 
-    A last line that was cut off by a crash is left out.
+    A last line truncated by a crash is left out.
 
     Raises:
       MetricsError: another line is damaged.
@@ -250,7 +250,7 @@ def _lines_and_records(path):
 
 
 def console_line(step: int, num_steps: int | None, values: Mapping[str, float]) -> str:
-    """A step in one line: reward, length, truncation, clipping, gradient, time."""
+    """Formats a step in one line: reward, length, truncation, clipping, gradient, time."""
     shown = (
         ("reward", "reward", "{:.3f}"),
         ("response_length/mean", "length", "{:.1f}"),
@@ -268,13 +268,13 @@ def console_line(step: int, num_steps: int | None, values: Mapping[str, float]) 
 
 
 class MetricsWriter:
-    """Writes each step to metrics.jsonl, TensorBoard, the console and, when asked, W&B.
+    """Writes each step to metrics.jsonl, TensorBoard, the console and, if requested, W&B.
 
     Args:
       workdir: folder of the run.
       tensorboard: whether to write TensorBoard files.
       wandb_project: project on Weights & Biases; empty for none.
-      config: what W&B shows as the run's configuration.
+      config: the run's configuration shown by W&B.
       num_steps: steps of the whole run, for the console.
       console: called with the console line; None for no console.
     """
@@ -297,14 +297,14 @@ class MetricsWriter:
 
     @property
     def path(self) -> pathlib.Path:
-        """The jsonl file."""
+        """Returns the path of the jsonl file."""
         return self._workdir / "metrics.jsonl"
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record a step.
+        """Writes a step.
 
         Raises:
-          KeyError: a name that is not declared.
+          KeyError: an undeclared name.
         """
         for name in values:
             declared(name)
@@ -322,7 +322,7 @@ class MetricsWriter:
             from tensorboardX import SummaryWriter
 
             folder = self._workdir / "tensorboard"
-            # Its own file names tell runs apart by the second only.
+            # TensorBoard's own file names distinguish runs only by the second.
             self._tensorboard = SummaryWriter(
                 str(folder), purge_step=self._purge_step, filename_suffix=f".from_{step}"
             )
@@ -332,7 +332,7 @@ class MetricsWriter:
         self._tensorboard.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Forget everything after a step, as a run that goes on from its checkpoint must."""
+        """Removes all steps after `step`, for a run that resumes from its checkpoint."""
         if self.path.exists():
             kept = [
                 line.decode() + "\n"
@@ -349,7 +349,7 @@ class MetricsWriter:
         self._purge_step = step + 1
 
     def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> pathlib.Path:
-        """Dump a step's responses to rollouts/step_NNNNNN.jsonl, whole or not at all."""
+        """Writes a step's responses to rollouts/step_NNNNNN.jsonl, whole or not at all."""
         path = self._workdir / "rollouts" / f"step_{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
@@ -357,7 +357,7 @@ class MetricsWriter:
         return path
 
     def close(self) -> None:
-        """Close the writers."""
+        """Closes the writers."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -365,35 +365,35 @@ class MetricsWriter:
 
 
 class SilentWriter:
-    """In place of a MetricsWriter in the processes that write nothing."""
+    """Replaces a MetricsWriter in processes that write nothing."""
 
     def truncate_after(self, step: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutRecord:
-    """One response as it is dumped for reading.
+    """One response, written for reading.
 
     Attributes:
-      prompt_id, sample_id: which response it is.
+      prompt_id, sample_id: identify the response.
       prompt, response, answer: the texts; the answer is the reference.
       tokens: response token ids.
       reward: the weighted sum.
       parts: name → value of each part.
-      status, prediction: what the verifiers said.
+      status, prediction: from the verifiers.
       advantage: the response's advantage.
       length: response tokens, stop token included.
-      truncated: whether it was cut at the limit.
+      truncated: whether it was truncated at the limit.
     """
 
     prompt_id: int
@@ -421,7 +421,7 @@ def _append(path: pathlib.Path, line: str) -> None:
 
 
 def _wandb_run(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | None):
-    """The W&B run of a workdir; a continued run goes on with the same one."""
+    """Returns the W&B run of a workdir; a resumed run continues the same one."""
     try:
         import wandb
     except ImportError as error:
