@@ -1,4 +1,4 @@
-"""Flags of a run of several processes, and the guard that each of them gets."""
+"""Flags for runs of several processes, and the watchdog of each process."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ _NAMES = ("coordinator", "num_processes", "process_id", "distributed")
 
 
 def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
-    """As `command.call`; a process of several runs in a worker, which is watched from here."""
+    """Calls `command.call`; one of several processes runs in a worker, watched from here."""
     if watchdog.guarded():
         watchdog.work(lambda: command.call(main, required=required))
     if any(argument.lstrip("-").split("=")[0] in _NAMES for argument in sys.argv[1:]):
@@ -33,12 +33,12 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
 
 
 def arguments() -> dict[str, Any] | None:
-    """What the flags say, as `distributed.initialize` takes it; None for a run of one process.
+    """Returns arguments for `distributed.initialize` from the flags; None for one process.
 
-    Nothing is guessed unless asked for: a laptop never waits for a cluster.
+    Nothing is guessed unless requested: a laptop never waits for a cluster.
 
     Raises:
-      UsageError: flags that do not go together.
+      UsageError: incompatible flags.
     """
     given = {
         "coordinator": _COORDINATOR.value or None,

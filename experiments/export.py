@@ -2,7 +2,7 @@
 
 `python -m experiments.export --workdir=DIR --out=FOLDER [--step=latest|best|N] [--dtype=bfloat16]`
 
-The run may be under way: nothing is changed in its folder. No data files and rewards are needed.
+The run may be in progress: its folder is not changed. No data files or rewards are needed.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"
 
 
 def main() -> None:
-    """Exports what the flags say."""
+    """Exports the checkpoint that the flags select."""
     from luspo_jax import files
 
     files.check_folder(_OUT.value, flag="--out", overwrite=_OVERWRITE.value)  # before anything slow

@@ -1,13 +1,14 @@
-"""Makes a small base policy by supervised warm start, and measures what RL will find in it.
+"""Trains a small base policy by supervised warm start, and measures its properties for RL.
 
   python -m experiments.make_base --task=label_sums --seed=0 --out=/tmp/label_sums
 
-Under three minutes on two cores. The folder is a Hugging Face checkpoint: a 0.1 M Qwen3 with
-its tokenizer and a README of how it was made and of its measured properties. Training starts with
-traces that write down every step, since a mixture of styles alone teaches the arithmetic far more
-slowly; then comes the mixture that gives the base policy its spread of lengths. Other seeds,
-sizes and mixtures are flags away; with --num_experts=8 it is a Qwen3-MoE. With --task=shapes it is
-a Qwen2.5-VL of 0.4 M that answers questions about drawings, in some ten minutes.
+It takes under three minutes on two cores. The folder is a Hugging Face checkpoint: a 0.1 M Qwen3
+with its tokenizer and a README that describes how it was made and its measured properties. Training
+starts with traces that write down every step, since a mixture of styles alone teaches the
+arithmetic far more slowly; then comes the mixture that gives the base policy its spread of lengths.
+Flags set other seeds, sizes and mixtures; with --num_experts=8 it is a Qwen3-MoE. With
+--task=shapes it is a Qwen2.5-VL of 0.4 M that answers questions about drawings, and takes some ten
+minutes.
 """
 
 import functools
@@ -53,12 +54,12 @@ EVAL_SAMPLES = flags.DEFINE_integer("eval_samples", 12, "Responses to each.", 1)
 
 
 def task() -> tasks.Task:
-    """The one that the flags name."""
+    """Returns the task named by the flags."""
     return tasks.TASKS[TASK.value]
 
 
 def encoded(examples, tokenizer, folder, *, blank=False) -> list[prompts.PromptRecord]:
-    """The prompts of problems; images are drawn here, once, and kept as bytes."""
+    """Encodes the prompts of problems; images are drawn here, once, and kept as bytes."""
     if not task().images:
         renderer = prompts.Renderer(tokenizer)
         return prompts.encode(examples, renderer, max_length=models.MAX_POSITION)[0]
@@ -68,7 +69,7 @@ def encoded(examples, tokenizer, folder, *, blank=False) -> list[prompts.PromptR
 
 
 def demonstrations(records, tokenizer, rng, config, *, plain):
-    """(rows, weights_BT) of one step: problems, each with one response, and the loss weights."""
+    """Returns (rows, weights_BT) of one step: problems with one response each, and loss weights."""
     chosen = [records[int(i)] for i in rng.integers(len(records), size=ROWS.value)]
     texts = [task().demonstrate(record.example, rng, plain=plain) for record in chosen]
     prompt_ids = [record.tokens for record in chosen]
@@ -88,15 +89,16 @@ def demonstrations(records, tokenizer, rng, config, *, plain):
 
 
 def vocabulary() -> list[str]:
-    """Tokens of the task's tokenizer, by id."""
+    """Returns the tokens of the task's tokenizer, by id."""
     return char_tokenizer.vocabulary(task().characters, images=task().images)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "adam"), donate_argnums=(0, 1))
 def train_step(params, opt_state, rows, weights_BT, rate, *, config, adam):
-    """One step of Adam on Σ w · (−log p) / Σ w, and with experts on their balance.
+    """Takes one Adam step on Σ w · (−log p) / Σ w, with experts also on their load balance.
 
-    Gives params, opt_state, the first term, and the most that an expert's load is over an even one.
+    Returns params, opt_state, the first term, and the largest excess of an expert's load over an
+    even one.
     """
 
     def loss(params):
@@ -117,15 +119,15 @@ def train_step(params, opt_state, rows, weights_BT, rate, *, config, adam):
 
 
 def expert_products() -> str:
-    """The name of the grouped product of experts on this platform."""
+    """Returns the name of the platform's grouped product of experts."""
     return grouped_matmul.resolve("auto", platform=jax.default_backend())
 
 
 def load_balance(router: logprobs.RouterPass) -> tuple[jax.Array, jax.Array]:
-    """(mean over layers of E · Σ_e f_e · P_e, the fullest expert's load over an even one's − 1).
+    """Returns (mean over layers of E · Σ_e f_e · P_e, fullest expert's load / even load − 1).
 
-    f_e is the tokens sent to expert e over all tokens, a constant to the gradient, and P_e the mean
-    of the router's probability: K where either is even (Switch Transformer, arXiv:2101.03961,
+    f_e is the share of tokens sent to expert e, a constant to the gradient; P_e is the router's
+    mean probability. The first value is K if either is even (Switch Transformer, arXiv:2101.03961,
     equations 4–6).
     """
     share_LE = jax.lax.stop_gradient(router.load_LE) / router.tokens
@@ -147,7 +149,7 @@ class WarmStart:
         self.step = 0
 
     def phase(self, num_steps: int, *, plain: bool, until: float = 0.0, decay: bool = False):
-        """Takes `num_steps` steps, fewer once the loss is below `until`; their last loss."""
+        """Takes `num_steps` steps, fewer once the loss is below `until`; returns the last loss."""
         for index in range(num_steps):
             rows, weights_BT = demonstrations(
                 self._records, self._tokenizer, self._rng, self._config, plain=plain
@@ -173,7 +175,7 @@ class WarmStart:
 
 
 def measure(params, config, tokenizer, folder) -> dict[str, str]:
-    """Properties of the base policy on held-out problems, at temperature 1: name → value."""
+    """Measures the base policy on held-out problems, at temperature 1: name → value."""
     held_out = task().problems("test")
     wanted = [held_out[i] for i in range(min(EVAL_PROBLEMS.value, len(held_out)))]
     records = encoded(wanted, tokenizer, folder)
@@ -189,7 +191,7 @@ def measure(params, config, tokenizer, folder) -> dict[str, str]:
 
 
 def ask(params, config, tokenizer, records):
-    """(responses, their rewards), prompt by prompt."""
+    """Returns (responses, their rewards), prompt by prompt."""
     sampling = Sampling(
         max_response_length=task().max_response_length(), stop_token_ids=config.eos_token_ids
     )
@@ -216,7 +218,7 @@ def ask(params, config, tokenizer, records):
 
 
 def looking(rewards, blank_rewards, examples) -> dict[str, str]:
-    """What the images tell: accuracy of each kind, with blank images, and of constant answers."""
+    """Reports what images contribute: accuracy by kind, with blank images, constant answers."""
 
     def by_kind(rewards):
         right_P = np.array([reward.parts[task().reward] > 0.5 for reward in rewards])
@@ -233,13 +235,13 @@ def looking(rewards, blank_rewards, examples) -> dict[str, str]:
         "right, by kind": listed(by_kind(rewards)),
         "right with blank images": listed(by_kind(blank_rewards)),
         "right without looking: the best constant answers": listed(
-            shapes.blind_accuracy(task().problems("test"))  # of few problems it would be high
+            shapes.blind_accuracy(task().problems("test"))  # on few problems it would be high
         ),
     }
 
 
 def properties(result: evaluate.Evaluation, lengths_B: np.ndarray) -> dict[str, str]:
-    """The table of the model card."""
+    """Returns the table of the model card."""
     shortest, middle, longest = (100 * share for share in result.accuracy_by_third)
     percentiles = np.percentile(lengths_B, (5, 25, 50, 75, 95, 99)).astype(int)
     total = result.num_problems * result.num_samples
@@ -259,10 +261,10 @@ def properties(result: evaluate.Evaluation, lengths_B: np.ndarray) -> dict[str, 
 
 
 def router_load(responses, config: DecoderConfig) -> dict[str, str]:
-    """How many of the response tokens each expert got; nothing without experts."""
+    """Returns the share of response tokens per expert; empty without experts."""
     if not config.num_experts:
         return {}
-    # A stop token is sampled, but nothing reads it.
+    # A stop token is sampled, but never read.
     ids_NLK = np.concatenate([response.experts[:-1] for response in responses])
     load_LE = np.stack(
         [
@@ -282,7 +284,7 @@ def router_load(responses, config: DecoderConfig) -> dict[str, str]:
 
 
 def card(config, table: dict[str, str]) -> str:
-    """The README of the folder."""
+    """Returns the README of the folder."""
     recipe = [*(TASK, SEED), *task().flags, *models.SIZES]
     recipe += models.OF_EXPERTS if config.num_experts else ()
     recipe += models.OF_VISION if config.vision else ()
@@ -324,7 +326,7 @@ Apache-2.0, as the code. No data but generated problems went into it.
 
 
 def kind(config: DecoderConfig) -> str:
-    """What the model is, for its card."""
+    """Describes the model, for its card."""
     if config.vision:
         return f"Qwen2.5-VL, {config.vision.depth} blocks in its tower,\n"
     if config.num_experts:
@@ -336,7 +338,7 @@ def kind(config: DecoderConfig) -> str:
 
 
 def main() -> None:
-    """Makes the folder that the flags describe, and prints what was measured."""
+    """Builds the folder that the flags describe, and prints the measurements."""
     out, start = pathlib.Path(OUT.value), time.perf_counter()
     if out.exists() and not OVERWRITE.value:
         raise WeightsError(f"--out={out} exists: choose another folder, or pass --overwrite")
@@ -367,7 +369,7 @@ def main() -> None:
 
 
 def write_config(folder: pathlib.Path, vocab_size: int) -> DecoderConfig:
-    """Writes config.json, and the image processor's settings of a model that sees."""
+    """Writes config.json, and a vision model's image processor settings."""
     config = models.image_config(vocab_size) if task().images else models.text_config(vocab_size)
     (folder / "config.json").write_text(json.dumps(hf_config(config)))
     if config.vision:

@@ -1,4 +1,4 @@
-"""Every program of a run, at the shapes of a case, ready to be lowered; and compiled."""
+"""Every program of a run, at the shapes of a case, ready to lower and compile."""
 
 import dataclasses
 import functools
@@ -38,15 +38,15 @@ from luspo_jax.types import TokenBatch, TrainBatch
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program of a run.
+    """One program of a run.
 
     Attributes:
       name: in reports.
-      lower: makes the lowered program; nothing is allocated.
+      lower: returns the lowered program; allocates nothing.
       work: of one device in one call.
       calls: in one rollout step.
       resident: bytes on a device while it runs that are not its arguments, by name.
-      given: bytes on a device of all that it is called with, read or not; None where it reads all.
+      given: bytes on a device of all its arguments, read or not; None if it reads all.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program; bytes are a device's.
+    """Compiler output for a program; bytes are per device.
 
     Attributes:
-      over_by: bytes by which the compiler refused it, 0 where it did not.
+      over_by: bytes by which the compiler refused it; 0 if it did not.
       error: its message in that case.
     """
 
@@ -78,12 +78,12 @@ class Compiled:
 
     @property
     def bytes(self) -> int:
-        """Most that arguments, results and temporaries take together."""
+        """Returns the most that arguments, results and temporaries take together."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
 
 def compiled(program: Program) -> Compiled:
-    """Lowers and compiles; a program that the compiler finds too large is reported, not raised."""
+    """Lowers and compiles; an oversized program is reported, not raised."""
     started = time.perf_counter()
     lowered = program.lower()
     lowered_at = time.perf_counter()
@@ -112,14 +112,14 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def memory_named(message: str) -> tuple[float, float]:
-    """(bytes needed, bytes there) of an out-of-memory message; (1, 0) where it names none."""
+    """Returns (bytes needed, bytes available) of an out-of-memory message; (1, 0) if not named."""
     found = re.findall(r"([\d.]+)([KMGT])i?B?\b", message)
     sizes = [float(number) * _UNITS[unit] for number, unit in found[:2]]
     return tuple(sizes) if len(sizes) == 2 else (1.0, 0.0)
 
 
 def programs(case: Case, *, pressure: bool = True) -> list[Program]:
-    """The programs of a run in the order of a step; `pressure` where the run measures it."""
+    """Lists the programs of a run in the order of a step; `pressure` if the run measures it."""
     found = [*_hand_over(case), *_rollout(case), *_training(case)]
     if case.config.length.every and pressure:
         found.append(_pressure(case))
@@ -188,7 +188,7 @@ def _rollout(case):
 
 
 def _sampler(case, engine, prompts, group_size, suffix):
-    """Prefill, fill, grow and decode of one host."""
+    """Returns prefill, fill, grow and decode of one host."""
     count = case.slots(engine, prompts * group_size)
     rooms = case.rooms(engine)
     room, before = rooms[-1], rooms[-2] if len(rooms) > 1 else rooms[-1]
@@ -270,7 +270,7 @@ def _sampler(case, engine, prompts, group_size, suffix):
 
 
 def decoding(case: Case, engine: Any, prompts: int, group_size: int) -> costs.Decoding:
-    """Decode steps of one host for its share of the responses."""
+    """Simulates the decode steps of one host for its share of the responses."""
     wanted = prompts * group_size
     lengths = costs.power_lengths(case.lengths.mean, case.lengths.longest, wanted)
     order = np.random.default_rng(0).permutation(lengths).tolist()
@@ -282,7 +282,7 @@ def decoding(case: Case, engine: Any, prompts: int, group_size: int) -> costs.De
 def rollout_arrays(
     case: Case, engine: Any, count: int, prompts: int, length: int, room: int
 ) -> dict[str, Any]:
-    """Abstract inputs of the rollout's programs."""
+    """Returns abstract inputs of the rollout's programs."""
     model, dtype, layout = case.model, engine.dtype, engine.layout
     key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
     params = case.on_host(decoder.abstract_params(model, dtype), decoder.param_axes(model))
@@ -312,7 +312,7 @@ def rollout_arrays(
 
 
 def _prompt_images(case, engine, prompts, length):
-    """Images of a prefill, and where they stand; None without any."""
+    """Returns the images of a prefill and their positions; None without images."""
     pictures = case.lengths.images
     if pictures is None:
         return None
@@ -366,7 +366,7 @@ def _training(case):
 
 
 def scores_old(case: Case) -> bool:
-    """Whether a step scores its responses before it updates."""
+    """Whether a step computes old log-probs before it updates."""
     objective = case.rule.objective
     return (
         case.sizes.updates_per_step > 1
@@ -376,8 +376,10 @@ def scores_old(case: Case) -> bool:
 
 
 def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
-    """(rows, num_microbatches, work) of the pass that scores the responses of a step, or with
-    images those of a minibatch."""
+    """Returns (rows, num_microbatches, work) of the pass that computes log-probs of a step.
+
+    With images it covers one minibatch.
+    """
     sizes = case.sizes
     images, responses = case.lengths.images, sizes.responses_per_step
     responses = sizes.responses_per_minibatch if images else responses
@@ -389,13 +391,13 @@ def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
     )
     work = (work + _tower(case, responses, gradient=False)) * used
     ids = costs.recorded_bytes(case.model) * micro.tokens
-    # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
+    # One micro-batch at a time, every device gets the expert ids of all rows, for its host.
     work += Work(0, 0, ids * used * (1 - 1 / part.batch))
     return update.abstract_rows(case.on(rows), scoring.layout), parts, work
 
 
 def train_batch(case: Case) -> tuple[TrainBatch, Work]:
-    """(batch, work) of one optimizer step."""
+    """Returns (batch, work) of one optimizer step."""
     scoring, objective = case.rule.scoring, case.rule.objective
     several = case.sizes.updates_per_step > 1
     ranked = objective.top_entropy_quantile < 1
@@ -422,7 +424,7 @@ def train_batch(case: Case) -> tuple[TrainBatch, Work]:
 
 
 def _tower(case, responses, *, gradient):
-    """The vision tower's part of a micro-batch of the first `responses`."""
+    """Returns the vision tower's part of a micro-batch of the first `responses`."""
     pictures, scoring = case.lengths.images, case.rule.scoring
     if pictures is None:
         return Work()
@@ -465,7 +467,7 @@ def _pressure(case):
     rows = Rows(B * T, B * T * T, B * T)  # the reference computes squares, or nearly
     chunk = case.rule.scoring.head_chunk_tokens
     args = (case.model, rows, part, width)
-    # A gradient, a derivative along it (twice the forward), a score of the end: over both halves.
+    # A gradient, a derivative along it (twice the forward), log-probs at the end: over both halves.
     work = costs.training(*args, remat=config.model.remat, kernel="reference", chunk=chunk)
     work += (costs.forward(*args) + costs.scoring(*args, chunk, gradient=False)) * 3
     beside = state_bytes(case, "opt_state", "ref_params")

@@ -1,4 +1,4 @@
-"""Shapes of training rows: what a pass over responses reads, at the assumed lengths."""
+"""Shapes of training rows for passes over responses, at the assumed lengths."""
 
 import math
 
@@ -14,9 +14,9 @@ from luspo_jax.types import Experts, PackedRows, TokenBatch
 
 
 def abstract_rows(case: Case, responses: int, *recorded: str) -> tuple[TokenBatch, int, Rows]:
-    """(TokenBatch of shapes, micro-batches computed, Rows of one) of `responses` responses.
+    """Returns (TokenBatch of shapes, micro-batches computed, Rows of one) for the responses.
 
-    `recorded` names the passes whose experts come with the rows of a mixture of experts.
+    `recorded` names the passes whose expert ids come with the rows of a mixture of experts.
     """
     pictures, vision = case.lengths.images, case.model.vision
     T = cases.row_length(case)
@@ -50,20 +50,20 @@ def abstract_rows(case: Case, responses: int, *recorded: str) -> tuple[TokenBatc
 
 
 def microbatches(case: Case, responses: int) -> int:
-    """Micro-batches of the first `responses` of a step, empty ones included."""
+    """Counts the micro-batches of the first `responses` of a step, including empty ones."""
     if case.config.train.packing:
         return cases.plan(case, responses).num_microbatches
     return responses // case.sizes.responses_per_microbatch
 
 
 def _positions(case, rows, length):
-    """Rotary positions: three of a token where the model reads images."""
+    """Returns rotary positions: three per token if the model reads images."""
     shape = (rows, length, 3) if case.model.vision else (rows, length)
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def _experts(model, rows, recorded):
-    """Recorded experts of rows [R, T]; None where the model has none."""
+    """Returns recorded expert ids of rows [R, T]; None without experts."""
     if not model.num_experts:
         return None
     shape = (*rows, model.num_expert_layers, model.experts_per_token)
