@@ -145,7 +145,7 @@ def entry_facts(
     *,
     refused: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """Returns what a benchmark's numbers depend on besides model and protocol."""
+    """Returns the facts, besides model and protocol, that determine a benchmark's numbers."""
     what = [[e.id, entry.question(e), e.answer] for e in problems]
     with scorer(entry, options) as judge:
         labels = judge.labels

@@ -161,7 +161,7 @@ class Rows:
     Attributes:
       tokens: rows × length, padding included.
       pairs: (query, key) pairs of one layer.
-      scored: tokens that the head computes, rounded up to chunks if that matters.
+      scored: tokens whose log-probs the head computes, rounded up to chunks if that matters.
     """
 
     tokens: int

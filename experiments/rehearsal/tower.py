@@ -2,7 +2,7 @@
 
 Conventions are those of `costs`; for the tower itself:
 
-    matrices    every slot of every row of images is computed, whether a patch lies in it or not:
+    matrices    every slot of every row of images is computed, with or without a patch:
                 a block forward 1, backward 2, recomputed as a layer of the decoder is; the product
                 with the pixels forward 1, backward 1 (pixels have no gradient); the merger 1 and 2
     attention   windowed blocks: window² pairs a window, forward 2 products a pair, backward 5 (the

@@ -1,8 +1,8 @@
 """95 % intervals of an accuracy measured on few problems with several responses each.
 
 Responses to one problem are correlated, so n responses to each of N problems carry less information
-than N·n independent ones. There are two methods, each used where its coverage is correct (`python
--m experiments.bench.coverage` measures it):
+than N·n independent ones. There are two methods, each used where its coverage is correct
+(`python -m experiments.bench.coverage` measures it):
 
 * Wilson's score interval at the effective number of responses, estimated from the spread between
   problems. It assumes little about the problems' difficulty, but needs right and wrong answers on
@@ -81,7 +81,7 @@ def paired_interval(
 
 
 def t_quantile(freedom: int) -> float:
-    """Returns Student's t at 97.5 %: table below 4 degrees, else Cornish-Fisher (within 0.002)."""
+    """Returns Student's t at 97.5 %: table below four degrees, else Cornish-Fisher (to 0.002)."""
     if freedom < 1:
         raise ValueError("a t quantile needs at least one degree of freedom")
     if freedom in _T_SMALL:

@@ -21,7 +21,7 @@ from luspo_jax.datasets.example import DataError, Example
 LABELS = "abcdefghi"
 MODULUS = 5
 MAX_TERMS = len(LABELS)  # MODULUS ** 9 = 2 million problems, enumerated in a fraction of a second
-TEST_FRACTION = 8  # one problem in 8 is a test problem
+TEST_FRACTION = 8  # one problem in this many is a test problem
 SPLITS = ("train", "test")
 
 _SPLIT_SALT = 0x5DEECE66D

@@ -6,8 +6,8 @@
     value, metrics = objectives.loss(objective, batch, denominators)         # each micro-batch
 
 Two functions (`advantages`, `length_scales`) have the name of the module that holds their formulas.
-This package exports the functions; import the formulas from the module: `from
-luspo_jax.objectives.advantages import ADVANTAGES`.
+This package exports the functions; import the formulas from the module:
+`from luspo_jax.objectives.advantages import ADVANTAGES`.
 """
 
 from luspo_jax.objectives.kl import reward_adjustment

@@ -225,7 +225,7 @@ def _require_range(field: str, value: Any, bounds: tuple[float, float, bool]) ->
 
 
 def _senseless(objective: Objective) -> list[tuple[bool, str]]:
-    """Returns the invalid combinations as (whether it applies, reason and remedy)."""
+    """Returns (whether it applies, reason and remedy) for each invalid combination."""
     o = objective
     ratios, why = SURROGATE_RATIOS.get(o.surrogate, (tuple(RATIOS), ""))
     return [

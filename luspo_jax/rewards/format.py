@@ -1,4 +1,4 @@
-"""Format rewards: 1 if the response has the required form, whatever its answer.
+"""Format rewards: 1 if the response has the required form, right or wrong.
 
 Forms of the answer are searched for after the reasoning (`after_reasoning`), like the answer
 itself. `luspo_vl` and `fullmatch`, which describe the reasoning too, read the whole response.
