@@ -13,7 +13,7 @@ MITIGATIONS = ("none", "penalty", "scale")
 
 @dataclasses.dataclass(frozen=True)
 class LengthSettings:
-    """Instruments and controls of response length; nothing is measured while `every` is 0.
+    """Instruments and controls of response length; measuring costs nothing while `every` is 0.
 
     Attributes:
       every: rollout steps between two measurements of length pressure; 0 = never. If nonzero, the

@@ -37,7 +37,7 @@ class Scorer:
       max_failure_rate: share of timeouts and errors among the latest samples above which scoring
         stops.
       memory_limit: bytes of address space per worker; None = no limit.
-      recycle_after: verdicts after which a worker process is replaced, to free its memory.
+      recycle_after: verdicts after which a worker's child process is replaced.
 
     Attributes:
       labels: name → `id@version` of each verifier, to store with every result.
