@@ -22,9 +22,9 @@ Rehearse: `python -m experiments.rehearse --config=configs/qwen3_30b_a3b_dapo17k
           --config.rollout_mesh.expert=4`
 Result  : not run here. The paper's Table 2: AIME24 76.7 with GSPO, 83.6 with LUSPO.
 
-Stated by the paper and chosen here: as in configs/qwen2_5_7b_dapo17k.py. The paper's
-"Qwen3-30B-A3B-Instruct" is taken to be the model released as Instruct-2507. About 50 steps, read
-off its figures. Replay of the router's choices is not stated: none.
+Stated by the paper and chosen here: as in configs/qwen2_5_7b_dapo17k.py. We assume that the paper's
+"Qwen3-30B-A3B-Instruct" is the model released as Instruct-2507. About 50 steps, read off its
+figures. The paper does not state replay of expert ids: none here.
 """
 
 from configs import qwen2_5_7b_dapo17k
@@ -35,8 +35,8 @@ def get_config():
     config.num_steps = 50
     config.model.path = "hub:Qwen/Qwen3-30B-A3B-Instruct-2507"
     config.mesh.expert = 8
-    config.rollout_mesh.expert = 8  # The devices of a host: on hosts of 4, 4.
-    config.rollout.num_slots = 48  # Of each process: 6 a GPU on 8 GPUs, 12 a chip on v5p hosts.
+    config.rollout_mesh.expert = 8  # The devices of a host; 4 on hosts of 4.
+    config.rollout.num_slots = 48  # Per process: 6 per GPU on 8 GPUs, 12 per chip on v5p hosts.
     config.eval.num_slots = 48
-    config.train.microbatch_tokens = 32 * (2048 + 32768)  # One row a device, on 32.
+    config.train.microbatch_tokens = 32 * (2048 + 32768)  # One row per device, on 32.
     return config

@@ -1,4 +1,4 @@
-"""Flags of a run of several processes, and the guard that each of them gets."""
+"""Flags for runs of several processes, and the watchdog of each process."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -35,10 +35,10 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
 def arguments() -> dict[str, Any] | None:
     """What the flags say, as `processes.initialize` takes it; None for a run of one process.
 
-    Nothing is guessed unless asked for: a laptop never waits for a cluster.
+    Nothing is guessed unless requested: a laptop never waits for a cluster.
 
     Raises:
-      UsageError: flags that do not go together.
+      UsageError: incompatible flags.
     """
     given = {
         "coordinator": _COORDINATOR.value or None,

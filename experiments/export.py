@@ -2,7 +2,7 @@
 
 `python -m experiments.export --workdir=DIR --out=FOLDER [--step=latest|best|N] [--dtype=bfloat16]`
 
-The run may be under way: nothing is changed in its folder. No data files and rewards are needed.
+The run may be in progress: its folder is not changed. No data files or rewards are needed.
 """
 
 import pathlib

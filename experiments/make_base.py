@@ -1,13 +1,14 @@
-"""Makes a small base policy by supervised warm start, and measures what RL will find in it.
+"""Trains a small base policy by supervised warm start, and measures its properties for RL.
 
   python -m experiments.make_base --task=label_sums --seed=0 --out=/tmp/label_sums
 
-Under three minutes on two cores. The folder is a Hugging Face checkpoint: a 0.1 M Qwen3 with
-its tokenizer and a README of how it was made and of its measured properties. Training starts with
-traces that write down every step, since a mixture of styles alone teaches the arithmetic far more
-slowly; then comes the mixture that gives the base policy its spread of lengths. Other seeds,
-sizes and mixtures are flags away; with --num_experts=8 it is a Qwen3-MoE. With --task=shapes it is
-a Qwen2.5-VL of 0.4 M that answers questions about drawings, in some ten minutes.
+It takes under three minutes on two cores. The folder is a Hugging Face checkpoint: a 0.1 M Qwen3
+with its tokenizer and a README that describes how it was made and its measured properties. Training
+starts with traces that write down every step, since a mixture of styles alone teaches the
+arithmetic far more slowly; then comes the mixture that gives the base policy its spread of lengths.
+Flags set other seeds, sizes and mixtures; with --num_experts=8 it is a Qwen3-MoE. With
+--task=shapes it is a Qwen2.5-VL of 0.4 M that answers questions about drawings, and takes some ten
+minutes.
 """
 
 import functools
@@ -61,12 +62,12 @@ EVAL_SAMPLES = flags.DEFINE_integer("eval_samples", 12, "Responses to each.", 1)
 
 
 def task() -> tasks.Task:
-    """The one that the flags name."""
+    """Returns the task named by the flags."""
     return tasks.TASKS[TASK.value]
 
 
 def encoded(examples, tokenizer, folder, *, blank=False) -> list[prompts.PromptRecord]:
-    """The prompts of problems; images are drawn here, once, and kept as bytes."""
+    """Encodes the prompts of problems; images are drawn here, once, and kept as bytes."""
     if not task().images:
         renderer = prompts.Renderer(tokenizer)
         return prompts.encode(examples, renderer, max_length=models.MAX_POSITION)[0]
@@ -91,7 +92,7 @@ def demonstrations(records, tokenizer, rng, config, *, plain):
 
 
 def vocabulary() -> list[str]:
-    """Tokens of the task's tokenizer, by id."""
+    """Returns the tokens of the task's tokenizer, by id."""
     return char_tokenizer.vocabulary(task().characters, images=task().images)
 
 
@@ -99,7 +100,8 @@ def vocabulary() -> list[str]:
 def train_step(params, opt_state, rows, weights_RT, rate, *, config, adam):
     """One step of Adam on Σ w · (−log p) / Σ w, and with experts on their balance.
 
-    Gives params, opt_state, the first term, and the most that an expert's load is over an even one.
+    Returns params, opt_state, the first term, and the largest excess of an expert's load over an
+    even one.
     """
 
     def loss(params):
@@ -125,8 +127,8 @@ def forward(config: DecoderConfig) -> Forward:
 def load_balance(router: RouterPass) -> tuple[jax.Array, jax.Array]:
     """(mean over layers of E · Σ_e f_e · P_e, the fullest expert's load over an even one's − 1).
 
-    f_e is the tokens sent to expert e over all tokens, a constant to the gradient, and P_e the mean
-    of the router's probability: K where either is even (Switch Transformer, arXiv:2101.03961,
+    f_e is the share of tokens sent to expert e, a constant to the gradient; P_e is the router's
+    mean probability. The first value is K if either is even (Switch Transformer, arXiv:2101.03961,
     equations 4–6).
     """
     share_LE = jax.lax.stop_gradient(router.load_LE) / router.tokens
@@ -148,7 +150,7 @@ class WarmStart:
         self.step = 0
 
     def phase(self, num_steps: int, *, plain: bool, until: float = 0.0, decay: bool = False):
-        """Takes `num_steps` steps, fewer once the loss is below `until`; their last loss."""
+        """Takes `num_steps` steps, fewer once the loss is below `until`; returns the last loss."""
         for index in range(num_steps):
             rows, weights_RT = demonstrations(
                 self._records, self._tokenizer, self._rng, self._config, plain=plain
@@ -174,7 +176,7 @@ class WarmStart:
 
 
 def measure(params, config, tokenizer, folder) -> dict[str, str]:
-    """Properties of the base policy on held-out problems, at temperature 1: name → value."""
+    """Measures the base policy on held-out problems, at temperature 1: name → value."""
     held_out = task().problems("test")
     wanted = [held_out[i] for i in range(min(EVAL_PROBLEMS.value, len(held_out)))]
     records = encoded(wanted, tokenizer, folder)
@@ -234,7 +236,7 @@ def looking(groups, blank_groups, examples) -> dict[str, str]:
         "right, by kind": listed(by_kind(groups)),
         "right with blank images": listed(by_kind(blank_groups)),
         "right without looking: the best constant answers": listed(
-            shapes.blind_accuracy(task().problems("test"))  # of few problems it would be high
+            shapes.blind_accuracy(task().problems("test"))  # on few problems it would be high
         ),
     }
 
@@ -260,7 +262,7 @@ def properties(result: held_out.Evaluation, lengths_B: np.ndarray) -> dict[str, 
 
 
 def router_load(responses, config: DecoderConfig) -> dict[str, str]:
-    """How many of the response tokens each expert got; nothing without experts."""
+    """Returns the share of response tokens per expert; empty without experts."""
     if not config.num_experts:
         return {}
     # A stop token is sampled, but nothing reads it.
@@ -283,7 +285,7 @@ def router_load(responses, config: DecoderConfig) -> dict[str, str]:
 
 
 def card(config, table: dict[str, str]) -> str:
-    """The README of the folder."""
+    """Returns the README of the folder."""
     recipe = [*(TASK, SEED), *task().flags, *models.SIZES]
     recipe += models.OF_EXPERTS if config.num_experts else ()
     recipe += models.OF_VISION if config.vision else ()
@@ -325,7 +327,7 @@ Apache-2.0, as the code. No data but generated problems went into it.
 
 
 def kind(config: DecoderConfig) -> str:
-    """What the model is, for its card."""
+    """Describes the model, for its card."""
     if config.vision:
         return f"Qwen2.5-VL, {config.vision.depth} blocks in its tower,\n"
     if config.num_experts:
@@ -337,7 +339,7 @@ def kind(config: DecoderConfig) -> str:
 
 
 def main() -> None:
-    """Makes the folder that the flags describe, and prints what was measured."""
+    """Builds the folder that the flags describe, and prints the measurements."""
     out, start = pathlib.Path(OUT.value), time.perf_counter()
     if out.exists() and not OVERWRITE.value:
         raise WeightsError(f"--out={out} exists: choose another folder, or pass --overwrite")
@@ -368,7 +370,7 @@ def main() -> None:
 
 
 def write_config(folder: pathlib.Path, vocab_size: int) -> DecoderConfig:
-    """Writes config.json, and the image processor's settings of a model that sees."""
+    """Writes config.json, and a vision model's image processor settings."""
     config = models.image_config(vocab_size) if task().images else models.text_config(vocab_size)
     (folder / "config.json").write_text(json.dumps(hf_config(config)))
     if config.vision:

@@ -1,13 +1,13 @@
 """Trains a model: `python -m experiments.train --config=configs/quickstart.py --workdir=DIR`.
 
 Any field of the configuration can be set by flag: `--config.rollout.group_size=16`. Running the
-same command again continues the run. `--dry_run` prints what would run, and stops. `--fork=RUN`
-begins a new workdir from a checkpoint of another one (`--fork_step`; its latest unless given), with
-whatever fields are changed; run.json says which.
+same command again resumes the run. `--dry_run` prints what would run, and stops. `--fork=RUN`
+begins a new workdir from a checkpoint of another run (`--fork_step`; by default its latest), with
+any fields changed; run.json lists them.
 
 On several hosts: the same command on each, with `--coordinator=HOST:PORT --num_processes=N
 --process_id=I`, or with `--distributed=auto` on a TPU pod or under SLURM, Open MPI or Kubernetes.
-The workdir must be on storage that all share; its folder `processes` tells what each is doing.
+The workdir must be on shared storage; its folder `processes` shows what each process is doing.
 """
 
 import pathlib
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _begins(fork) -> str:
-    """Where a fork begins, and what it changes."""
+    """Describes the start of a fork, and what it changes."""
     changed = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in fork["changed"].items())
     return f"fork      : of {fork['run']} at step {fork['step']}; changed: {changed or 'nothing'}"
 

@@ -1,7 +1,7 @@
 """Every metric declared once, how values are combined, and what is read back of a run.
 
-A name may hold `*`, which stands for one or more path segments (a dataset, a bin). The reducer
-says how values of one step are combined over micro-batches, updates and processes.
+A name may contain `*`, which matches one or more path segments (a dataset, a bin). The reducer
+combines the values of one step over micro-batches, updates and processes.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from luspo_jax.values import nearest
 
 
 class MetricsError(ValueError):
-    """Metrics that cannot be read; the message has file and line."""
+    """Metrics cannot be read; the message has file and line."""
 
 
 REDUCERS = ("mean", "sum", "max", "min", "last")
@@ -28,7 +28,7 @@ REDUCERS = ("mean", "sum", "max", "min", "last")
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric's name or pattern, how it is reduced, its unit and what it means."""
+    """A metric's name or pattern, its reducer, unit and meaning."""
 
     name: str
     reducer: str
@@ -47,7 +47,7 @@ _DECLARED = [
     Metric("training/global_step", "last", "steps", "rollout steps done"),
     Metric("training/epoch", "last", "epochs", "passes over the prompts"),
     Metric("num_tokens", "last", "tokens", "prompt and response tokens trained on so far"),
-    # Of judged responses: one whose verifier failed has no reward, and is counted as unjudged.
+    # Over judged responses: a response whose verifier failed has no reward and counts as unjudged.
     Metric("reward", "mean", "", "mean reward of the step's judged responses"),
     Metric(
         "reward_std", "mean", "", "mean over compared groups of the rewards' standard deviation"
@@ -157,10 +157,10 @@ METRICS = {metric.name: metric for metric in _DECLARED}
 
 @functools.cache
 def declared(name: str) -> Metric:
-    """The declaration of a metric: its own, else that of the first pattern that fits.
+    """Returns the declaration of a metric: its own, else that of the first matching pattern.
 
     Raises:
-      KeyError: nothing declares it; the message has the nearest name, or all.
+      KeyError: no declaration; the message has the nearest name, or all.
     """
     if name in METRICS and "*" not in name:
         return METRICS[name]
@@ -174,13 +174,13 @@ def declared(name: str) -> Metric:
 
 
 class StepMetrics:
-    """Gathers one step's values and combines them by each metric's reducer."""
+    """Collects one step's values and combines them by each metric's reducer."""
 
     def __init__(self):
         self._values: dict[str, list[tuple[float, float]]] = {}
 
     def add(self, name: str, value: float, count: float | None = None) -> None:
-        """One value; with a count, `value` is a sum over so many items (mean metrics only)."""
+        """Adds a value; with a count, `value` is a sum over that many items (mean metrics only)."""
         reducer = declared(name).reducer
         if count is not None and reducer != "mean":
             raise ValueError(f"{name} is reduced by {reducer}: it takes no count")
@@ -188,12 +188,12 @@ class StepMetrics:
         self._values.setdefault(name, []).append(pair)
 
     def update(self, values: Mapping[str, Any]) -> None:
-        """Several: name → value or (sum, count)."""
+        """Adds several values: name → value or (sum, count)."""
         for name, value in values.items():
             self.add(name, *(value if isinstance(value, tuple) else (value,)))
 
     def result(self) -> dict[str, float]:
-        """name → combined value, in the order of first appearance; a mean of nothing is NaN."""
+        """Returns name → combined value, in order of first appearance; an empty mean is NaN."""
         return {name: _reduce(declared(name).reducer, v) for name, v in self._values.items()}
 
 
@@ -215,16 +215,16 @@ def _reduce(reducer: str, pairs: list[tuple[float, float]]) -> float:
 
 
 def json_line(step: int, values: Mapping[str, float]) -> str:
-    """One line of metrics.jsonl. JSON has no NaN: such values are null and named in `nonfinite`."""
+    """Formats a line of metrics.jsonl. JSON lacks NaN: such values are null and in `nonfinite`."""
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     odd = {name: str(values[name]) for name, value in finite.items() if value is None}
     return json.dumps({"step": step, **finite, **({"nonfinite": odd} if odd else {})}) + "\n"
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The steps of a metrics.jsonl with null back as the value it stood for.
+    """Yields the steps of a metrics.jsonl, with each null restored to its non-finite value.
 
-    A last line that was cut off by a crash is left out.
+    A last line truncated by a crash is left out.
 
     Raises:
       MetricsError: another line is damaged.
@@ -251,18 +251,18 @@ def lines_and_records(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any
 
 @dataclasses.dataclass(frozen=True)
 class RolloutRecord:
-    """One response as it is dumped for reading.
+    """One response, written for reading.
 
     Attributes:
-      prompt_id, sample_id: which response it is.
+      prompt_id, sample_id: identify the response.
       prompt, response, answer: the texts; the answer is the reference.
       tokens: response token ids.
       reward: the weighted sum.
       parts: name → value of each part.
-      status, prediction: what the verifiers said.
+      status, prediction: from the verifiers.
       advantage: the response's advantage.
       length: response tokens, stop token included.
-      truncated: whether it was cut at the limit.
+      truncated: whether it was truncated at the limit.
     """
 
     prompt_id: int

@@ -1,8 +1,8 @@
-"""What the length instruments cost: two runs of one configuration, one of them measured, in turn.
+"""Cost of the length instruments: two runs of one configuration, one of them measured, in turn.
 
-`python -m experiments.bench.instruments` takes blocks of rollout steps of both and prints the
-paired ratio of their times, block by block. Evaluation and checkpoints are left out, so a run's
-own share is smaller. Instruments do not change what is trained; that is checked at the end.
+`python -m experiments.bench.instruments` runs blocks of rollout steps of both and prints the paired
+ratio of their times, block by block. Evaluation and checkpoints are left out, so the share in a
+real run is smaller. Instruments do not change training; that is checked at the end.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace that file if it exis
 
 
 def measure(base: str, *, every: int, share: float, blocks: int) -> dict:
-    """Seconds of each block with and without instruments, and their paired ratio."""
+    """Returns the seconds of each block with and without instruments, and their paired ratio."""
     import jax
     import numpy as np
 
@@ -35,7 +35,7 @@ def measure(base: str, *, every: int, share: float, blocks: int) -> dict:
     with contextlib.ExitStack() as stack:
         sides = {name: _start(base, steps[name], share, stack) for name in steps}
         for block in range(-1, blocks):  # the first compiles
-            # Whoever goes first in one block goes second in the next.
+            # The side that goes first in one block goes second in the next.
             for name in sorted(sides, reverse=block % 2 == 1):
                 started = time.perf_counter()
                 inside = _block(sides[name], every)
@@ -70,7 +70,7 @@ def _start(base, every, share, stack):
 
 
 def _block(side, steps):
-    """Takes the steps; gives the seconds that the instruments say they took."""
+    """Runs the steps; returns their seconds as measured by the instruments."""
     import jax
 
     from luspo_jax import train

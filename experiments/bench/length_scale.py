@@ -1,4 +1,4 @@
-"""What a length scale costs: one update on a frozen rollout, LUSPO's and GSPO's in turn.
+"""Cost of a length scale: one update on a frozen rollout, LUSPO's and GSPO's in turn.
 
 `python -m experiments.bench.length_scale` prints the compiled updates' floating-point operations
 and temporary bytes, and the ratio of their times, pair by pair. Responses have ragged lengths.
@@ -22,7 +22,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace that file if it exis
 
 
 def measure(workload, *, pairs: int, length_scale: str) -> dict:
-    """Operations, bytes and paired times of updates with and without a length scale."""
+    """Returns operations, bytes and paired times of updates with and without a length scale."""
     import jax
 
     from experiments.bench.report import paired
@@ -45,7 +45,7 @@ def measure(workload, *, pairs: int, length_scale: str) -> dict:
         }
     seconds = {name: [] for name in rules}
     for pair in range(-2, pairs):
-        # Whoever goes first in one pair goes second in the next.
+        # The side that goes first in one pair goes second in the next.
         for name in sorted(rules, reverse=pair % 2 == 1):
             started = time.perf_counter()
             states[name], _ = jax.block_until_ready(compiled[name](states[name], batch, rate))

@@ -1,8 +1,8 @@
-"""What a token costs as responses get longer: `python -m experiments.bench.long_context --out=DIR`.
+"""Cost of a token as responses get longer: `python -m experiments.bench.long_context --out=DIR`.
 
-A small model takes one training step on one packed row of T tokens that is spread over fake CPU
-devices (context parallelism), for several T. For each: seconds of the step and a token's share,
-temporary bytes a device as XLA plans them, and the largest array of the program. The attention's
+A small model takes one training step on one packed row of T tokens sharded over fake CPU devices
+(context parallelism), for several T. For each it reports seconds of the step and per token,
+temporary bytes per device as planned by XLA, and the largest array of the program. Attention's
 share grows with T, everything else is flat; no array has T × T entries or a whole row of hidden
 states.
 """
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measured(length: int) -> dict[str, float]:
-    """One step on one row of `length` tokens over all devices."""
+    """Measures one step on one row of `length` tokens over all devices."""
     import jax
     import numpy as np
 
@@ -66,7 +66,7 @@ def measured(length: int) -> dict[str, float]:
         "temporary_bytes_a_device": compiled.memory_analysis().temp_size_in_bytes,
         "largest_array": max(int(np.prod(shape)) for shape in shapes),
         "square": sum(shape.count(length) > 1 for shape in shapes),
-        # Tokens, positions and log-probs may be whole on a device; hidden states may not.
+        # Tokens, positions and log-probs may be unsharded on a device; hidden states may not.
         "whole_rows_of_states": sum(
             length in shape and int(np.prod(shape)) >= length * _EMBED for shape in shapes
         ),
@@ -77,7 +77,7 @@ _EMBED = 32
 
 
 def case(length: int):
-    """(state, batch, rule) of a small model and one row whose response is all but 64 tokens."""
+    """Returns (state, batch, rule) of a small model; all but 64 tokens of its row are response."""
     import jax
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""An evaluation from beginning to end, its rescoring, and the scoring of others' predictions."""
+"""Runs an evaluation from beginning to end."""
 
 import dataclasses
 import hashlib
@@ -24,17 +24,17 @@ from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Engine, Sampling
 
 _PACKAGES = ("luspo_jax", "jax", "transformers", "math-verify")
-_FILLS = 4  # times that the responses of a part fill the slots, so that few wait at its end
+_FILLS = 4  # a part's responses over slots, so that few slots idle at its end
 
 
 def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options: Options) -> str:
-    """Evaluates a model, or goes on where an earlier call was stopped.
+    """Evaluates a model, or resumes where an earlier call stopped.
 
     Returns:
       The table.
 
     Raises:
-      UsageError, DataError, CheckpointError, …: what cannot be used, by name.
+      UsageError, DataError, CheckpointError, …: unusable input, named in the message.
     """
     with storage.locked(workdir):
         policy = load(model, step=options.step, dtype=options.dtype, tensor=options.tensor)
@@ -52,7 +52,7 @@ def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options:
 
 
 def scorer(entry: Benchmark, options: Options) -> Judge:
-    """The scorer of a benchmark: failed verifications are counted, and stop it past one in 20."""
+    """Returns a benchmark's scorer: it counts failed verifications, and stops above one in 20."""
     return entry.judge(workers=options.workers, time_limit=options.timeout_s)
 
 
@@ -76,7 +76,7 @@ def _engine(policy: Policy, task: Task, options: Options) -> Engine:
 def _generate(
     policy: Policy, task: Task, engine: Engine, workdir: pathlib.Path, options: Options
 ) -> None:
-    """Samples, scores and stores the parts of a benchmark that are not there yet."""
+    """Samples, scores and stores the missing parts of a benchmark."""
     size, samples = _part_size(options), options.protocol.num_samples
     name, total = task.benchmark.name, len(task.prompts) * samples
     bar = tqdm(total=total, desc=name, unit="response", disable=None, file=sys.stderr)
@@ -111,7 +111,7 @@ def _part_size(options: Options) -> int:
 
 
 def _manifest(policy: Policy, tasks: Sequence[Task], options: Options) -> dict[str, Any]:
-    """Everything that decides the responses and the verdicts."""
+    """Returns everything that determines the responses and the verdicts."""
     benchmarks = {}
     for task in tasks:
         problems = [prompt.example for prompt in task.prompts]
@@ -136,7 +136,7 @@ def _manifest(policy: Policy, tasks: Sequence[Task], options: Options) -> dict[s
 
 
 def protocol_facts(protocol: Protocol) -> dict[str, Any]:
-    """The protocol in words and in numbers."""
+    """Returns the protocol in words and in numbers."""
     return {"protocol": protocol.label, "sampling": protocol.sampling}
 
 
@@ -148,7 +148,7 @@ def entry_facts(
     *,
     refused: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """What the numbers of a benchmark depend on beside model and protocol."""
+    """Returns the facts, besides model and protocol, that determine a benchmark's numbers."""
     what = [[e.id, entry.question(e), e.answer] for e in problems]
     with scorer(entry, options) as judge:
         labels = judge.labels
@@ -165,7 +165,7 @@ def entry_facts(
 
 
 def packages() -> dict[str, str]:
-    """Versions, for the record."""
+    """Returns package versions, for the record."""
     versions = {}
     for name in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""What is rehearsed: a configuration resolved for a machine, without tokenizer, data or weights."""
+"""A rehearsed case: a configuration resolved for a machine, without tokenizer, data or weights."""
 
 import contextlib
 import dataclasses
@@ -34,9 +34,9 @@ from luspo_jax.types import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Tokens that are assumed: every prompt has `prompt`, responses `power_lengths`.
+    """Assumed token counts: every prompt has `prompt`, responses `power_lengths`.
 
-    `images` are among the tokens of a prompt; None where there are none.
+    A prompt's tokens include its `images`, None if there are none.
     """
 
     prompt: int
@@ -50,9 +50,9 @@ class Case:
     """A configuration on a machine.
 
     Attributes:
-      layouts: of training, and of the rollout over all hosts.
-      engine: what samples on one host.
-      held_out: what samples held-out problems there.
+      layouts: layouts of training, and of the rollout over all hosts.
+      engine: the engine that samples on one host.
+      held_out: the engine that samples held-out problems there.
     """
 
     config: ConfigDict
@@ -91,28 +91,28 @@ class Case:
 
     @property
     def width(self) -> int:
-        """Bytes of a value in training's compute type."""
+        """Returns the bytes of a value in training's compute type."""
         return np.dtype(jnp.dtype(self.config.model.dtype)).itemsize
 
     @functools.cached_property
     def train_parts(self) -> costs.Parts:
-        """How training shares work."""
+        """Returns how training is sharded."""
         return costs.parts(self.layouts[0])
 
     @functools.cached_property
     def rollout_parts(self) -> costs.Parts:
-        """How the devices of one host share a rollout."""
+        """Returns how a rollout is sharded over the devices of one host."""
         return costs.parts(self.engine.layout, length="cache_length")
 
     def on(self, tree: Any) -> Any:
-        """Shapes on the only device, where there is one; as they are on a mesh."""
+        """Places shapes on the only device, if there is one; leaves them as they are on a mesh."""
         if self.layouts[0] is not None:
             return tree
         where = jax.sharding.SingleDeviceSharding(self.topology.devices[0])
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
     def on_host(self, tree: Any, axes_tree: Any) -> Any:
-        """Shapes over the devices of one host, by their logical axes."""
+        """Places shapes on the devices of one host, by their logical axes."""
         layout = self.engine.layout
         single = jax.sharding.SingleDeviceSharding(self.topology.devices[0])
         leaves, treedef = jax.tree.flatten(tree)
@@ -127,18 +127,18 @@ class Case:
 
     @functools.cached_property
     def response_lengths(self) -> list[int]:
-        """Assumed lengths of a step's responses, shuffled by a fixed seed."""
+        """Returns assumed lengths of a step's responses, shuffled by a fixed seed."""
         found = costs.power_lengths(
             self.lengths.mean, self.lengths.longest, self.sizes.responses_per_step
         )
         return np.random.default_rng(0).permutation(found).tolist()
 
     def share(self, total: int) -> int:
-        """Of `total` prompts, those of one host: the most that one has."""
+        """Returns the largest number of `total` prompts on one host."""
         return -(-total // self.topology.hosts)
 
     def prompt_batch(self, engine: Engine, prompts: int, group_size: int) -> tuple[int, int]:
-        """(P, T) of the largest prefill of `prompts` longest prompts."""
+        """Returns (P, T) of the largest prefill of `prompts` longest prompts."""
         longest = np.zeros(self.config.data.max_prompt_length, np.int32)
         slots = self.slots(engine, prompts * group_size)
         batches = prefill_batches(
@@ -152,16 +152,16 @@ class Case:
         return rounded_up(len(batches[0]), engine.row_multiple), length
 
     def prefilled_images(self, prompts: int, multiple: int) -> int:
-        """Rows of images of a prefill of `prompts` prompts that `multiple` devices share."""
+        """Returns the image rows of a prefill of `prompts` prompts on `multiple` devices."""
         images = self.lengths.images
         return rounded_up(prompts * images.count, multiple) if images else 0
 
     def slots(self, engine: Engine, responses: int) -> int:
-        """Slots that a host decodes: those asked for, or as many as there are responses."""
+        """Returns the slots a host decodes: as configured, or one per response if fewer."""
         return min(engine.num_slots, rounded_up(max(1, responses), engine.row_multiple))
 
     def rooms(self, engine: Engine) -> list[int]:
-        """Cache lengths that are allocated one after another, up to the longest response."""
+        """Returns the cache lengths allocated one after another, up to the longest response."""
         rooms = [engine.room(self.config.data.max_prompt_length + 1)]
         most = engine.room(self.config.data.max_prompt_length + self.lengths.longest)
         while rooms[-1] < most:
@@ -170,13 +170,13 @@ class Case:
 
 
 def architecture(config: ConfigDict) -> DecoderConfig:
-    """The decoder of `config.model`, from its config.json alone."""
+    """Returns the decoder of `config.model`, from its config.json alone."""
     values = locate.architecture(config.model.path)
     return decoder_config({**values, **config.model.overrides.to_dict()})
 
 
 class _NoTokenizer:
-    """Stands where a run has its tokenizer, whose tokens change no size."""
+    """Replaces a run's tokenizer, whose tokens change no size."""
 
     eos_token_id = None
     pad_token_id = None
@@ -197,15 +197,15 @@ def build(
     Args:
       config: of the run.
       topology: the machine.
-      mean_length: assumed mean of the response lengths; a quarter of the longest unless given.
-      max_length: assumed longest response; the configuration's limit unless given. What is
-        allocated goes by it, but the packed rows' length does not.
-      live: sequences decoded together on a host, in place of rollout.num_slots.
-      images: assumed images of a prompt, where the model reads images; 1 unless given.
-      image_size: (height, width) of each in pixels; the largest square allowed unless given.
+      mean_length: assumed mean of the response lengths; by default a quarter of the longest.
+      max_length: assumed longest response; by default the configuration's limit. Allocations follow
+        it, but the packed rows' length does not.
+      live: sequences decoded together on a host, replacing rollout.num_slots.
+      images: assumed images of a prompt, if the model reads images; by default 1.
+      image_size: (height, width) of each in pixels; by default the largest square allowed.
 
     Raises:
-      ConfigError, MeshError, UsageError: what does not fit, before anything is compiled.
+      ConfigError, MeshError, UsageError: a mismatch, before anything is compiled.
     """
     config = config.copy_and_resolve_references()
     if live:
@@ -237,7 +237,7 @@ def build(
 
 
 def _device_of(topology):
-    """Without a mesh, the platform is that of jax's default device."""
+    """Returns a context: without a mesh, jax's default device sets the platform."""
     if len(topology.devices) > 1 or topology.name == "local":
         return contextlib.nullcontext()
     return jax.default_device(topology.devices[0])
@@ -267,7 +267,7 @@ def row_length(case: Case) -> int:
 
 
 def whole_host(case: Case) -> str:
-    """Meshes in words."""
+    """Describes the meshes in words."""
 
     def words(layout):
         if layout is None:

@@ -1,4 +1,4 @@
-"""Every program of a run, at the shapes of a case, ready to be lowered; and compiled."""
+"""Every program of a run, at the shapes of a case, ready to lower and compile."""
 
 import dataclasses
 import functools
@@ -39,15 +39,15 @@ from luspo_jax.types import TokenRows, TrainBatch
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program of a run.
+    """One program of a run.
 
     Attributes:
       name: in reports.
-      lower: makes the lowered program; nothing is allocated.
+      lower: returns the lowered program; allocates nothing.
       work: of one device in one call.
       calls: in one rollout step.
       resident: bytes on a device while it runs that are not its arguments, by name.
-      given: bytes on a device of all that it is called with, read or not; None where it reads all.
+      given: bytes on a device of all its arguments, read or not; None if it reads all.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program; bytes are a device's.
+    """Compiler output for a program; bytes are per device.
 
     Attributes:
-      over_by: bytes by which the compiler refused it, 0 where it did not.
+      over_by: bytes by which the compiler refused it; 0 if it did not.
       error: its message in that case.
     """
 
@@ -79,12 +79,12 @@ class Compiled:
 
     @property
     def bytes(self) -> int:
-        """Most that arguments, results and temporaries take together."""
+        """Returns the most that arguments, results and temporaries take together."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
 
 def compiled(program: Program) -> Compiled:
-    """Lowers and compiles; a program that the compiler finds too large is reported, not raised."""
+    """Lowers and compiles; an oversized program is reported, not raised."""
     started = time.perf_counter()
     lowered = program.lower()
     lowered_at = time.perf_counter()
@@ -113,14 +113,14 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def memory_named(message: str) -> tuple[float, float]:
-    """(bytes needed, bytes there) of an out-of-memory message; (1, 0) where it names none."""
+    """Returns (bytes needed, bytes available) of an out-of-memory message; (1, 0) if not named."""
     found = re.findall(r"([\d.]+)([KMGT])i?B?\b", message)
     sizes = [float(number) * _UNITS[unit] for number, unit in found[:2]]
     return tuple(sizes) if len(sizes) == 2 else (1.0, 0.0)
 
 
 def programs(case: Case, *, pressure: bool = True) -> list[Program]:
-    """The programs of a run in the order of a step; `pressure` where the run measures it."""
+    """Lists the programs of a run in the order of a step; `pressure` if the run measures it."""
     found = [*_hand_over(case), *_rollout(case), *_training(case)]
     if case.config.length.every and pressure:
         found.append(_pressure(case))
@@ -189,7 +189,7 @@ def _rollout(case):
 
 
 def _sampler(case, engine, prompts, group_size, suffix):
-    """Prefill, fill, grow and decode of one host."""
+    """Returns prefill, fill, grow and decode of one host."""
     count = case.slots(engine, prompts * group_size)
     rooms = case.rooms(engine)
     room, before = rooms[-1], rooms[-2] if len(rooms) > 1 else rooms[-1]
@@ -267,7 +267,7 @@ def _sampler(case, engine, prompts, group_size, suffix):
 
 
 def decoding(case: Case, engine: Any, prompts: int, group_size: int) -> costs.Decoding:
-    """Decode steps of one host for its share of the responses."""
+    """Simulates the decode steps of one host for its share of the responses."""
     wanted = prompts * group_size
     lengths = costs.power_lengths(case.lengths.mean, case.lengths.longest, wanted)
     order = np.random.default_rng(0).permutation(lengths).tolist()
@@ -303,7 +303,7 @@ def rollout_arrays(
 
 
 def _prompt_images(case, engine, prompts, length):
-    """Images of a prefill, and where they stand; None without any."""
+    """Returns the images of a prefill and their positions; None without images."""
     pictures = case.lengths.images
     if pictures is None:
         return None
@@ -417,7 +417,7 @@ def _pressure(case):
     rows = Rows(B * T, B * T * T, B * T)  # the reference computes squares, or nearly
     chunk = rule.head_chunk_tokens
     args = (case.model, rows, part, width)
-    # A gradient, a derivative along it (twice the forward), a score of the end: over both halves.
+    # A gradient, a derivative along it (twice the forward), log-probs at the end: over both halves.
     work = costs.training(*args, remat=config.model.remat, kernel="reference", chunk=chunk)
     work += (costs.forward(*args) + costs.scoring(*args, chunk, gradient=False)) * 3
     beside = state_bytes(case, "opt_state", "ref_params")

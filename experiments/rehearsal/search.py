@@ -1,7 +1,7 @@
-"""What to change where a program does not fit, and the fastest settings that do.
+"""Searches for changes that make a program fit, and for the fastest settings that fit.
 
-Settings are compared by hand-counted bytes and times, which cost nothing; what the compiler said
-of the settings at hand corrects the bytes. Only the most promising are compiled.
+Settings are compared by hand-counted bytes and times, which cost nothing; compiler results for the
+current settings correct the bytes. Only the most promising settings are compiled.
 """
 
 import itertools
@@ -14,16 +14,16 @@ from experiments.rehearsal.case import Case
 from luspo_jax.run import fields
 
 Changes = dict[str, Any]  # dotted field → value
-_COMPILED = 4  # settings that a search compiles, of training and of the rollout each
+_COMPILED = 4  # settings that a search compiles, for training and for the rollout each
 _TRAINING = ("log-probs", "update", "pressure")
 _REMAT = ("none", "dots", "attention", "full")
 
 
 def changed(case: Case, changes: Changes) -> Case:
-    """The case with fields set.
+    """Returns the case with fields changed.
 
     Raises:
-      ConfigError, MeshError: where they do not go together.
+      ConfigError, MeshError: incompatible fields.
     """
     config = case.config.copy_and_resolve_references()
     fields.assign(config, changes)
@@ -40,10 +40,10 @@ def changed(case: Case, changes: Changes) -> Case:
 
 
 def advice(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """For every program that does not fit, the smallest change that should make it.
+    """Returns, for every program that does not fit, the smallest change that should make it fit.
 
     Counted by hand and not compiled: {"program", "over_bytes", "change"}. The change makes all of
-    training's programs fit, or all of the rollout's; it is empty where nothing here helps.
+    training's programs fit, or all of the rollout's; it is empty if nothing here helps.
     """
     given = []
     for training in (False, True):
@@ -69,7 +69,7 @@ def advice(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def refusal(found: dict[str, Any]) -> str:
-    """The programs that do not fit, in words, with what to change."""
+    """Describes the programs that do not fit, and what to change."""
     lines = [f"the run does not fit {found['topology']['name']}:"]
     for one in found["advice"]:
         lines.append(
@@ -80,7 +80,7 @@ def refusal(found: dict[str, Any]) -> str:
 
 
 def flags(changes: Changes) -> str:
-    """Changes as flags of a launcher."""
+    """Formats changes as flags of a launcher."""
     if not changes:
         return "take a larger machine, shorter responses or a smaller model"
     return "set " + " ".join(f"--config.{name}={value}" for name, value in changes.items())
@@ -89,11 +89,11 @@ def flags(changes: Changes) -> str:
 def search(
     case: Case, found: dict[str, Any], *, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """The fastest settings of training and of the rollout whose programs compile and fit.
+    """Returns the fastest settings of training and of the rollout whose programs compile and fit.
 
     Returns:
-      {"changes", "fits", "step", "tried"}: fields to set, whether all programs fit then, the
-      step's times with them, and every setting that was compiled with its verdict.
+      {"changes", "fits", "step", "tried"}: fields to set, whether all programs then fit, the step's
+      times with them, and every compiled setting with its verdict.
     """
     tried: list[dict[str, Any]] = []
     changes: Changes = {}
@@ -111,7 +111,7 @@ def search(
 
 
 def text(result: dict[str, Any]) -> str:
-    """What a search found, in words."""
+    """Describes the result of a search."""
     count = len(result["tried"])
     if not result["fits"]:
         return f"search: none of the {count} settings that were compiled fits"
@@ -124,7 +124,7 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _best(case, found, names, options, tried, say):
-    """Changes of the fastest option whose programs fit, compiled; None where none does."""
+    """Returns changes of the fastest option whose programs compile and fit; None if none does."""
     ranked = []
     for changes, other in options:
         present = [name for name in names if name in found["programs"]]
@@ -159,7 +159,7 @@ def _best(case, found, names, options, tried, say):
 
 
 def _valid(case, options) -> Iterator[tuple[Changes, Case]]:
-    """Options that a run would accept, without the fields that they leave as they are."""
+    """Yields options that a run would accept, without unchanged fields."""
     seen = []
     now = fields.flat(case.config)
     for option in options:
@@ -174,8 +174,7 @@ def _valid(case, options) -> Iterator[tuple[Changes, Case]]:
 
 
 def _training(case):
-    """Remat, rows at once, devices a row or that share experts, and tokens whose logits exist at
-    one time."""
+    """Yields options: remat, rows at once, devices per row or for experts, tokens with logits."""
     config, devices = case.config, len(case.topology.devices)
     contexts = [c for c in (1, 2, 4, 8, 16) if devices % c == 0]
     head = sorted({config.model.head_chunk_tokens, 512})
@@ -200,14 +199,14 @@ def _training(case):
 
 
 def _expert_axes(case, mesh):
-    """Devices that share experts: as they are, none, or a host's."""
+    """Returns the devices that share experts: unchanged, none, or a host's."""
     if not case.model.num_experts:
         return [mesh.expert]
     return sorted({mesh.expert, 1, case.topology.chip.host_devices})
 
 
 def _rollout(case, found):
-    """Slots, what waits in host memory, and devices that share the weights."""
+    """Yields options: slots, offloading to host memory, devices that share the weights."""
     config = case.config
     offload = "both" if case.rule.objective.kl_coef else "optimizer"
     options: list[Changes] = [{}]
@@ -234,7 +233,7 @@ def _rollout(case, found):
 
 
 def _live(case, other, found):
-    """Slots of a host that fit the settings of `other`, in whole rows of its mesh."""
+    """Returns the slots of a host that fit the settings of `other`, in whole rows of its mesh."""
     width, rooms = other.engine.dtype.itemsize, other.rooms(other.engine)
     batch = other.rollout_parts.batch
     one = found["programs"]["decode chunk"]
@@ -248,7 +247,7 @@ def _live(case, other, found):
 
 
 def _speed(case, name):
-    """Expected seconds of a program in a step."""
+    """Returns the expected seconds of a program in a step."""
     expected = report.rates(case.topology, report.EXPECTED)
     for program in programs.programs(case):
         if program.name == name:
@@ -257,10 +256,10 @@ def _speed(case, name):
 
 
 def _predicted(case, other, name, found):
-    """Bytes of a program with other settings: what it took with these, and the counted change."""
+    """Predicts bytes of a program with other settings: its bytes now, plus the counted change."""
     one = found["programs"][name]
     difference = _counted(other, name) - _counted(case, name)
-    # Where the compiler refused, it told what its own arrays take.
+    # If the compiler refused, its message names the bytes of its own arrays.
     own = (
         one["peak_bytes"]
         if not one["compiler_error"]
@@ -270,7 +269,7 @@ def _predicted(case, other, name, found):
 
 
 def _counted(case, name):
-    """Bytes that a program's large arrays take with what lies beside it, counted by hand."""
+    """Counts bytes of a program's large arrays by hand, including what is resident beside it."""
     if name in _TRAINING:
         return _counted_training(case, name)
     width, engine = case.engine.dtype.itemsize, case.engine
@@ -317,7 +316,7 @@ def _counted_training(case, name):
 
 
 def _counted_images(case, name):
-    """Pixels of a program's images, what the tower keeps of a micro-batch, and its embeddings."""
+    """Counts a program's pixels, the tower's kept activations per micro-batch, and embeddings."""
     pictures, vision, part = case.lengths.images, case.model.vision, case.train_parts
     if pictures is None:
         return 0

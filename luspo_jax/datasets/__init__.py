@@ -1,4 +1,4 @@
-"""Problems with reference answers: readers of files and generated tasks, one module each.
+"""Problems with reference answers: file readers and generated tasks, one module each.
 
 Nothing here imports jax.
 """

@@ -1,14 +1,14 @@
-"""From an image file to uint8 patches, as transformers' Qwen2VLImageProcessor cuts them.
+"""Turns an image file into uint8 patches, as transformers' Qwen2VLImageProcessor cuts them.
 
 Pillow and NumPy only: worker processes import this module and nothing heavier. The arithmetic is
-the processor's, bit for bit (a test compares the two); it is written out here because importing
-transformers costs a worker 0.7 s and 40 MB, the class has another name in every few releases, and
-its result is float32 where uint8 says the same.
+the processor's, bit for bit (a test compares the two). It is repeated here because importing
+transformers costs a worker 0.7 s and 40 MB, the class is renamed every few releases, and its result
+is float32 where uint8 carries the same information.
 
-What Qwen's own loader (`qwen_vl_utils`) does before it is done here too: an RGBA image is laid on
-white, any other mode is converted by Pillow (transparency of palettes and of grey images is
-dropped), and an EXIF orientation is not applied. One deviation: 16-bit grey is scaled to 8 bits,
-where Pillow's conversion clips it and leaves an almost white image.
+It also does the work of Qwen's own loader (`qwen_vl_utils`): an RGBA image is laid on white, any
+other mode is converted by Pillow (transparency of palettes and of grey images is dropped), and an
+EXIF orientation is not applied. One deviation: 16-bit grey is scaled to 8 bits, where Pillow's
+conversion clips it and leaves an almost white image.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ class Patching:
 
     Attributes:
       patch_size: side of a patch, in pixels.
-      merge_size: patches a side that the tower merges to one token.
-      min_pixels, max_pixels: of a resized image.
+      merge_size: patches per side that the tower merges into one token.
+      min_pixels, max_pixels: limits of a resized image.
       resample: Pillow's filter; 3 is bicubic.
-      max_source_pixels: of a file, by its header.
-      blank: every image becomes white, of the size it would have had.
+      max_source_pixels: limit of a file, by its header.
+      blank: makes every image white, keeping its size.
     """
 
     patch_size: int = 14
@@ -51,9 +51,9 @@ class Patching:
 
 
 def prepared(data: bytes | np.ndarray, patching: Patching) -> tuple[np.ndarray, tuple[int, ...]]:
-    """(patches uint8 [n, 3, patch, patch], grid (1, rows, columns)) of a file's bytes or of pixels.
+    """Returns (patches uint8 [n, 3, patch, patch], grid (1, rows, columns)) of an image.
 
-    Patches come block by block of merge × merge, blocks and patches in each row by row.
+    Patches come in merge × merge blocks; blocks, and patches within a block, go row by row.
 
     Args:
       data: a file's bytes, or uint8 [height, width, 3].
@@ -64,7 +64,7 @@ def prepared(data: bytes | np.ndarray, patching: Patching) -> tuple[np.ndarray, 
     """
     if isinstance(data, bytes):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own, of sizes that are checked here
+            warnings.simplefilter("ignore")  # Pillow's own, about sizes checked here
             image = _decoded(data, patching)
     else:
         image = _from_array(data)
@@ -77,7 +77,7 @@ def prepared(data: bytes | np.ndarray, patching: Patching) -> tuple[np.ndarray, 
 
 
 def smart_size(height: int, width: int, patching: Patching) -> tuple[int, int]:
-    """(height, width) that an image is resized to: multiples of a merged patch, within the limits.
+    """Returns the resized (height, width): multiples of a merged patch, within the limits.
 
     Raises:
       ImageError: the aspect ratio is above 200.
@@ -130,7 +130,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _decoded(data: bytes, patching: Patching) -> PIL.Image.Image:
-    """The RGB image of a file's bytes; whatever a decoder raises becomes an ImageError."""
+    """Decodes a file's bytes to an RGB image; any decoder exception becomes an ImageError."""
     _check_signature(data)
     try:
         with _opened(data, patching.max_source_pixels) as image:
@@ -142,12 +142,12 @@ def _decoded(data: bytes, patching: Patching) -> PIL.Image.Image:
         raise
     except MemoryError as error:
         raise ImageError("memory", "decoding it ran out of memory") from error
-    except Exception as error:  # decoders of damaged files raise whatever they meet
+    except Exception as error:  # decoders of damaged files raise any kind of error
         raise ImageError("corrupt", f"{type(error).__name__}: {error}"[:300]) from error
 
 
 def _check_signature(data: bytes) -> None:
-    """Refuses what Pillow would call unidentified and has a better name."""
+    """Refuses files that Pillow would only call unidentified, under a better name."""
     if not data:
         raise ImageError("empty", "no bytes")
     if data[:8] == _PNG and data[12:16] == b"IHDR" and len(data) >= 24:
@@ -160,7 +160,7 @@ def _check_signature(data: bytes) -> None:
 
 
 def _opened(data: bytes, max_source_pixels: int) -> PIL.Image.Image:
-    """The image with its header read and nothing decoded."""
+    """Opens an image and reads its header without decoding."""
     PIL.Image.init()
     formats = [name for name in _FORMATS if name in PIL.Image.OPEN]
     try:

@@ -1,8 +1,8 @@
-"""The process that decodes image files: one that hangs, crashes or fills memory ends it alone.
+"""The process that decodes image files; an image that hangs, crashes or fills memory ends only it.
 
 It reads its settings and then images from standard input and answers each on standard output. The
-kernel ends it when one image exceeds its limit (alarms left at their default action). When the
-input closes it ends, so nothing outlives the run by more than one image's limit.
+kernel ends it when one image exceeds its limit (alarms keep their default action). When the input
+closes it ends, so nothing outlives the run by more than one image's limit.
 """
 
 import os
@@ -18,7 +18,7 @@ from luspo_jax.images.record import ImageError
 
 
 def answer(data: bytes | np.ndarray, patching: Patching) -> tuple:
-    """("ok", patches, grid), or ("refused", reason, detail)."""
+    """Returns ("ok", patches, grid), or ("refused", reason, detail)."""
     try:
         return ("ok", *prepared(data, patching))
     except ImageError as error:
@@ -28,14 +28,14 @@ def answer(data: bytes | np.ndarray, patching: Patching) -> tuple:
 
 
 def main() -> None:
-    """Answer until the input closes."""
+    """Answers images until the input closes."""
     tasks, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what a decoder prints must not reach the answers
+    os.dup2(2, 1)  # a decoder's prints must not mix with the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     PIL.Image.MAX_IMAGE_PIXELS = None  # sizes are checked against max_source_pixels
     patching, time_limit, memory_limit = read_frame(tasks)
-    answer(np.zeros((56, 56, 3), np.uint8), patching)  # imports done before the first limit
+    answer(np.zeros((56, 56, 3), np.uint8), patching)  # complete all imports before the first limit
     if memory_limit is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
     while True:

@@ -1,4 +1,4 @@
-"""Length pressure of a training run: which responses, which programs, which metrics."""
+"""Length pressure of a training run: selects responses, compiles programs, reports metrics."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ from luspo_jax.objectives import Objective
 from luspo_jax.rollout import Response
 from luspo_jax.types import TokenRows
 
-OWN = "own"  # the run's objective among those measured
+OWN = "own"  # name of the run's own objective
 _RAISED = "own_raised"
-_ALPHA_STEP = 0.25  # how far α is moved to see what pressure does
+_ALPHA_STEP = 0.25  # change in α that measures the slope of pressure
 
 
 @dataclasses.dataclass(frozen=True)
 class Laboratory:
-    """What a run measures; static under jit.
+    """What a run measures, and how; static under jit.
 
     Attributes:
       rule: how log-probabilities are computed.
@@ -105,17 +105,17 @@ def chosen(sampled: Sampled, *, version: int, share: float, num_groups: int) -> 
 def measure(
     lab: Laboratory, params: Any, end_params: Any, sampled: Sampled, alpha_shift: float
 ) -> dict[str, Pressure]:
-    """Pressure of every objective at the start of a step, and as NAME/end at its end.
+    """Measures the pressure of every objective at the start of a step, and as NAME/end at its end.
 
-    At the start all ratios are 1. At the end, coefficients are taken at `end_params`, so that
-    the ratios are those of the step's last updates and clipping shows.
+    At the start all ratios are 1. At the end, coefficients are taken at `end_params`, so the ratios
+    are those of the step's last updates and clipping shows.
 
     Args:
       lab: what to measure.
       params: the policy that sampled.
       end_params: the policy after the step's updates.
-      sampled: of `chosen`.
-      alpha_shift: of an adaptive length scale.
+      sampled: output of `chosen`.
+      alpha_shift: shift of an adaptive length scale.
     """
     sides = [_half(_part(sampled, side), lab) for side in pressure.halves(sampled.group_ids_B)]
     result = _measure(params, end_params, *sides, np.float32(alpha_shift), lab=lab)
@@ -154,12 +154,12 @@ def lower_measure(lab: Laboratory, params: Any, half: Half) -> Any:
 
 
 def taken(lab: Laboratory, params: Any, old_params: Any, sampled: Sampled) -> tuple[float, float]:
-    """First-order change of mean length and mean reward by the update from `old_params`."""
+    """Returns the first-order change in mean length and reward by the update from `old_params`."""
     return jax.device_get(_taken(params, old_params, _half(sampled, lab), lab=lab))
 
 
 def metrics(measured: Mapping[str, Pressure]) -> dict[str, float]:
-    """Measurements by metric name: per unit of learning rate of plain gradient descent."""
+    """Names the measurements as metrics: per unit of learning rate of plain gradient descent."""
     values = {}
     for name, p in measured.items():
         if name.startswith(_RAISED):
@@ -176,7 +176,7 @@ def metrics(measured: Mapping[str, Pressure]) -> dict[str, float]:
 
 
 def own_slope(lab: Laboratory, measured: Mapping[str, Pressure]) -> tuple[float, float]:
-    """The run's own pressure per unit of gradient mass, and its derivative in α (0 if fixed)."""
+    """Returns the run's own pressure per unit of gradient mass, and its slope in α (0 if fixed)."""
 
     def normalized(name):
         p = measured[name]

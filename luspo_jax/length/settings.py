@@ -1,4 +1,4 @@
-"""What is measured of response length, what steers the length scale, and what counts as degenerate.
+"""Settings to measure response length, steer the length scale, and detect degenerate length growth.
 
 The section `length` of a configuration.
 """
@@ -9,7 +9,7 @@ import math
 from luspo_jax.values import nearest
 
 STEERING = ("none", "band", "pressure")
-_MOST = 1e9  # of a penalty: it is a reward, whose square must fit float32
+_MOST = 1e9  # largest penalty: as a reward, its square must fit float32
 MITIGATIONS = ("none", "penalty", "scale")
 
 
@@ -18,29 +18,29 @@ class LengthSettings:
     """Instruments and controls of response length; measuring costs nothing while `every` is 0.
 
     Attributes:
-      every: rollout steps between two measurements of length pressure; 0 = never. While it is
-        not, the state holds a second copy of the parameters (for the update actually taken).
-      share: share of the groups that are measured.
-      objectives: presets, joined with commas, whose pressure is measured beside the run's own.
+      every: rollout steps between two measurements of length pressure; 0 = never. If nonzero, the
+        state holds a second copy of the parameters (to measure the update actually taken).
+      share: share of groups to measure.
+      objectives: presets, joined with commas, to measure besides the run's own objective.
       bin_edges: ascending lengths in tokens, joined with commas, that bound the length bins;
         empty = 1/8, 1/4 and 1/2 of the longest response.
-      steer: what moves α of length_scale = "adaptive": "band" keeps the mean length between
+      steer: what steers α of length_scale = "adaptive": "band" keeps the mean length between
         `target_low` and `target_high`; "pressure" drives the run's own length pressure to zero.
-      target_low: least mean length wanted, tokens (band).
-      target_high: greatest mean length wanted, tokens (band).
+      target_low: lowest target for the mean length, tokens (band).
+      target_high: highest target for the mean length, tokens (band).
       alpha_low: least α.
       alpha_high: greatest α.
-      alpha_rate: most that α moves in one step.
-      smoothing: weight of the past in the running means that steer.
-      window: rollout steps whose mean is compared with that of as many before them.
-      growth: relative growth of length over a window that asks for a reason.
-      gain: growth of accuracy that is reason enough.
-      mitigation: what happens while the run is flagged as degenerate: "penalty" subtracts
-        `penalty` · L / max_response_length from rewards, "scale" lowers α by `alpha_rate` a step.
-      penalty: reward that the longest possible response loses.
+      alpha_rate: largest change of α in one step.
+      smoothing: weight of the past in the running means used for steering.
+      window: rollout steps in each of the two successive windows whose means are compared.
+      growth: relative growth of length over a window above which accuracy must grow too.
+      gain: growth of accuracy that justifies it.
+      mitigation: response to a run flagged as degenerate: "penalty" subtracts `penalty` · L /
+        max_response_length from rewards, "scale" lowers α by `alpha_rate` a step.
+      penalty: reward lost by the longest possible response.
 
     Raises:
-      ValueError: naming the field.
+      ValueError: an invalid field, named in the message.
     """
 
     every: int = 0
@@ -126,11 +126,11 @@ class LengthSettings:
             return None
 
     def bins(self, max_response_length: int) -> tuple[int, ...]:
-        """Edges of the length bins, in tokens."""
+        """Returns the edges of the length bins, in tokens."""
         default = sorted({max(1, max_response_length // part) for part in (8, 4, 2)})
         return self._edges() or tuple(default)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The presets to measure."""
+        """Returns the presets to measure."""
         return tuple(name.strip() for name in self.objectives.split(",") if name.strip())

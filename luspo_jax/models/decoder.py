@@ -1,8 +1,8 @@
 """Qwen2.5, Qwen3, Qwen3-MoE and Qwen2.5-VL decoders as functions of `(params, arrays)`.
 
-Parameters are a nested dict; layers of one kind that follow each other are stacked on a leading
-axis (`DecoderConfig.stacks`). Those of a tower for images are under "vision"; `vision.encode` makes
-embeddings of images, and the functions here take them in place of tokens'.
+Parameters are a nested dict; consecutive layers of one kind are stacked on a leading axis
+(`DecoderConfig.stacks`). The parameters of an image tower are under "vision"; `vision.encode`
+computes embeddings of images, and the functions here use them in place of token embeddings.
 """
 
 import functools
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
-_MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by the last key of their path
+_MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by their last key
 
 
 def _attend_sequence(query, key, value, cache, layer, segment_ids_BT, *, how, keep):
@@ -84,10 +84,10 @@ def forward(
     units_UD=None,
     index_BT=None,
 ):
-    """(hidden states [B, T, D] after the final norm, Routed or None).
+    """Returns (hidden states [B, T, D] after the final norm, Routed or None).
 
     Args:
-      params: as `init_params` makes them, in any floating type.
+      params: as from `init_params`, in any floating type.
       tokens_BT: int32 token ids.
       positions_BT: int32 rotary positions, from 0 in each segment; [B, T, 3] where images give
         tokens positions in time, row and column (`images.layout.mrope_positions`).
@@ -127,13 +127,13 @@ def prefill(
     units_UD=None,
     index_BT=None,
 ):
-    """(hidden state of each row's last token [B, D], cache of all of length T, expert ids).
+    """Returns (hidden state of each row's last token [B, D], KV cache of length T, expert ids).
 
-    Rows are left-aligned and `lengths_B` ≥ 1 long; what follows a row's length is ignored, and
-    what the cache holds there is overwritten as decoding advances. `positions_BT`, `units_UD` and
-    `index_BT` are as in `forward`; positions count from 0 where none are given. Under a layout rows
-    lie over "batch" and key heads over "kv_heads"; positions are on every device. The ids are
-    [B, T, L, K], None where there are no experts.
+    Rows are left-aligned with `lengths_B` ≥ 1. Tokens after a row's length are ignored; decoding
+    overwrites their cache entries as it advances. `positions_BT`, `units_UD` and `index_BT` are as
+    in `forward`; by default positions count from 0. Under a layout rows are sharded over "batch"
+    and key heads over "kv_heads"; positions are on every device. The ids are [B, T, L, K], None
+    without experts.
     """
     (B, T), layout = tokens_BT.shape, how.layout
     tokens_BT = sharding.constrain(tokens_BT, ("batch", None), layout)
@@ -166,7 +166,7 @@ def decode_step(
     real_B=None,
     positions_B=None,
 ):
-    """(hidden state [B, D] of one more token a row, the cache with it written in, expert ids).
+    """Decodes one more token per row: (hidden state [B, D], updated cache, expert ids).
 
     Token b sits at position `lengths_B[b]`, where its key and value are written, and sees the
     entries up to and including its own. Its rotary position is that, or `positions_B[b]`, which
@@ -200,15 +200,15 @@ def empty_cache(how, batch, length):
 
 
 def head_kernel(params):
-    """The output matrix [V, D]: the head's own, or the embedding where they are tied."""
+    """Returns the output matrix [V, D]: the head, or the embedding if they are tied."""
     return params["head"] if "head" in params else params["embedding"]
 
 
 def init_params(key, config, dtype=jnp.float32, layout=None):
-    """Random parameters: normal(0, 0.02) matrices, unit norms, zero biases.
+    """Initialises parameters at random: normal(0, 0.02) matrices, unit norms, zero biases.
 
-    All matrices are cut from one draw: one random generator to compile instead of one a matrix.
-    With a layout the same numbers, up to rounding, are made in place, each device its part.
+    All matrices are slices of one draw: one random generator to compile instead of one per matrix.
+    With a layout each device generates its own part, with the same numbers up to rounding.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     axes = jax.tree.leaves(param_axes(config), is_leaf=lambda node: isinstance(node, tuple))
@@ -233,7 +233,7 @@ def init_params(key, config, dtype=jnp.float32, layout=None):
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _normal_part(key, start, shape, axes, layout):
-    """`normal_slice`, spread over the mesh, one layer after another to spare memory."""
+    """Draws `normal_slice` sharded over the mesh, one layer after another to save memory."""
     if axes[0] != "layers":
         return constrain(normal_slice(key, start, shape), axes, layout)
 
@@ -258,7 +258,7 @@ def abstract_params(config, dtype=jnp.float32):
 
 
 def cast(params, dtype):
-    """Parameters in another type, as `abstract_params` has them: routers stay float32."""
+    """Casts parameters to the types of `abstract_params`: routers stay float32."""
     flat, tree = jax.tree_util.tree_flatten_with_path(params)
     routers = [any(getattr(key, "key", None) == "router" for key in path) for path, _ in flat]
     return jax.tree.unflatten(
@@ -267,7 +267,7 @@ def cast(params, dtype):
 
 
 def param_axes(config):
-    """The logical axis of every dimension of every parameter, as a tree of tuples."""
+    """Returns the logical axis of every dimension of every parameter, as a tree of tuples."""
     norm, matrix = {"scale": ("norm",)}, ("vocab", "embed")
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     attention = {
@@ -301,7 +301,7 @@ def param_axes(config):
 
 
 def cut_sizes(config):
-    """What a mesh must cut into equal parts: name in config.json → (logical axis, size)."""
+    """Returns sizes that a mesh must divide evenly: name in config.json → (logical axis, size)."""
     sizes = {
         "num_key_value_heads": ("kv_heads", config.num_kv_heads),
         "num_attention_heads": ("heads", config.num_heads),

@@ -1,6 +1,6 @@
 """The decoder's Flax modules: layers, and the stacks that scan over them.
 
-Flax stays in this file. `decoder` has the functions of `(params, arrays)` that all others use.
+Only this file uses Flax. `decoder` has the functions of `(params, arrays)` for all other modules.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from luspo_jax.models.layers import (
 )
 from luspo_jax.ops.precision import wide_type
 
-# What a layer keeps for the backward pass, by name. "none" recomputes nothing and "full" all but
-# the layer's input; between them, the outputs of all matrix products, or of the attention alone,
-# whose recomputation is the dearest at long lengths. "offload" keeps the layer's attention output
-# in host memory.
+# Activations that a layer keeps for the backward pass, by name. "none" recomputes nothing; "full"
+# recomputes all but the layer's input. Between them, the outputs of all matrix products are kept,
+# or those of attention alone, whose recomputation is the most expensive at long lengths. "offload"
+# keeps the layer's attention output in host memory.
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": None,
@@ -51,14 +51,14 @@ _zeros = nn.initializers.zeros
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Rotated keys and values of every layer: [L, B, K, S, H] each."""
+    """The rotated keys and values of every layer: [L, B, K, S, H] each."""
 
     keys_LBKSH: jax.Array
     values_LBKSH: jax.Array
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its learnt scale."""
+    """`rms_norm` with a learnt scale."""
 
     config: DecoderConfig
     param_dtype: Any
@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """x · kernel (+ bias) over the last `contracted` axes of x; `axes` are those of the kernel."""
+    """x · kernel (+ bias) over the last `contracted` axes of x; `axes` are the kernel's."""
 
     axes: tuple[str, ...]
     features: tuple[int, ...]
@@ -91,10 +91,10 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; `attend_fn` decides what the queries see.
+    """Grouped-query attention; `attend_fn` determines what the queries see.
 
-    attend_fn(query, key, value, cache, layer, context) -> (out, cache, kept): the new keys and
-    values go wherever it puts them.
+    attend_fn(query, key, value, cache, layer, context) -> (out, cache, kept) also decides where the
+    new keys and values are stored.
     """
 
     how: Forward
@@ -143,7 +143,7 @@ class MLP(nn.Module):
 
 
 class Weight(nn.Module):
-    """A kernel by itself."""
+    """A kernel alone."""
 
     shape: tuple[int, ...]
     param_dtype: Any
@@ -154,7 +154,7 @@ class Weight(nn.Module):
 
 
 class Experts(nn.Module):
-    """Σ_k p_k · MLP_k(x) over the K experts that a router chooses; returns what it did as well."""
+    """Σ_k p_k · MLP_k(x) over the K experts that a router chooses; also returns the routing."""
 
     how: Forward
     param_dtype: Any
@@ -182,9 +182,9 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm residual layer; its signature is that of a scan body.
+    """Pre-norm residual layer, with the signature of a scan body.
 
-    `real` is false on padding; `replayed` has the experts to use in place of the router's.
+    `real` is false on padding; `replayed` has expert ids that replace the router's.
     """
 
     how: Forward
@@ -211,13 +211,13 @@ class Layer(nn.Module):
 
 
 def placed(x, layout):
-    """Activations [B, T, D], or [B, D] of one token a row, where they belong."""
+    """Shards activations [B, T, D], or [B, D] for one token per row, by the layout."""
     axes = ("batch", None) if x.ndim == 2 else ("batch", "length", None)
     return sharding.constrain(x, axes, layout)
 
 
 class Decoder(nn.Module):
-    """Embedding, stacked layers, and the final norm on the positions asked for."""
+    """Embedding, stacked layers, and the final norm at the requested positions."""
 
     how: Forward
     attend_fn: Any
@@ -278,7 +278,7 @@ class Decoder(nn.Module):
         return scanned(self.how, self.param_dtype, self.attend_fn, stack.experts, name=stack.name)
 
     def _recorded(self, routed):
-        """Routed of all layers that have experts, [..., L, K]; None where none has."""
+        """Returns Routed for all layers with experts, [..., L, K]; None without experts."""
         if not routed:
             return None
         routed = _joined(routed)
@@ -290,5 +290,5 @@ def _wide(dtype):
 
 
 def _joined(stacks):
-    """One tree of several, joined along their layers."""
+    """Concatenates several trees along their layers."""
     return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)

@@ -33,7 +33,7 @@ from luspo_jax.sharding import constrain
 
 _MASKED = -1e30  # finite: the exponential of a masked score is exactly zero, never NaN
 
-# Logical axes of the parameters. A patch's kernel has its colours, frames, rows and columns.
+# Logical axes of the parameters. A patch's kernel has colours, frames, rows and columns.
 _AXES = {
     "patch": {"kernel": (None, None, None, None, "embed")},
     "blocks": {
@@ -61,7 +61,7 @@ _AXES = {
 
 
 def _shapes(config):
-    """Shapes of the parameters, in the structure of `_AXES`."""
+    """Returns shapes of the parameters, in the structure of `_AXES`."""
     D, F, heads = config.embed_dim, config.mlp_dim, (config.num_heads, config.head_dim)
     M = config.unit_patches * D
     return {
@@ -88,7 +88,7 @@ def _shapes(config):
 
 
 def _with_blocks(tree, first):
-    """The tree of tuples with `first` in front of those of the blocks."""
+    """Prepends `first` to the tuples of the blocks."""
 
     def is_leaf(node):
         return isinstance(node, tuple)
@@ -98,7 +98,7 @@ def _with_blocks(tree, first):
 
 
 def abstract_params(config, dtype=jnp.float32):
-    """Shapes and types of the tower's parameters; nothing is allocated."""
+    """Returns shapes and types of the tower's parameters; allocates nothing."""
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, dtype),
         _with_blocks(_shapes(config), config.depth),
@@ -107,13 +107,13 @@ def abstract_params(config, dtype=jnp.float32):
 
 
 def param_axes(config):
-    """The logical axis of every dimension of every parameter, as a tree of tuples."""
-    del config  # all towers have the same
+    """Returns the logical axis of every dimension of every parameter, as a tree of tuples."""
+    del config  # the same for all towers
     return _with_blocks(_AXES, "layers")
 
 
 def cut_sizes(config):
-    """What a mesh must cut into equal parts: name in config.json → (logical axis, size)."""
+    """Returns sizes that a mesh must divide evenly: name in config.json → (logical axis, size)."""
     return {
         "vision_config.hidden_size": ("embed", config.embed_dim),
         "vision_config.num_heads": ("heads", config.num_heads),
@@ -131,7 +131,7 @@ def encode(params, patches_ISC, positions_IS2, valid_IS, *, how):
 
     Args:
       params: the tower's own, `params["vision"]`, in any floating type.
-      patches_ISC: floating; each patch as the image processor gives it, C its numbers.
+      patches_ISC: floating; each patch as from the image processor, C its numbers.
       positions_IS2: int32 row and column of each slot's patch.
       valid_IS: bool, whether the slot holds a patch; S a multiple of a window's slots.
       how: the Forward. Its `vision_attention` reads segment ids and is of `full_layers`; under its
@@ -140,7 +140,7 @@ def encode(params, patches_ISC, positions_IS2, valid_IS, *, how):
 
     Raises:
       ValueError: sizes that do not fit, or an attention that takes lengths only (cudnn): the slots
-        of an image are not one run.
+        of an image are not contiguous.
     """
     config, layout = how.model.vision, how.layout
     _check(patches_ISC, config, how.vision_attention)
@@ -173,7 +173,7 @@ def _block(x, params, full, rotation, valid_IS, full_attention, how):
         out = full_attention(*arrays)
     elif not config.full_layers:
         out = windowed(*arrays)
-    else:  # of the two, one is computed
+    else:  # only one of the two is computed
         out = lax.cond(full, full_attention, windowed, *arrays)
     out = _affine(out, params["attention"]["out"], axes["attention"]["out"], layout, contracted=2)
     x = placed(x + out, layout)
@@ -186,14 +186,14 @@ def _block(x, params, full, rotation, valid_IS, full_attention, how):
 
 
 def _affine(x, params, axes, layout, contracted=1):
-    """x · kernel + bias over the last `contracted` axes of x."""
+    """Computes x · kernel + bias over the last `contracted` axes of x."""
     return add_bias(
         project(x, params["kernel"], contracted, axes["kernel"], layout), params["bias"]
     )
 
 
 def _merge(x_ISD, params, config, layout):
-    """out(gelu(hidden(x))) of the patches of each unit, normed and joined."""
+    """Computes out(gelu(hidden(x))) of the normed, concatenated patches of each unit."""
     I, S, D = x_ISD.shape
     units_IUM = rms_norm(x_ISD, params["norm"]["scale"], NORM_EPS).reshape(
         I, S // config.unit_patches, config.unit_patches * D
@@ -205,8 +205,10 @@ def _merge(x_ISD, params, config, layout):
 
 
 def _rotation(positions_IS2, head_dim):
-    """(cos, sin), float32 [I, S, 1, H/2]: the first half of the angles turn by the patch's row, the
-    others by its column."""
+    """Returns (cos, sin), float32 [I, S, 1, H/2]: the first half of the angles use the row.
+
+    The other half use the column.
+    """
     positions = positions_IS2.astype(jnp.float32)[..., None]
     angles = positions * along_last_axes(frequencies(head_dim // 2, ROPE_THETA), positions.ndim)
     angles = angles.reshape(*positions_IS2.shape[:2], 1, head_dim // 2)
@@ -214,7 +216,7 @@ def _rotation(positions_IS2, head_dim):
 
 
 def _attend_image(implementation, layout, query, key, value, valid_IS):
-    """Attention of all patches of an image over each other."""
+    """Attends over all patches of an image."""
     return attend(
         query,
         key,
@@ -226,11 +228,11 @@ def _attend_image(implementation, layout, query, key, value, valid_IS):
     )
 
 
-# The weights of all windows are computed again in the backward pass: kept, they are 64 numbers a
-# patch and head, as many as the rest of a block keeps.
+# The backward pass recomputes the weights of all windows: they are 64 numbers per patch and head,
+# as many as the rest of a block keeps.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1))
 def _attend_windows(slots, layout, query_ISNH, key_ISNH, value_ISNH, valid_IS):
-    """Attention of the patches in a window over each other, `slots` of them a window."""
+    """Attends over the patches of each window, `slots` per window."""
     I, S, N, H = query_ISNH.shape
     scaled_ISNH = (wide(query_ISNH) * H**-0.5).astype(query_ISNH.dtype)
 
@@ -249,7 +251,7 @@ def _attend_windows(slots, layout, query_ISNH, key_ISNH, value_ISNH, valid_IS):
 
 
 def _window_axes(count, layout):
-    """Axes of images and their windows; windows that cannot be cut evenly lie on every device."""
+    """Returns axes of images and their windows; unevenly divided windows are on every device."""
     cut = layout is not None and count % layout.size("length") == 0
     return "batch", "length" if cut else None
 

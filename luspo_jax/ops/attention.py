@@ -1,4 +1,4 @@
-"""Attention within segments, causal or not: one front, an implementation by platform, any mesh.
+"""Attention within segments, causal or not: one interface, one implementation per platform.
 
 | name | platform | what it is |
 |---|---|---|
@@ -7,8 +7,8 @@
 | flash_gpu | GPU | Pallas kernels that read segment ids (`gpu_attention`) |
 | cudnn | GPU | cuDNN's, which takes lengths and not segment ids: one segment a row only |
 
-Rows may be spread over devices, heads over others, and a row's positions over others again, which
-makes the attention a ring (`ring_attention`).
+Any mesh works: rows, heads and the positions of a row may be sharded. Sharded positions make the
+attention a ring (`ring_attention`).
 """
 
 import functools
@@ -28,7 +28,7 @@ from luspo_jax.sharding import Layout, shard_map
 
 __all__ = ["IMPLEMENTATIONS", "attention", "inverse_ring_order", "resolve", "ring_order"]
 
-# Where each has its `forward_block` and `backward_block`; imported when used, as Pallas takes long.
+# Modules with `forward_block` and `backward_block`; imported when used, as Pallas imports slowly.
 IMPLEMENTATIONS = {
     "reference": "reference_attention",
     "splash": "splash_attention",
@@ -55,28 +55,29 @@ def attention(
     implementation="reference",
     layout: Layout | None = None,
 ):
-    """softmax(q·k / √H) v over the keys of the same segment that are not in the future.
+    """Returns softmax(q·k / √H) v over the keys of the same segment that are not in the future.
 
-    Order is that of the arrays (S = T); where the layout cuts the length, the arrays are in
-    `ring_order`, and what counts is the order before that. Query head n reads key head
-    n // (N / K). Scores, softmax and sums are float32.
+    Order is that of the arrays (S = T). If the layout shards the length, the arrays are in
+    `ring_order` and the order before that permutation counts. Query head n reads key head n // (N /
+    K). Scores, softmax and sums are float32.
 
     Args:
       query_BTNH: queries, already rotated.
       key_BSKH: keys, already rotated.
       value_BSKH: values.
-      segment_ids_BT: int32, 0 on padding (whose outputs are finite and mean nothing).
-      causal: false lets a query see the future too, as patches of an image do; order means nothing
-        then, and where the layout cuts the length, each device has all keys of its rows.
-      implementation: a key of IMPLEMENTATIONS, as `resolve` gives it.
-      layout: how arrays lie on a mesh; each device works on its own rows, heads and positions.
+      segment_ids_BT: int32, 0 on padding (whose outputs are finite but meaningless).
+      causal: false lets a query see the future too, as for image patches; order then has no
+        meaning, and if the layout shards the length, each device has all keys of its rows.
+      implementation: a key of IMPLEMENTATIONS, from `resolve`.
+      layout: how arrays are sharded over a mesh; each device computes its own rows, heads and
+        positions.
 
     Returns:
       Weighted values [B, T, N, H] in the type of the queries.
 
     Raises:
-      ValueError: on an unknown implementation, naming the known ones; on a size that the mesh does
-        not divide, or on a mesh that cuts lengths with an implementation that cannot.
+      ValueError: an unknown implementation (the message lists the known ones), a size that the mesh
+        does not divide, or a mesh that shards lengths with an implementation that cannot.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -104,19 +105,19 @@ def resolve(
     context: int = 1,
     second_derivatives: bool = False,
 ) -> str:
-    """The implementation that is meant, with "auto" decided; refuses one that does not fit.
+    """Resolves "auto" to an implementation, and refuses one that does not fit.
 
-    "auto" is splash on TPU; on GPU cudnn where it fits and else flash_gpu; elsewhere, and where
-    these do not fit, the reference.
+    "auto" is splash on TPU; on GPU cudnn if it fits, else flash_gpu; elsewhere, or if these do not
+    fit, the reference.
 
     Args:
       implementation: "auto" or a key of IMPLEMENTATIONS.
-      platform: of the devices ("cpu", "tpu", "gpu", "cuda", "rocm").
+      platform: platform of the devices ("cpu", "tpu", "gpu", "cuda", "rocm").
       packed: whether a row may hold more than one segment.
       head_dim: H.
       dtype: type of queries, keys and values.
-      context: devices that share a row's length.
-      second_derivatives: whether the backward pass is differentiated, as length pressure does.
+      context: number of devices over which a row's length is sharded.
+      second_derivatives: whether the backward pass is differentiated, as for length pressure.
 
     Returns:
       A key of IMPLEMENTATIONS.
@@ -150,7 +151,7 @@ def resolve(
 
 
 def _unfit(name, *, platform, packed, head_dim, dtype, context, second_derivatives):
-    """Why an implementation cannot do what is needed; None where it can."""
+    """Returns why an implementation does not fit; None if it does."""
     if name == "reference":
         return None
     if platform not in _PLATFORMS[name]:
@@ -196,8 +197,8 @@ def _check_ring(implementation, length, count):
 
 
 # ---------------------------------------------------------------- each device its own part
-# The derivative is declared out here, so that both passes are a plain shard_map of their own and
-# no rule of differentiation has to go through one.
+# The derivative is declared outside shard_map, so that each pass is a plain shard_map of its own
+# and no differentiation rule has to go through one.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -207,7 +208,7 @@ def _by_parts(implementation, layout, causal, query_BTNH, key_BSKH, value_BSKH, 
 
 
 def _inputs(causal):
-    """Axes of queries, keys, values, and the segment ids of queries and of keys."""
+    """Returns the axes of queries, keys, values, and the segment ids of queries and of keys."""
     key, segments = (_KEY, _SEGMENTS) if causal else (_WHOLE_KEY, _WHOLE_SEGMENTS)
     return _QUERY, key, key, _SEGMENTS, segments
 
@@ -253,7 +254,7 @@ def _own_backward(implementation, layout, causal, query, key, value, *rest):
         grads = backward_ring(block, axis, count, query, key, value, segments, *rest)
     else:
         grads = block(query, key, value, *rest, causal=causal)
-    if not causal and count > 1:  # of own queries so far
+    if not causal and count > 1:  # so far from this device's queries only
         grads = grads[0], *(jax.lax.psum(grad, axis) for grad in grads[1:])
     return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
 
@@ -263,6 +264,6 @@ def _blocks(implementation):
 
 
 def _ring(layout):
-    """Name and size of the mesh axis that lengths are cut over."""
+    """Returns name and size of the mesh axis over which lengths are sharded."""
     names = () if layout is None else layout.axis_names("length")
     return (names[0], layout.size("length")) if names else (None, 1)

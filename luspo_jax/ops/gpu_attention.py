@@ -1,12 +1,12 @@
 """Attention for GPU by Pallas kernels (through Triton) that read segment ids.
 
-The tiles and loops are those of `jax.experimental.pallas.ops.gpu.attention` (Dao 2023,
-arXiv:2307.08691), which has one array of segment ids for queries and keys and one key head for each
-query head. Here the two have their own ids, so that a block may lie off the diagonal and the ring
-can use it; query heads read their key head in place, with no copy of it for each; a key head's
-gradient is summed over its query heads where it is computed; and Σ out · grad is taken in float32.
+Tiles and loops follow `jax.experimental.pallas.ops.gpu.attention` (Dao 2023, arXiv:2307.08691),
+which has one array of segment ids for queries and keys and one key head per query head. There are
+four differences. Queries and keys have their own segment ids, so that a block may be off the
+diagonal and the ring can use it. Query heads read their key head in place, without copies. A key
+head's gradient is summed over its query heads where it is computed. Σ out · grad is float32.
 
-Written without a GPU at hand: compiled for one and run on CPU by Pallas' interpreter. Tile sizes
+Written without access to a GPU: compiled for one and run on CPU by Pallas' interpreter. Tile sizes
 are not tuned.
 """
 
@@ -21,8 +21,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from luspo_jax.ops.precision import wide
 
-_QUERIES, _KEYS = 128, 64  # in a tile of the forward pass
-_TILE = 64  # queries and keys in a tile of the backward pass
+_QUERIES, _KEYS = 128, 64  # per tile of the forward pass
+_TILE = 64  # queries and keys per tile of the backward pass
 _WARPS, _STAGES = 8, 2
 _MASKED = -1e30  # finite: the exponential of a masked score is exactly zero, never NaN
 _PADDING = -1  # a segment of its own
@@ -31,7 +31,7 @@ _LOG2E = math.log2(math.e)
 
 
 def forward_block(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, *, causal):
-    """(out_BTNH, lse_BTN); as in `reference_attention`, `out` in the type of the queries."""
+    """Returns (out_BTNH, lse_BTN); as in `reference_attention`, `out` in the queries' type."""
     T = query_BTNH.shape[1]
     arrays = _padded_all(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
     query, key = arrays[:2]
@@ -64,7 +64,7 @@ def backward_block(
     *,
     causal,
 ):
-    """Gradients (dq, dk, dv), float32; as in `reference_attention`."""
+    """Returns gradients (dq, dk, dv), float32; as in `reference_attention`."""
     T, S = query_BTNH.shape[1], key_BSKH.shape[1]
     arrays = _padded_all(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
     delta_BTN = jnp.sum(wide(out_BTNH) * wide(grad_BTNH), axis=-1)
@@ -247,7 +247,7 @@ def _key_kernel(
 
 
 def _weights_and_gradient(query, key, value, grad, lse, delta, seen, head_dim):
-    """Softmax weights of a tile, and the gradient of its scores before scaling."""
+    """Returns the softmax weights of a tile, and the gradient of its scores before scaling."""
     scores = _scores(query, key, head_dim) - lse[:, None] * _LOG2E
     weights = jnp.where(seen, jnp.exp2(scores), 0.0)
     return weights, weights * (_dot(grad, value.T) - delta[:, None])
@@ -258,7 +258,7 @@ def _scores(query, key, head_dim):
 
 
 def _dot(a, b):
-    """Product with float32 sums; of float32 factors, with all their bits."""
+    """Multiplies with float32 sums; float32 factors keep all their bits."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return plgpu.dot(a, b, precision=precision)
 

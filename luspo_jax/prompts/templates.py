@@ -1,4 +1,4 @@
-"""Prompt templates, by name or as a text with `{problem}` in it, and system messages."""
+"""Prompt templates, by name or as text with `{problem}`, and system messages."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from luspo_jax.datasets.example import DataError
 from luspo_jax.datasets.table import text as cell_text
 from luspo_jax.values import nearest
 
-# A column's name in braces. What follows a command of LaTeX is its argument: \boxed{answer},
+# A column's name in braces. Braces after a LaTeX command hold its argument: \boxed{answer},
 # \frac{a}{b}.
 _FIELD = re.compile(r"\{problem\}|(?<![A-Za-z}\\^_])\{([A-Za-z_][\w.]*)\}")
 PROBLEM = "problem"
@@ -18,12 +18,13 @@ PROBLEM = "problem"
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a problem is put to the model.
+    """The message in which a problem is put to the model.
 
     Attributes:
-      text: the message, with `{problem}` where the problem goes, and the names of other columns
-        in braces where those go.
-      chat: whether the text is a user message in the tokenizer's chat template, or the prompt.
+      text: the message, with `{problem}` in place of the problem, and other columns' names in
+        braces in place of their values.
+      chat: whether the text is a user message in the tokenizer's chat template, or the whole
+        prompt.
     """
 
     text: str
@@ -35,14 +36,14 @@ class Template:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that the text names beside the problem."""
+        """Returns the columns that the text names besides the problem."""
         return tuple(dict.fromkeys(filter(None, _FIELD.findall(self.text))))
 
     def fill(self, problem: str, columns: Mapping[str, Any] | None = None) -> str:
-        """The message for a problem; braces in the problem or a column stay as they are.
+        """Fills in a problem; braces in the problem or a column stay unchanged.
 
         Raises:
-          DataError: the text names a column that the problem lacks, or that is no text.
+          DataError: the text names a column that the problem lacks, or that is not text.
         """
         return _FIELD.sub(lambda field: _value(field[1], problem, columns or {}), self.text)
 
@@ -70,7 +71,7 @@ TEMPLATES = {
     "plain": Template("{problem}", chat=False),
 }
 
-# The system message of arXiv:2602.05261, figure 3; format "luspo_vl" checks what it asks for.
+# The system message of arXiv:2602.05261, figure 3; the format "luspo_vl" checks its requirements.
 LUSPO_VL_SYSTEM_PROMPT = (
     "Solve the question. When the user asks a question, first think through the reasoning process "
     "internally. Present this reasoning process explicitly, enclosed within <think> </think> tags. "
@@ -84,14 +85,14 @@ SYSTEM_PROMPTS = {"": "", "luspo_vl": LUSPO_VL_SYSTEM_PROMPT}
 
 
 def template(value: str, *, chat: bool = True) -> Template:
-    """The template of a name in TEMPLATES, or of a text with `{problem}` in it.
+    """Returns the template with a name in TEMPLATES, or of a text with `{problem}`.
 
     Args:
       value: the name or the text.
-      chat: of a text, whether it is a user message in the tokenizer's chat template.
+      chat: whether a text is a user message in the tokenizer's chat template.
 
     Raises:
-      ValueError: there is no such name, and it is no such text.
+      ValueError: an unknown name that is not such a text.
     """
     if "{problem}" in value:
         return Template(value, chat)

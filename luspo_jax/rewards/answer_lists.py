@@ -1,4 +1,4 @@
-"""Answers of several parts: lists, tuples, sets and matrices, and how their parts are paired."""
+"""Answers with several parts (lists, tuples, sets, matrices), and rules to pair their parts."""
 
 import dataclasses
 import re
@@ -13,10 +13,10 @@ from luspo_jax.rewards.latex import (
     top_level_items,
 )
 
-# list: several answers, in any order; set: likewise, and repetition means nothing; tuple and
-# vector: the order counts; matrix: parts are rows.
+# list: several answers in any order; set: the same, without repetition; tuple and vector: ordered;
+# matrix: its parts are rows.
 KINDS = ("list", "set", "tuple", "vector", "matrix")
-_MOST = 60  # parts; longer lists are left to string comparison
+_MOST = 60  # parts; longer lists are compared as strings
 
 _JOINT = re.compile(
     r"\s*(?:,?\s*\\text(?:rm)?\s*\{\s*(?:and|or)\s*\}|,?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\lor)\s*"
@@ -35,7 +35,7 @@ _MINUS_PLUS = re.compile(r"\\mp(?![a-zA-Z])")
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The parts of an answer; `brackets` tells points from intervals."""
+    """The parts of an answer; `brackets` distinguishes points from intervals."""
 
     kind: str
     items: tuple[str, ...]
@@ -44,7 +44,7 @@ class Parts:
 
 
 def read_parts(answer: str) -> Parts | None:
-    """The parts of an answer that has several or is in braces; None for a single value."""
+    """Reads an answer with several parts or in braces; returns None for a single value."""
     answer = answer.strip()
     matrix = _matrix(answer)
     if matrix is not None:
@@ -74,7 +74,7 @@ def _limited(kind: str, items: list[str], brackets: str = "", name: str = "") ->
 
 
 def _split(value: str) -> list[str]:
-    """What separators at the top level part: semicolons first, then commas and "and"."""
+    """Splits at top-level separators: semicolons first, then commas and "and"."""
     for separator in (";", ","):
         items = top_level_items(value, separator)
         if len(items) > 1:
@@ -85,19 +85,19 @@ def _split(value: str) -> list[str]:
 
 
 def _joined(item: str) -> list[str]:
-    """The pieces of `1 and 2`, where the word is within no bracket."""
+    """Splits `1 and 2` at the word outside brackets."""
     pieces, start = [], 0
     for joint in _JOINT.finditer(item):
         if item.count("(", start, joint.start()) == item.count(")", start, joint.start()):
             pieces.append(item[start : joint.start()])
             start = joint.end()
     pieces.append(item[start:])
-    # A leading "and", after a comma, leaves nothing before it.
+    # A leading "and", after a comma, leaves an empty piece before it.
     return [piece for piece in pieces if piece.strip()]
 
 
 def _signs(items: list[str]) -> list[str]:
-    """The items, each with ± twice: once with every upper sign, once with every lower."""
+    """Repeats each item with ±: once with every upper sign, once with every lower."""
     both = []
     for item in items:
         if _PLUS_MINUS.search(item) and len(both) < _MOST:
@@ -109,7 +109,7 @@ def _signs(items: list[str]) -> list[str]:
 
 
 def _enclosed(value: str, name: str) -> Parts | None:
-    """The parts of `(a, b)`, `[a, b)`, `{a, b}` or `\\{a, b\\}`."""
+    """Reads the parts of `(a, b)`, `[a, b)`, `{a, b}` or `\\{a, b\\}`."""
     opening = next((o for o in (r"\langle", r"\{", "(", "[", "{") if value.startswith(o)), None)
     closing = next((c for c in (r"\rangle", r"\}", ")", "]", "}") if value.endswith(c)), None)
     if opening is None or closing is None or len(value) < len(opening) + len(closing):
@@ -147,7 +147,7 @@ def _matrix(answer: str) -> Parts | None:
 
 
 def parts_agree(gold: Parts, prediction: Parts, same: Callable[[str, str], bool]) -> bool:
-    """Whether the parts of two answers agree, in order where either side orders them."""
+    """Compares the parts of two answers, in order if either side is ordered."""
     if gold.name and prediction.name and not same_name(gold.name, prediction.name):
         return False
     kinds = {gold.kind, prediction.kind}
@@ -166,14 +166,14 @@ def parts_agree(gold: Parts, prediction: Parts, same: Callable[[str, str], bool]
 
 
 def _only_row(parts: Parts) -> Parts | None:
-    """A matrix of one row as a tuple."""
+    """Turns a matrix of one row into a tuple."""
     if parts.kind != "matrix":
         return parts
     return _enclosed(parts.items[0], "") if len(parts.items) == 1 else None
 
 
 def _same_brackets(gold: Parts, prediction: Parts) -> bool:
-    # Of more than two parts nothing is an interval.
+    # Only two parts can form an interval.
     brackets = {gold.brackets, prediction.brackets}
     return len(brackets) == 1 or (brackets == {"()", "[]"} and len(gold.items) > 2)
 
@@ -198,7 +198,7 @@ def _unordered(gold: Parts, prediction: Parts, same) -> bool:
     names = [[named_value(item)[0] for item in parts.items] for parts in (gold, prediction)]
     distinct = [len(set(filter(None, found))) for found in names]
     if min(distinct) == 0 and max(distinct) > 1:
-        # a = 1, b = 2 against 1, 2: only the order tells which is which.
+        # a = 1, b = 2 against 1, 2: only the order shows which is which.
         return _in_order(gold, prediction, same)
     if gold.kind == "list" and _repeats(gold.items):
         return _pairs_off(gold.items, prediction.items, same)

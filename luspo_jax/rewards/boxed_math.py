@@ -1,4 +1,4 @@
-"""Mathematical equality of the last `\\boxed{…}` and the reference, judged by Math-Verify."""
+"""Mathematical equality of the last `\\boxed{…}` and the reference, by Math-Verify."""
 
 import functools
 
@@ -9,6 +9,6 @@ from luspo_jax.rewards.record import Verifier
 
 
 def boxed_math() -> Verifier:
-    """The verifier; isolated. A response without a closed box is unparsed."""
+    """Returns the isolated verifier. A response without a closed box is unparsed."""
     bound = functools.partial(check, extract=boxed_answer)
     return Verifier("boxed_math", VERSION, bound, isolated=True, warm_up=WARM_UP)

@@ -1,8 +1,8 @@
 """The choice that a response states: its letters, or the text of an option.
 
-It is what the response ends on: the last box or announcement ("the answer is", "I choose", "B is
-correct"), else its last sentence. Letters that are merely named, listed once more, denied, asked
-for or left open ("A or B") state nothing, and an article is no letter.
+The choice is the last box or announcement ("the answer is", "I choose", "B is correct"), else the
+last sentence. Letters that are only mentioned, listed again, denied, asked for or left open ("A or
+B") state nothing, and an article is not a letter.
 """
 
 import re
@@ -13,9 +13,9 @@ from luspo_jax.rewards.extraction import after_reasoning, boxed_answer
 from luspo_jax.rewards.latex import named_value, squeeze, tidy
 from luspo_jax.rewards.plain_numbers import exact_number
 
-_LONGEST_RESPONSE = 20_000  # characters at its end that are looked into
+_LONGEST_RESPONSE = 20_000  # characters searched at its end
 _LONGEST = 2_000  # characters of a statement
-_MOST = 100  # announcements that are looked into
+_MOST = 100  # announcements searched
 _QUOTES = "\"'“”‘’`*_ "
 _DEGREES = re.compile(r"\^\s*\\circ(?![a-zA-Z])")
 _ANGLED = re.compile(r"^<+([^<>]*)>+$")  # <<B>>, as We-Math's prompt writes it
@@ -23,7 +23,7 @@ _TEXT_COMMAND = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:rm|bf|sf|it)|mbox)\s*\{([^{}]*)\}"
 )
 
-# The text in which announcements are looked for: no emphasis, no quotes, no math delimiters.
+# The text that is searched for announcements: no emphasis, no quotes, no math delimiters.
 _WIDE = str.maketrans(
     {0xFF21 + n: chr(65 + n) for n in range(26)}
     | {0xFF41 + n: chr(97 + n) for n in range(26)}
@@ -34,7 +34,7 @@ _QUOTED_LETTER = re.compile(r"(?<![A-Za-z])['‘]([A-Za-z])['’](?![A-Za-z])")
 _EMPHASIS = re.compile(r"(?<![\\A-Za-z0-9)*])\*([^*\s][^*\n]{0,80})\*(?![A-Za-z0-9(*])")
 _MARKUP = re.compile(r"\*\*|__|[$`\"“”]|\\[()\[\]]")
 
-# A letter, where it is none of the words "a" and "I", no variable of a formula and no initial.
+# A letter that is not the word "a" or "I", a variable of a formula or an initial.
 _NO_NOUN = (
     "is|are|was|has|and|or|nor|to|because|since|as|from|with|in|for|by|on|at|which|that|but|not|so"
 )
@@ -55,7 +55,7 @@ _BETWEEN = (
 _RUN = rf"(?P<run>(?>{_MARK}(?:{_BETWEEN}{_MARK}){{0,12}}))"  # all of them or none
 _LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _OPEN = re.compile(r"\b(?:or|nor|to|through)\b|[/|–—或至到-]")
-# What must not follow: a formula, or a verb by which the letter is spoken of.
+# What must not follow: a formula, or a verb whose subject is the letter.
 _FOLLOWED = (
     r"(?!\s{0,3}(?:[=+^>_]|<(?![/|]))|[-–/]\w"
     r"|\s{0,3}\\(?:c[au]p|times|cdot|to|in|su[bp]|[lg]eq?|ne|pm|perp|parallel)"
@@ -115,7 +115,7 @@ _NAMED = tuple(
         rf"{_RUN}\s?项?是?(?:正确|对的)",
     )
 )
-# Before an announcement in its sentence: it is supposed, denied, or of what is wrong.
+# Text before an announcement in its sentence that supposes it, denies it or calls it wrong.
 _UNSTATED = re.compile(
     r"(?i)(?:\b(?:if|suppose|assum\w+|whether|unless|wrong|incorrect|none|neither|nor|hope|cannot"
     r"|not|never|no(?!\sdoubt)|which\s(?:of|choice|option|one|answer|letter))\b|n['’]t\b|不是|错误)"
@@ -134,21 +134,21 @@ _CHATTER = re.compile(
 
 
 def answer_part(response: str) -> str:
-    """What speaks to the reader: after the reasoning, the last <answer> where there is one."""
+    """Returns the text after the reasoning, or the last <answer> there if there is one."""
     spoken = after_reasoning(response)
     _, mark, answer = spoken.rpartition("<answer>")
     return (answer.partition("</answer>")[0] if mark else spoken).strip()
 
 
 def plain(answer: str) -> str:
-    """An answer without emphasis, quotes, math delimiters and text commands."""
+    """Removes emphasis, quotes, math delimiters and text commands."""
     answer = _DEGREES.sub(r"^{\\circ}", tidy(answer.replace("**", " ")))
     answer = _TEXT_COMMAND.sub(r"\1", answer).strip(_QUOTES)
     return _ANGLED.sub(r"\1", answer).strip()
 
 
 def same_text(a: str, b: str) -> bool:
-    """Whether two short answers read the same: case, spaces and decoration aside; or as numbers."""
+    """Compares two short answers as text, ignoring case, spaces and decoration, or as numbers."""
     a, b = plain(a), plain(b)
     if not a or not b:
         return False
@@ -159,20 +159,20 @@ def same_text(a: str, b: str) -> bool:
 
 
 def chosen(response: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the option that a response chooses, by letter or by the option's text.
+    """Returns the letter of the option that a response chooses, by letter or by the option's text.
 
     Args:
       response: the whole response.
-      options: letter → text; empty where they are unknown, and any letter is one.
+      options: letter → text; if empty, the options are unknown and any letter is one.
     """
     found = statement(response)
     return option_meant(found[0], options, announced=found[1]) if found else None
 
 
 def statement(response: str) -> tuple[str, bool] | None:
-    """(what a response states, whether it is announced); None where it states nothing.
+    """Returns (the statement of a response, whether it is announced); None if it states nothing.
 
-    The text begins with the answer; sentences may follow it.
+    The statement begins with the answer; sentences may follow it.
     """
     part = answer_part(response)
     boxed, after = _box(part)
@@ -186,7 +186,7 @@ def statement(response: str) -> tuple[str, bool] | None:
 
 
 def _box(text: str) -> tuple[str | None, str]:
-    """(the last box's content, the text behind it), or (None, the text)."""
+    """Returns (the last box's content, the text after it), or (None, the text)."""
     boxed = boxed_answer(text)
     if boxed is None:
         return None, text
@@ -202,7 +202,7 @@ def _clean(text: str) -> str:
 
 
 def _announcement(text: str) -> str | None:
-    """The text of the last statement that is announced, from its answer on."""
+    """Returns the last announced statement, from its answer on."""
     found = [(m.end(), m) for m in _ANNOUNCED.finditer(text)]
     found += [(m.start("run"), m) for pattern in _NAMED for m in pattern.finditer(text)]
     for start, match in sorted(found, key=lambda one: one[0], reverse=True)[:_MOST]:
@@ -215,7 +215,7 @@ def _announcement(text: str) -> str | None:
 
 
 def _is_stated(text: str, match: re.Match) -> bool:
-    """Whether an announcement is neither a question, nor supposed, nor denied."""
+    """Whether an announcement is not a question, not supposed and not denied."""
     before = _SENTENCE_END.split(text[max(0, match.start() - 200) : match.start()])[-1]
     end = _SENTENCE_END.search(text, max(match.end() - 1, match.start()))
     asked = end is not None and end[0] == "?" and not match[0].rstrip().endswith(":")
@@ -223,21 +223,21 @@ def _is_stated(text: str, match: re.Match) -> bool:
 
 
 def _last_line(text: str) -> str:
-    """The last line without what is said to be friendly; nothing where it is too long."""
+    """Returns the last line without friendly phrases; empty if it is too long."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     while lines and _CHATTER.match(lines[-1]):
         lines.pop()
     return lines[-1] if lines and len(lines[-1]) <= _LONGEST else ""
 
 
-# Options that are listed once more: marks in their order, each with its text.
+# Options listed again: marks in order, each with its text.
 
 _LISTED = re.compile(r"(?:^|(?<=[\s;,]))(?:\(([A-Z])\)|([A-Z])[.:)])(?=\s{0,9}\S)", re.MULTILINE)
 _REASON = re.compile(r"(?i)\b(?:because|since|is|are|not|but|so|while|and|or|if|then)\b")
 
 
 def _without_lists(text: str) -> str:
-    """The text without lists of options."""
+    """Removes lists of options."""
     kept, position = [], 0
     for start, end in _lists(text):
         kept.append(text[position:start])
@@ -246,7 +246,7 @@ def _without_lists(text: str) -> str:
 
 
 def _lists(text: str) -> list[tuple[int, int]]:
-    """(start, end) of each list of two options or more."""
+    """Returns (start, end) of each list of two or more options."""
     runs: list[list[re.Match]] = []
     for mark in _LISTED.finditer(text):
         letter = mark[1] or mark[2]
@@ -258,7 +258,7 @@ def _lists(text: str) -> list[tuple[int, int]]:
 
 
 def _lists_on(text: str, mark: re.Match, following: re.Match) -> bool:
-    """Whether what stands between two marks is the text of an option."""
+    """Whether the text between two marks is the text of an option."""
     between = text[mark.end() : following.start()]
     lines = all(not text[: m.start()].rpartition("\n")[2].strip() for m in (mark, following))
     words = re.search(r"\w", between) is not None and len(between) <= 300
@@ -270,14 +270,14 @@ def _line_end(text: str, start: int) -> int:
     return end.end() if end else len(text)
 
 
-# What a statement means
+# The meaning of a statement
 
 
 def letters_of(text: str, announced: bool) -> frozenset[str] | None:
-    """The letters that a statement begins with; none at all where it leaves them open.
+    """Returns the letters at the start of a statement; an empty set if it leaves them open.
 
-    None where it begins with no letter. Without an announcement nothing but a text that stands
-    apart from the letter may follow it.
+    Returns None if it begins with no letter. Without an announcement, only text separated from the
+    letter may follow it.
     """
     text = _RATHER.sub("", _clean(text), count=1)
     match = _LEADING.match(text)
@@ -295,7 +295,7 @@ def _words_left_out(run: str) -> str:
 def _stands_apart(match: re.Match, rest: str) -> bool:
     if rest.lstrip()[:1] == "?" or _NEGATED.search(match[0]):
         return False
-    if match["run"].islower() and match.start("run") > 0:  # a word that was cut off
+    if match["run"].islower() and match.start("run") > 0:  # a truncated word
         return False
     bracketed = match["run"][-1] in ")]}>"
     return (
@@ -307,7 +307,7 @@ _BECAUSE = re.compile(r"\s{1,3}(?:because|since)\b")
 
 
 def option_meant(text: str, options: Mapping[str, str], *, announced: bool = True) -> str | None:
-    """The letter of the option that a statement means; None where it means none, or several."""
+    """Returns the letter of the option that a statement means; None if it means none or several."""
     words = text.strip().removesuffix(".")
     verbatim = [c for c, option in options.items() if option.strip() == words]
     if len(verbatim) == 1 and len(words) > 1:  # "(b)" may be the text of option C
@@ -327,7 +327,7 @@ def _by_text(text: str, announced: bool, options: Mapping[str, str]) -> str | No
     for whole in map(plain, wholes):
         same = [c for c, option in options.items() if same_text(option, whole)]
         if same:
-            return same[0]  # of options with one text, the first; whoever scores compares texts
+            return same[0]  # the first of options with equal text; the verifier compares texts
         labelled = re.fullmatch(r"([A-Z])\s+(\S.*)", whole)
         if labelled and same_text(options.get(labelled[1], ""), labelled[2]):
             return labelled[1]
@@ -343,7 +343,7 @@ def _by_text(text: str, announced: bool, options: Mapping[str, str]) -> str | No
 
 
 def _the_sentence(text: str, announced: bool) -> str:
-    """The first sentence of what is announced; else the last that is more than friendly."""
+    """Returns the first sentence of an announcement; else the last that is not just friendly."""
     sentences = re.split(r"(?<=[.!?])\s+", text.strip())
     if announced:
         return sentences[0]
@@ -355,13 +355,13 @@ def _only(letters: Sequence[str]) -> str | None:
 
 
 def _with_quantity(text: str, options: Mapping[str, str]) -> list[str]:
-    """Options with the value of an answer, whose units agree or are left out."""
+    """Returns the options with the value of an answer; units must agree or be left out."""
     value = _quantity(text)
     return [c for c, option in options.items() if value and _agree(_quantity(option), value)]
 
 
 def _quantity(text: str) -> tuple | None:
-    """(value, dimensions, factor, sign) of a number with its unit, as far as units are known."""
+    """Returns (value, dimensions, factor, sign) of a number with its unit, if the unit is known."""
     text = named_value(plain(text))[1]
     signed = _SIGNED.fullmatch(text)
     if signed:
@@ -381,7 +381,7 @@ _UNIT_AT_END = re.compile(r"(.*?)\s*((?<![A-Za-z\\{])[A-Za-z]+(?:\^\{?[23]\}?)?)
 
 
 def _agree(one: tuple | None, other: tuple) -> bool:
-    """Whether two quantities are equal; a unit may be left out in one of them."""
+    """Whether two quantities are equal; one may lack its unit."""
     if one is None:
         return False
     if () in (one[1], other[1]):
@@ -392,7 +392,7 @@ def _agree(one: tuple | None, other: tuple) -> bool:
 
 
 def _contained(text: str, options: Mapping[str, str]) -> list[str]:
-    """Options whose text stands in an answer as words, not denied; the longest come first."""
+    """Returns the options whose text occurs in an answer as words, not denied; longest first."""
     text, found = plain(text).casefold(), []
     for letter, option in sorted(options.items(), key=lambda one: -len(plain(one[1]))):
         words = plain(option).casefold()
@@ -405,6 +405,6 @@ def _contained(text: str, options: Mapping[str, str]) -> list[str]:
 
 
 def _in_formula(text: str, match: re.Match) -> bool:
-    """Whether what is next to a match makes it part of a formula."""
+    """Whether the text next to a match makes it part of a formula."""
     before, after = text[: match.start()].rstrip()[-1:], text[match.end() :].lstrip()[:1]
     return bool(before and before in "+-*/^_{\\<>(") or bool(after and after in "+-*/^_}\\<>=")

@@ -1,4 +1,4 @@
-"""Finding the final answer in a response."""
+"""Extraction of the final answer from a response."""
 
 import re
 
@@ -14,7 +14,7 @@ _DASH_AS_SIGN = re.compile(r"(?<![\w)\]}])[‐-―](?=[\d.])")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)
 
-# What announces an answer. The strong forms are used for nothing else.
+# Phrases that announce an answer. The strong forms have no other use.
 _STRONG = re.compile(
     r"""(?ix)
     \#\#\#\# | <answer> | \bfinal[ ]+answer[ ]+is\b
@@ -26,43 +26,43 @@ _STRONG = re.compile(
     """
 )
 _WEAK = re.compile(r"(?i)\banswer[ ]+is\b")
-_LONGEST_STATEMENT = 4_000  # characters after an announcement that are looked at
+_LONGEST_STATEMENT = 4_000  # characters searched after an announcement
 _AFTER_ANNOUNCEMENT = re.compile(r"[\s:*]*")
 
 
 def plain_signs(text: str) -> str:
-    """The text with its Unicode minus signs, fullwidth forms and odd spaces in ASCII."""
+    """Replaces Unicode minus signs, fullwidth forms and odd spaces by ASCII."""
     return text if text.isascii() else _DASH_AS_SIGN.sub("-", text.translate(_SIGNS))
 
 
 def after_reasoning(text: str) -> str:
-    """What a response says after its last `</think>`; all of it where it has neither tag.
+    """Returns the text after the last `</think>`; the whole text if it has neither tag.
 
-    Nothing where a `<think>` is not closed: what was thought is no answer.
+    Returns an empty text if a `<think>` is not closed: reasoning is not an answer.
     """
     spoken = text.rpartition("</think>")[2]
     return "" if "<think>" in spoken else spoken
 
 
 def with_opening(prompt: str, response: str) -> str:
-    """The response after the `<think>` on which its prompt ends, where it ends on one.
+    """Puts back the `<think>` before the response if its prompt ends on one.
 
-    Some chat templates begin the reasoning themselves; a response that was cut off inside it would
-    look like an answer.
+    Some chat templates open the reasoning themselves; a response truncated inside it would
+    otherwise look like an answer.
     """
     _, tag, rest = prompt.rpartition("<think>")
     return tag + rest + response if tag and not rest.strip() else response
 
 
 def boxed_contents(text: str) -> list[str]:
-    """What each closed, outermost `\\boxed{…}` (or `\\fbox{…}`) holds, in order of appearance."""
+    """Returns the contents of each closed, outermost `\\boxed{…}` (or `\\fbox{…}`), in order."""
     return [text[start:end] for start, end in _boxes(text)]
 
 
 def closing_braces(text: str) -> dict[int, int]:
-    """Index of each opening brace that is closed → index of the brace that closes it.
+    """Maps the index of each closed opening brace to the index of its closing brace.
 
-    Escaped braces are text. One pass, so that a hostile text costs no more than a long one.
+    Escaped braces are text. One pass, so that cost is linear even on hostile text.
     """
     closings, opened = {}, []
     for token in _BRACE_OR_ESCAPE.finditer(text):
@@ -85,7 +85,7 @@ def _boxes(text: str) -> list[tuple[int, int]]:
 
 
 def boxed_answer(text: str) -> str | None:
-    """The content of the last box; of several boxes side by side, all, separated by commas."""
+    """Returns the content of the last box; of adjacent boxes, all, separated by commas."""
     text = after_reasoning(text)
     answer = _last_boxes(text)
     return ",".join(text[start:end].strip() for start, end in answer) if answer else None
@@ -103,13 +103,13 @@ def _last_boxes(text: str) -> list[tuple[int, int]]:
 
 
 def final_answer(text: str) -> str | None:
-    """The answer that a response ends on, or None where it announces none.
+    """Returns the answer that a response ends on, or None if it announces none.
 
-    It is the last box, unless "final answer is", "Answer:", "<answer>" or "####" comes after it;
-    without any of these, what follows the last "answer is". After such words the answer is the
-    formula there if there is one, with what touches it, else the rest of the sentence. A last
-    number that nothing announces is no answer: a response that was cut off would be right by luck.
-    What is thought (`after_reasoning`) announces nothing.
+    The answer is the last box, unless "final answer is", "Answer:", "<answer>" or "####" comes
+    after it; without any of these, the text after the last "answer is". After such words the answer
+    is the formula, if there is one, with the text that touches it, else the rest of the sentence. A
+    last number without an announcement is not an answer: a truncated response would be right by
+    luck. Reasoning (`after_reasoning`) announces nothing.
     """
     text = plain_signs(after_reasoning(text))
     boxes = _last_boxes(text)
@@ -128,6 +128,6 @@ def _last_end(pattern: re.Pattern, text: str, start: int) -> int | None:
 
 
 def _stated(text: str, start: int) -> str:
-    """The answer in the sentence that begins at `start`."""
+    """Returns the answer in the sentence that begins at `start`."""
     start = _AFTER_ANNOUNCEMENT.match(text, start).end()
     return stated(text[start : start + _LONGEST_STATEMENT])

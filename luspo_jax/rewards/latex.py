@@ -1,4 +1,4 @@
-"""Answers in LaTeX brought to one form, by general rules."""
+"""General rules that bring LaTeX answers to one form."""
 
 import re
 import unicodedata
@@ -24,7 +24,7 @@ _FRACTION = re.compile(r"(\d+)⁄(\d+)")
 
 
 def _plain_letters(text: str) -> str:
-    """Signs and letters of Unicode as LaTeX and ASCII write them."""
+    """Replaces Unicode signs and letters by LaTeX and ASCII."""
     if text.isascii():
         return text
     text = _RAISED.sub(lambda run: f"^{{{_compatible(run[0])}}}", text)
@@ -33,7 +33,7 @@ def _plain_letters(text: str) -> str:
 
 
 def _sign(character: str) -> str:
-    """⅓ as a fraction, β as a command; else the character itself, of ordinary width and weight."""
+    """Replaces ⅓ by a fraction, β by a command; other characters lose special width and weight."""
     if character.isascii():
         return character
     plain = _compatible(character)
@@ -72,7 +72,7 @@ _REWRITES = tuple(
         (rf"\\(?:angle|triangle){_WORD_END}\s*", ""),
         (r"\\(?:overline|overrightarrow|vec)\s*\{\s*([A-Z]{1,3})\s*\}", r"\1"),
         (r"\\underline\s*\{([^{}]*)\}", r"\1"),
-        # Commands in shorthand, or without their backslash.
+        # Shorthand commands, or commands without their backslash.
         (r"(?<![\\a-zA-Z])(frac|sqrt)(?=\s*\{)", r"\\\1"),
         (r"\\(frac|sqrt)\s*(\d)(?![\d.])", r"\\\1{\2}"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
@@ -87,19 +87,19 @@ _REWRITES = tuple(
             r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)",
             r"\1{(\2\\pi/180)}",
         ),
-        # A number in a text command, and what announces it.
+        # A number in a text command, and the words that announce it.
         (r"^\\text\s*\{\s*(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?\b[\s:]*", r"\\text{"),
         (r"^\\text\s*\{\s*\}", ""),
         (r"^\\text\s*\{\s*([+-]?[\d.,/]*\d)\s*\}", r"\1"),
         (r"^\\text\s*\{\s*([+-]?[\d.,/]*\d)\s*([a-zA-Z][^{}\d]*\})", r"\1 \\text{\2"),
-        # A list of words in one text command, and what range a free letter has.
+        # A list of words in one text command, and the range of a free letter.
         (r"^\s*\\text\s*\{([^{}]*,[^{}]*)\}\s*$", r"\1"),
         (
             r"(?<=\S)\s*,?\s*(?:\\text\s*\{[^{}]*\}\s*|,\s*)\(?\s*[a-z]\s*"
             r"\\in\s*\\mathbb\s*\{?\s*[NZQ]\s*\}?\s*\)?\s*$",
             "",
         ),
-        # A scale of temperature after the degree sign; upright letters after a number are a unit.
+        # A temperature scale after the degree sign; upright letters after a number are a unit.
         (r"(\^\s*\{?\s*\\circ\s*\}?)\s*(?:\\(?:text|mathrm)\s*\{\s*[CFK]\s*\}|[CFK]\b)", r"\1"),
         (
             r"(?<=[\d})])(\s*)\\(?:mathrm|textrm|textnormal|mbox|hbox|operatorname)"
@@ -111,7 +111,7 @@ _REWRITES = tuple(
             r"\1",
         ),
         (rf"\\(?:rm|bf|it){_WORD_END}\s*", ""),
-        # Subscripts in one form: _B, _{\text{B}} and _{\max } are words in braces.
+        # Subscripts in one form, a word in braces: _B, _{\text{B}} and _{\max }.
         (r"_\s*\{\s*\\text\s*\{\s*([A-Za-z0-9]+)\s*\}\s*\}", r"_{\1}"),
         (r"_\s*\{\s*\\?([A-Za-z0-9]+)\s*\}", r"_{\1}"),
         (r"_\s*([A-Za-z0-9])", r"_{\1}"),
@@ -127,8 +127,8 @@ _SUM = re.compile(r"[^({]\s*[+-]")
 
 
 def tidy(answer: str) -> str:
-    """The answer without math delimiters, spacing and size commands, and Unicode signs."""
-    # One space for many: patterns below may then try both sides of a space without harm.
+    """Removes math delimiters, spacing and size commands, and Unicode signs."""
+    # Collapse spaces: the patterns below may then try both sides of a space at no cost.
     answer = _RAISED_UNIT.sub(r" \\text{\1}\2", answer)
     answer = re.sub(r"\s+", " ", _plain_letters(answer))
     if "\\begin" not in answer:  # there, \\ ends a row
@@ -144,7 +144,7 @@ def tidy(answer: str) -> str:
 
 
 def _without_marks(answer: str) -> str:
-    """The answer without dollar signs and brackets around formulas; in running text they stay."""
+    """Removes dollar signs and brackets around formulas; running text keeps them."""
     answer = _FORMULA_MARK.sub("$", answer)
     pieces = re.split(r"(?<!\\)\$", answer)
     if len(pieces) == 2:  # one dollar sign is money
@@ -156,14 +156,14 @@ def _without_marks(answer: str) -> str:
         return answer
     joined = ""
     for place, piece in enumerate(pieces):
-        # What touches a formula belongs to it.
+        # Text that touches a formula belongs to it.
         bound = place % 2 and _BINDING.search(joined) and _SUM.search(piece)
         joined += f"({piece})" if bound else piece
     return joined
 
 
 def _opened(answer: str) -> str:
-    """The answer without marks of emphasis around it."""
+    """Removes marks of emphasis around the answer."""
     for left, right in _ENCLOSURES:
         inside = answer[len(left) : -len(right)]
         whole = answer.startswith(left) and answer.endswith(right) and left not in inside
@@ -173,7 +173,7 @@ def _opened(answer: str) -> str:
 
 
 def squeeze(answer: str) -> str:
-    """The answer as compared letter by letter: without spaces; a word in lower case."""
+    """Returns the answer for comparison letter by letter: no spaces; a word in lower case."""
     answer = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer)
     # Not between digits: 1 2 is not 12.
     answer = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer.strip())
@@ -195,7 +195,7 @@ _NAME = re.compile(
 
 
 def named_value(answer: str) -> tuple[str, str]:
-    """(name, value) of an answer like `x = 5`, `f(x) = …`, `c \\in […]`; else ("", answer)."""
+    """Splits `x = 5`, `f(x) = …` or `c \\in […]` into (name, value); else returns ("", answer)."""
     match = _NAME.fullmatch(answer)
     if match is None:
         return "", answer
@@ -203,7 +203,7 @@ def named_value(answer: str) -> tuple[str, str]:
 
 
 def same_name(one: str, other: str) -> bool:
-    """Whether two names are one; the case of a letter counts only in what a function is of."""
+    """Whether two names are the same; case counts only in a function's argument."""
     (name, *of), (other_name, *other_of) = (squeeze(n).partition("(") for n in (one, other))
     return name.casefold() == other_name.casefold() and of == other_of
 
@@ -215,17 +215,17 @@ _PROSE = re.compile(r"[A-Za-z']{2,}\s+[A-Za-z']{2,}")
 
 
 def nesting(token: str) -> int:
-    """1 for a token that opens a bracket, -1 for one that closes it."""
+    """Returns 1 for a token that opens a bracket, -1 for one that closes it."""
     return (token in _OPENING) - (token in _CLOSING)
 
 
 def tokens(answer: str) -> list[str]:
-    """The characters of an answer, where a command that brackets something is one."""
+    """Splits an answer into characters; a bracketing command is one token."""
     return _TOKEN.findall(answer)
 
 
 def top_level_items(answer: str, separator: str = ",") -> list[str]:
-    """The parts between the separators that no bracket encloses."""
+    """Splits at the separators outside all brackets."""
     items, depth = [""], 0
     for token in tokens(answer):
         depth += nesting(token)
@@ -237,7 +237,7 @@ def top_level_items(answer: str, separator: str = ",") -> list[str]:
 
 
 def bracketed(answer: str) -> tuple[str, list[str]] | None:
-    """(brackets, elements) of a tuple or interval, `(a, b]`; None where it is none."""
+    """Returns (brackets, elements) of a tuple or interval, `(a, b]`; None for anything else."""
     answer = answer.strip()
     if len(answer) < 2 or answer[0] not in "([" or answer[-1] not in ")]":
         return None
@@ -256,12 +256,12 @@ _WORD = re.compile(r"(?<![A-Za-z])(?!(?:and|or)(?![A-Za-z]))[A-Za-z]{3,}")
 
 
 def is_prose(answer: str) -> bool:
-    """Whether an answer is a sentence rather than a formula."""
+    """Whether an answer is a sentence and not a formula."""
     return "\\" not in answer and _PROSE.search(answer) is not None
 
 
 def is_running_text(answer: str) -> bool:
-    """Whether an answer is text with formulas in it, which is no list and has no unit."""
+    """Whether an answer is text with formulas in it, not a list and without a unit."""
     words = _COMMANDS.sub(" ", answer)
     if _SENTENCE.search(words) and not re.match(r"[+-]?[\d.,]+\s*[A-Za-z]", words):
         return True

@@ -1,8 +1,8 @@
-"""Whether a predicted answer is mathematically equal to a reference answer.
+"""Decides whether a predicted answer is mathematically equal to a reference answer.
 
-Cheap decisions first, on strings, words, numbers and the parts of lists; what they leave open goes
-to sympy and Math-Verify, which can hang or fill memory on hostile input: call this where it can be
-killed. No signal is used here.
+Cheap decisions come first, on strings, words, numbers and the parts of lists. The rest goes to
+sympy and Math-Verify, which can hang or fill memory on hostile input: call this where it can be
+killed. It uses no signals.
 """
 
 import itertools
@@ -30,21 +30,21 @@ from luspo_jax.rewards.plain_numbers import (
 from luspo_jax.rewards.real_sets import says_it_is_a_set, sets_agree
 from luspo_jax.rewards.symbolic import expression, formulas_equal
 
-VERSION = "3"  # of every verifier that judges by `equal`
+VERSION = "3"  # for every verifier that uses `equal`
 LONGEST = 2_000  # characters; nothing longer is parsed
 _SLACK = 1 + 1e-9  # 0.003 and 0.002 differ by 0.001 and a rounding error
-_MOST_NUMBERS = 6  # in a list compared with tolerances
+_MOST_NUMBERS = 6  # most numbers in a list compared with tolerances
 _DEEPEST = 6  # lists in lists
 
 
 def equal(gold: str, prediction: str, *, tolerances: Sequence[float] = ()) -> bool:
-    """Whether the two answers mean the same.
+    """Whether two answers are mathematically equal.
 
     Args:
       gold: the reference; a name it assigns to, as in `x = 5`, may be missing in the prediction.
-      prediction: the answer to be judged.
-      tolerances: absolute errors that are allowed, one for all numbers of the gold answer or one
-        for each in its order; none allows only the rounding of `plain_numbers`.
+      prediction: the answer to judge.
+      tolerances: allowed absolute errors, one for all numbers of the gold answer or one for each in
+        its order; if empty, only the rounding of `plain_numbers` is allowed.
     """
     gold, prediction = tidy(gold), tidy(prediction)
     if not gold or not prediction or max(len(gold), len(prediction)) > LONGEST:
@@ -60,7 +60,7 @@ def _answers_agree(gold: str, prediction: str, depth: int = 0) -> bool:
     """Whether two answers agree, with or without the names they are assigned to."""
     (gold_name, gold_value), (name, value) = named_value(gold), named_value(prediction)
     if gold_name and name and same_name(gold_name, name):
-        # N = n turned round is n = N.
+        # N = n reversed is n = N.
         turned = gold_name != name and _same(gold, prediction, depth)
         return turned or _same(gold_value, value, depth)
     if gold_name and name:
@@ -71,7 +71,7 @@ def _answers_agree(gold: str, prediction: str, depth: int = 0) -> bool:
 
 
 def _same(gold: str, prediction: str, depth: int) -> bool:
-    """The first rule that has an opinion decides; formulas are the last."""
+    """Returns the verdict of the first rule that gives one; formulas come last."""
     if squeeze(gold) == squeeze(prediction):
         return True
     verdict = _first_verdict(WORD_RULES, gold, prediction)
@@ -98,7 +98,7 @@ def _numbers_rule(gold: str, prediction: str) -> bool | None:
 
 
 def _percent_rule(gold: str, prediction: str) -> bool | None:
-    """50% is 50 where percent were asked for, and 0.5."""
+    """Accepts 50% for 50 if percent was asked for, and for 0.5."""
     values = [quantities.percent(answer) for answer in (gold, prediction)]
     if values == [None, None]:
         return None
@@ -117,7 +117,7 @@ def _base_rule(gold: str, prediction: str) -> bool | None:
         return numbers[0][0] == numbers[1][0]
     if numbers == [None, None]:
         return None
-    # Without its base, the digits must be the same; another base is none.
+    # If one base is missing, the digits must be the same; an unreadable base never agrees.
     if all("_" in answer for answer in (gold, prediction)):
         return False
     digits = [
@@ -161,7 +161,7 @@ def _ratio_rule(gold: str, prediction: str) -> bool | None:
 
 
 def _unit_rule(gold: str, prediction: str) -> bool | None:
-    """Values with units: a unit may be missing in one answer, but must not be another."""
+    """Compares values with units: one answer may lack its unit, but units must not differ."""
     wanted, found = quantities.quantity(gold), quantities.quantity(prediction)
     if wanted is None and found is None:
         return None
@@ -192,7 +192,7 @@ def _sets_rule(gold: str, prediction: str) -> bool | None:
     return verdict
 
 
-# Each gives a verdict, or None where the answers are not of its kind.
+# Each returns a verdict, or None if the answers are not of its kind.
 WORD_RULES = (
     quantities.times_of_day_agree,
     words.choices_agree,
@@ -235,7 +235,7 @@ def _is_singleton(parts) -> bool:
 
 
 def _part_of_one(gold: str, prediction: str, wanted, found, depth: int) -> bool | None:
-    """One answer has parts: {5} is 5, other sets and lists are not; a matrix may be a sum."""
+    """Compares parts with a value: {5} is 5, other sets and lists never; a matrix may be a sum."""
     parts, other = (wanted, prediction) if wanted else (found, gold)
     if parts.kind in ("matrix", "vector") or "matrix" in other:
         return None
@@ -247,7 +247,7 @@ def _part_of_one(gold: str, prediction: str, wanted, found, depth: int) -> bool 
 
 
 def _within(gold: str, prediction: str, tolerances: Sequence[float]) -> bool:
-    """Whether the numbers of both answers can be paired off within the tolerances."""
+    """Whether the numbers of both answers can be paired within the tolerances."""
     wanted, found = _numbers(gold), _numbers(prediction)
     if not wanted or not found or len(wanted) != len(found) or len(wanted) > _MOST_NUMBERS:
         return False
@@ -260,7 +260,7 @@ def _within(gold: str, prediction: str, tolerances: Sequence[float]) -> bool:
 
 
 def _numbers(answer: str) -> list[float]:
-    """The values of a list of numeric expressions; empty where one has no real value."""
+    """Returns the values of a list of numeric expressions; empty if one has no real value."""
     values = []
     for item in top_level_items(answer):
         try:
@@ -271,9 +271,9 @@ def _numbers(answer: str) -> list[float]:
 
 
 def _rounds(decimal: str, other: str) -> bool:
-    """Whether a plain decimal is the rounded value of a constant expression, as in 1.5708 for π/2.
+    """Whether a plain decimal is the rounded value of a constant expression: 1.5708 for π/2.
 
-    Four places or more are asked for, as for fractions.
+    At least four places are required, as for fractions.
     """
     places = decimal_places(decimal)
     values = _numbers(other) if places >= 4 else []

@@ -1,4 +1,4 @@
-"""Exact values of plain numbers, and when a decimal stands for a fraction."""
+"""Exact values of plain numbers, and decimals that stand for fractions."""
 
 import re
 from fractions import Fraction
@@ -25,7 +25,7 @@ _COMMA_DECIMAL = re.compile(r"([+-]?\d+),(\d+)")
 
 
 def exact_number(answer: str) -> Fraction | None:
-    """The value of an integer, a decimal or a fraction of integers; None for anything else."""
+    """Returns the value of an integer, decimal or fraction of integers; None for anything else."""
     answer = answer.strip()
     if len(answer) > LONGEST:
         return None
@@ -46,7 +46,7 @@ def _ratio(answer: str) -> Fraction | None:
 
 
 def _mixed(answer: str) -> Fraction | None:
-    """3\\frac{1}{2} and 3 1/2."""
+    """Reads 3\\frac{1}{2} and 3 1/2."""
     match = _MIXED.fullmatch(answer)
     if match is None:
         return None
@@ -57,7 +57,7 @@ def _mixed(answer: str) -> Fraction | None:
 
 
 def _scientific(answer: str) -> Fraction | None:
-    """1.6e-19 and 1.6 \\times 10^{-19}."""
+    """Reads 1.6e-19 and 1.6 \\times 10^{-19}."""
     match = _SCIENTIFIC.fullmatch(answer)
     if match is None:
         return None
@@ -65,7 +65,7 @@ def _scientific(answer: str) -> Fraction | None:
 
 
 def _repeating(answer: str) -> Fraction | None:
-    """0.1\\overline{6}, and 0.1(6)."""
+    """Reads 0.1\\overline{6} and 0.1(6)."""
     match = _REPEATING.fullmatch(answer)
     if match is None:
         return None
@@ -82,7 +82,7 @@ _READERS = (_ratio, _mixed, _scientific, _repeating)
 def numbers_equal(gold: str, prediction: str) -> bool:
     """Whether two plain numbers are equal, or one is a decimal that rounds the other.
 
-    A decimal stands for a fraction that has none of its own, given four correct places or more:
+    A decimal with at least four correct places stands for a fraction without a finite decimal:
     0.3333 for 1/3, but neither 0.33 for 1/3 nor 5.001 for 5.
     """
     a, b = exact_number(gold), exact_number(prediction)
@@ -98,7 +98,7 @@ def numbers_equal(gold: str, prediction: str) -> bool:
 def decimal_commas_agree(gold: str, prediction: str) -> bool:
     """Whether one answer writes the other's decimal point as a comma: 1,22 and 1.22.
 
-    A gold of 1,2 is two answers sooner than 1.2.
+    A gold of 1,2 is read as two answers rather than 1.2.
     """
     for comma, point in ((gold, prediction), (prediction, gold)):
         match = _COMMA_DECIMAL.fullmatch(comma.strip())
@@ -110,13 +110,13 @@ def decimal_commas_agree(gold: str, prediction: str) -> bool:
 
 
 def decimal_places(answer: str) -> int:
-    """Digits after the point of a plain decimal; 0 for anything else."""
+    """Counts the digits after the point of a plain decimal; 0 for anything else."""
     match = _SIMPLE_DECIMAL.fullmatch(answer.strip())
     return len(match[1]) if match else 0
 
 
 def cut_off_agrees(gold: str, prediction: str) -> bool:
-    """Whether one answer is the other's decimal expansion, cut off by dots: 0.333… and 1/3."""
+    """Whether one answer is the other's truncated decimal expansion: 0.333… and 1/3."""
     for cut, other in ((gold, prediction), (prediction, gold)):
         match, value = _CUT_OFF.fullmatch(cut.strip()), exact_number(other)
         if match and value is not None and not _terminates(value):

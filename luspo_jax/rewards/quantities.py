@@ -1,4 +1,4 @@
-"""Numbers that carry something: a unit, a percent sign, a base, a modulus; ratios and times."""
+"""Numbers with a unit, percent sign, base or modulus; ratios and times."""
 
 import dataclasses
 import re
@@ -61,14 +61,14 @@ _PLAIN = re.compile(
     re.DOTALL,
 )
 _DEGREES = re.compile(r"(?P<value>.*[\d})])\s*\^\s*\{?\s*(?P<unit>\\circ)\s*\}?\s*", re.DOTALL)
-# Of a plain number, any words are the unit.
+# Any words after a plain number are its unit.
 _COUNTED = re.compile(r"(?P<value>[+-]?[\d.,]*\d)\s+(?P<unit>[a-zA-Z]{3,}(?:\s+[a-zA-Z]+)*)\s*")
 _MONEY_SIGN = re.compile(r"(-?)\s*\\?\$\s*(?=[\d.,]+|\\frac)")
 _MEASURE = re.compile(
     r"(\d+(?:\.\d+)?)\s*(?:\\text\s*\{\s*)?([A-Za-z]+)\s*(?:\})?\s*(?:,|and|\\text\s*\{\s*and\s*\})?\s*"
 )
 _SEVERAL = re.compile(rf"(?:{_MEASURE.pattern}){{2,4}}")
-_LONGEST = 80  # characters of several measures
+_LONGEST = 80  # characters of a sum of measures
 _MERE_UNITS = re.compile(
     r"(?i)^(?:(?:square|sq\.?|cubic|cu\.?)\s+)?units?(?:\s+(?:squared|cubed))?$"
 )
@@ -80,14 +80,14 @@ _NO_UNIT = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A value as it was written, and its unit.
+    """A value as written, and its unit.
 
     Attributes:
-      value: what stands before the unit.
+      value: the text before the unit.
       unit: (dimension, power) pairs; None for a unit that is not in the table.
       words: the words of the unit, each in the singular.
       factor: the unit in base units of its dimensions.
-      certain: whether it can be nothing else; `2 mg` may be a mass or 2·m·g.
+      certain: false if there is another reading; `2 mg` may be a mass or 2·m·g.
     """
 
     value: str
@@ -97,7 +97,7 @@ class Quantity:
     certain: bool = True
 
     def measures_as(self, other: "Quantity") -> bool:
-        """Whether both units are of one kind; of units not in the table, one may say more."""
+        """Whether both units are of one kind; one not in the table may be more specific."""
         if self.unit is not None and other.unit is not None:
             return self.unit == other.unit
         return self.words <= other.words or other.words <= self.words
@@ -129,7 +129,7 @@ def _singular(word: str) -> str:
 
 
 def read_unit(text: str) -> tuple[tuple[tuple[str, int], ...], Fraction] | None:
-    """((dimension, power), …) and factor of a unit such as `cm^2`, `square feet` or `km/h`."""
+    """Returns ((dimension, power), …) and factor of a unit: `cm^2`, `square feet`, `km/h`."""
     text = _COMPOUND.get(text.strip().casefold(), text.strip())
     text = re.sub(r"\s+per\s+", "/", text)
     powers: dict[str, int] = {}
@@ -158,11 +158,11 @@ def _powered(piece: str) -> tuple[tuple[str, Fraction], int] | None:
 
 
 def quantity(answer: str, *, letters: bool = False) -> Quantity | None:
-    """The value and the unit of an answer that ends on one, or begins with a dollar sign.
+    """Reads the value and unit of an answer that ends on a unit or begins with a dollar sign.
 
     Args:
       answer: the answer.
-      letters: whether a letter by itself is a unit, as the `g` of `5 g`, or else a variable.
+      letters: whether a single letter is a unit, as the `g` of `5 g`; else it is a variable.
     """
     several = _several(answer)
     if several is not None:
@@ -188,7 +188,7 @@ def quantity(answer: str, *, letters: bool = False) -> Quantity | None:
 
 
 def _several(answer: str) -> Quantity | None:
-    """1 h 30 min as 5400 seconds."""
+    """Reads 1 h 30 min as 5400 seconds."""
     if len(answer) > _LONGEST or not _SEVERAL.fullmatch(answer):
         return None
     pieces = [(Fraction(value), read_unit(unit)) for value, unit in _MEASURE.findall(answer)]
@@ -212,10 +212,10 @@ def _quantity(value: str, unit: str, power: str) -> Quantity:
 
 
 def times_of_day_agree(gold: str, prediction: str) -> bool | None:
-    """Whether two times such as `3:30 PM` agree; morning or afternoon may go unsaid in one."""
+    """Whether two times such as `3:30 PM` agree; one may leave out AM or PM."""
     times = [_minutes(answer) for answer in (gold, prediction)]
     if None in times or all(len(minutes) > 1 for minutes in times):
-        return None  # without either, it may be a ratio
+        return None  # without AM or PM it may be a ratio
     return bool(times[0] & times[1])
 
 
@@ -225,7 +225,7 @@ _TIME = re.compile(
 
 
 def _minutes(answer: str) -> set[int] | None:
-    """The minutes since midnight that a time may mean: two for 7:00, one for 7:00 PM and 19:00."""
+    """Returns possible minutes since midnight: two for 7:00, one for 7:00 PM and 19:00."""
     match = _TIME.fullmatch(answer.strip())
     if match is None or not (match[2] or match[3]):
         return None
@@ -238,7 +238,7 @@ def _minutes(answer: str) -> set[int] | None:
 
 
 def ratio(answer: str) -> list[str] | None:
-    """The terms of `a : b : c` or `a to b`; None for anything else."""
+    """Returns the terms of `a : b : c` or `a to b`; None for anything else."""
     answer = re.sub(r"\\text\s*\{\s*to\s*\}|(?<=\d)\s+to\s+(?=\d)|\\colon(?![a-z])", ":", answer)
     terms = [term.strip() for term in answer.split(":")]
     if len(terms) < 2 or not all(re.fullmatch(r"[\w\s.\\{}^()+*/-]+", term) for term in terms):
@@ -260,7 +260,7 @@ _WITH_BASE = re.compile(
 
 
 def in_base(answer: str) -> tuple[int, int] | None:
-    """(value, base) of a number with its base, as 2516_{8}; None for anything else."""
+    """Returns (value, base) of a number with its base, as 2516_{8}; None for anything else."""
     match = _WITH_BASE.fullmatch(answer.strip())
     if match is None or not any(c.isdigit() for c in match[1] + match[2]):
         return None
@@ -279,7 +279,7 @@ _MODULUS = re.compile(
 
 
 def residue(answer: str) -> tuple[int, int] | None:
-    """(value, modulus) of `7 \\pmod{10}`; None for anything else."""
+    """Returns (value, modulus) of `7 \\pmod{10}`; None for anything else."""
     match = _MODULUS.fullmatch(answer.strip())
     if match is None:
         return None
@@ -288,7 +288,7 @@ def residue(answer: str) -> tuple[int, int] | None:
 
 
 def proportional(gold: list[Fraction], prediction: list[Fraction]) -> bool:
-    """Whether two ratios of numbers are the same ratio."""
+    """Whether two ratios of numbers are equal."""
     if 0 in gold or 0 in prediction:
         return gold == prediction
     return len({a / b for a, b in zip(gold, prediction, strict=True)}) == 1
@@ -300,7 +300,7 @@ _PERCENT = re.compile(
 
 
 def percent(answer: str) -> str | None:
-    """What stands before a percent sign or the word; None without one."""
+    """Returns the text before a percent sign or the word; None without one."""
     match = _PERCENT.fullmatch(answer)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""Sets of real numbers, written as intervals, inequalities, unions or by a condition."""
+"""Sets of real numbers, written as intervals, inequalities, unions or conditions."""
 
 import itertools
 import re
@@ -25,14 +25,14 @@ _LONGEST = 300  # characters
 
 
 def says_it_is_a_set(answer: str) -> bool:
-    """Whether an answer can be nothing but a set of reals: `(1, 2)` may be a point, `1<x` not."""
+    """Whether an answer must be a set of reals: `1<x` must be; `(1, 2)` may be a point."""
     if _RELATION.search(answer) or re.search(r"\\cup|\\mathbb|\\setminus|\\backslash", answer):
         return True
     return bool(re.search(r"\\infty", answer)) and named_value(answer)[1].strip()[:1] in "(["
 
 
 def real_set(answer: str, parse):
-    """(variable or "", the set) of an answer; None where it is no set of real numbers.
+    """Returns (variable or "", the set) of an answer; None if it is not a set of real numbers.
 
     `parse` reads one expression, or returns None.
     """
@@ -62,7 +62,7 @@ def real_set(answer: str, parse):
 
 
 def _pieces(value: str) -> tuple[list[str], bool]:
-    """The parts of a union, or of a list of intervals, and whether it is a list."""
+    """Returns the parts of a union or a list of intervals, and whether it is a list."""
     pieces, listed = _UNION.split(value), False
     if len(pieces) == 1 and re.search(r"[)\]]\s*,\s*[(\[]", value) and "\\infty" in value:
         pieces, listed = re.split(r"(?<=[)\]])\s*,\s*(?=[(\[])", value), True
@@ -133,7 +133,7 @@ def _inequality(text: str, parse):
 
 
 def sets_agree(gold: str, prediction: str, parse) -> bool | None:
-    """Whether two answers are the same set of reals; None where this cannot be told."""
+    """Whether two answers are the same set of reals; None if undecided."""
     import sympy
 
     if not (says_it_is_a_set(gold) or says_it_is_a_set(prediction)):
@@ -146,7 +146,7 @@ def sets_agree(gold: str, prediction: str, parse) -> bool | None:
         return False
     both = all(map(_RELATION.search, (gold, prediction)))
     if both and (wanted.is_empty or sympy.S.Reals.is_subset(wanted)):
-        return None  # inequalities that all numbers fulfil, or none, need not be one
+        return None  # inequalities true for all numbers, or for none, may still differ
     if wanted == found:
         return True
     try:

@@ -1,4 +1,4 @@
-"""The answer in the sentence that a text begins with: its formulas and what belongs to them."""
+"""The answer in the first sentence of a text: its formulas and the words that belong to them."""
 
 import bisect
 import itertools
@@ -20,7 +20,7 @@ _SENTENCE_END = re.compile(r"[.;!?](?:\s|$)|\*\*|</")
 _VERB = re.compile(r"\b(?:is|are|equals)\b[\s:]*")
 _WORD = re.compile(r"\S+")
 _OPERATORS = r"+\-±*/^×·÷=<>"
-# Words that belong to a formula beside them: before it a sign or a number, after it an operator.
+# Words that belong to an adjacent formula: a sign or number before it, an operator after it.
 _BEFORE = re.compile(rf"[{_OPERATORS}(\[]*(?:\d[\d.,]*)?[{_OPERATORS})\]]*")
 _OPERATOR = re.compile(rf"[{_OPERATORS}]")
 _OPERAND = re.compile(r"[(\[]?[+\-]?\d[\d.,]*[)\]]*[.,]?")
@@ -30,7 +30,7 @@ _MASK = "\0"
 
 
 class Formula(NamedTuple):
-    """Where a formula stands, delimiters included, and what is between them."""
+    """Position of a formula, delimiters included, and the text between them."""
 
     start: int
     end: int
@@ -38,16 +38,16 @@ class Formula(NamedTuple):
 
 
 def formulas(text: str) -> list[Formula]:
-    """The formulas between math delimiters, in order.
+    """Returns the formulas between math delimiters, in order.
 
-    One pass, so that a hostile text costs no more than a long one.
+    One pass, so that cost is linear even on hostile text.
     """
     marks = [(m.group(), m.start(), m.end()) for m in _DELIMITER.finditer(text)]
     last = {mark: start for mark, start, _ in marks}
     found, opening, start, inside = [], "", 0, 0
     for mark, left, right in marks:
         if not opening:
-            # What is not closed later is a sign of money.
+            # A dollar sign that is not closed later means money.
             if mark in _CLOSED_BY and last.get(_CLOSED_BY[mark], -1) > left:
                 opening, start, inside = mark, left, right
         elif mark == _CLOSED_BY[opening]:
@@ -60,19 +60,19 @@ def formulas(text: str) -> list[Formula]:
 
 
 def stated(text: str) -> str:
-    """The answer in a text's first sentence.
+    """Returns the answer in a text's first sentence.
 
-    It is what follows the last verb; where there is a formula, the formula with the numbers, signs
-    and units that touch it, and those that follow it side by side, separated by commas.
+    The answer follows the last verb. If there is a formula, the answer is the formula with the
+    numbers, signs and units that touch it, and the formulas directly after it, separated by commas.
     """
-    text = text.replace(r"\"", '"')  # text that was escaped once more
+    text = text.replace(r"\"", '"')  # text that was escaped twice
     found = formulas(text)
     masked = _masked(text, found)
     line = masked.partition("\n")[0]
     end = _SENTENCE_END.search(line)
     line = line if end is None else line[: end.start()]
     verbs = list(_VERB.finditer(line))
-    start = verbs[-1].end() if verbs else 0  # "the largest n is 34": what follows the verb
+    start = verbs[-1].end() if verbs else 0  # "the largest n is 34": the text after the verb
     found = [formula for formula in found if formula.start >= start]
     if not found or found[0].start >= len(line):
         return text[start : len(line)].strip().strip("\"'“”")
@@ -80,7 +80,7 @@ def stated(text: str) -> str:
 
 
 def _masked(text: str, found: list[Formula]) -> str:
-    """The text with formulas as words of their lengths; one that ends on a full stop keeps it."""
+    """Replaces formulas by words of equal length; one that ends on a full stop keeps it."""
     pieces, position = [], 0
     for start, end, content in found:
         stop = "." if content.endswith(".") else _MASK
@@ -90,13 +90,13 @@ def _masked(text: str, found: list[Formula]) -> str:
 
 
 def _joined(text: str, masked: str, found: list[Formula], start: int) -> str:
-    """The first formula and those side by side with it, each with what belongs to it."""
+    """Joins the first formula and those adjacent to it, each with the words that belong to it."""
     words = [(m.start(), m.end()) for m in _WORD.finditer(masked, start)]
     parts: list[str] = []
     bare: list[str] = []
     end = start
     for formula in found:
-        if formula.start < end:  # it belongs to the one before
+        if formula.start < end:  # it belongs to the previous one
             bare.append(formula.content)
             continue
         left, right = _extent(masked, words, formula, end)
@@ -110,7 +110,7 @@ def _joined(text: str, masked: str, found: list[Formula], start: int) -> str:
 
 
 def _extent(masked: str, words, formula: Formula, least: int) -> tuple[int, int]:
-    """From where to where the words around a formula belong to it."""
+    """Returns start and end of the words around a formula that belong to it."""
     index = bisect.bisect_right(words, formula.start, key=operator.itemgetter(1))
     first, last = index, index
     while (
@@ -142,7 +142,7 @@ def _are_two_numbers(masked: str, word: tuple[int, int], formula: Formula) -> bo
 
 
 def _unmasked(text: str, found: list[Formula], left: int, right: int) -> str:
-    """A piece of the text without the delimiters of its formulas."""
+    """Returns a piece of the text without the delimiters of its formulas."""
     pieces, position = [], left
     first = bisect.bisect_left(found, left, key=operator.attrgetter("start"))
     for start, end, content in itertools.takewhile(
@@ -151,7 +151,7 @@ def _unmasked(text: str, found: list[Formula], left: int, right: int) -> str:
         before, after = text[position:start], text[end : min(end + 1, right)]
         multiplied = before.strip()[-1:] not in ("", *"=<>([,") or after in tuple("*/^×·÷%")
         pieces += [before, f"({content})" if multiplied and _SUM.search(content) else content]
-        # 2$\pi$r is 2\pi r.
+        # 2$\pi$r becomes 2\pi r.
         pieces += [" "] if after.isalpha() and _ENDS_ON_COMMAND.search(content) else []
         position = end
     return "".join([*pieces, text[position:right]]).strip()

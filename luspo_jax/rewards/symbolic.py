@@ -1,5 +1,6 @@
-"""Formulas as sympy expressions, compared at sample points and, where that decides nothing, by
-Math-Verify. Both can hang or fill memory on hostile input: call this where it can be killed.
+"""Compares formulas as sympy expressions at sample points and, if undecided, by Math-Verify.
+
+Both can hang or fill memory on hostile input: call this where it can be killed.
 """
 
 import dataclasses
@@ -10,20 +11,20 @@ import re
 
 from luspo_jax.rewards.latex import is_prose, is_running_text, tidy
 
-_DIGITS = 50  # of an evaluation
-_MORE_DIGITS = 400  # of numbers that agree in the first
+_DIGITS = 50  # of the first evaluation
+_MORE_DIGITS = 400  # of the second, for numbers that agree in the first
 _NOISE = 8  # bits; an evaluation that keeps no more has found zero
-_SPARE = 10  # digits of an evaluation that are not compared
-_DECIMALS = 12  # digits compared where decimals, which carry 15, take part
+_SPARE = 10  # last digits of an evaluation, not compared
+_DECIMALS = 12  # digits compared if decimals, which carry 15, occur
 _POINTS = 10
 _FEWEST_POINTS = 2
-_WHOLE_POINTS = 40  # at which roundings to whole numbers are compared
-# What may stand around a formula without being part of it.
+_WHOLE_POINTS = 40  # to compare roundings to whole numbers
+# Text that may surround a formula without being part of it.
 _TRIMMINGS = re.compile(
     r"^\s*(?:=|\\approx|\\sim)|\\(?:text|mbox|[hv]space\*?)\s*\{[^{}]*\}\s*$|\s+[a-z]{3,}\s*$|\\+\s*$"
 )
 
-# What the parser would take for a constant, in a formula that names something else by it.
+# Names that the parser would read as constants, in formulas that use them otherwise.
 _TOKEN = re.compile(r"\\(?:text|mathrm|operatorname|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+|[eEiI]")
 _INDEX = re.compile(r"\s*_\s*\{?\s*([A-Za-z0-9]+)\s*\}?")
 _NAMES = {"I", r"\gamma", r"\Gamma"}
@@ -31,7 +32,7 @@ _INDEXED = _NAMES | {"e", "E", "i"}
 # 2(13) is a product, though 2\frac{1}{2} is a mixed number.
 _FACTOR = re.compile(r"((?<![\w.^])(?:\d+\.?\d*|\.\d+)|\))\s*(?=\()")
 
-# 1/2x is half of x, as calculators have it.
+# 1/2x is half of x, as on calculators.
 _COEFFICIENT = re.compile(r"(?<![\w.}/^])(\d+\s*/\s*\d+)\s*(?=[A-Za-z]|\\(?:sqrt|pi)(?![A-Za-z]))")
 
 
@@ -46,13 +47,13 @@ def _library():
 
 @functools.cache
 def _formula_reader():
-    """(normalise, read): as Math-Verify reads a formula, but R and r stay two variables."""
+    """Returns (normalise, read): Math-Verify's reading of formulas, with R and r kept distinct."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
 
     library = _library()
     from math_verify.parser import LatexExtractionConfig, get_last_eq, should_treat_as_complex
 
-    # Without a sentence around it, 6m is six times a variable: `quantities` knows what a unit is.
+    # Without a sentence around it, 6m is six times a variable: `quantities` handles units.
     rules = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)
     conversion = ConversionConfig(lowercase_symbols=False)
 
@@ -69,7 +70,7 @@ def _formula_reader():
 
 
 def _unambiguous(latex: str) -> str:
-    """The formula with products written out, and names that are no constants under other names."""
+    """Writes products out and renames variables that the parser would read as constants."""
     latex = _COEFFICIENT.sub(r"(\1)\\cdot ", _FACTOR.sub(r"\1\\cdot ", latex))
     pieces, end = [], 0
     for token in _TOKEN.finditer(latex):
@@ -90,16 +91,16 @@ def _formula(answer: str) -> list:
     for candidate in dict.fromkeys((latex, last_equation(latex))):
         try:
             return [read(candidate), latex]
-        except Exception:  # the parser raises whatever its grammar meets
+        except Exception:  # the parser raises any kind of error
             continue
     return []
 
 
 @functools.lru_cache(maxsize=4096)
 def parse(answer: str) -> list:
-    """Math-Verify's reading of the answer as one formula; empty for text."""
+    """Returns Math-Verify's reading of the answer as one formula; empty for text."""
     if is_running_text(answer) or is_prose(answer):
-        return []  # a formula picked out of a text is not what the text says
+        return []  # a formula picked out of a text is not the text's answer
     formula = _TRIMMINGS.sub("", answer).strip() or answer
     parsed = _formula(formula) or _library().parse(
         f"${formula}$", [_library().LatexExtractionConfig()], parsing_timeout=None
@@ -108,7 +109,7 @@ def parse(answer: str) -> list:
 
 
 def expression(answer: str):
-    """The answer as one sympy expression, or None."""
+    """Returns the answer as one sympy expression, or None."""
     import sympy
 
     parsed = parse(answer)
@@ -116,7 +117,7 @@ def expression(answer: str):
 
 
 def _plain_symbols(item):
-    """The expression with symbols told apart by name only, and i as the imaginary unit.
+    """Returns the expression with symbols identified by name only, and i as the imaginary unit.
 
     The parser assumes `i` real in one place of a formula and not real in another.
     """
@@ -157,7 +158,7 @@ def _parsed_equal(a: list, b: list) -> bool:
 
 
 def _dropped(answer: str) -> tuple[int, int]:
-    """How many degree signs and primed names an answer has; the apostrophe of a word is none."""
+    """Counts the degree signs and primed names of an answer; a word's apostrophe is not a prime."""
     degrees = len(re.findall(r"\^\s*\{?\s*\\circ", answer))
     return degrees, len(
         re.findall(r"(?<![A-Za-z])[A-Za-z](?:'(?![A-Za-z])|\s*\^\s*\{?\s*\\prime)", answer)
@@ -165,15 +166,15 @@ def _dropped(answer: str) -> tuple[int, int]:
 
 
 def _relations_agree(gold, prediction) -> bool | None:
-    """Whether two equations or inequalities say the same, or an equation states a value.
+    """Whether two equations or inequalities are the same, or an equation states a value.
 
-    Solutions are not compared: equations without any, or without unknowns, would all be alike.
-    None where neither is a relation, or one is compared with a set.
+    Solutions are not compared: all equations without solutions or unknowns would be equal. Returns
+    None if neither is a relation, or one is compared with a set.
     """
     import sympy
 
     if any(isinstance(e, sympy.logic.boolalg.BooleanAtom) for e in (gold, prediction)):
-        return False  # sympy knows that all numbers fulfil it, or none; that is not what it says
+        return False  # sympy reduced it to true or false; the relation itself is lost
     a, b = _ends_of_chain(gold), _ends_of_chain(prediction)
     relations = [isinstance(e, sympy.core.relational.Relational) for e in (a, b)]
     if all(relations):
@@ -192,7 +193,7 @@ def _relations_agree(gold, prediction) -> bool | None:
 
 
 def _ends_of_chain(e):
-    """x = y = 5 as x = 5; anything else as it is."""
+    """Reduces x = y = 5 to x = 5; returns anything else unchanged."""
     import sympy
 
     if isinstance(e, sympy.And):
@@ -203,13 +204,13 @@ def _ends_of_chain(e):
 
 
 def _states(equation, value, *, by_gold: bool) -> bool:
-    """Whether an equation gives the value, as (x+y)^2 = 81 gives 81 but 3x = 81 does not."""
+    """Whether an equation gives the value: (x+y)^2 = 81 gives 81 but 3x = 81 does not."""
     import sympy
 
     if not isinstance(equation, sympy.Eq):
         return False
     left = _opaque(equation.lhs, {})
-    # A ratio of names is a name.
+    # A ratio of names counts as a name.
     ratio = left.as_numer_denom()[1].free_symbols and equation.rhs.is_number
     known = left.is_Symbol or not left.free_symbols or bool(ratio)
     if not known and (by_gold or (len(left.free_symbols) == 1 and _is_linear(left))):
@@ -244,13 +245,13 @@ def _same_relation(a, b) -> bool:
 
 
 def _sides_agree(a, b) -> bool:
-    """Whether two sides have the same values, or are the same formula where values do not tell."""
+    """Whether two sides have the same values, or are the same formula if values do not decide."""
     verdict = equal_values(a, b)
     return _library().verify([a], [b], timeout_seconds=None) if verdict is None else verdict
 
 
 def _constant_ratio(a, b):
-    """The number by which b is a multiple of a, at every point that was tried; else None."""
+    """Returns b/a if it is one number at all points tried; else None."""
     ratios = []
     for values in _points(a, b):
         one, other = _value(a, values), _value(b, values)
@@ -265,9 +266,9 @@ def _constant_ratio(a, b):
 
 
 def _opaque(e, names: dict):
-    """The expression with a symbol for every function, limit and the like that has no value.
+    """Replaces every function, limit and the like without a value by a symbol.
 
-    `names` holds the symbols given so far; the same for the same expression.
+    `names` holds the symbols given so far; equal expressions get the same symbol.
     """
     import sympy
     from sympy.core.function import AppliedUndef
@@ -281,10 +282,10 @@ def _opaque(e, names: dict):
 
 
 def equal_values(a, b) -> bool | None:
-    """Whether two expressions have the same values; None where their values do not tell.
+    """Whether two expressions have the same values; None if their values do not decide.
 
-    Sympy's simplification takes long, and Math-Verify's rounding to six places takes small numbers
-    for equal. Expressions of real variables are compared at random points at which every root and
+    Sympy's simplification is slow, and Math-Verify's rounding to six places treats small numbers as
+    equal. Expressions of real variables are compared at random points at which every root and
     logarithm in them is real.
     """
     import sympy
@@ -301,7 +302,7 @@ def equal_values(a, b) -> bool | None:
 
 
 def _has_value(e) -> bool:
-    """Whether something opaque may have a value of its own, as a sum; f(x) and dx/dt have none."""
+    """Whether an opaque part may have a value of its own, like a sum; f(x) and dx/dt have none."""
     import sympy
     from sympy.core.function import AppliedUndef
 
@@ -315,7 +316,7 @@ def _are_numbers(a, b) -> bool:
 
 
 def _numbers_agree(a, b) -> bool | None:
-    """Whether two numbers are equal: rationals exactly, others in hundreds of digits."""
+    """Whether two numbers are equal: rationals exactly, others to hundreds of digits."""
     import sympy
 
     tolerance = _tolerance(a, b)
@@ -330,7 +331,7 @@ def _numbers_agree(a, b) -> bool | None:
 
 
 def _tolerance(a, b):
-    """The relative difference up to which values of the two are equal."""
+    """Returns the relative difference up to which two values are equal."""
     import sympy
 
     decimals = a.has(sympy.Float) or b.has(sympy.Float)
@@ -350,14 +351,14 @@ def _at_points(a, b) -> bool | None:
 
 
 def _points(a, b):
-    """Values of the symbols at which every root and logarithm of both is real."""
+    """Returns values of the symbols at which every root and logarithm of both is real."""
     import sympy
 
     symbols = sorted(a.free_symbols | b.free_symbols, key=lambda s: s.name)
     domain = _domain(a) + _domain(b)
     generator = random.Random(len(symbols))
     for point in range(_POINTS):
-        # Near 1, where powers stay small: positive, negative, positive, of either sign.
+        # Near 1, so that powers stay small: positive, negative, positive, of either sign.
         signs = ((1,), (-1,), (1,), (1, -1))[point % 4]
         values = {
             s: generator.choice(signs) * sympy.Rational(generator.randint(1, 2_000_000), 999_983)
@@ -368,7 +369,7 @@ def _points(a, b):
 
 
 def _roundings_agree(a, b) -> bool | None:
-    """Whether two expressions with floors agree: at small points all floors are alike."""
+    """Whether two expressions with floors agree at whole numbers; near 1 all floors look alike."""
     import sympy
 
     kinds = (sympy.floor, sympy.ceiling, sympy.Mod)
@@ -386,7 +387,7 @@ def _roundings_agree(a, b) -> bool | None:
 
 
 def _domain(e) -> list:
-    """What must not be negative: bases of broken or symbolic powers, arguments of logarithms."""
+    """Returns what must not be negative: bases of fractional or symbolic powers, log arguments."""
     import sympy
 
     powers = [p.base for p in e.atoms(sympy.Pow) if not p.exp.is_integer and not p.base.is_number]
@@ -399,7 +400,7 @@ def _is_positive(value) -> bool:
 
 
 def _value(e, values, digits: int = _DIGITS):
-    """The number that an expression is at a point; None where it is none."""
+    """Returns the value of an expression at a point; None if it is not a number."""
     import sympy
 
     try:
@@ -415,7 +416,7 @@ def _value(e, values, digits: int = _DIGITS):
 
 
 def _close(a, b, tolerance) -> bool | None:
-    """Whether two values agree; None where either is missing."""
+    """Whether two values agree; None if either is missing."""
     if a is None or b is None:
         return None
     return bool(abs(a - b) <= tolerance * max(abs(a), abs(b)))

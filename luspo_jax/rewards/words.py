@@ -25,7 +25,7 @@ _ONES = (
 )
 _TENS = {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70}
 _TENS |= {"eighty": 80, "ninety": 90}
-# What says the same, in symbols or words.
+# Equivalent symbols and words.
 _SYNONYMS = (
     (r"\emptyset", r"\{\}", "no solution", "no solutions", "no real solution", "no real solutions"),
     (r"\infty", "infinity", "infinite", "infinitely many", "infinitely many solutions"),
@@ -35,21 +35,21 @@ _SYNONYMS = (
 
 
 def plain(answer: str) -> str:
-    """The answer with its text commands opened, and no quotation marks or full stop."""
+    """Opens the text commands of an answer and removes quotation marks and the full stop."""
     text = _TEXT.sub(r"\1", answer).strip().strip('"“”`*').rstrip(".").strip()
     quoted = re.fullmatch(r"'([^']*)'", text)  # a single one is a prime
     return quoted[1].rstrip(".").strip() if quoted else text
 
 
 def phrase(answer: str) -> str | None:
-    """The words in one form, without article; None where anything else is in the answer."""
+    """Returns the words in one form, without article; None if the answer holds anything else."""
     words = _CALL.sub("", plain(answer).casefold())
     words = " ".join(_HYPHEN.sub(" ", words).split())
     return _ARTICLE.sub("", words) if _PHRASE.fullmatch(words) else None
 
 
 def spelled(answer: str) -> int | None:
-    """The value of a number word below 100."""
+    """Returns the value of a number word below 100."""
     words = phrase(answer)
     if words is None:
         return None
@@ -62,7 +62,7 @@ def spelled(answer: str) -> int | None:
 
 
 def number_words_agree(gold: str, prediction: str) -> bool | None:
-    """Whether a number word and a number agree; None where neither is a number word."""
+    """Whether a number word and a number agree; None if neither is a number word."""
     values = [spelled(answer) for answer in (gold, prediction)]
     if values == [None, None]:
         return None
@@ -74,7 +74,7 @@ def number_words_agree(gold: str, prediction: str) -> bool | None:
 
 
 def choices_agree(gold: str, prediction: str) -> bool | None:
-    """Whether the same letters of a multiple choice are named; None where the gold is no letter.
+    """Whether the same choice letters are named; None if the gold is not a letter.
 
     The gold is `B`, `(B)` or several letters; the prediction may repeat the text of its choice.
     """
@@ -82,28 +82,28 @@ def choices_agree(gold: str, prediction: str) -> bool | None:
     if _LETTERS.fullmatch(gold) and _LETTERS.fullmatch(prediction):
         return _several_letters_agree(gold, prediction)
     letter, found = _BARE_CHOICE.fullmatch(gold), _CHOICE.fullmatch(prediction)
-    if letter is None:  # a gold that has its text too: only the letter alone is decided here
+    if letter is None:  # the gold includes its text: only a lone letter is decided here
         labelled = re.fullmatch(r"\(([A-J])\)\s*\S.*", gold)
         bare = _BARE_CHOICE.fullmatch(prediction)
         return labelled[1] == bare[1] if labelled and bare else None
     if found is None:
         return None
     if _MORE_LETTERS.fullmatch(found[4]):
-        return False  # a list of choices is none
+        return False  # a list of choices is not a choice
     return letter[1] == next(group for group in found.groups()[:3] if group).upper()
 
 
 def _several_letters_agree(gold: str, prediction: str) -> bool:
     separated = [len(set(re.sub(r"[A-J]|and", "", a)) - set("() ")) > 0 for a in (gold, prediction)]
     letters = [re.findall(r"[A-J]", answer) for answer in (gold, prediction)]
-    # ABC without separators may be a triangle or a ranking: there, order counts.
+    # ABC without separators may be a triangle or a ranking, so order counts.
     if any(separated) or "and" in gold + prediction:
         return sorted(letters[0]) == sorted(letters[1])
     return letters[0] == letters[1]
 
 
 def phrases_agree(gold: str, prediction: str) -> bool | None:
-    """Whether two answers say the same in words; None where they are not words."""
+    """Whether two answers are the same in words; None if they are not words."""
     meanings = [_meaning(answer) for answer in (gold, prediction)]
     if meanings[0] is not None and meanings[0] == meanings[1]:
         return True
@@ -114,7 +114,7 @@ def phrases_agree(gold: str, prediction: str) -> bool | None:
     if None in words:
         return None
     if words[0] == words[1]:
-        # Of one letter, the case tells variables apart.
+        # In single letters, case distinguishes variables.
         return len(words[0]) > 1 or plain(gold) == plain(prediction)
     answers = zip((gold, prediction), words, strict=True)
     return False if any(_is_text(answer, found) for answer, found in answers) else None
@@ -131,7 +131,7 @@ def _meaning(answer: str) -> int | None:
 
 
 def _is_text(answer: str, words: str) -> bool:
-    """Whether these letters are a word: `odd`, but not the product `ab`."""
+    """Whether these letters form a word: `odd`, but not the product `ab`."""
     return (
         max(map(len, words.split())) >= 4
         or bool(_TEXT.search(answer) and len(words) > 1)

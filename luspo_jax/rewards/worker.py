@@ -1,11 +1,11 @@
 """The process in which a verifier may hang, crash or fill memory without harm to the run.
 
 The process reads its settings and then tasks from standard input, and answers each on standard
-output. It imports what the verifiers need once, then forks a child that does the scoring. The
-kernel ends the child when a task exceeds its limit (alarms left at their default action, which no
-Python code can catch, delay or swallow); the parent notes that and forks the next child, which
-costs milliseconds. When the input closes, both end: nothing outlives the run by more than one
-task's limit.
+output. It imports the verifiers' dependencies once, then forks a child that does the scoring. When
+a task exceeds its limit, the kernel ends the child (alarms keep their default action, which Python
+code cannot catch, delay or swallow); the parent notes that and forks the next child, which costs
+milliseconds. When the input closes, both end: nothing outlives the run by more than one task's
+limit.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _PRINTED = 10_000  # characters that a child may print
 
 
 def _serve(tasks: int, verdicts: int, checks, settings) -> None:
-    """Answer up to `recycle_after` tasks. Each answer is disarmed first and small: see below."""
+    """Answers up to `recycle_after` tasks; disarms before each answer, kept small: see below."""
     own = os.getpid()
     for _ in range(settings["recycle_after"]):
         try:
@@ -42,7 +42,7 @@ def _serve(tasks: int, verdicts: int, checks, settings) -> None:
 
 
 def _verdict(check: Verifier, sample: Sample) -> Verdict:
-    """The verdict; SystemExit and its like are errors here, where they would end the process."""
+    """Returns the verdict; SystemExit and its like, which would end the process, become errors."""
     try:
         return run(check, sample)
     except BaseException as error:
@@ -50,7 +50,7 @@ def _verdict(check: Verifier, sample: Sample) -> Verdict:
 
 
 class _Console(io.TextIOBase):
-    """Where verifiers print: the console, as far as `_PRINTED` characters."""
+    """Standard output for verifiers: the console, up to `_PRINTED` characters."""
 
     def __init__(self):
         self._left = _PRINTED
@@ -84,17 +84,17 @@ def _child(tasks: int, verdicts: int, checks, settings) -> None:
 
 
 def _warm_up(checks) -> None:
-    """Score once before forking, so that every child starts with the imports done."""
+    """Scores once before forking, so that every child starts with the imports done."""
     for check in checks.values():
         if check.warm_up is not None:
             run(check, check.warm_up)
 
 
 def main() -> None:
-    """Fork children until the input closes or one dies of something other than its limit."""
+    """Forks children until the input closes or one dies of something other than its limit."""
     tasks, verdicts = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what a verifier prints must not reach the answers
+    os.dup2(2, 1)  # a verifier's prints must not mix with the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = read_frame(tasks)
     try:
@@ -114,12 +114,12 @@ def main() -> None:
 
 
 def _fork_and_wait(tasks: int, verdicts: int, checks, settings) -> int:
-    """The exit code of a child, which SIGTERM takes along and leaves no zombie of."""
-    # Held back until the child's id is known.
+    """Forks a child and returns its exit code; SIGTERM ends the child too and leaves no zombie."""
+    # Blocked until the child's id is known.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pid = os.fork()
     if not pid:
-        os.setpgid(0, 0)  # what it starts ends with it
+        os.setpgid(0, 0)  # its descendants end with it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         _child(tasks, verdicts, checks, settings)
@@ -140,6 +140,6 @@ def _fork_and_wait(tasks: int, verdicts: int, checks, settings) -> int:
 
 
 def _kill_group(pid: int) -> None:
-    """End what a child has started and left behind."""
+    """Kills the processes that a child has left behind."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
