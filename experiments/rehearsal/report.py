@@ -11,7 +11,7 @@ from experiments.rehearsal import costs, programs, resident, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.programs import Compiled, Program
 from experiments.rehearsal.topologies import Topology
-from luspo_jax.learner.offload import OFFLOADS
+from luspo_jax.learner.state import OFFLOADS
 
 # Shares of the peak that a run is expected to reach, for the estimate beside the roofline: MaxText
 # publishes 45 % of a v5p's compute for pre-training, verl 31 to 40 % of an H100's for RL updates;

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from experiments.rehearsal import costs
 from experiments.rehearsal.case import Case
-from luspo_jax.learner.offload import OFFLOADS
+from luspo_jax.learner.state import OFFLOADS
 from luspo_jax.run.memory import param_bytes
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax.experience.groups import Group, judged
+from luspo_jax.experience import shaping
+from luspo_jax.experience.groups import Group, Rollouts, judged
+from luspo_jax.experience.shaping import Shaping
 from luspo_jax.hosts import processes
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.prompts import PromptStream
@@ -26,6 +28,8 @@ class Asker:
       num_prompts: prompts of a round.
       group_size: responses to each.
       seed: of the sampling noise.
+      shaping: which of the responses a step trains on.
+      metric: the part of the reward that tells right from wrong.
     """
 
     stream: PromptStream
@@ -35,6 +39,32 @@ class Asker:
     num_prompts: int
     group_size: int
     seed: int
+    shaping: Shaping
+    metric: str
+
+
+def collect(
+    asker: Asker, weights: Any, surplus: Sequence[Group], step: int, metrics: StepMetrics
+) -> tuple[Rollouts, list[Group]]:
+    """A full batch of judged groups, and what is carried over to the next step.
+
+    Args:
+      asker: what asks.
+      weights: of the policy, as the sampler reads them.
+      surplus: groups carried over from the step before.
+      step: rollout steps that the policy has taken.
+      metrics: receives times, what sampling cost, and what was left out.
+    """
+    found = shaping.collect(
+        rounds(asker, weights, step, metrics),
+        surplus,
+        shaping=asker.shaping,
+        num_groups=asker.num_prompts,
+        part=asker.metric,
+    )
+    metrics.update(found.counts)
+    metrics.update(asker.stream.metrics)
+    return Rollouts(found.groups, version=step), found.surplus
 
 
 def rounds(asker: Asker, weights: Any, step: int, metrics: StepMetrics) -> Iterator[list[Group]]:

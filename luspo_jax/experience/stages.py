@@ -3,6 +3,8 @@
 What a step trains on is settled on the host, once, before its first update.
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from luspo_jax import objectives
@@ -11,16 +13,66 @@ from luspo_jax.learner.plan import one_a_row
 from luspo_jax.learner.policies import (
     Laid,
     PolicyLogprobs,
+    laid,
     laid_rows,
+    policy_logprobs,
     sequence_lengths,
 )
+from luspo_jax.learner.programs import StepPrograms
 from luspo_jax.learner.rows import Planner
+from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.objectives import Objective
-from luspo_jax.types import ResponseRows, TrainBatch
+from luspo_jax.types import ResponseRows, TrainBatch, TrainState
 
 
 class MismatchError(RuntimeError):
     """Sampler and trainer disagree about the probabilities of sampled tokens."""
+
+
+def with_logprobs(
+    rollouts: Rollouts,
+    state: TrainState,
+    programs: StepPrograms,
+    planner: Planner,
+    metrics: StepMetrics,
+    mismatch_limit: float | None = None,
+) -> tuple[Rollouts, int]:
+    """Adds log-probs of the old and the reference policy, where the objective reads them.
+
+    Args:
+      rollouts: judged responses.
+      state: that holds the policies.
+      programs: of the step.
+      planner: of the run.
+      metrics: receives times and how far sampler and trainer are apart.
+      mismatch_limit: refuses to go on where they are further apart, in nats; None does not look.
+
+    Returns:
+      The rollouts, and the width of arrays that have one row a response.
+
+    Raises:
+      MismatchError: sampler and trainer disagree.
+    """
+    check = mismatch_limit is not None
+    passes = programs.passes(stale=not rollouts.fresh_B.all(), check=check)
+    plans = laid(planner, rollouts.prompts, rollouts.responses)
+    with timed(metrics, "old_log_prob"):
+        if "old" in passes:
+            found = policy_logprobs(state, passes["old"], plans, planner)
+            gap = largest_gap(rollouts, found)
+            metrics.add("rollout_corr/max_abs_diff", gap)
+            if check:
+                check_gap(gap, mismatch_limit)
+            if passes["old"].kept:
+                keep_entropy = programs.keeps_entropy
+                rollouts = with_old_logprobs(rollouts, found, keep_entropy=keep_entropy)
+                if found.agreement is not None:  # else the update's own pass says it
+                    metrics.add("router/agreement/sampler_old", found.agreement)
+    with timed(metrics, "ref"):
+        if "ref" in passes:
+            found = policy_logprobs(state, passes["ref"], plans, planner)
+            rollouts = rollouts.enriched(ref_logprobs=found.logprobs)
+    return rollouts, plans[0].plan.width
 
 
 def with_old_logprobs(
@@ -153,3 +205,37 @@ def train_batch(
         **known,
     )
     return TrainBatch(rows, objective_rows), dict(plan.metrics)
+
+
+def train_batches(
+    rollouts: Rollouts,
+    planner: Planner,
+    width: int,
+    metrics: StepMetrics,
+    *,
+    epochs: int,
+    minibatches: int,
+    key: Sequence[int],
+) -> Iterator[TrainBatch]:
+    """The batches of a step: `epochs` passes over its groups, cut into `minibatches` each.
+
+    Groups come in sampled order first, and shuffled in later passes.
+
+    Args:
+      rollouts: with everything that the objective reads.
+      planner: of the run.
+      width: of `with_logprobs`.
+      metrics: receives how rows are filled.
+      epochs, minibatches: of the step.
+      key: integers that decide the order of later passes.
+    """
+    ids_B = rollouts.group_ids_B
+    for epoch in range(epochs):
+        groups = np.unique(ids_B)
+        if epoch:
+            groups = np.random.default_rng([*key, epoch]).permutation(groups)
+        for part in np.split(groups, minibatches):
+            chosen = np.concatenate([np.flatnonzero(ids_B == group) for group in part])
+            batch, filled = train_batch(rollouts, planner, chosen, width)
+            metrics.update(filled)
+            yield batch

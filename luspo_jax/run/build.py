@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from luspo_jax import sharding
+from luspo_jax.experience import held_out
+from luspo_jax.experience.held_out import Evaluation
 from luspo_jax.experience.rounds import Asker
 from luspo_jax.experience.shaping import Shaping
 from luspo_jax.learner import optimizer
@@ -65,7 +67,29 @@ class Run:
             num_prompts=rollout.prompts_per_step,
             group_size=rollout.group_size,
             seed=self.settings.seed,
+            shaping=self.shaping,
+            metric=self.metric,
         )
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of rollout step `step`, from 0."""
+        train = self.settings.train
+        return optimizer.learning_rate(
+            step, peak=train.learning_rate, warmup_steps=train.warmup_steps
+        )
+
+    def evaluate(self, params: Any) -> Evaluation:
+        """Accuracy and length on the held-out problems; every call faces the same noise."""
+        groups = held_out.ask(
+            self.held_out_sampler,
+            self.rollout_params(params),
+            self.data.held_out,
+            self.scorer,
+            decode=self.model.decode,
+            num_samples=self.settings.eval.num_samples,
+            seed=self.settings.eval.seed,
+        )
+        return held_out.summarize(groups, metric=self.metric)
 
     @property
     def metric(self) -> str:

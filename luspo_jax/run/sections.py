@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from luspo_jax.datasets import DATASETS
 from luspo_jax.hosts.guard import BEAT_S
 from luspo_jax.learner.logprobs import REPLAYS
-from luspo_jax.learner.offload import OFFLOADS
+from luspo_jax.learner.state import OFFLOADS
 from luspo_jax.models.decoder import REMAT
 from luspo_jax.ops import attention, grouped_matmul
 from luspo_jax.prompts.templates import TEMPLATES

@@ -197,6 +197,7 @@ def writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWrite
 
 
 def speed_metrics(metrics: StepMetrics, rollouts: Rollouts) -> dict[str, float]:
+    """Tokens and seconds of a step, prompts and responses, and the most memory so far."""
     seconds = metrics.result()["timing_s/step"]
     tokens = int(rollouts.lengths_B.sum()) + sum(len(p.tokens) for p in rollouts.prompts)
     return {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from luspo_jax import objectives
-from luspo_jax.learner import offload, optimizer, state
+from luspo_jax.learner import optimizer, state
 from luspo_jax.learner.logprobs import LogprobRule, row_logprobs
 from luspo_jax.learner.plan import one_a_row
 from luspo_jax.learner.state import UpdateRule
@@ -399,12 +399,12 @@ def test_empty_microbatches_are_not_computed(params):
 
 def test_steps_between_which_parts_wait_on_the_host_compile_once(params):
     rule = _rule()
-    now = offload.parked(state.initial_state(params, rule), "both")
+    now = state.parked(state.initial_state(params, rule), "both")
     counts = []
     for _ in range(2):
         with CompileClock() as clock:
-            now = offload.fetched(now, "both")
+            now = state.fetched(now, "both")
             now, _ = update_step(now, _batch(), np.float32(1.0), rule=rule)
-        now = offload.parked(now, "both")
+        now = state.parked(now, "both")
         counts.append(clock.count)
     assert counts[1] == 0
