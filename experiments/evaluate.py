@@ -16,7 +16,7 @@ import sys
 from absl import flags
 
 from experiments import command
-from luspo_jax.values import SEED
+from luspo_jax.hosts.values import SEED
 
 _MODEL = flags.DEFINE_string("model", "", "What to evaluate.")
 _STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run: latest, best, or a number.")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from luspo_jax.hosts import guard
-from luspo_jax.values import nearest
+from luspo_jax.hosts.values import nearest
 
 
 class MetricsError(ValueError):

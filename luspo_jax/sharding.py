@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from luspo_jax.values import ConfigError
+from luspo_jax.hosts.values import ConfigError
 
 # Slowest links first: neighbours in a mesh row are neighbours in the machine.
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")

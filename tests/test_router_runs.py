@@ -19,7 +19,7 @@ from luspo_jax.run import beginning, fields
 from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.build import Run, build, facts, layouts
 from luspo_jax.run.checkpoint import Checkpointer
-from luspo_jax.values import ConfigError
+from luspo_jax.hosts.values import ConfigError
 from tests.models import expert_cases
 
 MODEL = expert_cases.config(

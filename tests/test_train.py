@@ -20,7 +20,7 @@ from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.build import build, facts
 from luspo_jax.run.checkpoint import CheckpointError
-from luspo_jax.values import ConfigError
+from luspo_jax.hosts.values import ConfigError
 
 MODEL = DecoderConfig(
     model_type="qwen3",

@@ -14,7 +14,7 @@ import scipy.stats
 from experiments.sweeps import runner, spec
 from experiments.sweeps.spec import Member, Outcome, Sweep
 from luspo_jax.hosts import files
-from luspo_jax.values import nearest
+from luspo_jax.hosts.values import nearest
 
 CURVES = (
     ("reward", "reward", "mean reward"),

@@ -19,7 +19,7 @@ from experiments.sweeps.spec import Member, Sweep
 from luspo_jax.hosts import files
 from luspo_jax.metrics import read_metrics
 from luspo_jax.run import fields
-from luspo_jax.values import ConfigError, nearest
+from luspo_jax.hosts.values import ConfigError, nearest
 
 Task = dict  # worker input: folder, log, config, fingerprint, compile_cache
 

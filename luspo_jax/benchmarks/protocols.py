@@ -6,7 +6,7 @@ Numbers under different protocols are not comparable, so every number carries it
 import dataclasses
 
 from luspo_jax.benchmarks.record import BenchmarkError
-from luspo_jax.values import TEMPERATURE, nearest
+from luspo_jax.hosts.values import TEMPERATURE, nearest
 
 
 @dataclasses.dataclass(frozen=True)

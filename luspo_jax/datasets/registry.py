@@ -28,7 +28,7 @@ from luspo_jax.datasets.visual_benchmarks import (
     WEMATH,
 )
 from luspo_jax.hosts import files
-from luspo_jax.values import nearest
+from luspo_jax.hosts.values import nearest
 
 # A Table reads a file. Anything else is a generator: a function of the split and its own options
 # that returns a sequence of examples.

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from luspo_jax.experience.groups import Group
-from luspo_jax.values import Number, OneOf, refusal
+from luspo_jax.hosts.values import Number, OneOf, refusal
 
 GFPO_KEYS = ("length", "reward_per_token")
 

@@ -6,7 +6,7 @@ The section `length` of a configuration.
 import dataclasses
 import math
 
-from luspo_jax.values import nearest
+from luspo_jax.hosts.values import nearest
 
 STEERING = ("none", "band", "pressure")
 _MOST = 1e9  # largest penalty: as a reward, its square must fit float32

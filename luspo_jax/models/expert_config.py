@@ -7,7 +7,7 @@ the most likely few; no expert is shared, and none drops a token.
 from collections.abc import Mapping
 from typing import Any
 
-from luspo_jax.values import ConfigError
+from luspo_jax.hosts.values import ConfigError
 
 MODEL_TYPE = "qwen3_moe"
 

@@ -14,7 +14,7 @@ from luspo_jax.objectives.kl import KL_ESTIMATORS
 from luspo_jax.objectives.length_scales import LENGTH_SCALES
 from luspo_jax.objectives.ratios import RATIOS
 from luspo_jax.objectives.surrogates import SURROGATE_RATIOS, SURROGATES
-from luspo_jax.values import nearest
+from luspo_jax.hosts.values import nearest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from luspo_jax.datasets.dapo_math import PREFIX, SUFFIX
 from luspo_jax.datasets.example import DataError
 from luspo_jax.datasets.table import text as cell_text
-from luspo_jax.values import nearest
+from luspo_jax.hosts.values import nearest
 
 # A column's name in braces. Braces after a LaTeX command hold its argument: \boxed{answer},
 # \frac{a}{b}.

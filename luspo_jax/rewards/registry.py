@@ -16,7 +16,7 @@ from luspo_jax.rewards.multiple_choice import multiple_choice
 from luspo_jax.rewards.overlong import overlong
 from luspo_jax.rewards.record import Reward, Sample, Verifier, combine, run
 from luspo_jax.rewards.user import is_user_reward, user_reward
-from luspo_jax.values import nearest
+from luspo_jax.hosts.values import nearest
 
 # Name → function that returns the verifier for the reward's options.
 REWARDS: dict[str, Callable[..., Verifier]] = {

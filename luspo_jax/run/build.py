@@ -33,7 +33,7 @@ from luspo_jax.run.data import Data, load_data
 from luspo_jax.run.model import Model, load_model
 from luspo_jax.run.settings import Config, Settings, section
 from luspo_jax.sharding import Layout, MeshError
-from luspo_jax.values import ConfigError
+from luspo_jax.hosts.values import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

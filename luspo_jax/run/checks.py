@@ -17,7 +17,7 @@ from luspo_jax.rewards.registry import verifier
 from luspo_jax.run.fields import wrong_fields
 from luspo_jax.run.sections import SOURCE_FIELDS
 from luspo_jax.run.settings import Settings, sections_of
-from luspo_jax.values import ConfigError, Number, nearest, refusal, shown
+from luspo_jax.hosts.values import ConfigError, Number, nearest, refusal, shown
 
 # Beyond it, the squares of rewards leave float32.
 _WEIGHT = Number(-1e15, 1e15)

@@ -13,7 +13,7 @@ from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import read_settings
 from luspo_jax.run.model import Model
 from luspo_jax.run.settings import Config, section
-from luspo_jax.values import ConfigError
+from luspo_jax.hosts.values import ConfigError
 
 _LOOKED_AT = 64  # problems of a dataset, or source, by which it is known to have images
 

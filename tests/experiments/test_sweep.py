@@ -15,7 +15,7 @@ from experiments.sweeps import report, runner, spec
 from experiments.sweeps.report import estimate, paired
 from experiments.sweeps.spec import Member, Outcome, Sweep
 from luspo_jax.run import fields
-from luspo_jax.values import ConfigError
+from luspo_jax.hosts.values import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASE = "configs/quickstart.py"

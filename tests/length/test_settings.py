@@ -6,7 +6,7 @@ import pytest
 
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.run import checks, fields
-from luspo_jax.values import ConfigError
+from luspo_jax.hosts.values import ConfigError
 
 FLOATS = [field.name for field in dataclasses.fields(LengthSettings) if field.type is float]
 ODD = [float("nan"), float("inf"), float("-inf")]

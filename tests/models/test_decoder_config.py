@@ -11,7 +11,7 @@ from luspo_jax.models.decoder_config import (
     hf_config,
     read_config,
 )
-from luspo_jax.values import ConfigError
+from luspo_jax.hosts.values import ConfigError
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],

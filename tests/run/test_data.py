@@ -18,7 +18,7 @@ from luspo_jax.run.build import build
 from luspo_jax.run.data import held_out_place, load_data
 from luspo_jax.run.export import export_policy
 from luspo_jax.run.model import load_model
-from luspo_jax.values import ConfigError
+from luspo_jax.hosts.values import ConfigError
 from tests import vl_cases
 
 

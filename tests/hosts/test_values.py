@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from luspo_jax.values import SEED, TEMPERATURE, Number, OneOf, Text, nearest, refusal
+from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Text, nearest, refusal
 
 
 def test_an_unknown_name_is_answered_with_the_closest_and_with_few_names_all():
