@@ -63,6 +63,7 @@ def _engine(policy: Policy, task: Task, options: Options) -> Engine:
         options.dtype,
         attention="auto",
         vision_attention="auto",
+        expert_kernel="auto",
         layout=sharding.on_own_devices(policy.layout),
     )
     return Engine(

@@ -292,8 +292,7 @@ def _counted(case, name):
 def _counted_training(case, name):
     part, width = case.train_parts, case.width
     sizes = case.sizes
-    rows = sizes.packed_rows_per_microbatch or sizes.responses_per_microbatch
-    tokens = rows * (sizes.pack_length or sizes.tokens_per_row) / part.tokens
+    tokens = sizes.rows_per_microbatch * sizes.row_length / part.tokens
     model = case.model
     mlp_dim = model.mlp_dim if model.num_expert_layers < model.num_layers else 0
     layer = 16 * model.embed_dim + 3 * mlp_dim + 4 * model.num_heads * model.head_dim

@@ -7,7 +7,19 @@ from luspo_jax.run.settings import Config
 
 @dataclasses.dataclass(frozen=True)
 class BatchArithmetic:
-    """What "batch size" means in this run."""
+    """What "batch size" means in this run.
+
+    Attributes:
+      prompts_per_step, group_size: of a rollout step.
+      responses_per_step, responses_per_minibatch: prompts × group_size, and their part of an update.
+      responses_per_microbatch: responses that are computed together; of dense rows, how many of the
+        longest fit.
+      updates_per_step: optimizer steps of a rollout step.
+      tokens_per_row: tokens of the longest prompt and response.
+      row_length, rows_per_microbatch: tokens of a row that the model reads, and rows together.
+      pack_length: row_length where rows are dense; 0 where they hold one response each.
+      row_unit: what a mesh shares out, and the field that decides how many there are.
+    """
 
     prompts_per_step: int
     group_size: int
@@ -16,51 +28,66 @@ class BatchArithmetic:
     responses_per_microbatch: int
     updates_per_step: int
     tokens_per_row: int
-    pack_length: int = 0  # 0 without packing
-    packed_rows_per_microbatch: int = 0
-
-    @property
-    def rows_per_microbatch(self) -> int:
-        """Rows that are computed together, dense ones or one a response."""
-        return self.packed_rows_per_microbatch or self.responses_per_microbatch
+    row_length: int
+    rows_per_microbatch: int
+    pack_length: int
+    row_unit: str
+    microbatch: str  # in words
 
     def __str__(self) -> str:
-        parts = (
-            f"{self.packed_rows_per_microbatch} packed rows × {self.pack_length} tokens, as many "
-            "as the responses fill"
-            if self.pack_length
-            else f"{self.responses_per_microbatch} rows × up to {self.tokens_per_row} tokens"
-        )
         return (
             f"{self.prompts_per_step} prompts × {self.group_size} responses = "
             f"{self.responses_per_step} responses a step; {self.updates_per_step} optimizer "
             f"step(s) of {self.responses_per_minibatch} responses, in micro-batches of "
-            f"{parts}"
+            f"{self.microbatch}"
         )
+
+    def advice(self, parts: int) -> str:
+        """The flag by which `parts` devices can share a micro-batch, if one can; else empty."""
+        rows = self.rows_per_microbatch
+        if not self.pack_length or rows % parts == 0:
+            return ""
+        tokens = -(-rows // parts) * parts * self.row_length
+        return f"set --config.train.microbatch_tokens={tokens}, or "
 
 
 def batch_arithmetic(config: Config) -> BatchArithmetic:
-    """Resolves the sizes of a step from a checked configuration.
-
-    With packing, `responses_per_microbatch` is how many of the longest fit.
-    """
+    """Resolves the sizes of a step from a checked configuration."""
     rollout, train = config.rollout, config.train
     responses = rollout.prompts_per_step * rollout.group_size
     longest = config.data.max_prompt_length + rollout.max_response_length
-    together = responses // train.num_minibatches // train.num_microbatches
-    pack_length = rows = 0
-    if train.packing:
-        pack_length = train.pack_length or longest
-        rows = train.microbatch_tokens // pack_length
-        together = rows * pack_length // longest
+    rows = _dense_rows(train, longest) if train.packing else _own_rows(train, responses, longest)
     return BatchArithmetic(
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
         responses_per_step=responses,
         responses_per_minibatch=responses // train.num_minibatches,
-        responses_per_microbatch=together,
         updates_per_step=train.num_minibatches * train.num_epochs,
         tokens_per_row=longest,
-        pack_length=pack_length,
-        packed_rows_per_microbatch=rows,
+        **rows,
     )
+
+
+def _own_rows(train, responses, longest):
+    rows = responses // train.num_minibatches // train.num_microbatches
+    return {
+        "responses_per_microbatch": rows,
+        "row_length": longest,
+        "rows_per_microbatch": rows,
+        "pack_length": 0,
+        "row_unit": "responses of a micro-batch (train.num_microbatches)",
+        "microbatch": f"{rows} rows × up to {longest} tokens",
+    }
+
+
+def _dense_rows(train, longest):
+    length = train.pack_length or longest
+    rows = train.microbatch_tokens // length
+    return {
+        "responses_per_microbatch": rows * length // longest,
+        "row_length": length,
+        "rows_per_microbatch": rows,
+        "pack_length": length,
+        "row_unit": "packed rows of a micro-batch (train.microbatch_tokens)",
+        "microbatch": f"{rows} packed rows × {length} tokens, as many as the responses fill",
+    }

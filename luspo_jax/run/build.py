@@ -205,19 +205,7 @@ def layouts(
     train = sharding.layout("train", section(config, "mesh").sizes, devices)
     rollout = sharding.layout("rollout", section(config, "rollout_mesh").sizes, devices)
     arithmetic = batch_arithmetic(config)
-    rows = {
-        "responses of a micro-batch (train.num_microbatches)": (
-            "batch",
-            arithmetic.responses_per_microbatch,
-        )
-    }
-    if config.train.packing:
-        rows = {
-            "packed rows of a micro-batch (train.microbatch_tokens)": (
-                "batch",
-                arithmetic.packed_rows_per_microbatch,
-            )
-        }
+    rows = {arithmetic.row_unit: ("batch", arithmetic.rows_per_microbatch)}
     sizes = decoder.cut_sizes(model)
     problems = [
         *sharding.misfits(train, sizes | rows),
@@ -234,15 +222,8 @@ def layouts(
 
 def mesh_advice(config: Config, train: Layout | None) -> str:
     """What to change where a mesh does not fit: of rows, the flag that makes them fit."""
-    arithmetic, parts = batch_arithmetic(config), train.size("batch") if train else 1
-    rows = arithmetic.packed_rows_per_microbatch
-    if config.train.packing and rows % parts:
-        tokens = -(-rows // parts) * parts * arithmetic.pack_length
-        return (
-            f"set --config.train.microbatch_tokens={tokens}, or change config.mesh or "
-            "config.rollout_mesh"
-        )
-    return "change config.mesh or config.rollout_mesh"
+    rows = batch_arithmetic(config).advice(train.size("batch") if train else 1)
+    return f"{rows}change config.mesh or config.rollout_mesh"
 
 
 def update_rule(config: Config, model: Model, layout: Layout | None = None) -> UpdateRule:

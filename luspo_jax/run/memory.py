@@ -31,9 +31,7 @@ def memory_estimate(
     )
     train, rollout = layouts
     params = param_bytes(model, train, jnp.float32)
-    tokens = sizes.responses_per_microbatch * sizes.tokens_per_row
-    if config.train.packing:
-        tokens = sizes.packed_rows_per_microbatch * sizes.pack_length
+    tokens = sizes.rows_per_microbatch * sizes.row_length
     tokens //= _parts(train, "batch", "length")
     slots = config.rollout.num_slots * sizes.tokens_per_row
     slots //= _parts(sharding.on_own_devices(rollout), "batch", "cache_length")

@@ -22,7 +22,15 @@ from luspo_jax.run.sections import (
     RolloutSettings,
     TrainSettings,
 )
-from luspo_jax.hosts.values import SEED, ConfigError, Number, Rule, check_fields, refused_field, shown
+from luspo_jax.hosts.values import (
+    SEED,
+    ConfigError,
+    Number,
+    Rule,
+    check_fields,
+    refused_field,
+    shown,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
