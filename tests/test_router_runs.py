@@ -9,6 +9,7 @@ import pytest
 from luspo_jax.logprobs import REPLAYS
 
 from luspo_jax import batches, datasets, experience, sharding, train
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.metrics import StepMetrics, read_metrics
 from luspo_jax.models import char_tokenizer
 from luspo_jax.models.decoder_config import hf_config
@@ -19,7 +20,6 @@ from luspo_jax.run import beginning, fields
 from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.build import Run, build, facts, layouts
 from luspo_jax.run.checkpoint import Checkpointer
-from luspo_jax.hosts.values import ConfigError
 from tests.models import expert_cases
 
 MODEL = expert_cases.config(

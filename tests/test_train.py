@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from configs import quickstart
 from luspo_jax import batches, datasets, objectives, train
 from luspo_jax.hosts.files import PlaceError
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
@@ -20,7 +21,6 @@ from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.build import build, facts
 from luspo_jax.run.checkpoint import CheckpointError
-from luspo_jax.hosts.values import ConfigError
 
 MODEL = DecoderConfig(
     model_type="qwen3",

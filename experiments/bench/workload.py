@@ -10,9 +10,9 @@ import pathlib
 import jax
 import numpy as np
 
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.hosts.values import ConfigError
 
 LEARNING_RATE = 1e-6
 CLIP_LOW, CLIP_HIGH = 2e-3, 2.5e-3  # arXiv 2602.05261 §5.1

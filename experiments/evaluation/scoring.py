@@ -13,7 +13,7 @@ from luspo_jax.benchmarks.registry import Judge, benchmark
 from luspo_jax.datasets import Example
 from luspo_jax.datasets.predictions import read_predictions
 from luspo_jax.rewards import Sample
-from luspo_jax.rewards.extraction import with_opening
+from luspo_jax.rewards.answers.extraction import with_opening
 
 _NAMED = 10  # ids named in a message
 _UNKNOWN = "predictions from a file (sampling unknown)"

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from experiments.sweeps import spec
 from experiments.sweeps.spec import Member, Sweep
 from luspo_jax.hosts import files
+from luspo_jax.hosts.values import ConfigError, nearest
 from luspo_jax.metrics import read_metrics
 from luspo_jax.run import fields
-from luspo_jax.hosts.values import ConfigError, nearest
 
 Task = dict  # worker input: folder, log, config, fingerprint, compile_cache
 

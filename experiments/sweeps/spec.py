@@ -14,8 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from luspo_jax.run import checks, fields
 from luspo_jax.hosts.values import ConfigError, nearest
+from luspo_jax.run import checks, fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 REDUCERS = ("first", "last", "change", "mean", "max", "auc", "at")

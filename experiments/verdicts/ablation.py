@@ -12,7 +12,8 @@ from unittest import mock
 
 import math_verify
 
-from luspo_jax.rewards import Sample, Verdict, latex, math_equal, plain_numbers, symbolic, words
+from luspo_jax.rewards import Sample, Verdict
+from luspo_jax.rewards.answers import latex, math_equal, plain_numbers, symbolic, words
 from luspo_jax.rewards.math_answer import EXTRACTIONS
 from luspo_jax.rewards.math_answer import check as judge
 

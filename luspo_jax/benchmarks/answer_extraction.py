@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from luspo_jax.benchmarks.free_form import OneOf
-from luspo_jax.rewards.choices import (
+from luspo_jax.rewards.answers.choices import (
     answer_part,
     chosen,
     letters_of,
@@ -19,10 +19,10 @@ from luspo_jax.rewards.choices import (
     same_text,
     statement,
 )
-from luspo_jax.rewards.extraction import final_answer
-from luspo_jax.rewards.latex import is_running_text, named_value, squeeze
-from luspo_jax.rewards.plain_numbers import exact_number
-from luspo_jax.rewards.words import spelled
+from luspo_jax.rewards.answers.extraction import final_answer
+from luspo_jax.rewards.answers.latex import is_running_text, named_value, squeeze
+from luspo_jax.rewards.answers.plain_numbers import exact_number
+from luspo_jax.rewards.answers.words import spelled
 
 _SHORT = 200  # characters; a one-line response this short is its own answer
 _LONGEST = 2_000  # characters of a line or announced answer that is examined

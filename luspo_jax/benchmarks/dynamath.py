@@ -19,7 +19,7 @@ from luspo_jax.benchmarks.answer_extraction import (
 )
 from luspo_jax.benchmarks.free_form import VERIFIER, OneOf, Pair
 from luspo_jax.benchmarks.verdicts import Item, ItemVerdict, Line, Reading, VisualBenchmark, share
-from luspo_jax.rewards.choices import same_text
+from luspo_jax.rewards.answers.choices import same_text
 
 TOLERANCE = 0.001
 VARIANTS = 10  # per question

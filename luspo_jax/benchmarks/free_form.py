@@ -5,10 +5,10 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from luspo_jax.rewards.latex import squeeze, tidy
+from luspo_jax.rewards.answers.latex import squeeze, tidy
+from luspo_jax.rewards.answers.math_equal import VERSION
+from luspo_jax.rewards.answers.plain_numbers import exact_number, numbers_equal
 from luspo_jax.rewards.math_answer import whole
-from luspo_jax.rewards.math_equal import VERSION
-from luspo_jax.rewards.plain_numbers import exact_number, numbers_equal
 from luspo_jax.rewards.record import Sample, Verdict
 from luspo_jax.rewards.scorer import Scorer
 

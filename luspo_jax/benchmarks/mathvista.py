@@ -14,7 +14,7 @@ from luspo_jax.benchmarks.free_form import VERIFIER
 from luspo_jax.benchmarks.record import BenchmarkError
 from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accuracy
 from luspo_jax.benchmarks.vlmevalkit import inferred_option
-from luspo_jax.rewards.choices import answer_part, same_text
+from luspo_jax.rewards.answers.choices import answer_part, same_text
 
 
 def read(item: Item, response: str) -> Reading:

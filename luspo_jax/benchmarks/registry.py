@@ -7,8 +7,8 @@ from typing import Any, Protocol
 from luspo_jax.benchmarks.record import BenchmarkError, Record
 from luspo_jax.benchmarks.verdicts import STRICT, Item, Line, RuleScorer, VisualBenchmark, figures
 from luspo_jax.benchmarks.visual import VISUAL
-from luspo_jax.rewards import Reward, Sample, Scorer
 from luspo_jax.hosts.values import nearest
+from luspo_jax.rewards import Reward, Sample, Scorer
 
 
 class Judge(Protocol):

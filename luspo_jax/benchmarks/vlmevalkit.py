@@ -10,8 +10,8 @@ import operator
 import re
 from collections.abc import Mapping
 
-from luspo_jax.rewards.latex import tidy
-from luspo_jax.rewards.plain_numbers import exact_number
+from luspo_jax.rewards.answers.latex import tidy
+from luspo_jax.rewards.answers.plain_numbers import exact_number
 
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",

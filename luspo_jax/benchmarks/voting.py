@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from luspo_jax.rewards.latex import squeeze, tidy
-from luspo_jax.rewards.plain_numbers import exact_number
+from luspo_jax.rewards.answers.latex import squeeze, tidy
+from luspo_jax.rewards.answers.plain_numbers import exact_number
 
 _SHORT_FRACTION = re.compile(r"\\frac\s*(\w)\s*(\w)")
 

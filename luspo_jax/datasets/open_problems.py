@@ -1,7 +1,7 @@
 """Benchmarks whose answers are expressions, units or lists: Minerva and OlympiadBench."""
 
 from luspo_jax.datasets.table import Table, answer_text, text
-from luspo_jax.rewards.extraction import boxed_answer
+from luspo_jax.rewards.answers.extraction import boxed_answer
 
 
 def boxed(cell) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Sample, Scorer
-from luspo_jax.rewards.extraction import with_opening
+from luspo_jax.rewards.answers.extraction import with_opening
 from luspo_jax.rollout import Response
 
 

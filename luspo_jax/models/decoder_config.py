@@ -6,10 +6,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models import expert_config, vision_config
 from luspo_jax.models.expert_config import is_int, required
 from luspo_jax.models.vision_config import VisionConfig
-from luspo_jax.hosts.values import ConfigError
 
 ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",

@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from luspo_jax.models.expert_config import is_int, required
 from luspo_jax.hosts.values import ConfigError
+from luspo_jax.models.expert_config import is_int, required
 
 MODEL_TYPE = "qwen2_5_vl"
 ROPE_THETA = 10_000.0  # of the tower; not in the checkpoints

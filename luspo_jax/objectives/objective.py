@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+from luspo_jax.hosts.values import nearest
 from luspo_jax.objectives.advantages import ADVANTAGES
 from luspo_jax.objectives.aggregation import AGGREGATIONS
 from luspo_jax.objectives.corrections import CORRECTIONS
@@ -14,7 +15,6 @@ from luspo_jax.objectives.kl import KL_ESTIMATORS
 from luspo_jax.objectives.length_scales import LENGTH_SCALES
 from luspo_jax.objectives.ratios import RATIOS
 from luspo_jax.objectives.surrogates import SURROGATE_RATIOS, SURROGATES
-from luspo_jax.hosts.values import nearest
 
 
 @dataclasses.dataclass(frozen=True)

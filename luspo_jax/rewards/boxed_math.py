@@ -2,9 +2,9 @@
 
 import functools
 
-from luspo_jax.rewards.extraction import boxed_answer
+from luspo_jax.rewards.answers.extraction import boxed_answer
+from luspo_jax.rewards.answers.math_equal import VERSION
 from luspo_jax.rewards.math_answer import WARM_UP, check
-from luspo_jax.rewards.math_equal import VERSION
 from luspo_jax.rewards.record import Verifier
 
 

@@ -8,7 +8,7 @@ if a `<think>` is not closed. Unicode minus signs and fullwidth forms are read a
 
 import re
 
-from luspo_jax.rewards.extraction import after_reasoning, plain_signs
+from luspo_jax.rewards.answers.extraction import after_reasoning, plain_signs
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 VERSION = "2"

@@ -3,7 +3,7 @@
 import functools
 import re
 
-from luspo_jax.rewards.extraction import after_reasoning
+from luspo_jax.rewards.answers.extraction import after_reasoning
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 VERSION = "2"

@@ -7,8 +7,8 @@ itself. `luspo_vl` and `fullmatch`, which describe the reasoning too, read the w
 import functools
 import re
 
+from luspo_jax.rewards.answers.extraction import after_reasoning, boxed_contents
 from luspo_jax.rewards.exact import compiled
-from luspo_jax.rewards.extraction import after_reasoning, boxed_contents
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 VERSION = "2"

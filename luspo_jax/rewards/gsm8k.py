@@ -4,8 +4,8 @@ import functools
 import re
 from fractions import Fraction
 
-from luspo_jax.rewards.extraction import after_reasoning, plain_signs
-from luspo_jax.rewards.plain_numbers import exact_number
+from luspo_jax.rewards.answers.extraction import after_reasoning, plain_signs
+from luspo_jax.rewards.answers.plain_numbers import exact_number
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 VERSION = "2"

@@ -3,10 +3,10 @@
 import functools
 import re
 
-from luspo_jax.rewards.extraction import after_reasoning, boxed_answer, final_answer
-from luspo_jax.rewards.math_equal import LONGEST, VERSION, equal
+from luspo_jax.rewards.answers.extraction import after_reasoning, boxed_answer, final_answer
+from luspo_jax.rewards.answers.math_equal import LONGEST, VERSION, equal
+from luspo_jax.rewards.answers.symbolic import text_ends_on
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
-from luspo_jax.rewards.symbolic import text_ends_on
 
 # Words before a formula or a number: the text is a sentence that contains its answer.
 _SAYS = re.compile(r"(?<![\\A-Za-z{])(?!and\b|or\b)[A-Za-z']{2,}[\s:]")

@@ -1,6 +1,6 @@
 """Multiple choice: the letter that a response states must equal the reference letter."""
 
-from luspo_jax.rewards.choices import chosen, option_meant
+from luspo_jax.rewards.answers.choices import chosen, option_meant
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 VERSION = "2"

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from luspo_jax.hosts.values import nearest
 from luspo_jax.rewards.boxed_math import boxed_math
 from luspo_jax.rewards.dapo_math import dapo_math
 from luspo_jax.rewards.exact import exact
@@ -16,7 +17,6 @@ from luspo_jax.rewards.multiple_choice import multiple_choice
 from luspo_jax.rewards.overlong import overlong
 from luspo_jax.rewards.record import Reward, Sample, Verifier, combine, run
 from luspo_jax.rewards.user import is_user_reward, user_reward
-from luspo_jax.hosts.values import nearest
 
 # Name → function that returns the verifier for the reward's options.
 REWARDS: dict[str, Callable[..., Verifier]] = {

@@ -11,7 +11,7 @@ class BatchArithmetic:
 
     Attributes:
       prompts_per_step, group_size: of a rollout step.
-      responses_per_step, responses_per_minibatch: prompts × group_size, and their part of an update.
+      responses_per_step, responses_per_minibatch: of a rollout step, and of an update.
       responses_per_microbatch: responses that are computed together; of dense rows, how many of the
         longest fit.
       updates_per_step: optimizer steps of a rollout step.

@@ -13,6 +13,7 @@ from luspo_jax.experience import held_out
 from luspo_jax.experience.held_out import Evaluation
 from luspo_jax.experience.rounds import Asker
 from luspo_jax.experience.shaping import Shaping
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.learner import optimizer
 from luspo_jax.learner.logprobs import LogprobRule
 from luspo_jax.learner.programs import StepPrograms
@@ -33,7 +34,6 @@ from luspo_jax.run.data import Data, load_data
 from luspo_jax.run.model import Model, load_model
 from luspo_jax.run.settings import Config, Settings, section
 from luspo_jax.sharding import Layout, MeshError
-from luspo_jax.hosts.values import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

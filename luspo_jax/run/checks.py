@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from luspo_jax import objectives
 from luspo_jax.datasets import DATASETS, DataError
 from luspo_jax.datasets.table import Table
+from luspo_jax.hosts.values import ConfigError, Number, nearest, refusal, shown
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.rewards import Sample
 from luspo_jax.rewards.record import run as judge
@@ -17,7 +18,6 @@ from luspo_jax.rewards.registry import verifier
 from luspo_jax.run.fields import wrong_fields
 from luspo_jax.run.sections import SOURCE_FIELDS
 from luspo_jax.run.settings import Settings, sections_of
-from luspo_jax.hosts.values import ConfigError, Number, nearest, refusal, shown
 
 # Beyond it, the squares of rewards leave float32.
 _WEIGHT = Number(-1e15, 1e15)

@@ -9,11 +9,11 @@ import numpy as np
 from luspo_jax import datasets, prompts
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.hosts import processes
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import read_settings
 from luspo_jax.run.model import Model
 from luspo_jax.run.settings import Config, section
-from luspo_jax.hosts.values import ConfigError
 
 _LOOKED_AT = 64  # problems of a dataset, or source, by which it is known to have images
 

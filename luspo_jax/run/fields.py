@@ -10,9 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from luspo_jax.hosts.values import nearest, refusal, shown
 from luspo_jax.objectives import Objective
 from luspo_jax.run.settings import RULES, Settings
-from luspo_jax.hosts.values import nearest, refusal, shown
 
 
 def default_config() -> ConfigDict:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
 from luspo_jax.models.locate import model_folder
 from luspo_jax.run.settings import Config, section
-from luspo_jax.hosts.values import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 from luspo_jax.datasets import DATASETS
 from luspo_jax.hosts.guard import BEAT_S
+from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, check_fields
 from luspo_jax.learner.logprobs import REPLAYS
 from luspo_jax.learner.state import OFFLOADS
 from luspo_jax.models.decoder import REMAT
 from luspo_jax.ops import attention, grouped_matmul
 from luspo_jax.prompts.templates import TEMPLATES
-from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, check_fields
 
 _MOST = 2**31 - 1  # what int32 holds
 _SIZE, _COUNT = Number(1, _MOST), Number(0, _MOST)

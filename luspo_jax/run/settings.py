@@ -8,6 +8,15 @@ from ml_collections import ConfigDict
 from luspo_jax import objectives
 from luspo_jax.experience import shaping
 from luspo_jax.experience.shaping import Shaping
+from luspo_jax.hosts.values import (
+    SEED,
+    ConfigError,
+    Number,
+    Rule,
+    check_fields,
+    refused_field,
+    shown,
+)
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.objectives import Objective
 from luspo_jax.run.sections import (
@@ -21,15 +30,6 @@ from luspo_jax.run.sections import (
     RolloutMeshSettings,
     RolloutSettings,
     TrainSettings,
-)
-from luspo_jax.hosts.values import (
-    SEED,
-    ConfigError,
-    Number,
-    Rule,
-    check_fields,
-    refused_field,
-    shown,
 )
 
 

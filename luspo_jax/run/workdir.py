@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from luspo_jax.hosts import files, processes
 from luspo_jax.hosts.files import PlaceError
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.run import fields
 from luspo_jax.run.settings import Config
-from luspo_jax.hosts.values import ConfigError
 
 _PACKAGES = ("luspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 _NOTE = ".checkpointed"  # step of the last checkpoint that was written

@@ -22,8 +22,8 @@ from luspo_jax import evaluate, prompts
 from luspo_jax.benchmarks import BENCHMARKS, BenchmarkError, Summary, protocol
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
+from luspo_jax.rewards.answers.math_equal import VERSION
 from luspo_jax.rewards.gsm8k import gsm8k
-from luspo_jax.rewards.math_equal import VERSION
 from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.build import update_rule
 from luspo_jax.run.checkpoint import Checkpointer, CheckpointError

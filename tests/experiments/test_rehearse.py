@@ -18,12 +18,12 @@ from experiments.rehearsal import case as cases
 from experiments.rehearsal import costs, programs, report, resident, search, topologies
 from experiments.rehearsal.costs import Parts, Rows, Work
 from luspo_jax import packing, update
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models import decoder
 from luspo_jax.run.fields import default_config
 from luspo_jax.run.memory import param_bytes
 from luspo_jax.sharding import MESH_AXES, Layout, MeshError
 from luspo_jax.types import TrainBatch
-from luspo_jax.hosts.values import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHIP = topologies.Chip("cpu", 1e9, 0.0, 1e11, 1e10, 1e9, 1e9, 8, (), "made up")

@@ -14,8 +14,8 @@ import pytest
 from experiments.sweeps import report, runner, spec
 from experiments.sweeps.report import estimate, paired
 from experiments.sweeps.spec import Member, Outcome, Sweep
-from luspo_jax.run import fields
 from luspo_jax.hosts.values import ConfigError
+from luspo_jax.run import fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASE = "configs/quickstart.py"

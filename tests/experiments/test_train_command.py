@@ -137,8 +137,8 @@ def test_configurations_are_valid(config):
 
 def test_reward_of_several_parts_must_say_which_is_accuracy():
     from configs import quickstart_format
-    from luspo_jax.run.checks import check
     from luspo_jax.hosts.values import ConfigError
+    from luspo_jax.run.checks import check
 
     config = quickstart_format.get_config()
     config.eval.metric = ""

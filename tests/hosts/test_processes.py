@@ -204,8 +204,8 @@ def test_workdir_of_another_process_is_read_only_and_must_be_the_same(monkeypatc
 
 
 def test_more_processes_than_prompts_are_refused(monkeypatch):
-    from luspo_jax.run import fields
     from luspo_jax.hosts.values import ConfigError
+    from luspo_jax.run import fields
 
     config = fields.default_config()
     workdirs.check_processes(config)

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.run import checks, fields
-from luspo_jax.hosts.values import ConfigError
 
 FLOATS = [field.name for field in dataclasses.fields(LengthSettings) if field.type is float]
 ODD = [float("nan"), float("inf"), float("-inf")]

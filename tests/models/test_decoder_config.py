@@ -5,13 +5,13 @@ import json
 
 import pytest
 
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models.decoder_config import (
     DecoderConfig,
     decoder_config,
     hf_config,
     read_config,
 )
-from luspo_jax.hosts.values import ConfigError
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],

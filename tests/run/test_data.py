@@ -13,12 +13,12 @@ from configs.quickstart import get_config as text_config
 from luspo_jax import prompts
 from luspo_jax.datasets import DataError
 from luspo_jax.hosts import processes
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.images.settings import read_settings
 from luspo_jax.run.build import build
 from luspo_jax.run.data import held_out_place, load_data
 from luspo_jax.run.export import export_policy
 from luspo_jax.run.model import load_model
-from luspo_jax.hosts.values import ConfigError
 from tests import vl_cases
 
 

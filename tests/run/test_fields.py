@@ -11,12 +11,12 @@ import pytest
 from configs import quickstart, quickstart_format, quickstart_moe, quickstart_vl
 from luspo_jax import train
 from luspo_jax.datasets import DataError
+from luspo_jax.hosts.values import ConfigError, Number
 from luspo_jax.run import checks, fields
 from luspo_jax.run.build import build, facts
 from luspo_jax.run.fields import OPEN_SECTIONS, RULES, default_config
 from luspo_jax.run.model import load_model
 from luspo_jax.run.workdir import Workdir
-from luspo_jax.hosts.values import ConfigError, Number
 
 SENSELESS = (
     *(None, "", "nonsense", b"x", True, -1, -0.5, 0, 10**12, 1e300),

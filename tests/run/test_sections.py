@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from configs import quickstart, quickstart_moe, quickstart_vl
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.run import checks, fields
 from luspo_jax.run.sections import EvalSettings, ModelSettings, RolloutSettings, TrainSettings
 from luspo_jax.run.settings import SECTIONS, Settings, section
-from luspo_jax.hosts.values import ConfigError
 
 
 @pytest.mark.parametrize("module", [quickstart, quickstart_moe, quickstart_vl])

@@ -9,9 +9,9 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from luspo_jax.rewards import quantities, words
-from luspo_jax.rewards.answer_lists import parts_agree, read_parts
-from luspo_jax.rewards.latex import (
+from luspo_jax.rewards.answers import quantities, words
+from luspo_jax.rewards.answers.answer_lists import parts_agree, read_parts
+from luspo_jax.rewards.answers.latex import (
     bracketed,
     is_running_text,
     named_value,
@@ -20,15 +20,15 @@ from luspo_jax.rewards.latex import (
     tidy,
     top_level_items,
 )
-from luspo_jax.rewards.plain_numbers import (
+from luspo_jax.rewards.answers.plain_numbers import (
     cut_off_agrees,
     decimal_commas_agree,
     decimal_places,
     exact_number,
     numbers_equal,
 )
-from luspo_jax.rewards.real_sets import says_it_is_a_set, sets_agree
-from luspo_jax.rewards.symbolic import expression, formulas_equal
+from luspo_jax.rewards.answers.real_sets import says_it_is_a_set, sets_agree
+from luspo_jax.rewards.answers.symbolic import expression, formulas_equal
 
 VERSION = "3"  # for every verifier that uses `equal`
 LONGEST = 2_000  # characters; nothing longer is parsed

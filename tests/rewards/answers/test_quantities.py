@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from luspo_jax.rewards import quantities
+from luspo_jax.rewards.answers import quantities
 
 
 @pytest.mark.parametrize(

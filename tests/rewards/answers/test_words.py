@@ -2,7 +2,7 @@
 
 import pytest
 
-from luspo_jax.rewards import words
+from luspo_jax.rewards.answers import words
 
 
 @pytest.mark.parametrize(

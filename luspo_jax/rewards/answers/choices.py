@@ -8,10 +8,10 @@ B") state nothing, and an article is not a letter.
 import re
 from collections.abc import Mapping, Sequence
 
-from luspo_jax.rewards import quantities
-from luspo_jax.rewards.extraction import after_reasoning, boxed_answer
-from luspo_jax.rewards.latex import named_value, squeeze, tidy
-from luspo_jax.rewards.plain_numbers import exact_number
+from luspo_jax.rewards.answers import quantities
+from luspo_jax.rewards.answers.extraction import after_reasoning, boxed_answer
+from luspo_jax.rewards.answers.latex import named_value, squeeze, tidy
+from luspo_jax.rewards.answers.plain_numbers import exact_number
 
 _LONGEST_RESPONSE = 20_000  # characters searched at its end
 _LONGEST = 2_000  # characters of a statement

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from luspo_jax.rewards.extraction import (
+from luspo_jax.rewards.answers.extraction import (
     after_reasoning,
     boxed_answer,
     boxed_contents,

@@ -2,7 +2,7 @@
 
 import re
 
-from luspo_jax.rewards.sentence import BETWEEN_PARTS, stated
+from luspo_jax.rewards.answers.sentence import BETWEEN_PARTS, stated
 
 _SIGNS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans(  # fullwidth forms are ASCII
     {"−": "-", "﹣": "-", "‑": "-", "。": "."}

@@ -2,7 +2,12 @@
 
 import pytest
 
-from luspo_jax.rewards.symbolic import equal_values, expression, formulas_equal, text_ends_on
+from luspo_jax.rewards.answers.symbolic import (
+    equal_values,
+    expression,
+    formulas_equal,
+    text_ends_on,
+)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import re
 
-from luspo_jax.rewards.plain_numbers import exact_number
+from luspo_jax.rewards.answers.plain_numbers import exact_number
 
 _TEXT = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
 _ARTICLE = re.compile(r"\b(?:the|an|a)\s+(?=[a-z]{3})")  # a bc is a product

@@ -6,7 +6,7 @@ import operator
 import re
 from typing import NamedTuple
 
-from luspo_jax.rewards.latex import nesting, tokens
+from luspo_jax.rewards.answers.latex import nesting, tokens
 
 # Between the parts of one answer: punctuation and math delimiters, or a few words with an "and".
 _PUNCTUATION = r"(?:[\s,;$]|\\[()\[\],;]|\\q?quad)"

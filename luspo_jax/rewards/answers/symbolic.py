@@ -9,7 +9,7 @@ import logging
 import random
 import re
 
-from luspo_jax.rewards.latex import is_prose, is_running_text, tidy
+from luspo_jax.rewards.answers.latex import is_prose, is_running_text, tidy
 
 _DIGITS = 50  # of the first evaluation
 _MORE_DIGITS = 400  # of the second, for numbers that agree in the first

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from luspo_jax.rewards.latex import (
+from luspo_jax.rewards.answers.latex import (
     is_prose,
     named_value,
     nesting,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from luspo_jax.rewards.real_sets import sets_agree
-from luspo_jax.rewards.symbolic import expression
+from luspo_jax.rewards.answers.real_sets import sets_agree
+from luspo_jax.rewards.answers.symbolic import expression
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from luspo_jax.rewards.plain_numbers import cut_off_agrees, exact_number, numbers_equal
+from luspo_jax.rewards.answers.plain_numbers import cut_off_agrees, exact_number, numbers_equal
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import itertools
 import re
 
-from luspo_jax.rewards.latex import bracketed, named_value
+from luspo_jax.rewards.answers.latex import bracketed, named_value
 
 _UNION = re.compile(
     r"\\cup(?![a-z])|\\lor(?![a-z])|\\text\s*\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])"

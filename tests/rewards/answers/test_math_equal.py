@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from luspo_jax.rewards.answer_lists import read_parts
-from luspo_jax.rewards.latex import tidy
-from luspo_jax.rewards.math_equal import LONGEST, RULES, WORD_RULES, equal
+from luspo_jax.rewards.answers.answer_lists import read_parts
+from luspo_jax.rewards.answers.latex import tidy
+from luspo_jax.rewards.answers.math_equal import LONGEST, RULES, WORD_RULES, equal
 
 TABLE = pathlib.Path(__file__).with_name("math_cases.tsv")
 CASES = [

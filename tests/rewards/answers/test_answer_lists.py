@@ -2,7 +2,7 @@
 
 import pytest
 
-from luspo_jax.rewards.answer_lists import Parts, parts_agree, read_parts
+from luspo_jax.rewards.answers.answer_lists import Parts, parts_agree, read_parts
 
 
 @pytest.mark.parametrize(

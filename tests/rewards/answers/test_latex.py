@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from luspo_jax.rewards import latex
+from luspo_jax.rewards.answers import latex
 
 
 @pytest.mark.parametrize(
