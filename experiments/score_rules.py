@@ -33,7 +33,7 @@ _GOLDS = flags.DEFINE_integer("golds", 300, "golds of each set that are changed 
 _SEED = flags.DEFINE_integer("seed", 0, "of the choice among the changes of a kind")
 _WORKERS = flags.DEFINE_integer("workers", None, "worker processes; by default one a core")
 _WRITE = flags.DEFINE_string("write", None, "also write the table into this Markdown file")
-_CASES = pathlib.Path(__file__).parents[1] / "tests" / "rewards" / "math_cases.tsv"
+_CASES = pathlib.Path(__file__).parents[1] / "tests" / "rewards" / "answers" / "math_cases.tsv"
 _REWARD = "experiments.verdicts.ablation:check"
 _TIME_LIMIT = 60.0  # seconds; a sample is judged again for each rule with an opinion
 _COMMAND = "    python -m experiments.score_rules --data=../shared/data --write=docs/rewards.md"
