@@ -15,7 +15,7 @@ from luspo_jax.run import fields
 
 Changes = dict[str, Any]  # dotted field → value
 _COMPILED = 4  # settings that a search compiles, for training and for the rollout each
-_TRAINING = ("log-probs", "update", "pressure")
+_TRAINING = ("log-probs", "log-probs (ref)", "update", "pressure")
 _REMAT = ("none", "dots", "attention", "full")
 
 
@@ -301,12 +301,13 @@ def _counted_training(case, name):
         "attention": model.embed_dim + model.num_heads * model.head_dim,
         "dots": 4 * model.embed_dim + 2 * mlp_dim + 2 * model.num_heads * model.head_dim,
     }[case.config.model.remat]  # fmt: skip
-    if name == "log-probs":
+    scores = name.startswith("log-probs")
+    if scores:
         kept = 0
-    inside = 0 if case.config.model.remat == "none" and name != "log-probs" else layer
+    inside = 0 if case.config.model.remat == "none" and not scores else layer
     inside += model.experts_per_token * (6 * model.embed_dim + 7 * model.expert_dim)
     activations = width * tokens * (model.num_layers * kept + inside) / part.tensor
-    head = costs.head(model) / part.tensor * (width + (4 if name != "log-probs" else 0))
+    head = costs.head(model) / part.tensor * (width + (0 if scores else 4))
     logits = 8 * case.config.model.head_chunk_tokens * model.vocab_size / part.tensor
     activations += _counted_images(case, name)
     state = sum(resident.state_bytes(case, "params", "opt_state", "ref_params").values())
@@ -321,7 +322,7 @@ def _counted_images(case, name):
         return 0
     responses = case.sizes.responses_per_minibatch
     images = cases.images_at_once(case, responses)
-    remat = "full" if name == "log-probs" else case.config.model.remat
+    remat = "full" if name.startswith("log-probs") else case.config.model.remat
     kept = tower.activation_values(vision, remat) / part.tensor
     pixels = resident.device_bytes(tower.shapes(images, pictures, vision)) / images
     units = pictures.slots / vision.unit_patches * vision.out_dim

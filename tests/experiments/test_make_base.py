@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from luspo_jax.logprobs import RouterPass
 from transformers import AutoTokenizer
 
 from experiments.make_base import load_balance
 from luspo_jax.images.settings import read_settings
+from luspo_jax.learner.routers import RouterPass
 from luspo_jax.models import decoder_weights
 from luspo_jax.models.decoder_config import read_config
 

@@ -7,8 +7,10 @@ import pytest
 from absl import flags
 
 from experiments import cluster, command
-from luspo_jax import evaluate
+from luspo_jax.experience import held_out
 from luspo_jax.hosts import processes
+from luspo_jax.rewards import Reward
+from luspo_jax.rollout import Response
 from luspo_jax.run import workdir as workdirs
 
 
@@ -221,19 +223,21 @@ def test_evaluation_of_shares_is_the_evaluation(monkeypatch):
         class sampling:
             max_response_length = 9
 
-        def generate(self, params, requests, **noise):
-            ids = [r.prompt_id for r in requests for _ in range(noise["group_size"])]
-            return [_Response(i) for i in ids], None
+        def generate(self, params, requests, *, group_size, **noise):
+            ids = [(r.prompt_id, i) for r in requests for i in range(group_size)]
+            return [_response(*pair) for pair in ids], None
 
     class Scorer:
         def score_batch(self, samples):
-            return [(s.answer, s.response) for s in samples]
+            return [Reward(1.0, "ok", {}, detail=f"{s.answer}: {s.response}") for s in samples]
 
     prompts = [_Prompt(i) for i in range(5)]
-    noise = {"group_size": 2, "seed": 0, "progress": None}
 
     def ask():
-        return evaluate._ask(Engine(), None, prompts, Scorer(), decode=str, noise=noise)
+        return held_out.ask(Engine(), None, prompts, Scorer(), decode=str, num_samples=2, seed=0)
+
+    def told(name, groups):
+        return [value for group in groups for value in group.column(name)]
 
     whole = ask()
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
@@ -241,17 +245,20 @@ def test_evaluation_of_shares_is_the_evaluation(monkeypatch):
     monkeypatch.setattr(processes, "gather", lambda value: parts.append(value) or [value])
     for index in range(2):
         monkeypatch.setattr(processes.jax, "process_index", lambda index=index: index)
-        ask()
-    assert [len(part[0]) for part in parts] == [4, 6]
+        with pytest.raises(ValueError, match="zip"):  # one share is no answer to all prompts
+            ask()
+    assert [sum(map(len, part)) for part in parts] == [4, 6]
     monkeypatch.setattr(processes, "gather", lambda value: parts)
     together = ask()
-    assert [r.prompt_id for r in together[0]] == [r.prompt_id for r in whole[0]]
-    assert together[1:] == whole[1:]
+    assert [group.prompt for group in together] == prompts
+    for name in ("prompt_id", "sample_id", "text", "reward"):
+        assert told(name, together) == told(name, whole)
 
 
-class _Response:
-    def __init__(self, prompt_id):
-        self.prompt_id, self.tokens = prompt_id, np.array([prompt_id])
+def _response(prompt_id, sample_id):
+    return Response(
+        prompt_id, sample_id, np.array([prompt_id], np.int32), np.zeros(1, np.float32), True
+    )
 
 
 class _Prompt:

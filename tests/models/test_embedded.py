@@ -1,5 +1,6 @@
 """The models inside the package: loadable, small, and with the properties that training needs."""
 
+import functools
 import json
 
 import jax
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from luspo_jax import evaluate, prompts
+from luspo_jax import prompts
 from luspo_jax.datasets import label_lookup, label_sums, load, shapes
+from luspo_jax.experience import groups, held_out
 from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import read_settings
 from luspo_jax.models import decoder, decoder_weights
@@ -159,11 +161,16 @@ def measured(name, folder, tokenizer, *, num_problems, num_samples, blank=False)
         group_size=num_samples,
         seed=1,
     )
-    texts = [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses]
     metric, options = REWARDS.get(name, ("gsm8k", {}))
     with Scorer({metric: 1.0}, options={metric: options}) as scorer:
-        rewards = evaluate.score(scorer, records, responses, texts=texts, max_length=MAX_RESPONSE)
-    result = evaluate.summarize(responses, rewards, metric=metric, num_samples=num_samples)
+        found = groups.judged(
+            records,
+            responses,
+            scorer=scorer,
+            decode=functools.partial(tokenizer.decode, skip_special_tokens=True),
+            max_length=MAX_RESPONSE,
+        )
+    result = held_out.summarize(found, metric=metric)
     return result, np.array([len(response.tokens) for response in responses])
 
 

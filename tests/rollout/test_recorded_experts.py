@@ -1,6 +1,5 @@
 """The engine with a mixture of experts: what the sampler records is what the trainer routes."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -8,16 +7,17 @@ import re
 import jax
 import numpy as np
 import pytest
-from luspo_jax.logprobs import LogprobRule, scored
 
-from luspo_jax import packing, sharding
+from luspo_jax import sharding
+from luspo_jax.learner.logprobs import LogprobRule, microbatch_logprobs
 from luspo_jax.models import decoder, decoder_layers
 from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Engine, Sampling, slots
 from luspo_jax.rollout import engine as engine_module
-from luspo_jax.types import Experts
+from luspo_jax.types import ExpertIds
 from tests.models import expert_cases
 from tests.rollout import rollout_cases as cases
+from tests.row_cases import plan_of, rows_of
 
 SIZES = {"vocab_size": 98, "num_layers": 3}
 MODELS = {
@@ -67,31 +67,23 @@ def _generate(mesh=None, model=MODEL, group_size=4, **kwargs):
     return responses
 
 
-def _rows(responses):
-    """(training rows, recorded ids) of responses."""
-    prompts = {request.prompt_id: request.tokens for request in RAGGED}
-    prompts = [prompts[r.prompt_id] for r in responses]
-    rows = packing.padded_rows(prompts, [r.tokens for r in responses], length=48, pad_id=0)
-    ids = [np.concatenate([r.prompt_expert_ids, r.expert_ids]) for r in responses]
-    recorded = np.zeros((*rows.tokens_BT.shape, *ids[0].shape[1:]), ids[0].dtype)
-    recorded[rows.segment_ids_BT > 0] = np.concatenate(ids)
-    return rows, recorded
-
-
 @functools.partial(jax.jit, static_argnames="rule")
-def _scored(params, rows, *, rule):
-    return scored(params, rows, rule=rule)
+def _logprobs(params, rows, *, rule):
+    return microbatch_logprobs(params, rows, rule=rule)
 
 
 def _trainers(responses, model=MODEL, replay="none"):
     """(rows, gap to the sampler's log-probs of each token, recorded ids, the trainer's)."""
-    rows, recorded = _rows(responses)
-    if replay != "none":
-        rows = dataclasses.replace(rows, experts=Experts(sampler=recorded))
+    prompts = {request.prompt_id: request.tokens for request in RAGGED}
+    prompts, tokens = [prompts[r.prompt_id] for r in responses], [r.tokens for r in responses]
+    plan = plan_of(prompts, tokens, width=48)
+    recorded = plan.lay([np.concatenate([r.prompt_expert_ids, r.expert_ids]) for r in responses])
+    ids = ExpertIds(sampler=recorded) if replay != "none" else None
+    rows = rows_of(model, plan, prompts, tokens, expert_ids=ids)
     rule = LogprobRule(Forward(model), head_chunk_tokens=64, replay=replay)
-    found = _scored(expert_cases.params(model), rows, rule=rule)
-    sampled = packing.place_responses([r.logprobs for r in responses], rows.response_mask_BT)
-    gap = np.abs(np.asarray(found.logprobs_BT) - sampled)[rows.response_mask_BT]
+    found = _logprobs(expert_cases.params(model), rows, rule=rule)
+    sampled_RT = plan.place([r.logprobs for r in responses])  # one response a row
+    gap = np.abs(np.asarray(found.logprobs_RT) - sampled_RT)[rows.response_mask_RT]
     return rows, gap, recorded, np.asarray(found.router.expert_ids)
 
 
@@ -109,12 +101,15 @@ def test_the_sampler_records_what_the_trainer_routes(name, implementation):
     model = MODELS[name]
     responses = _generate(model=model, expert_kernel=implementation)
     for r in responses:
-        shape = (len(r.tokens), model.num_expert_layers, model.experts_per_token)
-        assert r.expert_ids.shape == shape
+        assert r.expert_ids.shape == (
+            len(r.tokens),
+            model.num_expert_layers,
+            model.experts_per_token,
+        )
         assert r.expert_ids.dtype == (np.uint16 if model.num_experts > 256 else np.uint8)
     assert any(len(r.tokens) == SAMPLING.max_response_length for r in responses)
     rows, gap, recorded, trainers = _trainers(responses, model)
-    real = rows.segment_ids_BT > 0
+    real = rows.segment_ids_RT > 0
     np.testing.assert_array_equal(recorded[real], trainers[real])
     assert recorded[real].max() >= model.num_experts * 0.8
     assert gap.max() <= 1e-5
@@ -128,7 +123,7 @@ def test_replay_takes_the_gap_that_another_routing_leaves():
     responses = _generate(dtype="bfloat16", group_size=16)
     rows, alone, recorded, trainers = _trainers(responses)
     _, replayed, _, _ = _trainers(responses, replay="sampler")
-    differ = (recorded != trainers).any(-1)[rows.segment_ids_BT > 0].mean()
+    differ = (recorded != trainers).any(-1)[rows.segment_ids_RT > 0].mean()
     print(
         f"routed otherwise {differ:.3f} of tokens and layers; mean |gap| {alone.mean():.2e} -> "
         f"{replayed.mean():.2e}, largest {alone.max():.3f} -> {replayed.max():.3f}"

@@ -8,15 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from luspo_jax.logprobs import LogprobRule, scored
 
-from luspo_jax import objectives, optimizer, packing, sharding, update
+from luspo_jax import objectives, sharding
+from luspo_jax.learner import optimizer, routers
+from luspo_jax.learner.logprobs import LogprobRule, microbatch_logprobs, row_logprobs
+from luspo_jax.learner.rows import abstract, put
+from luspo_jax.learner.state import UpdateRule, abstract_state, initial_state, param_shardings
+from luspo_jax.learner.step import update_step
 from luspo_jax.models import decoder
 from luspo_jax.models.forward import Forward
 from luspo_jax.objectives.presets import PRESETS, used_hyperparameters
-from luspo_jax.types import Experts, TrainBatch
+from luspo_jax.types import ExpertIds
 from tests.models import expert_cases as cases
 from tests.models.expert_cases import MESHES, worst
+from tests.row_cases import batch_of, plan_of, rows_of
 
 MODEL = cases.config(num_layers=3, dense_layers=(0,))
 L, E, K = MODEL.num_expert_layers, MODEL.num_experts, MODEL.experts_per_token
@@ -25,76 +30,79 @@ PLAIN = optimizer.adamw(b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0)
 B, T, COEF = 16, 24, 0.02
 
 
-def _rows(length=T, order=None):
+def _sequences(order=None):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, 96, size=rng.integers(1, 6)) for _ in range(B)]
     responses = [rng.integers(1, 96, size=rng.integers(1, 18)) for _ in range(B)]
     order = np.arange(B) if order is None else order
-    return packing.padded_rows(
-        [prompts[i] for i in order], [responses[i] for i in order], length=length, pad_id=0
-    )
+    return [prompts[i] for i in order], [responses[i] for i in order]
+
+
+def _plan(order=None, width=T, **cut):
+    return plan_of(*_sequences(order), width=width, **cut)
 
 
 @functools.partial(jax.jit, static_argnames="rule")
-def _scored(params, rows, *, rule):
-    return scored(params, rows, rule=rule)
+def _logprobs(params, rows, *, rule):
+    return microbatch_logprobs(params, rows, rule=rule)
 
 
 @functools.cache
 def _recorded(model):
-    """Ids [B, T, L, K] of two policies that are not quite the current one."""
-    params, rule = cases.params(model), LogprobRule(Forward(model), head_chunk_tokens=64)
+    """Ids [n, L, K] of each sequence, of two policies that are not quite the current one."""
+    params, plan = cases.params(model), _plan()
+    rule = LogprobRule(Forward(model), head_chunk_tokens=64)
+    rows = rows_of(model, plan, *_sequences())
     with jax.enable_x64(False):
-        return [
-            np.asarray(
-                _scored(
-                    cases.with_other_routers(params, size), _rows(), rule=rule
-                ).router.expert_ids
+        return {
+            name: plan.take(
+                np.asarray(
+                    _logprobs(
+                        cases.with_other_routers(params, size), rows, rule=rule
+                    ).router.expert_ids
+                )
             )
-            for size in (0.5, 0.2)
-        ]
+            for name, size in (("sampler", 0.5), ("old", 0.2))
+        }
 
 
-def _batch(length=T, order=None, model=MODEL, recorded=("sampler", "old")):
+def _batch(order=None, model=MODEL, recorded=("sampler", "old"), *, ids=None, masks=None, **cut):
     """16 responses in four groups, with the log-probs and experts of other policies."""
     rng = np.random.default_rng(1)
     noise = rng.random((3, B, T), np.float32)
     advantages, groups = rng.normal(size=B).astype(np.float32), np.repeat(np.arange(4), 4)
     order = np.arange(B) if order is None else order
-    rows = _rows(length, order=order)
+    (prompts, responses), plan = _sequences(order), _plan(order, **cut)
 
-    def placed(values):
-        x = np.zeros((B, length, *values.shape[2:]), values.dtype)
-        x[:, :T] = values[order]
-        x[rows.segment_ids_BT == 0] = 0
-        return x
+    def ragged(values_BT):
+        ends = [
+            (i, len(p), len(p) + len(r)) for i, p, r in zip(order, prompts, responses, strict=True)
+        ]
+        return [-4 - values_BT[i, start:end] for i, start, end in ends]
 
-    ids = dict(zip(("sampler", "old"), map(placed, _recorded(model)), strict=True))
-    ids = {name: ids[name] for name in recorded}
-    others = [np.where(rows.response_mask_BT, placed(-4 - n), 0) for n in noise]
-    return TrainBatch(
-        rows=dataclasses.replace(rows, experts=Experts(**ids) if ids else None),
-        advantages_B=advantages[order],
-        group_ids_B=groups[order].astype(np.int32),
-        old_logprobs_BT=others[0],
-        old_entropy_BT=None,
-        ref_logprobs_BT=others[1],
-        sampler_logprobs_BT=others[2],
+    ids = {name: _recorded(model)[name] for name in recorded} if ids is None else ids
+    ids = {name: plan.lay([known[i] for i in order]) for name, known in ids.items()}
+    return batch_of(
+        model,
+        plan,
+        prompts,
+        responses,
+        advantages=advantages[order],
+        groups=groups[order],
+        masks=masks,
+        expert_ids=ExpertIds(**ids) if ids else None,
+        old_logprobs=ragged(noise[0]),
+        ref_logprobs=ragged(noise[1]),
+        sampler_logprobs=ragged(noise[2]),
     )
 
 
-def _packed(batch, row_length=32, rows_per_microbatch=2):
-    plan = packing.plan(
-        (batch.rows.segment_ids_BT > 0).sum(axis=1),
-        row_length=row_length,
-        rows_per_microbatch=rows_per_microbatch,
-    )
-    return packing.packed_batch(batch, plan)
+PACKED = {"pack": 32, "rows_at_once": 2}
 
 
-def _rule(name="luspo", *, model=MODEL, mesh=None, plan=PLAIN, **fields):
+def _rule(name="luspo", *, model=MODEL, mesh=None, adam=PLAIN, **fields):
     """Fields of the rule, of its log-probs and of its objective."""
-    own = {"num_microbatches": 1, "max_grad_norm": 0.0, "router_aux_coef": 0.0}
+    own = {"max_grad_norm": 0.0, "router_aux_coef": 0.0}
     own |= {k: fields.pop(k) for k in own if k in fields}
     how = {k: fields.pop(k) for k in ("dtype", "remat") if k in fields}
     replay = fields.pop("replay", "none")
@@ -103,14 +111,14 @@ def _rule(name="luspo", *, model=MODEL, mesh=None, plan=PLAIN, **fields):
     logprobs = LogprobRule(how, head_chunk_tokens=64, replay=replay)
     wide = dict.fromkeys({"clip_low", "clip_high"} & set(used_hyperparameters(PRESETS[name])), 0.9)
     objective = objectives.preset(name, **(wide | {"kl_coef": 0.1} | fields))
-    return update.UpdateRule(logprobs, objective, plan, **own)
+    return UpdateRule(logprobs, objective, adam, **own)
 
 
 def _step(params, batch, rule):
     """(first moments, parameters after the step, metrics)."""
-    state = update.initial_state(params, rule)
-    batch = update.put_rows(batch, rule.logprobs.how.layout)
-    new, metrics = update.update_step(state, batch, np.float32(1e-6), rule=rule)
+    state = initial_state(params, rule)
+    batch = put(batch, rule.logprobs.how.layout)
+    new, metrics = update_step(state, batch, np.float32(1e-6), rule=rule)
     return jax.device_get((new.opt_state[0].mu, new.params, metrics))
 
 
@@ -136,24 +144,24 @@ def _balance(probs_BTLE, ids_BTLK, real_BT):
 def _plain(params, batch, model, replay):
     """(loss, gradients, (ids of the routers, probabilities, balance)) of LUSPO with the terms of
     `_rule`, by the plain decoder; f of the balance is of the ids that are used."""
-    rows, mask = batch.rows, batch.rows.response_mask_BT
-    replayed = getattr(rows.experts, replay) if replay != "none" else None
-    lengths = mask.sum(1)
+    rows, responses, mask = batch.rows, batch.responses, batch.rows.response_mask_RT
+    replayed = getattr(rows.expert_ids, replay) if replay != "none" else None
+    lengths, advantages = mask.sum(1), responses.advantages_B
 
     def loss(params):
         hidden, ids, probs = cases.plain_forward(
-            params, rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT, model, replayed
+            params, rows.tokens_RT, rows.positions_RT, rows.segment_ids_RT, model, replayed
         )
         logp = jax.nn.log_softmax(hidden @ params["embedding"].T)[:, :-1]
-        logp = jnp.take_along_axis(logp, rows.tokens_BT[:, 1:, None], -1)[..., 0]
+        logp = jnp.take_along_axis(logp, rows.tokens_RT[:, 1:, None], -1)[..., 0]
         logp = jnp.where(mask, jnp.pad(logp, ((0, 0), (1, 0))), 0.0)
-        log_s = jnp.sum(jnp.where(mask, logp - batch.old_logprobs_BT, 0.0), 1) / lengths
+        log_s = jnp.sum(jnp.where(mask, logp - responses.old_logprobs_BT, 0.0), 1) / lengths
         s = jnp.exp(log_s)
-        policy = -jnp.minimum(s * batch.advantages_B, jnp.clip(s, 0.1, 1.9) * batch.advantages_B)
-        d = jnp.where(mask, batch.ref_logprobs_BT - logp, 0.0)
+        policy = -jnp.minimum(s * advantages, jnp.clip(s, 0.1, 1.9) * advantages)
+        d = jnp.where(mask, responses.ref_logprobs_BT - logp, 0.0)
         kl = jnp.sum(jnp.where(mask, jnp.exp(d) - d - 1, 0.0), 1)
-        real = (rows.segment_ids_BT > 0)[..., None, None]
-        used = rows.experts.sampler if replay == "sampler" else rows.experts.old
+        real = (rows.segment_ids_RT > 0)[..., None, None]
+        used = rows.expert_ids.sampler if replay == "sampler" else rows.expert_ids.old
         hits = jnp.sum(jnp.where(real[..., None], jax.nn.one_hot(used, E), 0), (0, 1, 3))
         f = hits / jnp.sum(real)
         mass = jnp.sum(jnp.where(real, probs, 0), (0, 1)) / jnp.sum(real)
@@ -169,14 +177,14 @@ def _plain(params, batch, model, replay):
 )
 def test_a_step_is_that_of_the_plain_decoder(x64, replay):
     """The recorded experts, weighed by the present router, which learns; and what is said of it."""
-    batch, params = _batch(), _params64()
-    rule = _rule(replay=replay, router_aux_coef=COEF, dtype="float64", num_microbatches=2)
+    batch, params = _batch(microbatches=2), _params64()
+    rule = _rule(replay=replay, router_aux_coef=COEF, dtype="float64")
     got, _, metrics = _step(params, batch, rule)
     _, grads, (ids, probs, balance) = jax.device_get(_plain(params, batch, MODEL, replay))
     assert worst(got, grads) <= 1e-9
     router = got["layers_001"]["mlp"]["router"]["kernel"]
     assert np.abs(router).max() > 1e-3
-    experts, real = batch.rows.experts, batch.rows.segment_ids_BT > 0
+    experts, real = batch.rows.expert_ids, batch.rows.segment_ids_RT > 0
     used = {"none": ids, "old": experts.old, "sampler": experts.sampler}[replay]
     assert (used[real] != ids[real]).any() == (replay != "none")
     np.testing.assert_allclose(metrics["router/aux_loss"][0], balance, rtol=1e-6)
@@ -207,23 +215,20 @@ def test_a_step_is_that_of_the_plain_decoder(x64, replay):
 
 @pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_with_the_weights_that_recorded_agreement_is_exactly_one(packed):
-    params, batch = cases.params(MODEL), _batch()
+    params, rows = cases.params(MODEL), _batch().rows
     rule = LogprobRule(Forward(MODEL), head_chunk_tokens=64)
-    ids = np.asarray(_scored(params, batch.rows, rule=rule).router.expert_ids)
-    batch = dataclasses.replace(
-        batch, rows=dataclasses.replace(batch.rows, experts=Experts(sampler=ids))
-    )
-    real = batch.rows.segment_ids_BT > 0
+    ids = np.asarray(_logprobs(params, rows, rule=rule).router.expert_ids)
+    batch = _batch(ids={"sampler": _plan().take(ids)}, **(PACKED if packed else {}))
+    real = rows.segment_ids_RT > 0
     rule = _rule(router_aux_coef=COEF)
-    _, _, metrics = _step(params, _packed(batch) if packed else batch, rule)
+    _, _, metrics = _step(params, batch, rule)
     assert metrics["router/agreement/sampler_current"] == (real.sum(), real.sum())
     # No record of the pass before the step: it is this one.
     assert metrics["router/agreement/sampler_old"] == (real.sum(), real.sum())
     assert metrics["router/agreement/old_current"] == (real.sum(), real.sum())
     # Of what is replayed nowhere, the loss is that of transformers.
     plain = jax.jit(cases.plain_forward, static_argnums=4)
-    rows = batch.rows
-    _, own, probs = plain(params, rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT, MODEL)
+    _, own, probs = plain(params, rows.tokens_RT, rows.positions_RT, rows.segment_ids_RT, MODEL)
     own = np.asarray(own)
     np.testing.assert_array_equal(own[real], ids[real])
     expected = _balance(np.asarray(probs), own, real)
@@ -233,26 +238,24 @@ def test_with_the_weights_that_recorded_agreement_is_exactly_one(packed):
 # ---------------------------------------------------------------- what a step must not depend on
 
 
-def _filtered(batch):
+def _filtered(**cut):
     """Without gradient of half of the responses, so that whole micro-batches score nothing."""
-    mask_BT = batch.rows.response_mask_BT & (np.arange(B) % 2 == 0)[:, None]
-    return dataclasses.replace(
-        batch, rows=dataclasses.replace(batch.rows, response_mask_BT=mask_BT)
-    )
+    masks = [np.full(len(r), i % 2 == 0) for i, r in enumerate(_sequences()[1])]
+    return _batch(masks=masks, **cut)
 
 
 CUTS = {
-    "micro-batches": lambda: (_filtered(_batch()), 8),
-    "padding": lambda: (_filtered(_batch(length=31)), 2),
-    "packed, row by row": lambda: (_packed(_filtered(_batch()), 24, 1), 1),
-    "packed in long rows": lambda: (_packed(_filtered(_batch()), 70, 2), 1),
+    "micro-batches": {"microbatches": 8},
+    "padding": {"width": 31, "microbatches": 2},
+    "packed, row by row": {"pack": 24, "rows_at_once": 1},
+    "packed in long rows": {"pack": 70, "rows_at_once": 2},
 }
 
 
 @functools.cache
 def _uncut(replay):
     rule = _rule(replay=replay, router_aux_coef=COEF, dtype="float64")
-    return _step(_params64(), _filtered(_batch()), rule)
+    return _step(_params64(), _filtered(), rule)
 
 
 @pytest.mark.parametrize(
@@ -263,9 +266,8 @@ def _uncut(replay):
     ],
 )
 def test_a_step_does_not_depend_on_how_it_is_cut(x64, cut):
-    batch, parts = CUTS[cut]()
-    rule = _rule(replay="sampler", router_aux_coef=COEF, dtype="float64", num_microbatches=parts)
-    moments, _, metrics = _step(_params64(), batch, rule)
+    rule = _rule(replay="sampler", router_aux_coef=COEF, dtype="float64")
+    moments, _, metrics = _step(_params64(), _filtered(**CUTS[cut]), rule)
     expected, _, expected_metrics = _uncut("sampler")
     assert worst(moments, expected) <= 1e-9
     for name, value in expected_metrics.items():
@@ -285,8 +287,8 @@ def test_rows_without_a_record_are_routed_by_the_policy():
 
     def logprobs(replay, *recorded):
         rule = LogprobRule(Forward(MODEL), head_chunk_tokens=64, replay=replay)
-        found = _scored(cases.params(MODEL), _batch(recorded=recorded).rows, rule=rule)
-        return np.asarray(found.logprobs_BT)
+        found = _logprobs(cases.params(MODEL), _batch(recorded=recorded).rows, rule=rule)
+        return np.asarray(found.logprobs_RT)
 
     expected = logprobs("none")
     np.testing.assert_array_equal(logprobs("sampler"), expected)
@@ -319,13 +321,13 @@ def test_the_balancing_loss_is_the_same_under_every_objective(x64, name):
 def _balance_alone():
     """(loss, gradient), f being of the recorded experts and fixed."""
     rows = _batch().rows
-    real = rows.segment_ids_BT > 0
+    real = rows.segment_ids_RT > 0
 
     def loss(params):
         _, _, probs = cases.plain_forward(
-            params, rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT, MODEL
+            params, rows.tokens_RT, rows.positions_RT, rows.segment_ids_RT, MODEL
         )
-        return _balance(probs, rows.experts.old, real)
+        return _balance(probs, rows.expert_ids.old, real)
 
     return jax.device_get(jax.jit(jax.value_and_grad(loss))(_params64()))
 
@@ -335,12 +337,12 @@ def test_without_a_coefficient_the_program_has_no_balancing_loss(monkeypatch):
 
     def program(coef):
         plain = optimizer.adamw(b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0)  # one not traced yet
-        rule = _rule(router_aux_coef=coef, plan=plain)
-        state = update.initial_state(params, rule)
-        return update.update_step.lower(state, batch, np.float32(0), rule=rule).as_text()
+        rule = _rule(router_aux_coef=coef, adam=plain)
+        state = initial_state(params, rule)
+        return update_step.lower(state, batch, np.float32(0), rule=rule).as_text()
 
     off, on = program(0.0), program(COEF)
-    monkeypatch.setattr(update, "balance_weights", lambda *_: None)
+    monkeypatch.setattr(routers, "balance_weights", lambda *_, **__: None)
     assert off == program(0.0)
     assert off != on
 
@@ -349,14 +351,14 @@ def test_without_a_coefficient_the_program_has_no_balancing_loss(monkeypatch):
 
 STACK = cases.config()  # 5 layers with experts
 ADAM = optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
-_ON_MESHES = {"model": STACK, "plan": ADAM, "replay": "sampler", "router_aux_coef": COEF,
-              "num_microbatches": 2, "remat": "full"}  # fmt: skip
+_ON_MESHES = {"model": STACK, "adam": ADAM, "replay": "sampler", "router_aux_coef": COEF,
+              "remat": "full"}  # fmt: skip
 _FAST = {("fsdp 2, expert 4", False), ("expert 2, context 2, tensor 2", True)}
 
 
 @functools.cache
 def _one_device():
-    return _step(cases.params(STACK), _batch(model=STACK), _rule(**_ON_MESHES))
+    return _step(cases.params(STACK), _batch(model=STACK, microbatches=2), _rule(**_ON_MESHES))
 
 
 @pytest.mark.parametrize(
@@ -368,8 +370,8 @@ def _one_device():
     ],
 )
 def test_a_step_on_a_mesh_is_that_of_one_device(mesh, packed):
-    batch = _batch(model=STACK)
-    batch = _packed(batch, rows_per_microbatch=8) if packed else batch
+    cut = {"pack": 32, "rows_at_once": 8} if packed else {"microbatches": 2}
+    batch = _batch(model=STACK, **cut)
     got = _step(cases.params(STACK), batch, _rule(mesh=mesh, **_ON_MESHES))
     for name, a, b in zip(("moments", "params", "metrics"), got, _one_device(), strict=True):
         assert worst(a, b) <= 1e-5, name
@@ -381,10 +383,10 @@ def test_a_step_on_a_mesh_is_that_of_one_device(mesh, packed):
 def test_no_collective_makes_the_experts_of_all_devices(mesh):
     """Over the expert axis tokens travel; over fsdp, one layer's experts at a time."""
     rule = _rule(mesh=mesh, **_ON_MESHES)
-    state = update.abstract_state(rule)
-    batch = update.abstract_rows(_batch(model=STACK), rule.logprobs.how.layout)
+    state = abstract_state(rule)
+    batch = abstract(_batch(model=STACK, microbatches=2), rule.logprobs.how.layout)
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    text = update.update_step.lower(state, batch, number, number, rule=rule).compile().as_text()
+    text = update_step.lower(state, batch, number, number, rule=rule).compile().as_text()
     found = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all)(?:-start)?\(", text)
     shapes = [
         tuple(map(int, dims.split(",")))
@@ -414,18 +416,13 @@ def test_no_collective_makes_the_experts_of_all_devices(mesh):
         pytest.param(None, True, marks=pytest.mark.slow),
     ],
 )
-def test_what_score_rows_records_and_where_it_lies(mesh, packed):
-    rule, batch = _rule(model=STACK, mesh=mesh), _batch(model=STACK, recorded=("sampler",))
-    logprobs, rows, width = rule.logprobs, batch.rows, T
-    if packed:
-        plan = packing.plan(
-            (rows.segment_ids_BT > 0).sum(axis=1), row_length=32, rows_per_microbatch=4
-        )
-        rows = packing.packed_rows(rows, plan)
+def test_what_row_logprobs_records_and_where_it_lies(mesh, packed):
+    logprobs = _rule(model=STACK, mesh=mesh).logprobs
+    cut = {"pack": 32, "rows_at_once": 4} if packed else {"microbatches": 4}
+    plan, rows = _plan(**cut), _batch(model=STACK, recorded=("sampler",), **cut).rows
     params = cases.params(STACK)
-    placed = jax.device_put(params, update.param_shardings(logprobs.how)) if mesh else params
-    put = update.put_rows(rows, logprobs.how.layout)
-    call = functools.partial(update.score_rows, placed, put, rule=logprobs, num_microbatches=4)
+    placed = jax.device_put(params, param_shardings(logprobs.how)) if mesh else params
+    call = functools.partial(row_logprobs, placed, put(rows, logprobs.how.layout), rule=logprobs)
     assert call().router.expert_ids is None
     found = call(record_experts=True)
     ids = found.router.expert_ids
@@ -433,16 +430,16 @@ def test_what_score_rows_records_and_where_it_lies(mesh, packed):
     # A share on each device; on every device, which is what log-probs are, would not fit.
     parts = logprobs.how.layout.size("batch") if mesh else 1
     assert ids.addressable_shards[0].data.size == ids.size // parts
-    on_host = update.experts_on_host(found.router, logprobs.how.layout)
-    if packed:
-        on_host = packing.from_rows(on_host, plan, width)
-    alone = _scored(params, batch.rows, rule=dataclasses.replace(logprobs, how=Forward(STACK)))
-    real = batch.rows.segment_ids_BT > 0
-    np.testing.assert_array_equal(on_host[real], np.asarray(alone.router.expert_ids)[real])
+    on_host = routers.sequence_ids(found.router, plan, logprobs.how.layout)
+    uncut = _batch(model=STACK, recorded=("sampler",)).rows
+    alone = _logprobs(params, uncut, rule=LogprobRule(Forward(STACK), head_chunk_tokens=64))
+    expected = _plan().take(np.asarray(alone.router.expert_ids))
+    assert len(on_host) == B
+    jax.tree.map(np.testing.assert_array_equal, on_host, expected)
     shared = found.router.agreement["sampler"] / found.router.tokens
     expected = alone.router.agreement["sampler"] / alone.router.tokens
     np.testing.assert_allclose(shared, expected, rtol=1e-6)
-    assert found.router.tokens == real.sum()
+    assert found.router.tokens == (uncut.segment_ids_RT > 0).sum()
 
 
 # ---------------------------------------------------------------- refusals
@@ -450,7 +447,8 @@ def test_what_score_rows_records_and_where_it_lies(mesh, packed):
 
 def _with_experts(**ids):
     batch = _batch()
-    return dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, experts=Experts(**ids)))
+    rows = dataclasses.replace(batch.rows, expert_ids=ExpertIds(**ids))
+    return dataclasses.replace(batch, rows=rows)
 
 
 @pytest.mark.parametrize(
@@ -459,20 +457,20 @@ def _with_experts(**ids):
         (
             (B, T, 3, K),
             np.uint8,
-            r"experts.old is \[16, 24, 3, 2\] and must be .* \[16, 24, 2, 2\]",
+            r"expert_ids.old is \[16, 24, 3, 2\] and must be .* \[16, 24, 2, 2\]",
         ),
-        ((B, T - 1, L, K), np.uint8, r"experts.old is \[16, 23, 2, 2\]"),
-        ((B, T, L, K), np.float32, r"experts.old must hold expert ids, integers, not float32"),
+        ((B, T - 1, L, K), np.uint8, r"expert_ids.old is \[16, 23, 2, 2\]"),
+        ((B, T, L, K), np.float32, r"expert_ids.old must hold expert ids, integers, not float32"),
     ],
 )
 def test_recorded_ids_of_another_shape_are_refused_by_name(shape, kind, message):
     batch = _with_experts(old=np.zeros(shape, kind))
     with pytest.raises(ValueError, match=message):
         _step(cases.params(MODEL), batch, _rule())
-    with pytest.raises(ValueError, match=message.replace("experts.old", "replayed_BTLK")):
+    with pytest.raises(ValueError, match=message.replace("expert_ids.old", "replayed_BTLK")):
         decoder.forward(
-            cases.params(MODEL), batch.rows.tokens_BT, batch.rows.positions_BT,
-            batch.rows.segment_ids_BT, how=Forward(MODEL), replayed_BTLK=batch.rows.experts.old,
+            cases.params(MODEL), batch.rows.tokens_RT, batch.rows.positions_RT,
+            batch.rows.segment_ids_RT, how=Forward(MODEL), replayed_BTLK=batch.rows.expert_ids.old,
         )  # fmt: skip
 
 
@@ -481,10 +479,10 @@ def test_recorded_ids_of_a_dense_model_are_refused():
         MODEL, model_type="qwen3", num_experts=0, experts_per_token=0, expert_dim=0,
         norm_topk=False, dense_layers=(),
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"experts.sampler is of a mixture of experts, and the"):
+    with pytest.raises(ValueError, match=r"expert_ids.sampler is of a mixture of experts, and the"):
         _step(cases.params(dense), _batch(), _rule(model=dense))
 
 
 def test_a_balancing_loss_without_recorded_experts_is_refused():
-    with pytest.raises(ValueError, match=r"router_aux_coef > 0 needs the experts"):
+    with pytest.raises(ValueError, match=r"router_aux_coef > 0 needs the expert ids"):
         _step(cases.params(MODEL), _batch(recorded=()), _rule(router_aux_coef=COEF))
