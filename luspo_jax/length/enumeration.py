@@ -11,13 +11,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from luspo_jax.length.pressure import Half, Pressure, Score, coefficients, of_half
+from luspo_jax.length.pressure import Half, Pressure, coefficients, of_half
 from luspo_jax.objectives import Objective
 
 STOP = 0
@@ -37,6 +38,14 @@ class Rows:
     states_BT: jax.Array
     tokens_BT: jax.Array
     mask_BT: jax.Array
+
+    @property
+    def num_microbatches(self) -> int:
+        """All responses are computed together."""
+        return 1
+
+
+Score = Callable[[Any, Rows], jax.Array]  # (params, rows) → logprobs_BT of the response tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +212,8 @@ def draw(
 def _half(here, rewards_B, index_B, half_size):
     rows = jax.tree.map(lambda x: jnp.asarray(x)[index_B], here.rows)
     group_ids_B = jnp.repeat(jnp.arange(here.num_prompts), half_size)
-    return Half(rows, rows.mask_BT, rewards_B[index_B], group_ids_B)
+    starts_B = jnp.zeros_like(group_ids_B)  # a table is looked up response by response
+    return Half(rows, starts_B, rows.mask_BT, rewards_B[index_B], group_ids_B)
 
 
 def _along(score, params, here, direction):

@@ -41,7 +41,8 @@ class Half:
     """Half of the responses to each prompt.
 
     Attributes:
-      rows: one response a row; they say how many are computed together.
+      rows: one response a row; they say in how many micro-batches they are computed. Of a table of
+        logits, `enumeration.Rows`.
       starts_B: int32, where each response's sequence begins in the rows of its micro-batch.
       response_mask_BT: bool, true on response tokens.
       rewards_B: rewards.
@@ -52,7 +53,7 @@ class Half:
         where the ratios are those of the step's last updates, so that clipping shows.
     """
 
-    rows: TokenRows = dataclasses.field(metadata=CUT_BY_ROWS)
+    rows: TokenRows | Any = dataclasses.field(metadata=CUT_BY_ROWS)
     starts_B: jax.Array
     response_mask_BT: jax.Array
     rewards_B: jax.Array

@@ -17,6 +17,11 @@ NUM_BATCHES = 10_000
 score = enumeration.table_logprobs
 
 
+def _of_part(params, part):
+    """`score`, as pressure asks for the log-probs of a micro-batch."""
+    return score(params, part[0])
+
+
 def _world(num_prompts=1, max_length=5, seed=0):
     """A world, a random policy in it, and random verdicts that longer answers get more often."""
     here = enumeration.world(max_length=max_length, num_prompts=num_prompts)
@@ -130,7 +135,7 @@ def _estimates(here, logits_SV, rewards_B, *, crossed=True):
         if not crossed:
             half_b = half_a
         return pressure.cross_fitted(
-            score, logits_SV, half_a, half_b, objectives=CHOSEN, bin_edges=EDGES
+            _of_part, logits_SV, half_a, half_b, objectives=CHOSEN, bin_edges=EDGES
         )
 
     keys = jax.random.split(jax.random.key(7), NUM_BATCHES)
@@ -190,7 +195,9 @@ def test_larger_halves(x64):
 
     def one(key):
         halves = enumeration.draw(key, p_B, here, rewards_B, 3)
-        return pressure.cross_fitted(score, logits_SV, *halves, objectives=CHOSEN, bin_edges=EDGES)
+        return pressure.cross_fitted(
+            _of_part, logits_SV, *halves, objectives=CHOSEN, bin_edges=EDGES
+        )
 
     keys = jax.random.split(jax.random.key(1), NUM_BATCHES)
     z = _z(jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(keys), exact)
