@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import quickstart
-from luspo_jax import datasets, objectives, train
 from luspo_jax import config as configuration
+from luspo_jax import datasets, objectives, train
 from luspo_jax import run as runs
 from luspo_jax import workdir as workdirs
 from luspo_jax.checkpoint import CheckpointError
