@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import quickstart
-from luspo_jax import batches, datasets, objectives, train
+from luspo_jax import datasets, objectives, train
+from luspo_jax.experience import stages
 from luspo_jax.hosts.files import PlaceError
 from luspo_jax.hosts.values import ConfigError
+from luspo_jax.learner import programs
 from luspo_jax.metrics import read_metrics
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
@@ -187,7 +189,7 @@ def test_sampler_and_trainer_agree(finished):
 
 def test_interrupted_run_goes_on_bit_for_bit(finished, config, tmp_path, monkeypatch):
     """A crash in the step after a checkpoint: step 3 is begun twice and counted once."""
-    real, calls = train.update_step, []
+    real, calls = programs.update_step, []
 
     def crash(*args, **kwargs):
         calls.append(1)
@@ -195,10 +197,10 @@ def test_interrupted_run_goes_on_bit_for_bit(finished, config, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, "update_step", crash)
+    monkeypatch.setattr(programs, "update_step", crash)
     with pytest.raises(KeyboardInterrupt):
         _train(config, tmp_path / "run")
-    monkeypatch.setattr(train, "update_step", real)
+    monkeypatch.setattr(programs, "update_step", real)
     # What a kill leaves behind: half a line, and a dump from beyond the checkpoint.
     with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3, "rew')
@@ -301,10 +303,10 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(finished, config, t
 def test_a_workdir_deleted_under_a_run_is_named(config, tmp_path, monkeypatch):
     real = train.rollout_step
 
-    def deleted(run, state, surplus, step, **kwargs):
+    def deleted(run, state, carried, step, **kwargs):
         if step == 1:
             shutil.rmtree(tmp_path / "run")
-        return real(run, state, surplus, step, **kwargs)
+        return real(run, state, carried, step, **kwargs)
 
     monkeypatch.setattr(train, "rollout_step", deleted)
     with pytest.raises(workdirs.WorkdirError, match="was deleted or moved"):
@@ -346,7 +348,7 @@ def test_damaged_checkpoint_is_named(finished, config, tmp_path):
 
 def test_sampler_that_disagrees_is_refused(config, tmp_path):
     config.rollout.mismatch_limit = 1e-12
-    with pytest.raises(batches.MismatchError, match="mismatch_limit"):
+    with pytest.raises(stages.MismatchError, match="mismatch_limit"):
         _train(config, tmp_path / "run")
 
 
@@ -449,10 +451,10 @@ def test_dynamic_sampling_resumes_bit_for_bit(config, tmp_path, monkeypatch):
     assert all(row["shaping/trained_responses"] == 16 for row in rows)
     real = train.rollout_step
 
-    def crash(run, state, surplus, step, **kwargs):
+    def crash(run, state, carried, step, **kwargs):
         if step == 2:
             raise KeyboardInterrupt
-        return real(run, state, surplus, step, **kwargs)
+        return real(run, state, carried, step, **kwargs)
 
     monkeypatch.setattr(train, "rollout_step", crash)
     with pytest.raises(KeyboardInterrupt):

@@ -1,116 +1,128 @@
-"""Metrics of a step and of an evaluation, by hand, where some responses have no verdict."""
+"""Groups and rollouts: columns of their responses, and verdicts that make groups of responses."""
 
-import math
+import dataclasses
 
 import numpy as np
 import pytest
-from luspo_jax.shaping import Shaping
 
-from luspo_jax import evaluate, experience, shaping
-from luspo_jax.datasets import Example
-from luspo_jax.experience import Group, Rollouts
-from luspo_jax.metrics import declared
-from luspo_jax.prompts import PromptRecord
-from luspo_jax.rewards import Reward
-from luspo_jax.rollout import Response
-
-FAILED = Reward(0.0, "error", {"right": 0.0}, detail="right: TypeError")
-LATE = Reward(0.0, "timeout", {"right": 0.0})
+from luspo_jax.experience.groups import Rollouts, judged
+from tests.experience.experience_cases import FAILED, Judge, prompt, sampled
+from tests.experience.experience_cases import group as _group
 
 
-def _reward(value):
-    return Reward(float(value), "ok", {"right": float(value > 0)})
-
-
-def _group(prompt_id, rewards, lengths):
-    judged = np.array([reward.judged for reward in rewards])
-    responses = [
-        Response(prompt_id, i, np.arange(n, dtype=np.int32), np.zeros(n, np.float32), True)
-        for i, n in enumerate(lengths)
+def _rollouts():
+    """Groups of two and three; one response's last token and one whole response are older."""
+    groups = [
+        _group(3, [2, 0], [2, 3], version=5),
+        _group(9, [1, FAILED, 4], [1, 2, 4], version=5),
     ]
-    record = PromptRecord(prompt_id, np.array([1]), "?", Example(prompt_id, "?", "!"))
-    return Group(record, responses, ["x"] * len(rewards), rewards, judged, judged)
+    versions = [
+        np.array([5, 5], np.uint32),
+        np.array([4, 4, 5], np.uint32),
+        np.array([4], np.uint32),
+        np.array([5, 5], np.uint32),
+        np.array([5, 5, 5, 5], np.uint32),
+    ]
+    trained = [np.ones(2, bool), np.array([False, False, True]), np.zeros(1, bool)]
+    trained += [np.zeros(2, bool), np.ones(4, bool)]
+    return Rollouts(groups, 5).enriched(versions=versions, trained=trained)
 
 
-# Rewards 2, 1 and none; 0, none and none; 3, 3, 3: six judged of nine, two groups to compare.
-GROUPS = [
-    _group(0, [_reward(2), _reward(1), FAILED], [2, 4, 100]),
-    _group(1, [_reward(0), LATE, FAILED], [8, 100, 100]),
-    _group(2, [_reward(3)] * 3, [1, 3, 5]),
-]
-ADVANTAGES = np.array([1, -1, 0, 0, 0, 0, 0, 0, 0], np.float32)
+def test_columns_are_response_by_response_over_groups_of_unequal_size():
+    rollouts = _rollouts()
+    assert rollouts.column("sample_id") == [0, 1, 0, 1, 2]
+    assert [prompt.prompt_id for prompt in rollouts.prompts] == [3, 3, 9, 9, 9]
+    assert len(rollouts.responses) == 5
+    for found, expected, kind in (
+        (rollouts.rewards_B, [2, 0, 1, 0, 4], np.float32),
+        (rollouts.lengths_B, [2, 3, 1, 2, 4], np.int32),
+        (rollouts.group_ids_B, [0, 0, 1, 1, 1], np.int32),
+        (rollouts.judged_B, [1, 1, 1, 0, 1], bool),
+        (rollouts.counted_B, [1, 1, 1, 0, 1], bool),
+    ):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == kind
 
 
-def test_metrics_of_rewards_are_over_judged_responses_and_compared_groups():
-    got = experience.metrics(Rollouts(GROUPS), ADVANTAGES, correct="right")
-    expected = {
-        "reward": (2 + 1 + 0 + 9) / 6,
-        "reward_std": (math.sqrt(0.5) + 0) / 2,  # of {2, 1} and {3, 3, 3}
-        "frac_reward_zero_std": 1 / 2,
-        "critic/score/mean": 2.0,
-        "critic/score/max": 3.0,
-        "critic/score/min": 0.0,
-        "reward/part/right": 5 / 6,
-        "reward/unjudged": 3,
-        "reward/groups_not_compared": 1,
-        "reward/status/ok": 6,
-        "reward/status/error": 2,
-        "reward/status/timeout": 1,
-        "length/correct_mean": (2 + 4 + 1 + 3 + 5) / 5,
-        "length/incorrect_mean": 8.0,
-        "critic/advantages/min": -1.0,
-        # Within groups of judged ones: advantages ±1 at −1, +1 tokens; others have no spread in A.
-        "length/advantage_corr": -2 / math.sqrt(2 * (2 + 8)),
-        "response_length/max": 100.0,  # lengths are of all
-    }
-    assert {name: got[name] for name in expected} == pytest.approx(expected)
-    assert all(declared(name) for name in got)
+def test_a_response_is_fresh_by_all_of_its_tokens_and_trained_by_any():
+    rollouts = _rollouts()
+    np.testing.assert_array_equal(rollouts.fresh_B, [True, False, False, True, True])
+    np.testing.assert_array_equal(rollouts.trained_B, [True, True, False, False, True])
+    later = Rollouts(rollouts.groups, 6)
+    assert not later.fresh_B.any()
 
 
-def test_a_verifier_that_always_pays_one_or_fails_shows_a_reward_of_one():
-    one = Reward(1.0, "ok", {"right": 1.0})
-    groups = [_group(0, [one, one, FAILED, one], [1] * 4), _group(1, [one] * 4, [1] * 4)]
-    got = experience.metrics(Rollouts(groups), np.zeros(8, np.float32), correct="right")
-    assert (got["reward"], got["reward_std"], got["frac_reward_zero_std"]) == (1.0, 0.0, 1.0)
+def test_what_is_added_lands_at_its_response_and_leaves_the_rest():
+    before = _rollouts()
+    after = before.enriched(advantage=[0.0, 1.0, 2.0, 3.0, 4.0], text=list("abcde"))
+    np.testing.assert_array_equal(after.advantages_B, np.arange(5, dtype=np.float32))
+    assert after.advantages_B.dtype == np.float32
+    assert [group.column("text") for group in after.groups] == [["a", "b"], ["c", "d", "e"]]
+    assert after.version == before.version
+    assert before.column("advantage") == [None] * 5
+    for name in ("tokens", "logprobs", "versions", "trained", "reward"):
+        for new, old in zip(after.column(name), before.column(name), strict=True):
+            assert new is old
 
 
-def test_where_nothing_is_judged_there_is_no_reward():
-    groups = [_group(0, [FAILED, LATE], [1, 2])]
-    got = experience.metrics(Rollouts(groups), np.zeros(2, np.float32), correct="right")
-    names = (
-        "reward",
-        "reward_std",
-        "frac_reward_zero_std",
-        "critic/score/max",
-        "reward/part/right",
-    )
-    assert all(math.isnan(got[name]) for name in names)
-    assert (got["reward/unjudged"], got["reward/groups_not_compared"]) == (2, 1)
+@pytest.mark.parametrize("values", [[0.0] * 4, [0.0] * 6])
+def test_a_column_of_another_length_is_refused(values):
+    with pytest.raises(ValueError, match="argument"):
+        _rollouts().enriched(advantage=values)
 
 
-def test_what_was_sampled_before_filters_is_a_mean_of_judged_rewards():
-    collected = shaping.collect(lambda: GROUPS, (), shaping=Shaping(), num_groups=3, part="right")
-    assert collected.counts["shaping/sampled_reward"] == pytest.approx(2.0)
-    assert collected.counts["shaping/groups_sampled"] == 3
+def test_a_part_of_the_reward_is_read_by_name():
+    group = _group(0, [2, 0])
+    np.testing.assert_array_equal(group.values(), [2, 0])
+    np.testing.assert_array_equal(group.values("right"), [1, 0])
 
 
-def test_accuracy_is_the_mean_over_problems_of_the_judged_share():
-    responses = [response for group in GROUPS for response in group.responses]
-    rewards = [reward for group in GROUPS for reward in group.rewards]
-    measured = evaluate.summarize(responses, rewards, metric="right", num_samples=3)
-    assert measured.accuracy == pytest.approx((2 / 2 + 0 / 1 + 3 / 3) / 3)
-    assert measured.accuracy_ci95[0] < measured.accuracy <= measured.accuracy_ci95[1]
-    assert (measured.unjudged, measured.num_problems) == (3, 3)
-    assert "3 responses without a verdict" in str(measured)
-    # Judged ones by length: {2, 4}, {8} and {1, 3, 5}: shortest 2, 8, 1; middle 4, 3; longest 5.
-    assert measured.accuracy_by_third == pytest.approx((2 / 3, 1.0, 1.0))
+# --- verdicts ----------------------------------------------------------------------------------
 
 
-def test_a_problem_without_any_verdict_is_left_out_of_the_accuracy():
-    groups = [GROUPS[0], _group(1, [FAILED] * 3, [1] * 3)]
-    responses = [response for group in groups for response in group.responses]
-    rewards = [reward for group in groups for reward in group.rewards]
-    assert evaluate.summarize(responses, rewards, metric="right", num_samples=3).accuracy == 1.0
-    nothing = evaluate.summarize(responses[3:], rewards[3:], metric="right", num_samples=3)
-    assert math.isnan(nothing.accuracy)
-    assert nothing.unjudged == 3
+def _judged(prompts, responses, judge, **options):
+    settings = {"scorer": judge, "decode": lambda tokens: "y" * len(tokens), "max_length": 7}
+    return judged(prompts, responses, **settings, **options)
+
+
+def test_verdicts_make_groups_prompt_by_prompt():
+    prompts = [prompt(5), prompt(2, text="<think>")]
+    responses = [sampled(p.prompt_id, s, length=1 + s) for p in prompts for s in range(2)]
+    judge = Judge(lambda sample: float(sample.length))
+    groups = _judged(prompts, responses, judge, version=11)
+    assert [group.prompt for group in groups] == prompts
+    assert [group.column("prompt_id") for group in groups] == [[5, 5], [2, 2]]
+    assert [group.column("text") for group in groups] == [["y", "yy"]] * 2
+    np.testing.assert_array_equal(groups[1].values(), [1, 2])
+    for response in (r for group in groups for r in group.responses):
+        assert response.counted is True
+        size = len(response.tokens)
+        np.testing.assert_array_equal(response.trained, np.ones(size, bool))
+        np.testing.assert_array_equal(response.versions, np.full(size, 11))
+        assert (response.trained.dtype, response.versions.dtype) == (bool, np.uint32)
+    # What a verifier reads: an opening on which the prompt ends belongs to the response.
+    assert [sample.response for sample in judge.samples] == ["y", "yy", "<think>y", "<think>yy"]
+    assert {(s.answer, s.max_length, s.problem) for s in judge.samples} == {("!", 7, "?")}
+    assert all(sample.meta == {"level": 3} for sample in judge.samples)
+
+
+def test_a_response_without_a_verdict_neither_counts_nor_carries_gradient():
+    responses = [sampled(0, s, length=2) for s in range(2)]
+    judge = Judge(lambda sample: FAILED if len(judge.samples) == 2 else 1.0)
+    (group,) = _judged([prompt(0)], responses, judge)
+    np.testing.assert_array_equal(group.counted, [True, False])
+    np.testing.assert_array_equal(group.judged, [True, False])
+    np.testing.assert_array_equal(np.stack(group.column("trained")), [[True] * 2, [False] * 2])
+
+
+def test_a_process_without_a_share_judges_nothing():
+    assert _judged([], [], Judge(lambda sample: 1.0)) == []
+
+
+def test_what_the_sampler_said_is_kept():
+    ids = np.zeros((2, 1, 1), np.uint8)
+    response = dataclasses.replace(sampled(0, 0, length=2), expert_ids=ids, prompt_expert_ids=ids)
+    (group,) = _judged([prompt(0)], [response], Judge(lambda sample: 1.0))
+    (found,) = group.responses
+    for name in ("tokens", "logprobs", "stopped", "expert_ids", "prompt_expert_ids"):
+        assert getattr(found, name) is getattr(response, name)

@@ -12,14 +12,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-from luspo_jax.update import initial_state
 
 from configs import quickstart
 from experiments.command import UsageError
 from experiments.evaluation import comparison, plan, policy, scoring, session, storage
 from experiments.evaluation.plan import Options
-from luspo_jax import evaluate, prompts
+from luspo_jax import prompts
 from luspo_jax.benchmarks import BENCHMARKS, BenchmarkError, Summary, protocol
+from luspo_jax.experience import held_out
+from luspo_jax.learner.state import initial_state
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
 from luspo_jax.rewards.answers.math_equal import VERSION
@@ -97,7 +98,7 @@ def test_every_generation_is_kept(finished):
 
 def test_stopped_evaluation_goes_on_identically(finished, tmp_path, monkeypatch):
     """A crash in the second part; the first one is not sampled again, and all bytes agree."""
-    real, calls = evaluate.respond, []
+    real, calls = held_out.ask, []
 
     def crash(*args, **kwargs):
         calls.append(1)
@@ -105,7 +106,7 @@ def test_stopped_evaluation_goes_on_identically(finished, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "respond", crash)
+    monkeypatch.setattr(held_out, "ask", crash)
     with pytest.raises(KeyboardInterrupt):
         session.run(MODEL, CHOSEN, tmp_path / "out", OPTIONS)
     assert list(_parts(tmp_path / "out")) == ["part_00000.jsonl"]

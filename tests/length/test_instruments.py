@@ -1,15 +1,17 @@
 """Length instruments in the loop: what a step reports, that measuring changes nothing, resume."""
 
 import dataclasses
-import types
 
 import jax
 import numpy as np
 import pytest
 
-from luspo_jax import batches, instruments, train
 from luspo_jax.datasets import Example
-from luspo_jax.experience import Group, Rollouts
+from luspo_jax.experience import stages
+from luspo_jax.experience.groups import Group, Rollouts
+from luspo_jax.learner import programs
+from luspo_jax.length import instruments
+from luspo_jax.length.laboratory import Sampled
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.length.steering import LengthState
 from luspo_jax.metrics import StepMetrics, declared, read_metrics
@@ -17,10 +19,9 @@ from luspo_jax.objectives import preset
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward
 from luspo_jax.rollout import Response
-from luspo_jax.run import beginning, fields
+from luspo_jax.run import beginning
 from luspo_jax.run.build import build
 from luspo_jax.run.checkpoint import Checkpointer
-from luspo_jax.types import TokenBatch, TrainBatch
 from tests import test_train
 from tests.test_train import _assert_same_results, _results, _train
 
@@ -159,7 +160,7 @@ def test_every_metric_is_declared_for_what_it_is(finished):
 def test_interrupted_steering_goes_on_bit_for_bit(finished, steered, tmp_path, monkeypatch):
     """Cut in the step after a measured one, in which α moves and what was taken is measured:
     pressure, slope and the policy before the measured update all come from the checkpoint."""
-    real, calls = train.update_step, []
+    real, calls = programs.update_step, []
 
     def crash(*args, **kwargs):
         calls.append(1)
@@ -167,10 +168,10 @@ def test_interrupted_steering_goes_on_bit_for_bit(finished, steered, tmp_path, m
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, "update_step", crash)
+    monkeypatch.setattr(programs, "update_step", crash)
     with pytest.raises(KeyboardInterrupt):
         _train(steered, tmp_path / "run")
-    monkeypatch.setattr(train, "update_step", real)
+    monkeypatch.setattr(programs, "update_step", real)
     _train(steered, tmp_path / "run")
     _assert_same_results(_results(tmp_path / "run"), _results(finished))
     remembered = _length_state(finished, steered)
@@ -207,47 +208,46 @@ def test_measuring_does_not_change_training(steered, tmp_path):
 # --- pieces ------------------------------------------------------------------------------------
 
 
+VERSION = 3
+
+
 def _group(right, lengths, judged=None):
-    size = len(right)
-    judged = np.array([True] * size if judged is None else judged)
+    judged = [True] * len(right) if judged is None else judged
     return Group(
         prompt=PromptRecord(0, np.array([1]), "?", Example(0, "?", "!")),
         responses=[
-            Response(0, i, np.zeros(n, np.int32), np.zeros(n, np.float32), True)
-            for i, n in enumerate(lengths)
+            Response(
+                prompt_id=0,
+                sample_id=i,
+                tokens=np.zeros(n, np.int32),
+                logprobs=np.zeros(n, np.float32),
+                stopped=True,
+                versions=np.full(n, VERSION, np.uint32),
+                text="x" * n,
+                reward=Reward(float(r), "ok", {"right": float(r)}),
+                counted=j,
+                trained=np.full(n, j),
+            )
+            for i, (r, n, j) in enumerate(zip(right, lengths, judged, strict=True))
         ],
-        texts=["x" * n for n in lengths],
-        rewards=[Reward(float(r), "ok", {"right": float(r)}) for r in right],
-        counted=judged,
-        trained=judged,
     )
 
 
-def _some_run(objective, **settings):
-    """The parts of a run that the functions under test read."""
-    config = fields.default_config()
-    config.rollout.max_response_length = 10
-    return types.SimpleNamespace(
-        config=config,
-        rule=types.SimpleNamespace(objective=objective),
-        length=LengthSettings(**settings),
-        metric="right",
-    )
-
-
-def _observe(run, state, *groups):
+def _observe(settings, objective, state, group):
     metrics = StepMetrics()
-    state, flagged = instruments.observe(run, state, Rollouts(groups), metrics)
+    state, flagged = instruments.observe(
+        state, settings, objective, group.responses, "right", metrics
+    )
     return state, flagged, metrics.result()
 
 
 def test_responses_without_a_verdict_are_not_observed():
-    run = _some_run(preset("luspo"), window=1)
+    known = LengthSettings(window=1), preset("luspo")
     judged = [True, True, False, True]
-    state, *_ = _observe(run, LengthState(), _group([1, 0, 1, 0], [2, 4, 90, 6], judged))
+    state, *_ = _observe(*known, LengthState(), _group([1, 0, 1, 0], [2, 4, 90, 6], judged))
     assert state.history == ((4.0, 1 / 3),)
     assert state.length == 4.0
-    again, flagged, values = _observe(run, state, _group([1, 1], [9, 9], [False, False]))
+    again, flagged, values = _observe(*known, state, _group([1, 1], [9, 9], [False, False]))
     assert again == state
     assert not flagged
     assert values["length/degeneration/flag"] == 0
@@ -256,61 +256,68 @@ def test_responses_without_a_verdict_are_not_observed():
 
 def test_alpha_goes_down_while_flagged():
     objective = preset("luspo", length_scale="adaptive", reference_length=4.0)
-    run = _some_run(objective, window=1, mitigation="scale", alpha_rate=0.1)
-    state, flagged, values = _observe(run, LengthState(), _group([1, 0], [2, 4]))
+    known = LengthSettings(window=1, mitigation="scale", alpha_rate=0.1), objective
+    state, flagged, values = _observe(*known, LengthState(), _group([1, 0], [2, 4]))
     assert (flagged, values["length/scale_alpha"]) == (False, 1.0)
-    state, flagged, values = _observe(run, state, _group([1, 0], [4, 8]))
+    state, flagged, values = _observe(*known, state, _group([1, 0], [4, 8]))
     assert (flagged, values["length/degeneration/flag"]) == (True, 1.0)
     assert values["length/scale_alpha"] == pytest.approx(0.9)
-    _, flagged, values = _observe(run, state, _group([1, 1], [8, 9]))  # better for it
+    _, flagged, values = _observe(*known, state, _group([1, 1], [8, 9]))  # better for it
     assert not flagged
     assert values["length/scale_alpha"] == pytest.approx(0.9)
 
 
-def _advantages(run, rollouts, *, shorten):
-    rows = np.zeros((4, 12), np.int32)
-    batch = TrainBatch(
-        rows=TokenBatch(*[rows] * len(dataclasses.fields(TokenBatch))),
-        advantages_B=np.zeros(4, np.float32),
-        group_ids_B=rollouts.group_ids_B,
-        old_logprobs_BT=None,
-        old_entropy_BT=None,
-        ref_logprobs_BT=None,
-        sampler_logprobs_BT=None,
-    )
-    return batches.with_advantages(run, rollouts, batch, shorten=shorten).advantages_B
+def _advantages(settings, rollouts, *, flagged):
+    penalty_B = instruments.penalty(settings, rollouts.lengths_B, 10, flagged=flagged)
+    # A = R − mean, so that the penalty can be read off.
+    return stages.with_advantages(rollouts, preset("dr_grpo"), 12, penalty_B).advantages_B
 
 
 def test_the_penalty_takes_from_long_responses_while_flagged():
     """Of two right responses the longer loses more; unflagged or without it, nothing changes."""
-    rollouts = Rollouts([_group([1, 1, 0, 0], [2, 10, 2, 10])])
-    objective = preset("dr_grpo")  # A = R − mean, so that the penalty can be read off
-    run = _some_run(objective, mitigation="penalty", penalty=0.2)
-    plain = _advantages(run, rollouts, shorten=False)
+    rollouts = Rollouts([_group([1, 1, 0, 0], [2, 10, 2, 10])], VERSION)
+    settings = LengthSettings(mitigation="penalty", penalty=0.2)
+    plain = _advantages(settings, rollouts, flagged=False)
     np.testing.assert_allclose(plain, [0.5, 0.5, -0.5, -0.5])
-    shorter = _advantages(run, rollouts, shorten=True)
+    shorter = _advantages(settings, rollouts, flagged=True)
     # 0.2 · L / 10 is taken: 0.04 and 0.2, their mean 0.12 comes back.
     np.testing.assert_allclose(shorter - plain, [0.08, -0.08, 0.08, -0.08], atol=1e-6)
     for mitigation in ("none", "scale"):
-        other = _some_run(objective, mitigation=mitigation, penalty=0.2)
-        np.testing.assert_array_equal(_advantages(other, rollouts, shorten=True), plain)
+        other = LengthSettings(mitigation=mitigation, penalty=0.2)
+        np.testing.assert_array_equal(_advantages(other, rollouts, flagged=True), plain)
 
 
 def test_steps_without_a_sample_or_not_due_measure_nothing():
     """Too few fresh groups, or the wrong step: the state passes through untouched."""
-    run = _some_run(preset("luspo"), every=2)
+    settings = LengthSettings(every=2)
     state, length, metrics = object(), LengthState(length=3.0), StepMetrics()
-    assert instruments.sample(_some_run(preset("luspo")), None, None, 0) is None
-    assert instruments.before_update(run, state, None, 1, metrics) is state
+    assert instruments.sample(LengthSettings(), None, step=0, version=0) is None
+    assert instruments.before_update(None, settings, state, None, 1, metrics) is state
+    arguments = None, settings, state, length
     for step in (0, 1, 2):
-        assert instruments.after_update(run, state, length, None, step, metrics) is length
-    assert instruments.after_update(run, state, length, object(), 1, metrics) is length
+        assert instruments.after_update(*arguments, None, step, metrics) is length
+    assert instruments.after_update(*arguments, object(), 1, metrics) is length
     assert metrics.result() == {}
+
+
+def test_a_sample_is_of_groups_of_the_version_that_starts_the_step():
+    """The share is of all groups of the step; where fewer are fresh there is no sample."""
+    groups = [_group([1, 0], [2, 3]) for _ in range(4)]
+    old = [np.full(n, VERSION - 1, np.uint32) for n in (2, 3)]
+    rollouts = Rollouts([groups[0].enriched(versions=old), *groups[1:]], VERSION)
+    sampled = Sampled(rollouts.prompts, rollouts.responses, rollouts.group_ids_B, 4)
+    settings = LengthSettings(every=2, share=0.75)
+    for step in (4, 5):
+        found = instruments.sample(settings, sampled, step=step, version=VERSION)
+        assert found.group_ids_B.tolist() == [1, 1, 2, 2, 3, 3]
+        assert instruments.sample(settings, sampled, step=step, version=VERSION + 1) is None
+    whole = dataclasses.replace(settings, share=1.0)
+    assert instruments.sample(whole, sampled, step=4, version=VERSION) is None
 
 
 def test_a_step_after_no_step_takes_no_measure_of_it():
     """Step 0 is due, but the step before it does not exist."""
-    assert [instruments._due(_some_run(preset("luspo"), every=1), s) for s in (-1, 0, 1)] == [
+    assert [instruments._due(LengthSettings(every=1), s) for s in (-1, 0, 1)] == [
         False,
         True,
         True,

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from luspo_jax.logprobs import LogprobRule, token_logprobs
 
-from luspo_jax import objectives, packing
+from luspo_jax import objectives
+from luspo_jax.learner.logprobs import microbatch_logprobs, of_responses
 from luspo_jax.length import enumeration, pressure
 from luspo_jax.length.pressure import Half
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
+from tests.row_cases import plan_of, rows_of
 
 MODEL = DecoderConfig(
     model_type="qwen3",
@@ -37,8 +38,11 @@ TABLE = enumeration.world(num_prompts=2)
 EDGES = (2, 5)
 
 
-def score(params, rows):
-    return token_logprobs(params, rows, rule=LOGPROBS)[0]
+def compute(params, rows):
+    """Log-probs of the responses of a piece of a half, one a row."""
+    token_rows, starts_B, mask_BT = rows
+    found = microbatch_logprobs(params, token_rows, rule=LOGPROBS)
+    return of_responses(found.logprobs_RT, starts_B, mask_BT, None)
 
 
 @pytest.fixture
@@ -55,19 +59,19 @@ def _half(seed, *, length=16, order=None, trained=None):
     rewards = rng.integers(0, 2, size=8).astype(np.float64)
     rewards[[0, 4]], rewards[[1, 5]] = 0, 1
     order = np.arange(8) if order is None else order
-    rows = packing.padded_rows(
-        [prompts[i] for i in order], [responses[i] for i in order], length=length, pad_id=0
-    )
+    pairs = [prompts[i] for i in order], [responses[i] for i in order]
+    plan = plan_of(*pairs, width=length, microbatches=8)  # a half may be cut into any pieces
+    mask_BT = plan.place([np.ones(len(r), bool) for r in pairs[1]])
     return Half(
-        rows=rows,
-        response_mask_BT=rows.response_mask_BT,
+        rows=(rows_of(MODEL, plan, *pairs), plan.place_one(plan.firsts_B), mask_BT),
+        response_mask_BT=mask_BT,
         rewards_B=jnp.asarray(rewards[order]),
         group_ids_B=jnp.asarray(np.repeat([0, 1], 4)[order]),
         trained_B=None if trained is None else jnp.asarray(trained),
     )
 
 
-def _measure(params, half_a, half_b, *, by=score, names=("luspo", "dapo"), **options):
+def _measure(params, half_a, half_b, *, by=compute, names=("luspo", "dapo"), **options):
     chosen = [(name, objective) for name, objective in CHOSEN if name in names]
     run = jax.jit(
         lambda p, a, b: pressure.cross_fitted(
@@ -106,7 +110,7 @@ def _measure_table(table, half_a, half_b):
 
 def _direction(params, half, weights_B):
     """∇ Σ a_i log π(y_i) by reverse mode."""
-    return jax.grad(lambda p: jnp.vdot(weights_B, score(p, half.rows).sum(axis=1)))(params)
+    return jax.grad(lambda p: jnp.vdot(weights_B, compute(p, half.rows).sum(axis=1)))(params)
 
 
 def _weights(half, values_B):
@@ -123,7 +127,7 @@ def _loss_gradient(params, half, objective):
     lengths_B = half.response_mask_BT.sum(axis=1)
 
     def loss(p):
-        logprobs_BT = score(p, half.rows)
+        logprobs_BT = compute(p, half.rows)
         batch = objectives.PolicyBatch(
             logprobs_BT=logprobs_BT,
             old_logprobs_BT=jax.lax.stop_gradient(logprobs_BT),
@@ -255,8 +259,9 @@ def test_the_update_taken_is_scored_along_the_same_direction(params, num_parts):
     change = jax.tree.map(
         lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape)), params
     )
-    run = jax.jit(lambda p, c, h: pressure.taken(score, p, c, h, num_parts=num_parts))
+    run = jax.jit(lambda p, c, h: pressure.taken(compute, p, c, h))
     length, reward = run(params, change, half)
+    half = _half(3)
     lengths_B = half.response_mask_BT.sum(axis=1)
     for found, values_B in ((length, lengths_B), (reward, half.rewards_B)):
         expected = _dot(_direction(params, half, _weights(half, values_B)), change)

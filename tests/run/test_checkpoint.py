@@ -12,16 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from luspo_jax.logprobs import LogprobRule
 
-from luspo_jax import optimizer, sharding, update
+from luspo_jax import sharding
+from luspo_jax.experience.stored import from_stored, to_stored
+from luspo_jax.learner import optimizer
+from luspo_jax.learner.logprobs import LogprobRule
+from luspo_jax.learner.state import UpdateRule, abstract_state, initial_state
+from luspo_jax.learner.step import update_step
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
 from luspo_jax.objectives import preset
 from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.run.checkpoint import Checkpointer, CheckpointError, bytes_written
-from luspo_jax.types import TokenBatch, TrainBatch, TrainState
+from luspo_jax.types import TrainState
+from tests.experience.experience_cases import group
+from tests.row_cases import batch_of, plan_of
 
 MODEL = DecoderConfig(
     model_type="qwen3", vocab_size=24, num_layers=2, embed_dim=16, mlp_dim=32, num_heads=4,
@@ -53,10 +59,11 @@ def checkpointer(tmp_path):
 
 
 def test_what_is_saved_is_restored_exactly(checkpointer):
-    host = {"stream": {"taken": 12}, "surplus": []}
+    host = {"stream": {"taken": 12}, "waiting": []}
     checkpointer.save(3, _state(1.1), host)
-    state, back = checkpointer.restore(3, _state(0.0))
+    state, back, waiting = checkpointer.restore(3, _state(0.0))
     assert back == host
+    assert waiting == {}
     np.testing.assert_array_equal(state.params["w"], _state(1.1).params["w"])
     np.testing.assert_array_equal(state.opt_state[1]["mu"], _state(1.1).opt_state[1]["mu"])
     assert int(state.skipped_updates) == 2
@@ -124,9 +131,8 @@ def test_unwritable_folder_is_named(tmp_path):
 
 def _rule(**fields):
     adam = optimizer.adamw(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1)
-    return update.UpdateRule(
-        LogprobRule(Forward(MODEL), head_chunk_tokens=16), preset("luspo", **fields), adam, 1, 0.0
-    )
+    logprobs = LogprobRule(Forward(MODEL), head_chunk_tokens=16)
+    return UpdateRule(logprobs, preset("luspo", **fields), adam, max_grad_norm=0.0)
 
 
 RULE = _rule(kl_coef=0.1)
@@ -146,12 +152,12 @@ def _policy_state(where, config=MODEL, rule=RULE, marked=True):
     if where != "one":
         places = sharding.shardings(decoder.param_axes(config), MESHES[where])
         params = jax.tree.map(jax.device_put, params, places)
-    state = update.initial_state(params, _on(where, config, rule), marked=marked)
+    state = initial_state(params, _on(where, config, rule), marked=marked)
     return dataclasses.replace(state, params=_double(state.params))
 
 
 def _abstract(where, config=MODEL, rule=RULE, marked=True):
-    return update.abstract_state(_on(where, config, rule), marked=marked)
+    return abstract_state(_on(where, config, rule), marked=marked)
 
 
 def _assert_placed(state, like):
@@ -181,29 +187,22 @@ def test_state_moves_between_meshes(checkpointer, written):
     expected = jax.device_get(_policy_state("one"))
     for where in MESHES:
         like = _abstract(where)
-        state, _ = checkpointer.restore(3, like)
+        state, *_ = checkpointer.restore(3, like)
         _assert_placed(state, like)
         jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
 def _batch():
-    rows = np.ones((4, 8), np.int32)
-    mask_BT = np.tile(np.arange(8) > 2, (4, 1))
-    logprobs_BT = np.full((4, 8), -3, np.float32)
-    return TrainBatch(
-        rows=TokenBatch(rows, np.cumsum(rows, 1, dtype=np.int32) - 1, rows, mask_BT),
-        advantages_B=np.array([1, -1, 2, -2], np.float32),
-        group_ids_B=np.zeros(4, np.int32),
-        old_logprobs_BT=None,
-        old_entropy_BT=None,
-        ref_logprobs_BT=logprobs_BT,
-        sampler_logprobs_BT=logprobs_BT,
-    )
+    prompts, responses = [np.ones(3, np.int32)] * 4, [np.ones(5, np.int32)] * 4
+    known = dict.fromkeys(("ref_logprobs", "sampler_logprobs"), [np.full(5, -3, np.float32)] * 4)
+    plan = plan_of(prompts, responses, width=8)
+    arrays = {"advantages": [1, -1, 2, -2], "groups": [0] * 4}
+    return batch_of(MODEL, plan, prompts, responses, **arrays, **known)
 
 
 def test_resuming_compiles_nothing_new(checkpointer):
     """A restored state is to jit what a new one is, whether `like` is a state or abstract."""
-    step = functools.partial(update.update_step, batch=_batch(), rate=np.float32(0.1), rule=RULE)
+    step = functools.partial(update_step, batch=_batch(), rate=np.float32(0.1), rule=RULE)
     state, _ = step(_policy_state("one"))
     checkpointer.save(1, state, {})
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -225,7 +224,7 @@ def test_restoring_leaves_one_state_in_memory(checkpointer):
     checkpointer.save(1, _state(1.1), {})
     gc.collect()
     before = {id(x) for x in jax.live_arrays()}
-    state, _ = checkpointer.restore(1, jax.eval_shape(_state, 0.0))
+    state, *_ = checkpointer.restore(1, jax.eval_shape(_state, 0.0))
     new = [x for x in jax.live_arrays() if id(x) not in before and x.size > 1]
     assert sum(x.nbytes for x in new) == sum(x.nbytes for x in jax.tree.leaves(state) if x.size > 1)
 
@@ -234,7 +233,7 @@ def test_resuming_on_a_mesh_compiles_nothing_new(checkpointer):
     state = _policy_state("fsdp4_tensor2")
     checkpointer.save(1, state, {})
     expected = _double(state)
-    restored, _ = checkpointer.restore(1, _abstract("fsdp4_tensor2"))
+    restored, *_ = checkpointer.restore(1, _abstract("fsdp4_tensor2"))
     with CompileClock() as clock:
         again = _double(restored)
     assert clock.count == 0
@@ -245,7 +244,7 @@ def test_a_device_that_was_chosen_is_kept(checkpointer):
     checkpointer.save(1, _state(1.1), {})
     device = jax.devices()[5]
     like = jax.device_put(_state(0.0), device)
-    state, _ = checkpointer.restore(1, like)
+    state, *_ = checkpointer.restore(1, like)
     assert all(x.devices() == {device} and x.committed for x in jax.tree.leaves(state))
 
 
@@ -330,7 +329,7 @@ def test_a_missing_file_is_named_and_a_checkpoint_without_sums_is_read(checkpoin
     checkpointer.save(1, _state(1.1), {})
     folder = tmp_path / "checkpoints" / "1"
     (folder / "checksums.json").rename(tmp_path / "sums")
-    state, _ = checkpointer.restore(1, _state(0.0))  # as older versions wrote it
+    state, *_ = checkpointer.restore(1, _state(0.0))  # as older versions wrote it
     np.testing.assert_array_equal(state.params["w"], _state(1.1).params["w"])
     (tmp_path / "sums").rename(folder / "checksums.json")
     file = _largest(folder / "host")
@@ -354,6 +353,60 @@ def test_a_reader_changes_nothing_while_a_save_is_under_way(checkpointer, tmp_pa
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
     with pytest.raises(CheckpointError, match="comes with the first checkpoint"):
         Checkpointer(tmp_path / "elsewhere", read_only=True)
+
+
+# --- what waits for a later step ----------------------------------------------------------------
+
+
+def test_responses_that_wait_are_restored_exactly(checkpointer):
+    """Two groups of unequal size, with fields that nothing has filled yet."""
+    groups = [group(7, [1, 0], [3, 5], version=2), group(4, [0, 2, 1], [1, 2, 8], version=3)]
+    arrays, described = to_stored(groups)
+    checkpointer.save(3, _state(1.1), {"waiting": described}, arrays)
+    state, host, waiting = checkpointer.restore(3, _state(0.0))
+    np.testing.assert_array_equal(state.params["w"], _state(1.1).params["w"])
+    assert waiting.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert isinstance(waiting[name], np.ndarray)
+        assert waiting[name].dtype == array.dtype
+        np.testing.assert_array_equal(waiting[name], array)
+    back = from_stored(waiting, host["waiting"])
+    assert [g.column("reward") for g in back] == [g.column("reward") for g in groups]
+
+
+def test_a_flipped_bit_in_what_waits_is_named(checkpointer, tmp_path):
+    checkpointer.save(1, _state(1), {}, to_stored([group(7, [1, 0], [300, 500])])[0])
+    file = _largest(tmp_path / "checkpoints" / "1" / "waiting")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"checkpoints/1 is damaged.*waiting/.*{file.name}"):
+        checkpointer.restore(1, _state(0.0))
+
+
+def test_space_is_asked_for_what_waits_too(checkpointer, monkeypatch):
+    needed = int(1.1 * sum(x.nbytes for x in jax.tree.leaves(_state(1))))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=needed))
+    checkpointer.save(1, _state(1), {})
+    with pytest.raises(CheckpointError, match="MB free and a checkpoint needs"):
+        checkpointer.save(2, _state(2), {}, {"tokens": np.zeros(1000, np.int32)})
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_where_nothing_waits(checkpointer):
+    checkpointer.save(1, _state(1.1), {"stream": {"taken": 12}, "surplus": []})
+    state, host, waiting = checkpointer.restore(1, _state(0.0))
+    np.testing.assert_array_equal(state.params["w"], _state(1.1).params["w"])
+    assert host == {"stream": {"taken": 12}, "waiting": []}
+    assert from_stored(waiting, host["waiting"]) == []
+
+
+def test_a_checkpoint_of_an_earlier_version_in_which_groups_wait_is_refused_by_name(checkpointer):
+    stored = {"prompt": {"prompt_id": 3, "tokens": "AQAAAA=="}, "texts": ["a", "b"]}
+    checkpointer.save(4, _state(1.1), {"surplus": [stored] * 2})
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints/4 was written by an earlier version.* 2 groups .*wait"
+    ):
+        checkpointer.restore(4, _state(0.0))
 
 
 @pytest.mark.parametrize(
