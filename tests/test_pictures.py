@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from luspo_jax import prompts, sharding
-from luspo_jax.experience import stages, stored
+from luspo_jax.experience import rounds, stages, stored
 from luspo_jax.experience.groups import Rollouts
 from luspo_jax.images.layout import laid_out
 from luspo_jax.learner.logprobs import microbatch_logprobs

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from luspo_jax import objectives
+from luspo_jax.learner.logprobs import LogprobRule
 from luspo_jax.length import laboratory
 from luspo_jax.length.laboratory import Laboratory, Sampled
 from luspo_jax.length.pressure import Pressure
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.metrics import declared
+from luspo_jax.models.forward import Forward
 from luspo_jax.rewards import Reward
 from luspo_jax.rollout import Response
 from tests.row_cases import Prompt

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from luspo_jax import objectives
-from luspo_jax.learner.logprobs import microbatch_logprobs, of_responses
+from luspo_jax.learner.logprobs import LogprobRule, microbatch_logprobs, of_responses
 from luspo_jax.length import enumeration, pressure
 from luspo_jax.length.pressure import Half
 from luspo_jax.models import decoder
@@ -259,7 +259,7 @@ def test_the_update_taken_is_scored_along_the_same_direction(params, num_parts):
     change = jax.tree.map(
         lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape)), params
     )
-    run = jax.jit(lambda p, c, h: pressure.taken(compute, p, c, h))
+    run = jax.jit(lambda p, c, h: pressure.taken(compute, p, c, h, num_parts=num_parts))
     length, reward = run(params, change, half)
     half = _half(3)
     lengths_B = half.response_mask_BT.sum(axis=1)
