@@ -1,1 +1,1 @@
-"""What a policy did: responses and groups, how they are chosen, measured and prepared."""
+"""What a policy did: groups of responses, sampled, judged, chosen, measured, made into batches."""

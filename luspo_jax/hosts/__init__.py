@@ -1,1 +1,1 @@
-"""The machine that a run is on: its processes and its files."""
+"""What a run meets outside: machines and processes, files, and the values that people give."""

@@ -1,1 +1,1 @@
-"""Rows on the devices: how responses lie in them, their log-probs, and the optimizer step."""
+"""Training on the devices: rows that a plan lays, their log-probs, the optimizer step."""

@@ -158,7 +158,7 @@ class Checkpointer:
         Raises:
           CheckpointError: there is none of that step, or it is damaged, or it has other arrays
             than `like`; these are named from the metadata before any is read. Or responses wait in
-            it that a version before 0.2 wrote.
+            it that an earlier version wrote.
         """
         steps = self._manager.all_steps()
         if step not in steps:
