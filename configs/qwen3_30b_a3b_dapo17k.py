@@ -11,8 +11,9 @@ Hardware: 4 hosts of 8 GPUs with 80 GB each, as in the paper (4×8 H800); the 8 
           --config.mesh.context=2 --config.rollout_mesh.expert=4
 Memory  : weights and Adam's moments are 366 GB, 11.5 GB on each of 32 GPUs; a sequence of 34,816
           tokens takes 3.42 GB of cache; a checkpoint is 366 GB and three are kept. The experts of
-          each token are recorded: 384 bytes, of a step's rows 13.7 GB in the memory of every host,
-          twice.
+          each token are recorded: 384 bytes, 1.6 GB of a step's responses at mean length 4,000 in
+          the memory of every host, and where a step passes over them before its updates as much
+          again (`python -m experiments.bench.expert_memory`; padded rows took 13.7 GB each).
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
           takes at least 5.9 min on h100:4x8 (expected 9.5; 52 of 78 GB a device in use at most)
           and at least 9.4 min on v5p:4x4x4 (expected 14.9; 84 GB); decoding is most of it.

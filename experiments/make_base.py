@@ -177,8 +177,8 @@ class WarmStart:
 
 def measure(params, config, tokenizer, folder) -> dict[str, str]:
     """Measures the base policy on held-out problems, at temperature 1: name → value."""
-    held_out = task().problems("test")
-    wanted = [held_out[i] for i in range(min(EVAL_PROBLEMS.value, len(held_out)))]
+    problems = task().problems("test")
+    wanted = [problems[i] for i in range(min(EVAL_PROBLEMS.value, len(problems)))]
     records = encoded(wanted, tokenizer, folder)
     groups = ask(params, config, tokenizer, records)
     responses = [response for group in groups for response in group.responses]

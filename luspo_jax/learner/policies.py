@@ -119,7 +119,7 @@ def policy_logprobs(
 
 def _of_responses(values_RT, laid):
     sequences = laid.plan.take(np.asarray(values_RT))
-    return [x[-len(r.tokens) :] for x, r in zip(sequences, laid.responses, strict=True)]
+    return [x[len(x) - len(r.tokens) :] for x, r in zip(sequences, laid.responses, strict=True)]
 
 
 def _sampler_ids(prompt, response, model):

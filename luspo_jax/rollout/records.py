@@ -43,8 +43,8 @@ class Response:
       reward: the verdict.
       counted: whether it counts in its group's statistics.
       trained: bool, the tokens that carry gradient; none of a response that does not count.
-      old_logprobs: float32 under the policy that starts the step, as the trainer computes them; 0
-        where a token is not trained on.
+      old_logprobs: float32 under the policy that starts the step, as the trainer computes them; of
+        a token that an earlier policy sampled, the sampler's. Unset on tokens not trained on.
       old_entropy: float32 entropies of the same policy.
       old_expert_ids: ids [prompt + n, L, K] that the same policy's routers chose in the trainer.
       ref_logprobs: float32 under the reference policy, as `old_logprobs`.
