@@ -48,7 +48,9 @@ def test_files_stay_readable():
 
 def test_the_map_in_the_readme_is_the_library():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert house_map.with_map(text, house_map.house_map()) == text, "python -m experiments.house_map"
+    assert house_map.with_map(text, house_map.house_map()) == text, (
+        "python -m experiments.house_map"
+    )
 
 
 def test_every_package_and_module_says_what_it_is():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from luspo_jax.experience.rounds import Asker, rounds
+from luspo_jax.experience.shaping import Shaping
 from luspo_jax.metrics import StepMetrics
 from tests.experience.experience_cases import FAILED, Judge, Sampler, prompt
 
@@ -33,6 +34,8 @@ def _asker(ids=(3, 5, 8, 9), judge=None, num_prompts=2):
         num_prompts=num_prompts,
         group_size=2,
         seed=17,
+        shaping=Shaping(),
+        metric="right",
     )
 
 

@@ -51,7 +51,7 @@ def params(x64):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) * 3, params)
 
 
-def _half(seed, *, length=16, order=None, trained=None):
+def _half(seed, *, length=16, order=None, trained=None, num_parts=1):
     """Eight responses to two prompts, right or wrong at random."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, 19, size=3)] * 4 + [rng.integers(1, 19, size=2)] * 4
@@ -60,7 +60,7 @@ def _half(seed, *, length=16, order=None, trained=None):
     rewards[[0, 4]], rewards[[1, 5]] = 0, 1
     order = np.arange(8) if order is None else order
     pairs = [prompts[i] for i in order], [responses[i] for i in order]
-    plan = plan_of(*pairs, width=length, microbatches=8)  # a half may be cut into any pieces
+    plan = plan_of(*pairs, width=length, microbatches=num_parts)
     mask_BT = plan.place([np.ones(len(r), bool) for r in pairs[1]])
     return Half(
         rows=(rows_of(MODEL, plan, *pairs), plan.place_one(plan.firsts_B), mask_BT),
@@ -177,7 +177,7 @@ def test_it_does_not_depend_on_parts_padding_row_order_or_which_half_is_first(pa
     order = np.array([4, 1, 7, 0, 2, 6, 3, 5])
     plain = _measure(params, _half(0), _half(1))
     for other in (
-        _measure(params, _half(0), _half(1), num_parts=4),
+        _measure(params, _half(0, num_parts=4), _half(1, num_parts=4), num_parts=4),
         _measure(params, _half(0, length=21), _half(1, length=21)),
         _measure(params, _half(0, order=order), _half(1, order=order)),
         _measure(params, _half(1), _half(0)),
@@ -255,12 +255,11 @@ def test_extra_terms_of_an_objective_do_not_count(table):
 
 @pytest.mark.parametrize("num_parts", [1, 2])
 def test_the_update_taken_is_scored_along_the_same_direction(params, num_parts):
-    half = _half(3)
     change = jax.tree.map(
         lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape)), params
     )
     run = jax.jit(lambda p, c, h: pressure.taken(compute, p, c, h, num_parts=num_parts))
-    length, reward = run(params, change, half)
+    length, reward = run(params, change, _half(3, num_parts=num_parts))
     half = _half(3)
     lengths_B = half.response_mask_BT.sum(axis=1)
     for found, values_B in ((length, lengths_B), (reward, half.rewards_B)):
