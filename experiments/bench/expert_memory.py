@@ -1,4 +1,4 @@
-"""Host memory of recorded experts: `python -m experiments.bench.expert_memory`.
+"""Host memory of recorded expert ids: `python -m experiments.bench.expert_memory`.
 
 Computed for a step of a configuration, and measured on a step of fewer responses: the bytes of the
 ragged records of responses, those of rows padded to the longest, and those that the largest update

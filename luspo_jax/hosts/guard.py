@@ -271,7 +271,7 @@ class _Guard:
         self._phase_since, self._next_look = time.monotonic(), 0.0
         self._last_write = self._next_write = 0.0
         self._exit: int | None = None  # of the worker; −n if signal n ended it
-        self._wait_until: float | None = None  # how long to wait for another process to be named
+        self._wait_until: float | None = None  # deadline for another process to be named
         self._muted = False  # the heartbeat file could not be written
         self._signal: int | None = None
         self._note = ""  # what an abort before joining means

@@ -95,7 +95,7 @@ def before_update(
     step: int,
     metrics: StepMetrics,
 ) -> TrainState:
-    """Evaluates the last marked update on responses new to it, and marks this step's start."""
+    """Measures the previous step's update on responses new to it, and marks this step's start."""
     if sampled is not None and _due(settings, step - 1):
         length, reward = laboratory.taken(lab, state.params, state.marked_params, sampled)
         metrics.add("length/pressure/taken", length)

@@ -1,4 +1,4 @@
-"""The sampling engine: tokens in, tokens out; prefill, then decode in slots that are refilled."""
+"""The sampling engine: prefill, decode, slots, refill; tokens in, tokens out."""
 
 from luspo_jax.rollout.engine import Engine
 from luspo_jax.rollout.records import Request, Response, RolloutStats

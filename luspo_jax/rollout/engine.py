@@ -251,7 +251,7 @@ def prompt_images(requests, config, *, shape, multiple=1):
 
 
 class _Rollout:
-    """One call of `generate`: the loop that the host runs and the devices compute."""
+    """One call of `generate`: the loop between host and devices."""
 
     def __init__(self, engine, params, requests, group_size):
         self.engine, self.params = engine, params

@@ -12,8 +12,8 @@ class BatchArithmetic:
     Attributes:
       prompts_per_step, group_size: prompts of a rollout step, and responses to each.
       responses_per_step, responses_per_minibatch: responses of a rollout step, and of an update.
-      responses_per_microbatch: responses that are computed together; for dense rows, the number of
-        the longest responses that fit.
+      responses_per_microbatch: responses that are computed together; for dense rows, how many of
+        the longest fit.
       updates_per_step: optimizer steps of a rollout step.
       tokens_per_row: tokens of the longest prompt plus the longest response.
       row_length, rows_per_microbatch: tokens of a model input row, and rows computed together.

@@ -259,7 +259,7 @@ def _freezes(config, model):
 
 
 def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> Engine:
-    """Returns the sampler for `asked`: config.rollout (which records experts) or config.eval."""
+    """Returns the sampler for `asked`: config.rollout (which records expert ids) or config.eval."""
     return Engine(
         sampling_forward(config, model.config, sharding.on_own_devices(layout)),
         Sampling(

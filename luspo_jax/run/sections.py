@@ -370,7 +370,7 @@ class EvalSettings:
     """How the policy is measured on held-out problems."""
 
     every: int = 10  # Rollout steps; 0 = only before and after training.
-    num_problems: int = 500  # The first problems of the held-out set, this many.
+    num_problems: int = 500  # Number of held-out problems, the first ones.
     num_samples: int = 4  # Responses per problem.
     temperature: float = 1.0  # 0 takes the likeliest token.
     top_p: float = 1.0  # As in the rollout.
