@@ -1,4 +1,4 @@
-"""The annotated tree of the library in README.md, from the first lines of its modules' docstrings.
+"""Writes README.md's annotated tree of the library from the first lines of module docstrings.
 
 `python -m experiments.house_map` writes it between the marks in README.md; a test compares the two.
 """
@@ -13,7 +13,7 @@ _WIDTH, _INDENT = 100, 16
 
 
 def house_map(root: pathlib.Path = ROOT) -> str:
-    """A line for every module and package at the top of `luspo_jax/`, with a package's modules."""
+    """Returns a line per top-level module and package of `luspo_jax/`, with its modules."""
     library = root / "luspo_jax"
     modules = [p for p in sorted(library.glob("*.py")) if p.name != "__init__.py"]
     packages = [p for p in sorted(library.iterdir()) if (p / "__init__.py").is_file()]
@@ -28,10 +28,10 @@ def house_map(root: pathlib.Path = ROOT) -> str:
 
 
 def with_map(text: str, tree: str) -> str:
-    """README's text with the tree between its marks.
+    """Returns README's text with the tree between its marks.
 
     Raises:
-      ValueError: the marks are not there.
+      ValueError: the marks are missing.
     """
     start, end = text.find(BEGIN), text.find(END)
     if not 0 <= start < end:
@@ -50,7 +50,7 @@ def _entry(name: str, about: str) -> str:
 
 
 def _about(path: pathlib.Path) -> str:
-    """The first line of a module's docstring."""
+    """Returns the first line of a module's docstring."""
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
 
 

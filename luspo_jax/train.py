@@ -1,8 +1,8 @@
-"""The training loop: RL with verifiable rewards, as the paper tells it.
+"""The training loop of the paper: RL with verifiable rewards.
 
 A rollout step samples a group of responses to each prompt, rewards them, turns rewards into
-advantages inside each group, and takes optimizer steps on the objective. Everything that decides
-the next step is in the checkpoint, so that a run that was killed goes on bit for bit.
+advantages inside each group, and takes optimizer steps on the objective. The checkpoint contains
+everything that decides the next step, so a killed run resumes bit for bit.
 """
 
 from luspo_jax.experience import rounds, stages
@@ -17,7 +17,7 @@ from luspo_jax.types import TrainState
 
 
 def train(run: Run, workdir: Workdir) -> Outcome:
-    """Trains from where the workdir stands to `config.num_steps` rollout steps.
+    """Trains from the workdir's last checkpoint to `config.num_steps` rollout steps.
 
     Raises:
       WorkdirError: the workdir was deleted or moved meanwhile.
@@ -25,7 +25,7 @@ def train(run: Run, workdir: Workdir) -> Outcome:
     try:
         return _train(run, workdir)
     except Exception:
-        workdir.check_there()  # else this is not why it failed
+        workdir.check_there()  # a missing workdir explains the failure better
         raise
 
 
@@ -53,15 +53,15 @@ def rollout_step(
     """Takes one rollout step: sample, reward, compare inside groups, update.
 
     Args:
-      run: what does not change.
+      run: the part that steps do not change.
       state: donated.
-      carried: groups and running means of the step before.
+      carried: groups and running means of the previous step.
       step: rollout steps taken before this one.
       metrics: receives the step's metrics.
-      check_mismatch: refuse to go on where sampler and trainer disagree.
+      check_mismatch: refuse to train if sampler and trainer disagree.
 
     Returns:
-      The new state, what is carried over, and the responses with all that is known of them.
+      The new state, what the next step needs, and the responses with all their fields.
     """
     settings, objective = run.settings, run.settings.objective
     limit = settings.rollout.mismatch_limit if check_mismatch else None

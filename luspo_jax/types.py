@@ -1,4 +1,4 @@
-"""Dimension key, alignment law, and the frozen pytrees that cross from one stage to the next.
+"""Dimension key, alignment law, and the frozen pytrees that pass from stage to stage.
 
 Shape suffixes, as in `logprobs_BT`:
 
@@ -8,9 +8,9 @@ Shape suffixes, as in `logprobs_BT`:
     D  model (embedding)    F  mlp             V  vocabulary
     L  layers               E  experts         R  rows
 
-The alignment law: every `_BT` array is indexed by the token it scores. A sequence is a prompt and
-then its response; `logprobs_BT[b, t]` is the log-probability of token t of sequence b given the
-tokens before it, and token 0, which nothing predicts, is masked. Masks are boolean.
+The alignment law: every `_BT` array is indexed by the token its values belong to. A sequence is
+a prompt followed by its response; `logprobs_BT[b, t]` is the log-probability of token t of sequence
+b given the tokens before it. Token 0, which nothing predicts, is masked. Masks are boolean.
 `segment_ids_RT` is 0 on padding and ≥ 1 elsewhere; tokens see only their own segment.
 """
 
@@ -19,20 +19,20 @@ from typing import Any
 
 import jax
 
-# Each leaf of a batch is cut over the devices as its field says: a field of this metadata along its
-# first dimension; a leaf without it lies whole on every device. `learner.rows` reads it.
+# Fields with this metadata are sharded over the devices along the first dimension of their leaves;
+# other leaves of a batch are replicated. `learner.rows` reads it.
 CUT_BY_ROWS = {"cut": "batch"}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertIds:
-    """The experts that routers chose for each token of some rows, as earlier passes recorded them.
+    """The expert ids that routers chose for each token of some rows, recorded by earlier passes.
 
-    Ids are [R, T, L, K]: K experts in each of the L layers that have experts, unsigned integers.
+    Ids are unsigned integers [R, T, L, K]: K experts in each of the L layers that have experts.
 
     Attributes:
-      sampler: recorded by the pass that sampled the tokens; None where it was not recorded.
+      sampler: recorded while sampling; None if not recorded.
       old: recorded by the trainer's pass with the policy that starts the step; None without one.
     """
 
@@ -45,12 +45,12 @@ class ExpertIds:
 class Images:
     """Images in the slots of the vision tower (`images.layout`).
 
-    Every micro-batch has equally many, empty ones included.
+    Every micro-batch has the same number, empty ones included.
 
     Attributes:
-      patches_ISC: float32 values of each patch, 0 where there is none.
-      positions_IS2: int32 row and column of each.
-      valid_IS: bool, whether there is a patch.
+      patches_ISC: float32 values of each patch, 0 in empty slots.
+      positions_IS2: int32 row and column of each patch.
+      valid_IS: bool, whether the slot holds a patch.
     """
 
     patches_ISC: jax.Array
@@ -61,12 +61,12 @@ class Images:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowImages:
-    """The images that rows show, and where.
+    """The images in some rows, and their places.
 
     Attributes:
-      images: the images of each micro-batch, one micro-batch after another.
-      units_RT: int32 unit of an image that stands in place of a token, −1 for text; counted through
-        the images of the row's own micro-batch.
+      images: the images of all micro-batches, concatenated.
+      units_RT: int32 image unit that replaces a token, −1 for text; an index into the units of all
+        images of the row's micro-batch.
     """
 
     images: Images
@@ -76,9 +76,9 @@ class RowImages:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
-    """What the model reads: sequences in rows of one length, micro-batch by micro-batch.
+    """The model's input: sequences in rows of one length, grouped into micro-batches.
 
-    A `learner.plan.Plan` says which sequence lies where; a row may hold one, several or none.
+    A `learner.plan.Plan` says where each sequence lies; a row may hold one, several or none.
 
     Attributes:
       tokens_RT: int32 token ids.
@@ -88,7 +88,7 @@ class TokenRows:
       response_mask_RT: bool, the tokens whose log-probs are computed.
       rows_per_microbatch: rows that are computed together; static.
       expert_ids: recorded choices of the routers of a mixture of experts; None without experts.
-      images: None where the rows show none.
+      images: None if the rows have no images.
     """
 
     tokens_RT: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
@@ -101,26 +101,25 @@ class TokenRows:
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches that the rows hold, empty ones included."""
+        """Number of micro-batches, empty ones included."""
         return self.tokens_RT.shape[0] // self.rows_per_microbatch
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ResponseRows:
-    """What the objective reads: one row a response, each micro-batch's own one after another.
+    """The objective's input: one row per response, grouped into micro-batches.
 
-    A plan pads the responses of a micro-batch with empty ones, all of whose values are 0.
+    A plan pads each micro-batch with empty responses, all of whose values are 0.
 
     Attributes:
-      starts_B: int32, where each sequence begins in the rows of its micro-batch, counted through
-        them (r·T + t).
+      starts_B: int32 start of each sequence, r·T + t for row r of its micro-batch and position t.
       response_mask_BT: bool, the tokens that are trained on.
       advantages_B: float32 advantage of each response.
       group_ids_B: int32, equal for the responses of one prompt.
-      sampler_logprobs_BT: float32 as the sampler computed them.
-      old_logprobs_BT: float32 under the policy that starts the step; None where it equals the
-        policy being updated (one minibatch, one epoch), so that the extra pass is saved.
+      sampler_logprobs_BT: float32, computed by the sampler.
+      old_logprobs_BT: float32 under the policy that starts the step; None if it equals the policy
+        being updated (one minibatch, one epoch), which saves the extra pass.
       old_entropy_BT: float32 entropies of the same policy; None unless the objective ranks them.
       ref_logprobs_BT: float32 under the reference policy; None without a KL term.
     """
@@ -138,7 +137,7 @@ class ResponseRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """What one optimizer step reads."""
+    """The input of one optimizer step."""
 
     rows: TokenRows
     responses: ResponseRows
@@ -147,12 +146,12 @@ class TrainBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything the optimizer changes.
+    """Everything that an update changes.
 
     Attributes:
       params: float32 master weights, a nested dict.
       opt_state: the optax state.
-      skipped_updates: int32, how many updates had a non-finite gradient and were not taken.
+      skipped_updates: int32 number of updates skipped because their gradient was not finite.
       ref_params: the reference policy of the KL term; None without one.
       marked_params: the policy before the last update whose length pressure is measured; None
         without such measurements.

@@ -1,8 +1,8 @@
-"""Host memory of recorded experts: `python -m experiments.bench.expert_memory`.
+"""Host memory of recorded expert ids: `python -m experiments.bench.expert_memory`.
 
-By arithmetic for the step of a configuration, and measured on a step of fewer responses: what the
-ragged records of responses hold, what rows padded to the longest would, and what the largest update
-lays on the host beside the records.
+Computed for a step of a configuration, and measured on a step of fewer responses: the bytes of the
+ragged records of responses, those of rows padded to the longest, and those that the largest update
+lays out on the host besides the records.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ _SCALE = flags.DEFINE_integer("scale", 16, "How many times fewer prompts are mea
 
 
 def main() -> None:
-    """Counts and measures."""
+    """Computes and measures the memory."""
     from experiments.rehearsal import case as cases
     from luspo_jax.run.arithmetic import batch_arithmetic
     from luspo_jax.run.settings import section
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def lengths(sizes, prompts: int) -> np.ndarray:
-    """Lengths of the responses to so many prompts, as the rehearsal assumes them."""
+    """Returns response lengths for `prompts` prompts, as the rehearsal assumes them."""
     from experiments.rehearsal import costs
 
     longest = sizes.tokens_per_row - _PROMPT.value
@@ -50,7 +50,7 @@ def lengths(sizes, prompts: int) -> np.ndarray:
 
 
 def counted(model, sizes, minibatches: int, prompts: int) -> dict[str, float]:
-    """Gigabytes: L · K bytes a token."""
+    """Computes gigabytes at L · K bytes per token."""
     own = lengths(sizes, prompts)
     a_token = model.num_expert_layers * model.experts_per_token / 1e9
     sequences = own.sum() + len(own) * _PROMPT.value
@@ -69,14 +69,14 @@ def _planner(model, sizes):
 
 
 def _rows(model, sizes, own, minibatches):
-    """Tokens of the rows of the first update, padding included."""
+    """Returns the tokens of the rows of the first update, padding included."""
     part = own[: len(own) // minibatches] + _PROMPT.value
     plan = _planner(model, sizes).plan(part, sizes.tokens_per_row)
     return plan.num_rows * plan.row_length
 
 
 def measured(model, sizes, minibatches: int, prompts: int) -> dict[str, float]:
-    """The same of real arrays, as Python's allocator reports them."""
+    """Measures the same on real arrays, by Python's allocator."""
     from luspo_jax.learner import policies
     from luspo_jax.rollout import Response
 
@@ -122,7 +122,7 @@ def measured(model, sizes, minibatches: int, prompts: int) -> dict[str, float]:
 
 
 class _Prompt:
-    """What rows read of a prompt."""
+    """The fields of a prompt that rows read."""
 
     images = ()
 

@@ -1,1 +1,1 @@
-"""What a policy did: groups of responses, sampled, judged, chosen, measured, made into batches."""
+"""From prompts to batches: groups of responses are sampled, rewarded, filtered and measured."""

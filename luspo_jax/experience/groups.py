@@ -1,4 +1,4 @@
-"""The responses of a step, group by group; every stage adds to them."""
+"""The responses of a step in groups, to which every stage adds fields."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ class Group:
     responses: Sequence[Response]
 
     def column(self, name: str) -> list[Any]:
-        """A field of each response."""
+        """Returns a field of each response."""
         return [getattr(response, name) for response in self.responses]
 
     @property
@@ -39,30 +39,30 @@ class Group:
         return np.array([len(tokens) for tokens in self.column("tokens")], np.int32)
 
     def values(self, part: str | None = None) -> np.ndarray:
-        """The reward of each response, or one part of it."""
+        """Returns the reward of each response, or one part of it."""
         return np.array(
             [r.value if part is None else r.parts[part] for r in self.column("reward")], np.float32
         )
 
     def enriched(self, **columns: Sequence[Any]) -> "Group":
-        """The group with other values in some fields of its responses."""
+        """Returns the group with new values in some fields of its responses."""
         return Group(self.prompt, _enriched(self.responses, columns))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """The groups that a step trains on, response by response.
+    """The groups that a step trains on, with views of their responses.
 
     Attributes:
       groups: the groups.
-      version: steps that the policy has taken which starts this step.
+      version: number of steps that the policy at the start of this step has taken.
     """
 
     groups: Sequence[Group]
     version: int
 
     def column(self, name: str) -> list[Any]:
-        """A field of each response."""
+        """Returns a field of each response."""
         return [value for group in self.groups for value in group.column(name)]
 
     @property
@@ -97,7 +97,7 @@ class Rollouts:
 
     @property
     def trained_B(self) -> np.ndarray:
-        """Whether any token of each response carries gradient."""
+        """Whether each response has a token that carries gradient."""
         return np.array([trained.any() for trained in self.column("trained")], bool)
 
     @property
@@ -112,12 +112,12 @@ class Rollouts:
 
     @property
     def group_ids_B(self) -> np.ndarray:
-        """int32, 0 … P−1."""
+        """int32 group of each response, 0 … P−1."""
         sizes = [len(group.responses) for group in self.groups]
         return np.repeat(np.arange(len(self.groups), dtype=np.int32), sizes)
 
     def enriched(self, **columns: Sequence[Any]) -> "Rollouts":
-        """The rollouts with other values, one a response, in some fields of the responses."""
+        """Returns the rollouts with new values, one per response, in some response fields."""
         responses = iter(_enriched(self.responses, columns))
         groups = [
             Group(group.prompt, [next(responses) for _ in group.responses]) for group in self.groups
@@ -141,18 +141,18 @@ def judged(
     max_length: int,
     version: int = 0,
 ) -> list[Group]:
-    """Scores responses, which come prompt by prompt in equal numbers, and makes groups of them.
+    """Rewards responses and groups them; they come prompt by prompt in equal numbers.
 
-    A `<think>` on which the prompt ends belongs to the response. A response whose verifier failed
-    or timed out has no verdict: it is reported and neither counts nor carries gradient, instead of
-    passing for a wrong answer.
+    A `<think>` at the end of the prompt belongs to the response. A response whose verifier failed
+    or timed out has no verdict: it is reported, but neither counts nor carries gradient, so it does
+    not pass for a wrong answer.
 
     Args:
-      prompts: what was asked.
+      prompts: of the responses.
       responses: as sampled.
       scorer: the reward.
       decode: tokens → text.
-      max_length: the longest response that the sampler allowed, in tokens.
+      max_length: the sampler's limit on response length, in tokens.
       version: of the policy that sampled.
     """
     size = len(responses) // max(1, len(prompts))

@@ -1,7 +1,7 @@
-"""Accuracy of a policy on held-out problems: the same prompts, sampler and rewards as training.
+"""Accuracy on held-out problems, with the prompt format, sampler and rewards of training.
 
-Training summarizes what `ask` gives; `python -m experiments.evaluate` keeps it, response by
-response. Numbers come from `luspo_jax.benchmarks`.
+Training summarizes the result of `ask`; `python -m experiments.evaluate` stores every response.
+Statistics come from `luspo_jax.benchmarks`.
 """
 
 import dataclasses
@@ -23,17 +23,18 @@ from luspo_jax.rollout import Engine, Request
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a policy does on a set of problems, `num_samples` responses each.
+    """Statistics of a policy on a set of problems, `num_samples` responses each.
 
     Attributes:
-      accuracy: mean@n, in [0, 1]: the mean over problems of the right share of judged responses.
+      accuracy: mean@n, in [0, 1]: the mean over problems of the share of judged responses that are
+        right.
       accuracy_ci95: (low, high) of the 95 % interval for problems like these,
         `luspo_jax.benchmarks.intervals.accuracy_interval`.
-      mean_length: tokens a response, stop token included.
+      mean_length: tokens per response, stop token included.
       truncated: share of responses that reached the length limit.
       accuracy_by_third: of the shortest, middle and longest third of each problem's responses.
-      statuses: how many rewards had each status.
-      num_problems, num_samples: the size of it.
+      statuses: number of rewards with each status.
+      num_problems, num_samples: size of the evaluation.
     """
 
     accuracy: float
@@ -47,12 +48,12 @@ class Evaluation:
 
     @property
     def unjudged(self) -> int:
-        """Responses whose verifier failed or timed out; no accuracy counts them."""
+        """Number of responses whose verifier failed or timed out; no accuracy counts them."""
         return sum(self.statuses.get(status, 0) for status in FAILURES)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Values by the last part of their metric's name."""
+        """Values by the last part of their metric names."""
         low, high = self.accuracy_ci95
         return {
             f"acc/mean@{self.num_samples}": self.accuracy,
@@ -84,20 +85,20 @@ def ask(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Group]:
-    """Samples and judges `num_samples` responses to each prompt; each process asks its share.
+    """Samples and rewards `num_samples` responses to each prompt; each process takes its share.
 
-    The noise depends on `seed`, the prompt and the sample only, so two policies evaluated with
-    one seed face the same draws and their difference is paired.
+    The noise depends only on `seed`, the prompt and the sample, so two policies evaluated with one
+    seed get the same draws and their difference is paired.
 
     Args:
       engine: the sampler.
       params: the policy's weights.
-      prompts: what to ask.
+      prompts: of the problems.
       scorer: the reward.
       decode: tokens → text.
-      num_samples: responses a problem.
+      num_samples: responses per problem.
       seed: of the sampling noise.
-      progress: called with (finished, total) responses, of this process's share.
+      progress: called with (finished, total) responses of this process's share.
     """
     own = prompts[processes.share(len(prompts))]
     requests = [Request(p.prompt_id, p.tokens, p.images) for p in own]
@@ -113,11 +114,11 @@ def ask(
 
 
 def kept(groups: Sequence[Group], benchmark: str, scorers: Sequence[str]) -> list[Record]:
-    """Every response with its verdict, prompt by prompt, for keeping.
+    """Returns a record of every response and its verdict, prompt by prompt.
 
     Args:
-      groups: of `ask`.
-      benchmark: what the problems belong to.
+      groups: from `ask`.
+      benchmark: the benchmark of the problems.
       scorers: labels of the verifiers.
     """
     return [
@@ -142,11 +143,11 @@ def kept(groups: Sequence[Group], benchmark: str, scorers: Sequence[str]) -> lis
 
 
 def summarize(groups: Sequence[Group], *, metric: str) -> Evaluation:
-    """Statistics of judged responses; accuracies are over those that have a verdict.
+    """Computes statistics of responses; accuracies cover those with a verdict.
 
     Args:
-      groups: equally many responses to each prompt.
-      metric: the part of the reward that is taken as being right (value > 0.5).
+      groups: with the same number of responses to each prompt.
+      metric: the reward part that counts as accuracy (right if its value is > 0.5).
     """
     responses = [response for group in groups for response in group.responses]
     num_samples = len(responses) // len(groups)

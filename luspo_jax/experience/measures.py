@@ -1,4 +1,4 @@
-"""What is measured of the responses of a step, and their records for reading."""
+"""Metrics of the responses of a step, and their records for reading."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from luspo_jax.rewards import Reward
 
 
 def records(rollouts: Rollouts) -> Iterator[RolloutRecord]:
-    """Every response, for reading."""
+    """Yields the record of every response."""
     for prompt, response in zip(rollouts.prompts, rollouts.responses, strict=True):
         verdict = response.reward
         yield RolloutRecord(
@@ -32,9 +32,9 @@ def records(rollouts: Rollouts) -> Iterator[RolloutRecord]:
 
 
 def metrics(rollouts: Rollouts, *, correct: str) -> dict[str, float]:
-    """Rewards, lengths, and how the two go together; the reward part `correct` is being right.
+    """Returns metrics of rewards, lengths and their relation; the part `correct` is accuracy.
 
-    Whatever reads a reward is over the responses that have one: a failed verifier's 0 is no score.
+    Reward metrics cover responses with a verdict: a failed verifier's 0 is no reward.
     """
     lengths_B, judged_B = rollouts.lengths_B, rollouts.judged_B
     rewards, advantages_B = rollouts.column("reward"), rollouts.advantages_B
@@ -66,7 +66,7 @@ def metrics(rollouts: Rollouts, *, correct: str) -> dict[str, float]:
 
 
 def _reward_metrics(rollouts: Rollouts, verdicts: Sequence[Reward]) -> dict[str, float]:
-    """Means over judged responses, and spreads inside the groups that have two of them."""
+    """Returns means over judged responses, and spreads in groups with at least two of them."""
     scores_J = np.array([reward.value for reward in verdicts], np.float32)
     compared = [v for g in rollouts.groups if len(v := g.values()[g.judged]) > 1]
     parts = rollouts.responses[0].reward.parts

@@ -1,4 +1,4 @@
-"""Rounds of sampling: new prompts, responses of the policy, rewards."""
+"""Rounds of sampling: new prompts, the policy's responses, rewards."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +18,18 @@ from luspo_jax.rollout import Engine, Request, RolloutStats
 
 @dataclasses.dataclass(frozen=True)
 class Asker:
-    """What samples responses and judges them.
+    """Samples and rewards responses.
 
     Attributes:
       stream: of the prompts.
       sampler: of the responses.
       scorer: of the rewards.
       decode: tokens → text.
-      num_prompts: prompts of a round.
-      group_size: responses to each.
+      num_prompts: prompts per round.
+      group_size: responses per prompt.
       seed: of the sampling noise.
-      shaping: which of the responses a step trains on.
-      metric: the part of the reward that tells right from wrong.
+      shaping: selects the responses that a step trains on.
+      metric: the reward part that counts as accuracy.
     """
 
     stream: PromptStream
@@ -46,14 +46,14 @@ class Asker:
 def collect(
     asker: Asker, weights: Any, surplus: Sequence[Group], step: int, metrics: StepMetrics
 ) -> tuple[Rollouts, list[Group]]:
-    """A full batch of judged groups, and what is carried over to the next step.
+    """Returns a full batch of rewarded groups, and the surplus for the next step.
 
     Args:
-      asker: what asks.
+      asker: samples and rewards.
       weights: of the policy, as the sampler reads them.
-      surplus: groups carried over from the step before.
-      step: rollout steps that the policy has taken.
-      metrics: receives times, what sampling cost, and what was left out.
+      surplus: groups from the previous step.
+      step: number of rollout steps that the policy has taken.
+      metrics: receives times, costs of sampling, and what was left out.
     """
     found = shaping.collect(
         rounds(asker, weights, step, metrics),
@@ -68,15 +68,15 @@ def collect(
 
 
 def rounds(asker: Asker, weights: Any, step: int, metrics: StepMetrics) -> Iterator[list[Group]]:
-    """Samples and judges a round of groups whenever one is asked for, each with new prompts.
+    """Yields rounds of rewarded groups, each sampled on demand from new prompts.
 
-    All processes see the same prompts, of which each samples and judges its own share.
+    All processes see the same prompts; each samples and rewards its own share.
 
     Args:
-      asker: what asks.
+      asker: samples and rewards.
       weights: of the policy, as the sampler reads them.
-      step: rollout steps that the policy has taken.
-      metrics: receives times and what sampling cost.
+      step: number of rollout steps that the policy has taken.
+      metrics: receives times and costs of sampling.
     """
     used: list[int] = []
     while True:
@@ -103,7 +103,7 @@ def rounds(asker: Asker, weights: Any, step: int, metrics: StepMetrics) -> Itera
                 version=step,
             )
         with timed(metrics, "gather"):
-            # Every process has the prompts, and their images are large.
+            # Prompts are not sent: every process has them, and their images are large.
             parts = processes.gather(([group.responses for group in groups], stats))
         metrics.update(_metrics([stats for _, stats in parts]))
         found = [responses for part, _ in parts for responses in part]
@@ -111,7 +111,7 @@ def rounds(asker: Asker, weights: Any, step: int, metrics: StepMetrics) -> Itera
 
 
 def _metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
-    """Sums over the processes' samplers; the mean of how well they were used."""
+    """Sums the statistics of the processes' samplers; averages slot utilisation."""
     names = ("decode_steps", "prefill_tokens", "prefill_calls", "generated_tokens")
     return {
         **{f"rollout/{name}": sum(getattr(s, name) for s in stats) for name in names},
@@ -120,8 +120,8 @@ def _metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
 
 
 def _noise_ids(prompt_ids: Sequence[int]) -> list[int]:
-    """Ids that key the sampling noise: the prompt's own, or another one where a small dataset
-    brings a prompt twice in one step, so that its groups differ."""
+    """Returns ids that key the sampling noise: the prompt's own, or another one if a small dataset
+    repeats a prompt within a step, so that its groups differ."""
     seen: dict[int, int] = {}
     stride = max(prompt_ids) + 1
     ids = []

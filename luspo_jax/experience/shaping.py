@@ -1,7 +1,7 @@
-"""Which of the sampled responses a step trains on.
+"""Selects the sampled responses that a step trains on.
 
 Group filters and response filters act between rewards and advantages. A batch keeps its size:
-what is missing is filled with groups that carry no gradient, and said.
+missing groups are replaced by groups without gradient, with a warning.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from luspo_jax.hosts.values import Number, OneOf, refusal
 
 GFPO_KEYS = ("length", "reward_per_token")
 
-# Field → what it may be beside its type.
+# Field → rule for its value, besides its type.
 RULES = {
     "max_tries": Number(1, 2**31 - 1),
     "gfpo_keep": Number(2, 2**16, also=(0,), why="0 keeps all; kept ones are compared"),
@@ -27,20 +27,20 @@ RULES = {
 
 @dataclasses.dataclass(frozen=True)
 class Shaping:
-    """How the responses of a step are chosen; all off by default.
+    """Selection of the responses of a step; all filters are off by default.
 
     Attributes:
-      dynamic_sampling: leave out groups that are all right or all wrong, and sample further
-        prompts until the batch is full (DAPO, arXiv:2503.14476 §3.2).
-      max_tries: rounds of sampling a step may take; 10 in DAPO's script.
+      dynamic_sampling: leave out groups that are all right or all wrong, and sample more prompts
+        until the batch is full (DAPO, arXiv:2503.14476 §3.2).
+      max_tries: most rounds of sampling in a step; 10 in DAPO's script.
       overlong_filter: responses cut at the length limit carry no gradient and leave the
         denominators; they count in their group's statistics (DAPO §3.4).
-      gfpo_keep: responses a group keeps, 0 for all; the others leave its statistics and the loss
-        (GFPO, arXiv:2508.09726).
+      gfpo_keep: responses that a group keeps, 0 for all; the others leave its statistics and the
+        loss (GFPO, arXiv:2508.09726).
       gfpo_by: "length" keeps the shortest, "reward_per_token" those with the highest.
-      lspo_low: share of prompts to keep with the shortest mean responses (LSPO,
-        arXiv:2510.01459; the share is unconfirmed).
-      lspo_high: share of prompts to keep with the longest; both 0 keep all.
+      lspo_low: share of prompts to keep, with the shortest mean responses (LSPO, arXiv:2510.01459;
+        the share is unconfirmed).
+      lspo_high: share of prompts to keep, with the longest; both 0 keep all.
 
     Raises:
       ValueError: naming the field.
@@ -68,13 +68,13 @@ class Shaping:
 
     @property
     def filters_groups(self) -> bool:
-        """Whether some groups may be left out, so that a batch may need another try."""
+        """Whether some groups may be left out, so that a batch may need more rounds."""
         return self.dynamic_sampling or self.lspo_low + self.lspo_high > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """A full batch, what is carried over to the next step, and counts for the metrics."""
+    """A full batch, the surplus for the next step, and counts for the metrics."""
 
     groups: list[Group]
     surplus: list[Group]
@@ -89,18 +89,18 @@ def collect(
     num_groups: int,
     part: str,
 ) -> Collected:
-    """Takes rounds until `num_groups` groups pass the filters, or tries run out.
+    """Takes rounds until `num_groups` groups pass the filters, or `max_tries` is reached.
 
-    Groups that pass beyond a full batch are carried over and come first in the next step. Fewer
-    than a batch are kept, so that all of them are used one step later and none grows older; a
-    larger surplus is given up and counted.
+    Groups that pass beyond a full batch are carried over and come first in the next step. The
+    surplus is kept below one batch, so that all of it is used one step later and no group grows
+    older; the excess is dropped and counted.
 
     Args:
-      rounds: of sampled and judged groups, each of new prompts; no more are taken than needed.
-      surplus: carried over from the step before.
+      rounds: of rewarded groups, each from new prompts; no more are taken than needed.
+      surplus: groups from the previous step.
       shaping: the filters.
       num_groups: groups of a batch.
-      part: the reward part that tells right from wrong.
+      part: the reward part that counts as accuracy.
     """
     chosen, left_out, rewards, sampled, tries = list(surplus), [], [], 0, 0
     most = shaping.max_tries if shaping.filters_groups else 1
@@ -141,12 +141,12 @@ def collect(
 
 
 def keeps(group: Group, shaping: Shaping) -> Group:
-    """The group with the response filters applied."""
+    """Returns the group with the response filters applied."""
     counted = group.counted
     if shaping.gfpo_keep:
         lengths = group.lengths
         order = lengths if shaping.gfpo_by == "length" else -group.values() / lengths
-        # Responses without a verdict come last: they must not take a place from one that has one.
+        # Responses without a verdict come last: they must not displace one with a verdict.
         ranked = np.lexsort((np.arange(len(order)), order, ~counted))
         chosen = np.zeros_like(counted)
         chosen[ranked[: shaping.gfpo_keep]] = True
@@ -158,7 +158,7 @@ def keeps(group: Group, shaping: Shaping) -> Group:
 
 
 def group_filter(groups: Sequence[Group], shaping: Shaping, *, part: str) -> np.ndarray:
-    """Whether each group of one round passes."""
+    """Returns whether each group of one round passes."""
     passes = np.ones(len(groups), bool)
     if shaping.dynamic_sampling:
         passes &= [_informative(group, part) for group in groups]
@@ -181,7 +181,7 @@ def _without_gradient(group):
 
 
 def _restricted(group, counted, trained):
-    """The group in which fewer responses count and carry gradient."""
+    """Returns the group with fewer responses that count and carry gradient."""
     return group.enriched(
         counted=counted.tolist(),
         trained=[mask & keep for mask, keep in zip(group.column("trained"), trained, strict=True)],

@@ -1,6 +1,6 @@
-"""Stages of a step between rewards and the update: each adds fields to the responses.
+"""Stages of a step between rewards and update; each adds fields to the responses.
 
-What a step trains on is settled on the host, once, before its first update.
+All that a step trains on is computed on the host, once, before its first update.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,18 +37,18 @@ def with_logprobs(
     metrics: StepMetrics,
     mismatch_limit: float | None = None,
 ) -> tuple[Rollouts, int]:
-    """Adds log-probs of the old and the reference policy, where the objective reads them.
+    """Adds log-probs of the old and the reference policy if the objective reads them.
 
     Args:
-      rollouts: judged responses.
-      state: that holds the policies.
+      rollouts: rewarded responses.
+      state: contains the policies.
       programs: of the step.
       planner: of the run.
-      metrics: receives times and how far sampler and trainer are apart.
-      mismatch_limit: refuses to go on where they are further apart, in nats; None does not look.
+      metrics: receives times and the gap between sampler and trainer.
+      mismatch_limit: largest allowed gap, in nats; None does not check.
 
     Returns:
-      The rollouts, and the width of arrays that have one row a response.
+      The rollouts, and the length of arrays with one row per response.
 
     Raises:
       MismatchError: sampler and trainer disagree.
@@ -66,7 +66,7 @@ def with_logprobs(
             if passes["old"].kept:
                 keep_entropy = programs.keeps_entropy
                 rollouts = with_old_logprobs(rollouts, found, keep_entropy=keep_entropy)
-                if found.agreement is not None:  # else the update's own pass says it
+                if found.agreement is not None:  # without this pass, the update reports it
                     metrics.add("router/agreement/sampler_old", found.agreement)
     with timed(metrics, "ref"):
         if "ref" in passes:
@@ -78,14 +78,14 @@ def with_logprobs(
 def with_old_logprobs(
     rollouts: Rollouts, found: PolicyLogprobs, *, keep_entropy: bool = False
 ) -> Rollouts:
-    """Adds what the policy that starts the step says of the responses, as the trainer computes it.
+    """Adds log-probs of the policy that starts the step, computed by the trainer.
 
-    Of a token that another policy sampled, the sampler recorded the log-prob under that policy:
-    that is taken. So it is with the experts of a mixture.
+    A token that another policy sampled keeps the sampler's log-prob, which is under that policy;
+    its expert ids are the sampler's, too.
 
     Args:
       rollouts: the responses.
-      found: of that policy.
+      found: results of that policy's pass.
       keep_entropy: whether the objective ranks entropies.
     """
     responses = rollouts.responses
@@ -115,7 +115,7 @@ def _chosen_ids(fresh, computed, response):
 
 
 def largest_gap(rollouts: Rollouts, found: PolicyLogprobs) -> float:
-    """The largest difference of a trained token's log-prob between sampler and trainer, in nats.
+    """Returns the largest log-prob difference of a trained token, sampler to trainer, in nats.
 
     Tokens that another policy sampled are left out.
     """
@@ -127,7 +127,7 @@ def largest_gap(rollouts: Rollouts, found: PolicyLogprobs) -> float:
 
 
 def check_gap(gap: float, limit: float) -> None:
-    """Refuses to train where sampler and trainer disagree.
+    """Refuses to train if sampler and trainer disagree.
 
     Raises:
       MismatchError: naming the gap, in nats, and what to do.
@@ -144,13 +144,13 @@ def check_gap(gap: float, limit: float) -> None:
 def with_advantages(
     rollouts: Rollouts, objective: Objective, width: int, penalty_B: np.ndarray | float = 0.0
 ) -> Rollouts:
-    """Adds advantages, formed inside each group of responses to one prompt.
+    """Adds advantages, computed inside each group of responses to one prompt.
 
     Args:
       rollouts: with the log-probs that a KL term in the reward reads.
-      objective: what advantages are.
+      objective: defines the advantages.
       width: tokens of the longest sequence, rounded up to few sizes.
-      penalty_B: float32, taken from the reward of each response.
+      penalty_B: float32, subtracted from the reward of each response.
     """
     rewards_B = rollouts.rewards_B - np.float32(penalty_B)
     if objective.kl_in_reward:
@@ -174,13 +174,13 @@ def with_advantages(
 def train_batch(
     rollouts: Rollouts, planner: Planner, chosen: np.ndarray, width: int
 ) -> tuple[TrainBatch, dict[str, float]]:
-    """The batch of one optimizer step in NumPy, and how its rows are filled.
+    """Returns the batch of one optimizer step in NumPy, and metrics of how full its rows are.
 
     Args:
       rollouts: with everything that the objective reads.
       planner: of the run.
       chosen: indices of the responses; whole groups.
-      width: tokens of the arrays that have one row a response, the same in all of a step.
+      width: length of the arrays with one row per response, the same throughout a step.
     """
     prompts, responses = (
         [column[i] for i in chosen] for column in (rollouts.prompts, rollouts.responses)
@@ -217,15 +217,15 @@ def train_batches(
     minibatches: int,
     key: Sequence[int],
 ) -> Iterator[TrainBatch]:
-    """The batches of a step: `epochs` passes over its groups, cut into `minibatches` each.
+    """Yields the batches of a step: `epochs` passes over its groups, cut into `minibatches` each.
 
-    Groups come in sampled order first, and shuffled in later passes.
+    Groups come in sampled order in the first pass, and shuffled in later passes.
 
     Args:
       rollouts: with everything that the objective reads.
       planner: of the run.
-      width: of `with_logprobs`.
-      metrics: receives how rows are filled.
+      width: from `with_logprobs`.
+      metrics: receives how full rows are.
       epochs, minibatches: of the step.
       key: integers that decide the order of later passes.
     """

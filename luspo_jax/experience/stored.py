@@ -1,4 +1,4 @@
-"""Groups that wait for a later step, as arrays and JSON values for a checkpoint."""
+"""Converts groups that wait for a later step to checkpoint arrays and JSON values, and back."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward
 from luspo_jax.rollout import Response
 
-# Fields with one entry a token.
+# Fields with one entry per token.
 _ARRAYS = (
     *("tokens", "logprobs", "expert_ids", "versions", "trained"),
     *("old_logprobs", "old_entropy", "old_expert_ids", "ref_logprobs"),
@@ -21,14 +21,14 @@ _PLAIN = ("prompt_id", "sample_id", "stopped", "text", "counted", "advantage")
 
 
 def to_stored(groups: Sequence[Group]) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """Groups as named arrays, end to end, and as JSON values that say what belongs to whom.
+    """Returns groups as named, concatenated arrays, and JSON values that assign their entries.
 
     Images of prompts are left out: they are read again.
     """
     columns: dict[str, list[np.ndarray]] = {}
 
     def kept(name, array):
-        """Adds an array to its column; its length, None where there is none."""
+        """Adds an array to its column; returns its length, None if there is none."""
         if array is None:
             return None
         columns.setdefault(name, []).append(array)
@@ -62,7 +62,7 @@ def to_stored(groups: Sequence[Group]) -> tuple[dict[str, np.ndarray], list[dict
 def from_stored(
     arrays: Mapping[str, np.ndarray], described: Sequence[Mapping[str, Any]]
 ) -> list[Group]:
-    """The groups that `to_stored` stored."""
+    """Restores the groups that `to_stored` converted."""
     used = dict.fromkeys(arrays, 0)
 
     def taken(name, length):

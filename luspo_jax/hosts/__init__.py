@@ -1,1 +1,1 @@
-"""What a run meets outside: machines and processes, files, and the values that people give."""
+"""A run's surroundings: machines and processes, files, and the values that users give."""

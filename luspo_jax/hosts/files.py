@@ -1,8 +1,8 @@
-"""Files and folders at places that a user named: read as text, written whole or not at all.
+"""Files and folders that a user names: read as text, written whole or not at all.
 
-One rule for all commands: what a user names must not exist, or be empty. What is there is replaced
-only where the user says so, and a folder only where we wrote it; what somebody else put into such a
-folder stays in it.
+One rule for all commands: the place must not exist, or be empty. An existing file is replaced only
+if the user says so, and a folder only if we wrote it; files that others put into such a folder stay
+there.
 """
 
 import contextlib
@@ -15,21 +15,21 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-MARK = ".luspo_jax.json"  # in a folder that we wrote: the names of what we wrote
+MARK = ".luspo_jax.json"  # in a folder that we wrote: names of the entries that we wrote
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PlaceError(Exception):
-    """A place that may not or cannot be written; the message says which and what to do."""
+    """A place that may not or cannot be written; the message names it and says what to do."""
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, *, durable: bool = True) -> Iterator[pathlib.Path]:
-    """A temporary sibling that takes the file's name when the block ends, or vanishes.
+    """Yields a temporary sibling that replaces the file when the block ends, or is removed.
 
     Args:
-      path: of the file, whose name errors tell.
-      durable: wait until the disk has it, so that a crash of the machine leaves no empty file.
+      path: of the file; errors name it.
+      durable: wait until the disk has the data, so that a machine crash leaves no empty file.
     """
     path = pathlib.Path(path)
     scratch = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -48,21 +48,21 @@ def replacing(path: str | os.PathLike, *, durable: bool = True) -> Iterator[path
 
 
 def write_text(path: str | os.PathLike, text: str, *, durable: bool = True) -> None:
-    """Writes a file that is either the old one or the whole new one."""
+    """Writes a text file; a failure leaves the old one."""
     with replacing(path, durable=durable) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, values: Any) -> None:
-    """Writes JSON for people too: indented, characters as they are; the old file or the new one."""
+    """Writes readable JSON: indented, characters unescaped; a failure leaves the old file."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_file(path: str | os.PathLike, *, flag: str, overwrite: bool = False) -> None:
-    """Checks that a file may be written where a flag says, before anything slow.
+    """Checks, before slow work, that the file of a flag may be written.
 
     Raises:
-      PlaceError: it exists and `overwrite` is not said, or it cannot be made.
+      PlaceError: it exists without `overwrite`, or cannot be created.
     """
     path = pathlib.Path(path).absolute()
     if path.exists() and not path.is_file():
@@ -77,7 +77,7 @@ def check_file(path: str | os.PathLike, *, flag: str, overwrite: bool = False) -
 def write_new(
     path: str | os.PathLike, text: str, *, flag: str = "--out", overwrite: bool = False
 ) -> None:
-    """Writes a file that a flag names, as `check_file` allows it, with the folders above it."""
+    """Writes the file of a flag, after `check_file`, and creates the folders above it."""
     check_file(path, flag=flag, overwrite=overwrite)
     path = pathlib.Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,21 +87,21 @@ def write_new(
 def check_own(
     folder: str | os.PathLike, *, ours: Sequence[str], what: str, flag: str = "--workdir"
 ) -> None:
-    """Checks that a folder where a command keeps its results is new, empty, or its own.
+    """Checks that the folder where a command keeps its results is new, empty, or its own.
 
     Args:
       folder: to check.
-      ours: names of which one at least is in a folder of this kind.
-      what: such a folder holds, in words.
+      ours: names; a folder of this kind contains at least one of them.
+      what: the folder's usual contents, in words.
       flag: that named the folder.
 
     Raises:
-      PlaceError: it holds something else.
+      PlaceError: the folder contains something else.
     """
     folder = pathlib.Path(folder).absolute()
     if os.path.lexists(folder) and not folder.is_dir():
         raise PlaceError(f"{flag}={folder} is a file: name a folder")
-    # Names with a dot in front: a lock, a file that was being written.
+    # Names that start with a dot are a lock or a file that was being written.
     names = {p.name for p in folder.glob("*") if not p.name.startswith(".")}
     if names and names.isdisjoint(ours):
         raise PlaceError(f"{flag}={folder} is not empty and holds no {what}: choose another")
@@ -111,15 +111,16 @@ def check_own(
 def check_folder(
     folder: str | os.PathLike, *, flag: str = "--out", overwrite: bool | None = None
 ) -> None:
-    """Checks that a folder may be written where a flag says, before anything slow.
+    """Checks, before slow work, that the folder of a flag may be written.
 
     Args:
       folder: to check.
       flag: that named the folder.
-      overwrite: whether the user allows to replace what we wrote there; None where none is asked.
+      overwrite: whether the user allows replacing what we wrote there; None if there is no such
+        option.
 
     Raises:
-      PlaceError: it holds something, or it cannot be made.
+      PlaceError: the folder is not empty, or cannot be created.
     """
     folder = pathlib.Path(folder).absolute()
     if os.path.lexists(folder):
@@ -146,16 +147,16 @@ def new_folder(
     overwrite: bool | None = None,
     own: bool = False,
 ) -> Iterator[pathlib.Path]:
-    """A temporary sibling that takes the folder's name when the block ends, or vanishes.
+    """Yields a temporary sibling that replaces the folder when the block ends, or is removed.
 
     Args:
       folder: as `check_folder` allows it.
-      flag: that named it.
-      overwrite: the user allows to replace what we wrote there.
-      own: the place is ours, as `export` in a run's folder: it may be replaced without a mark.
+      flag: that named the folder.
+      overwrite: whether the user allows replacing what we wrote there.
+      own: the folder belongs to the run, as `export` does, and may be replaced without a mark.
 
     Raises:
-      PlaceError: as `check_folder`, and where the disk is full or read-only.
+      PlaceError: as `check_folder`, or the disk is full or read-only.
     """
     folder = pathlib.Path(os.path.realpath(folder))
     if not own:
@@ -182,17 +183,17 @@ def new_folder(
 def locked(
     folder: str | os.PathLike, *, flag: str = "--workdir", wait: bool = False
 ) -> Iterator[TextIO]:
-    """Keeps a folder, which is made if need be, for this process until the block ends.
+    """Locks a folder, created if missing, for this process until the block ends.
 
     Raises:
-      PlaceError: another process has it (unless `wait`), or it cannot be written.
+      PlaceError: another process holds the lock (unless `wait`), or the folder cannot be written.
     """
     with take_lock(folder, flag=flag, wait=wait) as lock:
         yield lock
 
 
 def take_lock(folder: str | os.PathLike, *, flag: str = "--workdir", wait: bool = False) -> TextIO:
-    """As `locked`; closing what is returned lets the folder go."""
+    """Locks a folder as `locked` does; closing the returned file releases it."""
     folder = pathlib.Path(folder).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,35 +211,35 @@ def take_lock(folder: str | os.PathLike, *, flag: str = "--workdir", wait: bool 
 
 
 def local(path: str | os.PathLike) -> pathlib.Path:
-    """The path with a leading `~` as the home folder."""
+    """Returns the path with a leading `~` replaced by the home folder."""
     return pathlib.Path(os.path.expanduser(path))
 
 
 def open_text(path: pathlib.Path, *, newline: str | None = None) -> TextIO:
-    """Opens UTF-8 text; what is none comes out as U+DC80 … U+DCFF, so that a cell can be named."""
+    """Opens UTF-8 text; other bytes are read as U+DC80 … U+DCFF, so that errors can name a cell."""
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The UTF-8 text of a file.
+    """Reads a UTF-8 file.
 
     Raises:
-      UnicodeDecodeError: it is none.
+      UnicodeDecodeError: the file is not UTF-8.
     """
     return path.read_text(encoding="utf-8-sig")
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The JSON value of a file.
+    """Reads the JSON value of a file.
 
     Raises:
-      ValueError: it holds none.
+      ValueError: the file is not JSON.
     """
     return json.loads(read_text(path))
 
 
 def _check_writable(parent, flag, path):
-    """Looks at the nearest folder above that exists."""
+    """Checks the nearest existing folder above."""
     while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir():
@@ -248,7 +249,7 @@ def _check_writable(parent, flag, path):
 
 
 def _replace(partial, folder):
-    """Renames `partial` to `folder`; of what was there, only what we wrote goes."""
+    """Renames `partial` to `folder`, and deletes only what we wrote there before."""
     if not folder.exists():
         partial.rename(folder)
         return
@@ -267,7 +268,7 @@ def _replace(partial, folder):
 
 
 def _written(folder):
-    """Names that the mark lists; without one, those of weights, whose number may have changed."""
+    """Returns the names that the mark lists; without one, the weight files, however many."""
     try:
         return {MARK, *json.loads((folder / MARK).read_text())["written"]}
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,12 +1,12 @@
 """Watches the processes of a run on several hosts, and names the one that ended it.
 
-Each process of such a run is a pair: a guard, which was there first, and the worker it started. The
-guard never imports jax. It writes the heartbeat file `processes/<i>.json` for its worker, reads
-those of the others, and ends its worker when another one has failed or gives no sign of life.
+Each process of such a run is a pair: a guard, and the worker that it started. The guard never
+imports jax. It writes the worker's heartbeat file `processes/<i>.json`, reads those of the others,
+and ends its worker when another one fails or shows no sign of life.
 
 A thread inside the worker could not do this: when the host of process 0 dies, jax aborts every
-other process within a tenth of a second, and a collective that broke may take the process with it.
-The guard is still there to say whose death was the cause.
+other process within a tenth of a second, and a broken collective may end the process too. The guard
+survives and names the cause.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from luspo_jax.hosts import files
 
 BEAT_S = 2.0  # between two writes of a heartbeat file, and two looks at the others'
 _VARIABLE = "LUSPO_JAX_GUARD"  # descriptor of the channel between guard and worker
-_NEWS_S = 0.5  # after which a new phase is in the file
-_TICK_S = 0.25  # between two looks at the own worker
-_GRACE_S = 5.0  # beyond a limit, for those who only wait: whoever caused it is named first
-# How an error of jax's runtime begins.
+_NEWS_S = 0.5  # until a new phase is in the file
+_TICK_S = 0.25  # between two looks at its worker
+_GRACE_S = 5.0  # added to limits of processes that only wait, so that the cause is named first
+# Beginnings of jax runtime errors.
 _STATUS = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
@@ -45,12 +45,12 @@ class Membership:
 
     Attributes:
       folder: of the heartbeat files; on storage that all processes share.
-      checkpoints: folder of the checkpoints, to say where a run goes on.
-      index, count: this process, and how many there are.
-      attempt: of this start of the run, the same on all processes: files left by an earlier one
-        are not taken for signs of life.
+      checkpoints: folder of the checkpoints, to say where a run resumes.
+      index, count: this process, and the number of processes.
+      attempt: identifies this start of the run, the same on all processes; heartbeat files of
+        earlier starts are ignored.
       dead_after_s: seconds without a new beat after which a process counts as dead.
-      phase_timeout_s: longest that a phase may take; 0 for no limit.
+      phase_timeout_s: the longest time that a phase may take; 0 for no limit.
     """
 
     folder: str
@@ -62,58 +62,58 @@ class Membership:
     phase_timeout_s: float
 
 
-# --- In the worker: what it tells. Without a guard all of these do nothing. -----------------------
+# --- In the worker: messages to the guard. Without a guard they do nothing. -----------------------
 
 _guard: socket.socket | None = None
 _here = {"phase": "start", "step": 0}
 
 
 def join(membership: Membership) -> None:
-    """From now on this process is watched, and watches the others."""
+    """Starts the watch: from now on this process and the others watch each other."""
     _tell(join=dataclasses.asdict(membership))
 
 
 def may_be_aborted(message: str) -> None:
-    """What it means if this process is aborted from now on and before it has joined.
+    """Sets the message for an abort of this process between now and joining.
 
-    jax does not raise an error where processes do not come together: it aborts the process.
+    jax raises no error when processes fail to meet: it aborts the process.
     """
     _tell(note=message)
 
 
 def at_step(step: int) -> None:
-    """The rollout step, counted from 1, that is being taken."""
+    """Reports the current rollout step, counted from 1."""
     _here["step"] = step
     _tell(step=step)
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Marks what this process is doing; a phase inside another one interrupts it."""
+    """Marks what this process is doing; an inner phase interrupts the outer one."""
     outer, _here["phase"] = _here["phase"], name
     _tell(phase=name)
     yield
-    # Only where nothing was raised: whoever asks after a failure wants the phase that failed.
+    # Only if nothing was raised: after a failure, the failed phase is of interest.
     _here["phase"] = outer
     _tell(phase=outer)
 
 
 def failed(error: BaseException, message: str) -> None:
-    """Why this process is about to end.
+    """Reports why this process is about to end.
 
-    An error of a collective mostly means that another process has died: its guard then waits until
-    that one is named.
+    An error of a collective mostly means that another process has died: the guard then waits until
+    that process is named.
     """
     _tell(status="broken" if _is_collective(error) else "failed", message=message)
 
 
 def guarded() -> bool:
-    """Whether this process is a worker, or was started to be one."""
+    """Returns whether this process is a worker, or was started to be one."""
     return _guard is not None or _VARIABLE in os.environ
 
 
 def work(main: Callable[[], int]) -> NoReturn:
-    """The worker's whole life: runs `main`, tells the guard how it ended, and exits."""
+    """Runs `main` in the worker, tells the guard how it ended, and exits."""
     global _guard
     _guard = socket.socket(fileno=int(os.environ.pop(_VARIABLE)))
     _guard.set_inheritable(False)
@@ -134,10 +134,10 @@ def work(main: Callable[[], int]) -> NoReturn:
 
 
 def watch(command: Sequence[str]) -> int:
-    """Starts `command`, which calls `work`, and watches it; returns when it has ended.
+    """Starts `command`, which calls `work`, and watches it until it ends.
 
     Returns:
-      Its exit status, or 1 where it was ended because of another process.
+      Its exit status, or 1 if it was ended because of another process.
     """
     here, there = socket.socketpair()
     worker = subprocess.Popen(
@@ -162,9 +162,9 @@ def _tell(**news: Any) -> None:
 
 
 def _is_collective(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is one of the runtime that connects processes."""
+    """Returns whether an error or its cause comes from the runtime that connects processes."""
     while error is not None:
-        # A collective that breaks surfaces as either, whichever line happens to wait for it.
+        # A broken collective raises either of these, at whichever line waits for it.
         runtime = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
         if (runtime or _STATUS.match(str(error))) and "RESOURCE_EXHAUSTED" not in str(error):
             return True
@@ -176,7 +176,7 @@ def _is_collective(error: BaseException | None) -> bool:
 
 
 class Peers:
-    """What the heartbeat files of the other processes say, and since when they say it.
+    """The heartbeat files of the other processes, and the time of their last change.
 
     Beats are compared with one another and timed by this process's own clock: clocks of different
     hosts are never compared.
@@ -190,9 +190,9 @@ class Peers:
         self._last: dict[int, dict[str, Any]] = {}
 
     def look(self, trust_silence: bool = True) -> str | None:
-        """What ends the run, in words; None while nothing does.
+        """Returns why the run must end, in words; None if it need not.
 
-        Silence proves nothing where this process cannot write to the folder either.
+        Silence proves nothing if this process cannot write to the folder either.
         """
         for index in self._seen:
             self._read(index)
@@ -227,7 +227,7 @@ class Peers:
 
 
 def read_post(path: pathlib.Path) -> dict[str, Any] | None:
-    """A heartbeat file; None where there is none that can be read."""
+    """Reads a heartbeat file; None if there is none or it is unreadable."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -235,12 +235,12 @@ def read_post(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def name(post: dict[str, Any]) -> str:
-    """Which process a heartbeat file belongs to."""
+    """Names the process of a heartbeat file."""
     return f"process {post['process']} (host {post['host']}, pid {post['pid']})"
 
 
 def place(post: dict[str, Any]) -> str:
-    """What it was doing."""
+    """Says what the process was doing."""
     return f"phase {post['phase']} of step {post['step']}"
 
 
@@ -249,7 +249,7 @@ def _failure(post):
 
 
 def next_start(checkpoints: str | os.PathLike) -> str:
-    """What the same command would do next."""
+    """Says what the same command would do next."""
     folder = pathlib.Path(checkpoints)
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
     what = f"continues from checkpoint step {max(steps)}" if steps else "starts over"
@@ -270,15 +270,15 @@ class _Guard:
         }  # fmt: skip
         self._phase_since, self._next_look = time.monotonic(), 0.0
         self._last_write = self._next_write = 0.0
-        self._exit: int | None = None  # of the worker; −n where signal n ended it
-        self._wait_until: float | None = None  # for another process to be named
+        self._exit: int | None = None  # of the worker; −n if signal n ended it
+        self._wait_until: float | None = None  # deadline for another process to be named
         self._muted = False  # the heartbeat file could not be written
         self._signal: int | None = None
         self._note = ""  # what an abort before joining means
-        self._buffer, self._told = b"", True  # what the worker says, and whether it can say more
+        self._buffer, self._told = b"", True  # the worker's messages, and whether more may come
 
     def watch(self) -> int:
-        """Until the worker has ended, or is ended because of another process; the exit status."""
+        """Watches until the worker has ended or was ended; returns the exit status."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the worker as well
         signal.signal(signal.SIGTERM, self._forward)
         self._channel.setblocking(False)
@@ -295,7 +295,7 @@ class _Guard:
         return status
 
     def _listen(self) -> None:
-        """Acts on all that the worker has said so far."""
+        """Handles all messages of the worker so far."""
         while self._told:
             try:
                 received = self._channel.recv(1 << 16)
@@ -321,7 +321,7 @@ class _Guard:
         self._post |= {"process": membership.index, "attempt": membership.attempt}
 
     def _turn(self) -> int | None:
-        """One look at the worker and, now and then, at the others; an exit status ends it."""
+        """Checks the worker and, now and then, the others; an exit status ends the watch."""
         if self._exit is None:
             self._exit = self._worker.poll()
             if self._exit is not None:
@@ -341,7 +341,7 @@ class _Guard:
         return None
 
     def _after_exit(self) -> int | None:
-        """The worker has ended by itself."""
+        """Handles a worker that ended by itself."""
         if self._exit == 0:
             self._finish("done", "")
             return 0
@@ -360,7 +360,7 @@ class _Guard:
         return None
 
     def _give_up(self) -> int:
-        """Nobody else is to blame."""
+        """Ends the watch when no other process is the cause."""
         if self._post["status"] == "broken":
             self._say(self._note if self._note and not self._peers else _failure(self._named()))
         self._finish("failed", self._post["message"])
@@ -378,12 +378,12 @@ class _Guard:
         )
 
     def _stop(self, cause: str) -> int:
-        """Ends the worker, because another one is the cause or it hangs."""
+        """Ends the worker, because another one failed or it hangs."""
         self._say(cause)
         self._finish("stopped", cause)
         if self._exit is None:
-            # It may stand in a collective that nothing else gets it out of. Its reward workers see
-            # their input close, and end.
+            # Only this ends a worker that is stuck in a collective. Its reward workers see their
+            # input close, and end.
             self._worker.kill()
             self._worker.wait()
         return 1
@@ -406,7 +406,7 @@ class _Guard:
         self._worker.send_signal(number)
 
     def _write(self) -> None:
-        """The heartbeat file, whole or not at all; a full disk is the worker's to report."""
+        """Writes the heartbeat file, whole or not at all; the worker reports a full disk."""
         self._last_write = time.monotonic()
         self._next_write = self._last_write + BEAT_S
         if self._membership is None:
@@ -423,7 +423,7 @@ class _Guard:
 
 
 def _ending(code: int, forwarded: int | None) -> str:
-    """How a process ended that could not say so itself."""
+    """Says how a process ended that could not report it."""
     if code > 0:
         return f"it ended with exit status {code}"
     signals = {

@@ -1,8 +1,8 @@
-"""Several processes, usually one a host, that run one program on one stream of data.
+"""Several processes, usually one per host, that run one program on one stream of data.
 
-Every process does the same on the host, and samples and scores only its own share of a step's
-prompts. Shares are contiguous, so that what is gathered stands in the order of a run of one
-process, and everything computed from it is computed alike everywhere. Process 0 alone writes files.
+Every process does the same host work, but samples and rewards only its own share of a step's
+prompts. Shares are contiguous, so gathered results are in the order of a one-process run, and all
+processes compute the same from them. Only process 0 writes files.
 """
 
 import collections
@@ -22,33 +22,33 @@ from jax.experimental import multihost_utils
 
 from luspo_jax.hosts import guard
 
-_GATHERED_BYTES = 1 << 27  # at once, from all processes together
-_VISIBLE_AFTER_S = 60.0  # that a file written by another host may take to appear
+_GATHERED_BYTES = 1 << 27  # per collective, over all processes
+_VISIBLE_AFTER_S = 60.0  # time that a file written by another host may take to appear
 
 
 class ClusterError(RuntimeError):
-    """The processes did not come together; the message says what to check."""
+    """The processes did not meet; the message says what to check."""
 
 
 class AgreementError(RuntimeError):
-    """Processes of one run that differ in what must be the same; names process, field, values."""
+    """Processes of one run differ in what must be equal; names process, field and values."""
 
 
 def initialize(arguments: Mapping[str, Any], *, dead_after_s: float, timeout_s: int = 300) -> None:
-    """Brings the processes together; must come before any other use of jax.
+    """Connects the processes; must come before any other use of jax.
 
     Args:
-      arguments: coordinator_address, num_processes and process_id; empty to let jax find them out
-        from a TPU pod, SLURM, Open MPI or Kubernetes.
-      dead_after_s: after which a guard calls a process dead. jax has a heartbeat of its own,
-        which ends processes without naming a cause: it is set to be slower.
-      timeout_s: how long to wait for the others.
+      arguments: coordinator_address, num_processes and process_id; if empty, jax detects them from
+        a TPU pod, SLURM, Open MPI or Kubernetes.
+      dead_after_s: seconds after which a guard calls a process dead. jax's own heartbeat ends
+        processes without naming a cause, so it is set to be slower.
+      timeout_s: seconds to wait for the others.
 
     Raises:
-      ClusterError: they did not come together.
-      AgreementError: their numbers of devices differ, which no collective could tell them.
+      ClusterError: the processes did not meet.
+      AgreementError: they have different numbers of devices, which no collective could report.
     """
-    # What is given is all that counts: no look at SLURM or at a cloud's metadata then.
+    # Arguments replace detection: no query of SLURM or of a cloud's metadata.
     method = {"cluster_detection_method": "deactivate"} if arguments else {}
     guard.may_be_aborted(_not_joined(arguments, timeout_s, "jax gave up"))
     try:
@@ -65,7 +65,7 @@ def initialize(arguments: Mapping[str, Any], *, dead_after_s: float, timeout_s: 
 
 
 def check_devices(numbers: Mapping[int, int]) -> None:
-    """Refuses processes that have different numbers of devices."""
+    """Refuses processes with different numbers of devices."""
     if len(set(numbers.values())) > 1:
         listed = ", ".join(f"process {i} has {n}" for i, n in sorted(numbers.items()))
         raise AgreementError(f"all processes must have the same number of devices: {listed}")
@@ -88,7 +88,7 @@ def _not_joined(arguments, timeout_s, text):
 
 
 def describe(arguments: Mapping[str, Any]) -> str:
-    """This process in one line; the arguments are those of `initialize`."""
+    """Describes this process in one line; the arguments are those of `initialize`."""
     how = f"coordinator {arguments['coordinator_address']}, by flags" if arguments else _detected()
     return (
         f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
@@ -98,7 +98,7 @@ def describe(arguments: Mapping[str, Any]) -> str:
 
 
 def _detected():
-    """What jax went by; the order is that in which it looks."""
+    """Says what jax detected, in jax's own order of detection."""
     marks = {
         "OMPI_MCA_orte_hnp_uri": "Open MPI",
         "SLURM_JOB_ID": "SLURM",
@@ -116,17 +116,17 @@ def start(
     dead_after_s: float,
     phase_timeout_s: float,
 ) -> None:
-    """Brings the processes together and, where there is a workdir, under each other's watch.
+    """Connects the processes and, with a workdir, starts the mutual watch.
 
     Raises:
-      ClusterError, AgreementError: they did not come together, or share no workdir.
+      ClusterError, AgreementError: they did not meet, or do not share the workdir.
     """
     initialize(arguments, dead_after_s=dead_after_s)
     if workdir is None:
         return
     folder = pathlib.Path(workdir).absolute()
     attempt = gather(uuid.uuid4().hex)[0]
-    check_shared(folder, attempt)  # before the watch: no heartbeat can be seen without it
+    check_shared(folder, attempt)  # before the watch, which needs a shared folder
     guard.join(
         guard.Membership(
             folder=str(folder / "processes"),
@@ -141,28 +141,28 @@ def start(
 
 
 def stop() -> None:
-    """Leaves together with the others, at the end of a run."""
+    """Disconnects together with the others, at the end of a run."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
 def is_writer() -> bool:
-    """Whether this process writes files and speaks on the console."""
+    """Returns whether this process writes files and prints to the console."""
     return jax.process_index() == 0
 
 
 def share(count: int, index: int | None = None, num: int | None = None) -> slice:
-    """The part of `count` things in a row that is this process's; sizes differ by one at most."""
+    """Returns this process's slice of `count` things; sizes differ by at most one."""
     index = jax.process_index() if index is None else index
     num = jax.process_count() if num is None else num
     return slice(count * index // num, count * (index + 1) // num)
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of every process, on every process, in their order; anything that pickles.
+    """Returns the `value` of every process, on every process, in their order; it must pickle.
 
-    With one process `[value]`, the same object. The bytes travel in parts of one size for all, a
-    power of two, so that few programs are compiled and little device memory is taken.
+    One process returns `[value]`, the same object. The bytes travel in parts of one size for all, a
+    power of two, so that few programs are compiled and little device memory is used.
     """
     num = jax.process_count()
     if num == 1:
@@ -190,29 +190,29 @@ def _all_rows(row: np.ndarray) -> np.ndarray:
 
 
 def _pieces(size: int, num: int) -> list[tuple[int, int]]:
-    """(start, width) of the parts in which `size` bytes of each of `num` processes travel."""
+    """Returns (start, width) of the parts in which each of `num` processes sends `size` bytes."""
     largest = 1 << max(10, (_GATHERED_BYTES // num).bit_length() - 1)
     width = min(largest, 1 << max(10, (size - 1).bit_length()))
     return [(start_, width) for start_ in range(0, size, width)]
 
 
 def gathered(rows: Sequence[Any]) -> list[Any]:
-    """The rows of all processes' shares, one after the other."""
+    """Returns the rows of all processes' shares, concatenated."""
     return [row for part in gather(rows) for row in part]
 
 
 def barrier(label: str) -> None:
-    """Waits until every process is here."""
+    """Waits until every process has reached this call."""
     if jax.process_count() > 1:
         with guard.phase("wait"):
             multihost_utils.sync_global_devices(label)
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Compares facts that must be the same on all processes.
+    """Checks that facts are equal on all processes.
 
     Raises:
-      AgreementError: on every process alike.
+      AgreementError: on every process if they differ.
     """
     found = differences(gather(dict(facts)))
     if found:
@@ -220,7 +220,7 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def differences(facts: Sequence[Mapping[str, Any]], most: int = 10) -> list[str]:
-    """In what processes differ from process 0, a line each."""
+    """Lists in which facts processes differ from process 0, one per line."""
     lines = [
         f"  - process {index}: {name} is {theirs.get(name, 'absent')!r}, and "
         f"{facts[0].get(name, 'absent')!r} on process 0"
@@ -233,7 +233,7 @@ def differences(facts: Sequence[Mapping[str, Any]], most: int = 10) -> list[str]
 
 
 def source_hashes(*folders: str | os.PathLike) -> dict[str, str]:
-    """Hash of every Python file under the folders, by its path from there."""
+    """Returns the hash of every Python file under the folders, by relative path."""
     return {
         f"source {pathlib.Path(folder).name}/{path.relative_to(folder)}": hashlib.sha256(
             path.read_bytes()
@@ -244,10 +244,10 @@ def source_hashes(*folders: str | os.PathLike) -> dict[str, str]:
 
 
 def check_shared(folder: pathlib.Path, token: str) -> None:
-    """Checks that all processes see what process 0 writes into a folder.
+    """Checks that all processes see a file that process 0 writes into a folder.
 
     Raises:
-      AgreementError: on every process alike.
+      AgreementError: on every process if one does not.
     """
     if jax.process_count() == 1:
         return

@@ -1,4 +1,4 @@
-"""What a value may be, and the words that refuse it: written once, for fields, flags and names."""
+"""Rules for values, and the messages that refuse them: shared by fields, flags and names."""
 
 import dataclasses
 import difflib
@@ -13,16 +13,16 @@ _FEW = 40  # names that a message lists
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names each field and the remedy.
 
-    It may be made of several problems, each an argument.
+    Each argument is one problem.
     """
 
     def __str__(self) -> str:
-        """The problem, or a line for each."""
+        """Returns the problems, one per line."""
         return "\n".join(str(problem) for problem in self.args)
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-    """The words after an unknown name: the closest of `names`, and all of them if they are few."""
+    """Returns the hint after an unknown name: the closest of `names`, and all if they are few."""
     names = sorted(filter(None, names))
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = [f"did you mean {close[0]!r}?"] if close else []
@@ -35,11 +35,11 @@ class Number:
     """Finite numbers between two bounds.
 
     Attributes:
-      low: least.
-      high: greatest.
-      open_low: whether `low` itself is left out.
-      open_high: whether `high` itself is left out.
-      also: values outside the bounds that are allowed too.
+      low: lower bound.
+      high: upper bound.
+      open_low: whether `low` itself is excluded.
+      open_high: whether `high` itself is excluded.
+      also: allowed values outside the bounds.
       why: the reason, for the message.
     """
 
@@ -51,7 +51,7 @@ class Number:
     why: str = ""
 
     def allows(self, value: float) -> bool:
-        """Whether a number is one of these."""
+        """Returns whether a number satisfies the rule."""
         if not math.isfinite(value):
             return False
         low = self.low < value if self.open_low else self.low <= value
@@ -59,7 +59,7 @@ class Number:
         return (low and high) or value in self.also
 
     def __str__(self) -> str:
-        """The rule in words, to follow "must be"."""
+        """Returns the rule in words, to follow "must be"."""
         also = "".join(f"{value:g}, or " for value in self.also)
         least, most = _plain(self.low), _plain(self.high)
         low = f"more than {least}" if self.open_low else f"at least {least}"
@@ -69,24 +69,24 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """One of several names; with a `mark`, also any text that holds it once."""
+    """One of several names; with a `mark`, also any text that contains the mark once."""
 
     names: Collection[str]
     mark: str = ""
 
     def allows(self, value: str) -> bool:
-        """Whether a name is one of these."""
+        """Returns whether a name satisfies the rule."""
         return value in self.names or (self.mark != "" and value.count(self.mark) == 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Text that must not be empty; `remedy` says what to give."""
+    """Nonempty text; `remedy` says what to give."""
 
     remedy: str
 
     def allows(self, value: str) -> bool:
-        """Whether there is any text."""
+        """Returns whether the text is more than blanks."""
         return bool(value.strip())
 
 
@@ -96,7 +96,7 @@ _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: 
 
 
 def refusal(field: str, value: Any, kind: type, rule: Rule | None = None) -> str | None:
-    """One line that refuses the value of a field of type `kind`; None where it is allowed."""
+    """Returns a line that refuses the value of a field of type `kind`; None if it is allowed."""
     if not _is(value, kind):
         return f"{field}={shown(value)} must be {_KINDS[kind]}"
     if rule is None or rule.allows(value):
@@ -109,25 +109,25 @@ def refusal(field: str, value: Any, kind: type, rule: Rule | None = None) -> str
 
 
 def refused_field(section: type, name: str, value: Any, prefix: str = "") -> str | None:
-    """One line that refuses the value of a dataclass's field, by its type and the class's RULES."""
+    """Returns a line that refuses a dataclass field's value by type and RULES; None if allowed."""
     (kind,) = (field.type for field in dataclasses.fields(section) if field.name == name)
     if kind == bool | None and value is not None:
         kind = bool
-    if kind not in _KINDS:  # names that are the user's, another section, or unset
+    if kind not in _KINDS:  # an open section, another section, or unset
         return None
     return refusal(f"{prefix}{name}", value, kind, section.RULES.get(name))
 
 
 def check_fields(section: Any, prefix: str = "", together: Iterable[str] = ()) -> None:
-    """Checks the fields of a dataclass that has RULES: field → what it may be beside its type.
+    """Checks the fields of a dataclass with RULES: field → rule for its value, besides its type.
 
     Args:
       section: an instance.
-      prefix: what comes before a field's name, such as "rollout.".
-      together: lines about values that do not go together; read where each value is sound.
+      prefix: put before a field's name, such as "rollout.".
+      together: lines about values that conflict; read only if each value is valid by itself.
 
     Raises:
-      ConfigError: with all lines, each an argument.
+      ConfigError: with all lines, one per argument.
     """
     values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
     found = (refused_field(type(section), *item, prefix) for item in values.items())
@@ -137,14 +137,14 @@ def check_fields(section: Any, prefix: str = "", together: Iterable[str] = ()) -
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether a value is of a kind; a whole number is a number, True is none."""
+    """Returns whether a value has a type; a whole number is a number, True is not."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
 
 
 def shown(value: Any) -> str:
-    """A value in one short line."""
+    """Returns a value as one short line."""
     value = value.to_dict() if hasattr(value, "to_dict") else value
     return textwrap.shorten(repr(value), 80)
 
@@ -153,7 +153,7 @@ def _plain(value: float) -> str:
     return str(int(value)) if value == int(value) and abs(value) < 1e12 else f"{value:g}"
 
 
-# The noise of a token is keyed by words of 32 bits.
+# The noise of a token is keyed by 32-bit words.
 SEED = Number(0, 2**32 - 1)
-# Below the least, float32 no longer tells the mass of the likeliest tokens from their rounding.
+# Below the lower bound, float32 rounding hides the mass of the likeliest tokens.
 TEMPERATURE = Number(1e-3, 1e3, why="responses colder than that are greedy: temperature 0")

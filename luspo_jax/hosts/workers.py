@@ -1,7 +1,7 @@
-"""What a worker process and its owner share: frames through pipes, and the limit of a task.
+"""Shared by a worker process and its owner: frames through pipes, and the time limit of a task.
 
-The kernel ends a worker whose alarm rings: alarms are left at their default action, which no Python
-code can catch, delay or swallow.
+The kernel ends a worker whose alarm rings: alarms keep their default action, which no Python code
+can catch, delay or swallow.
 """
 
 import os
@@ -10,13 +10,13 @@ import signal
 import struct
 
 ALARMS = (signal.SIGPROF, signal.SIGALRM)
-WALL_FACTOR = 3  # a task may take so many times its limit by the clock
+WALL_FACTOR = 3  # wall-clock limit of a task, as a multiple of its limit
 _HEADER = struct.Struct(">I")
-_LARGEST = 1 << 28  # bytes of a frame; a longer one is none of ours
+_LARGEST = 1 << 28  # bytes of a frame; a longer one is not ours
 
 
 def write_frame(descriptor: int, payload) -> None:
-    """Send one pickled object."""
+    """Sends one pickled object."""
     body = pickle.dumps(payload)
     view = memoryview(_HEADER.pack(len(body)) + body)
     while view:
@@ -24,7 +24,7 @@ def write_frame(descriptor: int, payload) -> None:
 
 
 def read_frame(descriptor: int):
-    """The next object; EOFError when the other side has closed."""
+    """Reads the next object; EOFError if the other side has closed."""
     (size,) = _HEADER.unpack(_read_exactly(descriptor, _HEADER.size))
     if size > _LARGEST:
         raise ValueError(f"a frame of {size} bytes")
@@ -43,10 +43,10 @@ def _read_exactly(descriptor: int, size: int) -> bytes:
 
 
 def set_alarms(seconds: float) -> None:
-    """Start the limit of a task; 0 ends it.
+    """Starts the time limit of a task; 0 clears it.
 
-    The limit is on processor time, so that a busy machine decides as an idle one does. What sleeps
-    is stopped later, by the clock.
+    The limit is on processor time, so that a busy machine decides as an idle one does. A sleeping
+    task is stopped later, by the wall clock.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, WALL_FACTOR * seconds)

@@ -1,7 +1,7 @@
-"""Images of a batch, for the sampler and the trainer alike: stacked, and placed among tokens.
+"""Stacks the images of a batch and places them among tokens, for sampler and trainer alike.
 
-Host side, NumPy in and out. An image is anything with `patches()` and `grid_thw`, and where each is
-stacked once `sha`, as `images.preparer.PreparedImage` has them; with one sha go the same patches.
+Host side, NumPy in and out. An image is anything with `patches()` and `grid_thw`, plus `sha` if
+each is stacked once, like `images.preparer.PreparedImage`; equal `sha` means equal patches.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Stacked:
     """Images in slots, ready for `vision.encode`.
 
     Attributes:
-      images: the arrays, of I images of S slots.
+      images: arrays of I images of S slots.
       num_units: units of each image, S over merge_size².
     """
 
@@ -34,21 +34,21 @@ class Stacked:
 def stack(
     groups: Sequence[Sequence[Any]], config: DecoderConfig, *, multiple: int = 1
 ) -> tuple[Images, int, list[dict[str, int]]]:
-    """Stacks the images of some groups, each once in its group.
+    """Stacks the images of several groups, each image once per group.
 
-    All groups have room for as many images as the one with most, rounded up so that devices share
-    them and few programs are compiled. The windows of all are the bucket of the largest.
+    Each group gets as many rows as the largest has images, rounded up so that devices divide them
+    and few programs are compiled. The bucket of the largest image sets the windows of all.
 
     Args:
-      groups: the images of each micro-batch; one image at least in all.
+      groups: the images of each micro-batch; at least one image overall.
       config: of the model.
-      multiple: devices that share the images of a group.
+      multiple: number of devices that share the images of a group.
 
     Returns:
-      The images, group after group; units in each; of each group, sha → row within the group.
+      The images of all groups, concatenated; units per image; for each group, sha → row in it.
 
     Raises:
-      ImageError: patches that are not of their grid.
+      ImageError: patches do not match their grid.
     """
     own = [{image.sha: image for image in group} for group in groups]
     room = rounded_up(max(map(len, own)), multiple)
@@ -76,16 +76,16 @@ def in_slots(
     windows: int | None = None,
     count: int | None = None,
 ) -> Stacked:
-    """Puts images in the slots that `layout.laid_out` gives them.
+    """Puts images into the slots that `layout.laid_out` assigns.
 
     Args:
-      images: of each, its patches [P, C] as the image processor gives them, and its grid.
+      images: (patches [P, C] in the image processor's order, grid) of each image.
       config: of the tower.
-      windows: windows of every image; default the bucket of the largest.
-      count: rows to make, those without an image empty; default one an image.
+      windows: windows of every image; by default the bucket of the largest.
+      count: number of rows, those without an image empty; by default one per image.
 
     Raises:
-      ImageError: patches that are not of their grid, or images that do not fit.
+      ImageError: patches do not match their grid, or images do not fit.
     """
     layouts = [laid_out(grid, config) for _, grid in images]
     largest = max((layout.windows for layout in layouts), default=1)
@@ -122,18 +122,18 @@ def places(
     num_units: int,
     config: DecoderConfig,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Says where the images of a prompt stand: (units_T, positions_T3, the next position).
+    """Returns the places of a prompt's images: (units_T, positions_T3, the next position).
 
     Args:
       tokens: of the prompt.
       images: of the prompt, in order.
-      rows: the row of each among those that the tower encodes together.
-      num_units: units in such a row.
+      rows: the row of each image in the batch that the tower encodes.
+      num_units: units per row.
       config: of the model.
 
     Returns:
-      int32 unit that stands in place of each token, −1 for text; int32 rotary positions [T, 3]; the
-      position of the token that comes next.
+      int32 unit that replaces each token, −1 for text; int32 rotary positions [T, 3]; the position
+      of the next token.
 
     Raises:
       ImageError: images that do not fit the placeholders.
@@ -145,7 +145,7 @@ def places(
 def positions(
     tokens: np.ndarray, images: Sequence[Any], config: DecoderConfig
 ) -> tuple[np.ndarray, int]:
-    """Gives the int32 rotary positions [T, 3] of a prompt, and that of the token that comes next.
+    """Returns the int32 rotary positions [T, 3] of a prompt, and that of the next token.
 
     Raises:
       ImageError: images that do not fit the placeholders.
@@ -154,10 +154,10 @@ def positions(
 
 
 def check(tokens: np.ndarray, images: Sequence[Any], config: DecoderConfig, name: str) -> None:
-    """Refuses images that do not fit the placeholders of a prompt, or a model without a tower.
+    """Refuses images that do not fit a prompt's placeholders, or that the model has no tower for.
 
     Raises:
-      ValueError: beginning with `name`.
+      ValueError: with a message that begins with `name`.
     """
     if config.vision is None:
         if images:

@@ -1,12 +1,12 @@
-"""Where an image's patches and tokens lie: worked out on the host, so that no shape depends on it.
+"""The places of an image's patches and tokens, computed on the host to keep shapes static.
 
 The image processor gives patches unit by unit: units (merge_size² patches, one token) in raster
-order, and the patches of a unit in raster order inside it. The tower takes them in slots: window
-after window, each of them a whole square of slots even where the image ends inside it. Attention
-within windows is then a plain reshape, and a count of windows rounded up to a bucket is all that a
-compiled program knows of an image's size.
+order, and patches in raster order inside each unit. The tower takes them in slots, window after
+window; a window is a full square of slots even if the image ends inside it. Attention within
+windows is then a plain reshape, and compiled programs depend on an image's size only through its
+number of windows, rounded up to a bucket.
 
-NumPy only: this runs in worker processes, where jax is not.
+NumPy only: this runs in worker processes, which have no jax.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ class ImageLayout:
       grid: patches in time, rows and columns.
       windows: W.
       slots_P: slot of every patch, in the image processor's order.
-      units_U: which unit among the slots holds every token, in raster order.
-      positions_S2: int32 row and column of the patch in every slot, W · window_slots of them.
-      valid_S: whether the slot holds a patch; where it does not, the image has ended.
+      units_U: index in slot order of each token's unit, for tokens in raster order.
+      positions_S2: int32 row and column of the patch in every slot; S = W · window_slots.
+      valid_S: whether the slot holds a patch; false past the image's edge.
     """
 
     grid: Grid
@@ -44,15 +44,15 @@ class ImageLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the image takes in a prompt."""
+        """Number of tokens that the image takes in a prompt."""
         return len(self.units_U)
 
 
 def checked_grid(grid: Any, config: VisionConfig) -> Grid:
-    """A grid of patches (time, rows, columns) as integers.
+    """Returns a grid of patches (time, rows, columns) as integers.
 
     Raises:
-      ImageError: it is of a video, empty, or cannot be merged into units.
+      ImageError: the grid is a video's, empty, or cannot be merged into units.
     """
     numbers = tuple(int(size) for size in np.asarray(grid).reshape(-1))
     if len(numbers) != 3:
@@ -76,16 +76,16 @@ def checked_grid(grid: Any, config: VisionConfig) -> Grid:
 
 
 def num_tokens(grid: Any, config: VisionConfig) -> int:
-    """Tokens that an image takes in a prompt: its patches over merge_size²."""
+    """Returns the number of tokens of an image in a prompt: its patches over merge_size²."""
     _, rows, columns = checked_grid(grid, config)
     return rows * columns // config.unit_patches
 
 
 def laid_out(grid: Any, config: VisionConfig) -> ImageLayout:
-    """The places of an image of a grid (1, rows, columns) of patches.
+    """Returns the places of an image with a grid (1, rows, columns) of patches.
 
-    Windows come in raster order, a window's units in raster order, a unit's patches likewise.
-    Equal grids give the same arrays, which are read-only.
+    Windows, the units of a window and the patches of a unit are in raster order. Equal grids give
+    the same arrays, which are read-only.
 
     Raises:
       ImageError: as `checked_grid`.
@@ -119,16 +119,16 @@ def _laid_out(grid, config):
 
 
 def image_spans(tokens: np.ndarray, grids: Sequence[Any], config) -> list[tuple[int, int]]:
-    """Where each image's placeholders begin and end in a sequence of tokens.
+    """Returns where each image's placeholders begin and end in a token sequence.
 
     Args:
-      tokens: int tokens [T], each placeholder already repeated once a token of its image.
+      tokens: int tokens [T], with one placeholder per image token.
       grids: of the images, in order.
       config: DecoderConfig with a tower.
 
     Raises:
-      ImageError: more or fewer images than placeholders, an image whose placeholders are not as
-        many as its tokens, or placeholders of a video.
+      ImageError: the numbers of images and placeholder runs differ, an image has another number of
+        placeholders than tokens, or there are placeholders of a video.
     """
     tokens = np.asarray(tokens)
     if (tokens == config.video_token_id).any():
@@ -171,18 +171,18 @@ def image_spans(tokens: np.ndarray, grids: Sequence[Any], config) -> list[tuple[
 
 
 def _run(here, start):
-    """How many in a row are true from `start` on."""
+    """Returns the number of consecutive true entries from `start` on."""
     ends = np.flatnonzero(~here[start:])
     return int(ends[0]) if len(ends) else len(here) - start
 
 
 def mrope_positions(tokens: np.ndarray, grids: Sequence[Any], config) -> tuple[np.ndarray, int]:
-    """(positions [T, 3] in time, row and column, int32; position of the token that comes next).
+    """Returns (int32 positions [T, 3] in time, row and column; position of the next token).
 
-    A token of text has one position, one more than the greatest before it, three times. The tokens
-    of an image that begins at position p have time p, and row and column from p on, of units
-    (`get_rope_index` of transformers; Wang et al. 2024, arXiv:2409.12191, section 2.1). Positions
-    are those of a sequence that begins at 0; padding has no place in `tokens`.
+    A text token's three positions are equal: one more than the greatest before it. The tokens of an
+    image that begins at position p have time p, and p plus the row and column of their unit
+    (`get_rope_index` of transformers; Wang et al. 2024, arXiv:2409.12191, section 2.1). The
+    sequence begins at 0; `tokens` has no padding.
 
     Raises:
       ImageError: as `image_spans`.
@@ -205,13 +205,13 @@ def mrope_positions(tokens: np.ndarray, grids: Sequence[Any], config) -> tuple[n
 def token_units(
     tokens: np.ndarray, grids: Sequence[Any], rows: Sequence[int], num_units: int, config
 ) -> np.ndarray:
-    """Which row of the flattened embeddings stands in place of each token: int32 [T], −1 for text.
+    """Returns the row of the flattened embeddings that replaces each token: int32 [T], −1 for text.
 
     Args:
       tokens: int tokens [T].
       grids: of the images, in order.
-      rows: in which row of the batch that the tower encodes each image lies.
-      num_units: units in such a row, slots over merge_size².
+      rows: each image's row in the batch that the tower encodes.
+      num_units: units per row, slots over merge_size².
       config: DecoderConfig with a tower.
 
     Raises:

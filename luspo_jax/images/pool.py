@@ -17,7 +17,7 @@ _GRACE = 5.0  # seconds past the limit after which a silent worker is killed fro
 
 
 class Pool:
-    """Threads that read files and caches, and the processes that decode for them."""
+    """Threads that read files and caches, and processes that decode for them."""
 
     def __init__(self, settings: tuple, size: int):
         self._settings, self._size = settings, size
@@ -26,14 +26,14 @@ class Pool:
             self._idle.put(None)
 
     def map(self, function, items):
-        """`function` of each item, in order."""
+        """Applies `function` to each item, in order."""
         if len(items) < 2 or self._size < 2:
             return map(function, items)
         with concurrent.futures.ThreadPoolExecutor(self._size) as threads:
             return list(threads.map(function, items))
 
     def ask(self, data: bytes) -> tuple:
-        """The answer to a file's bytes, as `worker.answer`."""
+        """Returns a worker's answer to a file's bytes, as `worker.answer`."""
         worker = self._idle.get()
         try:
             if worker is None or not worker.alive():
@@ -43,7 +43,7 @@ class Pool:
             self._idle.put(worker if worker is not None and worker.alive() else None)
 
     def close(self) -> None:
-        """End every worker."""
+        """Ends every worker."""
         for _ in range(self._size):
             worker = self._idle.get()
             if worker is not None:
@@ -67,18 +67,18 @@ class Worker:
             stdout=subprocess.PIPE,
             env=environment,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C does not reach it: it ends with its input
+            start_new_session=True,  # Ctrl-C does not reach it: it ends when its input closes
         )
         self._limit = time_limit
         self.end = weakref.finalize(self, _kill, self._process)
         write_frame(self._process.stdin.fileno(), (patching, time_limit, memory_limit))
 
     def alive(self) -> bool:
-        """Whether it can take an image."""
+        """Returns whether the worker is running."""
         return self._process.poll() is None
 
     def ask(self, data: bytes) -> tuple:
-        """Its answer; it is ended where it gives none."""
+        """Returns the worker's answer; ends the worker if there is none."""
         wait = WALL_FACTOR * self._limit + _GRACE
         try:
             write_frame(self._process.stdin.fileno(), data)
@@ -91,7 +91,7 @@ class Worker:
                 return ("refused", "timeout", f"stopped at its limit of {self._limit:g} s")
             return ("refused", "crashed", f"the process that decoded it ended with code {code}")
         except BaseException:
-            self.end()  # it may hold an answer that nobody will take
+            self.end()  # it may hold an unread answer
             raise
         self.end()
         return ("refused", "timeout", f"killed: no answer within {wait:g} s")

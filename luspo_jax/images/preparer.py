@@ -1,8 +1,8 @@
-"""Images for the vision tower: read, decoded in processes, kept in a cache, refused by name.
+"""Prepares images for the vision tower: reads, decodes in processes, caches, refuses by name.
 
-A file is decoded by a worker process with a time limit and a memory limit, so that a damaged or
-hostile one is refused by name and costs the run nothing else. See `luspo_jax.images.pixels` for
-the arithmetic and `luspo_jax.images.record` for the reasons of refusals.
+A worker process decodes each file under time and memory limits, so that a damaged or hostile file
+is refused by name and costs the run nothing else. See `luspo_jax.images.pixels` for the arithmetic
+and `luspo_jax.images.record` for the reasons of refusals.
 """
 
 import collections
@@ -22,13 +22,13 @@ from luspo_jax.images.worker import answer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """An image as the vision tower takes it.
+    """An image in the form that the vision tower reads.
 
     Attributes:
       pixels: uint8 [n, 3, patch, patch], the patches in the processor's order.
       grid_thw: (1, rows, columns) of patches.
-      sha: of content and settings: two images with one sha have the same patches.
-      settings: what was done to it.
+      sha: hash of content and settings; equal hashes mean equal patches.
+      settings: how it was prepared.
     """
 
     pixels: np.ndarray
@@ -38,11 +38,11 @@ class PreparedImage:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that stand for it in a prompt: its patches / merge_size²."""
+        """Number of its tokens in a prompt: its patches / merge_size²."""
         return len(self.pixels) // self.settings.patching.merge_size**2
 
     def patches(self) -> np.ndarray:
-        """float32 [n, 3 · temporal · patch · patch], the processor's `pixel_values`."""
+        """Returns float32 [n, 3 · temporal · patch · patch], the processor's `pixel_values`."""
         table, frames = value_table(self.settings), self.settings.temporal_patch_size
         colours = [table[c][self.pixels[:, c]] for c in range(3)]
         stacked = np.stack(colours, axis=1)[:, :, None]
@@ -69,14 +69,15 @@ class ImageRefusal:
 
 
 class ImagePreparer:
-    """Prepares images: reads, decodes in worker processes, keeps the latest.
+    """Prepares images: reads, decodes in worker processes, caches.
 
     Args:
-      settings: what images go through.
-      workers: processes that decode; by default one a core, at most 8.
-      time_limit: seconds of processor time for one image; by the clock, three times as long.
-      memory_limit: bytes of address space a worker may use; None for no limit.
-      cache_bytes: bytes of patches kept in memory, the latest used.
+      settings: of the preparation.
+      workers: number of decoding processes; by default one per core, at most 8.
+      time_limit: seconds of processor time per image; wall-clock time is limited to three times
+        that.
+      memory_limit: bytes of address space per worker; None for no limit.
+      cache_bytes: bytes of patches kept in memory, most recently used.
 
     Attributes:
       settings: as given.
@@ -99,7 +100,7 @@ class ImagePreparer:
         self._cache = _Cache(cache_bytes)
 
     def prepare(self, images: Sequence[StoredImage]) -> list[PreparedImage | ImageRefusal]:
-        """Each image prepared or refused, in order; nothing that a file holds raises."""
+        """Prepares or refuses each image, in order; no file content makes it raise."""
         results = list(self._pool.map(self._one, images))
         for image in results:
             if isinstance(image, ImageRefusal):
@@ -109,7 +110,7 @@ class ImagePreparer:
     def of_problems(
         self, problems: Sequence[Sequence[StoredImage]]
     ) -> list[tuple[PreparedImage, ...] | ImageRefusal]:
-        """The images of each problem, or the first refusal among them.
+        """Returns the images of each problem, or the first refusal among them.
 
         A problem without images gets the white one of `settings.text_blank`, if that is set.
         """
@@ -138,7 +139,7 @@ class ImagePreparer:
         sha = _sha(data, self.settings)
         found = self._cache.get(sha)
         if found is None:
-            # Pixels that this program drew need no protection from their file.
+            # Pixels drawn by this program need no isolated decoding.
             local = isinstance(data, np.ndarray)
             found = answer(data, self.settings.patching) if local else self._pool.ask(data)
             self._cache.put(sha, found)
@@ -147,7 +148,7 @@ class ImagePreparer:
         return PreparedImage(found[1], found[2], sha, self.settings)
 
     def close(self) -> None:
-        """End the worker processes; the next image would start new ones."""
+        """Ends the worker processes; the next image would start new ones."""
         self._pool.close()
 
     def __enter__(self):
@@ -167,7 +168,7 @@ def _sha(data: bytes | np.ndarray, settings: ImageSettings) -> str:
 
 
 class _Cache:
-    """Answers of workers by sha, the latest used, up to a number of bytes of patches."""
+    """Workers' answers by sha, most recently used, limited by the bytes of their patches."""
 
     def __init__(self, limit: int):
         self._limit, self._bytes = limit, 0
@@ -181,7 +182,7 @@ class _Cache:
             return self._answers.get(sha)
 
     def put(self, sha: str, found: tuple) -> None:
-        # What failed for want of time or memory may succeed the next time.
+        # A failure from lack of time or memory may succeed next time.
         if found[0] == "refused" and found[1] in ("timeout", "memory", "crashed"):
             return
         with self._lock:

@@ -1,11 +1,11 @@
-"""An image that has not been read yet, and why one is refused: the one ImageError."""
+"""Records of images that are not read yet, and ImageError with its reasons."""
 
 import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
-# Reason → what is refused under this name.
+# Reason → what it covers.
 REASONS = {
     "missing": "there is no such file, or no bytes in the cell",
     "empty": "no bytes, or a width or height of zero",
@@ -26,11 +26,11 @@ REASONS = {
 
 @dataclasses.dataclass(frozen=True)
 class StoredImage:
-    """An image that has not been read yet.
+    """An image that is not read yet.
 
     Attributes:
       place: file and row in words.
-      read: gives a file's bytes, or uint8 pixels [height, width, 3]; raises ImageError, "missing"
+      read: returns a file's bytes, or uint8 pixels [height, width, 3]; raises ImageError, "missing"
         or "huge".
     """
 
@@ -39,7 +39,7 @@ class StoredImage:
 
 
 class ImageError(ValueError):
-    """An image that is refused, or images that do not fit; the message names the numbers.
+    """A refused image, or images that do not fit; the message names the numbers.
 
     Attributes:
       reason: a key of REASONS.

@@ -1,4 +1,4 @@
-"""Settings of the image processor: read from a model's folder, written to one, and their table."""
+"""Settings of the image processor, read from and written to a model's folder; table of values."""
 
 import dataclasses
 import functools
@@ -18,20 +18,20 @@ _READ = (
     *("patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels", "size"),
     *("resample", "rescale_factor", "image_mean", "image_std", "do_normalize", "do_rescale"),
 )
-_MUST_BE_TRUE = ("do_resize", "do_convert_rgb")  # otherwise images fit no patches, or no channels
+_MUST_BE_TRUE = ("do_resize", "do_convert_rgb")  # else images do not fit patches or channels
 _NAMES_ONLY = ("image_processor_type", "processor_class", "feature_extractor_type")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """What an image goes through; hashable.
+    """The settings of image preparation; hashable.
 
     Attributes:
       patching: size limits, patches, and whether every image is blanked.
       temporal_patch_size: frames of a patch; a still image fills them all.
       rescale_factor, mean, std: of the values, (u · rescale_factor − mean) / std in float32.
-      text_blank: (height, width) of a white image that each problem without images is given, as
-        in the ablation of arXiv:2602.05261 §5.4; None for none.
+      text_blank: (height, width) of a white image given to each problem without images, as in the
+        ablation of arXiv:2602.05261 §5.4; None for none.
     """
 
     patching: Patching = dataclasses.field(default_factory=Patching)
@@ -54,7 +54,7 @@ class ImageSettings:
 
     @property
     def hash(self) -> str:
-        """Sixteen hex digits that change with anything that changes a patch."""
+        """Returns sixteen hex digits that change with anything that changes a patch."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
@@ -67,20 +67,20 @@ def read_settings(
     text_blank: tuple[int, int] | None = None,
     **limits,
 ) -> ImageSettings:
-    """The settings in `preprocessor_config.json` of a model's folder.
+    """Reads the settings in `preprocessor_config.json` of a model's folder.
 
     Args:
       folder: the model's.
-      min_pixels, max_pixels: in place of the file's.
+      min_pixels, max_pixels: replace the file's.
       blank, text_blank: as in `Patching` and `ImageSettings`.
-      **limits: other fields of `Patching`, in place of the file's.
+      **limits: other fields of `Patching`, which replace the file's.
 
     Raises:
       FileNotFoundError: the folder has no such file.
-      ValueError: another processor, or a field that is unknown or has a value that is not read.
+      ValueError: another processor, an unknown field, or an unsupported value.
     """
     path = pathlib.Path(folder) / "preprocessor_config.json"
-    nested = path.with_name("processor_config.json")  # as transformers 5 writes it
+    nested = path.with_name("processor_config.json")  # written by transformers 5
     if path.is_file():
         values = json.loads(path.read_text())
     elif nested.is_file():
@@ -128,7 +128,7 @@ def _check_fields(values: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def _values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ImageSettings that say what becomes of a value."""
+    """Returns the fields of ImageSettings that transform a value."""
     found: dict[str, Any] = {}
     if values.get("temporal_patch_size") is not None:
         found["temporal_patch_size"] = values["temporal_patch_size"]
@@ -146,7 +146,7 @@ def _values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def value_table(settings: ImageSettings) -> np.ndarray:
-    """float32 [3, 256]: what each uint8 value of each colour becomes, rounded as NumPy does it."""
+    """Returns float32 [3, 256]: each normalized uint8 value of each colour, rounded as NumPy."""
     scaled = (np.arange(256, dtype=np.uint8) * settings.rescale_factor).astype(np.float32)
     mean, std = (np.array(x, np.float32)[:, None] for x in (settings.mean, settings.std))
     table = ((scaled - mean) / std).astype(np.float32)
@@ -155,7 +155,7 @@ def value_table(settings: ImageSettings) -> np.ndarray:
 
 
 def write_limits(folder: str | pathlib.Path, *, min_pixels: int = 0, max_pixels: int = 0) -> None:
-    """Sets size limits in the settings of a model's folder; 0 leaves one as it is."""
+    """Sets size limits in the settings of a model's folder; 0 leaves a limit unchanged."""
     edges = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = pathlib.Path(folder) / name

@@ -1,8 +1,8 @@
-"""The process that decodes image files; an image that hangs, crashes or fills memory ends only it.
+"""The process that decodes image files, so that a bad image can end nothing else.
 
-It reads its settings and then images from standard input and answers each on standard output. The
-kernel ends it when one image exceeds its limit (alarms keep their default action). When the input
-closes it ends, so nothing outlives the run by more than one image's limit.
+It reads its settings and then images from standard input, and answers each on standard output. The
+kernel ends it when an image exceeds its limit (alarms keep their default action). It ends when its
+input closes, so it outlives the run by at most one image's limit.
 """
 
 import os
@@ -45,6 +45,6 @@ def main() -> None:
             return
         set_alarms(time_limit)
         found = answer(data, patching)
-        # Disarmed before the answer goes out, so that an image has an answer or a death.
+        # Disarmed before answering, so that each image gets either an answer or a death.
         set_alarms(0)
         write_frame(answers, found)

@@ -1,4 +1,4 @@
-"""Token log-probabilities and entropies of training rows: the model, then the chunked head."""
+"""Token log-probs and entropies of training rows: the model, then the chunked head."""
 
 import dataclasses
 import functools
@@ -26,14 +26,14 @@ class LogprobRule:
     """How log-probabilities are computed; static under jit.
 
     Attributes:
-      how: how the model's forward pass is.
-      temperature: of the rollout; log-probabilities of any other temperature would make
-        the importance ratio wrong by several nats.
-      head_chunk_tokens: tokens (rows × positions) whose logits exist at one time on a device; the
-        head always accumulates in float32.
-      replay: which recorded experts stand in for the routers' choice, a key of REPLAYS; rows
-        without that record are routed as the policy does.
-      freeze_vision: no gradient goes to the vision tower.
+      how: the model's forward pass.
+      temperature: of the rollout; any other temperature would make the importance ratio wrong by
+        several nats.
+      head_chunk_tokens: tokens (rows × positions) whose logits exist at once on a device; the head
+        always accumulates in float32.
+      replay: which recorded expert ids replace the routers' choice, a key of REPLAYS; rows without
+        that record are routed by the policy.
+      freeze_vision: no gradient reaches the vision tower.
     """
 
     how: Forward
@@ -82,9 +82,9 @@ def microbatch_logprobs(
         units_UD=_units(params, rows.images.images, rule) if shown else None,
         index_BT=order(rows.images.units_RT) if shown else None,
     )
-    # The state at t−1 predicts token t. Predictions are made where they stand (index t−1) and
-    # moved to the token they score, which is the alignment law of types.py. A segment begins with
-    # a prompt: nothing that is scored is predicted across a border.
+    # The state at t−1 predicts token t. Predictions are made at index t−1 and moved to the token
+    # that they predict, by the alignment law of types.py. A segment begins with a prompt, so no
+    # prediction that is used crosses a segment border.
     logprobs_RT, entropy_RT = head_logprobs(
         hidden_RTD,
         decoder.head_kernel(params),
@@ -100,7 +100,7 @@ def microbatch_logprobs(
 
 
 def _units(params, images, rule):
-    """Embeddings of the images of a micro-batch [U, D]."""
+    """Returns the embeddings of the images of a micro-batch [U, D]."""
     tower = params["vision"]
     units_IUD = vision.encode(
         jax.lax.stop_gradient(tower) if rule.freeze_vision else tower,
@@ -119,9 +119,9 @@ def row_logprobs(
     """Computes log-probs of rows without gradients, one micro-batch at a time.
 
     Log-probs and entropies [R, T] end on every device. With `record_experts`, `router.expert_ids`
-    are [micro-batches, rows, T, L, K]. A token's take L · K bytes (384 in Qwen3-30B-A3B, and its
-    log-prob and entropy 8), so they stay where the rows lie, and `routers.sequence_ids` fetches
-    them.
+    are [micro-batches, rows, T, L, K]. They take L · K bytes per token (384 in Qwen3-30B-A3B,
+    against 8 for log-prob and entropy), so they stay sharded with the rows, and
+    `routers.sequence_ids` fetches them.
     """
 
     def compute(carry, part):
@@ -154,9 +154,9 @@ def row_logprobs(
 def of_responses(
     values_RT: jax.Array, starts_B: jax.Array, mask_BT: jax.Array, layout: Layout | None
 ) -> jax.Array:
-    """Values of a micro-batch's rows as one row a response, [R, T] -> [B, T'], masked.
+    """Rearranges values of a micro-batch's rows to one row per response, [R, T] -> [B, T'], masked.
 
-    A sequence is one slice: cheaper than a place for every token.
+    A sequence is one slice: cheaper than an index for every token.
     """
     values_RT = sharding.constrain(values_RT, (None, None), layout)
     width = mask_BT.shape[1]
@@ -168,11 +168,11 @@ def of_responses(
 def unless_empty(
     step: Callable[[Any, Any], Any], rows_of: Callable[[Any], TokenRows], model: DecoderConfig
 ) -> Callable[[Any, Any], Any]:
-    """A scan's `step` that leaves out micro-batches of which no log-prob is wanted.
+    """Makes a scan's `step` skip micro-batches of which no log-prob is wanted.
 
-    A plan rounds the number of micro-batches up so that few programs are compiled; what it adds is
-    not computed. Results of what is left out are zeros, as those of a masked micro-batch are.
-    Routers are judged by every token: with experts, only a micro-batch without any is left out.
+    A plan rounds the number of micro-batches up so that few programs are compiled; the added ones
+    are not computed. Results of a skipped micro-batch are zeros, as those of a masked one are.
+    Router metrics count every token: with experts, only a micro-batch without tokens is skipped.
     """
 
     def step_or_skip(carry, part):
@@ -188,9 +188,9 @@ def unless_empty(
 
 
 def _ring(length, layout):
-    """Functions on [B, T, ...] into the order of attention over cut rows, padded to it, and back.
+    """Returns functions that permute [B, T, ...] to ring attention's order, padded, and back.
 
-    What they move is a number a token, or the ids of its experts.
+    The arrays hold one number per token, or the ids of its experts.
     """
     count = layout.size("length") if layout else 1
     if count == 1:

@@ -1,4 +1,4 @@
-"""AdamW by optax, a warm-up counted in rollout steps, and clipping by global norm."""
+"""AdamW from optax, a warm-up counted in rollout steps, and clipping by global norm."""
 
 import functools
 from typing import Any
@@ -10,11 +10,11 @@ import optax
 
 @functools.cache  # one object for equal settings, so that runs of one process share programs
 def adamw(*, b1: float, b2: float, eps: float, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW whose updates are *not* yet multiplied by the learning rate (`apply` does that).
+    """Returns AdamW with updates *not* yet multiplied by the learning rate (`apply` does that).
 
-    The rate is an argument of the update, so that a warm-up counts rollout steps and not optimizer
-    steps, and so that resuming needs no schedule state. Biases and norm scales (arrays of one
-    dimension a layer) decay like all else, as in torch's AdamW, which the peers use.
+    The rate is an argument of the update, so that a warm-up counts rollout steps instead of
+    optimizer steps, and resuming needs no schedule state. Biases and norm scales (one-dimensional
+    arrays in each layer) decay like all else, as in torch's AdamW, which the peers use.
     """
     return optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
@@ -23,7 +23,7 @@ def adamw(*, b1: float, b2: float, eps: float, weight_decay: float) -> optax.Gra
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int) -> float:
-    """Rate of rollout step `step` (from 0): peak · min(1, (step + 1) / warmup_steps)."""
+    """Returns peak · min(1, (step + 1) / warmup_steps) for rollout step `step`, from 0."""
     if warmup_steps <= 0:
         return peak
     return peak * min(1.0, (step + 1) / warmup_steps)
@@ -46,7 +46,7 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array, ja
 def apply(
     optimizer: optax.GradientTransformation, params: Any, grads: Any, opt_state: Any, *, rate: Any
 ) -> tuple[Any, Any]:
-    """θ ← θ − rate · update(grads): new (params, opt_state)."""
+    """Takes θ ← θ − rate · update(grads); returns new (params, opt_state)."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates)
     return params, opt_state

@@ -1,6 +1,6 @@
-"""Plans: which sequence lies where in the rows that a model reads.
+"""Plans: the place of each sequence in the rows that a model reads.
 
-NumPy in, NumPy out. One sequence a row is a plan, and so are dense rows that hold several.
+NumPy in, NumPy out. A plan may lay one sequence per row, or several in dense rows.
 """
 
 import dataclasses
@@ -15,23 +15,23 @@ from luspo_jax.ops.sizes import bucket_count
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where B sequences lie in rows [R, T] and in arrays of one row a response [B', width].
+    """Places of B sequences in rows [R, T] and in arrays [B', width] with one row per response.
 
     Rows and responses are cut into `num_microbatches` equal parts each: a micro-batch reads
-    `rows_per_microbatch` rows and `responses_per_microbatch` responses. Rows and responses that no
-    sequence goes to are empty.
+    `rows_per_microbatch` rows and `responses_per_microbatch` responses. Rows and responses without
+    a sequence are empty.
 
     Attributes:
       lengths_B: tokens of each sequence, prompt and response.
-      rows_B: the row that each lies in, counted through all micro-batches.
-      starts_B: place of its first token in that row.
-      places_B: its place among the responses of all micro-batches.
-      width: tokens of the arrays that have one row a response; no sequence is longer.
+      rows_B: row of each sequence, counted over all micro-batches.
+      starts_B: position of its first token in that row.
+      places_B: its index among the responses of all micro-batches.
+      width: length of the arrays with one row per response; no sequence is longer.
       row_length: tokens of a row that the model reads.
       rows_per_microbatch: rows that are computed together.
       responses_per_microbatch: responses of a micro-batch, rounded up.
       num_microbatches: micro-batches, rounded up; those at the end are empty.
-      metrics: how full dense rows are; nothing of one sequence a row.
+      metrics: how full dense rows are; empty for one sequence per row.
     """
 
     lengths_B: np.ndarray
@@ -68,12 +68,12 @@ class Plan:
 
     @property
     def used_microbatches(self) -> int:
-        """Micro-batches up to the last one that holds a sequence."""
+        """The number of micro-batches up to the last one with a sequence."""
         return int(self.parts_B.max()) + 1
 
     @property
     def firsts_B(self) -> np.ndarray:
-        """int32, where each sequence begins in its micro-batch's rows, counted through them."""
+        """int32 start of each sequence in its micro-batch's concatenated rows."""
         rows_B = self.rows_B % self.rows_per_microbatch
         return (rows_B * self.row_length + self.starts_B).astype(np.int32)
 
@@ -81,7 +81,7 @@ class Plan:
         """Lays per-token values of the B sequences into rows [R, T, …]; `fill` elsewhere.
 
         Raises:
-          ValueError: values of another length than the sequence that they belong to.
+          ValueError: the number of values differs from the sequence's length.
         """
         sizes = np.array([len(x) for x in values])
         if not np.array_equal(sizes, self.lengths_B):
@@ -92,7 +92,7 @@ class Plan:
         return rows.reshape(self.num_rows, self.row_length, *flat.shape[1:])
 
     def take(self, rows_RT: np.ndarray) -> list[np.ndarray]:
-        """Takes values [R, T, …] back as one array a sequence; each is a copy of its own."""
+        """Extracts values [R, T, …] as one array per sequence; each is a separate copy."""
         flat = rows_RT.reshape(-1, *rows_RT.shape[2:])
         starts_B = self.rows_B * self.row_length + self.starts_B
         return [flat[a : a + n].copy() for a, n in zip(starts_B, self.lengths_B, strict=True)]
@@ -100,7 +100,7 @@ class Plan:
     def place(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Places values of the last tokens of each sequence in [B', width]; 0 elsewhere.
 
-        The values of a response are as many as its tokens, and each goes to the token it scores.
+        Each response has one value per token, which is placed at that token.
         """
         sizes_B = np.array([len(x) for x in values])
         placed = np.zeros((self.num_responses, self.width), values[0].dtype)
@@ -109,13 +109,13 @@ class Plan:
         return placed
 
     def place_one(self, values_B: np.ndarray) -> np.ndarray:
-        """Places one value a sequence in [B']; 0 where no sequence goes."""
+        """Places one value per sequence in [B']; 0 at empty responses."""
         placed = np.zeros((self.num_responses, *values_B.shape[1:]), values_B.dtype)
         placed[self.places_B] = values_B
         return placed
 
     def take_last(self, placed_BT: np.ndarray, sizes_B: Sequence[int]) -> list[np.ndarray]:
-        """Takes the values of the last `sizes_B` tokens of each sequence back from [B', width]."""
+        """Extracts the values of the last `sizes_B` tokens of each sequence from [B', width]."""
         return [
             placed_BT[place, length - size : length].copy()
             for place, length, size in zip(self.places_B, self.lengths_B, sizes_B, strict=True)
@@ -123,23 +123,23 @@ class Plan:
 
     @functools.cached_property
     def _at(self):
-        """Places of all tokens in the rows, laid end to end, sequence by sequence."""
+        """Returns the flat row positions of all tokens, sequence by sequence."""
         return _runs(self.rows_B * self.row_length + self.starts_B, self.lengths_B)
 
 
 def one_a_row(
     lengths_B: np.ndarray, *, width: int, rows_per_microbatch: int, num_rows: int | None = None
 ) -> Plan:
-    """Lays one sequence a row, in order; rows beyond the sequences are empty.
+    """Lays one sequence per row, in order; rows beyond the sequences are empty.
 
     Args:
       lengths_B: tokens of each sequence.
       width: tokens of a row.
       rows_per_microbatch: rows that are computed together.
-      num_rows: rows to make; by default one a sequence.
+      num_rows: number of rows; by default one per sequence.
 
     Raises:
-      ValueError: a sequence that fits no row, or rows that make no whole micro-batches.
+      ValueError: a sequence fits no row, or the rows do not divide into whole micro-batches.
     """
     lengths_B = _checked(lengths_B, width)
     count, rows_B = num_rows or len(lengths_B), np.arange(len(lengths_B))
@@ -162,17 +162,17 @@ def one_a_row(
 
 
 def packed(lengths_B: np.ndarray, *, width: int, row_length: int, rows_per_microbatch: int) -> Plan:
-    """Lays sequences into the fewest micro-batches that a longest-first rule fills.
+    """Packs sequences into as few micro-batches as a longest-first rule needs.
 
-    Each sequence, the longest first, goes to the row with the least in it; where one does not fit,
-    a micro-batch is added. First-fit would save 2 % of the rows and leave all short sequences to a
-    few of them, and a batch has room for the most that any micro-batch holds. Rows of like work,
-    Σ length², are computed together: devices that share a micro-batch wait for the slowest.
-    The same lengths give the same plan.
+    Each sequence, longest first, goes to the emptiest row; if it does not fit, micro-batches are
+    added. First-fit would save 2 % of the rows but crowd the short sequences into a few of them,
+    and a batch has room for the most responses of any micro-batch. Rows of similar work, Σ length²,
+    are computed together: devices that share a micro-batch wait for the slowest. The same lengths
+    give the same plan.
 
     Args:
       lengths_B: tokens of each sequence, prompt and response.
-      width: tokens of the arrays that have one row a response.
+      width: length of the arrays with one row per response.
       row_length: tokens of a packed row.
       rows_per_microbatch: packed rows that are computed together.
 
@@ -208,7 +208,7 @@ def packed(lengths_B: np.ndarray, *, width: int, row_length: int, rows_per_micro
 
 
 def segment_numbers(plan: Plan) -> np.ndarray:
-    """The segment id of each sequence: 1, 2, … along its row."""
+    """Returns the segment id of each sequence: 1, 2, … along its row."""
     return 1 + _number_within(plan.rows_B, plan.starts_B)
 
 
@@ -224,13 +224,13 @@ def _checked(lengths_B, most):
 
 
 def _runs(starts_B, sizes_B):
-    """start, start + 1, … of each run, one run after another."""
+    """Returns start, start + 1, … for each run, concatenated."""
     ends_B = np.cumsum(sizes_B)
     return np.arange(ends_B[-1]) + np.repeat(starts_B - (ends_B - sizes_B), sizes_B)
 
 
 def _spread(lengths_B, row_length, rows_per_microbatch):
-    """(rows_B, starts_B): longest first, each to the emptiest row of as few as it takes."""
+    """Returns (rows_B, starts_B): longest first, each to the emptiest row, in few rows."""
     order = np.argsort(-lengths_B, kind="stable")
     parts = -(-int(lengths_B.sum()) // (row_length * rows_per_microbatch))
     while True:
@@ -244,11 +244,11 @@ def _spread(lengths_B, row_length, rows_per_microbatch):
             heapq.heapreplace(filled, (fill + int(lengths_B[index]), row))
         else:
             return rows_B, starts_B
-        parts += max(1, parts // 200)  # half a percent of rows at a time
+        parts += max(1, parts // 200)  # half a percent more rows at a time
 
 
 def _number_within(parts_B, *keys):
-    """0, 1, 2, … along each part, in the order of the keys, the first of which counts most."""
+    """Numbers the entries of each part 0, 1, 2, … in the order of the keys, first key first."""
     order = np.lexsort((*reversed(keys), parts_B))
     first = np.searchsorted(parts_B[order], parts_B[order])
     numbers_B = np.empty(len(order), np.int64)

@@ -1,7 +1,7 @@
-"""Log-probs of a step's responses under a policy: laid out once, passed over as often as needed.
+"""Log-probs of a step's responses under policies: laid out once, for any number of passes.
 
-A response is anything with `tokens`, `trained` and, of a mixture of experts, `expert_ids` and
-`prompt_expert_ids` (`rollout.Response`); a prompt anything with `tokens` and `images`.
+A response is anything with `tokens`, `trained` and, for a mixture of experts, `expert_ids` and
+`prompt_expert_ids` (`rollout.Response`); a prompt is anything with `tokens` and `images`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from luspo_jax.types import ExpertIds, TokenRows, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Laid:
-    """Responses and the plan of their rows, which all passes over them share."""
+    """Responses and the plan of their rows, shared by all passes over them."""
 
     prompts: Sequence[Any]
     responses: Sequence[Any]
@@ -29,13 +29,13 @@ class Laid:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLogprobs:
-    """What a pass says of each response.
+    """The results of a pass, per response.
 
     Attributes:
       logprobs: float32 of each token, 0 where it is not trained on.
       entropies: float32, likewise.
-      expert_ids: [prompt + n, L, K] that the routers chose; None where they were not recorded.
-      agreement: share of experts that the pass and the sampler both chose; None without experts.
+      expert_ids: [prompt + n, L, K] that the routers chose; None if not recorded.
+      agreement: share of expert ids that the pass and the sampler both chose; None without experts.
     """
 
     logprobs: list[np.ndarray]
@@ -45,7 +45,7 @@ class PolicyLogprobs:
 
 
 def laid(planner: Planner, prompts: Sequence[Any], responses: Sequence[Any]) -> list[Laid]:
-    """Plans the rows of all responses; with images, of as many at a time as an update reads.
+    """Plans the rows of all responses; with images, in parts as large as an update's.
 
     Pixels take more memory than all else, and a micro-batch of few prompts encodes few images.
     """
@@ -63,14 +63,14 @@ def laid(planner: Planner, prompts: Sequence[Any], responses: Sequence[Any]) -> 
 
 
 def sequence_lengths(prompts: Sequence[Any], responses: Sequence[Any]) -> np.ndarray:
-    """Tokens of each prompt with its response."""
+    """Returns the tokens of each prompt plus its response."""
     return np.array(
         [len(p.tokens) + len(r.tokens) for p, r in zip(prompts, responses, strict=True)]
     )
 
 
 def laid_rows(planner: Planner, laid: Laid, *, old_ids: bool = False) -> TokenRows:
-    """The rows of laid responses; `old_ids` lays the old policy's expert ids as well."""
+    """Returns the rows of laid-out responses; `old_ids` adds the old policy's expert ids."""
     responses, ids = laid.responses, None
     if planner.model.num_experts:
         ids = ExpertIds(
@@ -95,13 +95,13 @@ def laid_rows(planner: Planner, laid: Laid, *, old_ids: bool = False) -> TokenRo
 def policy_logprobs(
     state: TrainState, one: LogprobPass, laid: Sequence[Laid], planner: Planner
 ) -> PolicyLogprobs:
-    """Passes over laid responses with a policy, without gradients.
+    """Runs a policy over laid-out responses, without gradients.
 
     Args:
-      state: that holds the policy.
-      one: the pass; expert ids are recorded of responses that were laid at once only.
+      state: contains the policy.
+      one: the pass; it records expert ids only if all responses were laid out at once.
       laid: the responses.
-      planner: that laid them.
+      planner: the one that laid them out.
     """
     logprobs, entropies, ids, agreement = [], [], None, None
     for part in laid:
@@ -123,7 +123,7 @@ def _of_responses(values_RT, laid):
 
 
 def _sampler_ids(prompt, response, model):
-    """What the sampler's routers chose at each token of a sequence [n, L, K]."""
+    """Returns the sampler's expert ids for each token of a sequence [n, L, K]."""
     layers, count = model.num_expert_layers, model.experts_per_token
     pieces = []
     for name, tokens in (

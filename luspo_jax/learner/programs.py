@@ -1,4 +1,4 @@
-"""The programs by which a step trains, listed once: training calls, a rehearsal lowers them."""
+"""The compiled programs of a training step, listed once: training runs, a rehearsal lowers them."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ class LogprobPass:
       policy: the field of the train state that holds the parameters.
       logprobs: how log-probs are computed.
       kept: whether later stages read the log-probs; else they are only compared with the sampler's.
-      record_experts: whether the routers' choices are kept.
+      record_experts: whether the routers' expert ids are kept.
     """
 
     policy: str
@@ -31,11 +31,11 @@ class LogprobPass:
     record_experts: bool = False
 
     def __call__(self, state: TrainState, rows: TokenRows) -> TokenLogprobs:
-        """Log-probs of rows that lie on the devices."""
+        """Computes the log-probs of rows on the devices."""
         return row_logprobs(getattr(state, self.policy), rows, **self._static)
 
     def lower(self, state: TrainState, rows: TokenRows) -> Any:
-        """The lowered program; state and rows may be shapes."""
+        """Returns the lowered program; state and rows may be shapes."""
         return row_logprobs.lower(getattr(state, self.policy), rows, **self._static)
 
     @property
@@ -45,7 +45,7 @@ class LogprobPass:
 
 @dataclasses.dataclass(frozen=True)
 class StepPrograms:
-    """What a step computes between its rollout and the next.
+    """The programs of a step between its rollout and the next.
 
     Attributes:
       rule: of the update.
@@ -56,11 +56,11 @@ class StepPrograms:
     updates_per_step: int
 
     def passes(self, *, stale: bool = False, check: bool = False) -> dict[str, LogprobPass]:
-        """The passes of a step before its updates, by name, in order.
+        """Returns the passes of a step before its updates, by name, in order.
 
-        A step of one update needs no log-probs of the old policy: its first forward pass is that
-        policy's. Tokens that another policy sampled (`stale`) were not sampled by the policy of
-        that pass. `check` compares sampler and trainer in any case.
+        A step of one update needs no pass for the old policy, because the update's own forward pass
+        computes its log-probs, unless another policy sampled some tokens (`stale`). `check`
+        compares sampler and trainer in any case.
         """
         objective, logprobs = self.rule.objective, self.rule.logprobs
         kept = (
@@ -74,7 +74,7 @@ class StepPrograms:
             record = kept and logprobs.how.model.num_experts > 0
             found["old"] = LogprobPass("params", logprobs, kept, record)
         if objective.kl_coef > 0:
-            # Its routers choose for themselves: another policy's experts are not its own.
+            # Its routers choose for themselves: expert ids of another policy do not apply.
             own = dataclasses.replace(logprobs, replay="none")
             found["ref"] = LogprobPass("ref_params", own)
         return found
@@ -87,21 +87,21 @@ class StepPrograms:
     def update(
         self, state: TrainState, batch: TrainBatch, rate: float, alpha_shift: float = 0.0
     ) -> tuple[TrainState, dict[str, tuple[jax.Array, jax.Array]]]:
-        """One optimizer step on a batch that lies on the devices; see `step.update_step`."""
+        """Takes one optimizer step on a batch on the devices; see `step.update_step`."""
         scalars = np.float32(rate), np.float32(alpha_shift)
         return update_step(state, batch, *scalars, rule=self.rule)
 
     def lower_update(self, state: TrainState, batch: TrainBatch, number: Any) -> Any:
-        """The lowered update; all may be shapes, `number` that of a float32 scalar."""
+        """Returns the lowered update; all may be shapes, `number` that of a float32 scalar."""
         return update_step.lower(state, batch, number, number, rule=self.rule)
 
     def abstract_batch(self, planner: Planner, plan: Plan, images: Images | None) -> TrainBatch:
-        """Shapes of the batch of one update of a step in which nothing is stale.
+        """Returns the shapes of an update's batch in a step with nothing stale.
 
         Args:
           planner: of the run.
           plan: of the batch.
-          images: shapes of what the rows show.
+          images: shapes of the images in the rows.
         """
         passes = self.passes()
         recorded = ("sampler", "old") if "old" in passes else ("sampler",)

@@ -1,4 +1,4 @@
-"""What the routers of a mixture of experts did in a pass, and the loss that balances their load."""
+"""Router statistics of a pass through a mixture of experts, and the load-balancing loss."""
 
 import dataclasses
 import functools
@@ -18,15 +18,15 @@ from luspo_jax.types import TokenRows
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterPass:
-    """What the routers did in a pass over rows; counts are over real tokens, prompts included.
+    """Router statistics of a pass over rows; counts are over real tokens, prompts included.
 
     Attributes:
       expert_ids: [R, T, L, K] the routers' own choice at each token of the rows, whatever was
-        replayed; None where it is not kept.
-      load_LE: float32 tokens that each expert was sent.
+        replayed; None if not kept.
+      load_LE: float32 number of tokens sent to each expert.
       mass_LE: float32 sums of the routers' probabilities.
-      tokens: float32 real tokens.
-      agreement: record → float32 share of a token's K experts that both chose, mean over layers,
+      tokens: float32 number of real tokens.
+      agreement: record → float32 share of a token's K expert ids that both chose, mean over layers,
         summed over real tokens.
     """
 
@@ -38,7 +38,7 @@ class RouterPass:
 
 
 def router_pass(routed, back, real_RT, recorded):
-    """What the routers of a pass did; `back` moves values a token to the order of the rows."""
+    """Computes the statistics of a pass; `back` restores the row order of per-token values."""
     ids = back(routed.expert_ids)
     agreement = {}
     for name, others in recorded.items():
@@ -55,10 +55,10 @@ def router_pass(routed, back, real_RT, recorded):
 
 
 def sequence_ids(router: RouterPass, plan: Plan, layout: Layout | None) -> list[np.ndarray]:
-    """The expert ids that a pass recorded, [n, L, K] a sequence, on every process.
+    """Returns the expert ids that a pass recorded, [n, L, K] per sequence, on every process.
 
-    Micro-batch by micro-batch, because each is on every device for a moment, and because the rows
-    of a whole step take more memory on a host than its sequences do.
+    One micro-batch at a time, because each is replicated on the devices for a moment, and because
+    the rows of a whole step take more host memory than its sequences.
     """
     found: list[np.ndarray | None] = [None] * len(plan.lengths_B)
     for part in range(router.expert_ids.shape[0]):
@@ -77,15 +77,15 @@ def _on_every_device(parts, index, *, layout):
 
 
 def balance_weights(rows: TokenRows, model: DecoderConfig, *, replay: str) -> jax.Array:
-    """c_LE such that Σ c · mass is the load-balancing loss of the rows.
+    """Returns c_LE such that Σ c · mass is the load-balancing loss of the rows.
 
-    Mean over layers of E · Σ_e f_e · P_e: f_e the tokens that went to expert e over all tokens, P_e
-    the mean of the router's probability (Switch Transformer, arXiv:2101.03961, equations 4–6); K
-    where the load is even. f is of recorded expert ids, which are data: it is that of the whole
-    minibatch however this is cut, and the loss has one scale under every aggregation.
+    The loss is the mean over layers of E · Σ_e f_e · P_e: f_e the tokens that went to expert e over
+    all tokens, P_e the mean of the router's probability (Switch Transformer, arXiv:2101.03961,
+    equations 4–6); it is K for an even load. f comes from recorded expert ids, which are data: it
+    is that of the whole minibatch, however it is cut, and every aggregation has the same scale.
 
     Raises:
-      ValueError: where no expert ids were recorded.
+      ValueError: no expert ids were recorded.
     """
     ids, used = rows.expert_ids, None
     if ids is not None:
@@ -105,10 +105,10 @@ def balance_weights(rows: TokenRows, model: DecoderConfig, *, replay: str) -> ja
 def router_metrics(
     router: RouterPass, balance_LE: jax.Array | None = None
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Agreement of the current routing with recorded ones, and load, as (sum, count).
+    """Returns agreement of the current routing with recorded ids, and load, as (sum, count).
 
-    Violation of a layer: the fullest expert's load over an even one's, less 1 (max), and the mean
-    of |load over even − 1| (avg); 0 where the load is even (arXiv:2408.15664).
+    A layer's violation compares loads with the even one: the fullest expert's load over even, less
+    1 (max), and the mean of |load over even − 1| (avg); 0 for an even load (arXiv:2408.15664).
     """
     one = jnp.ones((), jnp.float32)
     even_L1 = jnp.maximum(jnp.mean(router.load_LE, axis=1, keepdims=True), 1e-9)
@@ -124,7 +124,7 @@ def router_metrics(
         metrics[f"router/avg_violation/layer_{layer:02d}"] = (mean_L[layer], one)
     for name, shared in router.agreement.items():
         metrics[f"router/agreement/{name}_current"] = (shared, router.tokens)
-    if "old" not in router.agreement:  # this pass is the one before the step
+    if "old" not in router.agreement:  # this pass is the old policy's own
         metrics["router/agreement/old_current"] = (router.tokens, router.tokens)
         if "sampler" in router.agreement:
             shared = router.agreement["sampler"]

@@ -1,4 +1,4 @@
-"""Training rows: sequences, where a plan puts them, on the devices that their fields name.
+"""Training rows: lays sequences out by a plan, and shards them as their fields declare.
 
 NumPy in; `put` moves to devices, `split` cuts into micro-batches under jit.
 """
@@ -22,16 +22,16 @@ from luspo_jax.types import ExpertIds, Images, RowImages, TokenRows
 
 @dataclasses.dataclass(frozen=True)
 class Planner:
-    """Plans rows as a run lays them out: the one place that asks whether a run packs.
+    """Plans the rows of a run: the only place that asks whether a run packs.
 
     Attributes:
       model: the decoder's configuration.
-      longest: tokens of the longest sequence that may come.
-      num_buckets: row lengths that are compiled for, equally spaced up to `longest`.
+      longest: the largest possible sequence length, in tokens.
+      num_buckets: number of row lengths to compile for, equally spaced up to `longest`.
       rows_per_microbatch: rows that are computed together.
-      pack_length: tokens of a dense row; 0 lays one sequence a row.
-      pictured_at_once: responses that a pass without gradients lays at once where they have images.
-      layout: where rows lie; None on one device.
+      pack_length: tokens of a dense row; 0 lays one sequence per row.
+      pictured_at_once: responses with images that a pass without gradients lays out at once.
+      layout: the mesh layout of rows; None on one device.
     """
 
     model: DecoderConfig
@@ -43,11 +43,11 @@ class Planner:
     layout: Layout | None = None
 
     def width(self, lengths_B: np.ndarray) -> int:
-        """Tokens of arrays that have one row a response: the bucket of the longest sequence."""
+        """Returns the length of arrays with one row per response: the longest sequence's bucket."""
         return bucket_length(int(np.max(lengths_B)), self.longest, num_buckets=self.num_buckets)
 
     def plan(self, lengths_B: np.ndarray, width: int) -> Plan:
-        """The plan of sequences of these lengths."""
+        """Returns the plan of sequences with these lengths."""
         sizes = {"width": width, "rows_per_microbatch": self.rows_per_microbatch}
         if self.pack_length:
             return packed(lengths_B, row_length=self.pack_length, **sizes)
@@ -68,9 +68,9 @@ def token_rows(
       planner: of the run.
       plan: of the sequences.
       prompts: of each response; anything with `tokens` and `images` (`prompts.PromptRecord`).
-      responses: tokens of each.
+      responses: tokens of each response.
       masks: bool, the response tokens whose log-probs are computed.
-      expert_ids: rows [R, T, L, K] that `plan.lay` made; None without experts.
+      expert_ids: rows [R, T, L, K] from `plan.lay`; None without experts.
 
     Raises:
       ImageError: images that do not fit a prompt's placeholders.
@@ -99,7 +99,7 @@ def token_rows(
 
 
 def _positions(prompts, lengths, model):
-    """Rotary positions of each sequence, [n] or, for a model that reads images, [n, 3]."""
+    """Returns rotary positions of each sequence, [n], or [n, 3] if the model reads images."""
     if model.vision is None:
         return [np.arange(n, dtype=np.int32) for n in lengths]
     found = []
@@ -111,7 +111,7 @@ def _positions(prompts, lengths, model):
 
 
 def _images(planner, plan, prompts, lengths):
-    """The images of each micro-batch, each once, and the unit at every token; None without any.
+    """Returns each micro-batch's images, each once, and the unit at every token; None without any.
 
     One prompt's responses in one micro-batch share its images.
     """
@@ -134,13 +134,13 @@ def _images(planner, plan, prompts, lengths):
 def abstract_token_rows(
     planner: Planner, plan: Plan, expert_ids: Sequence[str] = (), images: Images | None = None
 ) -> TokenRows:
-    """Shapes of the rows of a plan; nothing is allocated.
+    """Returns the shapes of a plan's rows; allocates nothing.
 
     Args:
       planner: of the run.
       plan: of the sequences.
-      expert_ids: the passes whose expert ids come with the rows of a mixture of experts.
-      images: shapes of the images of all micro-batches; None where the rows show none.
+      expert_ids: names of the passes whose expert ids come with the rows.
+      images: shapes of the images of all micro-batches; None if the rows have none.
     """
     model, shape = planner.model, (plan.num_rows, plan.row_length)
     ints_RT = jax.ShapeDtypeStruct(shape, np.int32)
@@ -161,14 +161,14 @@ def abstract_token_rows(
 
 
 def put(tree: Any, layout: Layout | None) -> Any:
-    """Puts a batch of NumPy arrays, the same on all processes, where its fields say."""
+    """Puts a batch of NumPy arrays, equal on all processes, on devices as its fields declare."""
     if layout is None:
         return tree
     return jax.tree.map(lambda x, axes: sharding.put(x, axes, layout), tree, _axes(tree))
 
 
 def abstract(tree: Any, layout: Layout | None) -> Any:
-    """Shapes and types of a batch with the places that `put` gives; allocates nothing."""
+    """Returns shapes, types and shardings of a batch after `put`; allocates nothing."""
     if layout is None:
         return tree
     return jax.tree.map(
@@ -194,7 +194,7 @@ def split(tree: Any, num_parts: int, layout: Layout | None) -> Any:
 
 
 def _axes(tree, first=None):
-    """The logical axes of every leaf, as the fields of its dataclass declare them."""
+    """Returns the logical axes of every leaf, as the fields of its dataclass declare them."""
     if dataclasses.is_dataclass(tree):
         fields = [f for f in dataclasses.fields(tree) if not f.metadata.get("static")]
         return dataclasses.replace(
@@ -207,4 +207,4 @@ def _axes(tree, first=None):
 
 
 class _Axes(tuple):
-    """A leaf of a tree, which a plain tuple is not."""
+    """Axes as a leaf of a tree, which a plain tuple is not."""

@@ -1,4 +1,4 @@
-"""The train state, its places on a mesh, and the rule by which a step changes it."""
+"""The train state, its sharding over a mesh, and the rule by which a step changes it."""
 
 import dataclasses
 import functools
@@ -19,16 +19,16 @@ from luspo_jax.types import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class UpdateRule:
-    """Everything about an optimizer step that is static under jit.
+    """The part of an optimizer step that is static under jit.
 
     Attributes:
       logprobs: how log-probabilities are computed.
       objective: the loss.
       optimizer: an optax transformation (compared by identity: build it once).
       max_grad_norm: global-norm clipping, 0 = off.
-      bin_edges: of the length bins of metrics, tokens; empty for none.
-      frozen: top-level names of parameters that a step leaves as they are, weight decay included.
-      router_aux_coef: of the load-balancing loss of a mixture of experts; needs recorded experts.
+      bin_edges: edges of the length bins in metrics, in tokens; empty for none.
+      frozen: top-level names of parameters that a step does not change, weight decay included.
+      router_aux_coef: weight of the load-balancing loss; needs recorded expert ids.
     """
 
     logprobs: LogprobRule
@@ -41,10 +41,10 @@ class UpdateRule:
 
 
 def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> TrainState:
-    """A state that has taken no step; the reference policy, if the objective has one, is `params`.
+    """Returns a state that has taken no step; its reference policy, if needed, is `params`.
 
-    The arrays are copies, because `update_step` gives its state's memory away. `marked` makes
-    room for `TrainState.marked_params`.
+    The arrays are copies, because `update_step` donates its state. `marked` makes room for
+    `TrainState.marked_params`.
     """
     if rule.logprobs.how.layout is None:
         return _fresh(params, rule, marked)
@@ -54,7 +54,7 @@ def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> Tra
 
 
 def abstract_state(rule: UpdateRule, *, marked: bool = False) -> TrainState:
-    """Shapes, types and places of `initial_state`; nothing is allocated."""
+    """Returns shapes, types and shardings of `initial_state`; allocates nothing."""
     params = decoder.abstract_params(rule.logprobs.how.model)
     state = jax.eval_shape(functools.partial(_fresh, rule=rule, marked=marked), params)
     if rule.logprobs.how.layout is None:
@@ -67,7 +67,7 @@ def abstract_state(rule: UpdateRule, *, marked: bool = False) -> TrainState:
 
 
 def state_shardings(state: TrainState, rule: UpdateRule) -> TrainState | None:
-    """Where the leaves of a state lie: moments and copies as the parameters they belong to."""
+    """Returns the shardings of a state: moments and copies are sharded as their parameters."""
     layout = rule.logprobs.how.layout
     if layout is None:
         return None
@@ -88,7 +88,7 @@ def state_shardings(state: TrainState, rule: UpdateRule) -> TrainState | None:
 
 
 def param_shardings(how: Forward) -> Any:
-    """Where the parameters lie; None on one device."""
+    """Returns the shardings of the parameters; None on one device."""
     return sharding.shardings(decoder.param_axes(how.model), how.layout)
 
 
@@ -106,7 +106,7 @@ def _fresh(params, rule, marked):
 
 @functools.partial(jax.jit, static_argnames=("decay",), donate_argnames=("state",))
 def refresh_reference(state: TrainState, *, decay: float) -> TrainState:
-    """π_ref ← decay · π_ref + (1 − decay) · π: decay 0 copies the policy, 0.99 is an average."""
+    """Sets π_ref ← decay · π_ref + (1 − decay) · π: 0 copies the policy, 0.99 is an average."""
     reference = jax.tree.map(
         lambda ref, new: decay * ref + (1 - decay) * new, state.ref_params, state.params
     )
@@ -114,7 +114,7 @@ def refresh_reference(state: TrainState, *, decay: float) -> TrainState:
 
 
 def mark_params(state: TrainState) -> TrainState:
-    """Remembers the policy as it is now, before an update whose effect is to be measured."""
+    """Stores a copy of the policy before an update whose effect is to be measured."""
     return dataclasses.replace(state, marked_params=_copied(state.params))
 
 
@@ -130,10 +130,10 @@ OFFLOADS = {
 
 
 def parked(state: TrainState, offload: str) -> TrainState:
-    """The state with the parts that OFFLOADS names in host memory, to make room for a rollout.
+    """Moves the parts that OFFLOADS names to host memory, to make room for a rollout.
 
-    What stays is tied to its device, as what comes back will be: jitted functions would compile
-    again for that.
+    The other parts are committed to their device, as moved parts will be on return; otherwise
+    jitted functions would compile again.
     """
     if OFFLOADS[offload]:
         state = _moved(state, [field.name for field in dataclasses.fields(state)], "device")
@@ -141,7 +141,7 @@ def parked(state: TrainState, offload: str) -> TrainState:
 
 
 def fetched(state: TrainState, offload: str) -> TrainState:
-    """The state with all parts on the devices again."""
+    """Moves all parts back to the devices."""
     return _moved(state, OFFLOADS[offload], "device")
 
 

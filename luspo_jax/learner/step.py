@@ -27,13 +27,12 @@ def update_step(
     """Takes one optimizer step on one minibatch.
 
     Denominators and length scales come from the whole minibatch before it is cut, and each
-    micro-batch's loss is its sum over them: gradients add up to the gradient of the whole,
-    however it is cut. A non-finite gradient changes nothing but the count of skipped updates.
+    micro-batch's loss is its sum over them: gradients add up to the gradient of the whole, however
+    it is cut. A non-finite gradient changes only the count of skipped updates.
 
     Args:
       state: donated.
-      batch: whole groups; its plan decides the micro-batches, and the result does not depend on
-        them.
+      batch: whole groups; its plan sets the micro-batches, which do not affect the result.
       rate: float32 scalar, the learning rate.
       alpha_shift: float32 scalar, added to the exponent of an adaptive length scale.
       rule: the static part.
@@ -85,7 +84,7 @@ def update_step(
         grads = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
         return sharding.constrain_tree(grads, param_shardings(rule.logprobs.how)), found
 
-    # Gradients add up in float32, or float64 where the master weights are.
+    # Gradients add up in float32, or in float64 if the master weights are float64.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), state.params)
     whole = (batch.rows, batch.responses, length_scale_B)
     parts = split(whole, batch.rows.num_microbatches, layout)
@@ -98,7 +97,7 @@ def update_step(
 
 
 def _step(state, grads, rate, metrics, rule):
-    """Clips, steps, and keeps the old state where the gradient is not finite."""
+    """Clips and steps; keeps the old state if the gradient is not finite."""
     grads, norm, clipped = optimizer.clip_by_global_norm(grads, rule.max_grad_norm)
     finite = jnp.isfinite(norm)
     params, opt_state = optimizer.apply(
@@ -114,7 +113,7 @@ def _step(state, grads, rate, metrics, rule):
     one, taken = jnp.ones((), jnp.float32), finite.astype(jnp.float32)
     metrics = {
         **metrics,
-        # The mean is over the updates taken: a skipped one is counted, not averaged in.
+        # The mean is over updates taken: a skipped one is counted, not averaged in.
         "actor/grad_norm": (jnp.where(finite, norm, 0.0), taken),
         "actor/grad_clip_rate": (jnp.where(finite, clipped, False).astype(jnp.float32), taken),
         "actor/skipped_updates": (skipped.astype(jnp.float32), one),

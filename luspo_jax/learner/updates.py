@@ -1,4 +1,4 @@
-"""The optimizer steps of a rollout step, one batch after another."""
+"""The optimizer steps of a rollout step, batch by batch."""
 
 from collections.abc import Iterable
 
@@ -36,7 +36,7 @@ def optimize(
         batch = put(batch, programs.rule.logprobs.how.layout)
         state, measured = programs.update(state, batch, rate, alpha_shift)
         taken.append(measured)
-    # Summed over all updates before any division, so that ratios of sums stay right.
+    # Summed over all updates before any division, so that ratios of sums stay correct.
     total = jax.tree.map(lambda *xs: np.sum(np.asarray(xs, np.float64)), *jax.device_get(taken))
     skipped = total.pop("actor/skipped_updates")[0]
     means = {name: float(x) for name, x in objectives.metric_means(total).items()}

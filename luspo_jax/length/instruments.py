@@ -1,4 +1,4 @@
-"""What a step learns about its own length: degeneration, length pressure, and a steered scale."""
+"""The length instruments of a step: degeneration, length pressure, and a steered length scale."""
 
 from collections.abc import Sequence
 
@@ -23,15 +23,18 @@ def observe(
     metric: str,
     metrics: StepMetrics,
 ) -> tuple[LengthState, bool]:
-    """Adds the step's lengths to what is known, moves α, and says whether length degenerates.
+    """Adds the step's lengths to the running statistics, moves α, and checks for degeneration.
 
     Args:
-      length: what is known so far.
+      length: the running statistics.
       settings: of the run.
-      objective: whose α is moved, where its scale is adaptive.
-      responses: of the step; those that count are looked at.
-      metric: the part of the reward that counts as being right.
-      metrics: receives what is found.
+      objective: its α is moved if its length scale is adaptive.
+      responses: of the step; only those that count are used.
+      metric: the reward part that counts as accuracy.
+      metrics: receives the findings.
+
+    Returns:
+      The new statistics, and whether length degenerates.
     """
     counted = [response for response in responses if response.counted]
     if counted:
@@ -59,7 +62,7 @@ def observe(
 def penalty(
     settings: LengthSettings, lengths_B: np.ndarray, max_length: int, *, flagged: bool
 ) -> np.ndarray | float:
-    """What is taken from each reward while length degenerates, in proportion to length; else 0."""
+    """Returns the reward penalty while length degenerates, in proportion to length; else 0."""
     if not (flagged and settings.mitigation == "penalty"):
         return 0.0
     return np.float32(settings.penalty) * (lengths_B / max_length).astype(np.float32)
@@ -68,9 +71,9 @@ def penalty(
 def sample(
     settings: LengthSettings, sampled: Sampled, *, step: int, version: int
 ) -> Sampled | None:
-    """The responses by which pressure is measured; None in a step that measures none.
+    """Returns the responses on which pressure is measured; None in a step without measurement.
 
-    Also None where too few groups of a step are fresh and carry gradient.
+    Also None if too few groups are fresh and carry gradient.
 
     Args:
       settings: of the run.
@@ -92,7 +95,7 @@ def before_update(
     step: int,
     metrics: StepMetrics,
 ) -> TrainState:
-    """Judges the step before by responses that it has not seen, and marks where this one starts."""
+    """Measures the previous step's update on responses new to it, and marks this step's start."""
     if sampled is not None and _due(settings, step - 1):
         length, reward = laboratory.taken(lab, state.params, state.marked_params, sampled)
         metrics.add("length/pressure/taken", length)
@@ -109,7 +112,7 @@ def after_update(
     step: int,
     metrics: StepMetrics,
 ) -> LengthState:
-    """Which way each objective pushed length in this step, for the metrics and for steering."""
+    """Measures each objective's push on length in this step, for the metrics and for steering."""
     if sampled is None or not _due(settings, step):
         return length
     found = laboratory.measure(lab, state.marked_params, state.params, sampled, length.alpha_shift)

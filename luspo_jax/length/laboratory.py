@@ -34,7 +34,7 @@ class Laboratory:
     Attributes:
       rule: how log-probabilities are computed.
       objectives: (name, objective) pairs, the run's own first.
-      bin_edges: of the length bins, tokens.
+      bin_edges: edges of the length bins, in tokens.
       rows_at_once: most rows computed together.
     """
 
@@ -46,7 +46,7 @@ class Laboratory:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """The responses of a step that pressure reads.
+    """The responses of a step on which pressure is measured.
 
     Attributes:
       prompts: of each response (`prompts.PromptRecord`).
@@ -87,9 +87,9 @@ def laboratory(
 
 
 def chosen(sampled: Sampled, *, version: int, share: float, num_groups: int) -> Sampled | None:
-    """The first ⌈share · P⌉ groups that the current policy sampled and that carry gradient.
+    """Returns the first ⌈share · P⌉ groups that the current policy sampled and that carry gradient.
 
-    None where there are not that many: programs are compiled for one size.
+    None if there are fewer: programs are compiled for one size.
     """
     wanted = math.ceil(share * num_groups)
     fresh_B = np.array([(r.versions == version).all() for r in sampled.responses])
@@ -123,7 +123,7 @@ def measure(
 
 
 def abstract_half(lab: Laboratory, responses: int, width: int) -> Half:
-    """Shapes of a half of so many responses of text, with the places where it lies."""
+    """Returns the shapes and shardings of a half with `responses` text responses."""
     model, layout = lab.rule.how.model, lab.rule.how.layout
     parts = _num_parts(lab, responses)
     responses += -responses % _row_parts(lab)
@@ -145,10 +145,10 @@ def abstract_half(lab: Laboratory, responses: int, width: int) -> Half:
 
 
 def lower_measure(lab: Laboratory, params: Any, half: Half) -> Any:
-    """The lowered program of `measure`, for looking at what it holds; nothing is computed.
+    """Returns the lowered program of `measure`, to inspect its memory; computes nothing.
 
-    `params` may be shapes with shardings, `half` those of `abstract_half`; `end_params` are taken
-    to lie like `params`, and the other half like `half`.
+    `params` may be shapes with shardings, `half` the result of `abstract_half`; `end_params` are
+    assumed to be sharded as `params`, and the other half as `half`.
     """
     return _measure.lower(params, params, half, half, np.float32(0), lab=lab)
 
@@ -221,13 +221,13 @@ def _taken(params, old_params, half, *, lab):
 
 
 def _whole(tree, lab):
-    """Results on every process, because the host reads them."""
+    """Replicates results on every process, because the host reads them."""
     layout = lab.rule.how.layout
     return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim, layout), tree)
 
 
 def _logprobs(lab):
-    """(params, a micro-batch of a half) → log-probs of its responses."""
+    """Returns the function (params, a micro-batch of a half) → log-probs of its responses."""
 
     def compute(params, part):
         rows, starts_B, mask_BT = part
@@ -251,7 +251,7 @@ def _trained(sampled):
 
 
 def _half(sampled, lab):
-    """A half on the devices: one response a row, empty rows so that devices have equally many."""
+    """Puts a half on the devices: one response per row, plus empty rows to divide evenly."""
     total = len(sampled.responses)
     total += -total % _row_parts(lab)
     at_once = total // _num_parts(lab, total)
@@ -262,7 +262,7 @@ def _half(sampled, lab):
         rows_per_microbatch=at_once,
         num_rows=total,
     )
-    # Whatever a step trains on, every token of a response with a verdict is looked at.
+    # Every token of a response with a verdict is used, whatever the step trains on.
     masks = [np.full(len(response.tokens), response.counted) for response in responses]
     how = lab.rule.how
     planner = Planner(how.model, sampled.width, 1, at_once, layout=how.layout)
@@ -287,7 +287,7 @@ def _row_parts(lab):
 
 
 def _num_parts(lab, total):
-    """Fewest equal pieces of at most `rows_at_once` rows, each spread evenly over the devices."""
+    """Returns the fewest equal pieces of at most `rows_at_once` rows that devices divide evenly."""
     even = _row_parts(lab)
     total += -total % even
     return next(

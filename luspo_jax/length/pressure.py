@@ -41,7 +41,7 @@ class Half:
     """Half of the responses to each prompt.
 
     Attributes:
-      rows: whatever `compute(params, rows)` reads, each leaf with B leading.
+      rows: the input of `compute(params, rows)`, each leaf with B leading.
       response_mask_BT: bool, true on response tokens.
       rewards_B: rewards.
       group_ids_B: integers, equal for responses to one prompt.
@@ -84,10 +84,10 @@ class Pressure:
 
 
 def halves(group_ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of halves A and B: a group's responses alternate; an odd last one is out.
+    """Returns the rows of halves A and B: a group's responses alternate, less an odd last one.
 
     Raises:
-      ValueError: a group of fewer than four responses, whose halves cannot be compared.
+      ValueError: a group has fewer than four responses, so its halves cannot be compared.
     """
     first, second = [], []
     for group in np.unique(group_ids_B):
@@ -125,8 +125,8 @@ def cross_fitted(
       half_b: the other half, of equal size.
       objectives: (name, objective) pairs.
       bin_edges: ascending lengths in tokens; bin k holds lengths above edge k−1 up to edge k.
-      num_parts: pieces that a half is computed in, one after another, to bound memory.
-      alpha_shift: of objectives whose length scale is adaptive.
+      num_parts: pieces of a half, computed one after another to bound memory.
+      alpha_shift: for objectives whose length scale is adaptive.
 
     Returns:
       name → Pressure with all ratios 1, and name/end if the halves have `end_logprobs_BT`.
@@ -153,7 +153,7 @@ def cross_fitted(
 
 
 def half_logprobs(compute: Logprobs, params: Any, half: Half, *, num_parts: int = 1) -> jax.Array:
-    """Log-probs of a half's rows [B, T], without gradients."""
+    """Computes log-probs of a half's rows [B, T], without gradients."""
     parts = _split(half.rows, num_parts)
     _, logprobs = jax.lax.scan(lambda _, rows: (None, compute(params, rows)), None, parts)
     return logprobs.reshape(-1, *logprobs.shape[2:])
@@ -172,7 +172,7 @@ def taken(
         of the samples that made the change.
       change: Δθ, as `params`.
       half: whole groups.
-      num_parts: pieces that the rows are computed in.
+      num_parts: pieces of the rows, computed one after another.
     """
     (delta_BT,) = _along(compute, params, (change,), half, num_parts)
     delta_B = jnp.where(half.response_mask_BT, delta_BT, 0).sum(axis=1)
@@ -269,7 +269,7 @@ def length_and_reward_weights(half: Half) -> tuple[jax.Array, jax.Array]:
 
 
 def _derivatives(compute, params, half, num_parts):
-    """(logprobs_BT, (v of the length, v of the reward))."""
+    """Returns (logprobs_BT, (v of the length, v of the reward))."""
 
     def accumulate(directions, part):
         rows, mask_BT, *weights_B = part
@@ -289,7 +289,7 @@ def _derivatives(compute, params, half, num_parts):
 
 
 def _along(compute, params, directions, half, num_parts):
-    """δ_BT of each direction: directional derivatives of the log-probs.
+    """Returns δ_BT of each direction: directional derivatives of the log-probs.
 
     The model's custom backward passes have no forward mode. A backward pass is linear in the
     cotangent, so its transpose (a backward pass through the backward pass) is the forward

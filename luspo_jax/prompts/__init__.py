@@ -1,4 +1,4 @@
-"""Problems become prompts: templates, what a model reads of a problem, the stream of a run.
+"""Turns problems into prompts: templates, a renderer, and the prompt stream of a run.
 
 Nothing here imports jax.
 """

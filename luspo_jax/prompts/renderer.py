@@ -1,4 +1,4 @@
-"""Problems become token prompts, or are refused by name."""
+"""Turns problems into token prompts, or refuses them by name."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.images.preparer import ImagePreparer, ImageRefusal, PreparedImage
 from luspo_jax.prompts.templates import Template, template
 
-IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # in a problem: here stands its next image
+IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # the place of the next image in a problem
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
@@ -26,7 +26,7 @@ class PromptRecord:
     Attributes:
       prompt_id: the example's id.
       tokens: int32 token ids.
-      text: what the tokens say; an image is one placeholder in it, many in the tokens.
+      text: the prompt's text; an image is one placeholder in it, many in the tokens.
       example: the problem.
       images: its images, in the order of their placeholders.
     """
@@ -40,13 +40,14 @@ class PromptRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A problem that makes no prompt.
+    """A problem that cannot become a prompt.
 
     Attributes:
       prompt_id: the example's id.
-      reason: "too_long"; "markers" (not as many image marks as images); "placeholders" (its text
-        holds tokens that stand for images); "video"; or a reason of `images.record.REASONS`.
-      detail: what was found; of an image, file and row.
+      reason: "too_long"; "markers" (the numbers of image marks and images differ); "placeholders"
+        (the text contains tokens that stand for images); "video"; or a reason of
+        `images.record.REASONS`.
+      detail: what was found; for an image, file and row.
     """
 
     prompt_id: int
@@ -58,17 +59,17 @@ class Refusal:
 class Renderer:
     """Turns a problem into the text that the model reads.
 
+    An image stands at the problem's `<image>` marks, or before everything if there are none.
+
     Attributes:
       tokenizer: a Hugging Face tokenizer.
       template: a name in TEMPLATES, a text with `{problem}` in it, or a Template.
-      template_chat: of such a text, whether it is a user message in the tokenizer's chat template;
-        None = where the tokenizer has one.
+      template_chat: whether such a text is a user message in the tokenizer's chat template; None =
+        if the tokenizer has one.
       system_prompt: a system message; chat templates only.
-      enable_thinking: passed to the chat template where it is not None.
-      images: prepares images; None for a model of text, which is asked the bare problem.
+      enable_thinking: passed to the chat template if not None.
+      images: prepares images; None for a text-only model, which gets the bare problem.
       image_files: where the images of the problems are.
-
-    An image stands where the problem says `<image>`, or before everything where it says so nowhere.
     """
 
     tokenizer: Any
@@ -103,7 +104,7 @@ class Renderer:
 
     @property
     def image_token_id(self) -> int:
-        """The token that stands for images."""
+        """The token that stands for an image."""
         return self._token_id(IMAGE_TOKEN)
 
     def _token_id(self, token: str) -> int:
@@ -123,17 +124,17 @@ class Renderer:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that the template names beside the problem."""
+        """The columns that the template names besides the problem."""
         return self._template.columns
 
     def text(
         self, problem: str, num_images: int = 0, columns: Mapping[str, Any] | None = None
     ) -> str:
-        """The whole prompt for a problem; each of its images is one placeholder.
+        """Returns the whole prompt for a problem, with one placeholder per image.
 
         Raises:
           ValueError: the problem marks places for another number of images.
-          DataError: the template names a column that is not among these.
+          DataError: the template names a column that is not in `columns`.
         """
         message = self._template.fill(problem, columns)
         pieces = self._pieces(message, num_images)
@@ -151,7 +152,7 @@ class Renderer:
         )
 
     def _pieces(self, message: str, num_images: int) -> list[str]:
-        """The text before, between and after the images."""
+        """Returns the text before, between and after the images."""
         marks = message.count(IMAGE_MARK)
         if self.images is None or not (marks or num_images):
             return [message]
@@ -162,13 +163,13 @@ class Renderer:
         return message.split(IMAGE_MARK)
 
     def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32 token ids of each prompt; a chat template already holds its special tokens."""
+        """Returns int32 token ids of each prompt; a chat template includes its special tokens."""
         encoded = self.tokenizer(list(texts), add_special_tokens=not self._template.chat)
         return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
 
     @property
     def hash(self) -> str:
-        """Sixteen hex digits that change with anything that changes a prompt's text."""
+        """Returns sixteen hex digits that change with anything that changes a prompt's text."""
         chat_template = self.tokenizer.chat_template if self._template.chat else None
         parts = (dataclasses.astuple(self._template), chat_template)
         if self.images is not None:
@@ -178,7 +179,7 @@ class Renderer:
 
 
 def _content(pieces: list[str]) -> str | list[dict[str, str]]:
-    """A user message: a string where it is one piece, else parts with an image between any two."""
+    """Returns a user message: a string if it is one piece, else parts separated by images."""
     if len(pieces) == 1:
         return pieces[0]
     parts: list[dict[str, str]] = []
@@ -191,7 +192,7 @@ def _content(pieces: list[str]) -> str | list[dict[str, str]]:
 def encode(
     examples: Iterable[Example], renderer: Renderer, *, max_length: int
 ) -> tuple[list[PromptRecord], int]:
-    """Every example's prompt, in order, and how many were dropped, as too long or refused."""
+    """Returns all prompts, in order, and how many examples were dropped as too long or refused."""
     found = outcomes(examples, renderer, max_length=max_length)
     records = [record for record in found if isinstance(record, PromptRecord)]
     return records, len(found) - len(records)
@@ -200,7 +201,7 @@ def encode(
 def outcomes(
     examples: Iterable[Example], renderer: Renderer, *, max_length: int
 ) -> list[PromptRecord | Refusal]:
-    """What becomes of every example, in order: its prompt, or why there is none."""
+    """Returns each example's prompt or refusal, in order."""
     examples = list(examples)
     images = _images(examples, renderer)
     asked = [_ask(*pair, renderer) for pair in zip(examples, images, strict=True)]
@@ -222,7 +223,7 @@ def _images(examples, renderer) -> list[tuple[PreparedImage, ...] | ImageRefusal
 
 
 def _ask(example, images, renderer) -> str | Refusal:
-    """The prompt's text."""
+    """Returns the prompt's text."""
     if isinstance(images, ImageRefusal):
         return Refusal(example.id, images.reason, str(images))
     if renderer.images is None:
@@ -259,9 +260,9 @@ def _record(example, text, tokens, images, *, renderer, max_length) -> PromptRec
 def agreed(
     own: Sequence[PromptRecord | Refusal], gather: Callable[[Any], list[Any]]
 ) -> list[PromptRecord | Refusal]:
-    """What becomes of the same examples on all processes: what one refuses is refused by all.
+    """Combines the outcomes of all processes: an example that one refuses, all refuse.
 
-    Files and time limits may fail on one process only. `gather` gives the values of all.
+    Files and time limits may fail on one process only. `gather` returns the values of all.
     """
     refusals = gather([outcome if isinstance(outcome, Refusal) else None for outcome in own])
     first = (next(filter(None, column), None) for column in zip(*refusals, strict=True))
@@ -269,15 +270,15 @@ def agreed(
 
 
 def pictured(record: PromptRecord, renderer: Renderer) -> PromptRecord:
-    """A prompt that was kept without its images, with them; see `with_images`."""
+    """Restores the images of a prompt that was stored without them; see `with_images`."""
     return with_images([record], renderer)[0]
 
 
 def with_images(records: Sequence[PromptRecord], renderer: Renderer) -> list[PromptRecord]:
-    """Prompts that were kept without their images, with them.
+    """Restores the images of prompts that were stored without them.
 
     Raises:
-      DataError: one can no longer be read, or is of another size than it was.
+      DataError: an image can no longer be read, or has changed its size.
     """
     if renderer.images is None:
         return list(records)

@@ -1,4 +1,4 @@
-"""Prompts in a shuffled order that processes and restarts share."""
+"""Streams prompts in a shuffled order that all processes and restarts share."""
 
 import collections
 import dataclasses
@@ -14,17 +14,17 @@ from tqdm import tqdm
 from luspo_jax.datasets import DataError, Example, Mixture
 from luspo_jax.prompts.renderer import PromptRecord, Refusal, Renderer, agreed, outcomes
 
-_AT_ONCE = 256  # problems whose prompts, and images, are in memory while they are looked at
+_AT_ONCE = 256  # problems whose prompts and images are in memory at once during a survey
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What becomes of problems that were looked at, spread evenly over a dataset.
+    """Outcomes of a sample of problems, spread evenly over a dataset.
 
     Attributes:
       total: problems of the dataset.
-      looked_at: problems that were looked at; all of a small dataset.
-      refused: reason → how many of these make no prompt.
+      looked_at: problems of the sample; all of a small dataset.
+      refused: reason → number of these that cannot become prompts.
     """
 
     total: int
@@ -40,10 +40,10 @@ class Survey:
 class PromptStream:
     """An endless, shuffled, resumable stream of prompts; each occurs once in every epoch.
 
-    The order is one sequence, drawn by grain from the seed. The prompts of a step are its next
-    ones that are short enough, dealt out to the processes one by one, so that the same prompts are
-    seen whatever the number of processes, and every process has the same state. The sources of a
-    mixture are interleaved by their weights, each in an order and in epochs of its own.
+    grain draws one order from the seed. A step takes the next prompts that are short enough and
+    deals them out to the processes one by one, so that every number of processes sees the same
+    prompts, and every process has the same state. The sources of a mixture are interleaved by
+    weight, each with its own order and epochs.
 
     Args:
       examples: the problems, by random access, ids unique; or a Mixture.
@@ -52,14 +52,14 @@ class PromptStream:
       seed: decides the order.
       shuffle: whether to shuffle, anew in every epoch; otherwise the order of the examples.
       process_index: this process.
-      process_count: how many processes share the stream.
-      gather: gives the values of all processes (`processes.gather`). Of a run of several
-        processes on images, whose files or time limits may fail on one of them only: what one
-        refuses is then refused by all.
+      process_count: number of processes that share the stream.
+      gather: returns the values of all processes (`processes.gather`). Needed for images with
+        several processes: files or time limits may fail on one process only, and all then refuse
+        what one refuses.
 
     Attributes:
-      dropped: prompts passed over so far because they were too long.
-      refused: reason → problems passed over for another reason, all of them about images.
+      dropped: number of prompts skipped so far because they were too long.
+      refused: reason → number of problems skipped for another reason, all of them about images.
       refusals: the latest of these.
     """
 
@@ -100,17 +100,17 @@ class PromptStream:
         }
 
     def __len__(self) -> int:
-        """Examples in an epoch, those that are too long included."""
+        """Returns the examples in an epoch, including those that are too long."""
         return len(self._examples)
 
     @property
     def epoch(self) -> float:
-        """Epochs begun and done: 1.5 is half way through the second; of a mixture, the mean."""
+        """Epochs completed, with fraction: 1.5 is halfway through the second; a mixture's mean."""
         return self._position / len(self._examples)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What a step reports of the stream: epochs, and prompts passed over so far, by reason."""
+        """Returns the stream's metrics: epochs, and prompts skipped so far, by reason."""
         return {
             "training/epoch": self.epoch,
             "prompts/dropped": self.dropped,
@@ -118,7 +118,7 @@ class PromptStream:
         }
 
     def next_prompts(self, count: int) -> list[PromptRecord]:
-        """The next `count` prompts of this process.
+        """Returns the next `count` prompts of this process.
 
         Raises:
           DataError: every prompt of a whole epoch is too long or refused.
@@ -140,7 +140,7 @@ class PromptStream:
         return found[self._process_index :: self._process_count]
 
     def survey(self, limit: int) -> Survey:
-        """What becomes of up to `limit` problems; the stream stays where it is."""
+        """Surveys up to `limit` problems without moving the stream."""
         total = len(self._examples)
         places = np.linspace(0, total, min(limit, total), endpoint=False).astype(int)
         refused: collections.Counter[str] = collections.Counter()
@@ -176,15 +176,15 @@ class PromptStream:
         )
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-serialisable state: where the stream is, and what makes it the same stream."""
+        """Returns JSON-serialisable state: the stream's position, and what identifies it."""
         refused = {} if self._renderer.images is None else {"refused": dict(self.refused)}
         return {"position": self._position, "dropped": self.dropped, **refused, **self._identity}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go to where another stream was.
+        """Moves to the position of another stream.
 
         Raises:
-          ValueError: the state is that of a different stream; the message says in what.
+          ValueError: the state is that of a different stream; the message names the difference.
         """
         differences = [
             f"{name} was {state.get(name)!r} and is {value!r}"
@@ -200,8 +200,8 @@ class PromptStream:
 
 
 def _draw_order(sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool):
-    """The endless sequence of places in the dataset, by random access."""
-    import grain  # here: whoever only renders prompts need not wait for it
+    """Returns the endless sequence of places in the dataset, with random access."""
+    import grain  # here, as code that only renders prompts need not wait for it
 
     orders, start = [], 0
     for source, size in enumerate(sizes):
@@ -214,7 +214,7 @@ def _draw_order(sizes: Sequence[int], weights: Sequence[float], seed: int, shuff
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:
-    """Hash of up to 256 examples spread over the dataset: all of a large one takes seconds."""
+    """Hashes up to 256 examples spread over the dataset: all of a large one takes seconds."""
     digest = hashlib.sha256()
     for index in np.unique(np.linspace(0, len(examples) - 1, 256).astype(int)):
         example = examples[int(index)]

@@ -1,4 +1,4 @@
-"""Continuous batching: every prompt prefilled once, slots refilled as responses end."""
+"""Continuous batching: every prompt is prefilled once, slots are refilled as responses end."""
 
 import collections
 import math
@@ -29,10 +29,10 @@ ID_LIMIT = 2**32  # fold_in takes 32 bits
 
 
 class Engine:
-    """Samples responses of one decoder under one Sampling; token in, token out.
+    """Samples responses of one decoder under one Sampling; tokens in, tokens out.
 
-    Compiled programs depend on sizes only and are shared by all engines of a process, so a second
-    call compiles nothing. On a mesh every process samples on devices of its own.
+    Compiled programs depend only on sizes and are shared by all engines of a process, so a second
+    call compiles nothing. On a mesh, every process samples on its own devices.
     """
 
     def __init__(
@@ -47,30 +47,30 @@ class Engine:
         max_prefill_tokens=16_384,
         record_experts=False,
     ):
-        """Check the sizes; nothing is allocated or compiled yet.
+        """Checks the sizes; allocates and compiles nothing yet.
 
         Args:
-          how: the Forward, of prompts, their images and the steps after them. Its layout is of
-            table "rollout" over devices of this process, on which `params` already lie by
-            `decoder.param_axes`; its dtype is that of the cache, too.
+          how: the Forward for prompts, their images and decode steps. Its layout has table
+            "rollout" over devices of this process, on which `params` are already sharded by
+            `decoder.param_axes`; its dtype is also the cache's.
           sampling: the Sampling.
-          num_slots: rows decoded together. Where a step costs by the row (a CPU), a half to a
-            quarter of the responses of a call wastes least; where it costs by the weights read,
-            as many as memory holds. Rounded up to a multiple of layout.size("batch"); what is
-            added idles only where there are fewer responses.
+          num_slots: rows decoded together. If a step costs by the row (a CPU), a half to a quarter
+            of a call's responses wastes least; if it costs by the weights read, as many as memory
+            holds. Rounded up to a multiple of layout.size("batch"); added slots idle only if there
+            are fewer responses.
           max_prompt_length: the longest prompt accepted.
           chunk_length: most decode steps between two looks from the host.
           refill_fraction: share of the slots that must be free before they are refilled.
           max_prefill_tokens: most prompt tokens in one prefill, padded to the longest of the
-            batch, where it holds more than one prompt a device; rounding rows and lengths up to
-            few sizes makes at most four times as many (more of prompts shorter than
-            SMALLEST_PROMPT). On a mesh a device gathers the cache of them all for the moment of a
-            refill: 1.5 · kv_bytes_per_slot(tokens).
-          record_experts: responses carry ids of the experts of their and the prompt's tokens.
+            batch, if it holds more than one prompt per device; rounding rows and lengths up to few
+            sizes makes at most four times as many (more for prompts shorter than
+            SMALLEST_PROMPT). During a refill on a mesh, each device gathers the cache of them all:
+            1.5 · kv_bytes_per_slot(tokens).
+          record_experts: responses include the expert ids of their and the prompt's tokens.
 
         Raises:
-          ValueError: naming the argument that makes no sense.
-          MeshError: where the layout does not fit this engine or the model.
+          ValueError: naming the invalid argument.
+          MeshError: the layout does not fit this engine or the model.
         """
         config, layout = how.model, how.layout
         _check_layout(layout, config)
@@ -113,9 +113,9 @@ class Engine:
         return jnp.dtype(self.how.dtype)
 
     def kv_bytes_per_slot(self, length):
-        """Bytes of cache that a slot of `length` tokens takes on each device that holds it.
+        """Returns the cache bytes of a slot of `length` tokens on each device that holds it.
 
-        2 · L · K · H · length elements, over the parts that key heads and positions are cut into.
+        2 · L · K · H · length elements, divided by the shards of key heads and positions.
         """
         heads, positions = (
             1 if self.layout is None else self.layout.size(axis)
@@ -126,15 +126,15 @@ class Engine:
         return per_token * -(-length // positions)
 
     def room(self, length):
-        """Positions of the cache that is allocated where a slot needs `length` of them."""
+        """Returns the cache positions to allocate for slots that need `length` of them."""
         positions = 1 if self.layout is None else self.layout.size("cache_length")
         room = rounded_up(length, SMALLEST_ROOM, self.max_length)
         return -(-room // positions) * positions
 
     def generate(self, params, requests, *, group_size, seed, step=0, progress=None):
-        """`group_size` responses to each of `requests`.
+        """Samples `group_size` responses to each of `requests`.
 
-        The noise of a token is fixed by (seed, step, prompt_id, sample_id, position) alone.
+        The noise of a token depends only on (seed, step, prompt_id, sample_id, position).
 
         Args:
           params: the decoder's parameters.
@@ -149,7 +149,7 @@ class Engine:
 
         Raises:
           ValueError: naming the request or the argument that cannot be served.
-          FloatingPointError: where a log-probability is not finite.
+          FloatingPointError: a log-probability is not finite.
         """
         requests = list(requests)
         _check_call(group_size, seed, step)
@@ -216,21 +216,21 @@ def _check_call(group_size, seed, step):
 
 
 def prompt_images(requests, config, *, shape, multiple=1):
-    """The PromptImages of a prefill of `requests`, and offsets_P.
+    """Returns the PromptImages of a prefill of `requests`, and offsets_P.
 
-    Without any image the first is None, and offsets_P are 0.
+    Without any image, the first is None and offsets_P are 0.
 
     Args:
       requests: of the prefill, in order.
       config: the DecoderConfig.
-      shape: (prompts, tokens) that the prefill is padded to.
-      multiple: devices that share the images.
+      shape: (prompts, tokens) to which the prefill is padded.
+      multiple: number of devices that share the images.
     """
     offsets_P = np.zeros(shape[0], np.int32)
     images = [image for request in requests for image in request.images]
     if not images:
         return None, offsets_P
-    # Each prompt's own, shared or not: with fewer rows the last bits of embeddings differ.
+    # Prompts do not share images here: with fewer rows, the last bits of embeddings would differ.
     stacked = batch.in_slots(
         [(image.patches(), image.grid_thw) for image in images],
         config.vision,
@@ -251,13 +251,13 @@ def prompt_images(requests, config, *, shape, multiple=1):
 
 
 class _Rollout:
-    """One call of `generate`: the loop between host and device."""
+    """One call of `generate`: the loop between host and devices."""
 
     def __init__(self, engine, params, requests, group_size):
         self.engine, self.params = engine, params
         self.requests, self.group_size = requests, group_size
         total = len(requests) * group_size
-        # No more slots than responses, in few sizes.
+        # No more slots than responses, rounded up to few sizes.
         self.num_slots = min(engine.num_slots, rounded_up(max(1, total), engine.row_multiple))
         self.table = SlotTable(self.num_slots, total)
         self.batches = prefill_batches(
@@ -330,7 +330,7 @@ class _Rollout:
 
     def _fill(self, free, taken):
         columns = np.zeros((7, self.num_slots), np.int64)
-        columns[0] = self.num_slots  # a slot that does not exist: unused rows
+        columns[0] = self.num_slots  # unused rows point past the last slot
         for i, (slot, (pool_row, occupant)) in enumerate(zip(free, taken, strict=True)):
             limit = occupant.length + self.engine.sampling.max_response_length
             request = occupant.request
@@ -348,7 +348,7 @@ class _Rollout:
         self.slots = device.fill(self.slots, self.pool, refill, self.key, layout=self.engine.layout)
 
     def _reserve(self, length):
-        """Make room for `length` tokens a slot."""
+        """Makes room for `length` tokens per slot."""
         if length <= self.room:
             return
         engine = self.engine

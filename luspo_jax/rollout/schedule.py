@@ -1,4 +1,4 @@
-"""The host side of a rollout: which prompt is prefilled when, who sits in which slot."""
+"""The host side of a rollout: when each prompt is prefilled, and which response has which slot."""
 
 import collections
 import dataclasses
@@ -10,11 +10,11 @@ from luspo_jax.rollout.records import Request, Response
 
 
 def prefill_batches(requests, *, group_size, num_slots, max_tokens, multiple=1):
-    """Indices of `requests` in the batches in which to prefill them.
+    """Returns batches of indices of `requests` for prefill.
 
-    Longest prompts first, so that the prompts of a batch need little padding. A batch holds about
-    as many prompts as fill the slots, fewer where its padded tokens would pass `max_tokens`, and
-    no fewer than `multiple`, since it has that many rows in any case.
+    Longest prompts come first, so that the prompts of a batch need little padding. A batch holds
+    about as many prompts as fill the slots, fewer if its padded tokens would exceed `max_tokens`,
+    and no fewer than `multiple`, since it has that many rows in any case.
     """
     most = max(1, num_slots // group_size // multiple)
     most = multiple * (1 << (most.bit_length() - 1))
@@ -29,9 +29,9 @@ def prefill_batches(requests, *, group_size, num_slots, max_tokens, multiple=1):
 
 
 def padded_prompts(requests, *, length, multiple=1):
-    """Left-aligned tokens_PT and lengths_P of `requests`, P rounded up by `rounded_up`.
+    """Returns left-aligned tokens_PT and lengths_P of `requests`, P rounded up by `rounded_up`.
 
-    Rows that pad the batch hold one token.
+    Padding rows hold one token.
     """
     count = rounded_up(len(requests), multiple)
     tokens_PT = np.zeros((count, length), np.int32)
@@ -44,7 +44,7 @@ def padded_prompts(requests, *, length, multiple=1):
 
 @dataclasses.dataclass
 class Occupant:
-    """The response that a slot is producing, and its tokens so far, in pieces."""
+    """The response in a slot, and its tokens so far, in pieces."""
 
     request: Request
     index: int  # of the response in the result
@@ -56,10 +56,10 @@ class Occupant:
     prompt_expert_ids: np.ndarray | None = None
 
     def extend(self, tokens, logprobs, expert_ids=None):
-        """Append what one chunk sampled, and where routers sent it.
+        """Appends the tokens, log-probs and expert ids of one chunk.
 
         Raises:
-          FloatingPointError: on a log-probability that is not finite.
+          FloatingPointError: a log-probability is not finite.
         """
         if not np.isfinite(logprobs).all():
             raise FloatingPointError(
@@ -86,7 +86,7 @@ class Occupant:
 
 
 class SlotTable:
-    """Who sits in which slot, and the responses that are done."""
+    """The occupant of each slot, and the finished responses."""
 
     def __init__(self, num_slots, num_responses):
         self.occupants: list[Occupant | None] = [None] * num_slots
@@ -103,7 +103,7 @@ class SlotTable:
         return max(occupant.length for occupant in self.occupants if occupant is not None)
 
     def harvest(self, chunk, stop_token_ids):
-        """Take in a Chunk of numpy arrays; responses that ended leave their slots."""
+        """Takes in a Chunk of NumPy arrays; finished responses leave their slots."""
         tokens_BC = np.ascontiguousarray(chunk.tokens_CB[: chunk.steps].T)
         logprobs_BC = np.ascontiguousarray(chunk.logprobs_CB[: chunk.steps].T)
         for slot, occupant in enumerate(self.occupants):
@@ -124,7 +124,7 @@ class SlotTable:
 
 
 def queue_of(batch, requests, group_size, ids_PTLK=None):
-    """(pool row, Occupant) of every sample of the prefilled `batch`, in order."""
+    """Returns (pool row, Occupant) of every sample of the prefilled `batch`, in order."""
     queue = collections.deque()
     for row, index in enumerate(batch):
         length = len(requests[index].tokens)

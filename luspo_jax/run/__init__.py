@@ -1,1 +1,1 @@
-"""A run from its configuration to its folder: fields, checks, what they build, and what is kept."""
+"""A run from configuration to workdir: fields, checks, built parts, and the results it keeps."""

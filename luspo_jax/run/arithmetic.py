@@ -1,4 +1,4 @@
-"""The batch arithmetic: what the sizes of a configuration make of a step."""
+"""The batch arithmetic: the sizes of a step, computed from a configuration."""
 
 import dataclasses
 
@@ -10,15 +10,15 @@ class BatchArithmetic:
     """What "batch size" means in this run.
 
     Attributes:
-      prompts_per_step, group_size: of a rollout step.
-      responses_per_step, responses_per_minibatch: of a rollout step, and of an update.
-      responses_per_microbatch: responses that are computed together; of dense rows, how many of the
-        longest fit.
+      prompts_per_step, group_size: prompts of a rollout step, and responses to each.
+      responses_per_step, responses_per_minibatch: responses of a rollout step, and of an update.
+      responses_per_microbatch: responses that are computed together; for dense rows, how many of
+        the longest fit.
       updates_per_step: optimizer steps of a rollout step.
-      tokens_per_row: tokens of the longest prompt and response.
-      row_length, rows_per_microbatch: tokens of a row that the model reads, and rows together.
-      pack_length: row_length where rows are dense; 0 where they hold one response each.
-      row_unit: what a mesh shares out, and the field that decides how many there are.
+      tokens_per_row: tokens of the longest prompt plus the longest response.
+      row_length, rows_per_microbatch: tokens of a model input row, and rows computed together.
+      pack_length: row_length if rows are dense; 0 if they hold one response each.
+      row_unit: the unit that a mesh divides, and the field that sets its number.
     """
 
     prompts_per_step: int
@@ -43,7 +43,7 @@ class BatchArithmetic:
         )
 
     def advice(self, parts: int) -> str:
-        """The flag by which `parts` devices can share a micro-batch, if one can; else empty."""
+        """Returns the flag that lets `parts` devices share a micro-batch; empty if none does."""
         rows = self.rows_per_microbatch
         if not self.pack_length or rows % parts == 0:
             return ""

@@ -1,4 +1,4 @@
-"""Where a run begins: new, from its own last checkpoint, or from one of another run."""
+"""The beginning of a run: new, from its own last checkpoint, or from another run's checkpoint."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from luspo_jax.types import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-    """What one step hands to the next on the host: groups left over, and what lengths did."""
+    """What a step hands to the next on the host: surplus groups, and statistics of lengths."""
 
     surplus: Sequence[Group] = ()
     length: LengthState = dataclasses.field(default_factory=LengthState)
@@ -30,7 +30,8 @@ class Carried:
 
 Start = tuple[TrainState, int, list[tuple[int, Evaluation]], Carried]
 
-# What a fork takes along from its parent's host, unless a field or fact changes that begins so.
+# Host state that a fork takes from its parent → prefixes of fields and facts whose change prevents
+# it.
 _TAKEN_ALONG = {
     "stream": ("data.", "seed", "datasets", "template_hash", "model.tokenizer"),
     "surplus": (
@@ -46,10 +47,10 @@ _TAKEN_ALONG = {
 
 
 def begin(run: Run, checkpointer: Checkpointer, fork: Mapping[str, Any] | None = None) -> Start:
-    """State, steps taken, held-out results, what is carried: of the latest checkpoint, or of the
-    one that the run was forked from, or new."""
+    """Returns state, steps taken, held-out results and carried values: from the latest checkpoint,
+    else from the fork's checkpoint, else new."""
     latest = checkpointer.latest_step()
-    processes.agree({"the checkpoint to continue from": latest})  # each looked for itself
+    processes.agree({"the checkpoint to continue from": latest})  # each process looked by itself
     if latest is not None:
         return _restored(run, checkpointer, latest)
     if fork is None:
@@ -84,7 +85,7 @@ def _begins(names, roots):
 
 
 def _told(fork):
-    """The changed fields, one of which has to be set back."""
+    """Names the changed fields, one of which must be set back."""
     fields = ", ".join(
         f"{name} ({old!r}, now {new!r})" for name, (old, new) in fork["changed"].items()
     )
@@ -92,14 +93,14 @@ def _told(fork):
 
 
 def begin_state(run: Run) -> TrainState:
-    """The state of a run that has taken no step."""
+    """Returns the state of a run that has taken no step."""
     return initial_state(run.initial_params(), run.rule, marked=run.length.every > 0)
 
 
 def host_state(
     run: Run, evaluations: list[tuple[int, Evaluation]], carried: Carried
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What decides the next step beside the train state: JSON values, and arrays of responses."""
+    """Returns what decides the next step besides the train state: JSON values, response arrays."""
     waiting, described = to_stored(carried.surplus)
     host = {
         "stream": run.data.stream.get_state(),

@@ -1,4 +1,4 @@
-"""What a configuration resolves to: model, data, sampler, rewards, and a workdir of its own."""
+"""Builds the parts of a run from its configuration: model, data, sampler, rewards, optimizer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ from luspo_jax.sharding import Layout, MeshError
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything of a run that its steps do not change."""
+    """The parts of a run that its steps do not change."""
 
     config: ConfigDict
     settings: Settings
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def asker(self) -> Asker:
-        """What samples and judges the responses of a step."""
+        """The Asker, which samples and rewards the responses of a step."""
         rollout = self.settings.rollout
         return Asker(
             stream=self.data.stream,
@@ -72,14 +72,14 @@ class Run:
         )
 
     def learning_rate(self, step: int) -> float:
-        """The rate of rollout step `step`, from 0."""
+        """Returns the learning rate of rollout step `step` (from 0)."""
         train = self.settings.train
         return optimizer.learning_rate(
             step, peak=train.learning_rate, warmup_steps=train.warmup_steps
         )
 
     def evaluate(self, params: Any) -> Evaluation:
-        """Accuracy and length on the held-out problems; every call faces the same noise."""
+        """Measures accuracy and length on the held-out problems, with the same noise every time."""
         groups = held_out.ask(
             self.held_out_sampler,
             self.rollout_params(params),
@@ -93,11 +93,11 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """The part of the reward that counts as being right."""
+        """The reward part that counts as accuracy."""
         return self.settings.eval.metric or next(iter(self.settings.reward.parts))  # the only one
 
     def initial_params(self) -> Any:
-        """The base policy's weights, or random ones where the configuration says so."""
+        """Returns the base policy's weights, or random ones if so configured."""
         model, layout = self.settings.model, self.rule.logprobs.how.layout
         if model.random_weights:
             key = jax.random.key(self.settings.seed)
@@ -107,7 +107,7 @@ class Run:
         )
 
     def rollout_params(self, params: Any) -> Any:
-        """Weights of the policy as the sampler reads them."""
+        """Returns the policy's weights as the sampler reads them."""
         return rollout_params(
             params,
             config=self.model.config,
@@ -117,11 +117,11 @@ class Run:
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Run:
-    """Resolves a configuration, all but the weights.
+    """Builds everything but the weights.
 
     Args:
       config: the configuration.
-      devices: to run on; all of all processes unless given.
+      devices: to run on; by default those of all processes.
 
     Raises:
       ConfigError, DataError, FileNotFoundError, MeshError, ValueError: naming the field or file.
@@ -150,7 +150,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
         length=settings.length,
         laboratory=laboratory.laboratory(
             settings.length,
-            # Length pressure differentiates the backward pass, which kernels do not allow.
+            # Length pressure differentiates the backward pass, which kernels do not support.
             dataclasses.replace(rule.logprobs, how=rule.logprobs.how.with_reference_kernels()),
             settings.objective,
             max_response_length=settings.rollout.max_response_length,
@@ -163,7 +163,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
 
 
 def planner(config: Config, model: DecoderConfig, layout: Layout | None) -> Planner:
-    """How responses are laid into the rows that training reads."""
+    """Returns the planner, which lays responses into training rows."""
     sizes = batch_arithmetic(config)
     return Planner(
         model=model,
@@ -177,7 +177,7 @@ def planner(config: Config, model: DecoderConfig, layout: Layout | None) -> Plan
 
 
 def _check_model(config, model):
-    """Refuses what the configuration asks of a model that it cannot give."""
+    """Refuses a configuration that asks for something that the model lacks."""
     prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
     if prompt + response > model.max_position:
         raise ConfigError(
@@ -197,10 +197,10 @@ def _check_model(config, model):
 def layouts(
     config: Config, model: DecoderConfig, devices: Sequence[jax.Device] | None = None
 ) -> tuple[Layout | None, Layout | None]:
-    """Where training and rollout lay out their arrays over `devices`.
+    """Returns the mesh layouts of training and of rollout over `devices`.
 
     Raises:
-      MeshError: naming every number that does not fit the devices or the model.
+      MeshError: naming every size that does not fit the devices or the model.
     """
     train = sharding.layout("train", section(config, "mesh").sizes, devices)
     rollout = sharding.layout("rollout", section(config, "rollout_mesh").sizes, devices)
@@ -221,13 +221,13 @@ def layouts(
 
 
 def mesh_advice(config: Config, train: Layout | None) -> str:
-    """What to change where a mesh does not fit: of rows, the flag that makes them fit."""
+    """Says what to change if a mesh does not fit: for rows, the flag that makes them fit."""
     rows = batch_arithmetic(config).advice(train.size("batch") if train else 1)
     return f"{rows}change config.mesh or config.rollout_mesh"
 
 
 def update_rule(config: Config, model: Model, layout: Layout | None = None) -> UpdateRule:
-    """What an optimizer step does, and with it the layout of the train state."""
+    """Returns the rule of an optimizer step, which includes the mesh layout of the train state."""
     return UpdateRule(
         logprobs=_logprob_rule(config, model.config, layout),
         objective=section(config, "objective"),
@@ -259,7 +259,7 @@ def _freezes(config, model):
 
 
 def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> Engine:
-    """What samples as `asked`: config.rollout (experts are recorded), or config.eval."""
+    """Returns the sampler for `asked`: config.rollout (which records expert ids) or config.eval."""
     return Engine(
         sampling_forward(config, model.config, sharding.on_own_devices(layout)),
         Sampling(
@@ -270,7 +270,7 @@ def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> 
             top_k=asked.top_k,
         ),
         num_slots=asked.num_slots,
-        # No response takes more steps than its limit.
+        # No response takes more steps than the length limit.
         chunk_length=min(config.rollout.chunk_length, config.rollout.max_response_length),
         max_prompt_length=config.data.max_prompt_length,
         record_experts=asked is config.rollout and model.config.num_experts > 0,
@@ -278,13 +278,13 @@ def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> 
 
 
 def training_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
-    """How the trainer computes a forward pass on this platform."""
+    """Returns the forward pass of the trainer on this platform."""
     used = {"dtype": config.model.dtype, "remat": config.model.remat}
     return _forward(config, model, layout, packed=config.train.packing, **used)
 
 
 def sampling_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
-    """How the sampler does; prompts lie one in a row."""
+    """Returns the forward pass of the sampler; rows hold one prompt each."""
     return _forward(config, model, layout, packed=False, dtype=config.model.rollout_dtype)
 
 
@@ -304,7 +304,7 @@ def _forward(config, model, layout, *, packed, **settings):
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What a run's numbers depend on beside its configuration; a workdir keeps to one set."""
+    """Returns what a run's numbers depend on besides its configuration; fixed for a workdir."""
     return {
         "template_hash": run.data.template_hash,
         "scorers": run.scorer.labels,

@@ -21,33 +21,33 @@ from orbax.checkpoint import checkpoint_managers as policies
 from luspo_jax.hosts import files, processes
 from luspo_jax.types import TrainState
 
-# Free space asked for before a save, as a multiple of the state's bytes: Orbax writes beside the
+# Free space required before a save, as a multiple of the state's bytes: Orbax writes next to the
 # finished checkpoint and renames, so a save that fits leaves nothing half-written.
 _HEADROOM = 1.1
-_SHOWN = 8  # names listed of each kind in an error
+_SHOWN = 8  # names listed per kind in an error
 _SUMS = "checksums.json"  # in a checkpoint: file → CRC-32 of its bytes
-_PIECE = 1 << 24  # bytes of a file that are read at once
+_PIECE = 1 << 24  # bytes of a file read at a time
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read; the message says which and what to do."""
+    """A checkpoint that cannot be written or read; the message names it and says what to do."""
 
 
 class Checkpointer:
-    """Keeps the latest few checkpoints and the best few by a metric under one folder.
+    """Keeps the latest and the best few checkpoints, by a metric, in one folder.
 
-    A checkpoint is named by the number of rollout steps taken when it was written. It holds the
+    A checkpoint is named by the number of rollout steps taken when it was written. It contains the
     train state, a JSON record of the host's state (prompt stream, counters), and arrays of the
-    responses that wait for a later step.
-    A state may be spread over a mesh, and be restored onto another mesh or one device.
+    responses that wait for a later step. A sharded state can be restored onto another mesh or one
+    device.
 
     Args:
-      folder: of the checkpoints; a save that a kill cut off is swept out of it.
-      keep_latest, keep_best: how many.
-      read_only: leave the folder as it is, which may be that of a run that is under way.
+      folder: of the checkpoints; an interrupted save is deleted from it.
+      keep_latest, keep_best: numbers of checkpoints to keep.
+      read_only: do not change the folder; it may belong to an active run.
 
     Raises:
-      CheckpointError: the folder cannot be written, or is not there to be read.
+      CheckpointError: the folder cannot be written, or is to be read and does not exist.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Checkpointer:
         self.folder = pathlib.Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not there: it comes with the first checkpoint")
-        # Orbax reports each save on the root logger's INFO level; the run has its own console line.
+        # Orbax logs each save at the root logger's INFO level; the run prints its own console line.
         logging.getLogger("absl").addFilter(_not_orbax)
         keep = [policies.LatestN(keep_latest)]
         if keep_best:
@@ -90,11 +90,11 @@ class Checkpointer:
             )
 
     def latest_step(self) -> int | None:
-        """Steps taken by the newest complete checkpoint; None where there is none."""
+        """Returns the steps taken by the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Step of the best checkpoint kept; None before anything was measured."""
+        """Returns the step of the best checkpoint kept; None before any measurement."""
         return self._manager.best_step()
 
     def save(
@@ -106,9 +106,9 @@ class Checkpointer:
         *,
         metric: float | None = None,
     ) -> None:
-        """Writes a checkpoint; it is complete when this returns, or absent when it raises.
+        """Writes a checkpoint; it is complete when this returns, and absent if it raises.
 
-        Of several processes each writes parts of its own, and asks for space for these.
+        Each of several processes writes its own parts, and checks the space for them.
         """
         own = jax.local_devices()
         waiting = dict(waiting or {})
@@ -122,7 +122,7 @@ class Checkpointer:
                 "the same command again to continue from the last checkpoint"
             )
         if jax.process_count() > 1:
-            # Orbax refuses arrays that every process has for itself; process 0 writes NumPy ones.
+            # Orbax refuses arrays that are local to each process; process 0 writes NumPy ones.
             state = jax.tree.map(
                 lambda x: (
                     x if isinstance(x, jax.Array) and not x.is_fully_addressable else np.asarray(x)
@@ -146,19 +146,19 @@ class Checkpointer:
     def restore(
         self, step: int, like: TrainState
     ) -> tuple[TrainState, dict[str, Any], dict[str, np.ndarray]]:
-        """Reads checkpoint `step`: the state into the shapes, types and places of `like`, the JSON
-        record of the host, and the arrays of waiting responses.
+        """Reads checkpoint `step`: the state with the shapes, types and shardings of `like`, the
+        JSON record of the host, and the arrays of waiting responses.
 
         Args:
           step: names the checkpoint.
-          like: a state, or jax.ShapeDtypeStructs of one: with a sharding, that is where the array
-            goes; without, or on the default device, the array is like one that jnp made there,
-            so that programs compiled for a new state take it.
+          like: a state, or its jax.ShapeDtypeStructs. An array goes to its sharding; without one,
+            or on the default device, the array is uncommitted, as if jnp had made it there, so that
+            programs compiled for a new state accept it.
 
         Raises:
-          CheckpointError: there is none of that step, or it is damaged, or it has other arrays
-            than `like`; these are named from the metadata before any is read. Or responses wait in
-            it that an earlier version wrote.
+          CheckpointError: there is no such step, it is damaged, or its arrays differ from `like`
+            (they are named from the metadata, before any is read). Or it contains waiting
+            responses that an earlier version wrote.
         """
         steps = self._manager.all_steps()
         if step not in steps:
@@ -169,13 +169,13 @@ class Checkpointer:
         restored = self._read(step, jax.tree.map(_abstract, like))
         leaves, tree = jax.tree.flatten(restored["state"])
         host, waiting = restored["host"], restored.get("waiting") or {}
-        del restored  # so that each array goes as soon as it is replaced
+        del restored  # so that each array is freed when it is replaced
         for i, x in enumerate(jax.tree.leaves(like)):
             leaves[i] = _freed(leaves[i], x)
         return jax.tree.unflatten(tree, leaves), self._renewed(step, host), waiting
 
     def _renewed(self, step, host):
-        """The host's record as it is written today."""
+        """Converts an older host record to today's format."""
         surplus = host.pop("surplus", None)
         if surplus:
             raise CheckpointError(
@@ -201,7 +201,7 @@ class Checkpointer:
                 return self._manager.restore(step, args=ocp.args.Composite(**args))
         except CheckpointError:
             raise
-        except Exception as error:  # Orbax raises many types; all mean the same to the user.
+        except Exception as error:  # Orbax raises many types, with one meaning for the user.
             if not (self.folder / str(step)).is_dir():
                 raise CheckpointError(
                     f"checkpoint {self.folder / str(step)} was deleted while it was read, by its "
@@ -223,7 +223,7 @@ class Checkpointer:
         return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(stored))
 
     def _write_sums(self, step):
-        """Writes the sums of all files, last: each process reads its share of them."""
+        """Writes the checksums of all files, last: each process reads its share of the files."""
         folder = self.folder / str(step)
         names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         names = processes.gather(names)[0]
@@ -233,7 +233,7 @@ class Checkpointer:
             files.write_text(folder / _SUMS, json.dumps(sums, indent=0) + "\n")
 
     def _check_sums(self, step):
-        """Compares the files with their sums; an older checkpoint has none."""
+        """Compares the files with their checksums; an older checkpoint has none."""
         folder = self.folder / str(step)
         try:
             stored = json.loads((folder / _SUMS).read_text())
@@ -266,10 +266,10 @@ def _best(metrics: Mapping[str, float]) -> float:
 
 
 def bytes_written(x: Any, devices: Collection[jax.Device]) -> int:
-    """Bytes of an array that a process with these devices writes.
+    """Returns the bytes of an array that a process with these devices writes.
 
-    Orbax shares a part that several devices hold among them, or leaves it to the first of them;
-    this is the larger of the two.
+    For a part that several devices hold, Orbax either splits it among them or leaves it to the
+    first; this is the larger of the two.
     """
     if not isinstance(x, jax.Array):
         return x.nbytes
@@ -280,7 +280,7 @@ def bytes_written(x: Any, devices: Collection[jax.Device]) -> int:
 
 
 def _sums(folder, names):
-    """name → CRC-32; None of a file that is not there."""
+    """Returns name → CRC-32; None for a missing file."""
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(lambda name: _sum(folder / name), names), strict=True))
 
@@ -301,8 +301,8 @@ def _abstract(like):
 
 
 def _freed(x, like):
-    """`x`, but not tied to its device where `like` is not: else every jitted function that takes
-    it compiles again. Only the host can hand over such an array: one at a time goes there."""
+    """Returns `x`, uncommitted if `like` is: else every jitted function that takes it would compile
+    again. Such an array must pass through the host; one at a time does."""
     default = jnp.zeros(()).sharding
     tied = getattr(like, "committed", False) or len(x.sharding.device_set) > 1
     named = not isinstance(x.sharding, jax.sharding.SingleDeviceSharding)
@@ -312,7 +312,7 @@ def _freed(x, like):
 
 
 def _misfits(stored, like):
-    """What two trees of arrays differ in: one line for each kind of difference."""
+    """Describes the differences of two trees of arrays, one line for each kind."""
     theirs, ours = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): _described(x)
@@ -348,8 +348,8 @@ def _described(x):
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """False for Orbax's progress reports, and for its warnings that a save carries no metric and
-    that a reader only reads."""
+    """Returns False for Orbax's progress reports, and for its warnings that a save has no metric
+    or that a reader only reads."""
     text = record.getMessage()
     expected = ("did not provide metrics", "read_only=True", "is read only")
     return "orbax" not in record.pathname or not (

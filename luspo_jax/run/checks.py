@@ -1,4 +1,4 @@
-"""What of a configuration cannot run: what does not go together across its sections."""
+"""Checks that a configuration can run, within its sections and across them."""
 
 import importlib.util
 import inspect
@@ -19,19 +19,19 @@ from luspo_jax.run.fields import wrong_fields
 from luspo_jax.run.sections import SOURCE_FIELDS
 from luspo_jax.run.settings import Settings, sections_of
 
-# Beyond it, the squares of rewards leave float32.
+# Beyond it, squares of rewards overflow float32.
 _WEIGHT = Number(-1e15, 1e15)
 
 
 def check(config: ConfigDict) -> Settings:
-    """Refuses a configuration that cannot run, with all problems at once; gives its settings.
+    """Checks that a configuration can run, reporting all problems at once; returns its settings.
 
-    Values are looked at one by one, and together where each is sound. Reads neither model nor data.
+    Values are checked one by one, then together if each is valid. Reads neither model nor data.
 
     Raises:
       ConfigError: naming every unknown field, bad value and size that does not divide.
     """
-    # Each looks at what the ones before have found to be sound.
+    # Each check relies on what the earlier ones have found valid.
     for look in (wrong_fields, _wrong_entries, _wrong_together):
         problems = list(look(config))
         if len(problems) == 1:
@@ -43,7 +43,7 @@ def check(config: ConfigDict) -> Settings:
 
 
 def _wrong_entries(config: ConfigDict) -> Iterator[str]:
-    """What is wrong with the entries of the sections whose names are the user's."""
+    """Yields problems in the sections whose names the user chooses."""
     yield from _wrong_rewards(config)
     yield from _wrong_datasets(config.data)
     for name, source in config.data.mixture.items():
@@ -68,7 +68,7 @@ def _wrong_rewards(config: ConfigDict) -> Iterator[str]:
 
 
 def _wrong_part(name, options, longest) -> str | None:
-    """Why a verifier cannot be made, or cannot judge the longest response."""
+    """Returns why a verifier cannot be built, or cannot judge the longest response."""
     field = f"reward.options.{name}"
     if not isinstance(options, ConfigDict | Mapping):
         return f"{field}={shown(options)} must be a section: {{'option': value, …}}"
@@ -86,7 +86,7 @@ def _wrong_part(name, options, longest) -> str | None:
 
 
 def _wrong_datasets(data: ConfigDict) -> Iterator[str]:
-    """What generated datasets say of their split and options."""
+    """Yields problems in the split and options of generated datasets."""
     held_out, options = data.eval_name or data.name, data.options.to_dict()
     if data.mixture or isinstance(DATASETS[data.name], Table):
         if options:
@@ -122,7 +122,7 @@ def _wrong_split(field: str, name: str, split: str, options: Mapping[str, Any]) 
 
 
 def _wrong_source(place: str, source: Any) -> Iterator[str]:
-    """What is wrong with one source of a mixture."""
+    """Yields problems in one source of a mixture."""
     if not isinstance(source, ConfigDict | Mapping):
         yield f"{place}={shown(source)} must be a section: {{'name': …, 'path': …, 'weight': …}}"
         return
@@ -138,7 +138,7 @@ def _wrong_source(place: str, source: Any) -> Iterator[str]:
 
 
 def _wrong_together(config: ConfigDict) -> Iterator[str]:
-    """Values that are sound by themselves and do not go together, in a section or across them."""
+    """Yields values that are valid by themselves but conflict, within or across sections."""
     sound, problems = sections_of(config)
     yield from problems
     yield from _wrong_metric(config)
@@ -178,7 +178,7 @@ def _wrong_group(config: ConfigDict, objective: objectives.Objective) -> Iterato
 
 
 def _wrong_length(config: ConfigDict, length: LengthSettings) -> Iterator[str]:
-    """What the instruments and controls of length ask of the other sections."""
+    """Yields conflicts of the length instruments and controls with other sections."""
     unknown = [name for name in length.names if name not in objectives.PRESETS]
     for name in unknown[:1]:
         near = nearest(name, objectives.PRESETS)
@@ -210,7 +210,7 @@ def _wrong_length(config: ConfigDict, length: LengthSettings) -> Iterator[str]:
 
 
 def _of_objective(config, field):
-    """A field of the objective, which may not be buildable: the configuration's or its preset's."""
+    """Returns a field of the objective, which may be invalid: the configured or preset value."""
     value = config.objective[field]
     preset = objectives.PRESETS.get(config.objective.preset, objectives.Objective())
     return getattr(preset, field) if value is None else value

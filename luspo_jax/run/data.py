@@ -1,4 +1,4 @@
-"""What a configuration says of model folder and data: tokenizer, prompts, images."""
+"""Loads the data of a configuration: prompts, held-out prompts, images."""
 
 import collections
 import dataclasses
@@ -15,18 +15,18 @@ from luspo_jax.images.settings import read_settings
 from luspo_jax.run.model import Model
 from luspo_jax.run.settings import Config, section
 
-_LOOKED_AT = 64  # problems of a dataset, or source, by which it is known to have images
+_LOOKED_AT = 64  # problems checked for images per dataset or source
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Prompts to train on and to be measured by.
+    """Prompts for training and evaluation.
 
     Attributes:
-      stream: of the training prompts.
+      stream: the training prompts.
       held_out: prompts of the held-out problems.
-      reports: what became of the rows of each training source.
-      held_out_report: likewise of the held-out set.
+      reports: how the rows of each training source were used.
+      held_out_report: the same for the held-out set.
       examples: training problems, and held-out problems.
       renderer: of the training prompts.
       refused: held-out problems that are not asked: reason → number.
@@ -42,13 +42,13 @@ class Data:
 
     @property
     def template_hash(self) -> str:
-        """Changes with anything that changes a prompt."""
+        """A hash that changes with anything that changes a prompt."""
         return self.renderer.hash
 
     def overlap(self) -> datasets.Overlap | None:
-        """What training and held-out problems share; reads the whole training set.
+        """Returns what training and held-out problems share; reads the whole training set.
 
-        None where either is generated: generated splits are disjoint by construction.
+        None if either is generated: generated splits are disjoint by construction.
         """
         if not all(report.sha256 for report in (*self.reports, self.held_out_report)):
             return None
@@ -62,12 +62,12 @@ class Data:
 
 
 def load_data(config: Config, model: Model) -> Data:
-    """Training stream and held-out prompts of `config.data`, with their images where `model` reads
-    images.
+    """Loads the training stream and held-out prompts of `config.data`, with their images if `model`
+    reads images.
 
     Raises:
-      ConfigError: problems with images, and a model of text.
-      DataError: data that cannot be read; no held-out prompt at all.
+      ConfigError: the problems have images, and the model reads only text.
+      DataError: data cannot be read, or there is no held-out prompt at all.
     """
     data = section(config, "data")
     preparer = image_preparer(config, model)
@@ -80,7 +80,7 @@ def load_data(config: Config, model: Model) -> Data:
     own = {**_columns(vars(data), ""), **data.options}
     train, reports = _training_set(data, shared, own)
     name, path, image_dir = held_out_place(data)
-    # Another dataset has columns and options of its own.
+    # Another dataset has its own columns and options.
     held_out_own = (own if name == data.name else {}) | _columns(vars(data), "eval_")
     held_out, held_out_report = datasets.load(
         name, path or None, data.eval_split, **shared, **held_out_own
@@ -99,7 +99,7 @@ def load_data(config: Config, model: Model) -> Data:
     )
     wanted = [held_out[i] for i in range(min(len(held_out), config.eval.num_problems))]
     found = prompts.outcomes(wanted, tested, max_length=data.max_prompt_length)
-    if preparer is not None:  # each process asks its share of one list
+    if preparer is not None:  # the list must be equal, as each process asks its share of it
         found = prompts.agreed(found, processes.gather)
     records = [prompt for prompt in found if isinstance(prompt, prompts.PromptRecord)]
     refusals = [prompt for prompt in found if isinstance(prompt, prompts.Refusal)]
@@ -130,7 +130,7 @@ def _renderer(data, model, preparer):
 
 
 def _columns(fields, prefix):
-    """The columns that the fields of `data`, or of a source in its mixture, name with a prefix."""
+    """Returns the columns that fields with a prefix name, in `data` or a source of its mixture."""
     names = {kind: fields.get(f"{prefix}{kind}_column", "") for kind in _KINDS}
     return {kind: name for kind, name in names.items() if name}
 
@@ -139,7 +139,7 @@ _KINDS = ("problem", "answer", "image")
 
 
 def _check_sight(model, field, examples, reports):
-    """A model of text would be asked about images that it is not shown."""
+    """Refuses problems with images for a model that reads only text."""
     if model.config.vision is not None:
         return
     shown = any(report.pictured for report in reports)
@@ -151,7 +151,7 @@ def _check_sight(model, field, examples, reports):
 
 
 def _some(examples):
-    """A few examples spread over a dataset, or over each source of a mixture."""
+    """Yields a few examples spread over a dataset, or over each source of a mixture."""
     sizes = examples.sizes if isinstance(examples, datasets.Mixture) else (len(examples),)
     start = 0
     for size in sizes:
@@ -161,12 +161,12 @@ def _some(examples):
 
 
 def image_preparer(config: Config, model: Model) -> ImagePreparer | None:
-    """What turns images into patches as the model's folder and `config.data` say.
+    """Returns the preparer of images, by the settings in the model's folder and `config.data`.
 
-    None for a model of text.
+    None for a text-only model.
 
     Raises:
-      ConfigError: settings that make no sense, or that do not fit the model.
+      ConfigError: settings that are invalid or do not fit the model.
     """
     data, vision = config.data, model.config.vision
     if vision is None:
@@ -192,7 +192,7 @@ def image_preparer(config: Config, model: Model) -> ImagePreparer | None:
 
 
 def _image_files(data):
-    """Where the images of the training problems are."""
+    """Returns where the images of the training problems are."""
     if not data.mixture:
         return _files(data.name, data.path, data.split, data.image_dir)
     return ImageFiles(
@@ -209,9 +209,9 @@ def _image_files(data):
 
 
 def held_out_place(data):
-    """(name, path, folder of images) of the held-out set; what is not named is the training set's.
+    """Returns (name, path, folder of images) of the held-out set.
 
-    Unless it is another dataset, which is in another place.
+    Unset fields are those of the training set, unless the dataset differs.
     """
     name = data.eval_name or data.name
     if data.eval_path or name != data.name:
@@ -224,7 +224,7 @@ def _files(name, path, split, image_dir):
 
 
 def _training_set(data, shared, own):
-    """(examples, report of each source) of the one dataset or of the mixture."""
+    """Loads (examples, report of each source) of the one dataset or of the mixture."""
     if not data.mixture:
         examples, report = datasets.load(data.name, data.path or None, data.split, **shared, **own)
         return examples, (report,)

@@ -1,4 +1,4 @@
-"""The policy as a folder that other programs load."""
+"""Exports the policy as a folder that other programs load."""
 
 import pathlib
 import shutil
@@ -20,7 +20,7 @@ def export_policy(
     overwrite: bool | None = None,
     own: bool = False,
 ) -> None:
-    """Writes the policy as a folder that `transformers` loads; process 0 writes, all call.
+    """Writes the policy as a folder that `transformers` loads: process 0 writes, all must call.
 
     Args:
       config: of the run.
@@ -29,15 +29,15 @@ def export_policy(
       folder: must be empty or new.
       dtype: type to store.
       overwrite: replace an earlier export of ours there.
-      own: the place is the run's, whose last export is replaced.
+      own: the folder belongs to the run; its last export is replaced.
     """
-    # Another tokenizer or architecture is not that of the folder's files.
+    # With another tokenizer or architecture, the folder's files do not apply.
     source = None if config.model.overrides or config.model.tokenizer else model.folder
 
     def finish(folder):
         if source is None:
             model.tokenizer.save_pretrained(folder)
-            for name in vision_weights.COPIED_FILES:  # else the export could not read images
+            for name in vision_weights.COPIED_FILES:  # without them the export cannot read images
                 if (model.folder / name).is_file():
                     shutil.copyfile(model.folder / name, folder / name)
         if model.config.vision is not None:

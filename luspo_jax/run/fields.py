@@ -1,4 +1,4 @@
-"""The configuration that people and flags touch: made of the sections, read, set and compared."""
+"""The configuration that users and flags set: built from the sections, read, set and compared."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from luspo_jax.run.settings import RULES, Settings
 
 
 def default_config() -> ConfigDict:
-    """A new configuration with every field there is, at its default; `configs/` fill it in."""
+    """Returns a new configuration with every field at its default; `configs/` fill it in."""
     config = ConfigDict()
     for field in dataclasses.fields(Settings):
         if field.type is Objective:
@@ -32,7 +32,7 @@ def default_config() -> ConfigDict:
 
 
 def _unset_objective():
-    """Every field unset: a preset gives its value."""
+    """Returns every field unset: a preset gives the values."""
     section = ConfigDict({"preset": "luspo"})
     for field in dataclasses.fields(Objective):
         section[field.name] = placeholder(_plain_type(field))
@@ -52,23 +52,23 @@ def _plain_type(field: dataclasses.Field) -> type:
     raise TypeError(f"{field.name} has type {field.type}, which no flag can set")
 
 
-# Sections whose field names are not ours to know.
+# Sections whose field names the user chooses.
 OPEN_SECTIONS = (
     "model.overrides.", "data.mixture.", "data.options.", "reward.parts.", "reward.options.",
 )  # fmt: skip
 
 
-# Field of an older version → the name that it has now.
+# Field of an older version → its present name.
 RENAMED = {"model.experts": "model.expert_kernel"}
 
 
 def wrong_fields(config: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each field that is unknown, missing, of another type or out of range."""
+    """Yields a line for each field that is unknown, missing, of another type or out of range."""
     yield from _wrong_fields(config, _known(), "")
 
 
 def instead_of(field: str, names: Iterable[str]) -> str:
-    """What to name in place of a field that does not exist: what it became, or the nearest."""
+    """Says what to use for an unknown field: its new name, or the nearest."""
     return f"it is {RENAMED[field]} now" if field in RENAMED else nearest(field, names)
 
 
@@ -108,14 +108,14 @@ _FREE_TO_CHANGE = (
     "mesh.",
     "rollout_mesh.",
     "train.offload",
-    # Another mesh may need other micro-batches; results depend on them by rounding only.
+    # Another mesh may need other micro-batches; they change results only by rounding.
     "train.num_microbatches",
     "train.microbatch_tokens",
 )
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"rollout.group_size": 8, …}: dotted names of all leaves."""
+    """Flattens to dotted names of all leaves: {"rollout.group_size": 8, …}."""
     leaves = {}
     for key in config:
         value, name = config[key], f"{prefix}{key}"
@@ -127,7 +127,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def assign(config: ConfigDict, leaves: Mapping[str, Any]) -> None:
-    """Sets dotted fields, as `flat` gives them or gave them to an older run.
+    """Sets dotted fields, from `flat` of this or an older version.
 
     Raises:
       KeyError, TypeError: a field that does not exist, or a value of another type.
@@ -152,9 +152,9 @@ def _renamed(leaves):
 
 
 def changes(old: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """field → (old, new) where `config` differs from a run's stored (flat) one and may not."""
+    """Returns field → (old, new) where `config` differs, and may not, from a run's flat fields."""
     new, defaults = (json.loads(json.dumps(flat(c))) for c in (config, default_config()))
-    old = defaults | _renamed(old)  # a run is older than a field that it does not have
+    old = defaults | _renamed(old)  # fields that are newer than the run have their defaults
     return {
         name: (old.get(name), new.get(name))
         for name in sorted({*old, *new})
@@ -163,5 +163,5 @@ def changes(old: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, 
 
 
 def fingerprint(config: ConfigDict) -> str:
-    """Twelve hex digits that change with any field."""
+    """Returns twelve hex digits that change with any field."""
     return hashlib.sha256(json.dumps(flat(config), sort_keys=True).encode()).hexdigest()[:12]

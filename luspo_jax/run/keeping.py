@@ -1,4 +1,4 @@
-"""What a run keeps of its steps: checkpoints, metrics, responses, held-out results, the export."""
+"""Saves the results of a run's steps: checkpoints, metrics, responses, evaluations, the export."""
 
 import contextlib
 import dataclasses
@@ -24,28 +24,28 @@ from luspo_jax.types import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run came to: held-out results as (steps taken, Evaluation), oldest first."""
+    """Held-out results of a run as (steps taken, Evaluation), oldest first."""
 
     evaluations: list[tuple[int, Evaluation]]
     export: pathlib.Path | None
 
     @property
     def base(self) -> Evaluation:
-        """Before training."""
+        """The result before training."""
         return self.evaluations[0][1]
 
     @property
     def final(self) -> Evaluation:
-        """After training."""
+        """The result after training."""
         return self.evaluations[-1][1]
 
 
 class Keeper(contextlib.ExitStack):
-    """Keeps what a run's steps leave behind in its workdir; a context.
+    """Saves the results of a run's steps in its workdir; a context manager.
 
     Args:
-      run: the run; its scorer and data are closed with this.
-      workdir: where it is kept.
+      run: the run; its scorer and data are closed on exit.
+      workdir: of the run.
     """
 
     def __init__(self, run: Run, workdir: Workdir):
@@ -62,21 +62,21 @@ class Keeper(contextlib.ExitStack):
         self._start = 0
 
     def begin(self) -> tuple[TrainState, Carried]:
-        """The state and what is carried where the workdir stands; evaluates a new run's policy."""
+        """Restores the state and carried values; evaluates a new run's policy."""
         run = self.run
         with guard.phase("restore"):
             state, start, evaluations, carried = begin(
                 run, self._checkpointer, self.workdir.forked_from
             )
             state = parked(state, run.settings.train.offload)
-        silent = None if processes.is_writer() else True  # None: silent where there is no console
+        silent = None if processes.is_writer() else True  # None: silent if there is no console
         total = run.settings.num_steps
         self._bar = self.enter_context(
             tqdm(total=total, initial=start, unit="step", leave=False, disable=silent)
         )
         writer = writers.writer(run, self.workdir, self._bar)
         self._writer = self.enter_context(contextlib.closing(writer))
-        # A run without a checkpoint starts over, whatever an earlier attempt has written.
+        # A run without a checkpoint starts over, whatever an earlier attempt wrote.
         self._writer.truncate_after(start if evaluations else start - 1)
         if not evaluations:
             with guard.phase("evaluate"):
@@ -86,7 +86,7 @@ class Keeper(contextlib.ExitStack):
         return state, carried
 
     def steps(self) -> Iterator[tuple[int, bool]]:
-        """(rollout steps taken, whether this is the first here) of each step that is left."""
+        """Yields (rollout steps taken, whether it is the first here) for each remaining step."""
         for step in range(self._start, self.run.settings.num_steps):
             guard.at_step(step + 1)
             self.workdir.check_there()
@@ -100,7 +100,7 @@ class Keeper(contextlib.ExitStack):
         rollouts: Rollouts,
         metrics: StepMetrics,
     ) -> None:
-        """Measures, evaluates, writes and checkpoints after a step, where each is due."""
+        """Measures, evaluates, writes and checkpoints after a step, each if due."""
         run, taken, measured = self.run, step + 1, None
         metrics.update(measures.metrics(rollouts, correct=run.metric))
         metrics.update(writers.speed_metrics(metrics, rollouts))
@@ -122,7 +122,7 @@ class Keeper(contextlib.ExitStack):
         self._bar.update()
 
     def outcome(self, state: TrainState) -> Outcome:
-        """What the run came to; exports the policy where that is asked for."""
+        """Returns the held-out results; exports the policy if asked."""
         run, export = self.run, None
         if run.settings.output.export:
             export = self.workdir.path / "export"
@@ -140,5 +140,5 @@ class Keeper(contextlib.ExitStack):
 
 
 def due(every: int, taken: int) -> bool:
-    """Whether what happens every so many steps happens after this one; 0 is never."""
+    """Returns whether an action with this interval in steps is due now; 0 is never."""
     return every > 0 and taken % every == 0

@@ -1,4 +1,4 @@
-"""What a run's arrays take on one device, estimated, and what was taken."""
+"""Device memory of a run: an estimate of its arrays, and the peak in use."""
 
 import functools
 import math
@@ -19,11 +19,11 @@ from luspo_jax.sharding import Layout
 def memory_estimate(
     config: Config, model: DecoderConfig, layouts: tuple[Layout | None, Layout | None]
 ) -> dict[str, int]:
-    """Bytes of the large arrays of a step on one device, by name.
+    """Estimates the bytes of a step's large arrays on one device, by name.
 
     Activations are those of one micro-batch at its longest: per token and layer about
-    16·D + 3·F + 4·N·H values without remat, D with it; of experts, which always compute theirs
-    again, 6·D + 7·F for each of a token's K, of one layer. An estimate, not a promise.
+    16·D + 3·F + 4·N·H values without remat, D with it. Experts, which always recompute theirs, add
+    6·D + 7·F for each of a token's K, in one layer. An estimate, not a promise.
     """
     sizes = batch_arithmetic(config)
     compute, sampling = (
@@ -65,9 +65,9 @@ def memory_estimate(
 
 @functools.cache  # traces the model
 def param_bytes(model: DecoderConfig, layout: Layout | None, dtype: Any) -> int:
-    """Bytes of one device's part of the parameters in `dtype`, routers in float32 at least.
+    """Returns the bytes of one device's shard of the parameters in `dtype`; routers ≥ float32.
 
-    What is cut over which axes differs by parameter: experts over the expert axis, norms over none.
+    Mesh axes differ by parameter: experts are sharded over the expert axis, norms over none.
     """
     params = decoder.abstract_params(model, jnp.dtype(dtype))
     axes = jax.tree.leaves(decoder.param_axes(model), is_leaf=lambda node: isinstance(node, tuple))
@@ -83,7 +83,7 @@ def _parts(layout, *axes):
 
 
 def peak_memory() -> int:
-    """Bytes: of the accelerator where it keeps count, else of this process."""
+    """Returns peak bytes of the accelerator if it counts them, else of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

@@ -1,4 +1,4 @@
-"""The model that a configuration names: architecture, folder and tokenizer."""
+"""The model of a configuration: architecture, folder and tokenizer."""
 
 import dataclasses
 import json
@@ -15,30 +15,30 @@ from luspo_jax.run.settings import Config, section
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The policy's architecture, where it came from, and its tokenizer."""
+    """The policy's architecture, the folder it came from, and its tokenizer."""
 
     folder: pathlib.Path
     config: DecoderConfig
     tokenizer: Any
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Text of response tokens, special tokens left out."""
+        """Decodes response tokens, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Every token that ends a response: the model's whole set and the tokenizer's own."""
+        """All tokens that end a response: those of the model and of the tokenizer."""
         own = self.tokenizer.eos_token_id
         return tuple(sorted({*self.config.eos_token_ids, *([] if own is None else [own])}))
 
     @property
     def pad_token_id(self) -> int:
-        """Any token: padding is known by its segment id."""
+        """The token that pads; any will do, as segment ids mark padding."""
         return self.tokenizer.pad_token_id or 0
 
 
 def load_model(config: Config) -> Model:
-    """Architecture and tokenizer of `config.model`."""
+    """Loads architecture and tokenizer of `config.model`."""
     settings = section(config, "model")
     from transformers import AutoTokenizer  # Slow to import; nothing else here needs it.
 
@@ -69,7 +69,7 @@ def load_model(config: Config) -> Model:
 
 
 def _with_stops(settings, model):
-    """The model with the tokens of `model.stop_token_ids` among those that end a response."""
+    """Returns the model with `model.stop_token_ids` added to the tokens that end a response."""
     own, size = settings.own_stop_ids, model.config.vocab_size
     if any(token >= size for token in own):
         raise ConfigError(

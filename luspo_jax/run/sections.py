@@ -1,8 +1,9 @@
-"""The sections of a configuration: every field with its default, and what its value may be.
+"""The sections of a configuration: every field with its default and the rule for its value.
 
-A section is a dataclass, here or beside what it configures (Objective, Shaping, LengthSettings).
-Its RULES say what the value of a field may be beside its type. `fields.default_config` is made of
-these declarations: what people and flags touch. `settings.Settings` has frozen ones to read from.
+A section is a dataclass, here or next to what it configures (Objective, Shaping, LengthSettings).
+Its RULES restrict the values of fields beyond their types. `fields.default_config` builds the
+configuration that users and flags set from these declarations; `settings.Settings` has frozen
+sections to read.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from luspo_jax.models.decoder import REMAT
 from luspo_jax.ops import attention, grouped_matmul
 from luspo_jax.prompts.templates import TEMPLATES
 
-_MOST = 2**31 - 1  # what int32 holds
+_MOST = 2**31 - 1  # the largest int32
 _SIZE, _COUNT = Number(1, _MOST), Number(0, _MOST)
 _LONGEST = Number(1, 2**24)  # tokens
 _PROCESSES = 1024
@@ -31,29 +32,29 @@ _SPLIT = Text("say train, or another split of the dataset")
 
 
 def _open() -> Any:
-    """A section whose field names are the user's."""
+    """Returns a section whose field names the user chooses."""
     return dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """The policy: where it is read from, and how it is computed."""
+    """The policy: its source and how it is computed."""
 
     # A folder in Hugging Face format, "embedded:NAME" for a model inside this package, or
     # "hub:OWNER/NAME" to download one.
     path: str = ""
     tokenizer: str = ""  # Folder; empty = the model's.
-    # Ids, joined with commas, that end a response beside those that the model's files name; "none"
-    # where nothing but the length limit may end one.
+    # Comma-separated ids that end a response, besides those in the model's files; "none" if only
+    # the length limit may end one.
     stop_token_ids: str = ""
     random_weights: bool = False  # Read config.json only and draw weights from `seed`.
     overrides: Mapping[str, Any] = _open()  # Fields of config.json, with random_weights only.
     dtype: str = "float32"  # Compute dtype of training; master weights are float32.
-    rollout_dtype: str = "float32"  # Of sampling: weights, activations and KV cache.
-    remat: str = "none"  # What is kept for the backward pass: a key of decoder.REMAT.
+    rollout_dtype: str = "float32"  # Dtype of sampling: weights, activations and KV cache.
+    remat: str = "none"  # What is stored for the backward pass: a key of decoder.REMAT.
     attention: str = "auto"  # By platform, or a name of luspo_jax.ops.attention.
     expert_kernel: str = "auto"  # By platform, or a name of luspo_jax.ops.grouped_matmul.
-    head_chunk_tokens: int = 2048  # Tokens whose logits exist at one time on a device.
+    head_chunk_tokens: int = 2048  # Tokens whose logits exist at once on a device.
 
     RULES: ClassVar[dict[str, Rule]] = {
         "path": Text("name a folder in Hugging Face format, or embedded:NAME"),
@@ -80,7 +81,7 @@ class ModelSettings:
 
     @property
     def own_stop_ids(self) -> tuple[int, ...]:
-        """The ids of `stop_token_ids`; none of "none"."""
+        """Returns the ids of `stop_token_ids`; none for "none"."""
         if self.stop_token_ids == "none":
             return ()
         return tuple(int(part) for part in self.stop_token_ids.split(",") if part.strip())
@@ -88,13 +89,13 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Devices of training, of all processes; one size may be -1: as many as the others leave."""
+    """The training mesh, over all processes; one size may be -1: all remaining devices."""
 
     data: int = 1  # Copies of the weights.
-    fsdp: int = -1  # Rows and weights cut alike; weights are gathered a layer at a time.
-    expert: int = 1  # As fsdp, and experts are cut over it.
-    context: int = 1  # Parts of a row.
-    tensor: int = 1  # Parts of heads, mlp and vocabulary.
+    fsdp: int = -1  # Shards rows and weights alike; weights are gathered a layer at a time.
+    expert: int = 1  # As fsdp, and shards experts.
+    context: int = 1  # Shards the length of a row.
+    tensor: int = 1  # Shards heads, mlp and vocabulary.
 
     RULES: ClassVar[dict[str, Rule]] = {
         "data": _AXIS,
@@ -115,12 +116,12 @@ class MeshSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutMeshSettings:
-    """Devices of the rollout; one copy of the weights lies within a process."""
+    """The rollout mesh; each copy of the weights stays within a process."""
 
-    data: int = -1  # Copies of the weights; each samples a part of the sequences.
-    expert: int = 1  # Experts are cut over it.
-    context: int = 1  # Parts of the KV cache's positions.
-    tensor: int = 1  # Parts of heads, mlp and vocabulary.
+    data: int = -1  # Copies of the weights; each samples some of the sequences.
+    expert: int = 1  # Shards experts.
+    context: int = 1  # Shards the KV cache's positions.
+    tensor: int = 1  # Shards heads, mlp and vocabulary.
 
     RULES: ClassVar[dict[str, Rule]] = {
         "data": _AXIS,
@@ -148,42 +149,42 @@ def _wrong_axes(mesh, sizes):
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Problems to train on and to be measured by, and how they become prompts."""
+    """Problems for training and evaluation, and how they become prompts."""
 
     name: str = ""  # One of luspo_jax.datasets.DATASETS.
     path: str = ""  # Local file of a dataset that is not generated.
-    split: str = "train"  # Of a dataset that has several.
+    split: str = "train"  # Of a dataset with several splits.
     options: Mapping[str, Any] = _open()  # Of a generated dataset.
-    # Several sources to train on in place of `name`: a name of yours → {name, path, split, weight,
+    # Several training sources instead of `name`: your name → {name, path, split, weight,
     # problem_column, answer_column, image_column, image_dir}; weight is a share of the prompts.
     mixture: Mapping[str, Any] = _open()
     eval_name: str = ""  # Held-out set; empty = data.name.
-    eval_path: str = ""  # Empty = data.path, of the same dataset.
+    eval_path: str = ""  # Empty = data.path, if the dataset is the same.
     eval_split: str = "test"  # Of the held-out set.
-    cache_dir: str = ""  # Where built datasets are kept; empty = the user's cache folder.
-    problem_column: str = ""  # Of a user's own jsonl or parquet.
-    answer_column: str = ""  # Likewise.
+    cache_dir: str = ""  # Folder for built datasets; empty = the user's cache folder.
+    problem_column: str = ""  # Of the user's own jsonl or parquet.
+    answer_column: str = ""  # The same.
     eval_problem_column: str = ""  # Of the held-out set; empty = as the training set's.
-    eval_answer_column: str = ""  # Likewise.
-    eval_image_column: str = ""  # Likewise.
-    drop_bad_rows: bool = False  # Leave out and count rows that cannot be used, or refuse.
-    # One of luspo_jax.prompts.templates.TEMPLATES, or a text of your own, such as
-    # "{problem}\nAnswer with a number." It holds {problem} once, and other columns as {hint}.
+    eval_answer_column: str = ""  # The same.
+    eval_image_column: str = ""  # The same.
+    drop_bad_rows: bool = False  # Drop and count rows that cannot be used, instead of refusing.
+    # One of luspo_jax.prompts.templates.TEMPLATES, or your own text, such as
+    # "{problem}\nAnswer with a number." It has {problem} once, and other columns as {hint}.
     template: str = "plain"
-    # Of such a text: whether it is a user message in the tokenizer's chat template, or the whole
-    # prompt; unset = a message where the tokenizer has a chat template.
+    # Whether such a text is a user message in the tokenizer's chat template, or the whole prompt;
+    # unset = a message if the tokenizer has a chat template.
     template_chat: bool | None = None
-    system_prompt: str = ""  # Of a chat template; empty = the template's own.
-    enable_thinking: bool | None = None  # Passed to the chat template where set.
-    # Of models that read images; 0 = as the model's preprocessor_config.json says.
+    system_prompt: str = ""  # For a chat template; empty = the template's own.
+    enable_thinking: bool | None = None  # Passed to the chat template if set.
+    # For models that read images; 0 = as in the model's preprocessor_config.json.
     min_pixels: int = 0
     max_pixels: int = 0
-    image_column: str = ""  # Empty = the dataset's; of a file, image or images.
+    image_column: str = ""  # Empty = the dataset's; in a file, image or images.
     image_dir: str = ""  # Folder of images; empty = the data file's.
-    eval_image_dir: str = ""  # Likewise of the held-out set, where it has a file of its own.
-    blank_images: bool = False  # Every image white, of its own size: what is answered blind.
+    eval_image_dir: str = ""  # The same for a held-out set with its own file.
+    blank_images: bool = False  # Replace images by white ones of equal size, to measure guessing.
     text_blank: int = 0  # Side of a white image for problems without one; 0 = none.
-    image_workers: int = 0  # Processes that decode images; 0 = one a core, at most 8.
+    image_workers: int = 0  # Processes that decode images; 0 = one per core, at most 8.
     max_prompt_length: int = 1024  # Tokens; longer prompts are dropped and counted.
 
     RULES: ClassVar[dict[str, Rule]] = {
@@ -219,7 +220,7 @@ class DataSettings:
             yield f"data.min_pixels={self.min_pixels} exceeds data.max_pixels={self.max_pixels}"
 
 
-# A source of data.mixture: field → (type, what it may be).
+# Field of a source in data.mixture → (type, rule for its value).
 SOURCE_FIELDS: dict[str, tuple[type, Rule | None]] = {
     "name": (str, OneOf(DATASETS)),
     "path": (str, None),
@@ -234,15 +235,15 @@ SOURCE_FIELDS: dict[str, tuple[type, Rule | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings:
-    """What responses are judged by."""
+    """How responses are rewarded."""
 
     parts: Mapping[str, float] = _open()  # Verifier → weight.
-    # Verifier → its options, e.g. overlong: {buffer: 4096, factor: 0.3}. A reward of your own is
-    # any name with the option function: "module:function" or "file.py:function".
+    # Verifier → its options, e.g. overlong: {buffer: 4096, factor: 0.3}. Your own reward is any
+    # name with the option function: "module:function" or "file.py:function".
     options: Mapping[str, Any] = _open()
-    timeout_s: float = 10.0  # Of one verification.
+    timeout_s: float = 10.0  # Per verification.
     num_workers: int = 2  # Processes for verifiers that need a hard time limit.
-    max_failure_rate: float = 0.05  # Share of time-outs and errors that stops the run.
+    max_failure_rate: float = 0.05  # Share of time-outs and errors above which the run stops.
 
     RULES: ClassVar[dict[str, Rule]] = {
         "timeout_s": Number(0.01, 1e5),
@@ -258,17 +259,17 @@ class RewardSettings:
 class RolloutSettings:
     """What a step samples, and how."""
 
-    prompts_per_step: int = 16  # Prompts that a step asks.
-    group_size: int = 8  # Responses to one prompt.
+    prompts_per_step: int = 16  # Prompts of a step.
+    group_size: int = 8  # Responses per prompt.
     max_response_length: int = 256  # Tokens.
-    temperature: float = 1.0  # Of sampling, and of the log-probs that training compares.
-    top_p: float = 1.0  # Mass of the likeliest tokens that are kept; 1 = all.
+    temperature: float = 1.0  # Of sampling, and of the log-probs in training.
+    top_p: float = 1.0  # Mass of the likeliest tokens to keep; 1 = all.
     top_k: int = 0  # 0 = off.
     num_slots: int = 128  # Sequences decoded at once.
     chunk_length: int = 64  # Decode steps between two looks by the host.
-    # |sampler − trainer| log-prob of one token that is refused at the first step. In float32 more
-    # than 0.05 is a fault; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21 at
-    # temperature 1, 0.44 at 0.6) and more in larger runs: set 1 there. Real faults are of nats.
+    # Largest |sampler − trainer| log-prob difference of one token allowed at the first step. In
+    # float32 more than 0.05 is a bug; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21
+    # at temperature 1, 0.44 at 0.6) and more in larger runs: set 1 there. Real bugs make nats.
     mismatch_limit: float = 0.05
 
     RULES: ClassVar[dict[str, Rule]] = {
@@ -295,29 +296,29 @@ class RolloutSettings:
 class TrainSettings:
     """The optimizer steps of a rollout step."""
 
-    num_minibatches: int = 1  # Optimizer steps a pass over the rollouts.
+    num_minibatches: int = 1  # Optimizer steps per pass over the rollouts.
     num_microbatches: int = 1  # Parts of a minibatch, to bound memory.
-    # Lay responses end to end in dense rows; micro-batches then hold as many as fit.
+    # Pack responses end to end into dense rows; micro-batches then hold as many as fit.
     packing: bool = False
-    microbatch_tokens: int = 0  # Of a packed micro-batch: rows × pack_length, at most.
+    microbatch_tokens: int = 0  # Limit of rows × pack_length of a packed micro-batch.
     pack_length: int = 0  # Tokens of a packed row; 0 = the longest sequence allowed.
-    num_length_buckets: int = 4  # Row lengths a step may have: each compiles once.
-    # What waits in host memory during the rollout: a key of update.OFFLOADS.
+    num_length_buckets: int = 4  # Possible row lengths of a step: each compiles once.
+    # What moves to host memory during the rollout: a key of learner.state.OFFLOADS.
     offload: str = "none"
-    # Experts that a mixture's update uses in place of its routers' choice: those of the trainer's
-    # pass before the step ("old", R2), of the sampler ("sampler", R3), or "none".
+    # Expert ids that an update uses instead of its routers' choice: those of the trainer's pass
+    # before the step ("old", R2), of the sampler ("sampler", R3), or "none".
     router_replay: str = "none"
-    freeze_vision: bool = False  # Leave the tower of a vision-language model as it is.
-    router_aux_coef: float = 0.0  # Of the load-balancing loss; Qwen's files say 0.001.
+    freeze_vision: bool = False  # Do not train the vision tower of a vision-language model.
+    router_aux_coef: float = 0.0  # Weight of the load-balancing loss; Qwen's files say 0.001.
     num_epochs: int = 1  # Passes over the rollouts.
     learning_rate: float = 1e-6  # After the warm-up.
     warmup_steps: int = 20  # Rollout steps.
-    b1: float = 0.9  # Of AdamW, as the three below.
+    b1: float = 0.9  # Of AdamW, as are the next three.
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # 0 = off.
-    # Every so many rollout steps, π_ref ← ref_decay · π_ref + (1 − ref_decay) · π; 0 = never.
+    # Interval in rollout steps of π_ref ← ref_decay · π_ref + (1 − ref_decay) · π; 0 = never.
     ref_every: int = 0
     ref_decay: float = 0.0
 
@@ -369,14 +370,14 @@ class EvalSettings:
     """How the policy is measured on held-out problems."""
 
     every: int = 10  # Rollout steps; 0 = only before and after training.
-    num_problems: int = 500  # The first so many of the held-out set.
-    num_samples: int = 4  # Responses a problem.
+    num_problems: int = 500  # Number of held-out problems, the first ones.
+    num_samples: int = 4  # Responses per problem.
     temperature: float = 1.0  # 0 takes the likeliest token.
     top_p: float = 1.0  # As in the rollout.
     top_k: int = 0  # 0 = off.
     num_slots: int = 256  # Sequences decoded at once.
-    seed: int = 7  # Of the noise: one value for all runs, so that runs compare in pairs.
-    # Reward part that counts as accuracy; may stay empty where there is only one.
+    seed: int = 7  # Of the sampling noise; equal for all runs, so that runs compare in pairs.
+    # The reward part that counts as accuracy; may be empty if there is only one.
     metric: str = ""
 
     RULES: ClassVar[dict[str, Rule]] = {
@@ -428,10 +429,10 @@ class OutputSettings:
 
 @dataclasses.dataclass(frozen=True)
 class HostsSettings:
-    """Of a run of several processes; see luspo_jax.hosts.guard."""
+    """Settings of a run of several processes; see luspo_jax.hosts.guard."""
 
-    dead_after_s: float = 30.0  # Without a sign of life a process counts as dead.
-    phase_timeout_s: float = 0.0  # Longest that a phase may take; 0 = no limit.
+    dead_after_s: float = 30.0  # Seconds without a sign of life after which a process is dead.
+    phase_timeout_s: float = 0.0  # The longest time that a phase may take; 0 = no limit.
 
     RULES: ClassVar[dict[str, Rule]] = {
         "dead_after_s": Number(

@@ -1,4 +1,4 @@
-"""A whole configuration as one frozen object, and any section of it alone."""
+"""A whole configuration as one frozen object, and single sections of it."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -35,12 +35,12 @@ from luspo_jax.run.sections import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A whole configuration, frozen: each section sound by itself.
+    """A whole configuration, frozen; each section is valid by itself.
 
-    `checks.check` makes one of which the sections go together too.
+    `checks.check` returns one whose sections also fit together.
     """
 
-    seed: int = 0  # Of everything that is drawn, but for held-out responses (eval.seed).
+    seed: int = 0  # Of all random draws except held-out responses (eval.seed).
     num_steps: int = 100  # Rollout steps.
     model: ModelSettings
     mesh: MeshSettings
@@ -63,10 +63,10 @@ class Settings:
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Settings":
-        """The settings of a configuration.
+        """Returns the settings of a configuration.
 
         Raises:
-          ConfigError: with what is wrong inside its sections, each an argument.
+          ConfigError: with the problems inside its sections, one per argument.
         """
         built, problems = sections_of(config)
         if problems:
@@ -74,7 +74,7 @@ class Settings:
         return cls(**built)
 
 
-# Either reads alike: `config.rollout.group_size`.
+# Both are read alike: `config.rollout.group_size`.
 Config = ConfigDict | Settings
 
 SECTIONS: dict[str, type] = {
@@ -83,7 +83,7 @@ SECTIONS: dict[str, type] = {
     if dataclasses.is_dataclass(field.type)
 }
 
-# Field → what it may be beside its type. Every field that is a number is here, but those of
+# Field → rule for its value, besides its type. Every numeric field is here, except those of
 # Objective and LengthSettings, which check their own.
 RULES: dict[str, Rule] = {
     **Settings.RULES,
@@ -97,7 +97,7 @@ RULES: dict[str, Rule] = {
 
 
 def sections_of(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
-    """(name → field or section, for those that are sound; what is wrong with the others)."""
+    """Returns (name → field or section, for the valid ones; problems of the others)."""
     built, problems = {}, []
     for field in dataclasses.fields(Settings):
         try:
@@ -108,10 +108,10 @@ def sections_of(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
 
 
 def section(config: Config, name: str) -> Any:
-    """One section as its dataclass, or a field of the top, whatever the others hold.
+    """Returns one section as its dataclass, or a top-level field, whatever the others hold.
 
     Raises:
-      ConfigError: with what is wrong inside it, each an argument.
+      ConfigError: with the problems inside it, one per argument.
     """
     if isinstance(config, Settings):
         return getattr(config, name)
@@ -127,13 +127,13 @@ def section(config: Config, name: str) -> Any:
         return _objective(config) if name == "objective" else SECTIONS[name](**value.to_dict())
     except ConfigError:
         raise
-    except ValueError as error:  # of a class that does not know the name of its section
+    except ValueError as error:  # from a class that does not know the name of its section
         text = str(error).replace("Objective.", "objective.")
         raise ConfigError(text if text.startswith(f"{name}.") else f"{name}.{text}") from error
 
 
 def _objective(config):
-    """The preset with the fields that the configuration sets.
+    """Returns the preset with the fields that the configuration sets.
 
     `max_response_length`, the constant of Dr.GRPO's aggregation, is the rollout's limit unless set.
     """

@@ -1,4 +1,4 @@
-"""A run's folder: one run in it, one process at it, and what its figures depend on."""
+"""A run's folder: it holds one run, serves one process, and records what figures depend on."""
 
 import importlib.metadata
 import json
@@ -18,7 +18,7 @@ from luspo_jax.run import fields
 from luspo_jax.run.settings import Config
 
 _PACKAGES = ("luspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
-_NOTE = ".checkpointed"  # step of the last checkpoint that was written
+_NOTE = ".checkpointed"  # step of the last checkpoint written
 
 
 class WorkdirError(PlaceError):
@@ -26,20 +26,20 @@ class WorkdirError(PlaceError):
 
 
 class Workdir:
-    """A run's folder: refused where it holds another run, locked while in use.
+    """A run's folder: refused if it holds another run, locked while in use.
 
-    Process 0 alone locks and writes; the others make sure that they see what it wrote. `run.json`
-    holds the configuration and everything that figures made from the folder depend on.
+    Only process 0 locks and writes; the others check that they see what it wrote. `run.json`
+    contains the configuration and everything that the folder's figures depend on.
 
     Args:
       path: of the folder.
       config: of the run.
-      facts: what its numbers depend on beside the configuration.
-      fork: the run and step that a new run begins from; a folder that holds a run keeps to its own.
+      facts: what its numbers depend on besides the configuration.
+      fork: the run and step that a new run starts from; an existing run keeps its own.
 
     Attributes:
       path: of the folder.
-      forked_from: what run.json says of where the run began; None for one that began by itself.
+      forked_from: the fork recorded in run.json; None for a run that is not a fork.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Workdir:
         processes.barrier("workdir")
 
     def close(self) -> None:
-        """Lets another process use the folder."""
+        """Releases the folder to other processes."""
         if self._lock is not None:
             self._lock.close()
 
     def check_there(self) -> None:
-        """Checks that the folder was not deleted, moved or replaced since it was taken.
+        """Checks that the folder was not deleted, moved or replaced while in use.
 
         Raises:
           WorkdirError: it was; says what is lost.
@@ -91,8 +91,8 @@ class Workdir:
             )
 
     def note_checkpoint(self, step: int) -> None:
-        """Notes that a checkpoint was written, so that a run whose checkpoints are gone is told
-        from one that was stopped before its first."""
+        """Records that a checkpoint was written, to tell a run that lost its checkpoints from one
+        that was stopped before its first."""
         if self._lock is not None:
             files.write_text(self.path / _NOTE, f"{step}\n")
 
@@ -123,10 +123,10 @@ class Workdir:
             )
 
     def _check_own(self):
-        """Refuses a folder of somebody's before anything is written into it."""
+        """Refuses a folder with other contents before anything is written into it."""
         if (self.path / "run.json").exists() or any(checkpoints(self.path)):
             return
-        # Other than lock, broken write, and heartbeats.
+        # Names besides the lock, broken writes and heartbeats.
         others = [p for p in self.path.glob("*") if not p.name.startswith(".")]
         if any(p.name != "processes" for p in others):
             raise WorkdirError(
@@ -135,7 +135,7 @@ class Workdir:
 
     def _check_or_write(self, config, facts):
         manifest = self.path / "run.json"
-        facts = json.loads(json.dumps(facts))  # as they will be read: tuples are lists there
+        facts = json.loads(json.dumps(facts))  # as they will be read: tuples become lists
         if manifest.exists():
             stored = read_manifest(self.path)
             self.forked_from = stored.get("forked_from")
@@ -165,10 +165,10 @@ class Workdir:
 
 
 def check_place(path: str | os.PathLike) -> None:
-    """Refuses a bucket's address, which would become a folder of that name on the local disk.
+    """Refuses a bucket's address, which would become a local folder of that name.
 
     Raises:
-      WorkdirError: with what to do.
+      WorkdirError: with the remedy.
     """
     scheme, found, _ = str(path).partition("://")
     if found:
@@ -180,10 +180,10 @@ def check_place(path: str | os.PathLike) -> None:
 
 
 def stored_config(workdir: str | os.PathLike) -> ConfigDict:
-    """The configuration of the run that a workdir holds.
+    """Returns the configuration of the run in a workdir.
 
     Raises:
-      WorkdirError: it holds none, or one that this version cannot read.
+      WorkdirError: there is none, or this version cannot read it.
     """
     stored, config = read_manifest(workdir), fields.default_config()
     try:
@@ -195,10 +195,10 @@ def stored_config(workdir: str | os.PathLike) -> ConfigDict:
 
 
 def read_manifest(workdir: str | os.PathLike) -> dict[str, Any]:
-    """What run.json of a workdir says.
+    """Reads run.json of a workdir.
 
     Raises:
-      WorkdirError: there is none, or it is damaged; with a way out.
+      WorkdirError: it is missing or damaged; with the remedy.
     """
     manifest = pathlib.Path(workdir) / "run.json"
     if not manifest.is_file():
@@ -221,7 +221,7 @@ def read_manifest(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def checkpoints(workdir: str | os.PathLike) -> Iterator[int]:
-    """Steps of the finished checkpoints that a run has written into a workdir."""
+    """Yields the steps of the finished checkpoints in a workdir."""
     for path in (pathlib.Path(workdir) / "checkpoints").glob("*"):
         if path.name.isdecimal() and (path / "host").is_dir() and (path / "state").is_dir():
             yield int(path.name)
@@ -234,12 +234,12 @@ def fork(
     config: ConfigDict,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What run.json says of a run that begins from a checkpoint of another one.
+    """Returns the run.json record of a run that starts from another run's checkpoint.
 
     Args:
-      workdir: of the new run; if it holds one, that must have begun in the same way.
+      workdir: of the new run; a run that it already holds must have started the same way.
       parent: workdir of the other run.
-      step: of the checkpoint; None for the latest, or the one that the new run began from.
+      step: of the checkpoint; None for the latest, or the one that an existing run started from.
       config: of the new run.
       facts: of the new run.
 
@@ -276,15 +276,15 @@ def fork(
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that a run's numbers may depend on."""
+    """Returns the versions of packages on which a run's numbers may depend."""
     return {name: _version(name) for name in _PACKAGES}
 
 
 def check_processes(config: Config) -> None:
-    """Refuses a run whose processes have nothing to do.
+    """Refuses a run with idle processes.
 
     Raises:
-      ConfigError: fewer prompts in a step than processes.
+      ConfigError: a step has fewer prompts than there are processes.
     """
     count, prompts_per_step = jax.process_count(), config.rollout.prompts_per_step
     if prompts_per_step < count:

@@ -1,4 +1,4 @@
-"""Where the metrics and responses of a run are written, and what a step's speed was."""
+"""Writes the metrics and responses of a run, and computes the speed of a step."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from luspo_jax.run.workdir import Workdir
 
 
 def console_line(step: int, num_steps: int | None, values: Mapping[str, float]) -> str:
-    """A step in one line: reward, length, truncation, clipping, gradient, time."""
+    """Formats a step as one line: reward, length, truncation, clipping, gradient, time."""
     shown = (
         ("reward", "reward", "{:.3f}"),
         ("response_length/mean", "length", "{:.1f}"),
@@ -39,13 +39,13 @@ def console_line(step: int, num_steps: int | None, values: Mapping[str, float]) 
 
 
 class MetricsWriter:
-    """Writes each step to metrics.jsonl, TensorBoard, the console and, when asked, W&B.
+    """Writes each step to metrics.jsonl, TensorBoard, the console and, if asked, W&B.
 
     Args:
       workdir: folder of the run.
       tensorboard: whether to write TensorBoard files.
       wandb_project: project on Weights & Biases; empty for none.
-      config: what W&B shows as the run's configuration.
+      config: shown by W&B as the run's configuration.
       num_steps: steps of the whole run, for the console.
       console: called with the console line; None for no console.
     """
@@ -72,7 +72,7 @@ class MetricsWriter:
         return self._workdir / "metrics.jsonl"
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record a step.
+        """Writes the metrics of a step.
 
         Raises:
           KeyError: a name that is not declared.
@@ -93,7 +93,7 @@ class MetricsWriter:
             from tensorboardX import SummaryWriter
 
             folder = self._workdir / "tensorboard"
-            # Its own file names tell runs apart by the second only.
+            # TensorBoard's own file names tell runs apart only by the second.
             self._tensorboard = SummaryWriter(
                 str(folder), purge_step=self._purge_step, filename_suffix=f".from_{step}"
             )
@@ -103,7 +103,7 @@ class MetricsWriter:
         self._tensorboard.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Forget everything after a step, as a run that goes on from its checkpoint must."""
+        """Deletes everything after a step, as a resumed run must."""
         if self.path.exists():
             kept = [
                 line.decode() + "\n"
@@ -115,12 +115,12 @@ class MetricsWriter:
             files.write_text(self.path, "".join(kept))
         for path in (self._workdir / "rollouts").glob("step_*.jsonl"):
             number = path.stem.removeprefix("step_")
-            if number.isdecimal() and int(number) > step:  # any other file is not ours
+            if number.isdecimal() and int(number) > step:  # other files are not ours
                 path.unlink()
         self._purge_step = step + 1
 
     def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> pathlib.Path:
-        """Dump a step's responses to rollouts/step_NNNNNN.jsonl, whole or not at all."""
+        """Writes a step's responses to rollouts/step_NNNNNN.jsonl, whole or not at all."""
         path = self._workdir / "rollouts" / f"step_{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
@@ -128,7 +128,7 @@ class MetricsWriter:
         return path
 
     def close(self) -> None:
-        """Close the writers."""
+        """Closes the writers."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -136,19 +136,19 @@ class MetricsWriter:
 
 
 class SilentWriter:
-    """In place of a MetricsWriter in the processes that write nothing."""
+    """Replaces MetricsWriter in processes that write nothing."""
 
     def truncate_after(self, step: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def _append(path: pathlib.Path, line: str) -> None:
@@ -161,7 +161,7 @@ def _append(path: pathlib.Path, line: str) -> None:
 
 
 def _wandb_run(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | None):
-    """The W&B run of a workdir; a continued run goes on with the same one."""
+    """Returns the W&B run of a workdir; a resumed run keeps its W&B run."""
     try:
         import wandb
     except ImportError as error:
@@ -182,7 +182,7 @@ def _wandb_run(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | 
 
 
 def writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWriter:
-    """One process writes; times, throughput and memory are what it sees."""
+    """Returns the process's writer; times, throughput and memory are those of process 0."""
     if not processes.is_writer():
         return SilentWriter()
     output = run.settings.output
@@ -197,7 +197,7 @@ def writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWrite
 
 
 def speed_metrics(metrics: StepMetrics, rollouts: Rollouts) -> dict[str, float]:
-    """Tokens and seconds of a step, prompts and responses, and the most memory so far."""
+    """Returns tokens and seconds of a step, prompts and responses, and the peak memory so far."""
     seconds = metrics.result()["timing_s/step"]
     tokens = int(rollouts.lengths_B.sum()) + sum(len(p.tokens) for p in rollouts.prompts)
     return {
