@@ -153,8 +153,8 @@ def shard_map(
 ) -> Callable:
     """Runs `function` on each device's own part; without a layout, returns `function` itself.
 
-    `in_axes` has the logical axes of each argument, an array; `out_axes` those of the result, or a
-    tuple of them for a tuple of results.
+    `in_axes` has the logical axes of each argument; `out_axes` those of the result, or a tuple of
+    them for a tuple of results. Those of a NamedTuple of arrays are a NamedTuple of axes.
     """
     if layout is None:
         return function
@@ -162,10 +162,20 @@ def shard_map(
     return jax.shard_map(
         function,
         mesh=layout.mesh,
-        in_specs=tuple(layout.spec(axes) for axes in in_axes),
-        out_specs=tuple(map(layout.spec, out_axes)) if many else layout.spec(out_axes),
+        in_specs=tuple(_specs(axes, layout) for axes in in_axes),
+        out_specs=_each_spec(out_axes, layout) if many else layout.spec(out_axes),
         check_vma=False,
     )
+
+
+def _specs(axes, layout):
+    return _each_spec(axes, layout) if hasattr(axes, "_fields") else layout.spec(axes)
+
+
+def _each_spec(many, layout):
+    """Returns the specs of a tuple of axes, as a tuple of the same kind."""
+    specs = [_specs(axes, layout) for axes in many]
+    return type(many)(*specs) if hasattr(many, "_fields") else tuple(specs)
 
 
 def summed_over_rows(part: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:

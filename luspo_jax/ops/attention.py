@@ -17,6 +17,7 @@ import importlib
 import jax
 
 from luspo_jax.ops import reference_attention
+from luspo_jax.ops.attention_blocks import Inputs, Results
 from luspo_jax.ops.ring_attention import (
     backward_ring,
     check_length,
@@ -28,7 +29,7 @@ from luspo_jax.sharding import Layout, shard_map
 
 __all__ = ["IMPLEMENTATIONS", "attention", "inverse_ring_order", "resolve", "ring_order"]
 
-# Modules with `forward_block` and `backward_block`; imported when used, as Pallas imports slowly.
+# Modules as `attention_blocks` says; imported when used, as Pallas imports slowly.
 IMPLEMENTATIONS = {
     "reference": "reference_attention",
     "splash": "splash_attention",
@@ -42,7 +43,7 @@ _QUERY = ("batch", "length", "heads", None)
 _KEY = ("batch", "length", "kv_heads", None)
 _SEGMENTS = ("batch", "length")
 _WHOLE_KEY, _WHOLE_SEGMENTS = ("batch", None, "kv_heads", None), ("batch", None)
-_LSE = ("batch", "length", "heads")
+_RESULTS = Results(_QUERY, ("batch", "length", "heads"))
 
 
 def attention(
@@ -207,30 +208,28 @@ def _by_parts(implementation, layout, causal, query_BTNH, key_BSKH, value_BSKH, 
     return _parts_forward(implementation, layout, causal, *arrays)[0]
 
 
-def _inputs(causal):
-    """Returns the axes of queries, keys, values, and the segment ids of queries and of keys."""
+def _axes(causal):
+    """Returns the axes of the inputs; without order each device has all keys of its rows."""
     key, segments = (_KEY, _SEGMENTS) if causal else (_WHOLE_KEY, _WHOLE_SEGMENTS)
-    return _QUERY, key, key, _SEGMENTS, segments
+    return Inputs(_QUERY, key, key, _SEGMENTS, segments)
 
 
 def _parts_forward(implementation, layout, causal, *arrays):
     function = functools.partial(_own_forward, implementation, layout, causal)
     query_BTNH, *rest, segments_BT = arrays
-    segments = (reference_attention.tied(segments_BT, query_BTNH),) * 2
-    results = shard_map(function, layout, _inputs(causal), (_QUERY, _LSE))(
-        query_BTNH, *rest, *segments
-    )
-    out_BTNH, lse_BTN = reference_attention.named(*results)
-    return out_BTNH, (*arrays, out_BTNH, lse_BTN)
+    segments_BT = reference_attention.tied(segments_BT, query_BTNH)
+    inputs = Inputs(query_BTNH, *rest, segments_BT, segments_BT)
+    results = shard_map(function, layout, (_axes(causal),), _RESULTS)(inputs)
+    results = reference_attention.named(results)
+    return results.out, (arrays, results)
 
 
 def _parts_backward(implementation, layout, causal, residuals, grad_BTNH):
     function = functools.partial(_own_backward, implementation, layout, causal)
-    inputs = _inputs(causal)
-    axes = (*inputs, _QUERY, _LSE, _QUERY)
-    *arrays, segments_BT, out_BTNH, lse_BTN = reference_attention.tied(residuals, grad_BTNH)
-    grads = shard_map(function, layout, axes, inputs[:3])(
-        *arrays, segments_BT, segments_BT, out_BTNH, lse_BTN, grad_BTNH
+    (*arrays, segments_BT), results = reference_attention.tied(residuals, grad_BTNH)
+    inputs, axes = Inputs(*arrays, segments_BT, segments_BT), _axes(causal)
+    grads = shard_map(function, layout, (axes, _RESULTS, _QUERY), axes[:3])(
+        inputs, results, grad_BTNH
     )
     return *grads, None
 
@@ -238,25 +237,24 @@ def _parts_backward(implementation, layout, causal, residuals, grad_BTNH):
 _by_parts.defvjp(_parts_forward, _parts_backward)
 
 
-def _own_forward(implementation, layout, causal, query, key, value, segments, key_segments):
+def _own_forward(implementation, layout, causal, inputs):
     block, (axis, count) = _blocks(implementation).forward_block, _ring(layout)
     if causal and count > 1:
-        out, lse = forward_ring(block, axis, count, query, key, value, segments)
+        results = forward_ring(block, axis, count, inputs)
     else:
-        out, lse = block(query, key, value, segments, key_segments, causal=causal)
-    return out.astype(query.dtype), lse
+        results = block(inputs, causal=causal)
+    return results._replace(out=results.out.astype(inputs.query.dtype))
 
 
-def _own_backward(implementation, layout, causal, query, key, value, *rest):
+def _own_backward(implementation, layout, causal, inputs, results, grad):
     block, (axis, count) = _blocks(implementation).backward_block, _ring(layout)
     if causal and count > 1:
-        segments, _, *rest = rest
-        grads = backward_ring(block, axis, count, query, key, value, segments, *rest)
+        grads = backward_ring(block, axis, count, inputs, results, grad)
     else:
-        grads = block(query, key, value, *rest, causal=causal)
+        grads = block(inputs, results, grad, causal=causal)
     if not causal and count > 1:  # so far from this device's queries only
         grads = grads[0], *(jax.lax.psum(grad, axis) for grad in grads[1:])
-    return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
+    return tuple(grad.astype(x.dtype) for grad, x in zip(grads, inputs[:3], strict=True))
 
 
 def _blocks(implementation):

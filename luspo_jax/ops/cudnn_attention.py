@@ -9,45 +9,35 @@ identical computations.
 import jax
 import jax.numpy as jnp
 
-
-def forward_block(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, *, causal):
-    """Returns (out_BTNH, lse_BTN); arguments as in `reference_attention`, one segment a row."""
-    arrays = (query_BTNH, key_BSKH, value_BSKH)
-    return _attend(*arrays, segments_BT, segments_BS, causal=causal)
+from luspo_jax.ops.attention_blocks import Inputs, Results
 
 
-def backward_block(
-    query_BTNH,
-    key_BSKH,
-    value_BSKH,
-    segments_BT,
-    segments_BS,
-    out_BTNH,
-    lse_BTN,
-    grad_BTNH,
-    *,
-    causal,
-):
+def forward_block(inputs, *, causal):
+    """Returns Results, `out` in the queries' type, of rows of one segment each."""
+    return Results(*_attend(inputs, causal=causal))
+
+
+def backward_block(inputs, results, grad_BTNH, *, causal):
     """Returns recomputed gradients (dq, dk, dv) in the inputs' type; cannot be part of a ring."""
-    _, pull = jax.vjp(
-        lambda *arrays: _attend(*arrays, segments_BT, segments_BS, causal=causal)[0],
-        query_BTNH,
-        key_BSKH,
-        value_BSKH,
-    )
-    return pull(grad_BTNH.astype(query_BTNH.dtype))
+    del results  # not what cuDNN keeps for its backward pass
+    *arrays, segments_BT, segments_BS = inputs
+
+    def out(*arrays):
+        return _attend(Inputs(*arrays, segments_BT, segments_BS), causal=causal)[0]
+
+    return jax.vjp(out, *arrays)[1](grad_BTNH.astype(inputs.query.dtype))
 
 
-def _attend(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, *, causal):
+def _attend(inputs, *, causal):
     # A row of padding only still gets one token, because a softmax over nothing is not finite.
     lengths_B, key_lengths_B = (
         jnp.maximum(jnp.sum(segments != 0, axis=1, dtype=jnp.int32), 1)
-        for segments in (segments_BT, segments_BS)
+        for segments in (inputs.segments, inputs.key_segments)
     )
     return jax.nn.dot_product_attention(
-        query_BTNH,
-        key_BSKH,
-        value_BSKH,
+        inputs.query,
+        inputs.key,
+        inputs.value,
         is_causal=causal,
         query_seq_lengths=lengths_B,
         key_value_seq_lengths=key_lengths_B,

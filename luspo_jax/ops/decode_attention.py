@@ -1,6 +1,7 @@
 """Attention of one query per row over the first entries of that row's KV cache."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,13 @@ CACHE_AXES = (
 NEGATIVE = -1e30  # finite: the exponential of a masked score is exactly zero, never NaN
 # Cache lengths that `rows` compiles for, no finer than 32; a row reads the shortest sufficient one.
 _PREFIXES, _FINEST = 4, 32
+
+
+class _Pair(NamedTuple):
+    """A key and a value: the new ones of each row, the cache, or the axes of either."""
+
+    key: Any
+    value: Any
 
 
 def decode_attention(
@@ -89,30 +97,28 @@ def append_and_attend(
     return shard_map(
         function,
         layout,
-        (query_axes, row_axes, row_axes, CACHE_AXES, CACHE_AXES, (), ("batch",)),
+        (query_axes, _Pair(row_axes, row_axes), _Pair(CACHE_AXES, CACHE_AXES), (), ("batch",)),
         (query_axes, CACHE_AXES, CACHE_AXES),
-    )(query_BNH, *new, *cached, jnp.asarray(layer), jnp.asarray(positions_B))
+    )(query_BNH, _Pair(*new), _Pair(*cached), jnp.asarray(layer), jnp.asarray(positions_B))
 
 
-def _append_and_attend(implementation, query, key, value, keys, values, layer, positions_B):
-    keys = _written(keys, key, layer, positions_B)
-    values = _written(values, value, layer, positions_B)
+def _append_and_attend(implementation, query, new, cached, layer, positions_B):
+    keys = _written(cached.key, new.key, layer, positions_B)
+    values = _written(cached.value, new.value, layer, positions_B)
     out = decode_attention(
         query, keys, values, layer, lengths_B=positions_B + 1, implementation=implementation
     )
     return out, keys, values
 
 
-def _append_and_attend_part(
-    implementation, layout, query, key, value, keys, values, layer, positions_B
-):
+def _append_and_attend_part(implementation, layout, query, new, cached, layer, positions_B):
     """Does the same when this device holds one part of the positions."""
     spread, C = layout.axis_names("cache_length"), layout.size("cache_length")
     part = lax.axis_index(spread)
     # Other parts' positions are moved past the end, where writes are dropped.
-    own_B = jnp.where(positions_B % C == part, positions_B // C, keys.shape[3])
-    keys = _written(keys, key, layer, own_B)
-    values = _written(values, value, layer, own_B)
+    own_B = jnp.where(positions_B % C == part, positions_B // C, cached.key.shape[3])
+    keys = _written(cached.key, new.key, layer, own_B)
+    values = _written(cached.value, new.value, layer, own_B)
     lengths_B = (positions_B - part) // C + 1  # ≥ 0: positions ≥ 0 and part < C
     out, top, total = _known(implementation)(
         _scaled_groups(query, keys), keys, values, layer, lengths_B, finish=_parts

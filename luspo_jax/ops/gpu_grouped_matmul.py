@@ -10,6 +10,7 @@ are not tuned.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
         grid=(pl.cdiv(columns, tile[1]), count),
         out_shape=jax.ShapeDtypeStruct((M, columns), x_MD.dtype),
         name="grouped_matmul",
-    )(*_tiles(group_sizes_E, rows, count), x_MD, kernel_EDF)
+    )(_tiles(group_sizes_E, rows, count), x_MD, kernel_EDF)
 
 
 def outer(x_MD, grad_MF, group_sizes_E):
@@ -72,18 +73,26 @@ def _depth(x_MD):
     return 64 if x_MD.dtype.itemsize == 2 else 32
 
 
-def _tiles(group_sizes_E, rows, count):
-    """Returns group, first row and the group's end row for each tile of rows.
+class _Tiles(NamedTuple):
+    """Each tile of rows: its group, its first row, and the group's end row.
 
-    An unused tile has first row = last row.
+    An unused tile has first row = end row.
     """
+
+    group_T: Any
+    first_T: Any
+    end_T: Any
+
+
+def _tiles(group_sizes_E, rows, count):
+    """Returns the _Tiles of groups of these sizes."""
     starts_E, ends_E = bounds(group_sizes_E)
     before_E, through_E = bounds(-(-group_sizes_E // rows))  # tiles
     tiles_T = lax.iota(jnp.int32, count)
     group_T = jnp.sum(tiles_T[:, None] >= through_E[None], axis=1, dtype=jnp.int32)
     group_T = jnp.minimum(group_T, group_sizes_E.shape[0] - 1)
     first_T = starts_E[group_T] + (tiles_T - before_E[group_T]) * rows
-    return group_T, jnp.minimum(first_T, ends_E[group_T]), ends_E[group_T]
+    return _Tiles(group_T, jnp.minimum(first_T, ends_E[group_T]), ends_E[group_T])
 
 
 def _call(kernel, **settings):
@@ -95,9 +104,9 @@ def _call(kernel, **settings):
 # References are to whole arrays; the sides of a tile are powers of two, with the excess masked.
 
 
-def _matmul_kernel(group_ref, first_ref, end_ref, x_ref, kernel_ref, y_ref, *, transposed, tile):
+def _matmul_kernel(tiles, x_ref, kernel_ref, y_ref, *, transposed, tile):
     j, t = pl.program_id(0), pl.program_id(1)
-    group, first, end = group_ref[t], first_ref[t], end_ref[t]
+    group, first, end = (ref[t] for ref in tiles)
     rows, columns, depth = tile
     width, inner = y_ref.shape[1], x_ref.shape[1]
     here, across = pl.dslice(first, rows), pl.dslice(j * columns, columns)

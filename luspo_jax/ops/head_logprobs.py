@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +54,21 @@ def head_logprobs(
         raise ValueError(f"temperature must be > 0 to score tokens, got {temperature}")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be ≥ 1, got {chunk_tokens}")
-    return _scored(
-        1.0 / temperature, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT
-    )
+    inputs = _Inputs(hidden_BTD, kernel_VD, targets_BT, mask_BT)
+    return _scored(1.0 / temperature, chunk_tokens, layout, inputs)
 
 
-_ROWS, _HIDDEN, _KERNEL = ("batch", "length"), ("batch", "length", None), ("vocab", "embed")
+class _Inputs(NamedTuple):
+    """The arrays of `head_logprobs`, or one thing for each of them, such as its axes."""
+
+    hidden_BTD: Any
+    kernel_VD: Any
+    targets_BT: Any
+    mask_BT: Any
+
+
+_ROWS, _KERNEL = ("batch", "length"), ("vocab", "embed")
+_AXES = _Inputs(("batch", "length", None), _KERNEL, _ROWS, _ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,21 +129,19 @@ def _from_chunks(x_NBC, length):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scored(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT):
-    return _scored_forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT)[
-        0
-    ]
+def _scored(scale, chunk_tokens, layout, inputs):
+    return _scored_forward(scale, chunk_tokens, layout, inputs)[0]
 
 
-def _scored_forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT):
+def _scored_forward(scale, chunk_tokens, layout, inputs):
     local = functools.partial(_forward, scale, chunk_tokens, layout)
-    spread = sharding.shard_map(local, layout, [_HIDDEN, _KERNEL, _ROWS, _ROWS], (_ROWS,) * 3)
-    logprobs_BT, entropy_BT, normalizer_BT = spread(hidden_BTD, kernel_VD, targets_BT, mask_BT)
-    residuals = (hidden_BTD, kernel_VD, targets_BT, mask_BT, entropy_BT, normalizer_BT)
-    return (logprobs_BT, entropy_BT), residuals
+    spread = sharding.shard_map(local, layout, [_AXES], (_ROWS,) * 3)
+    logprobs_BT, entropy_BT, normalizer_BT = spread(inputs)
+    return (logprobs_BT, entropy_BT), (inputs, entropy_BT, normalizer_BT)
 
 
-def _forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT):
+def _forward(scale, chunk_tokens, layout, inputs):
+    hidden_BTD, kernel_VD, targets_BT, mask_BT = inputs
     vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
     chunk = _chunk_length(chunk_tokens, targets_BT)
 
@@ -164,17 +172,16 @@ def _forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mas
 
 
 def _scored_backward(scale, chunk_tokens, layout, residuals, cotangents):
+    inputs, entropy_BT, normalizer_BT = residuals
     local = functools.partial(_backward, scale, chunk_tokens, layout)
-    spread = sharding.shard_map(local, layout, [_HIDDEN, _KERNEL, *[_ROWS] * 6], (_HIDDEN, _KERNEL))
-    hidden_BTD, kernel_VD, *_ = residuals
-    d_hidden_BTD, d_kernel_VD = spread(*residuals, *cotangents)
-    return d_hidden_BTD.astype(hidden_BTD.dtype), d_kernel_VD.astype(kernel_VD.dtype), None, None
+    spread = sharding.shard_map(local, layout, [_AXES, *[_ROWS] * 4], _AXES[:2])
+    d_hidden_BTD, d_kernel_VD = spread(inputs, entropy_BT, normalizer_BT, *cotangents)
+    d_hidden_BTD = d_hidden_BTD.astype(inputs.hidden_BTD.dtype)
+    return (_Inputs(d_hidden_BTD, d_kernel_VD.astype(inputs.kernel_VD.dtype), None, None),)
 
 
-def _backward(
-    scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT, entropy_BT,
-    normalizer_BT, *cotangents,
-):  # fmt: skip
+def _backward(scale, chunk_tokens, layout, inputs, entropy_BT, normalizer_BT, *cotangents):
+    hidden_BTD, kernel_VD, targets_BT, mask_BT = inputs
     vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
     chunk = _chunk_length(chunk_tokens, targets_BT)
 

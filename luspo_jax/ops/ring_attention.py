@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from luspo_jax.ops.attention_blocks import Inputs, Results
 from luspo_jax.ops.precision import wide, wide_type
 
 
@@ -62,23 +63,20 @@ def check_length(length: int, count: int) -> None:
         )
 
 
-def forward_ring(block, axis, count, query_BTNH, key_BTKH, value_BTKH, segments_BT):
-    """Returns (out_BTNH, lse_BTN), float32, of this device's queries over the keys of all devices.
+def forward_ring(block, axis, count, inputs):
+    """Returns the Results, float32, of this device's queries over the keys of all devices.
 
     For use inside `shard_map`; arrays are the device's own parts, in ring order.
 
     Args:
-      block: a `forward_block`, as in `reference_attention`.
+      block: the `forward_block` of an implementation.
       axis: name of the mesh axis.
       count: its size.
-      query_BTNH: queries.
-      key_BTKH: keys.
-      value_BTKH: values.
-      segments_BT: int32 segment ids.
+      inputs: Inputs whose queries and keys are at the same positions, of the same segments.
     """
-    index, keys = lax.axis_index(axis), (key_BTKH, value_BTKH, segments_BT)
+    index, keys = lax.axis_index(axis), (inputs.key, inputs.value, inputs.segments)
     arriving = _passed_on(keys, axis, count)  # in transit while the device's own keys are read
-    queries = (query_BTNH, segments_BT)
+    queries = (inputs.query, inputs.segments)
     own = _attend(block, _both(queries), _both(keys), causal=True)
     early, late = _halves(own, axis=0)
     whole = _attend(block, _late(queries), _early(keys), causal=False)
@@ -100,17 +98,15 @@ def forward_ring(block, axis, count, query_BTNH, key_BTKH, value_BTKH, segments_
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), *state)
 
 
-def backward_ring(
-    block, axis, count, query_BTNH, key_BTKH, value_BTKH, segments_BT, out_BTNH, lse_BTN, grad_BTNH
-):
+def backward_ring(block, axis, count, inputs, results, grad_BTNH):
     """Returns gradients (dq, dk, dv), float32; those of keys and values travel around with them.
 
-    Arguments as in `forward_ring`; `block` is a `backward_block`, `out_BTNH` and `lse_BTN` are the
-    ring's, and `grad_BTNH` is the cotangent of `out_BTNH`.
+    Arguments as in `forward_ring`; `block` is a `backward_block`, `results` are the ring's, and
+    `grad_BTNH` is the cotangent of their `out`.
     """
-    index, keys = lax.axis_index(axis), (key_BTKH, value_BTKH, segments_BT)
+    index, keys = lax.axis_index(axis), (inputs.key, inputs.value, inputs.segments)
     arriving = _passed_on(keys, axis, count)
-    queries = (query_BTNH, segments_BT, out_BTNH, lse_BTN, grad_BTNH)
+    queries = (inputs.query, inputs.segments, results, grad_BTNH)
     dq, dk, dv = (
         jnp.concatenate(_halves(x, axis=0), axis=1)
         for x in _pull(block, _both(queries), _both(keys), causal=True)
@@ -204,27 +200,27 @@ def _added(total, part, half):
 
 def _attend(block, queries, keys, *, causal):
     (query, segments_q), (key, value, segments_k) = queries, keys
-    out, lse = block(query, key, value, segments_q, segments_k, causal=causal)
-    return wide(out), lse
+    out, lse = block(Inputs(query, key, value, segments_q, segments_k), causal=causal)
+    return Results(wide(out), lse)
 
 
 def _pull(block, queries, keys, *, causal):
-    (query, segments_q, *rest), (key, value, segments_k) = queries, keys
-    grads = block(query, key, value, segments_q, segments_k, *rest, causal=causal)
-    return tuple(map(wide, grads))
+    (query, segments_q, results, grad), (key, value, segments_k) = queries, keys
+    inputs = Inputs(query, key, value, segments_q, segments_k)
+    return tuple(map(wide, block(inputs, results, grad, causal=causal)))
 
 
 def _joined(a, b):
-    """Joins two parts' outputs and log-sum-exps into those of the union of their keys."""
+    """Joins the results of two parts into those of the union of their keys."""
     (out_a, lse_a), (out_b, lse_b) = a, b
     top = jnp.maximum(lse_a, lse_b)
     weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
     total = weight_a + weight_b
     out = (out_a * weight_a[..., None] + out_b * weight_b[..., None]) / total[..., None]
-    return out, top + jnp.log(total)
+    return Results(out, top + jnp.log(total))
 
 
 def _silenced(part, kept):
     """Returns the part if `kept`, else one with weight 0."""
-    out, lse = part
-    return out, jnp.where(kept, lse, jnp.asarray(-jnp.inf, wide_type(lse)))
+    nothing = jnp.asarray(-jnp.inf, wide_type(part.lse))
+    return part._replace(lse=jnp.where(kept, part.lse, nothing))

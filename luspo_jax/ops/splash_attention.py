@@ -22,6 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
 
+from luspo_jax.ops.attention_blocks import Results
 from luspo_jax.ops.precision import wide
 
 _LANES = 128  # lengths are padded to a multiple of this
@@ -31,37 +32,25 @@ _PADDING = -1  # a segment of its own
 _INTERPRET = False  # tests run the kernels on CPU this way
 
 
-def forward_block(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, *, causal):
-    """Returns (out_BTNH, lse_BTN); as in `reference_attention`, `out` in the queries' type."""
-    T, S, N = query_BTNH.shape[1], key_BSKH.shape[1], query_BTNH.shape[2]
+def forward_block(inputs, *, causal):
+    """Returns Results, `out` in the queries' type."""
+    T, S, N = inputs.query.shape[1], inputs.key.shape[1], inputs.query.shape[2]
     kernel = _kernel(T, S, N, causal)
-    arrays = _by_head(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
-    out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*arrays)
-    return jnp.swapaxes(out_BNTH, 1, 2)[:, :T], jnp.swapaxes(lse_BNT, 1, 2)[:, :T]
+    out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*_by_head(inputs))
+    return Results(*(jnp.swapaxes(x, 1, 2)[:, :T] for x in (out_BNTH, lse_BNT)))
 
 
-def backward_block(
-    query_BTNH,
-    key_BSKH,
-    value_BSKH,
-    segments_BT,
-    segments_BS,
-    out_BTNH,
-    lse_BTN,
-    grad_BTNH,
-    *,
-    causal,
-):
-    """Returns gradients (dq, dk, dv); as in `reference_attention`, in the inputs' type but dq."""
-    T, S, (N, H) = query_BTNH.shape[1], key_BSKH.shape[1], query_BTNH.shape[2:]
+def backward_block(inputs, results, grad_BTNH, *, causal):
+    """Returns gradients (dq, dk, dv), dq in float32 and the others in the inputs' type."""
+    dtype = inputs.query.dtype
+    T, S, (N, H) = inputs.query.shape[1], inputs.key.shape[1], inputs.query.shape[2:]
     kernel = _kernel(T, S, N, causal)
-    arrays = _by_head(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
+    arrays = _by_head(inputs)
     block = _block(T)
     # Padding has no cotangent and, with a log-sum-exp this high, no weight.
-    lse_BNT = jnp.swapaxes(_padded(lse_BTN, block, 1e30), 1, 2)
+    lse_BNT = jnp.swapaxes(_padded(results.lse, block, 1e30), 1, 2)
     out_BNTH, grad_BNTH = (
-        jnp.swapaxes(_padded(x.astype(query_BTNH.dtype), block), 1, 2)
-        for x in (out_BTNH, grad_BTNH)
+        jnp.swapaxes(_padded(x.astype(dtype), block), 1, 2) for x in (results.out, grad_BTNH)
     )
 
     def row(query, key, value, segment_ids, out, lse, grad):
@@ -75,8 +64,9 @@ def backward_block(
     return wide(dq_BTNH)[:, :T] * H**-0.5, dk_BSKH[:, :S], dv_BSKH[:, :S]
 
 
-def _by_head(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+def _by_head(inputs):
     """Returns scaled queries, keys and values by head, and segment ids, padded to whole tiles."""
+    query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS = inputs
     query_BTNH = (wide(query_BTNH) * query_BTNH.shape[-1] ** -0.5).astype(query_BTNH.dtype)
     block_T, block_S = _block(query_BTNH.shape[1]), _block(key_BSKH.shape[1])
     segment_ids = splash.SegmentIds(
