@@ -151,7 +151,7 @@ def examples(
             paths.get(entry.name),
             "test",
             data_dir=options.cache_dir or None,
-            keep=_named_columns(options.template or entry.template),
+            columns=datasets.Columns(keep=_named_columns(options.template or entry.template)),
         )
         problems = _first(entry, problems, options.limit)
         entry.check(problems)

@@ -17,7 +17,7 @@ from luspo_jax.datasets.open_problems import MINERVA, OLYMPIADBENCH
 from luspo_jax.datasets.rows import SUFFIXES, names_in
 from luspo_jax.datasets.shapes import Shapes
 from luspo_jax.datasets.store import build_once, default_data_dir, file_sha256
-from luspo_jax.datasets.table import READER_VERSION, Table, read_file
+from luspo_jax.datasets.table import READER_VERSION, Columns, Table, read_file
 from luspo_jax.datasets.virl39k import VIRL39K
 from luspo_jax.datasets.visual_benchmarks import (
     DYNAMATH,
@@ -63,10 +63,7 @@ def load(
     split: str = "train",
     *,
     data_dir: str | pathlib.Path | None = None,
-    problem: str | None = None,
-    answer: str | None = None,
-    image: str | None = None,
-    keep: Sequence[str] = (),
+    columns: Columns | None = None,
     drop_bad_rows: bool = False,
     **options,
 ) -> tuple[Sequence[Example], Report]:
@@ -78,27 +75,23 @@ def load(
         "hub:OWNER/NAME[@REVISION][/FILE]", which is downloaded; None for a generator.
       split: the split; it applies to folders and generators only, since a file is one split.
       data_dir: folder of the built dataset; by default the user's cache.
-      problem: column of the problem, replacing the dataset's own.
-      answer: column of the answer, likewise.
-      image: column of the images, likewise; in a user's own file, by default `image` or `images` if
-        a row has one. Its rows need not have images.
-      keep: more columns to keep in `meta`, such as those that a template names.
+      columns: columns of the file that replace the dataset's own, and more to keep; None for none.
       drop_bad_rows: leave out and count unusable rows, instead of refusing the file.
       **options: a generator's own options.
 
     Raises:
       DataError: an invalid name, file, row or column.
     """
-    entry = _entry(name)
+    entry, columns = _entry(name), columns or Columns()
     if not isinstance(entry, Table):
-        if path or problem or answer or image:
+        if path or columns.problem or columns.answer or columns.image:
             raise DataError(f"dataset {name!r} is generated: it takes no path and no columns")
         examples = entry(split=split, **options)
         return examples, Report(name, f"generator ({split})", "", len(examples), len(examples))
     if options:
         raise DataError(f"dataset {name!r} has no options {sorted(options)}")
     file = _file(name, path, split)
-    table = entry.with_columns(problem, answer, image, keep)
+    table = entry.with_columns(columns)
     digest = _sha256(table, file)
     read_from = (table.meta, table.fields, table.identity, table.images, table.keep, drop_bad_rows)
     key = _key(READER_VERSION, digest, table.problem, table.answer, *read_from)
@@ -107,8 +100,8 @@ def load(
     def read(scratch: pathlib.Path) -> tuple[Iterable[bytes], Report]:
         spool = (scratch / "rows").open("w+b")
         kept, counts = read_file(table, file, spool, drop_bad_rows=drop_bad_rows)
-        if image and not counts.pictured:
-            _refuse_blind(table, file, image)
+        if columns.image and not counts.pictured:
+            _refuse_blind(table, file, columns.image)
         facts = dataclasses.asdict(counts)
         return kept.lines(), Report(name, file.name, digest, examples=len(kept), **facts)
 

@@ -53,6 +53,24 @@ def integer(value: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Columns:
+    """Columns of a file that a caller names; one that is empty is the dataset's own.
+
+    Attributes:
+      problem: of the problem.
+      answer: of the answer.
+      image: of the images; in a user's own file, by default `image` or `images` if a row has one.
+        Its rows need not have images.
+      keep: more columns to keep in `meta`, such as those that a template names.
+    """
+
+    problem: str = ""
+    answer: str = ""
+    image: str = ""
+    keep: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
     """The columns of a source's rows.
 
@@ -87,20 +105,14 @@ class Table:
     folder: str = ""
     origin: str = ""
 
-    def with_columns(
-        self,
-        problem: str | None,
-        answer: str | None,
-        image: str | None = None,
-        keep: Sequence[str] = (),
-    ) -> "Table":
+    def with_columns(self, columns: Columns) -> "Table":
         """Returns a copy with the caller's column names, and more columns to keep."""
         return dataclasses.replace(
             self,
-            problem=(problem,) if problem else self.problem,
-            answer=(answer,) if answer else self.answer,
-            images=(image,) if image else self.images,
-            keep=tuple(keep),
+            problem=(columns.problem,) if columns.problem else self.problem,
+            answer=(columns.answer,) if columns.answer else self.answer,
+            images=(columns.image,) if columns.image else self.images,
+            keep=tuple(columns.keep),
         )
 
     def parse(self, row: Row, place: str, number: int = 0) -> tuple[str, str, dict]:

@@ -15,6 +15,7 @@ from luspo_jax.images.settings import read_settings
 from luspo_jax.run.model import Model
 from luspo_jax.run.settings import Config, section
 
+_OWN_COLUMNS = datasets.Columns()  # whatever a dataset calls them
 _LOOKED_AT = 64  # problems checked for images per dataset or source
 
 
@@ -72,19 +73,9 @@ def load_data(config: Config, model: Model) -> Data:
     data = section(config, "data")
     preparer = image_preparer(config, model)
     renderer = _renderer(data, model, preparer)
-    shared = {
-        "data_dir": data.cache_dir or None,
-        "keep": renderer.columns,
-        "drop_bad_rows": data.drop_bad_rows,
-    }
-    own = {**_columns(vars(data), ""), **data.options}
-    train, reports = _training_set(data, shared, own)
+    train, reports = _training_set(data, renderer.columns)
     name, path, image_dir = held_out_place(data)
-    # Another dataset has its own columns and options.
-    held_out_own = (own if name == data.name else {}) | _columns(vars(data), "eval_")
-    held_out, held_out_report = datasets.load(
-        name, path or None, data.eval_split, **shared, **held_out_own
-    )
+    held_out, held_out_report = _held_out_set(data, renderer.columns)
     files = _files(name, path, data.eval_split, image_dir)
     tested = dataclasses.replace(renderer, image_files=files)
     trained = "data.mixture" if data.mixture else f"data.name={data.name}"
@@ -129,13 +120,13 @@ def _renderer(data, model, preparer):
         raise ConfigError(f"data.template: {error}") from None
 
 
-def _columns(fields, prefix):
+def _columns(fields, keep, prefix="", default=_OWN_COLUMNS):
     """Returns the columns that fields with a prefix name, in `data` or a source of its mixture."""
-    names = {kind: fields.get(f"{prefix}{kind}_column", "") for kind in _KINDS}
-    return {kind: name for kind, name in names.items() if name}
-
-
-_KINDS = ("problem", "answer", "image")
+    names = {
+        kind: fields.get(f"{prefix}{kind}_column") or getattr(default, kind)
+        for kind in ("problem", "answer", "image")
+    }
+    return datasets.Columns(**names, keep=keep)
 
 
 def _check_sight(model, field, examples, reports):
@@ -223,10 +214,38 @@ def _files(name, path, split, image_dir):
     return ImageFiles(datasets.image_source(name, path or None, split), image_dir or None)
 
 
-def _training_set(data, shared, own):
+def _held_out_set(data, keep):
+    """Loads (examples, report) of the held-out set, with the columns `keep` too."""
+    # Another dataset has its own columns and options.
+    name, path, _ = held_out_place(data)
+    same = name == data.name
+    default = _columns(vars(data), keep) if same else _OWN_COLUMNS
+    return datasets.load(
+        name,
+        path or None,
+        data.eval_split,
+        columns=_columns(vars(data), keep, "eval_", default),
+        **_shared(data),
+        **(data.options if same else {}),
+    )
+
+
+def _shared(data):
+    return {"data_dir": data.cache_dir or None, "drop_bad_rows": data.drop_bad_rows}
+
+
+def _training_set(data, keep):
     """Loads (examples, report of each source) of the one dataset or of the mixture."""
     if not data.mixture:
-        examples, report = datasets.load(data.name, data.path or None, data.split, **shared, **own)
+        columns = _columns(vars(data), keep)
+        examples, report = datasets.load(
+            data.name,
+            data.path or None,
+            data.split,
+            columns=columns,
+            **_shared(data),
+            **data.options,
+        )
         return examples, (report,)
     sources, weights, reports = {}, {}, []
     for key, source in data.mixture.items():
@@ -234,8 +253,8 @@ def _training_set(data, shared, own):
             source["name"],
             source.get("path") or None,
             source.get("split", "train"),
-            **shared,
-            **_columns(source, ""),
+            columns=_columns(source, keep),
+            **_shared(data),
         )
         weights[key] = source.get("weight", 1.0)
         reports.append(report)
