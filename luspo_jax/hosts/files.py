@@ -13,9 +13,10 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 MARK = ".luspo_jax.json"  # in a folder that we wrote: names of the entries that we wrote
+OWN = "own"  # of a folder that belongs to the run and not to its user
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -144,22 +145,21 @@ def new_folder(
     folder: str | os.PathLike,
     *,
     flag: str = "--out",
-    overwrite: bool | None = None,
-    own: bool = False,
+    overwrite: bool | Literal["own"] | None = None,
 ) -> Iterator[pathlib.Path]:
     """Yields a temporary sibling that replaces the folder when the block ends, or is removed.
 
     Args:
       folder: as `check_folder` allows it.
       flag: that named the folder.
-      overwrite: whether the user allows replacing what we wrote there.
-      own: the folder belongs to the run, as `export` does, and may be replaced without a mark.
+      overwrite: as in `check_folder`; or OWN if the folder belongs to the run, as `export` does, and
+        may be replaced without a mark.
 
     Raises:
       PlaceError: as `check_folder`, or the disk is full or read-only.
     """
     folder = pathlib.Path(os.path.realpath(folder))
-    if not own:
+    if overwrite != OWN:
         check_folder(folder, flag=flag, overwrite=overwrite)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:

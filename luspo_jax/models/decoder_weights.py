@@ -15,7 +15,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -311,8 +311,7 @@ def export(
     source: str | pathlib.Path | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
-    overwrite: bool | None = None,
-    own: bool = False,
+    overwrite: bool | Literal["own"] | None = None,
     finish: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads; it appears whole or not at all.
@@ -322,13 +321,13 @@ def export(
     return once the folder exists. If process 0 fails, its exit ends the others' wait.
 
     Args:
-      folder: must not exist yet or be empty, unless `overwrite` or `own`.
+      folder: must not exist yet or be empty, unless `overwrite`.
       params: as from `load_params` or `init_params`, on the host or on devices.
       config: of `params`.
       source: folder whose config, generation config and tokenizer files are copied.
       dtype: type to store: float32, bfloat16 or float16.
       max_shard_bytes: above this, several files and an index are written.
-      overwrite, own: as in `files.new_folder`.
+      overwrite: as in `files.new_folder`.
       finish: called with the folder before it takes its name, to add files.
 
     Raises:
@@ -345,7 +344,7 @@ def export(
         for name, entry in weight_table(config).items()
     ]
     if jax.process_index() == 0:
-        with files.new_folder(folder, overwrite=overwrite, own=own) as partial:
+        with files.new_folder(folder, overwrite=overwrite) as partial:
             safetensors_folder.write_shards(
                 partial, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes
             )

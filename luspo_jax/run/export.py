@@ -2,7 +2,7 @@
 
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, Literal
 
 from luspo_jax.images.settings import write_limits
 from luspo_jax.models import decoder_weights, vision_weights
@@ -17,8 +17,7 @@ def export_policy(
     folder: pathlib.Path,
     *,
     dtype: str = "float32",
-    overwrite: bool | None = None,
-    own: bool = False,
+    overwrite: bool | Literal["own"] | None = None,
 ) -> None:
     """Writes the policy as a folder that `transformers` loads: process 0 writes, all must call.
 
@@ -28,8 +27,8 @@ def export_policy(
       params: its weights.
       folder: must be empty or new.
       dtype: type to store.
-      overwrite: replace an earlier export of ours there.
-      own: the folder belongs to the run; its last export is replaced.
+      overwrite: replace an earlier export of ours there; `files.OWN` if the folder belongs to the
+        run, whose last export is replaced.
     """
     # With another tokenizer or architecture, the folder's files do not apply.
     source = None if config.model.overrides or config.model.tokenizer else model.folder
@@ -51,6 +50,5 @@ def export_policy(
         source=source,
         dtype=dtype,
         overwrite=overwrite,
-        own=own,
         finish=finish,
     )

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from luspo_jax.experience import measures
 from luspo_jax.experience.groups import Rollouts
 from luspo_jax.experience.held_out import Evaluation
-from luspo_jax.hosts import guard, processes
+from luspo_jax.hosts import files, guard, processes
 from luspo_jax.learner.state import parked
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.run import writers
@@ -127,7 +127,7 @@ class Keeper(contextlib.ExitStack):
         if run.settings.output.export:
             export = self.workdir.path / "export"
             with guard.phase("export"):
-                export_policy(run.config, run.model, state.params, export, own=True)
+                export_policy(run.config, run.model, state.params, export, overwrite=files.OWN)
         return Outcome(self._evaluations, export)
 
     def _held_out_metrics(self, measured):
