@@ -38,7 +38,7 @@ class _OfQueries(NamedTuple):
     Attributes:
       grad: cotangent of the output.
       lse: log-sum-exp of the scores.
-      delta: Σ_h out · grad, what a query's weights sum to times their gradients.
+      delta: Σ_h out · grad, which is the sum over keys of weight · gradient of the weight.
     """
 
     grad: Any
