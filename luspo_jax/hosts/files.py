@@ -152,8 +152,8 @@ def new_folder(
     Args:
       folder: as `check_folder` allows it.
       flag: that named the folder.
-      overwrite: as in `check_folder`; or OWN if the folder belongs to the run, as `export` does, and
-        may be replaced without a mark.
+      overwrite: as in `check_folder`; or OWN if the folder belongs to the run, as `export` does,
+        and may be replaced without a mark.
 
     Raises:
       PlaceError: as `check_folder`, or the disk is full or read-only.
