@@ -268,7 +268,7 @@ def test_stated_topologies_fit(name, devices, flags, axes, rows):
     }
     assert math.prod(sharding.mesh_sizes(config.rollout_mesh, devices).values()) == devices
     sizes = batch_arithmetic(config)
-    assert sizes.packed_rows_per_microbatch == rows
+    assert sizes.rows_per_microbatch == rows
     assert rows % math.prod(mesh[axis] for axis in ("data", "fsdp", "expert")) == 0
     assert not _misfits(config, devices, sizes)
 
@@ -282,7 +282,7 @@ def _misfits(config, devices, sizes):
         layout = sharding.Layout(AbstractMesh(shape, sharding.MESH_AXES), table)
         parts = dict(sizes_of_model)
         if table == "train":
-            parts["packed rows"] = ("batch", sizes.packed_rows_per_microbatch)
+            parts["packed rows"] = ("batch", sizes.rows_per_microbatch)
         problems += sharding.misfits(layout, parts)
     return problems
 

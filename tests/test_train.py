@@ -554,7 +554,7 @@ def test_arithmetic_says_how_rows_are_packed(config):
     config.train.packing, config.train.microbatch_tokens = True, 100
     sizes = batch_arithmetic(config)
     assert "micro-batches of 4 packed rows × 24 tokens" in str(sizes)
-    assert (sizes.packed_rows_per_microbatch, sizes.pack_length) == (4, 24)
+    assert (sizes.rows_per_microbatch, sizes.pack_length) == (4, 24)
     assert sizes.responses_per_microbatch == 4
 
 

@@ -71,7 +71,9 @@ def _alone(model, index):
     tokens = jnp.concatenate([prompt, response]).astype(jnp.int32)[None]
     places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     params = _params(model)
-    hidden, routed = decoder.forward(params, tokens, places, jnp.ones_like(places), config=model)
+    hidden, routed = decoder.forward(
+        params, tokens, places, jnp.ones_like(places), how=Forward(model)
+    )
     logprobs = jax.nn.log_softmax(hidden[0] @ decoder.head_kernel(params).T / TEMPERATURE)
     at = jnp.arange(len(prompt) - 1, tokens.shape[1] - 1)
     entropies = -(jnp.exp(logprobs) * logprobs).sum(axis=1)[at]

@@ -160,8 +160,7 @@ def test_gradient_is_that_of_the_loss_over_whole_rows(params64):
             tokens,
             batch.rows.positions_RT,
             batch.rows.segment_ids_RT,
-            config=MODEL,
-            dtype=jnp.float64,
+            how=Forward(MODEL, "float64"),
         )
         logp = jax.nn.log_softmax(hidden @ decoder.head_kernel(params).T)[:, :-1]
         logp = jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0]
