@@ -369,8 +369,9 @@ def test_headers_state_the_memory_that_the_sizes_give():
         state = memory["master weights (float32)"] + memory["Adam moments (float32)"]
         if model.num_experts:
             recorded = model.num_expert_layers * model.experts_per_token
-            rows = 1024 * (2048 + 32_768) * recorded
-            assert f"{recorded} bytes, of a step's rows {rows / 1e9:.1f} GB" in text
+            responses, rows = (1024 * n * recorded / 1e9 for n in (4000, 2048 + 32_768))
+            assert f"{recorded} bytes, {responses:.1f} GB of a step's responses at mean" in text
+            assert f"padded rows took {rows:.1f} GB each" in text
         written = f"{state / 1e9:.0f}" if state > 5e10 else f"{state / 1e9:.1f}"
         assert f"weights and Adam's moments are {written} GB" in text
         slot = memory["rollout KV cache"] / config.rollout.num_slots / 1e9

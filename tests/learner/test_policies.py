@@ -77,7 +77,7 @@ def _alone(model, index):
     logprobs = jax.nn.log_softmax(hidden[0] @ decoder.head_kernel(params).T / TEMPERATURE)
     at = jnp.arange(len(prompt) - 1, tokens.shape[1] - 1)
     entropies = -(jnp.exp(logprobs) * logprobs).sum(axis=1)[at]
-    ids = None if routed is None else np.asarray(routed.experts[0])
+    ids = None if routed is None else np.asarray(routed.expert_ids[0])
     return np.asarray(logprobs[at, response]), np.asarray(entropies), ids
 
 
