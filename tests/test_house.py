@@ -74,6 +74,29 @@ def test_the_hall_is_small():
     assert (library / "train.py").read_text().count("\n") <= 220
 
 
+def _parameters(function):
+    a = function.args
+    named = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+    return len([x for x in named if x.arg not in ("self", "cls")])
+
+
+def test_functions_take_few_arguments():
+    counts = [
+        _parameters(node)
+        for path in (ROOT / "luspo_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert max(counts) <= 8
+    assert sum(count > 7 for count in counts) <= 18
+
+
+@pytest.mark.parametrize("name", ["ConfigError", "ImageError"])
+def test_an_error_is_one_class(name):
+    defined = [p for p in SOURCES if f"class {name}(" in p.read_text()]
+    assert len(defined) == 1
+
+
 def test_importing_reaches_no_network_and_starts_no_device():
     """Importing the package must not initialise jax's backends."""
     code = (
