@@ -13,6 +13,7 @@ INSTALL_REQUIRES = [
     'jax>=0.11.1; python_version >= "3.12"',
     'flax>=0.12.12; python_version >= "3.12"',
     "numpy>=2.0",  # host arrays
+    "scipy>=1.13",  # quantiles of Student's t in tables of sweeps and benches (jax needs it too)
     "optax>=0.2.8",  # AdamW
     "orbax-checkpoint>=0.12",  # atomic, sharded checkpoints
     "transformers>=5.0",  # tokenizers, chat templates, image processor; never its torch models

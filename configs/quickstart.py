@@ -4,7 +4,7 @@ Command : python -m experiments.train --config=configs/quickstart.py --workdir=/
 Hardware: two CPU cores
 """
 
-from luspo_jax.config import default_config
+from luspo_jax.run.fields import default_config
 
 
 def get_config():

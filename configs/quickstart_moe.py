@@ -1,4 +1,4 @@
-"""The quickstart on a mixture of experts: a Qwen3-MoE, 8 experts a layer and 2 a token.
+"""The quickstart on a mixture of experts: a Qwen3-MoE, 8 experts per layer and 2 per token.
 
 Command : python -m experiments.train --config=configs/quickstart_moe.py --workdir=/tmp/moe
 Hardware: two CPU cores

@@ -9,8 +9,8 @@ Blank   : what it answers without looking is the line `base` of the same command
           each question gets 30.8 % (luspo_jax.datasets.shapes.blind_accuracy)
 """
 
-from luspo_jax.config import default_config
 from luspo_jax.datasets import shapes
+from luspo_jax.run.fields import default_config
 
 
 def get_config():

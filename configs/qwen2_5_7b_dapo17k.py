@@ -22,15 +22,15 @@ Rehearse: `python -m experiments.rehearse --config=configs/qwen2_5_7b_dapo17k.py
 Result  : not run here. The paper's Table 2, AIME24 avg@32: base 1.6, GSPO 11.8, LUSPO 14.7.
 
 Stated by the paper: data, lengths, batch and minibatch, rate and warm-up, temperature, clip range,
-the three rewards, validation. Its minibatch of 16 is taken to be prompts, its "top-p 0.7" to be of
-validation, as in the DAPO script that it follows. About 140 steps, read off its figures.
+the three rewards, validation. We assume that its minibatch of 16 counts prompts and its "top-p 0.7"
+applies to validation, as in the DAPO script that it follows. About 140 steps, read off its figures.
 Not stated, chosen here: no KL term, weight decay 0.1 and gradient clipping at 1.0 (DAPO's script),
 prompts up to 2,048 tokens (likewise), one epoch, no dual clip, no correction of the sampler's
 log-probs, seed, bfloat16 with float32 master weights, the answer's format (one `Answer: …`, at the
 end, as the prompt asks), and everything about devices.
 """
 
-from luspo_jax.config import default_config
+from luspo_jax.run.fields import default_config
 
 
 def get_config():
@@ -55,11 +55,11 @@ def get_config():
     config.rollout.group_size = 8
     config.rollout.max_response_length = 32768
     config.rollout.temperature = 1.0
-    config.rollout.num_slots = 64  # Of each process: 8 a GPU on 8 GPUs, 16 a chip on v5p hosts.
+    config.rollout.num_slots = 64  # Per process: 8 per GPU on 8 GPUs, 16 per chip on v5p hosts.
     config.rollout.chunk_length = 128
-    # The largest of some million differences in bfloat16, which nobody has measured at this size
-    # (0.2 to 0.5 at 135M): wide, so that it catches faults (a forgotten temperature is several
-    # nats) and not rounding.
+    # The largest of some million differences in bfloat16, not measured at this size (0.2 to 0.5 at
+    # 135M): wide, so that it catches faults (a forgotten temperature is several nats) and not
+    # rounding.
     config.rollout.mismatch_limit = 1.0
     config.objective.preset = "luspo"
     config.train.num_minibatches = 8  # 16 prompts each.
@@ -68,7 +68,7 @@ def get_config():
     config.train.weight_decay = 0.1
     config.train.max_grad_norm = 1.0
     config.train.packing = True
-    config.train.microbatch_tokens = 8 * (2048 + 32768)  # One row a device, on 8.
+    config.train.microbatch_tokens = 8 * (2048 + 32768)  # One row per device, on 8.
     config.train.num_length_buckets = 1  # Rows are packed: shorter ones would save no work.
     config.eval.metric = "dapo_math"
     config.eval.every = 10

@@ -23,20 +23,20 @@ Result  : not run here. The paper's Table 3, mean of six benchmarks: base 39.2, 
           43.6, LUSPO 45.6.
 
 Stated by the paper: data, response length, batch and minibatch, rate and warm-up, temperature, clip
-range, the system prompt and the three rewards. Its minibatch of 16 is taken to be prompts. About
-700 steps, read off its figures: 2.3 passes over the data.
-Not stated, chosen here: the vision tower is trained with the rest (with
---config.train.freeze_vision=True it stays as it is); images of at most 1,280 tokens, as the model's
-card suggests, and prompts of at most 2,048; problems with an image that cannot be read are left out
-and counted. Validation: the 601 test problems of Geometry3K, one response each at top-p 0.7: they
-come with their images in one file and are judged by rule; whether ViRL39K has some of them was not
-looked at. The paper's six benchmarks are scored by experiments/evaluate.py. Answers are judged by
-Math-Verify. No KL term, weight decay 0.1 and gradient clipping at 1.0 (DAPO's script), one epoch,
-no dual clip, seed, bfloat16 with float32 master weights, and everything about devices.
+range, the system prompt and the three rewards. We assume that its minibatch of 16 counts prompts.
+About 700 steps, read off its figures: 2.3 passes over the data.
+Not stated, chosen here: the vision tower is trained too (--config.train.freeze_vision=True freezes
+it); images of at most 1,280 tokens, as the model's card suggests, and prompts of at most 2,048;
+problems with an unreadable image are left out and counted. Validation: the 601 test problems of
+Geometry3K, one response each at top-p 0.7: they come with their images in one file and are judged
+by rule; we did not check whether ViRL39K contains some of them. The paper's six benchmarks are
+scored by experiments/evaluate.py. Answers are judged by Math-Verify. No KL term, weight decay 0.1
+and gradient clipping at 1.0 (DAPO's script), one epoch, no dual clip, seed, bfloat16 with float32
+master weights, and everything about devices.
 """
 
-from luspo_jax.config import default_config
-from luspo_jax.datasets.templates import LUSPO_VL_SYSTEM_PROMPT
+from luspo_jax.prompts.templates import LUSPO_VL_SYSTEM_PROMPT
+from luspo_jax.run.fields import default_config
 
 
 def get_config():
@@ -64,7 +64,7 @@ def get_config():
     config.rollout.group_size = 8
     config.rollout.max_response_length = 4096
     config.rollout.temperature = 1.0
-    config.rollout.num_slots = 512  # Of each process: 64 a GPU on 8 GPUs.
+    config.rollout.num_slots = 512  # Per process: 64 per GPU on 8 GPUs.
     config.rollout.chunk_length = 128
     # As in configs/qwen2_5_7b_dapo17k.py: wide, so that it catches faults and not rounding.
     config.rollout.mismatch_limit = 1.0
@@ -75,7 +75,7 @@ def get_config():
     config.train.weight_decay = 0.1
     config.train.max_grad_norm = 1.0
     config.train.packing = True
-    # Four rows a device on 8, two on 16. A micro-batch encodes each image that it holds once: the
+    # Four rows per device on 8, two on 16. A micro-batch encodes each of its images once: the
     # larger it is, the fewer times.
     config.train.microbatch_tokens = 32 * (2048 + 4096)
     config.train.num_length_buckets = 1  # Rows are packed: shorter ones would save no work.

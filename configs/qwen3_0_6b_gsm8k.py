@@ -11,12 +11,12 @@ Time    : rehearsed, not run: a step takes at least 7 s on one H100 (expected 13
           experiments.rehearse --config=configs/qwen3_0_6b_gsm8k.py --topology=h100:1x1`
 Result  : not run yet.
 
-The method is the LUSPO paper's at a size for one device: its rate, warm-up, temperature, clip range
-and the three rewards; 32 prompts × 8 responses a step, minibatches of 8 prompts. The model answers
-without a thinking block, so that 1,024 tokens suffice.
+The method is the LUSPO paper's, sized for one device: its rate, warm-up, temperature, clip range
+and the three rewards; 32 prompts × 8 responses per step, minibatches of 8 prompts. The model
+answers without a thinking block, so that 1,024 tokens suffice.
 """
 
-from luspo_jax.config import default_config
+from luspo_jax.run.fields import default_config
 
 
 def get_config():

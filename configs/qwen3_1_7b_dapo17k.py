@@ -12,9 +12,9 @@ Time    : rehearsed, not run: responses of 1,024 tokens on average, a step takes
 Result  : not run yet.
 
 The method is the LUSPO paper's: its data, prompt, rate, warm-up, temperature, clip range, rewards
-and validation sampler. Smaller: responses up to 4,096 tokens with a buffer of 512 (its ratio, an
-eighth), 32 prompts × 8 responses a step, minibatches of 8 prompts, AIME24 avg@8. The model answers
-without a thinking block.
+and validation sampler. These are smaller: responses up to 4,096 tokens with a buffer of 512 (its
+ratio, an eighth), 32 prompts × 8 responses per step, minibatches of 8 prompts, AIME24 avg@8. The
+model answers without a thinking block.
 """
 
 from configs import qwen2_5_7b_dapo17k

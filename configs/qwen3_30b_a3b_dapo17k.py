@@ -11,8 +11,9 @@ Hardware: 4 hosts of 8 GPUs with 80 GB each, as in the paper (4×8 H800); the 8 
           --config.mesh.context=2 --config.rollout_mesh.expert=4
 Memory  : weights and Adam's moments are 366 GB, 11.5 GB on each of 32 GPUs; a sequence of 34,816
           tokens takes 3.42 GB of cache; a checkpoint is 366 GB and three are kept. The experts of
-          each token are recorded: 384 bytes, of a step's rows 13.7 GB in the memory of every host,
-          twice.
+          each token are recorded: 384 bytes, 1.6 GB of a step's responses at mean length 4,000 in
+          the memory of every host, and where a step passes over them before its updates as much
+          again (`python -m experiments.bench.expert_memory`; padded rows took 13.7 GB each).
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
           takes at least 5.9 min on h100:4x8 (expected 9.5; 52 of 78 GB a device in use at most)
           and at least 9.4 min on v5p:4x4x4 (expected 14.9; 84 GB); decoding is most of it.
@@ -22,9 +23,9 @@ Rehearse: `python -m experiments.rehearse --config=configs/qwen3_30b_a3b_dapo17k
           --config.rollout_mesh.expert=4`
 Result  : not run here. The paper's Table 2: AIME24 76.7 with GSPO, 83.6 with LUSPO.
 
-Stated by the paper and chosen here: as in configs/qwen2_5_7b_dapo17k.py. The paper's
-"Qwen3-30B-A3B-Instruct" is taken to be the model released as Instruct-2507. About 50 steps, read
-off its figures. Replay of the router's choices is not stated: none.
+Stated by the paper and chosen here: as in configs/qwen2_5_7b_dapo17k.py. We assume that the paper's
+"Qwen3-30B-A3B-Instruct" is the model released as Instruct-2507. About 50 steps, read off its
+figures. The paper does not state replay of expert ids: none here.
 """
 
 from configs import qwen2_5_7b_dapo17k
@@ -35,8 +36,8 @@ def get_config():
     config.num_steps = 50
     config.model.path = "hub:Qwen/Qwen3-30B-A3B-Instruct-2507"
     config.mesh.expert = 8
-    config.rollout_mesh.expert = 8  # The devices of a host: on hosts of 4, 4.
-    config.rollout.num_slots = 48  # Of each process: 6 a GPU on 8 GPUs, 12 a chip on v5p hosts.
+    config.rollout_mesh.expert = 8  # The devices of a host; 4 on hosts of 4.
+    config.rollout.num_slots = 48  # Per process: 6 per GPU on 8 GPUs, 12 per chip on v5p hosts.
     config.eval.num_slots = 48
-    config.train.microbatch_tokens = 32 * (2048 + 32768)  # One row a device, on 32.
+    config.train.microbatch_tokens = 32 * (2048 + 32768)  # One row per device, on 32.
     return config

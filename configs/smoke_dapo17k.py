@@ -1,7 +1,7 @@
 """Two steps on real inputs: DAPO-Math-17k, the Qwen3 tokenizer and chat template, DAPO's scorer.
 
-The weights are random and small, so nothing is learnt: this shows that every stage of a real run
-works on this machine, in a minute, with all its artefacts.
+The model is small with random weights, so it learns nothing: the run shows in a minute that every
+stage of a real run works on this machine, with all its artefacts.
 
 Command : python -m experiments.train --config=configs/smoke_dapo17k.py --workdir=/tmp/smoke \
             --config.data.path=dapo_math_17k.parquet --config.model.path=Qwen3-1.7B
@@ -9,7 +9,7 @@ Command : python -m experiments.train --config=configs/smoke_dapo17k.py --workdi
 Hardware: two CPU cores
 """
 
-from luspo_jax.config import default_config
+from luspo_jax.run.fields import default_config
 
 
 def get_config():

@@ -1,4 +1,4 @@
-"""Flags of a run of several processes, and the guard that each of them gets."""
+"""Flags for runs of several processes, and the watchdog of each process."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from experiments import command
-from luspo_jax import watchdog
+from luspo_jax.hosts import guard
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT where process 0 of a run of several processes listens."
@@ -25,20 +25,20 @@ _NAMES = ("coordinator", "num_processes", "process_id", "distributed")
 
 def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
     """As `command.call`; a process of several runs in a worker, which is watched from here."""
-    if watchdog.guarded():
-        watchdog.work(lambda: command.call(main, required=required))
+    if guard.guarded():
+        guard.work(lambda: command.call(main, required=required))
     if any(argument.lstrip("-").split("=")[0] in _NAMES for argument in sys.argv[1:]):
-        return watchdog.guard([sys.executable, *sys.orig_argv[1:]])
+        return guard.watch([sys.executable, *sys.orig_argv[1:]])
     return command.call(main, required=required)
 
 
 def arguments() -> dict[str, Any] | None:
-    """What the flags say, as `distributed.initialize` takes it; None for a run of one process.
+    """What the flags say, as `processes.initialize` takes it; None for a run of one process.
 
-    Nothing is guessed unless asked for: a laptop never waits for a cluster.
+    Nothing is guessed unless requested: a laptop never waits for a cluster.
 
     Raises:
-      UsageError: flags that do not go together.
+      UsageError: incompatible flags.
     """
     given = {
         "coordinator": _COORDINATOR.value or None,

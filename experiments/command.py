@@ -1,4 +1,4 @@
-"""What the launchers share: flags whose mistakes answer in one line, and a run's description."""
+"""Shared code of the launchers: flags with one-line errors, and a run's description."""
 
 import ast
 import codecs
@@ -10,27 +10,26 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-# Before jax or transformers are imported: what they tell about absent devices and libraries is no
-# news, and their warnings about it would push a run's own lines off the screen.
+# Set before jax or transformers are imported: their warnings about absent devices and libraries are
+# no news, and would push a run's own lines off the screen.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from absl import flags
 
-from luspo_jax import files, watchdog
-from luspo_jax.values import nearest
+from luspo_jax.hosts import files, guard
 
 
 class UsageError(ValueError):
-    """Flags that do not say what to do."""
+    """The flags do not determine what to do."""
 
 
 def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
     """Parses flags, runs `main`, and turns every foreseen failure into one message.
 
     Returns:
-      The exit status: 0; 2 for flags and configurations; 1 for anything else foreseen. What is
-      not foreseen keeps its traceback, because it is a fault of ours.
+      The exit status: 0; 2 for flags and configurations; 1 for anything else foreseen. Unforeseen
+      errors keep their traceback, because they are our fault.
     """
     say_plainly()
     if {"--help", "-help", "-h"} & set(sys.argv[1:]):
@@ -46,15 +45,15 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         return _refuse(_flag_message(error), 2)
     _expand_home()
-    # A warning is a line for the user, without the place in our code that gave it.
+    # A warning is a line for the user, without its location in our code.
     warnings.showwarning = lambda message, *_, **__: sys.stderr.write(f"warning: {message}\n")
     try:
         main()
     except KeyboardInterrupt as interrupt:
-        watchdog.failed(interrupt, "interrupted")
+        guard.failed(interrupt, "interrupted")
         return _refuse("interrupted: run the same command again to continue", 130)
     except Exception as error:
-        watchdog.failed(error, str(error) or type(error).__name__)
+        guard.failed(error, str(error) or type(error).__name__)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return _refuse(f"{error}: free some space, then run the same command again", 1)
         if isinstance(error, OSError) and error.filename and error.strerror:
@@ -66,7 +65,7 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
 
 
 def _expand_home() -> None:
-    """Takes `~/` at the beginning of a flag for the home folder; no shell does in `--out=~/x`."""
+    """Expands `~/` at the start of a flag to the home folder; no shell does so in `--out=~/x`."""
     for name, value in flags.FLAGS.flag_values_dict().items():
         if isinstance(value, str) and value.startswith("~/"):
             setattr(flags.FLAGS, name, str(files.local(value)))
@@ -76,7 +75,7 @@ _PLAIN = {"×": "x", "—": "-", "–": "-", "−": "-", "→": "->", "≤": "<=
 
 
 def say_plainly() -> None:
-    """Lets consoles that are not UTF-8 show what they can: no message may fail for its signs."""
+    """Makes consoles without UTF-8 show what they can: no message may fail for its characters."""
     codecs.register_error("plain", _plain)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's or a test's may not
@@ -84,7 +83,7 @@ def say_plainly() -> None:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """ASCII in place of signs that an encoding lacks: … is three dots, what has no form is \\u…."""
+    """Returns ASCII for signs an encoding lacks: … is three dots, others \\u…."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     found = [_ascii(sign) for sign in error.object[error.start : error.end]]
@@ -99,7 +98,7 @@ def _ascii(sign: str) -> str:
     )
 
 
-# By name, because importing the modules that define them would import jax before flags are read.
+# By name, because importing their modules would import jax before flags are read.
 _FORESEEN = (
     "AgreementError", "BenchmarkError", "CheckpointError", "ClusterError", "ConfigError",
     "DataError", "MeshError", "MetricsError", "MismatchError", "PlaceError", "TooManyFailures",
@@ -108,7 +107,7 @@ _FORESEEN = (
 
 
 def config_value(flag: Any) -> Any:
-    """The configuration of a config-file flag, which is loaded when first looked at.
+    """Returns the configuration of a config-file flag, loaded on first access.
 
     Raises:
       UsageError: the file does not exist or fails.
@@ -122,24 +121,25 @@ def config_value(flag: Any) -> Any:
 
 
 def description(run: Any) -> str:
-    """The resolved run: configuration, data, batch arithmetic, parameters, memory."""
+    """Describes the resolved run: configuration, data, batch arithmetic, parameters, memory."""
     import jax
 
-    from luspo_jax import config as configuration
-    from luspo_jax import run as runs
     from luspo_jax.models import decoder_weights
+    from luspo_jax.run import fields
+    from luspo_jax.run.arithmetic import batch_arithmetic
+    from luspo_jax.run.memory import memory_estimate
 
-    layouts = run.rule.scoring.layout, run.rollout_layout
-    model = run.model.config
-    memory = runs.memory_estimate(run.config, model, layouts)
-    fields = configuration.flat(run.config)
-    shown = {k: v for k, v in fields.items() if v is not None and v != ""}
+    how, model = run.rule.logprobs.how, run.model.config
+    layouts = how.layout, run.rollout_layout
+    memory = memory_estimate(run.config, model, layouts)
+    leaves = fields.flat(run.config)
+    shown = {k: v for k, v in leaves.items() if v is not None and v != ""}
     overlap = run.data.overlap()
     lines = [
         *(f"  {name} = {value}" for name, value in shown.items()),
         f"objective : {_objective(run)}",
         f"device(s) : {jax.device_count()} × {jax.devices()[0].device_kind}; training "
-        f"{_mesh(layouts[0])}; rollout {_mesh(layouts[1])}; attention {run.rule.scoring.attention}",
+        f"{_mesh(layouts[0])}; rollout {_mesh(layouts[1])}; attention {how.attention}",
         f"model     : {run.model.folder.name}, {decoder_weights.num_params(model):,} parameters"
         + ("" if run.model.stop_token_ids else "; NO TOKEN ENDS A RESPONSE: all are cut"),
         *(f"training  : {report}" for report in run.data.reports),
@@ -151,18 +151,18 @@ def description(run: Any) -> str:
         f"{len(run.data.held_out):,} held out{_refused(run.data.refused)}; template "
         f"{run.data.template_hash}",
         f"rewards   : {', '.join(run.scorer.labels.values())}",
-        f"batch     : {configuration.batch_arithmetic(run.config)}",
+        f"batch     : {batch_arithmetic(run.config)}",
         f"memory    : about {sum(memory.values()) / 1e9:.2f} GB a device: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size),
     ]
     return "\n".join(["configuration", *lines])
 
 
-_SURVEYED = 10_000  # training problems of which --dry_run says how many make no prompt
+_SURVEYED = 10_000  # training problems that --dry_run checks for refused prompts
 
 
 def _refused(counts: Mapping[str, int]) -> str:
-    """What is not asked of the held-out problems, and why."""
+    """Describes the refused held-out problems, and why."""
     if not counts:
         return ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
@@ -170,7 +170,7 @@ def _refused(counts: Mapping[str, int]) -> str:
 
 
 def _objective(run: Any) -> str:
-    """The preset, its axes, and the hyperparameters that it reads."""
+    """Describes the preset, its axes, and the hyperparameters that it reads."""
     from luspo_jax.objectives.presets import used_hyperparameters
 
     objective = run.rule.objective
@@ -183,7 +183,7 @@ def _objective(run: Any) -> str:
 
 
 def _mesh(layout: Any) -> str:
-    """The sizes of a mesh that are not 1."""
+    """Formats the sizes of a mesh that are not 1."""
     if layout is None:
         return "on one"
     return " × ".join(f"{name} {size}" for name, size in layout.mesh.shape.items() if size > 1)
@@ -194,7 +194,7 @@ def _is_dry(name: str) -> bool:
 
 
 def _flag_message(error: BaseException) -> str:
-    """What was wrong with the flags, with the nearest valid field for an unknown one."""
+    """Describes the error in the flags, with the nearest valid field for an unknown one."""
     unknown = _unknown_field()
     if unknown is not None:
         return unknown
@@ -203,21 +203,22 @@ def _flag_message(error: BaseException) -> str:
 
 def _unknown_field() -> str | None:
     """The first --config.a.b that cannot be set so, in words."""
-    from luspo_jax import config as configuration
+    from luspo_jax.run import fields
 
-    names = configuration.flat(configuration.default_config())
+    names = fields.flat(fields.default_config())
     for argument in sys.argv[1:]:
         name, equals, value = argument.lstrip("-").partition("=")
         if not name.removeprefix("no").startswith("config."):
             continue
         field = name.removeprefix("no").removeprefix("config.")
-        section = next((s for s in configuration.OPEN_SECTIONS if f"{field}.".startswith(s)), None)
+        section = next((s for s in fields.OPEN_SECTIONS if f"{field}.".startswith(s)), None)
         if section is not None and equals:
             wrong = _wrong_entry(field, section.rstrip("."), value)
             if wrong:
                 return wrong
         elif section is None and field not in names:
-            return f"the configuration has no field {field!r}: {nearest(field, _flags(names))}"
+            instead = fields.instead_of(field, _flags(names))
+            return f"the configuration has no field {field!r}: {instead}"
     return None
 
 
@@ -226,9 +227,9 @@ def _flags(fields: Iterable[str]) -> list[str]:
 
 
 def _wrong_entry(field: str, section: str, value: str) -> str | None:
-    """How to write a flag of a section whose names are the user's, where it cannot be read."""
+    """Explains how to write an unreadable flag of a section with user-defined names."""
     flag = f"--config.{field}"
-    if field != section:  # absl knows the entries that the file has, and no others
+    if field != section:  # absl knows only the entries in the file
         entry, *deeper = field.removeprefix(f"{section}.").split(".")
         if flag.removeprefix("--") in flags.FLAGS:
             return None

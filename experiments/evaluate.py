@@ -2,11 +2,11 @@
 
 `python -m experiments.evaluate --model=MODEL --benchmarks=aime24,math500 --data=DIR --workdir=OUT`
 
-MODEL is a folder in Hugging Face format, embedded:NAME, hub:OWNER/NAME, or a run's workdir; of
-Qwen2.5-VL where problems show images (mathvista, wemath …). Running the same command again
-continues an evaluation that was stopped, and gives the same responses. A workdir holds every
-generation, results.json and results.md. Without a model: `--rescore=OUT` judges stored generations
-again, `--predictions=FILE --benchmarks=NAME` scores a file with the columns id and prediction,
+MODEL is a folder in Hugging Face format, embedded:NAME, hub:OWNER/NAME, or a run's workdir; it must
+be a Qwen2.5-VL if problems show images (mathvista, wemath …). Running the same command again
+resumes a stopped evaluation and gives the same responses. A workdir holds every generation,
+results.json and results.md. Without a model: `--rescore=OUT` judges stored generations again,
+`--predictions=FILE --benchmarks=NAME` scores a file with the columns id and prediction,
 `--compare=A,B` gives differences paired by problem.
 """
 
@@ -16,7 +16,7 @@ import sys
 from absl import flags
 
 from experiments import command
-from luspo_jax.values import SEED
+from luspo_jax.hosts.values import SEED
 
 _MODEL = flags.DEFINE_string("model", "", "What to evaluate.")
 _STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run: latest, best, or a number.")
@@ -65,7 +65,7 @@ _COMPARE = flags.DEFINE_list("compare", [], "Two folders of evaluations: A,B.")
 
 
 def main() -> None:
-    """Does what the flags say."""
+    """Runs the command that the flags select."""
     modes = {
         "model": _MODEL.value,
         "rescore": _RESCORE.value,

@@ -2,7 +2,7 @@
 
 `python -m experiments.export --workdir=DIR --out=FOLDER [--step=latest|best|N] [--dtype=bfloat16]`
 
-The run may be under way: nothing is changed in its folder. No data files and rewards are needed.
+The run may be in progress: its folder is not changed. No data files or rewards are needed.
 """
 
 import pathlib
@@ -21,18 +21,18 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"
 
 def main() -> None:
     """Exports what the flags say."""
-    from luspo_jax import files
+    from luspo_jax.hosts import files
 
     files.check_folder(_OUT.value, flag="--out", overwrite=_OVERWRITE.value)  # before anything slow
     import jax
 
     from experiments.evaluation import policy
-    from luspo_jax import config as configuration
-    from luspo_jax import train
+    from luspo_jax.run import fields
+    from luspo_jax.run.export import export_policy
 
     workdir, out = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value)
     stored = policy.stored_policy(workdir, _STEP.value, spread=jax.device_count() > 1)
-    train.export_policy(
+    export_policy(
         stored.config,
         stored.model,
         stored.params,
@@ -40,7 +40,7 @@ def main() -> None:
         dtype=_DTYPE.value,
         overwrite=_OVERWRITE.value,
     )
-    print(f"step {stored.step} of {configuration.fingerprint(stored.config)} written to {out}")
+    print(f"step {stored.step} of {fields.fingerprint(stored.config)} written to {out}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def run_figure(workdir: pathlib.Path) -> pathlib.Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from luspo_jax import files
+    from luspo_jax.hosts import files
     from luspo_jax.metrics import read_metrics
 
     workdir = pathlib.Path(workdir)
@@ -57,7 +57,7 @@ def run_figure(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _series(rows, name):
-    """Steps and finite values of a metric, or of the first metric that a pattern fits."""
+    """Returns steps and finite values of a metric, or of the first that a pattern matches."""
     head, star, tail = name.partition("*")
     steps, values = [], []
     for row in rows:

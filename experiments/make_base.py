@@ -1,13 +1,14 @@
-"""Makes a small base policy by supervised warm start, and measures what RL will find in it.
+"""Trains a small base policy by supervised warm start, and measures its properties for RL.
 
   python -m experiments.make_base --task=label_sums --seed=0 --out=/tmp/label_sums
 
-Under three minutes on two cores. The folder is a Hugging Face checkpoint: a 0.1 M Qwen3 with
-its tokenizer and a README of how it was made and of its measured properties. Training starts with
-traces that write down every step, since a mixture of styles alone teaches the arithmetic far more
-slowly; then comes the mixture that gives the base policy its spread of lengths. Other seeds,
-sizes and mixtures are flags away; with --num_experts=8 it is a Qwen3-MoE. With --task=shapes it is
-a Qwen2.5-VL of 0.4 M that answers questions about drawings, in some ten minutes.
+It takes under three minutes on two cores. The folder is a Hugging Face checkpoint: a 0.1 M Qwen3
+with its tokenizer and a README that describes how it was made and its measured properties. Training
+starts with traces that write down every step, since a mixture of styles alone teaches the
+arithmetic far more slowly; then comes the mixture that gives the base policy its spread of lengths.
+Flags set other seeds, sizes and mixtures; with --num_experts=8 it is a Qwen3-MoE. With
+--task=shapes it is a Qwen2.5-VL of 0.4 M that answers questions about drawings, and takes some ten
+minutes.
 """
 
 import functools
@@ -25,12 +26,20 @@ from transformers import AutoTokenizer
 
 from experiments import command
 from experiments.bases import models, tasks
-from luspo_jax import evaluate, image_rows, images, logprobs, optimizer, packing, prompts
+from luspo_jax import prompts
 from luspo_jax.datasets import shapes
-from luspo_jax.models import char_tokenizer, decoder, decoder_weights
+from luspo_jax.experience import groups as experience
+from luspo_jax.experience import held_out
+from luspo_jax.images.preparer import ImagePreparer
+from luspo_jax.images.settings import read_settings
+from luspo_jax.learner import logprobs, optimizer
+from luspo_jax.learner.plan import one_a_row
+from luspo_jax.learner.routers import RouterPass
+from luspo_jax.learner.rows import Planner, token_rows
+from luspo_jax.models import char_tokenizer, decoder, decoder_weights, kernels
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.safetensors_folder import WeightsError
-from luspo_jax.ops import grouped_matmul
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Request, Sampling
 
@@ -53,58 +62,52 @@ EVAL_SAMPLES = flags.DEFINE_integer("eval_samples", 12, "Responses to each.", 1)
 
 
 def task() -> tasks.Task:
-    """The one that the flags name."""
+    """Returns the task named by the flags."""
     return tasks.TASKS[TASK.value]
 
 
 def encoded(examples, tokenizer, folder, *, blank=False) -> list[prompts.PromptRecord]:
-    """The prompts of problems; images are drawn here, once, and kept as bytes."""
+    """Encodes the prompts of problems; images are drawn here, once, and kept as bytes."""
     if not task().images:
         renderer = prompts.Renderer(tokenizer)
         return prompts.encode(examples, renderer, max_length=models.MAX_POSITION)[0]
-    with images.ImagePreparer(images.read_settings(folder, blank=blank), workers=1) as preparer:
+    with ImagePreparer(read_settings(folder, blank=blank), workers=1) as preparer:
         renderer = prompts.Renderer(tokenizer, images=preparer)
         return prompts.encode(examples, renderer, max_length=models.MAX_POSITION)[0]
 
 
 def demonstrations(records, tokenizer, rng, config, *, plain):
-    """(rows, weights_BT) of one step: problems, each with one response, and the loss weights."""
+    """(rows, weights_RT) of one step: problems, each with one response, and the loss weights."""
     chosen = [records[int(i)] for i in rng.integers(len(records), size=ROWS.value)]
     texts = [task().demonstrate(record.example, rng, plain=plain) for record in chosen]
-    prompt_ids = [record.tokens for record in chosen]
-    response_ids = [[*tokenizer.encode(text), char_tokenizer.END_ID] for text in texts]
-    longest = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
-    rows = packing.padded_rows(
-        prompt_ids,
-        response_ids,
-        length=-(-longest // 16) * 16,  # few lengths: each compiles once
-        pad_id=char_tokenizer.PAD_ID,
-    )
-    looked_up_BT = task().looked_up(rows.tokens_BT, vocabulary())
-    weights_BT = np.where(looked_up_BT, RESULT_WEIGHT.value, 1.0) * rows.response_mask_BT
-    rows = image_rows.with_positions(rows, chosen, config)
-    rows = image_rows.with_images(rows, chosen, np.zeros(len(chosen), int), 1, config=config)
-    return rows, weights_BT.astype(np.float32)
+    responses = [np.array([*tokenizer.encode(text), char_tokenizer.END_ID]) for text in texts]
+    lengths_B = np.array([len(p.tokens) + len(r) for p, r in zip(chosen, responses, strict=True)])
+    width = -(-int(lengths_B.max()) // 16) * 16  # few lengths: each compiles once
+    plan = one_a_row(lengths_B, width=width, rows_per_microbatch=len(chosen))
+    masks = [np.ones(len(r), bool) for r in responses]
+    rows = token_rows(Planner(config, width, 1, len(chosen)), plan, chosen, responses, masks)
+    looked_up_RT = task().looked_up(rows.tokens_RT, vocabulary())
+    weights_RT = np.where(looked_up_RT, RESULT_WEIGHT.value, 1.0) * rows.response_mask_RT
+    return rows, weights_RT.astype(np.float32)
 
 
 def vocabulary() -> list[str]:
-    """Tokens of the task's tokenizer, by id."""
+    """Returns the tokens of the task's tokenizer, by id."""
     return char_tokenizer.vocabulary(task().characters, images=task().images)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "adam"), donate_argnums=(0, 1))
-def train_step(params, opt_state, rows, weights_BT, rate, *, config, adam):
+def train_step(params, opt_state, rows, weights_RT, rate, *, config, adam):
     """One step of Adam on Σ w · (−log p) / Σ w, and with experts on their balance.
 
-    Gives params, opt_state, the first term, and the most that an expert's load is over an even one.
+    Returns params, opt_state, the first term, and the largest excess of an expert's load over an
+    even one.
     """
 
     def loss(params):
-        scoring = logprobs.Scoring(
-            config, head_chunk_tokens=weights_BT.size, experts=expert_products()
-        )
-        found = logprobs.scored(params, rows, scoring=scoring)
-        value = -(weights_BT * found.logprobs_BT).sum() / weights_BT.sum()
+        rule = logprobs.LogprobRule(forward(config), head_chunk_tokens=weights_RT.size)
+        found = logprobs.microbatch_logprobs(params, rows, rule=rule)
+        value = -(weights_RT * found.logprobs_RT).sum() / weights_RT.sum()
         if found.router is None:
             return value, (value, 0.0)
         balance, excess = load_balance(found.router)
@@ -116,16 +119,16 @@ def train_step(params, opt_state, rows, weights_BT, rate, *, config, adam):
     return params, opt_state, *measured
 
 
-def expert_products() -> str:
-    """The name of the grouped product of experts on this platform."""
-    return grouped_matmul.resolve("auto", platform=jax.default_backend())
+def forward(config: DecoderConfig) -> Forward:
+    """How the model is computed: with the grouped product of experts of this platform."""
+    return kernels.resolved(Forward(config, expert_kernel="auto"))
 
 
-def load_balance(router: logprobs.RouterPass) -> tuple[jax.Array, jax.Array]:
+def load_balance(router: RouterPass) -> tuple[jax.Array, jax.Array]:
     """(mean over layers of E · Σ_e f_e · P_e, the fullest expert's load over an even one's − 1).
 
-    f_e is the tokens sent to expert e over all tokens, a constant to the gradient, and P_e the mean
-    of the router's probability: K where either is even (Switch Transformer, arXiv:2101.03961,
+    f_e is the share of tokens sent to expert e, a constant to the gradient; P_e is the router's
+    mean probability. The first value is K if either is even (Switch Transformer, arXiv:2101.03961,
     equations 4–6).
     """
     share_LE = jax.lax.stop_gradient(router.load_LE) / router.tokens
@@ -147,9 +150,9 @@ class WarmStart:
         self.step = 0
 
     def phase(self, num_steps: int, *, plain: bool, until: float = 0.0, decay: bool = False):
-        """Takes `num_steps` steps, fewer once the loss is below `until`; their last loss."""
+        """Takes `num_steps` steps, fewer once the loss is below `until`; returns the last loss."""
         for index in range(num_steps):
-            rows, weights_BT = demonstrations(
+            rows, weights_RT = demonstrations(
                 self._records, self._tokenizer, self._rng, self._config, plain=plain
             )
             rate = RATE.value * min(1.0, (self.step + 1) / 20)
@@ -158,7 +161,7 @@ class WarmStart:
                 self.params,
                 self._opt_state,
                 rows,
-                weights_BT,
+                weights_RT,
                 np.float32(rate),
                 config=self._config,
                 adam=self._adam,
@@ -173,33 +176,31 @@ class WarmStart:
 
 
 def measure(params, config, tokenizer, folder) -> dict[str, str]:
-    """Properties of the base policy on held-out problems, at temperature 1: name → value."""
-    held_out = task().problems("test")
-    wanted = [held_out[i] for i in range(min(EVAL_PROBLEMS.value, len(held_out)))]
+    """Measures the base policy on held-out problems, at temperature 1: name → value."""
+    problems = task().problems("test")
+    wanted = [problems[i] for i in range(min(EVAL_PROBLEMS.value, len(problems)))]
     records = encoded(wanted, tokenizer, folder)
-    responses, rewards = ask(params, config, tokenizer, records)
-    result = evaluate.summarize(
-        responses, rewards, metric=task().reward, num_samples=EVAL_SAMPLES.value
-    )
+    groups = ask(params, config, tokenizer, records)
+    responses = [response for group in groups for response in group.responses]
+    result = held_out.summarize(groups, metric=task().reward)
     table = properties(result, np.array([len(response.tokens) for response in responses]))
     if task().images:
         blank = encoded(wanted, tokenizer, folder, blank=True)
-        table |= looking(rewards, ask(params, config, tokenizer, blank)[1], wanted)
+        table |= looking(groups, ask(params, config, tokenizer, blank), wanted)
     return table | router_load(responses, config)
 
 
 def ask(params, config, tokenizer, records):
-    """(responses, their rewards), prompt by prompt."""
+    """Judged responses, prompt by prompt."""
     sampling = Sampling(
         max_response_length=task().max_response_length(), stop_token_ids=config.eos_token_ids
     )
     engine = Engine(
-        config,
+        forward(config),
         sampling,
         num_slots=256,
         max_prompt_length=max(len(record.tokens) for record in records),
         chunk_length=16,
-        experts=expert_products(),
         record_experts=config.num_experts > 0,
     )
     responses, _ = engine.generate(
@@ -208,37 +209,39 @@ def ask(params, config, tokenizer, records):
         group_size=EVAL_SAMPLES.value,
         seed=SEED.value,
     )
-    texts = [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses]
     with Scorer({task().reward: 1.0}, options={task().reward: task().options}) as scorer:
-        return responses, evaluate.score(
-            scorer, records, responses, texts=texts, max_length=sampling.max_response_length
+        return experience.judged(
+            records,
+            responses,
+            scorer=scorer,
+            decode=functools.partial(tokenizer.decode, skip_special_tokens=True),
+            max_length=sampling.max_response_length,
         )
 
 
-def looking(rewards, blank_rewards, examples) -> dict[str, str]:
+def looking(groups, blank_groups, examples) -> dict[str, str]:
     """What the images tell: accuracy of each kind, with blank images, and of constant answers."""
 
-    def by_kind(rewards):
-        right_P = np.array([reward.parts[task().reward] > 0.5 for reward in rewards])
-        right_P = right_P.reshape(len(examples), -1).mean(axis=1)
+    def by_kind(groups):
+        right_P = np.array([(group.values(task().reward) > 0.5).mean() for group in groups])
         kinds_P = np.array([example.meta["kind"] for example in examples])
         return {"all": right_P.mean()} | {
             kind: right_P[kinds_P == kind].mean() for kind in tasks.KINDS.value
         }
 
     def listed(shares):
-        return ", ".join(f"{kind} {100 * shares[kind]:.1f} %" for kind in by_kind(rewards))
+        return ", ".join(f"{kind} {100 * shares[kind]:.1f} %" for kind in by_kind(groups))
 
     return {
-        "right, by kind": listed(by_kind(rewards)),
-        "right with blank images": listed(by_kind(blank_rewards)),
+        "right, by kind": listed(by_kind(groups)),
+        "right with blank images": listed(by_kind(blank_groups)),
         "right without looking: the best constant answers": listed(
-            shapes.blind_accuracy(task().problems("test"))  # of few problems it would be high
+            shapes.blind_accuracy(task().problems("test"))  # on few problems it would be high
         ),
     }
 
 
-def properties(result: evaluate.Evaluation, lengths_B: np.ndarray) -> dict[str, str]:
+def properties(result: held_out.Evaluation, lengths_B: np.ndarray) -> dict[str, str]:
     """The table of the model card."""
     shortest, middle, longest = (100 * share for share in result.accuracy_by_third)
     percentiles = np.percentile(lengths_B, (5, 25, 50, 75, 95, 99)).astype(int)
@@ -259,11 +262,11 @@ def properties(result: evaluate.Evaluation, lengths_B: np.ndarray) -> dict[str, 
 
 
 def router_load(responses, config: DecoderConfig) -> dict[str, str]:
-    """How many of the response tokens each expert got; nothing without experts."""
+    """Returns the share of response tokens per expert; empty without experts."""
     if not config.num_experts:
         return {}
     # A stop token is sampled, but nothing reads it.
-    ids_NLK = np.concatenate([response.experts[:-1] for response in responses])
+    ids_NLK = np.concatenate([response.expert_ids[:-1] for response in responses])
     load_LE = np.stack(
         [
             np.bincount(ids.reshape(-1), minlength=config.num_experts)
@@ -282,7 +285,7 @@ def router_load(responses, config: DecoderConfig) -> dict[str, str]:
 
 
 def card(config, table: dict[str, str]) -> str:
-    """The README of the folder."""
+    """Returns the README of the folder."""
     recipe = [*(TASK, SEED), *task().flags, *models.SIZES]
     recipe += models.OF_EXPERTS if config.num_experts else ()
     recipe += models.OF_VISION if config.vision else ()
@@ -324,7 +327,7 @@ Apache-2.0, as the code. No data but generated problems went into it.
 
 
 def kind(config: DecoderConfig) -> str:
-    """What the model is, for its card."""
+    """Describes the model, for its card."""
     if config.vision:
         return f"Qwen2.5-VL, {config.vision.depth} blocks in its tower,\n"
     if config.num_experts:
@@ -336,7 +339,7 @@ def kind(config: DecoderConfig) -> str:
 
 
 def main() -> None:
-    """Makes the folder that the flags describe, and prints what was measured."""
+    """Builds the folder that the flags describe, and prints the measurements."""
     out, start = pathlib.Path(OUT.value), time.perf_counter()
     if out.exists() and not OVERWRITE.value:
         raise WeightsError(f"--out={out} exists: choose another folder, or pass --overwrite")
@@ -367,7 +370,7 @@ def main() -> None:
 
 
 def write_config(folder: pathlib.Path, vocab_size: int) -> DecoderConfig:
-    """Writes config.json, and the image processor's settings of a model that sees."""
+    """Writes config.json, and a vision model's image processor settings."""
     config = models.image_config(vocab_size) if task().images else models.text_config(vocab_size)
     (folder / "config.json").write_text(json.dumps(hf_config(config)))
     if config.vision:

@@ -10,7 +10,7 @@ import sys
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _OUT = flags.DEFINE_string("page", "docs/objectives.md", "File to write.")
 _OVERWRITE = flags.DEFINE_bool("overwrite_page", False, "Replace that file if it exists.")
@@ -40,7 +40,7 @@ and rewards instead.
 
 
 def page() -> str:
-    """The whole page as Markdown."""
+    """Returns the whole page as Markdown."""
     from luspo_jax.objectives.advantages import ADVANTAGES
     from luspo_jax.objectives.aggregation import AGGREGATIONS
     from luspo_jax.objectives.corrections import CORRECTIONS
@@ -67,7 +67,7 @@ def page() -> str:
 
 
 def preset_table() -> str:
-    """One row a preset: its axes and the constants that it reads."""
+    """Returns one row per preset: its axes and the constants that it reads."""
     from luspo_jax.objectives.presets import PRESETS, used_hyperparameters
 
     head = ("preset", *AXES, "constants")
@@ -83,7 +83,7 @@ def preset_table() -> str:
 
 
 def entry(name: str, function) -> str:
-    """What an axis's function says of itself, and the fields that it reads."""
+    """Returns an axis function's docstring and the fields that it reads."""
     from luspo_jax.objectives.objective import hyperparameters
 
     fields = ", ".join(f"`{field}`" for field in hyperparameters(function))
@@ -92,7 +92,7 @@ def entry(name: str, function) -> str:
 
 
 def field_table() -> str:
-    """Every field of `Objective` with its default and range."""
+    """Returns every field of `Objective` with its default and range."""
     from luspo_jax.objectives.objective import CHOICES, RANGES, Objective
 
     rows = ["| field | default | allowed |\n", "| --- | --- | --- |\n"]
@@ -108,7 +108,7 @@ def field_table() -> str:
 
 def main() -> None:
     """Writes the page."""
-    allowed = _OVERWRITE.value or _OUT.value == _OUT.default  # our own page is there
+    allowed = _OVERWRITE.value or _OUT.value == _OUT.default  # the page itself is generated
     files.write_new(_OUT.value, page(), flag="--page", overwrite=allowed)
     print(f"{_OUT.value} written")
 

@@ -11,7 +11,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 
 def main() -> None:
-    """Draws the figure and prints where it is."""
+    """Draws the figure and prints its path."""
     print(figures.run_figure(pathlib.Path(_WORKDIR.value)))
 
 

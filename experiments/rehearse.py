@@ -2,14 +2,14 @@
 
 `python -m experiments.rehearse --config=configs/FILE.py --topology=v5p:2x2x4 --json=FILE`
 
-Every program of the run is compiled for the machine named, at the configuration's real sizes, and
-held against its memory; with it come operations, bytes, the time that a step cannot beat, and how
-many sequences fit. No weights, data or tokenizer are read and no accelerator is needed: a TPU
-slice (v4, v5e, v5p, v6e, tpu7x) takes `pip install "jax[tpu]"`, GPUs (h100:1x8, h200:1x8,
-a100-80g:4x8: hosts × cards) `pip install "jax[cuda13]"`; `local` is the devices that are here.
+It compiles every program of the run for the named machine, at the configuration's real sizes,
+checks it against the machine's memory, and reports operations, bytes, a lower bound on step time,
+and how many sequences fit. It reads no weights, data or tokenizer and needs no accelerator: a TPU
+slice (v4, v5e, v5p, v6e, tpu7x) needs `pip install "jax[tpu]"`, GPUs (h100:1x8, h200:1x8,
+a100-80g:4x8: hosts × cards) need `pip install "jax[cuda13]"`; `local` is the local devices.
 
-Exits with 1 where something does not fit, naming the program, the bytes and a change that helps;
-`--search` looks for the fastest settings that fit.
+Exits with 1 if something does not fit, naming the program, the bytes and a change that helps;
+`--search` finds the fastest settings that fit.
 """
 
 import json
@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Machine, as v5p:2x2x4, h100:1x8 or local.")
@@ -39,12 +39,12 @@ _SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest settings that
 
 
 def main() -> None:
-    """Rehearses, prints, writes, and refuses what does not fit."""
+    """Rehearses, prints, writes, and exits with an error if something does not fit."""
     for flag in (_JSON, _MARKDOWN):
         if flag.value:
             files.check_file(flag.value, flag=f"--{flag.name}", overwrite=_OVERWRITE.value)
     if _TOPOLOGY.value != "local":
-        # Nothing runs here: programs are made for devices that are not.
+        # Nothing runs here: programs are compiled for absent devices.
         os.environ["JAX_PLATFORMS"] = "cpu"
         if _TOPOLOGY.value.split(":")[0] in ("h100", "h200", "a100-80g"):
             os.environ["JAX_PLATFORMS"] = "cpu,cuda"
@@ -66,7 +66,7 @@ def main() -> None:
         images=_IMAGES.value,
         image_size=tower.image_size(_IMAGE_SIZE.value),
     )
-    print(f"{cases.whole_host(case)}; attention {case.rule.scoring.attention}", flush=True)
+    print(f"{cases.whole_host(case)}; attention {case.rule.logprobs.how.attention}", flush=True)
 
     def say(line):
         print(line, flush=True)

@@ -1,16 +1,16 @@
-"""What the verifier says of changed golds, which are wrong, and of rewritten ones, which are right.
+"""Measures the verifier on changed golds, which are wrong, and rewritten ones, which are right.
 
     python -m experiments.score_mutations --data=../shared/data
     python -m experiments.score_mutations --data=../shared/data --sets=math500 --verifier=ours
     python -m experiments.score_mutations --data=../shared/data --out=/tmp/mutations \\
         --write=docs/rewards.md
 
-Takes every distinct reference answer of the sets and changes one number, sign, exponent, name,
-unit, operator, bracket, item or side of it (experiments/verdicts/mutations.py); a change that an
-independent reading (experiments/verdicts/truth.py) proves to be none is left out and counted. Its
-mirror writes each answer in other ways (experiments/verdicts/rewritings.py). Prints the shares that
-are accepted, for each set and kind, beside those of plain Math-Verify. `--out` keeps every mistake
-of ours as accepted.tsv and rejected.tsv.
+It takes every distinct reference answer of the sets and changes one number, sign, exponent, name,
+unit, operator, bracket, item or side of it (experiments/verdicts/mutations.py). Changes that keep
+the value, proven by an independent reading (experiments/verdicts/truth.py), are left out and
+counted. It also rewrites each answer in other ways (experiments/verdicts/rewritings.py). It prints
+the accepted shares, for each set and kind, beside those of plain Math-Verify. `--out` saves our
+mistakes as accepted.tsv and rejected.tsv.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ from experiments.verdicts.golds import SETS, golds
 from experiments.verdicts.judging import VERIFIERS
 from experiments.verdicts.page import write_section
 from experiments.verdicts.trials import tables, trials, verdicts, write_mistakes
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _DATA = flags.DEFINE_string("data", "../shared/data", "folder of the public data files")
 _SETS = flags.DEFINE_list("sets", list(SETS), "sets of golds")
@@ -39,7 +39,7 @@ TITLE = "Changed and rewritten golds"
 
 
 def main() -> None:
-    """Does what the flags say."""
+    """Runs the command that the flags select."""
     unknown = [n for n in _SETS.value if n not in SETS]
     unknown += [n for n in _VERIFIER.value if n not in VERIFIERS]
     if unknown:

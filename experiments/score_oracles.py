@@ -1,13 +1,13 @@
-"""Agreement of the verifiers with public sets of labelled answers.
+"""Measures agreement of the verifiers with public sets of labelled answers.
 
     python -m experiments.score_oracles --data=../shared/data/oracles
     python -m experiments.score_oracles --write=docs/rewards.md
 
-Prints, for each set found in the folder, agreement, precision and recall on the answers labelled
-right, and verdicts a second, then every disagreement; and what plain Math-Verify says. A label is
-no proof: some sets carry the quirks of the program that wrote them. `--write` makes the committed
-section, in which each disagreement says who is right; the opinions are in oracle_reviews.tsv,
-beside this file.
+For each set in the folder it prints agreement, precision and recall on the answers labelled right,
+verdicts per second, every disagreement, and the verdicts of plain Math-Verify. A label is no proof:
+some sets carry the quirks of the program that wrote them. `--write` writes the committed section,
+which says for each disagreement who is right; these opinions are in oracle_reviews.tsv, beside this
+file.
 """
 
 import collections
@@ -46,7 +46,7 @@ correct places on."""
 
 
 def score(name: str, data: pathlib.Path, workers: int | None = None):
-    """(samples, labels, rewards, seconds) of one set."""
+    """Returns (samples, labels, rewards, seconds) of one set."""
     folder, reader, rule, options = SETS[name]
     samples, labels = zip(*reader(data / folder), strict=True)
     with Scorer(
@@ -59,13 +59,13 @@ def score(name: str, data: pathlib.Path, workers: int | None = None):
 
 
 def alone(name: str, samples, workers: int | None = None) -> list[Reward]:
-    """What plain Math-Verify says of a set."""
+    """Returns the verdicts of plain Math-Verify on a set."""
     what = "whole" if SETS[name][3].get("extract") == "whole" else "response"
     return judged(f"experiments.verdicts.plain_math_verify:{what}", samples, workers=workers)
 
 
 def agreement(labels, rewards: list[Reward]) -> dict[str, float]:
-    """Counts, and precision and recall on the answers that are labelled right."""
+    """Returns counts, and precision and recall on the answers labelled right."""
     found = [reward.value > 0 for reward in rewards]
     hits = sum(label and value for label, value in zip(labels, found, strict=True))
     return {
@@ -77,7 +77,7 @@ def agreement(labels, rewards: list[Reward]) -> dict[str, float]:
 
 
 def disagreements(samples, labels, rewards: list[Reward]) -> list[tuple[Sample, bool, Reward]]:
-    """The samples whose verdict is not their label, with both."""
+    """Returns the samples whose verdict differs from their label, with both."""
     rows = zip(samples, labels, rewards, strict=True)
     return [(s, bool(label), r) for s, label, r in rows if bool(label) != (r.value > 0)]
 
@@ -100,7 +100,7 @@ def _print(name: str, scored, plain: list[Reward]) -> None:
 
 
 def _reviews() -> dict[tuple[str, str, str], tuple[str, str]]:
-    """(set, gold, answer) → (who is right, why)."""
+    """Reads (set, gold, answer) → (who is right, why)."""
     with _REVIEWS.open(encoding="utf-8") as lines:
         rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         return {tuple(row[:3]): (row[3], row[4]) for row in rows if row and row[0][0] != "#"}
@@ -115,7 +115,7 @@ def _label(name: str) -> str:
 
 
 def markdown(results: dict[str, tuple]) -> str:
-    """The committed section, but for its title."""
+    """Formats the committed section, without its title."""
     rows = []
     for name, ((_, labels, rewards, _), plain) in results.items():
         row = [name, _label(name), len(labels)]
@@ -139,7 +139,7 @@ def _differences(results: dict[str, tuple]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Scores what the folder holds, prints, and writes where asked."""
+    """Scores the sets in the folder, prints, and writes if requested."""
     data = pathlib.Path(_DATA.value)
     present = [name for name, (folder, *_) in SETS.items() if (data / folder).is_dir()]
     if not present:

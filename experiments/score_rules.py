@@ -1,12 +1,13 @@
-"""What each rule of the mathematical verifier is worth.
+"""Measures the value of each rule of the mathematical verifier.
 
     python -m experiments.score_rules --data=../shared/data
     python -m experiments.score_rules --data=../shared/data --write=docs/rewards.md
 
-Turns off one rule at a time, of those that had a say in a verdict, and counts the verdicts that
-change: on the labelled answers of `score_oracles`, on the table of the project's own tests, and on
-the changed and rewritten golds of `score_mutations`. A rule mends a verdict that is wrong without
-it, and spoils one that is right without it. One that mends nothing is a rule to drop.
+It turns off one rule at a time, among those that gave an opinion on a verdict, and counts the
+verdicts that change: on the labelled answers of `score_oracles`, on the table of the project's own
+tests, and on the changed and rewritten golds of `score_mutations`. A rule mends a verdict that is
+wrong without it, and spoils one that is right without it. A rule that mends nothing should be
+dropped.
 """
 
 import collections
@@ -32,16 +33,16 @@ _GOLDS = flags.DEFINE_integer("golds", 300, "golds of each set that are changed 
 _SEED = flags.DEFINE_integer("seed", 0, "of the choice among the changes of a kind")
 _WORKERS = flags.DEFINE_integer("workers", None, "worker processes; by default one a core")
 _WRITE = flags.DEFINE_string("write", None, "also write the table into this Markdown file")
-_CASES = pathlib.Path(__file__).parents[1] / "tests" / "rewards" / "math_cases.tsv"
+_CASES = pathlib.Path(__file__).parents[1] / "tests" / "rewards" / "answers" / "math_cases.tsv"
 _REWARD = "experiments.verdicts.ablation:check"
-_TIME_LIMIT = 60.0  # seconds; one sample is judged once more for each rule that had a say
+_TIME_LIMIT = 60.0  # seconds; a sample is judged again for each rule with an opinion
 _COMMAND = "    python -m experiments.score_rules --data=../shared/data --write=docs/rewards.md"
 TITLE = "What each rule is worth"
 GROUPS = ("labelled answers", "own cases", "changed golds", "rewritten golds")
 
 
 class Labelled(NamedTuple):
-    """An answer to be judged, whether it is right, and where it comes from."""
+    """An answer to judge, whether it is right, and its source."""
 
     group: str
     sample: Sample
@@ -53,7 +54,7 @@ def _with(sample: Sample, extract: str) -> Sample:
 
 
 def labelled(data: pathlib.Path) -> Iterable[Labelled]:
-    """The labelled answers that the mathematical verifier judges."""
+    """Yields the labelled answers that the mathematical verifier judges."""
     for folder, reader, rule, options in LABELLED.values():
         if rule == "math_answer" and (data / folder).is_dir():
             for sample, label in reader(data / folder):
@@ -61,7 +62,7 @@ def labelled(data: pathlib.Path) -> Iterable[Labelled]:
 
 
 def cases(path: pathlib.Path) -> Iterable[Labelled]:
-    """The table of the tests: gold, answer, verdict, reason."""
+    """Reads the table of the tests: gold, answer, verdict, reason."""
     with path.open(encoding="utf-8") as lines:
         for row in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
             if row and not row[0].startswith("#"):
@@ -70,7 +71,7 @@ def cases(path: pathlib.Path) -> Iterable[Labelled]:
 
 
 def made(data: pathlib.Path, count: int, seed: int) -> Iterable[Labelled]:
-    """Changed and rewritten golds, one of each kind."""
+    """Yields changed and rewritten golds, one of each kind."""
     for name in SETS:
         for trial in trials(golds(name, data)[:count], seed=seed, most=1)[0]:
             sample = _with(boxed(trial.gold.text, trial.answer), "boxed")
@@ -78,7 +79,7 @@ def made(data: pathlib.Path, count: int, seed: int) -> Iterable[Labelled]:
 
 
 def worth(samples: list[Labelled], rewards: list[Reward]) -> dict[str, collections.Counter]:
-    """Rule → (group, "mends" or "spoils") → verdicts."""
+    """Counts verdicts by rule → (group, "mends" or "spoils")."""
     from experiments.verdicts.ablation import rules
 
     found = {name: collections.Counter() for name in rules()}
@@ -90,7 +91,7 @@ def worth(samples: list[Labelled], rewards: list[Reward]) -> dict[str, collectio
 
 
 def markdown(samples: list[Labelled], found: dict[str, collections.Counter]) -> str:
-    """The table of rules, those that mend nothing last, and how many answers there were."""
+    """Formats the table of rules, those that mend nothing last, and the number of answers."""
     sizes = collections.Counter(one.group for one in samples)
     rows = [
         [cell(name), *(f"{counts[g, 'mends']} / {counts[g, 'spoils']}" for g in GROUPS)]
@@ -112,7 +113,7 @@ def _mended(counts: collections.Counter) -> int:
 
 
 def main() -> None:
-    """Does what the flags say."""
+    """Runs the command that the flags select."""
     data = pathlib.Path(_DATA.value)
     samples = [
         *labelled(data / "oracles"),

@@ -1,8 +1,8 @@
-"""Runs many members of one question: `python -m experiments.sweep --sweep=FILE --workdir=DIR`.
+"""Runs the members of a sweep: `python -m experiments.sweep --sweep=FILE --workdir=DIR`.
 
-Each member is an ordinary run in its own folder. Running the same command again continues;
-`--dry_run` prints the members and their launch lines for a cluster, and writes nothing. Ends with
-table.csv, table.md, results.csv and figures in the workdir.
+Each member is an ordinary run in its own folder. Running the same command again resumes;
+`--dry_run` prints the members and their launch lines for a cluster, and writes nothing. At the end
+it writes table.csv, table.md, results.csv and figures into the workdir.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from experiments import command
 _SWEEP = flags.DEFINE_string("sweep", None, "File with get_sweep().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time, on a share of the cores each.", 1)
-# Repeated rather than joined with commas, which names may hold.
+# Repeated, not joined with commas, because names may contain commas.
 _ONLY = flags.DEFINE_multi_string(
     "only",
     [],
@@ -25,7 +25,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print members and launch lines, 
 
 
 def main() -> None:
-    """Runs what the flags say."""
+    """Runs the sweep that the flags select."""
     from experiments.sweeps import report, runner, spec
 
     sweep = spec.load(_SWEEP.value)

@@ -1,13 +1,13 @@
 """Trains a model: `python -m experiments.train --config=configs/quickstart.py --workdir=DIR`.
 
 Any field of the configuration can be set by flag: `--config.rollout.group_size=16`. Running the
-same command again continues the run. `--dry_run` prints what would run, and stops. `--fork=RUN`
-begins a new workdir from a checkpoint of another one (`--fork_step`; its latest unless given), with
-whatever fields are changed; run.json says which.
+same command again resumes the run. `--dry_run` prints what would run, and stops. `--fork=RUN`
+begins a new workdir from a checkpoint of another run (`--fork_step`; by default its latest), with
+any fields changed; run.json lists them.
 
 On several hosts: the same command on each, with `--coordinator=HOST:PORT --num_processes=N
 --process_id=I`, or with `--distributed=auto` on a TPU pod or under SLURM, Open MPI or Kubernetes.
-The workdir must be on storage that all share; its folder `processes` tells what each is doing.
+The workdir must be on shared storage; its folder `processes` shows what each process is doing.
 """
 
 import pathlib
@@ -29,9 +29,10 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved run and stop.
 def main() -> None:
     """Runs what the flags say."""
     from experiments import figures  # Imports after flags are parsed: a typo answers at once.
-    from luspo_jax import distributed, train, watchdog
-    from luspo_jax import run as runs
-    from luspo_jax import workdir as workdirs
+    from luspo_jax import train
+    from luspo_jax.hosts import guard, processes
+    from luspo_jax.run import workdir as workdirs
+    from luspo_jax.run.build import build, facts
 
     config, several = command.config_value(_CONFIG), cluster.arguments()
     workdirs.check_place(_WORKDIR.value or "")
@@ -39,54 +40,54 @@ def main() -> None:
         raise command.UsageError("--fork_step is of --fork: name the workdir to begin from")
     if several is not None:
         _join(config, several)
-    with watchdog.phase("build"):
-        run = runs.build(config)
+    with guard.phase("build"):
+        run = build(config)
         workdirs.check_processes(config)
-        facts, fork = runs.facts(run), None
+        known, fork = facts(run), None
         if _FORK.value:
-            fork = workdirs.fork(_WORKDIR.value, _FORK.value, _FORK_STEP.value, config, facts)
-        if distributed.is_writer():
+            fork = workdirs.fork(_WORKDIR.value, _FORK.value, _FORK_STEP.value, config, known)
+        if processes.is_writer():
             print(command.description(run))
             if fork:
                 print(_begins(fork))
     if _DRY_RUN.value:
-        distributed.stop()
+        processes.stop()
         return
-    workdir = workdirs.Workdir(_WORKDIR.value, config, facts, fork=fork)
+    workdir = workdirs.Workdir(_WORKDIR.value, config, known, fork=fork)
     outcome = train.train(run, workdir)
-    if distributed.is_writer():
+    if processes.is_writer():
         figure = figures.run_figure(workdir.path)
         print(f"base : {outcome.base}\nfinal: {outcome.final}")
         print(f"figure: {figure}" + (f"\nexport: {outcome.export}" if outcome.export else ""))
-    distributed.stop()
+    processes.stop()
 
 
 def _begins(fork) -> str:
-    """Where a fork begins, and what it changes."""
+    """Describes the start of a fork, and what it changes."""
     changed = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in fork["changed"].items())
     return f"fork      : of {fork['run']} at step {fork['step']}; changed: {changed or 'nothing'}"
 
 
 def _join(config, arguments) -> None:
     """Brings this process together with the others, and makes sure that they run the same."""
-    from luspo_jax import config as configuration
-    from luspo_jax import distributed
-    from luspo_jax import workdir as workdirs
+    from luspo_jax.hosts import processes
+    from luspo_jax.run import fields
+    from luspo_jax.run import workdir as workdirs
 
-    distributed.start(
+    processes.start(
         arguments,
         None if _DRY_RUN.value else _WORKDIR.value,
         dead_after_s=config.hosts.dead_after_s,
         phase_timeout_s=config.hosts.phase_timeout_s,
     )
-    print(distributed.describe(arguments), flush=True)
-    root = pathlib.Path(distributed.__file__).parents[1]
-    distributed.agree(
+    print(processes.describe(arguments), flush=True)
+    root = pathlib.Path(processes.__file__).parents[2]
+    processes.agree(
         {
-            **{f"--config.{name}": value for name, value in configuration.flat(config).items()},
+            **{f"--config.{name}": value for name, value in fields.flat(config).items()},
             "python": platform.python_version(),
             **workdirs.package_versions(),
-            **distributed.source_hashes(root / "luspo_jax", root / "experiments"),
+            **processes.source_hashes(root / "luspo_jax", root / "experiments"),
         }
     )
 

@@ -1,7 +1,7 @@
-"""Every metric declared once, and the writers of metrics and rollouts.
+"""Every metric declared once, how values are combined, and what is read back of a run.
 
-A name may hold `*`, which stands for one or more path segments (a dataset, a bin). The reducer
-says how values of one step are combined over micro-batches, updates and processes.
+A name may contain `*`, which matches one or more path segments (a dataset, a bin). The reducer
+combines the values of one step over micro-batches, updates and processes.
 """
 
 import contextlib
@@ -9,19 +9,18 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from luspo_jax import files, watchdog
-from luspo_jax.values import nearest
+from luspo_jax.hosts import guard
+from luspo_jax.hosts.values import nearest
 
 
 class MetricsError(ValueError):
-    """Metrics that cannot be read; the message has file and line."""
+    """Metrics cannot be read; the message has file and line."""
 
 
 REDUCERS = ("mean", "sum", "max", "min", "last")
@@ -29,7 +28,7 @@ REDUCERS = ("mean", "sum", "max", "min", "last")
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric's name or pattern, how it is reduced, its unit and what it means."""
+    """A metric's name or pattern, its reducer, unit and meaning."""
 
     name: str
     reducer: str
@@ -48,7 +47,7 @@ _DECLARED = [
     Metric("training/global_step", "last", "steps", "rollout steps done"),
     Metric("training/epoch", "last", "epochs", "passes over the prompts"),
     Metric("num_tokens", "last", "tokens", "prompt and response tokens trained on so far"),
-    # Of judged responses: one whose verifier failed has no reward, and is counted as unjudged.
+    # Over judged responses: a response whose verifier failed has no reward and counts as unjudged.
     Metric("reward", "mean", "", "mean reward of the step's judged responses"),
     Metric(
         "reward_std", "mean", "", "mean over compared groups of the rewards' standard deviation"
@@ -158,10 +157,10 @@ METRICS = {metric.name: metric for metric in _DECLARED}
 
 @functools.cache
 def declared(name: str) -> Metric:
-    """The declaration of a metric: its own, else that of the first pattern that fits.
+    """Returns the declaration of a metric: its own, else that of the first matching pattern.
 
     Raises:
-      KeyError: nothing declares it; the message has the nearest name, or all.
+      KeyError: no declaration; the message has the nearest name, or all.
     """
     if name in METRICS and "*" not in name:
         return METRICS[name]
@@ -175,13 +174,13 @@ def declared(name: str) -> Metric:
 
 
 class StepMetrics:
-    """Gathers one step's values and combines them by each metric's reducer."""
+    """Collects one step's values and combines them by each metric's reducer."""
 
     def __init__(self):
         self._values: dict[str, list[tuple[float, float]]] = {}
 
     def add(self, name: str, value: float, count: float | None = None) -> None:
-        """One value; with a count, `value` is a sum over so many items (mean metrics only)."""
+        """Adds a value; with a count, `value` is a sum over that many items (mean metrics only)."""
         reducer = declared(name).reducer
         if count is not None and reducer != "mean":
             raise ValueError(f"{name} is reduced by {reducer}: it takes no count")
@@ -189,20 +188,20 @@ class StepMetrics:
         self._values.setdefault(name, []).append(pair)
 
     def update(self, values: Mapping[str, Any]) -> None:
-        """Several: name → value or (sum, count)."""
+        """Adds several values: name → value or (sum, count)."""
         for name, value in values.items():
             self.add(name, *(value if isinstance(value, tuple) else (value,)))
 
     def result(self) -> dict[str, float]:
-        """name → combined value, in the order of first appearance; a mean of nothing is NaN."""
+        """Returns name → combined value, in order of first appearance; an empty mean is NaN."""
         return {name: _reduce(declared(name).reducer, v) for name, v in self._values.items()}
 
 
 @contextlib.contextmanager
 def timed(metrics: StepMetrics, phase: str) -> Iterator[None]:
-    """Adds the seconds inside to `timing_s/{phase}`, and marks the phase for the watchdog."""
+    """Adds the seconds inside to `timing_s/{phase}`, and marks the phase for the guard."""
     started = time.perf_counter()
-    with watchdog.phase("rollout" if phase == "gen" else phase):
+    with guard.phase("rollout" if phase == "gen" else phase):
         yield
     metrics.add(f"timing_s/{phase}", time.perf_counter() - started)
 
@@ -216,25 +215,26 @@ def _reduce(reducer: str, pairs: list[tuple[float, float]]) -> float:
 
 
 def json_line(step: int, values: Mapping[str, float]) -> str:
-    """One line of metrics.jsonl. JSON has no NaN: such values are null and named in `nonfinite`."""
+    """Formats a line of metrics.jsonl. JSON lacks NaN: such values are null and in `nonfinite`."""
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     odd = {name: str(values[name]) for name, value in finite.items() if value is None}
     return json.dumps({"step": step, **finite, **({"nonfinite": odd} if odd else {})}) + "\n"
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The steps of a metrics.jsonl with null back as the value it stood for.
+    """Yields the steps of a metrics.jsonl, with each null restored to its non-finite value.
 
-    A last line that was cut off by a crash is left out.
+    A last line truncated by a crash is left out.
 
     Raises:
       MetricsError: another line is damaged.
     """
-    for _, record in _lines_and_records(path):
+    for _, record in lines_and_records(path):
         yield record
 
 
-def _lines_and_records(path):
+def lines_and_records(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each whole line of a metrics.jsonl as it is there, and what `read_metrics` makes of it."""
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
@@ -249,151 +249,20 @@ def _lines_and_records(path):
         yield line, record
 
 
-def console_line(step: int, num_steps: int | None, values: Mapping[str, float]) -> str:
-    """A step in one line: reward, length, truncation, clipping, gradient, time."""
-    shown = (
-        ("reward", "reward", "{:.3f}"),
-        ("response_length/mean", "length", "{:.1f}"),
-        ("response_length/clip_ratio", "truncated", "{:.1%}"),
-        ("actor/pg_clipfrac", "clipped", "{:.1%}"),
-        ("actor/entropy", "entropy", "{:.2f}"),
-        ("actor/grad_norm", "|g|", "{:.3g}"),
-        ("timing_s/step", "time", "{:.2f} s"),
-    )
-    of = f"/{num_steps}" if num_steps else ""
-    fields = [f"{label} {form.format(values[n])}" for n, label, form in shown if n in values]
-    accuracies = [n for n in values if n.startswith("val-core/")]
-    fields += [f"{name.removeprefix('val-core/')} {values[name]:.3f}" for name in accuracies]
-    return " | ".join([f"step {step}{of}", *fields])
-
-
-class MetricsWriter:
-    """Writes each step to metrics.jsonl, TensorBoard, the console and, when asked, W&B.
-
-    Args:
-      workdir: folder of the run.
-      tensorboard: whether to write TensorBoard files.
-      wandb_project: project on Weights & Biases; empty for none.
-      config: what W&B shows as the run's configuration.
-      num_steps: steps of the whole run, for the console.
-      console: called with the console line; None for no console.
-    """
-
-    def __init__(
-        self,
-        workdir: str | os.PathLike,
-        *,
-        tensorboard: bool = True,
-        wandb_project: str = "",
-        config: Mapping[str, Any] | None = None,
-        num_steps: int | None = None,
-        console: Callable[[str], None] | None = print,
-    ):
-        self._workdir = pathlib.Path(workdir)
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        self._num_steps, self._console = num_steps, console
-        self._wants_tensorboard, self._tensorboard, self._purge_step = tensorboard, None, None
-        self._wandb = _wandb_run(self._workdir, wandb_project, config) if wandb_project else None
-
-    @property
-    def path(self) -> pathlib.Path:
-        """The jsonl file."""
-        return self._workdir / "metrics.jsonl"
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record a step.
-
-        Raises:
-          KeyError: a name that is not declared.
-        """
-        for name in values:
-            declared(name)
-        numbers = {name: float(value) for name, value in values.items()}
-        _append(self.path, json_line(step, numbers))
-        if self._wants_tensorboard:
-            self._write_tensorboard(step, numbers)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
-        if self._console is not None:
-            self._console(console_line(step, self._num_steps, numbers))
-
-    def _write_tensorboard(self, step: int, numbers: Mapping[str, float]) -> None:
-        if self._tensorboard is None:
-            from tensorboardX import SummaryWriter
-
-            folder = self._workdir / "tensorboard"
-            # Its own file names tell runs apart by the second only.
-            self._tensorboard = SummaryWriter(
-                str(folder), purge_step=self._purge_step, filename_suffix=f".from_{step}"
-            )
-        for name, value in numbers.items():
-            if math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
-
-    def truncate_after(self, step: int) -> None:
-        """Forget everything after a step, as a run that goes on from its checkpoint must."""
-        if self.path.exists():
-            kept = [
-                line.decode() + "\n"
-                for line, record in _lines_and_records(self.path)
-                if record["step"] <= step
-            ]
-            if not self.path.read_bytes().endswith(b"\n") and self._console is not None:
-                self._console(f"{self.path}: its last line was cut off, and is dropped")
-            files.write_text(self.path, "".join(kept))
-        for path in (self._workdir / "rollouts").glob("step_*.jsonl"):
-            number = path.stem.removeprefix("step_")
-            if number.isdecimal() and int(number) > step:  # any other file is not ours
-                path.unlink()
-        self._purge_step = step + 1
-
-    def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> pathlib.Path:
-        """Dump a step's responses to rollouts/step_NNNNNN.jsonl, whole or not at all."""
-        path = self._workdir / "rollouts" / f"step_{step:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
-        files.write_text(path, "".join(lines))
-        return path
-
-    def close(self) -> None:
-        """Close the writers."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-class SilentWriter:
-    """In place of a MetricsWriter in the processes that write nothing."""
-
-    def truncate_after(self, step: int) -> None:
-        """Nothing."""
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 @dataclasses.dataclass(frozen=True)
 class RolloutRecord:
-    """One response as it is dumped for reading.
+    """One response, written for reading.
 
     Attributes:
-      prompt_id, sample_id: which response it is.
+      prompt_id, sample_id: identify the response.
       prompt, response, answer: the texts; the answer is the reference.
       tokens: response token ids.
       reward: the weighted sum.
       parts: name → value of each part.
-      status, prediction: what the verifiers said.
+      status, prediction: from the verifiers.
       advantage: the response's advantage.
       length: response tokens, stop token included.
-      truncated: whether it was cut at the limit.
+      truncated: whether it was truncated at the limit.
     """
 
     prompt_id: int
@@ -409,33 +278,3 @@ class RolloutRecord:
     advantage: float
     length: int
     truncated: bool
-
-
-def _append(path: pathlib.Path, line: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _wandb_run(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | None):
-    """The W&B run of a workdir; a continued run goes on with the same one."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise RuntimeError(
-            "W&B was asked for, but wandb is not installed: pip install wandb, or leave "
-            "output.wandb_project empty"
-        ) from error
-    id_file = workdir / "wandb_id"
-    if not id_file.exists():
-        files.write_text(id_file, wandb.util.generate_id())
-    return wandb.init(
-        project=project,
-        id=id_file.read_text(),
-        resume="allow",
-        dir=str(workdir),
-        config=dict(config or {}),
-    )

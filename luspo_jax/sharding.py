@@ -1,15 +1,15 @@
-"""Meshes, and which mesh axis each logical axis of an array is spread over.
+"""Meshes, and the mesh axes over which each logical axis of an array is sharded.
 
-Arrays name their dimensions ("batch", "length", "embed" …); two tables say what these mean, one in
-training and one in the rollout. This is the only file that knows partition specs. Everything that
-takes a `layout` also takes None: one device, nothing to spread.
+Arrays name their dimensions ("batch", "length", "embed" …); one table for training and one for the
+rollout map these names to mesh axes. Only this file uses partition specs. Every function that takes
+a `layout` also takes None: one device, nothing sharded.
 
-In training, rows are spread over data, fsdp and expert, positions in a row over context, and
-heads, mlp and vocabulary over tensor; weights and optimizer state are cut along the embedding over
-every axis but data and tensor, and gathered one layer at a time. In the rollout every process
-works on devices of its own: weights are cut over tensor (and experts over expert) only, so that a
-decode step gathers none, and a cache longer than a device holds is cut along its positions over
-context.
+In training, rows are sharded over data, fsdp and expert, positions in a row over context, and
+heads, mlp and vocabulary over tensor. Weights and optimizer state are sharded along the embedding
+over every axis but data and tensor, and gathered one layer at a time. In the rollout every process
+works on its own devices: weights are sharded over tensor (and experts over expert) only, so that a
+decode step gathers none, and a cache larger than a device's memory is sharded along its positions
+over context.
 """
 
 import dataclasses
@@ -22,6 +22,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from luspo_jax.hosts.values import ConfigError
 
 # Slowest links first: neighbours in a mesh row are neighbours in the machine.
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -43,35 +45,35 @@ TABLES = {
         "embed": (),
     },
 }
-# Halfway from the one to the other: cut as in the rollout, and along the embedding over the rest.
+# Halfway between the two: sharded as in the rollout, and along the embedding over the other axes.
 TABLES["handover"] = {**TABLES["rollout"], "embed": ("data", "fsdp", "expert", "context")}
 
-Axes = tuple[str | None, ...]  # the logical axis of each dimension; None is spread over nothing
+Axes = tuple[str | None, ...]  # logical axis of each dimension; None is not sharded
 
 
-class MeshError(ValueError):
+class MeshError(ConfigError):
     """A mesh that does not fit the devices or the model; the message names the numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the table by which logical axes are spread over it; hashable, static under jit."""
+    """A mesh and the table that shards logical axes over it; hashable, static under jit."""
 
     mesh: Mesh
     table: str
 
     def axis_names(self, axis: str | None) -> tuple[str, ...]:
-        """Mesh axes that a logical axis is spread over; those of size 1 are left out."""
+        """Returns the mesh axes over which a logical axis is sharded, without those of size 1."""
         if axis is None:
             return ()
         return tuple(name for name in TABLES[self.table][axis] if self.mesh.shape[name] > 1)
 
     def size(self, axis: str | None) -> int:
-        """How many parts a logical axis is cut into."""
+        """Returns the number of parts into which a logical axis is sharded."""
         return math.prod(self.mesh.shape[name] for name in self.axis_names(axis))
 
     def cuts(self, axes: Axes) -> tuple[tuple[str, ...], ...]:
-        """Mesh axes that cut each dimension of an array; one goes to the first that asks for it."""
+        """Returns the mesh axes that shard each dimension; each axis goes to the first user."""
         used, parts = set(), []
         for axis in axes:
             names = tuple(name for name in self.axis_names(axis) if name not in used)
@@ -80,21 +82,21 @@ class Layout:
         return tuple(parts)
 
     def spec(self, axes: Axes) -> PartitionSpec:
-        """The partition of an array."""
+        """Returns the partition spec of an array."""
         return PartitionSpec(*(names or None for names in self.cuts(axes)))
 
     def sharding(self, axes: Axes) -> NamedSharding:
-        """Where the parts of an array lie."""
+        """Returns the sharding of an array."""
         return NamedSharding(self.mesh, self.spec(axes))
 
 
 def mesh_sizes(sizes: Mapping[str, int], num_devices: int, mesh: str = "mesh") -> dict[str, int]:
-    """Sizes of all mesh axes; one of them may be −1, for as many as the devices leave.
+    """Returns the sizes of all mesh axes; one may be −1, for the remaining devices.
 
-    `mesh` is what a message calls it.
+    `mesh` is its name in error messages.
 
     Raises:
-      MeshError: where their product is not the number of devices.
+      MeshError: the product of sizes is not the number of devices.
     """
     named = {name: sizes.get(name, 1) for name in MESH_AXES}
     free = [name for name, size in named.items() if size == -1]
@@ -115,10 +117,10 @@ def mesh_sizes(sizes: Mapping[str, int], num_devices: int, mesh: str = "mesh") -
 def layout(
     table: str, sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Layout | None:
-    """The layout of a table over `devices` (default: `available_devices`); None for one device.
+    """Returns a table's layout over `devices` (default: `available_devices`); None for one device.
 
     Raises:
-      MeshError: where sizes and number of devices do not match.
+      MeshError: the sizes do not match the number of devices.
     """
     devices = available_devices() if devices is None else list(devices)
     named = mesh_sizes(sizes, len(devices), f"{table} mesh")
@@ -127,25 +129,20 @@ def layout(
     shape = tuple(named.values())
     if table == "train" and devices[0].platform == "tpu":
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    else:  # process by process, which `on_own_devices` counts on
+    else:  # process by process, as `on_own_devices` requires
         by_process = sorted(devices, key=lambda device: device.process_index)
         grid = np.array(by_process).reshape(shape)
     return Layout(Mesh(grid, MESH_AXES), table)
 
 
 def available_devices() -> list[jax.Device]:
-    """All devices of all processes, or the one that `jax_default_device` names."""
+    """Returns all devices of all processes, or the one that `jax_default_device` names."""
     chosen = jax.config.jax_default_device
     return [chosen] if isinstance(chosen, jax.Device) else jax.devices()
 
 
-def rounded_up(count: int, multiple: int) -> int:
-    """`count`, or the next of multiple · {1, 2, 4, …}: few sizes that `multiple` devices share."""
-    return multiple * (1 << (-(-count // multiple) - 1).bit_length())
-
-
 def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
-    """`x`, laid out by its logical axes; for use under jit."""
+    """Constrains the sharding of `x` by its logical axes; for use under jit."""
     if layout is None:
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes))
@@ -154,10 +151,10 @@ def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
 def shard_map(
     function: Callable, layout: Layout | None, in_axes: Sequence[Axes], out_axes: Any
 ) -> Callable:
-    """`function` on each device's own part; with no layout, `function` itself.
+    """Runs `function` on each device's own part; without a layout, returns `function` itself.
 
-    `in_axes` has the logical axes of each argument, an array; `out_axes` those of the result, or a
-    tuple of them for a tuple of results.
+    `in_axes` has the logical axes of each argument; `out_axes` those of the result, or a tuple of
+    them for a tuple of results. Those of a NamedTuple of arrays are a NamedTuple of axes.
     """
     if layout is None:
         return function
@@ -165,17 +162,27 @@ def shard_map(
     return jax.shard_map(
         function,
         mesh=layout.mesh,
-        in_specs=tuple(layout.spec(axes) for axes in in_axes),
-        out_specs=tuple(map(layout.spec, out_axes)) if many else layout.spec(out_axes),
+        in_specs=tuple(_specs(axes, layout) for axes in in_axes),
+        out_specs=_each_spec(out_axes, layout) if many else layout.spec(out_axes),
         check_vma=False,
     )
 
 
-def summed_over_rows(part: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
-    """Within `shard_map`: a parameter's gradient from each device's rows and positions, summed.
+def _specs(axes, layout):
+    return _each_spec(axes, layout) if hasattr(axes, "_fields") else layout.spec(axes)
 
-    `part` is whole along "embed"; the sum comes back cut along it, as the parameter is. Devices
-    that hold other parts of the parameter along other dimensions (other experts) are left alone.
+
+def _each_spec(many, layout):
+    """Returns the specs of a tuple of axes, as a tuple of the same kind."""
+    specs = [_specs(axes, layout) for axes in many]
+    return type(many)(*specs) if hasattr(many, "_fields") else tuple(specs)
+
+
+def summed_over_rows(part: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
+    """Sums a parameter's gradient over all devices' rows and positions, within `shard_map`.
+
+    `part` is whole along "embed"; the sum is sharded along it like the parameter. It does not sum
+    over devices that hold other parts of the parameter along other dimensions (other experts).
     """
     if layout is None:
         return part
@@ -190,21 +197,21 @@ def summed_over_rows(part: jax.Array, axes: Axes, layout: Layout | None) -> jax.
 
 
 def shardings(axes_tree: Any, layout: Layout | None) -> Any:
-    """A tree of shardings from a tree of logical axes (tuples); None without a layout."""
+    """Maps a tree of logical axes (tuples) to shardings; None without a layout."""
     if layout is None:
         return None
     return jax.tree.map(layout.sharding, axes_tree, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def constrain_tree(tree: Any, shardings_tree: Any) -> Any:
-    """A tree laid out by a tree of shardings, or by nothing where that is None; under jit."""
+    """Constrains a tree to a tree of shardings, if not None; for use under jit."""
     if shardings_tree is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, shardings_tree)
 
 
 def moved(tree: Any, memory: str) -> Any:
-    """Copies of arrays in "device" or "pinned_host" memory, cut as before."""
+    """Copies arrays to "device" or "pinned_host" memory, with the same sharding."""
     where = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
     return jax.device_put(tree, where)
 
@@ -219,10 +226,10 @@ def put(x: Any, axes: Axes, layout: Layout | None) -> jax.Array:
 
 @functools.cache
 def on_own_devices(layout: Layout | None) -> Layout | None:
-    """The part of a rollout layout over all processes that lies on this process's devices.
+    """Returns the part of a rollout layout over all processes that is on this process's devices.
 
     Raises:
-      MeshError: where one copy of the weights would lie on several processes.
+      MeshError: one copy of the weights would span several processes.
     """
     if layout is None:
         return None
@@ -241,7 +248,7 @@ def on_own_devices(layout: Layout | None) -> Layout | None:
 
 
 def own_part(tree: Any, axes_tree: Any, layout: Layout) -> Any:
-    """Arrays over the devices of all processes as arrays over this process's; nothing is copied."""
+    """Views arrays over all processes' devices as arrays over this process's, without copying."""
     own = on_own_devices(layout)
 
     def part(x, axes):
@@ -254,13 +261,13 @@ def own_part(tree: Any, axes_tree: Any, layout: Layout) -> Any:
 
 
 def same_order(sharding: jax.sharding.Sharding, layout: Layout) -> bool:
-    """Whether a program may read the one and write the other: their devices come in one order."""
+    """Whether one program may read the one and write the other: same device order."""
     devices = getattr(sharding, "mesh", None)
     return devices is not None and list(devices.devices.flat) == list(layout.mesh.devices.flat)
 
 
 def in_order_of(layout: Layout, tree: Any) -> Any:
-    """Shardings that cut arrays as they are cut, over the devices in the order of a layout."""
+    """Returns shardings that shard arrays as they are, with devices in the order of a layout."""
 
     def place(x):
         old = x.sharding.mesh
@@ -271,7 +278,7 @@ def in_order_of(layout: Layout, tree: Any) -> Any:
 
 
 def misfits(layout: Layout | None, sizes: Mapping[str, tuple[str, int]]) -> list[str]:
-    """What cannot be cut into equal parts: `sizes` has, by name, a logical axis and a size."""
+    """Describes sizes that do not divide evenly; `sizes` has name → (logical axis, size)."""
     if layout is None:
         return []
     problems = []

@@ -1,76 +1,23 @@
-"""The training loop: RL with verifiable rewards, as the paper tells it.
+"""The training loop of the paper: RL with verifiable rewards.
 
 A rollout step samples a group of responses to each prompt, rewards them, turns rewards into
-advantages inside each group, and takes optimizer steps on the objective. Everything that decides
-the next step is in the checkpoint, so that a run that was killed goes on bit for bit.
+advantages inside each group, and takes optimizer steps on the objective. The checkpoint contains
+everything that decides the next step, so a killed run resumes bit for bit.
 """
 
-import contextlib
-import dataclasses
-import pathlib
-import resource
-import shutil
-from collections.abc import Iterator, Sequence
-from typing import Any
-
-import jax
-import numpy as np
-from ml_collections import ConfigDict
-from tqdm import tqdm
-
-from luspo_jax import (
-    batches,
-    distributed,
-    evaluate,
-    experience,
-    images,
-    instruments,
-    objectives,
-    optimizer,
-    shaping,
-    watchdog,
-)
-from luspo_jax import config as configuration
-from luspo_jax.beginning import Carried, begin, host_state
-from luspo_jax.checkpoint import Checkpointer
-from luspo_jax.evaluate import Evaluation
-from luspo_jax.experience import Group, Rollouts
-from luspo_jax.metrics import MetricsWriter, SilentWriter, StepMetrics, timed
-from luspo_jax.models import decoder_weights, vision_weights
-from luspo_jax.rollout import Request, RolloutStats
-from luspo_jax.run import Run
-from luspo_jax.sources import Model
-from luspo_jax.types import TrainBatch, TrainState
-from luspo_jax.update import (
-    fetched,
-    parked,
-    put_rows,
-    refresh_reference,
-    update_step,
-)
-from luspo_jax.workdir import Workdir
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a run came to: held-out results as (steps taken, Evaluation), oldest first."""
-
-    evaluations: list[tuple[int, Evaluation]]
-    export: pathlib.Path | None
-
-    @property
-    def base(self) -> Evaluation:
-        """Before training."""
-        return self.evaluations[0][1]
-
-    @property
-    def final(self) -> Evaluation:
-        """After training."""
-        return self.evaluations[-1][1]
+from luspo_jax.experience import rounds, stages
+from luspo_jax.experience.groups import Rollouts
+from luspo_jax.learner.state import fetched, parked, refresh_reference
+from luspo_jax.learner.updates import optimize
+from luspo_jax.length import instruments
+from luspo_jax.metrics import StepMetrics, timed
+from luspo_jax.run.build import Run
+from luspo_jax.run.keeping import Carried, Keeper, Outcome, Workdir, due
+from luspo_jax.types import TrainState
 
 
 def train(run: Run, workdir: Workdir) -> Outcome:
-    """Trains from where the workdir stands to `config.num_steps` rollout steps.
+    """Trains from the workdir's last checkpoint to `config.num_steps` rollout steps.
 
     Raises:
       WorkdirError: the workdir was deleted or moved meanwhile.
@@ -78,62 +25,20 @@ def train(run: Run, workdir: Workdir) -> Outcome:
     try:
         return _train(run, workdir)
     except Exception:
-        workdir.check_there()  # else this is not why it failed
+        workdir.check_there()  # a missing workdir explains the failure better
         raise
 
 
 def _train(run: Run, workdir: Workdir) -> Outcome:
-    output, num_steps = run.config.output, run.config.num_steps
-    checkpointer = Checkpointer(
-        workdir.path / "checkpoints", keep_latest=output.keep_latest, keep_best=output.keep_best
-    )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(checkpointer))
-        stack.enter_context(run.scorer)
-        stack.enter_context(contextlib.closing(run.data))
-        with watchdog.phase("restore"):
-            state, start, evaluations, carried = begin(run, checkpointer, workdir.forked_from)
-            state = parked(state, run.config.train.offload)
-        silent = None if distributed.is_writer() else True  # None: silent where there is no console
-        bar = stack.enter_context(
-            tqdm(total=num_steps, initial=start, unit="step", leave=False, disable=silent)
-        )
-        writer = stack.enter_context(contextlib.closing(_writer(run, workdir, bar)))
-        # A run without a checkpoint starts over, whatever an earlier attempt has written.
-        writer.truncate_after(start if evaluations else start - 1)
-        if not evaluations:
-            with watchdog.phase("evaluate"):
-                evaluations = [(start, held_out(run, state))]
-            writer.write(start, _held_out_metrics(run, evaluations[0][1]))
-        for step in range(start, num_steps):
-            watchdog.at_step(step + 1)
-            workdir.check_there()
+    with Keeper(run, workdir) as keeper:
+        state, carried = keeper.begin()
+        for step, first in keeper.steps():
             metrics = StepMetrics()
-            state, carried, rollouts, advantages_B = rollout_step(
-                run, state, carried, step, metrics=metrics, check_mismatch=step == start
+            state, carried, rollouts = rollout_step(
+                run, state, carried, step, metrics=metrics, check_mismatch=first
             )
-            taken = step + 1
-            measured = None
-            if taken == num_steps or _due(run.config.eval.every, taken):
-                with timed(metrics, "testing"):
-                    measured = held_out(run, state)
-                metrics.update(_held_out_metrics(run, measured))
-                evaluations.append((taken, measured))
-            if _due(output.dump_every, taken):
-                writer.write_rollouts(taken, experience.records(rollouts, advantages_B))
-            writer.write(taken, {"training/global_step": taken, **metrics.result()})
-            if taken == num_steps or _due(output.checkpoint_every, taken):
-                host = host_state(run, evaluations, carried)
-                score = measured.accuracy if measured else None
-                with watchdog.phase("checkpoint"):
-                    checkpointer.save(taken, state, host, metric=score)
-                    workdir.note_checkpoint(taken)
-            bar.update()
-        export = workdir.path / "export" if output.export else None
-        if export is not None:
-            with watchdog.phase("export"):
-                export_policy(run.config, run.model, state.params, export, own=True)
-    return Outcome(evaluations, export)
+            keeper.keep(step, state, carried, rollouts, metrics)
+        return keeper.outcome(state)
 
 
 def rollout_step(
@@ -144,281 +49,67 @@ def rollout_step(
     *,
     metrics: StepMetrics,
     check_mismatch: bool = False,
-) -> tuple[TrainState, Carried, Rollouts, np.ndarray]:
-    """One rollout step: sample, reward, compare inside groups, update.
+) -> tuple[TrainState, Carried, Rollouts]:
+    """Takes one rollout step: sample, reward, compare inside groups, update.
 
     Args:
-      run: what does not change.
+      run: the part that steps do not change.
       state: donated.
-      carried: groups and running means of the step before.
+      carried: groups and running means of the previous step.
       step: rollout steps taken before this one.
       metrics: receives the step's metrics.
-      check_mismatch: refuse to go on where sampler and trainer disagree.
+      check_mismatch: refuse to train if sampler and trainer disagree.
 
     Returns:
-      The new state, what is carried over, the responses, and their advantages.
+      The new state, what the next step needs, and the responses with all their fields.
     """
-    offload = run.config.train.offload
+    settings, objective = run.settings, run.settings.objective
+    limit = settings.rollout.mismatch_limit if check_mismatch else None
+    lab = run.laboratory
     with timed(metrics, "step"):
-        rollouts, surplus = collect(run, state.params, step, carried.surplus, metrics)
-        state = fetched(state, offload)
-        length, flagged = instruments.observe(run, carried.length, rollouts, metrics)
-        batch = batches.train_batch(run, rollouts)
-        with timed(metrics, "old_log_prob"):
-            batch = batches.with_old_logprobs(run, state, rollouts, batch, metrics, check_mismatch)
-        with timed(metrics, "ref"):
-            batch = batches.with_ref_logprobs(run, state, rollouts, batch)
+        weights = run.rollout_params(state.params)
+        rollouts, surplus = rounds.collect(run.asker, weights, carried.surplus, step, metrics)
+        del weights
+        state = fetched(state, settings.train.offload)
+        length, flagged = instruments.observe(
+            carried.length, run.length, objective, rollouts.responses, run.metric, metrics
+        )
+        rollouts, width = stages.with_logprobs(
+            rollouts, state, run.programs, run.planner, metrics, limit
+        )
         with timed(metrics, "adv"):
-            batch = batches.with_advantages(run, rollouts, batch, shorten=flagged)
+            longest = settings.rollout.max_response_length
+            penalty_B = instruments.penalty(
+                run.length, rollouts.lengths_B, longest, flagged=flagged
+            )
+            rollouts = stages.with_advantages(rollouts, objective, width, penalty_B)
         with timed(metrics, "length"):
-            sample = instruments.sample(run, rollouts, batch, step)
-            state = instruments.before_update(run, state, sample, step, metrics)
+            everything = instruments.Sampled(
+                rollouts.prompts, rollouts.responses, rollouts.group_ids_B, width
+            )
+            sample = instruments.sample(run.length, everything, step=step, version=step)
+            state = instruments.before_update(lab, run.length, state, sample, step, metrics)
         with timed(metrics, "update_actor"):
-            state = optimize(
-                run, state, rollouts, batch, step, metrics, alpha_shift=length.alpha_shift
+            batches = stages.train_batches(
+                rollouts,
+                run.planner,
+                width,
+                metrics,
+                epochs=settings.train.num_epochs,
+                minibatches=settings.train.num_minibatches,
+                key=(settings.seed, step),
             )
-            if state.ref_params is not None and _due(run.config.train.ref_every, step + 1):
-                state = refresh_reference(state, decay=run.config.train.ref_decay)
+            state, measured = optimize(
+                run.programs,
+                state,
+                batches,
+                rate=run.learning_rate(step),
+                alpha_shift=length.alpha_shift,
+            )
+            metrics.update(measured)
+            if state.ref_params is not None and due(settings.train.ref_every, step + 1):
+                state = refresh_reference(state, decay=settings.train.ref_decay)
         with timed(metrics, "length"):
-            length = instruments.after_update(run, state, length, sample, step, metrics)
-        state = parked(state, offload)
-    metrics.update(experience.metrics(rollouts, batch.advantages_B, correct=run.metric))
-    metrics.update(_speed_metrics(metrics, rollouts))
-    return state, Carried(surplus, length), rollouts, batch.advantages_B
-
-
-def collect(
-    run: Run, params: Any, step: int, surplus: Sequence[Group], metrics: StepMetrics
-) -> tuple[Rollouts, list[Group]]:
-    """A batch of scored groups, and what is carried over to the next step."""
-    config, used = run.config, []
-    size = config.rollout.prompts_per_step
-    weights = run.rollout_params(params)
-
-    def sample() -> list[Group]:
-        # The same prompts on all processes, of which each samples and scores its own share.
-        asked = run.data.stream.next_prompts(size)
-        used.extend(prompt.prompt_id for prompt in asked)
-        own = distributed.share(size)
-        prompts, noise_ids = asked[own], _noise_ids(used)[-size:][own]
-        with timed(metrics, "gen"):
-            responses, stats = run.sampler.generate(
-                weights,
-                [
-                    Request(i, prompt.tokens, prompt.images)
-                    for i, prompt in zip(noise_ids, prompts, strict=True)
-                ],
-                group_size=config.rollout.group_size,
-                seed=config.seed,
-                step=step,
-            )
-        with timed(metrics, "reward"):
-            groups = experience.scored(
-                prompts,
-                responses,
-                scorer=run.scorer,
-                decode=run.model.decode,
-                max_length=config.rollout.max_response_length,
-            )
-        with timed(metrics, "gather"):
-            # Every process has the prompts, and their images are large.
-            sent = [dataclasses.replace(group, prompt=None) for group in groups]
-            parts = distributed.gather((sent, stats))
-        metrics.update(_rollout_metrics([stats for _, stats in parts]))
-        groups = [group for groups, _ in parts for group in groups]
-        return [
-            dataclasses.replace(group, prompt=prompt)
-            for group, prompt in zip(groups, asked, strict=True)
-        ]
-
-    collected = shaping.collect(
-        sample,
-        surplus,
-        shaping=run.shaping,
-        num_groups=config.rollout.prompts_per_step,
-        part=run.metric,
-    )
-    metrics.update(collected.counts)
-    metrics.update(
-        {
-            "training/epoch": run.data.stream.epoch,
-            "prompts/dropped": run.data.stream.dropped,
-            **{f"prompts/refused/{why}": n for why, n in run.data.stream.refused.items()},
-        }
-    )
-    return Rollouts(collected.groups), collected.surplus
-
-
-def optimize(
-    run: Run,
-    state: TrainState,
-    rollouts: Rollouts,
-    batch: TrainBatch,
-    step: int,
-    metrics: StepMetrics,
-    *,
-    alpha_shift: float = 0.0,
-) -> TrainState:
-    """Takes the step's optimizer steps: `num_epochs` passes, `num_minibatches` each."""
-    settings = run.config.train
-    rate = optimizer.learning_rate(
-        step, peak=settings.learning_rate, warmup_steps=settings.warmup_steps
-    )
-    taken = []
-    for epoch in range(settings.num_epochs):
-        for rows in _minibatches(run, batch.group_ids_B, step, epoch):
-            minibatch = batches.minibatch(run, rollouts, batch, rows, metrics)
-            minibatch = put_rows(minibatch, run.rule.scoring.layout)
-            state, measured = update_step(
-                state, minibatch, np.float32(rate), np.float32(alpha_shift), rule=run.rule
-            )
-            taken.append(measured)
-    # Summed over all updates before any division, so that ratios of sums stay right.
-    total = jax.tree.map(lambda *xs: np.sum(np.asarray(xs, np.float64)), *jax.device_get(taken))
-    skipped = total.pop("actor/skipped_updates")[0]
-    metrics.update({name: float(x) for name, x in objectives.metric_means(total).items()})
-    metrics.update({"actor/lr": rate, "actor/skipped_updates": skipped})
-    return state
-
-
-def _rollout_metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
-    """Sums over the processes' samplers; the mean of how well they were used."""
-    names = ("decode_steps", "prefill_tokens", "prefill_calls", "generated_tokens")
-    return {
-        **{f"rollout/{name}": sum(getattr(s, name) for s in stats) for name in names},
-        "rollout/slot_utilisation": sum(s.slot_utilisation for s in stats) / len(stats),
-    }
-
-
-def held_out(run: Run, state: TrainState) -> Evaluation:
-    """Accuracy and length on the held-out problems; every call faces the same noise."""
-    config = run.config
-    return evaluate.evaluate(
-        run.held_out_sampler,
-        run.rollout_params(state.params),
-        run.data.held_out,
-        run.scorer,
-        decode=run.model.decode,
-        metric=run.metric,
-        num_samples=config.eval.num_samples,
-        seed=config.eval.seed,
-    )
-
-
-def export_policy(
-    config: ConfigDict,
-    model: Model,
-    params: Any,
-    folder: pathlib.Path,
-    *,
-    dtype: str = "float32",
-    overwrite: bool | None = None,
-    own: bool = False,
-) -> None:
-    """Writes the policy as a folder that `transformers` loads; process 0 writes, all call.
-
-    Args:
-      config: of the run.
-      model: its architecture and tokenizer.
-      params: its weights.
-      folder: must be empty or new.
-      dtype: type to store.
-      overwrite: replace an earlier export of ours there.
-      own: the place is the run's, whose last export is replaced.
-    """
-    # Another tokenizer or architecture is not that of the folder's files.
-    source = None if config.model.overrides or config.model.tokenizer else model.folder
-
-    def finish(folder):
-        if source is None:
-            model.tokenizer.save_pretrained(folder)
-            for name in vision_weights.COPIED_FILES:  # else the export could not read images
-                if (model.folder / name).is_file():
-                    shutil.copyfile(model.folder / name, folder / name)
-        if model.config.vision is not None:
-            data = config.data
-            images.write_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
-
-    decoder_weights.export(
-        folder,
-        params,
-        model.config,
-        source=source,
-        dtype=dtype,
-        overwrite=overwrite,
-        own=own,
-        finish=finish,
-    )
-
-
-def _due(every: int, taken: int) -> bool:
-    return every > 0 and taken % every == 0
-
-
-def _noise_ids(prompt_ids: Sequence[int]) -> list[int]:
-    """Ids that key the sampling noise: the prompt's own, or another one where a small dataset
-    brings a prompt twice in one step, so that its groups differ."""
-    seen: dict[int, int] = {}
-    stride = max(prompt_ids) + 1
-    ids = []
-    for prompt_id in prompt_ids:
-        occurrence = seen.get(prompt_id, 0)
-        seen[prompt_id] = occurrence + 1
-        ids.append(prompt_id + occurrence * stride)
-    return ids
-
-
-def _minibatches(run, group_ids_B, step, epoch) -> Iterator[np.ndarray]:
-    """Rows of each minibatch: whole groups, in sampled order first and shuffled in later passes."""
-    groups = np.unique(group_ids_B)
-    if epoch:
-        groups = np.random.default_rng([run.config.seed, step, epoch]).permutation(groups)
-    for part in np.split(groups, run.config.train.num_minibatches):
-        yield np.concatenate([np.flatnonzero(group_ids_B == group) for group in part])
-
-
-def _writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWriter:
-    """One process writes; times, throughput and memory are what it sees."""
-    if not distributed.is_writer():
-        return SilentWriter()
-    output = run.config.output
-    return MetricsWriter(
-        workdir.path,
-        tensorboard=output.tensorboard,
-        wandb_project=output.wandb_project,
-        config=configuration.flat(run.config),
-        num_steps=run.config.num_steps,
-        console=bar.write,
-    )
-
-
-def _speed_metrics(metrics: StepMetrics, rollouts: Rollouts) -> dict[str, float]:
-    seconds = metrics.result()["timing_s/step"]
-    tokens = int(rollouts.lengths_B.sum()) + sum(len(p.tokens) for p in rollouts.prompts)
-    return {
-        "perf/total_num_tokens": tokens,
-        "perf/time_per_step": seconds,
-        "perf/throughput": tokens / seconds / jax.device_count(),
-        "perf/max_memory_allocated_gb": _peak_memory() / 1e9,
-    }
-
-
-def _peak_memory() -> int:
-    """Bytes: of the accelerator where it keeps count, else of this process."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _held_out_metrics(run: Run, measured: Evaluation) -> dict[str, float]:
-    name = run.config.data.eval_name or run.config.data.name
-    low, high = measured.accuracy_ci95
-    return {
-        f"val-core/{name}/acc/mean@{measured.num_samples}": measured.accuracy,
-        f"val-aux/{name}/acc/ci95_low": low,
-        f"val-aux/{name}/acc/ci95_high": high,
-        f"val-aux/{name}/response_length/mean": measured.mean_length,
-        f"val-aux/{name}/response_length/clip_ratio": measured.truncated,
-        f"val-aux/{name}/unjudged": measured.unjudged,
-    }
+            length = instruments.after_update(lab, run.length, state, length, sample, step, metrics)
+        state = parked(state, settings.train.offload)
+    return state, Carried(surplus, length), rollouts

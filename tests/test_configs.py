@@ -12,15 +12,18 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from luspo_jax import config as configuration
-from luspo_jax import run as runs
 from luspo_jax import sharding
 from luspo_jax.datasets import DataError
-from luspo_jax.datasets.templates import LUSPO_VL_SYSTEM_PROMPT
-from luspo_jax.models import decoder
+from luspo_jax.models import decoder, kernels
 from luspo_jax.models.decoder_config import decoder_config
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.locate import architecture
+from luspo_jax.prompts.templates import LUSPO_VL_SYSTEM_PROMPT
 from luspo_jax.rewards.registry import score
+from luspo_jax.run import checks, fields
+from luspo_jax.run.arithmetic import batch_arithmetic
+from luspo_jax.run.build import build, layouts, mesh_advice
+from luspo_jax.run.memory import memory_estimate
 from luspo_jax.sharding import MeshError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -36,14 +39,14 @@ def _module(name):
 
 def _config(name, **leaves):
     config = _module(name).get_config()
-    configuration.assign(config, {name.replace("__", "."): x for name, x in leaves.items()})
+    fields.assign(config, {name.replace("__", "."): x for name, x in leaves.items()})
     return config
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_can_run_and_says_how(name):
     config = _config(name)
-    assert configuration.check(config) is not None
+    assert checks.check(config).num_steps == config.num_steps
     text = _module(name).__doc__
     assert "Command : " in text
     assert "Hardware: " in text
@@ -117,10 +120,10 @@ PAPER_TABLE = {
 @pytest.mark.parametrize("name", PAPER)
 def test_constants_are_those_of_the_paper(name):
     config = _config(name)
-    found = configuration.flat(config)
+    found = fields.flat(config)
     assert {field: found[field] for field in PAPER_TABLE} == PAPER_TABLE
     assert config.num_steps == {"qwen2_5_7b_dapo17k": 140, "qwen3_30b_a3b_dapo17k": 50}[name]
-    sizes = configuration.batch_arithmetic(config)
+    sizes = batch_arithmetic(config)
     assert sizes.responses_per_step == 1024
     assert sizes.responses_per_minibatch == 16 * 8  # 16 prompts
     assert sizes.updates_per_step == 8
@@ -144,12 +147,12 @@ VISUAL_TABLE = {
 
 def test_constants_of_the_run_on_images_are_those_of_the_paper():
     config = _config(VISUAL)
-    found, table = configuration.flat(config), PAPER_TABLE | VISUAL_TABLE
+    found, table = fields.flat(config), PAPER_TABLE | VISUAL_TABLE
     del table["reward.parts.dapo_math"]
     assert {field: found[field] for field in table} == table
     assert config.num_steps == 700
     assert config.data.system_prompt == LUSPO_VL_SYSTEM_PROMPT
-    sizes = configuration.batch_arithmetic(config)
+    sizes = batch_arithmetic(config)
     assert (sizes.responses_per_minibatch, sizes.updates_per_step) == (128, 8)
     # The largest image and a question fit the prompt.
     assert config.data.max_pixels == 1280 * 28 * 28
@@ -166,7 +169,7 @@ def test_constants_of_the_run_on_images_are_those_of_the_paper():
     ],
 )
 def test_the_compared_objectives_are_one_flag_away(name, preset, ratio, scale, low, high):
-    objective = configuration.check(_config(name, objective__preset=preset))
+    objective = checks.check(_config(name, objective__preset=preset)).objective
     assert (objective.ratio, objective.length_scale) == (ratio, scale)
     assert (objective.clip_low, objective.clip_high) == (low, high)
     assert (objective.aggregation, objective.kl_coef) == ("seq-mean-token-mean", 0.0)
@@ -175,7 +178,7 @@ def test_the_compared_objectives_are_one_flag_away(name, preset, ratio, scale, l
 def test_gspo_with_the_papers_clip_is_what_the_header_says():
     clip = {"objective__clip_low": 2e-3, "objective__clip_high": 2.5e-3}
     config = _config(PAPER[0], objective__preset="gspo", **clip)
-    assert configuration.check(config).clip_high == 2.5e-3
+    assert checks.check(config).objective.clip_high == 2.5e-3
 
 
 @pytest.mark.parametrize(
@@ -258,14 +261,14 @@ TOPOLOGIES = [
 @pytest.mark.parametrize(("name", "devices", "flags", "axes", "rows"), TOPOLOGIES)
 def test_stated_topologies_fit(name, devices, flags, axes, rows):
     config = _config(name, **flags)
-    configuration.check(config)
+    checks.check(config)
     mesh = sharding.mesh_sizes(config.mesh, devices)
     assert {axis: size for axis, size in mesh.items() if size > 1} == {
         axis: size for axis, size in axes.items() if size > 1
     }
     assert math.prod(sharding.mesh_sizes(config.rollout_mesh, devices).values()) == devices
-    sizes = configuration.batch_arithmetic(config)
-    assert sizes.packed_rows_per_microbatch == rows
+    sizes = batch_arithmetic(config)
+    assert sizes.rows_per_microbatch == rows
     assert rows % math.prod(mesh[axis] for axis in ("data", "fsdp", "expert")) == 0
     assert not _misfits(config, devices, sizes)
 
@@ -279,7 +282,7 @@ def _misfits(config, devices, sizes):
         layout = sharding.Layout(AbstractMesh(shape, sharding.MESH_AXES), table)
         parts = dict(sizes_of_model)
         if table == "train":
-            parts["packed rows"] = ("batch", sizes.packed_rows_per_microbatch)
+            parts["packed rows"] = ("batch", sizes.rows_per_microbatch)
         problems += sharding.misfits(layout, parts)
     return problems
 
@@ -288,19 +291,19 @@ def _misfits(config, devices, sizes):
 def test_a_mesh_of_eight_is_laid_out_and_wrong_ones_are_refused(name):
     config = _config(name)
     model = decoder_config(architecture(config.model.path))
-    train, rollout = runs.layouts(config, model, jax.devices()[:8])
+    train, rollout = layouts(config, model, jax.devices()[:8])
     assert train.size("batch") == rollout.size("batch") == 8
     with pytest.raises(MeshError, match=r"packed rows of a micro-batch .* = 8 is cut into 6 parts"):
-        runs.layouts(config, model, jax.devices()[:6])
+        layouts(config, model, jax.devices()[:6])
     with pytest.raises(MeshError, match="takes a multiple of 3 devices and there are 8"):
-        runs.layouts(_config(name, mesh__tensor=3), model, jax.devices()[:8])
+        layouts(_config(name, mesh__tensor=3), model, jax.devices()[:8])
 
 
 def test_more_parts_than_key_heads_are_refused():
     config = _config(PAPER[0], rollout_mesh__tensor=8)
     model = decoder_config(architecture(config.model.path))
     with pytest.raises(MeshError, match="num_key_value_heads = 4 is cut into 8 parts by the roll"):
-        runs.layouts(config, model, jax.devices()[:8])
+        layouts(config, model, jax.devices()[:8])
 
 
 def _rehearsals(name):
@@ -312,7 +315,7 @@ def _rehearsals(name):
         machine = flags.pop("topology").partition(":")[2]
         leaves = {flag.removeprefix("config."): int(value) for flag, value in flags.items()}
         config = _config(name)
-        configuration.assign(config, leaves)
+        fields.assign(config, leaves)
         yield math.prod(int(size) for size in machine.split("x")), config
 
 
@@ -321,27 +324,27 @@ def test_a_rehearsal_that_a_header_prints_fits_its_machine_as_printed(name):
     rehearsals = list(_rehearsals(name))
     assert rehearsals
     for devices, config in rehearsals:
-        configuration.check(config)
-        assert not _misfits(config, devices, configuration.batch_arithmetic(config))
+        checks.check(config)
+        assert not _misfits(config, devices, batch_arithmetic(config))
 
 
 def test_advice_on_rows_is_the_flag_that_fits_and_that_the_header_prints():
     config = _config(PAPER[0])
     shape = tuple(sharding.mesh_sizes(config.mesh, 16).values())
     layout = sharding.Layout(AbstractMesh(shape, sharding.MESH_AXES), "train")
-    assert runs.mesh_advice(config, layout).startswith("set --config.train.microbatch_tokens=")
-    flag = re.search(r"--config\.train\.microbatch_tokens=\d+", runs.mesh_advice(config, layout))
+    assert mesh_advice(config, layout).startswith("set --config.train.microbatch_tokens=")
+    flag = re.search(r"--config\.train\.microbatch_tokens=\d+", mesh_advice(config, layout))
     assert flag[0] in _module(PAPER[0]).__doc__
     model = decoder_config(architecture(config.model.path))
     three = _config(PAPER[0], train__microbatch_tokens=3 * 34_816)
     with pytest.raises(MeshError, match=r"set --config\.train\.microbatch_tokens=278528,"):
-        runs.layouts(three, model, jax.devices()[:8])
-    runs.layouts(_config(PAPER[0], train__microbatch_tokens=8 * 34_816), model, jax.devices()[:8])
+        layouts(three, model, jax.devices()[:8])
+    layouts(_config(PAPER[0], train__microbatch_tokens=8 * 34_816), model, jax.devices()[:8])
 
 
 def test_sixteen_devices_need_what_the_header_says():
     config = _config(PAPER[0])
-    problems = _misfits(config, 16, configuration.batch_arithmetic(config))
+    problems = _misfits(config, 16, batch_arithmetic(config))
     assert problems == [
         "packed rows = 8 is cut into 16 parts by the train mesh (fsdp 16), which does not divide it"
     ]
@@ -362,12 +365,13 @@ def test_headers_state_the_memory_that_the_sizes_give():
     for name in (*PAPER, VISUAL, *SMALL):
         config, text = _config(name), " ".join(_module(name).__doc__.split())
         model = decoder_config(architecture(config.model.path))
-        memory = runs.memory_estimate(config, model, (None, None))
+        memory = memory_estimate(config, model, (None, None))
         state = memory["master weights (float32)"] + memory["Adam moments (float32)"]
         if model.num_experts:
             recorded = model.num_expert_layers * model.experts_per_token
-            rows = 1024 * (2048 + 32_768) * recorded
-            assert f"{recorded} bytes, of a step's rows {rows / 1e9:.1f} GB" in text
+            responses, rows = (1024 * n * recorded / 1e9 for n in (4000, 2048 + 32_768))
+            assert f"{recorded} bytes, {responses:.1f} GB of a step's responses at mean" in text
+            assert f"padded rows took {rows:.1f} GB each" in text
         written = f"{state / 1e9:.0f}" if state > 5e10 else f"{state / 1e9:.1f}"
         assert f"weights and Adam's moments are {written} GB" in text
         slot = memory["rollout KV cache"] / config.rollout.num_slots / 1e9
@@ -392,17 +396,22 @@ def test_the_tower_has_an_attention_of_its_own(platform, prompts, images, monkey
     """Patches are not one run in their slots, and the tower's heads have a size of their own."""
     model = decoder_config(architecture(_config(VISUAL).model.path))
     text = decoder_config(architecture(_config(PAPER[0]).model.path))
-    monkeypatch.setattr(runs, "_platform", lambda layout: platform)
-    assert runs.prefill_attention(model, None, "bfloat16") == prompts
-    assert runs.vision_attention(model, None, "bfloat16") == images
-    assert runs.vision_attention(model, None, "bfloat16", prompts) == images
-    assert runs.vision_attention(model, None, "bfloat16", "reference") == "reference"
-    assert runs.vision_attention(text, None, "bfloat16") == "reference"
+    monkeypatch.setattr(kernels, "_platform", lambda layout: platform)
+
+    def names(model, name="auto"):
+        how = Forward(model, "bfloat16", attention=name, vision_attention=name)
+        how = kernels.resolved(how)
+        return how.attention, how.vision_attention
+
+    assert names(model) == (prompts, images)
+    assert names(model, prompts) == (prompts, images)
+    assert names(model, "reference") == ("reference", "reference")
+    assert names(text) == (prompts, "reference")
     small = dataclasses.replace(
         model, vision=dataclasses.replace(model.vision, embed_dim=64, num_heads=8)
     )
     fits = {"cuda": "reference"}.get(platform, images)  # 8 is less than the kernel takes
-    assert runs.vision_attention(small, None, "bfloat16") == fits
+    assert names(small)[1] == fits
 
 
 def test_data_that_is_not_there_is_told_with_where_it_comes_from(shared_data, tmp_path):
@@ -412,7 +421,7 @@ def test_data_that_is_not_there_is_told_with_where_it_comes_from(shared_data, tm
     with pytest.raises(
         DataError, match=r"no file .*39Krelease.parquet; download it from .*TIGER-Lab/ViRL39K"
     ):
-        runs.build(config, jax.devices()[:8])
+        build(config, jax.devices()[:8])
 
 
 @pytest.mark.slow
@@ -432,10 +441,10 @@ def test_runs_are_built_from_real_tokenizers_and_data(name, shared_data, tmp_pat
         train = shared_data / "math_train" / "dapo17k" / "dapo_math_17k.parquet"
         config.data.path = str(train)
         config.data.eval_path = str(math_eval / "aime24" / "dapo_aime-2024.parquet")
-    run = runs.build(config, jax.devices()[:8])
+    run = build(config, jax.devices()[:8])
     assert len(run.data.held_out) == min(config.eval.num_problems, 500)
     assert len(run.data.stream) == {"gsm8k": 7473}.get(config.data.name, 17_279)
-    assert run.rule.scoring.layout.size("batch") == 8
+    assert run.rule.logprobs.how.layout.size("batch") == 8
     prompts = run.data.stream.next_prompts(256)
     assert run.data.stream.dropped == 0
     assert all("<|im_start|>user" in prompt.text for prompt in prompts)

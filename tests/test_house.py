@@ -5,10 +5,13 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import metadata
 
 import pytest
 from packaging.requirements import Requirement
+
+from experiments import house_map
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = sorted(
@@ -43,10 +46,61 @@ def test_files_stay_readable():
     assert not long
 
 
+def test_the_map_in_the_readme_is_the_library():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert house_map.with_map(text, house_map.house_map()) == text, (
+        "python -m experiments.house_map"
+    )
+
+
+def test_every_package_and_module_says_what_it_is():
+    tree = house_map.house_map()
+    assert not re.findall(r"^  \S+/?$", tree, re.MULTILINE)
+
+
+def test_the_layers_are_told_as_they_are_checked():
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = contract["contracts"][0]["layers"]
+    assert "\n".join(layers) in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_the_hall_is_small():
+    """Names at the top of the library, its layers, and the loop, which reads on one screen."""
+    library = ROOT / "luspo_jax"
+    names = [
+        p.name for p in library.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()
+    ]
+    assert len(names) - ("__init__.py" in names) <= 18
+    assert (library / "train.py").read_text().count("\n") <= 220
+
+
+def _parameters(function):
+    a = function.args
+    named = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+    return len([x for x in named if x.arg not in ("self", "cls")])
+
+
+def test_functions_take_few_arguments():
+    counts = [
+        _parameters(node)
+        for path in (ROOT / "luspo_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert max(counts) <= 8
+    assert sum(count > 7 for count in counts) <= 18
+
+
+@pytest.mark.parametrize("name", ["ConfigError", "ImageError"])
+def test_an_error_is_one_class(name):
+    defined = [p for p in SOURCES if f"class {name}(" in p.read_text()]
+    assert len(defined) == 1
+
+
 def test_importing_reaches_no_network_and_starts_no_device():
     """Importing the package must not initialise jax's backends."""
     code = (
-        "import luspo_jax.train, luspo_jax.run, jax; "
+        "import luspo_jax.train, luspo_jax.run.build, jax; "
         "from jax._src import xla_bridge; assert not xla_bridge._backends, 'a backend was started'"
     )
     ran = _tool("-c", code)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from luspo_jax.metrics import read_metrics
-from luspo_jax.workdir import WorkdirError, check_place
+from luspo_jax.run.workdir import WorkdirError, check_place
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"

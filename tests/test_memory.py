@@ -5,46 +5,60 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from luspo_jax import objectives, optimizer, update
+from luspo_jax import objectives
+from luspo_jax.learner import optimizer
+from luspo_jax.learner.logprobs import LogprobRule, microbatch_logprobs, of_responses
+from luspo_jax.learner.state import UpdateRule, abstract_state
+from luspo_jax.learner.step import update_step
 from luspo_jax.length import pressure
-from luspo_jax.logprobs import Scoring, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.types import TokenBatch, TrainBatch
+from luspo_jax.models.forward import Forward
+from luspo_jax.types import ResponseRows, TokenRows, TrainBatch
 
 CONFIG = DecoderConfig(
     "qwen3", 512, 1, 16, 32, 2, 1, 8, 1e4, 1e-6, False, True, False, 8192
 )  # fmt: skip
-SCORING = Scoring(CONFIG, remat="full", head_chunk_tokens=64)
+LOGPROBS = LogprobRule(Forward(CONFIG, remat="full"), head_chunk_tokens=64)
 
 
 def _rows(b, t):
     ints = jax.ShapeDtypeStruct((b, t), jnp.int32)
-    return TokenBatch(ints, ints, ints, jax.ShapeDtypeStruct((b, t), jnp.bool_))
+    return TokenRows(ints, ints, ints, jax.ShapeDtypeStruct((b, t), jnp.bool_), b)
 
 
 def _step_bytes(t, b=2):
-    floats = jax.ShapeDtypeStruct((b, t), jnp.float32)
-    row = jax.ShapeDtypeStruct((b,), jnp.float32)
-    batch = TrainBatch(
-        _rows(b, t), row, jax.ShapeDtypeStruct((b,), jnp.int32), None, None, None, floats
+    ints = jax.ShapeDtypeStruct((b,), jnp.int32)
+    responses = ResponseRows(
+        starts_B=ints,
+        response_mask_BT=jax.ShapeDtypeStruct((b, t), jnp.bool_),
+        advantages_B=jax.ShapeDtypeStruct((b,), jnp.float32),
+        group_ids_B=ints,
+        sampler_logprobs_BT=jax.ShapeDtypeStruct((b, t), jnp.float32),
     )
     adam = optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-    rule = update.UpdateRule(SCORING, objectives.preset("luspo"), adam, 1, 1.0)
-    program = update.update_step.lower(
-        update.abstract_state(rule), batch, np.float32(1e-6), rule=rule
-    )
+    rule = UpdateRule(LOGPROBS, objectives.preset("luspo"), adam, 1.0)
+    batch = TrainBatch(_rows(b, t), responses)
+    program = update_step.lower(abstract_state(rule), batch, np.float32(1e-6), rule=rule)
     return program.compile().memory_analysis().temp_size_in_bytes
 
 
+def _logprobs(params, part):
+    rows, starts_B, mask_BT = part
+    found = microbatch_logprobs(params, rows, rule=LOGPROBS)
+    return of_responses(found.logprobs_RT, starts_B, mask_BT, None)
+
+
 def _pressure_bytes(t, b=4):
-    row = jax.ShapeDtypeStruct((b,), jnp.float32)
-    ints, flags = (jax.ShapeDtypeStruct((b,), kind) for kind in (jnp.int32, jnp.bool_))
-    half = pressure.Half(_rows(b, t), jax.ShapeDtypeStruct((b, t), jnp.bool_), row, ints, flags)
+    ints, flags, row = (
+        jax.ShapeDtypeStruct((b,), kind) for kind in (jnp.int32, jnp.bool_, jnp.float32)
+    )
+    mask = jax.ShapeDtypeStruct((b, t), jnp.bool_)
+    half = pressure.Half((_rows(b, t), ints, mask), mask, row, ints, flags)
 
     def measured(params, half_a, half_b):
         return pressure.cross_fitted(
-            lambda p, rows: token_logprobs(p, rows, scoring=SCORING)[0],
+            _logprobs,
             params,
             half_a,
             half_b,

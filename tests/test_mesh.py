@@ -6,12 +6,24 @@ import jax
 import numpy as np
 import pytest
 
-from luspo_jax import objectives, optimizer, sharding, update
-from luspo_jax.logprobs import Scoring
+from luspo_jax import objectives, sharding
+from luspo_jax.learner import optimizer
+from luspo_jax.learner.logprobs import LogprobRule, row_logprobs
+from luspo_jax.learner.rows import put
+from luspo_jax.learner.state import (
+    UpdateRule,
+    abstract_state,
+    fetched,
+    initial_state,
+    param_shardings,
+    parked,
+    state_shardings,
+)
+from luspo_jax.learner.step import update_step
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.types import TokenBatch, TrainBatch
-from luspo_jax.update import UpdateRule
+from luspo_jax.models.forward import Forward
+from tests.row_cases import batch_of, plan_of
 
 LAYERS = 5  # a size that no other dimension has, so that a stack of layers is known in HLO
 CONFIG = DecoderConfig(
@@ -31,43 +43,38 @@ RATE = np.float32(1e-6)  # the paper's
 
 def _batch(seed=0):
     rng = np.random.default_rng(seed)
-    lengths_B1 = rng.integers(20, T + 1, (B, 1))
-    places = np.arange(T)[None]
-    segments_BT = (places < lengths_B1).astype(np.int32)
-    rows = TokenBatch(
-        rng.integers(0, CONFIG.vocab_size, (B, T)).astype(np.int32),
-        np.where(segments_BT > 0, places, 0).astype(np.int32),
-        segments_BT,
-        (places >= 8) & (segments_BT > 0),
-    )
-    others = [-3 * rng.random((B, T), np.float32) for _ in range(2)]
-    return TrainBatch(
-        rows=rows,
-        advantages_B=rng.normal(size=B).astype(np.float32),
-        group_ids_B=np.repeat(np.arange(4, dtype=np.int32), 4),
-        old_logprobs_BT=None,
-        old_entropy_BT=None,
-        ref_logprobs_BT=others[0],
-        sampler_logprobs_BT=others[1],
+    lengths_B = rng.integers(20, T + 1, B)
+    sequences = [rng.integers(0, CONFIG.vocab_size, n) for n in lengths_B]
+    prompts, responses = zip(*((x[:8], x[8:]) for x in sequences), strict=True)
+    others = [[-3 * rng.random(len(r), np.float32) for r in responses] for _ in range(2)]
+    return batch_of(
+        CONFIG,
+        plan_of(prompts, responses, width=T, microbatches=2),
+        prompts,
+        responses,
+        advantages=rng.normal(size=B),
+        groups=np.repeat(np.arange(4), 4),
+        ref_logprobs=others[0],
+        sampler_logprobs=others[1],
     )
 
 
 def _rule(sizes, remat="full"):
     layout = sharding.layout("train", sizes, jax.devices()) if sizes else None
     objective = objectives.preset("luspo", kl_coef=0.01)
-    scoring = Scoring(CONFIG, remat=remat, head_chunk_tokens=64, layout=layout)
-    return UpdateRule(scoring, objective, OPTIMIZER, num_microbatches=2, max_grad_norm=1.0)
+    logprobs = LogprobRule(Forward(CONFIG, remat=remat, layout=layout), head_chunk_tokens=64)
+    return UpdateRule(logprobs, objective, OPTIMIZER, max_grad_norm=1.0)
 
 
 def _stepped(sizes):
     """(state, metrics) on the host after one step, and the text of its program."""
     rule = _rule(sizes)
     params = decoder.init_params(jax.random.key(0), CONFIG)
-    state = update.initial_state(params, rule, marked=True)
-    batch = update.put_rows(_batch(), rule.scoring.layout)
-    program = update.update_step.lower(state, batch, RATE, np.float32(0), rule=rule).compile()
-    before = update.state_shardings(state, rule)
-    state, metrics = update.update_step(state, batch, RATE, np.float32(0), rule=rule)
+    state = initial_state(params, rule, marked=True)
+    batch = put(_batch(), rule.logprobs.how.layout)
+    program = update_step.lower(state, batch, RATE, np.float32(0), rule=rule).compile()
+    before = state_shardings(state, rule)
+    state, metrics = update_step(state, batch, RATE, np.float32(0), rule=rule)
     if before is not None:
         kept = jax.tree.map(lambda x, s: s.is_equivalent_to(x.sharding, x.ndim), state, before)
         assert all(jax.tree.leaves(kept))
@@ -113,20 +120,20 @@ def test_scores_are_those_of_one_device(one_device):
     params = decoder.init_params(jax.random.key(0), CONFIG)
     scored = []
     for sizes in (None, *MESHES.values()):
-        scoring = _rule(sizes).scoring
-        placed = jax.device_put(params, update.param_shardings(scoring)) if sizes else params
-        rows = update.put_rows(_batch().rows, scoring.layout)
-        scored.append(update.score_rows(placed, rows, scoring=scoring, num_microbatches=2))
+        rule = _rule(sizes).logprobs
+        placed = jax.device_put(params, param_shardings(rule.how)) if sizes else params
+        rows = put(_batch().rows, rule.how.layout)
+        scored.append(row_logprobs(placed, rows, rule=rule))
     for found in scored[1:]:
         assert _worst(jax.device_get(found), jax.device_get(scored[0])) <= 1e-5
 
 
 def test_parameters_and_moments_are_never_whole_on_a_device():
     rule = _rule({"fsdp": 4, "tensor": 2})
-    state = update.initial_state(decoder.init_params(jax.random.key(0), CONFIG), rule)
+    state = initial_state(decoder.init_params(jax.random.key(0), CONFIG), rule)
     for leaf in jax.tree.leaves((state.params["layers"]["mlp"], state.opt_state[0].nu["head"])):
         assert leaf.addressable_shards[0].data.size == leaf.size // 8
-    abstract = update.abstract_state(rule)
+    abstract = abstract_state(rule)
     for real, planned in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert (real.shape, real.dtype) == (planned.shape, planned.dtype)
         assert planned.sharding.is_equivalent_to(real.sharding, real.ndim)
@@ -134,13 +141,13 @@ def test_parameters_and_moments_are_never_whole_on_a_device():
 
 def test_parked_parts_wait_in_host_memory():
     rule = _rule({"fsdp": 8})
-    state = update.initial_state(decoder.init_params(jax.random.key(0), CONFIG), rule)
+    state = initial_state(decoder.init_params(jax.random.key(0), CONFIG), rule)
     before = jax.device_get(state)
-    state = update.parked(state, "both")
+    state = parked(state, "both")
     kinds = {"params": "device", "opt_state": "pinned_host", "ref_params": "pinned_host"}
     for name, kind in kinds.items():
         tree = getattr(state, name)
         assert {x.sharding.memory_kind for x in jax.tree.leaves(tree)} == {kind}
-    state = update.fetched(state, "both")
+    state = fetched(state, "both")
     assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"device"}
     jax.tree.map(np.testing.assert_array_equal, state, before)

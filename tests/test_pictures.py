@@ -6,23 +6,23 @@ import jax
 import numpy as np
 import pytest
 
-from luspo_jax import (
-    batches,
-    experience,
-    image_rows,
-    instruments,
-    logprobs,
-    packing,
-    prompts,
-    sharding,
-    train,
-    update,
-)
-from luspo_jax import run as runs
+from luspo_jax import prompts, sharding
+from luspo_jax.experience import rounds, stages, stored
+from luspo_jax.experience.groups import Rollouts
+from luspo_jax.images.layout import laid_out
+from luspo_jax.learner.logprobs import microbatch_logprobs
+from luspo_jax.learner.plan import one_a_row
+from luspo_jax.learner.policies import laid, policy_logprobs
+from luspo_jax.learner.rows import Planner, put, token_rows
+from luspo_jax.learner.state import initial_state, param_shardings
 from luspo_jax.length import laboratory
 from luspo_jax.metrics import StepMetrics
-from luspo_jax.models import decoder, image_layout
+from luspo_jax.models import decoder
+from luspo_jax.models.forward import Forward
+from luspo_jax.ops.sizes import bucket_count
 from luspo_jax.rollout import Engine, Request, Sampling
+from luspo_jax.run.build import build
+from luspo_jax.types import TrainState
 from tests import vl_cases
 
 ATOL = 1e-5
@@ -45,7 +45,7 @@ def _config(folder, **fields):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    run = runs.build(_config(folder))
+    run = build(_config(folder))
     yield run
     run.scorer.close()
 
@@ -58,29 +58,38 @@ def params(run):
 
 @pytest.fixture(scope="module")
 def rollouts(run, params):
-    metrics = StepMetrics()
     with run.scorer:
-        collected, _ = train.collect(run, params, 0, [], metrics)
+        weights = run.rollout_params(params)
+        collected, _ = rounds.collect(run.asker, weights, [], 0, StepMetrics())
     return collected
 
 
-def _score(run, params, rollouts, batch):
-    return batches._score(run, rollouts, params, batch)
+def _state(params):
+    return TrainState(params, (), np.int32(0))
+
+
+def _logprobs(run, params, rollouts):
+    """Of each response, by the trainer of the run."""
+    parts = laid(run.planner, rollouts.prompts, rollouts.responses)
+    one = run.programs.passes(check=True)["old"]
+    return policy_logprobs(_state(params), one, parts, run.planner)
+
+
+def _assert_same(got, expected):
+    for a, b in zip(got.logprobs, expected.logprobs, strict=True):
+        np.testing.assert_allclose(a, b, atol=ATOL)
 
 
 def test_sampler_and_trainer_agree(run, params, rollouts):
-    batch = batches.train_batch(run, rollouts)
-    scored = _score(run, params, rollouts, batch)
-    mask_BT = batch.rows.response_mask_BT
-    gap_BT = np.abs(scored.logprobs_BT - batch.sampler_logprobs_BT)
-    assert gap_BT[mask_BT].max() <= ATOL
+    assert stages.largest_gap(rollouts, _logprobs(run, params, rollouts)) <= ATOL
+    assert rollouts.trained_B.all()
+    assert rollouts.fresh_B.all()
     assert len({image.sha for prompt in rollouts.prompts for image in prompt.images}) > 4
 
 
 def test_images_are_looked_at(run, params, rollouts):
     """Another image behind the same question changes the log-probs."""
-    batch = batches.train_batch(run, rollouts)
-    own = _score(run, params, rollouts, batch).logprobs_BT
+    own = _logprobs(run, params, rollouts)
     white = [
         dataclasses.replace(
             group,
@@ -96,16 +105,15 @@ def test_images_are_looked_at(run, params, rollouts):
         )
         for group in rollouts.groups
     ]
-    other = _score(run, params, experience.Rollouts(white), batch).logprobs_BT
-    assert np.abs(own - other).max() > 1e-3
+    other = _logprobs(run, params, Rollouts(white, rollouts.version))
+    gaps = [np.abs(a - b).max() for a, b in zip(own.logprobs, other.logprobs, strict=True)]
+    assert max(gaps) > 1e-3
 
 
 def test_packed_rows_score_as_rows_alone(folder, run, params, rollouts):
-    packed = runs.build(_config(folder, train__packing=True, train__microbatch_tokens=56 * 4))
-    batch = batches.train_batch(run, rollouts)
-    alone = _score(run, params, rollouts, batch).logprobs_BT
-    scored = _score(packed, params, rollouts, batch).logprobs_BT
-    np.testing.assert_allclose(scored, alone, atol=ATOL)
+    packed = build(_config(folder, train__packing=True, train__microbatch_tokens=56 * 4))
+    assert packed.planner.pack_length
+    _assert_same(_logprobs(packed, params, rollouts), _logprobs(run, params, rollouts))
 
 
 @pytest.mark.parametrize(
@@ -115,22 +123,19 @@ def test_a_mesh_scores_as_one_device(folder, run, params, rollouts, sizes):
     config = _config(folder)
     for axis in ("data", "fsdp", "context", "tensor"):
         config.mesh[axis] = sizes.get(axis, 1)
-    meshed = runs.build(config, devices=jax.devices())
-    placed = jax.device_put(params, update.param_shardings(meshed.rule.scoring))
-    batch = batches.train_batch(run, rollouts)
-    alone = _score(run, params, rollouts, batch).logprobs_BT
-    scored = _score(meshed, placed, rollouts, batch).logprobs_BT
-    np.testing.assert_allclose(scored, alone, atol=ATOL)
+    meshed = build(config, devices=jax.devices())
+    placed = jax.device_put(params, param_shardings(meshed.rule.logprobs.how))
+    _assert_same(_logprobs(meshed, placed, rollouts), _logprobs(run, params, rollouts))
 
 
 def _updated(run, params, rollouts):
     """The state after one update on the first minibatch."""
-    batch = batches.train_batch(run, rollouts)
     advantages_B = np.random.default_rng(0).normal(size=len(rollouts.responses))
-    batch = dataclasses.replace(batch, advantages_B=advantages_B.astype(np.float32))
-    part = batches.minibatch(run, rollouts, batch, np.arange(16), StepMetrics())
-    state = update.initial_state(params, run.rule)
-    state, _ = update.update_step(state, part, np.float32(1e-3), rule=run.rule)
+    rollouts = rollouts.enriched(advantage=advantages_B.tolist())
+    width = laid(run.planner, rollouts.prompts, rollouts.responses)[0].plan.width
+    batch, _ = stages.train_batch(rollouts, run.planner, np.arange(16), width)
+    state = initial_state(params, run.rule)
+    state, _ = run.programs.update(state, put(batch, run.planner.layout), 1e-3)
     return state
 
 
@@ -143,8 +148,8 @@ def _gap(found, expected):
 
 def test_microbatches_and_packing_do_not_change_an_update(folder, run, params, rollouts):
     expected = _updated(run, params, rollouts).opt_state[0].mu
-    several = runs.build(_config(folder, train__num_microbatches=4))
-    packed = runs.build(_config(folder, train__packing=True, train__microbatch_tokens=56 * 2))
+    several = build(_config(folder, train__num_microbatches=4))
+    packed = build(_config(folder, train__packing=True, train__microbatch_tokens=56 * 2))
     for other in (several, packed):
         # Of the first moments, which are the gradient: the step itself is nearly its sign.
         found = _updated(other, params, rollouts).opt_state[0].mu
@@ -154,7 +159,7 @@ def test_microbatches_and_packing_do_not_change_an_update(folder, run, params, r
 
 def test_a_frozen_tower_stays_as_it_is(folder, params, rollouts):
     config = _config(folder, train__freeze_vision=True, train__weight_decay=0.1)
-    found = _updated(runs.build(config), params, rollouts).params
+    found = _updated(build(config), params, rollouts).params
     assert _gap(found["vision"], params["vision"]) == 0
     assert _gap(found["layers"], params["layers"]) > 1e-4
 
@@ -165,8 +170,10 @@ def test_a_trained_tower_moves(run, params, rollouts):
 
 
 def test_carried_groups_get_their_images_back(run, rollouts):
-    stored = experience.from_json(experience.to_json(rollouts.groups[:2]))
-    for group, before in zip(stored, rollouts.groups, strict=False):
+    back = stored.from_stored(*stored.to_stored(rollouts.groups[:2]))
+    assert len(back) == 2
+    for group, before in zip(back, rollouts.groups, strict=False):
+        assert group.prompt.images == ()
         prompt = prompts.pictured(group.prompt, run.data.renderer)
         assert [image.sha for image in prompt.images] == [x.sha for x in before.prompt.images]
 
@@ -174,10 +181,9 @@ def test_carried_groups_get_their_images_back(run, rollouts):
 def _generated(run, params, requests, layout=None, **sizes):
     """response token ids and log-probs, by prompt and sample."""
     engine = Engine(
-        run.model.config,
+        Forward(run.model.config, layout=layout),
         Sampling(max_response_length=12, stop_token_ids=(1,)),
         max_prompt_length=40,
-        layout=layout,
         **sizes,
     )
     responses, _ = engine.generate(params, requests, group_size=3, seed=5)
@@ -232,38 +238,31 @@ def test_rows_of_no_one_and_two_images_score_as_they_were_sampled(run, params):
     sampled = _generated(run, params, requests, num_slots=8)
     by_id = {request.prompt_id: request for request in requests}
     keys = sorted(sampled)
-    prompts_B = [by_id[prompt_id] for prompt_id, _ in keys]
-    rows = packing.padded_rows(
-        [prompt.tokens for prompt in prompts_B],
-        [sampled[key][0] for key in keys],
-        length=64,
-        pad_id=0,
-    )
-    config = run.model.config
-    rows = image_rows.with_positions(rows, prompts_B, config)
-    rows = image_rows.with_images(rows, prompts_B, np.zeros(len(keys), int), 1, config=config)
-    logprobs_BT, _ = logprobs.token_logprobs(params, rows, scoring=run.rule.scoring)
-    found = [
-        row[mask] for row, mask in zip(np.asarray(logprobs_BT), rows.response_mask_BT, strict=True)
-    ]
-    for key, row in zip(keys, found, strict=True):
-        np.testing.assert_allclose(row, sampled[key][1], atol=ATOL, err_msg=str(key))
+    asked = [by_id[prompt_id] for prompt_id, _ in keys]
+    tokens = [np.array(sampled[key][0]) for key in keys]
+    lengths = np.array([len(p.tokens) + len(t) for p, t in zip(asked, tokens, strict=True)])
+    plan = one_a_row(lengths, width=64, rows_per_microbatch=len(keys))
+    masks = [np.ones(len(t), bool) for t in tokens]
+    rows = token_rows(Planner(run.model.config, 64, 1, len(keys)), plan, asked, tokens, masks)
+    found = microbatch_logprobs(params, rows, rule=run.rule.logprobs)
+    for key, row, size in zip(
+        keys, plan.take(np.asarray(found.logprobs_RT)), map(len, tokens), strict=True
+    ):
+        np.testing.assert_allclose(row[-size:], sampled[key][1], atol=ATOL, err_msg=str(key))
 
 
 @pytest.fixture(scope="module")
 def pressures(run, params, rollouts):
     """(what is measured, the responses, pressure of each objective in one piece)."""
-    batch = batches.train_batch(run, rollouts)
-    sampled = laboratory.Sampled(
-        rows=batch.rows,
-        rewards_B=np.random.default_rng(0).normal(size=len(rollouts.responses)),
-        group_ids_B=rollouts.group_ids_B,
-        counted_B=rollouts.counted_B,
-        trained_B=rollouts.trained_B,
-        fresh_B=~rollouts.carried_B,
-        prompts_B=instruments.prompts_with_images(rollouts),
-    )
-    lab = laboratory.Laboratory(run.rule.scoring, (("own", run.rule.objective),), (4, 8), 99)
+    values = np.random.default_rng(0).normal(size=len(rollouts.responses))
+    rewards = [
+        dataclasses.replace(reward, value=float(value))
+        for reward, value in zip(rollouts.column("reward"), values, strict=True)
+    ]
+    judged = rollouts.enriched(reward=rewards)
+    width = laid(run.planner, rollouts.prompts, rollouts.responses)[0].plan.width
+    sampled = laboratory.Sampled(judged.prompts, judged.responses, judged.group_ids_B, width)
+    lab = laboratory.Laboratory(run.rule.logprobs, (("own", run.rule.objective),), (4, 8), 99)
     return lab, sampled, laboratory.measure(lab, params, params, sampled, 0.0)
 
 
@@ -275,9 +274,10 @@ def test_length_pressure_does_not_depend_on_pieces_or_devices(
 ):
     lab, sampled, expected = pressures
     layout = sharding.layout("train", sizes, jax.devices()) if sizes else None
-    scoring = dataclasses.replace(run.rule.scoring, layout=layout)
-    pieces = dataclasses.replace(lab, rows_at_once=4, scoring=scoring)
-    placed = jax.device_put(params, update.param_shardings(scoring)) if sizes else params
+    how = dataclasses.replace(run.rule.logprobs.how, layout=layout)
+    rule = dataclasses.replace(run.rule.logprobs, how=how)
+    pieces = dataclasses.replace(lab, rows_at_once=4, rule=rule)
+    placed = jax.device_put(params, param_shardings(how)) if sizes else params
     found = laboratory.measure(pieces, placed, placed, sampled, 0.0)
     assert abs(float(expected["own"].length)) > 0
     scale = float(np.abs(expected["own"].length_bins).max())
@@ -287,7 +287,17 @@ def test_length_pressure_does_not_depend_on_pieces_or_devices(
 
 def test_length_pressure_sees_the_images(params, pressures):
     lab, sampled, expected = pressures
-    blind = dataclasses.replace(sampled, prompts_B=None)
+    white = [
+        dataclasses.replace(
+            prompt,
+            images=tuple(
+                dataclasses.replace(x, pixels=np.full_like(x.pixels, 255), sha=x.sha + "white")
+                for x in prompt.images
+            ),
+        )
+        for prompt in sampled.prompts
+    ]
+    blind = dataclasses.replace(sampled, prompts=white)
     found = laboratory.measure(lab, params, params, blind, 0.0)
     assert abs(found["own"].length / expected["own"].length - 1) > 1e-2
 
@@ -296,7 +306,7 @@ def test_fifty_sizes_of_images_compile_once_a_bucket(run, params):
     """Each image in a prompt of its own; the programs that do not know of images are warm."""
     config = run.model.config
     sampling = Sampling(max_response_length=1, stop_token_ids=(1,))
-    engine = Engine(config, sampling, num_slots=1, max_prompt_length=64)
+    engine = Engine(Forward(config), sampling, num_slots=1, max_prompt_length=64)
     (some,) = run.data.held_out[0].images
     sizes = [(2 * rows, 2 * columns) for rows in range(1, 8) for columns in range(1, 9)]
 
@@ -314,10 +324,7 @@ def test_fifty_sizes_of_images_compile_once_a_bucket(run, params):
         request = Request(0, np.array(tokens), (image,))
         return engine.generate(params, [request], group_size=1, seed=0)[1].compilations
 
-    buckets = {
-        image_layout.bucket(image_layout.laid_out((1, *size), config.vision).windows)
-        for size in sizes
-    }
+    buckets = {bucket_count(laid_out((1, *size), config.vision).windows) for size in sizes}
     assert len(sizes) >= 50
     compilations(*sizes[0])
     found = [compilations(*size) for size in np.random.default_rng(0).permutation(sizes).tolist()]
@@ -328,7 +335,7 @@ def test_fifty_sizes_of_images_compile_once_a_bucket(run, params):
 def test_bad_images_are_named(run, params):
     prompt = run.data.held_out[0]
     sampling = Sampling(max_response_length=4, stop_token_ids=(1,))
-    engine = Engine(run.model.config, sampling, num_slots=4, max_prompt_length=40)
+    engine = Engine(Forward(run.model.config), sampling, num_slots=4, max_prompt_length=40)
     with pytest.raises(ValueError, match=r"prompt_id 7.*placeholders"):
         engine.generate(params, [Request(7, prompt.tokens, ())], group_size=1, seed=0)
     twice = Request(7, prompt.tokens, prompt.images * 2)

@@ -7,18 +7,23 @@ import jax
 import numpy as np
 import pytest
 
-from luspo_jax import batches, beginning, datasets, experience, sharding, train
-from luspo_jax import config as configuration
-from luspo_jax import run as runs
-from luspo_jax import workdir as workdirs
-from luspo_jax.checkpoint import Checkpointer
-from luspo_jax.logprobs import REPLAYS
+from luspo_jax import datasets, sharding, train
+from luspo_jax.experience import rounds, stages
+from luspo_jax.experience.groups import Group
+from luspo_jax.experience.stored import from_stored, to_stored
+from luspo_jax.hosts.values import ConfigError
+from luspo_jax.learner.logprobs import REPLAYS
+from luspo_jax.learner.policies import sequence_lengths
 from luspo_jax.metrics import StepMetrics, read_metrics
 from luspo_jax.models import char_tokenizer
 from luspo_jax.models.decoder_config import hf_config
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward
 from luspo_jax.rollout import Response
+from luspo_jax.run import beginning, fields
+from luspo_jax.run import workdir as workdirs
+from luspo_jax.run.build import Run, build, facts, layouts
+from luspo_jax.run.checkpoint import Checkpointer
 from tests.models import expert_cases
 
 MODEL = expert_cases.config(
@@ -42,7 +47,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def config(model_folder, monkeypatch):
-    config = configuration.default_config()
+    config = fields.default_config()
     config.num_steps = 2
     config.model.path = str(model_folder)
     config.model.random_weights = True
@@ -65,7 +70,7 @@ def config(model_folder, monkeypatch):
     config.output.checkpoint_every = 1
     config.output.tensorboard = config.output.export = False
     # Routers with a will of their own, as expert_cases.params has them.
-    monkeypatch.setattr(runs.Run, "initial_params", lambda run: expert_cases.params(MODEL))
+    monkeypatch.setattr(Run, "initial_params", lambda run: expert_cases.params(MODEL))
     return config
 
 
@@ -75,9 +80,10 @@ def many_digits(response, answer):
 
 
 def _collected(config, step=0, surplus=()):
-    run, found = runs.build(config), StepMetrics()
+    run, found = build(config), StepMetrics()
     state = beginning.begin_state(run)
-    rollouts, surplus = train.collect(run, state.params, step, surplus, found)
+    weights = run.rollout_params(state.params)
+    rollouts, surplus = rounds.collect(run.asker, weights, surplus, step, found)
     return run, state, rollouts, surplus, found
 
 
@@ -90,74 +96,84 @@ def test_the_old_record_is_what_the_old_pass_chose(config, packing):
     config.train.router_replay = "old"
     if packing:
         config.train.packing, config.train.microbatch_tokens = True, 48
-    run, state, rollouts, _, found = _collected(config)
-    groups = [dataclasses.replace(g, carried=i == 1) for i, g in enumerate(rollouts.groups)]
+    run, state, rollouts, _, found = _collected(config, step=1)
+    groups = list(rollouts.groups)
+    groups[1] = groups[1].enriched(versions=[v * 0 for v in groups[1].column("versions")])
     rollouts = dataclasses.replace(rollouts, groups=groups)
-    batch = batches.train_batch(run, rollouts)
-    sampled = batch.rows.experts.sampler
     state = dataclasses.replace(state, params=expert_cases.with_other_routers(state.params, 0.5))
-    batch = batches.with_old_logprobs(run, state, rollouts, batch, found, False)
-    rows, carried = batch.rows, rollouts.carried_B
+    rollouts, width = stages.with_logprobs(rollouts, state, run.programs, run.planner, found)
+    rollouts = rollouts.enriched(advantage=[0.0] * len(rollouts.responses))
+    everything = np.arange(len(rollouts.responses))
+    rows = stages.train_batch(rollouts, run.planner, everything, width)[0].rows
+    plan = run.planner.plan(sequence_lengths(rollouts.prompts, rollouts.responses), width)
     plain = jax.jit(expert_cases.plain_forward, static_argnums=4)
-    _, ids, _ = plain(state.params, rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT, MODEL)
-    real = rows.segment_ids_BT > 0
-    expected = np.where(carried[:, None, None, None], sampled, ids)
-    np.testing.assert_array_equal(rows.experts.old[real], expected[real])
-    assert (rows.experts.old != sampled)[real].any()
-    np.testing.assert_array_equal(rows.experts.sampler, sampled)
-    shared = (np.asarray(ids)[..., :, None] == sampled[..., None, :]).any(-1)
+    _, ids, _ = plain(state.params, rows.tokens_RT, rows.positions_RT, rows.segment_ids_RT, MODEL)
+    ids = np.asarray(ids)
+    sampler = [np.concatenate([r.prompt_expert_ids, r.expert_ids]) for r in rollouts.responses]
+    old, chosen = plan.take(rows.expert_ids.old), plan.take(ids)
+    for i, response in enumerate(rollouts.responses):
+        carried = not rollouts.fresh_B[i]
+        np.testing.assert_array_equal(old[i], sampler[i] if carried else chosen[i])
+        np.testing.assert_array_equal(response.old_expert_ids, old[i])
+    assert rollouts.fresh_B.tolist() == [i // 4 != 1 for i in range(16)]
+    real, sampled = rows.segment_ids_RT > 0, plan.lay(sampler)
+    assert (rows.expert_ids.old != sampled)[real].any()
+    np.testing.assert_array_equal(rows.expert_ids.sampler, sampled)
+    shared = (ids[..., :, None] == sampled[..., None, :]).any(-1)
     agreement = found.result()["router/agreement/sampler_old"]
     np.testing.assert_allclose(agreement, shared[real].mean(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
-def test_carried_groups_keep_their_experts_through_json(kind):
+def test_carried_groups_keep_their_experts_in_a_checkpoint(kind):
     rng = np.random.default_rng(0)
     most = np.iinfo(kind).max
     example = datasets.Example(1, "3 + 4", "7")
     prompt = PromptRecord(5, np.arange(3, dtype=np.int32), "3 + 4", example)
+    of_prompt = rng.integers(0, most, (3, 2, 4), endpoint=True).astype(kind)  # one for all samples
     responses = [
         Response(
             5, i, np.arange(n, dtype=np.int32), np.zeros(n, np.float32), True,
-            rng.integers(0, most, (n, 2, 4), endpoint=True).astype(kind),
-            rng.integers(0, most, (3, 2, 4), endpoint=True).astype(kind),
+            rng.integers(0, most, (n, 2, 4), endpoint=True).astype(kind), of_prompt,
+            reward=Reward(value=1.0, status="ok", parts={"x": 1.0}),
         )
         for i, n in enumerate((4, 1))
     ]  # fmt: skip
-    yes = np.ones(2, bool)
-    verdicts = [Reward(value=1.0, status="ok", parts={"x": 1.0})] * 2
-    group = experience.Group(prompt, responses, ["a", "b"], verdicts, yes, yes)
-    (again,) = experience.from_json(json.loads(json.dumps(experience.to_json([group]))))
-    for got, expected in zip(again.responses, responses, strict=True):
-        for name in ("experts", "prompt_experts"):
+
+    def again(responses):
+        arrays, described = to_stored([Group(prompt, responses)])
+        (group,) = from_stored(arrays, json.loads(json.dumps(described)))
+        return group.responses
+
+    for got, expected in zip(again(responses), responses, strict=True):
+        for name in ("expert_ids", "prompt_expert_ids"):
             np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
             assert getattr(got, name).dtype == kind
-    plain = [dataclasses.replace(r, experts=None, prompt_experts=None) for r in responses]
-    group = dataclasses.replace(group, responses=plain)
-    (again,) = experience.from_json(json.loads(json.dumps(experience.to_json([group]))))
-    assert again.responses[0].experts is again.responses[0].prompt_experts is None
+    plain = [dataclasses.replace(r, expert_ids=None, prompt_expert_ids=None) for r in responses]
+    assert again(plain)[0].expert_ids is again(plain)[0].prompt_expert_ids is None
 
 
 @pytest.mark.parametrize("change", ["none recorded", "of other tokens"])
 def test_a_response_without_its_record_is_refused_by_name(config, change):
-    run, _, rollouts, _, _ = _collected(config)
+    run, state, rollouts, _, found = _collected(config)
     first, *others = rollouts.groups
-    response = first.responses[1]
-    ids = None if change == "none recorded" else response.experts[:-1]
-    responses = [*first.responses]
-    responses[1] = dataclasses.replace(response, experts=ids)
-    first = dataclasses.replace(first, responses=responses)
-    message = rf"^experts of the response 1 to prompt {first.prompt.prompt_id} must be .*record_exp"
+    ids = first.column("expert_ids")
+    ids[1] = None if change == "none recorded" else ids[1][:-1]
+    rollouts = dataclasses.replace(rollouts, groups=[first.enriched(expert_ids=ids), *others])
+    message = (
+        rf"^expert_ids of the response 1 to prompt {first.prompt.prompt_id} must be "
+        r".*record_exp"
+    )
     with pytest.raises(ValueError, match=message):
-        batches.train_batch(run, dataclasses.replace(rollouts, groups=[first, *others]))
+        stages.with_logprobs(rollouts, state, run.programs, run.planner, found)
 
 
 # ---------------------------------------------------------------- runs
 
 
 def _train(config, folder):
-    run = runs.build(config)
-    workdir = workdirs.Workdir(folder, config, runs.facts(run))
+    run = build(config)
+    workdir = workdirs.Workdir(folder, config, facts(run))
     try:
         train.train(run, workdir)
     finally:
@@ -172,7 +188,7 @@ def _results(config, folder):
     ]
     rollouts = {p.name: p.read_text() for p in sorted((folder / "rollouts").iterdir())}
     checkpointer = Checkpointer(folder / "checkpoints", keep_latest=2, keep_best=1)
-    state, step, _, _ = beginning.begin(runs.build(config), checkpointer)
+    state, step, _, _ = beginning.begin(build(config), checkpointer)
     checkpointer.close()
     assert step == config.num_steps
     return rows, rollouts, jax.device_get(state)
@@ -206,7 +222,7 @@ RUNS = {
     ],
 )
 def test_what_a_run_reports_and_how_it_goes_on_after_a_kill(config, tmp_path, monkeypatch, name):
-    configuration.assign(config, RUNS[name])
+    fields.assign(config, RUNS[name])
     _train(config, tmp_path / "straight")
     rows = list(read_metrics(tmp_path / "straight" / "metrics.jsonl"))[1:]
     for row in rows:
@@ -225,10 +241,10 @@ def test_what_a_run_reports_and_how_it_goes_on_after_a_kill(config, tmp_path, mo
         assert sum(row["shaping/groups_carried_in"] for row in rows) > 0
     real = train.rollout_step
 
-    def crash(run, state, surplus, step, **kwargs):
+    def crash(run, state, carried, step, **kwargs):
         if step == 1:
             raise KeyboardInterrupt
-        return real(run, state, surplus, step, **kwargs)
+        return real(run, state, carried, step, **kwargs)
 
     monkeypatch.setattr(train, "rollout_step", crash)
     with pytest.raises(KeyboardInterrupt):
@@ -246,24 +262,27 @@ def test_experts_that_the_mesh_cannot_cut_are_refused(config):
     config.mesh.expert, config.rollout_mesh.expert = 8, 8
     message = r"num_experts = 4 is cut into 8 parts by the (train|rollout) mesh \(expert 8\)"
     with pytest.raises(sharding.MeshError, match=message) as error:
-        runs.layouts(config, MODEL, jax.devices())
+        layouts(config, MODEL, jax.devices())
     assert str(error.value).count("num_experts = 4") == 2
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("leaves", "message"),
     [
         ({"train.router_replay": "r3"}, r"train.router_replay='r3' does not exist: known: none, "),
         ({"train.router_aux_coef": -0.1}, r"train.router_aux_coef=-0.1 must be at least 0"),
-        ({"model.experts": "block"}, r"model.experts='block' does not exist.*known: auto"),
-        ({"model.experts": "megablox"}, r"model.experts: .*runs on tpu, not on cpu"),
+        (
+            {"model.expert_kernel": "block"},
+            r"model.expert_kernel='block' does not exist.*known: auto",
+        ),
+        ({"model.expert_kernel": "megablox"}, r"model.expert_kernel: .*runs on tpu, not on cpu"),
     ],
     ids=str,
 )
-def test_names_that_do_not_exist_are_refused(config, fields, message):
-    configuration.assign(config, fields)
-    with pytest.raises(configuration.ConfigError, match=message):
-        runs.build(config)
+def test_names_that_do_not_exist_are_refused(config, leaves, message):
+    fields.assign(config, leaves)
+    with pytest.raises(ConfigError, match=message):
+        build(config)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +301,6 @@ def test_what_is_of_experts_is_refused_for_a_dense_model(config, tmp_path, field
     config.train.router_aux_coef = 0.0
     config.train[field] = value
     message = rf"train.{field}={value} is of a mixture of experts, and the model of"
-    with pytest.raises(configuration.ConfigError, match=message):
-        runs.build(config)
+    with pytest.raises(ConfigError, match=message):
+        build(config)
     assert set(REPLAYS) == {"none", "old", "sampler"}

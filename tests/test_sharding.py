@@ -57,11 +57,3 @@ def test_arrays_are_put_part_by_part():
     placed = sharding.put(x, ("batch", "length"), layout)
     assert placed.addressable_shards[0].data.shape == (2, 2)
     np.testing.assert_array_equal(placed, x)
-
-
-@pytest.mark.parametrize(
-    ("count", "multiple", "size"),
-    [(1, 1, 1), (5, 1, 8), (8, 1, 8), (1, 6, 6), (6, 6, 6), (7, 6, 12), (13, 6, 24), (3, 8, 8)],
-)
-def test_sizes_that_devices_share(count, multiple, size):
-    assert sharding.rounded_up(count, multiple) == size

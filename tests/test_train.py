@@ -10,15 +10,19 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import quickstart
-from luspo_jax import batches, datasets, objectives, train
-from luspo_jax import config as configuration
-from luspo_jax import run as runs
-from luspo_jax import workdir as workdirs
-from luspo_jax.checkpoint import CheckpointError
-from luspo_jax.files import PlaceError
+from luspo_jax import datasets, objectives, train
+from luspo_jax.experience import stages
+from luspo_jax.hosts.files import PlaceError
+from luspo_jax.hosts.values import ConfigError
+from luspo_jax.learner import programs
 from luspo_jax.metrics import read_metrics
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
+from luspo_jax.run import checks, fields
+from luspo_jax.run import workdir as workdirs
+from luspo_jax.run.arithmetic import batch_arithmetic
+from luspo_jax.run.build import build, facts
+from luspo_jax.run.checkpoint import CheckpointError
 
 MODEL = DecoderConfig(
     model_type="qwen3",
@@ -55,7 +59,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def config(model_folder):
-    config = configuration.default_config()
+    config = fields.default_config()
     config.num_steps = 4
     config.model.path = str(model_folder)
     config.data.name = "label_sums"
@@ -89,8 +93,8 @@ def digits(response, answer):
 
 
 def _train(config, folder):
-    run = runs.build(config)
-    workdir = workdirs.Workdir(folder, config, runs.facts(run))
+    run = build(config)
+    workdir = workdirs.Workdir(folder, config, facts(run))
     try:
         return train.train(run, workdir)
     finally:
@@ -185,7 +189,7 @@ def test_sampler_and_trainer_agree(finished):
 
 def test_interrupted_run_goes_on_bit_for_bit(finished, config, tmp_path, monkeypatch):
     """A crash in the step after a checkpoint: step 3 is begun twice and counted once."""
-    real, calls = train.update_step, []
+    real, calls = programs.update_step, []
 
     def crash(*args, **kwargs):
         calls.append(1)
@@ -193,10 +197,10 @@ def test_interrupted_run_goes_on_bit_for_bit(finished, config, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, "update_step", crash)
+    monkeypatch.setattr(programs, "update_step", crash)
     with pytest.raises(KeyboardInterrupt):
         _train(config, tmp_path / "run")
-    monkeypatch.setattr(train, "update_step", real)
+    monkeypatch.setattr(programs, "update_step", real)
     # What a kill leaves behind: half a line, and a dump from beyond the checkpoint.
     with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3, "rew')
@@ -227,18 +231,18 @@ def test_foreign_folder_is_refused(config, tmp_path):
 
 
 def test_workdir_in_use_is_refused(config, tmp_path):
-    run = runs.build(config)
-    first = workdirs.Workdir(tmp_path / "run", config, runs.facts(run))
+    run = build(config)
+    first = workdirs.Workdir(tmp_path / "run", config, facts(run))
     with pytest.raises(PlaceError, match="in use"):
-        workdirs.Workdir(tmp_path / "run", config, runs.facts(run))
+        workdirs.Workdir(tmp_path / "run", config, facts(run))
     first.close()
 
 
 def _forked(config, folder, parent, step=None):
-    run = runs.build(config)
-    facts = runs.facts(run)
-    fork = workdirs.fork(folder, parent, step, config, facts)
-    workdir = workdirs.Workdir(folder, config, facts, fork=fork)
+    run = build(config)
+    known = facts(run)
+    fork = workdirs.fork(folder, parent, step, config, known)
+    workdir = workdirs.Workdir(folder, config, known, fork=fork)
     try:
         return train.train(run, workdir)
     finally:
@@ -299,10 +303,10 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_over(finished, config, t
 def test_a_workdir_deleted_under_a_run_is_named(config, tmp_path, monkeypatch):
     real = train.rollout_step
 
-    def deleted(run, state, surplus, step, **kwargs):
+    def deleted(run, state, carried, step, **kwargs):
         if step == 1:
             shutil.rmtree(tmp_path / "run")
-        return real(run, state, surplus, step, **kwargs)
+        return real(run, state, carried, step, **kwargs)
 
     monkeypatch.setattr(train, "rollout_step", deleted)
     with pytest.raises(workdirs.WorkdirError, match="was deleted or moved"):
@@ -322,7 +326,7 @@ def test_a_run_on_files_goes_on(config, tmp_path):
     config.num_steps = 2
     outcome = _train(config, tmp_path / "run")
     assert [step for step, _ in outcome.evaluations][-1] == 2
-    assert runs.build(config).data.overlap().at_least(1)
+    assert build(config).data.overlap().at_least(1)
 
 
 def test_a_write_that_broke_off_does_not_lock_the_folder(config, tmp_path):
@@ -344,7 +348,7 @@ def test_damaged_checkpoint_is_named(finished, config, tmp_path):
 
 def test_sampler_that_disagrees_is_refused(config, tmp_path):
     config.rollout.mismatch_limit = 1e-12
-    with pytest.raises(batches.MismatchError, match="mismatch_limit"):
+    with pytest.raises(stages.MismatchError, match="mismatch_limit"):
         _train(config, tmp_path / "run")
 
 
@@ -447,10 +451,10 @@ def test_dynamic_sampling_resumes_bit_for_bit(config, tmp_path, monkeypatch):
     assert all(row["shaping/trained_responses"] == 16 for row in rows)
     real = train.rollout_step
 
-    def crash(run, state, surplus, step, **kwargs):
+    def crash(run, state, carried, step, **kwargs):
         if step == 2:
             raise KeyboardInterrupt
-        return real(run, state, surplus, step, **kwargs)
+        return real(run, state, carried, step, **kwargs)
 
     monkeypatch.setattr(train, "rollout_step", crash)
     with pytest.raises(KeyboardInterrupt):
@@ -541,27 +545,25 @@ def test_packed_quickstart_starts_as_the_quickstart(tmp_path):
 def test_packing_that_cannot_be_is_refused(config, fields, message):
     for name, value in fields.items():
         config.train[name] = value
-    with pytest.raises(configuration.ConfigError, match=message):
-        configuration.check(config)
+    with pytest.raises(ConfigError, match=message):
+        checks.check(config)
 
 
 def test_arithmetic_says_how_rows_are_packed(config):
-    assert "in micro-batches of 8 rows × up to 24 tokens" in str(
-        configuration.batch_arithmetic(config)
-    )
+    assert "in micro-batches of 8 rows × up to 24 tokens" in str(batch_arithmetic(config))
     config.train.packing, config.train.microbatch_tokens = True, 100
-    sizes = configuration.batch_arithmetic(config)
+    sizes = batch_arithmetic(config)
     assert "micro-batches of 4 packed rows × 24 tokens" in str(sizes)
-    assert (sizes.packed_rows_per_microbatch, sizes.pack_length) == (4, 24)
+    assert (sizes.rows_per_microbatch, sizes.pack_length) == (4, 24)
     assert sizes.responses_per_microbatch == 4
 
 
 def test_a_run_on_a_mesh_is_that_of_one_device(finished, config, tmp_path):
     config.mesh.data, config.mesh.context = 2, 2
     config.rollout_mesh.context = 2
-    run = runs.build(config, jax.devices())
-    assert run.rule.scoring.layout.mesh.shape["fsdp"] == 2
-    workdir = workdirs.Workdir(tmp_path / "run", config, runs.facts(run))
+    run = build(config, jax.devices())
+    assert run.rule.logprobs.how.layout.mesh.shape["fsdp"] == 2
+    workdir = workdirs.Workdir(tmp_path / "run", config, facts(run))
     train.train(run, workdir)
     workdir.close()
     got, expected = _results(tmp_path / "run"), _results(finished)
@@ -569,9 +571,21 @@ def test_a_run_on_a_mesh_is_that_of_one_device(finished, config, tmp_path):
 
 
 def test_a_run_may_be_older_than_a_field():
-    config = configuration.default_config()
-    old = json.loads(json.dumps(configuration.flat(config)))
+    config = fields.default_config()
+    old = json.loads(json.dumps(fields.flat(config)))
     del old["train.freeze_vision"], old["data.max_pixels"]
-    assert configuration.changes(old, config) == {}
+    assert fields.changes(old, config) == {}
     config.data.max_pixels = 1000
-    assert configuration.changes(old, config) == {"data.max_pixels": (0, 1000)}
+    assert fields.changes(old, config) == {"data.max_pixels": (0, 1000)}
+
+
+def test_a_run_may_be_older_than_the_name_of_a_field():
+    """Its value is compared, and read, under the new name."""
+    config = fields.default_config()
+    old = json.loads(json.dumps(fields.flat(config)))
+    old["model.experts"] = old.pop("model.expert_kernel")
+    assert fields.changes(old, config) == {}
+    old["model.experts"] = "blocks"
+    assert fields.changes(old, config) == {"model.expert_kernel": ("blocks", "auto")}
+    fields.assign(config, old)
+    assert config.model.expert_kernel == "blocks"

@@ -44,16 +44,16 @@ DEAD_AFTER = 8
 # product knows of it. FAULT is process:phase:step:what.
 DRIVER = """
 import contextlib, os, signal, sys, time
-from luspo_jax import watchdog
+from luspo_jax.hosts import guard
 from experiments import cluster, train
 
 index, at, step, what = os.environ.get("FAULT", "-:-:-:-").split(":")
-here, real = f"--process_id={index}" in sys.argv and watchdog.guarded(), watchdog.phase
+here, real = f"--process_id={index}" in sys.argv and guard.guarded(), guard.phase
 
 @contextlib.contextmanager
 def phase(name):
     with real(name):
-        if here and name == at and watchdog._here["step"] == int(step):
+        if here and name == at and guard._here["step"] == int(step):
             time.sleep(1.0)  # until the heartbeat file tells the phase
             if what == "hang":
                 time.sleep(600)
@@ -64,14 +64,14 @@ def phase(name):
             os.kill(os.getpid(), signal.SIGKILL)
         yield
 
-watchdog.phase = phase
+guard.phase = phase
 if os.environ.get("VISIBLE_AFTER"):
-    from luspo_jax import distributed
-    distributed._VISIBLE_AFTER_S = float(os.environ["VISIBLE_AFTER"])
+    from luspo_jax.hosts import processes
+    processes._VISIBLE_AFTER_S = float(os.environ["VISIBLE_AFTER"])
 if os.environ.get("OTHER_SOURCE") and here:
-    from luspo_jax import distributed
-    real_hashes = distributed.source_hashes
-    distributed.source_hashes = lambda *f: real_hashes(*f) | {"source luspo_jax/train.py": "0"}
+    from luspo_jax.hosts import processes
+    real_hashes = processes.source_hashes
+    processes.source_hashes = lambda *f: real_hashes(*f) | {"source luspo_jax/train.py": "0"}
 sys.exit(cluster.call(train.main, required=("config", "workdir")))
 """
 

@@ -1,4 +1,4 @@
-"""Length scales on the quickstart task, all with one ratio, clip range and aggregation.
+"""Length scales on the quickstart task, all with the same ratio, clip range and aggregation.
 
 Command : python -m experiments.sweep --sweep=configs/sweeps/length_scale.py --workdir=/tmp/scales \
             --parallel=2
@@ -7,7 +7,7 @@ Hardware: two CPU cores
 
 from experiments.sweeps.spec import Outcome, Sweep
 
-MEAN_LENGTH = 17.7  # tokens, of the base policy (its README)
+MEAN_LENGTH = 17.7  # tokens; the base policy's (see its README)
 
 
 def get_sweep():

@@ -1,1 +1,1 @@
-"""What `experiments.make_base` makes: the tasks that base policies learn, and their models."""
+"""Tasks and models of the base policies that `experiments.make_base` builds."""

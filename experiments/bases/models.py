@@ -1,4 +1,4 @@
-"""The architecture of a base policy, as flags say, and the image processor of one that sees."""
+"""The architecture of a base policy, set by flags, and the image processor of a vision model."""
 
 from absl import flags
 
@@ -19,21 +19,21 @@ BALANCE = flags.DEFINE_float("balance", 0.01, "Coefficient of the load-balancing
 VISION_LAYERS = flags.DEFINE_integer("vision_layers", 2, "Blocks of the tower, the last full.", 1)
 VISION_EMBED = flags.DEFINE_integer("vision_embed_dim", 48, "Width of a patch in the tower.", 16)
 VISION_MLP = flags.DEFINE_integer("vision_mlp_dim", 96, "Width of the MLP of its blocks.", 1)
-# The rotations by row and by column are the slow half of all (`mrope_section`). With the usual
-# 10,000 they are next to nothing between neighbours, in heads as narrow as these.
+# Rotations by row and by column are the slow half of all (`mrope_section`). With the usual 10,000
+# they hardly differ between neighbours, in heads as narrow as these.
 THETA = flags.DEFINE_float("vision_rope_theta", 10.0, "Base of the decoder's rotations.", 1.5)
 
-# All that decides the folder's content beside the task, where there are experts and a tower.
+# Flags that decide the folder's content besides the task, with experts or a tower.
 SIZES = (LAYERS, EMBED, MLP)
 OF_EXPERTS = (EXPERTS, EXPERTS_EACH, EXPERT_DIM, NORM_TOPK, BALANCE)
 OF_VISION = (VISION_LAYERS, VISION_EMBED, VISION_MLP, THETA)
 
 MAX_POSITION = 128
-_WINDOW = 56  # pixels: two units a side, so that a drawing is some windows and little padding
+_WINDOW = 56  # pixels: two units per side, so that a drawing is a few windows with little padding
 
 
 def text_config(vocab_size: int) -> DecoderConfig:
-    """The Qwen3, or the Qwen3-MoE, that the flags ask for."""
+    """Builds the Qwen3 or Qwen3-MoE configuration from the flags."""
     experts = {}
     if EXPERTS.value:
         experts = {
@@ -53,10 +53,10 @@ def text_config(vocab_size: int) -> DecoderConfig:
 
 
 def image_config(vocab_size: int) -> DecoderConfig:
-    """The Qwen2.5-VL that the flags ask for; IMAGE_TOKENS are the last of its vocabulary."""
+    """Builds the Qwen2.5-VL configuration from the flags; IMAGE_TOKENS end its vocabulary."""
     first = vocab_size - len(char_tokenizer.IMAGE_TOKENS)
     start, end, image, video = range(first, vocab_size)
-    half = EMBED.value // 8  # rotations of a head, shared out in the proportions of 2 : 3 : 3
+    half = EMBED.value // 8  # rotations of a head, split in proportion 2 : 3 : 3
     turned = half * 3 // 8
     return DecoderConfig(
         model_type="qwen2_5_vl",
@@ -100,7 +100,7 @@ def _common(vocab_size):
 
 
 def image_processor(config: DecoderConfig) -> dict:
-    """The `preprocessor_config.json` that belongs to the tower: drawings keep their size."""
+    """Returns the tower's `preprocessor_config.json`: drawings keep their size."""
     vision = config.vision
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
@@ -109,7 +109,7 @@ def image_processor(config: DecoderConfig) -> dict:
         "temporal_patch_size": vision.temporal_patch_size,
         "min_pixels": (vision.patch_size * vision.merge_size) ** 2,
         "max_pixels": 256 * (vision.patch_size * vision.merge_size) ** 2,
-        # Mean and spread of the drawings, about; of photographs they are others.
+        # Approximate mean and spread of the drawings; photographs have others.
         "image_mean": [0.85, 0.84, 0.8],
         "image_std": [0.28, 0.25, 0.31],
     }

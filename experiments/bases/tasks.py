@@ -1,4 +1,4 @@
-"""The tasks of base policies: problems, demonstrations in random styles, and how to score them."""
+"""Tasks of base policies: problems, demonstrations in random styles, and rewards."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +12,16 @@ from luspo_jax.models import char_tokenizer
 
 NUM_TERMS = flags.DEFINE_integer("num_terms", 6, "Labelled values in a problem.", 2, 9)
 
-# Of label_sums and shapes: share of answers without a trace, lowest style (1 skips no step), and
+# For label_sums and shapes: share of answers without a trace, lowest style (1 skips no step), and
 # the most steps from one written one to the next.
 DIRECT = flags.DEFINE_float("direct", 0.4, "Share of direct answers.", 0.0, 1.0)
 CHUNK_LOW = flags.DEFINE_float("chunk_low", 0.4, "Lowest style of traces.", 0.01, 1.0)
 CHUNK_MAX = flags.DEFINE_integer("chunk_max", 3, "Most terms a step of a trace adds.", 1)
-# Of label_lookup: share of answers drawn at random, and the styles of its filler.
+# For label_lookup: share of answers drawn at random, and the styles of its filler.
 WRONG = flags.DEFINE_float("wrong", 0.6, "Share of random answers.", 0.0, 1.0)
 FILLER_LOW = flags.DEFINE_float("filler_low", 0.04, "Lowest style: longest filler.", 0.01, 1.0)
 FILLER_HIGH = flags.DEFINE_float("filler_high", 0.25, "Highest style of filler.", 0.01, 1.0)
-# Of shapes: what is drawn, and how many different images it learns from.
+# For shapes: what is drawn, and the number of different training images.
 KINDS = flags.DEFINE_list("kinds", list(shapes.KINDS), "Kinds of problems, joined by commas.")
 NUM_BARS = flags.DEFINE_integer("num_bars", 5, "Bars of a chart.", 2, shapes.MAX_BARS)
 NUM_IMAGES = flags.DEFINE_integer("num_images", 2000, "Training images of each kind.", 1)
@@ -35,15 +35,15 @@ class Task:
       problems: "train" or "test" → its problems.
       demonstrate: (problem, random numbers, plain) → a response: every step if `plain`, else in a
         random style.
-      characters: all that problems and responses are written in.
+      characters: all characters of problems and responses.
       looked_up: (tokens_BT, vocabulary) → bool, the tokens that must be computed or seen.
-      max_response_length: gives the tokens that training should allow.
-      reward: part of the reward that says whether an answer is right, and `options` of it.
-      options: of the reward.
+      max_response_length: returns the tokens that training should allow.
+      reward: part of the reward that decides whether an answer is right.
+      options: options of the reward.
       images: whether its problems have images.
-      flags: those that decide about problems and styles.
-      training: of the flags that a task sets if the user does not, in order: most plain steps, the
-        loss that ends them, steps of the mixture, rate of Adam, loss weight of `looked_up`, rows.
+      flags: flags that determine problems and styles.
+      training: defaults of flags that the user leaves unset, in order: most plain steps, the loss
+        that ends them, steps of the mixture, rate of Adam, loss weight of `looked_up`, rows.
     """
 
     problems: Callable[[str], Sequence[Example]]
@@ -59,13 +59,13 @@ class Task:
 
 
 def sums_demonstration(example: Example, rng: np.random.Generator, *, plain: bool) -> str:
-    """A response to a label_sums problem."""
+    """Answers a label_sums problem."""
     values = example.meta["values"]
     return label_sums.trace(values, _chunks(rng, len(values), plain))
 
 
 def lookup_demonstration(example: Example, rng: np.random.Generator, *, plain: bool) -> str:
-    """A response to a label_lookup problem: right and direct if `plain`, else as the flags say."""
+    """Answers a label_lookup problem: right and direct if `plain`, else by the flags."""
     if plain:
         return label_lookup.response(int(example.answer), 0)
     filler = label_lookup.random_filler(
@@ -77,12 +77,12 @@ def lookup_demonstration(example: Example, rng: np.random.Generator, *, plain: b
 
 
 def shapes_demonstration(example: Example, rng: np.random.Generator, *, plain: bool) -> str:
-    """A response to a shapes problem."""
+    """Answers a shapes problem."""
     return shapes.trace(example, _chunks(rng, len(example.meta["steps"]), plain))
 
 
 def _chunks(rng, num_steps, plain):
-    """Sizes of the chunks of a trace, as the flags say; none of a direct answer."""
+    """Draws chunk sizes of a trace by the flags; none for a direct answer."""
     if plain:
         return (1,) * num_steps
     return label_sums.random_chunks(
@@ -99,7 +99,7 @@ def _shapes_response():
 
 
 def _computed(tokens_BT, vocabulary):
-    """The digit after `=` or after `#### `."""
+    """Marks the digit after `=` or after `#### `."""
     after = np.zeros(tokens_BT.shape, bool)
     after[:, 1:] |= tokens_BT[:, :-1] == vocabulary.index("=")
     after[:, 2:] |= tokens_BT[:, :-2] == vocabulary.index(char_tokenizer.ANSWER_MARK)
@@ -107,7 +107,7 @@ def _computed(tokens_BT, vocabulary):
 
 
 def _seen(tokens_BT, vocabulary):
-    """Digits, colours and shapes: whatever of a response is not its form."""
+    """Marks digits, colours and shapes: all of a response except its form."""
     wanted = "0123456789" + shapes.COLORS + shapes.SHAPES
     return np.isin(tokens_BT, [vocabulary.index(character) for character in wanted])
 

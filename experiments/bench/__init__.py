@@ -1,1 +1,1 @@
-"""Speed against other libraries and against what the machine can do."""
+"""Speed relative to other libraries and to the machine's limit."""

@@ -1,4 +1,4 @@
-"""One RL step of every side in turn, measured and told."""
+"""Measures and reports one RL step of every side in turn."""
 
 import dataclasses
 import importlib.util
@@ -29,20 +29,20 @@ def measure(
     pause: float = turns.PAUSE,
     say: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """Times `steps` steps of ours and of each peer, after `warmup` steps that do not count.
+    """Times `steps` steps of ours and of each peer, after `warmup` uncounted steps.
 
     Args:
-      sizes: of the step.
+      sizes: sizes of the step.
       peers: () or ("trl",).
-      steps: rounds that count.
+      steps: counted rounds.
       warmup: rounds before them, at least one.
-      seed: of weights, prompts and sampling.
+      seed: for weights, prompts and sampling.
       trl_microbatches: parts of TRL's update.
       pause: seconds of rest before each step.
-      say: receives the lines to print.
+      say: called with each line to print.
 
     Returns:
-      Everything measured, as JSON can hold it.
+      All measurements, as JSON values.
 
     Raises:
       RuntimeError: a side did not do all its work.
@@ -80,7 +80,7 @@ def measure(
 
 
 def _told(sizes, taken, sides, say):
-    """Prints the tables and gives the record."""
+    """Prints the tables and returns the record."""
     rates = work.matmul_rates(sizes.dtype)
     least, padded = (work.step_work(sizes, prompts_once=once) for once in (True, False))
     say("")

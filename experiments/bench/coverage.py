@@ -1,10 +1,10 @@
-"""Coverage of the accuracy's interval, by simulation beside the usual normal one.
+"""Simulates the coverage of the accuracy's interval, beside the usual normal one.
 
     python -m experiments.bench.coverage --trials=4000
 
 A problem's accuracy is drawn from a beta distribution with a given mean and concentration a + b
 (small: problems are either solved or not; large: all are alike), then n responses to it. Prints a
-table in Markdown: the share of intervals that hold the true mean, in percent.
+table in Markdown: the share of intervals that contain the true mean, in percent.
 """
 
 import numpy as np
@@ -21,14 +21,14 @@ CONCENTRATIONS = (0.5, 1.0, 2.0, 4.0, 10.0, 50.0)
 
 
 def shares(rng: np.random.Generator, mean: float, concentration: float) -> np.ndarray:
-    """Right responses, [trials, problems]."""
+    """Draws right responses, [trials, problems]."""
     size = (_TRIALS.value, _PROBLEMS.value)
     accuracy = rng.beta(mean * concentration, (1 - mean) * concentration, size)
     return rng.binomial(_SAMPLES.value, accuracy)
 
 
 def covered(right: np.ndarray, mean: float) -> tuple[float, float]:
-    """Share of our intervals, and of normal ones, that hold the mean."""
+    """Returns the shares of our intervals, and of normal ones, that contain the mean."""
     total = [_SAMPLES.value] * right.shape[1]
     ends = np.array([accuracy_interval(row, total) for row in right])
     ours = np.mean((ends[:, 0] <= mean) & (mean <= ends[:, 1]))

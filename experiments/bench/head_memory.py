@@ -1,7 +1,7 @@
 """Memory of the head by chunk and length: `python -m experiments.bench.head_memory --out=DIR`.
 
-Log-probabilities, entropies and their gradients of T tokens over a vocabulary of V: temporary bytes
-as XLA plans them, of the chunked head and of a plain log-softmax. Nothing is run.
+For log-probs, entropies and their gradients of T tokens over a vocabulary of V: temporary bytes as
+planned by XLA, for the chunked head and for a plain log-softmax. Nothing is run.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the table and the figure.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier one in --out.")
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def temporary_bytes(length: int, chunk_tokens: int | None) -> int:
-    """Of the value and gradient of Σ log p + Σ H over one row; `None` is a plain log-softmax."""
+    """Counts bytes for Σ log p + Σ H of a row and its gradient; `None`: a plain log-softmax."""
     import jax
     import jax.numpy as jnp
 

@@ -1,8 +1,8 @@
-"""What the length instruments cost: two runs of one configuration, one of them measured, in turn.
+"""Cost of the length instruments: two runs of one configuration, one of them measured, in turn.
 
-`python -m experiments.bench.instruments` takes blocks of rollout steps of both and prints the
-paired ratio of their times, block by block. Evaluation and checkpoints are left out, so a run's
-own share is smaller. Instruments do not change what is trained; that is checked at the end.
+`python -m experiments.bench.instruments` runs blocks of rollout steps of both and prints the paired
+ratio of their times, block by block. Evaluation and checkpoints are left out, so the share in a
+real run is smaller. Instruments do not change training; that is checked at the end.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import time
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "File with get_config().")
 _EVERY = flags.DEFINE_integer("every", 10, "Steps between measurements, and of a block.", 2)
@@ -24,7 +24,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace that file if it exis
 
 
 def measure(base: str, *, every: int, share: float, blocks: int) -> dict:
-    """Seconds of each block with and without instruments, and their paired ratio."""
+    """Returns the seconds of each block with and without instruments, and their paired ratio."""
     import jax
     import numpy as np
 
@@ -35,7 +35,7 @@ def measure(base: str, *, every: int, share: float, blocks: int) -> dict:
     with contextlib.ExitStack() as stack:
         sides = {name: _start(base, steps[name], share, stack) for name in steps}
         for block in range(-1, blocks):  # the first compiles
-            # Whoever goes first in one block goes second in the next.
+            # The side that goes first in one block goes second in the next.
             for name in sorted(sides, reverse=block % 2 == 1):
                 started = time.perf_counter()
                 inside = _block(sides[name], every)
@@ -58,20 +58,19 @@ def measure(base: str, *, every: int, share: float, blocks: int) -> dict:
 
 def _start(base, every, share, stack):
     from experiments.sweeps import spec
-    from luspo_jax import beginning
-    from luspo_jax import config as configuration
-    from luspo_jax import run as runs
+    from luspo_jax.run import beginning, fields
+    from luspo_jax.run.build import build
 
     config = spec.base_config(base)
-    configuration.assign(config, {"length.every": every, "length.share": share})
-    run = runs.build(config)
+    fields.assign(config, {"length.every": every, "length.share": share})
+    run = build(config)
     stack.enter_context(run.scorer)
     state, carried = beginning.begin_state(run), beginning.Carried()
     return {"run": run, "state": state, "carried": carried, "step": 0}
 
 
 def _block(side, steps):
-    """Takes the steps; gives the seconds that the instruments say they took."""
+    """Runs the steps; returns their seconds as measured by the instruments."""
     import jax
 
     from luspo_jax import train
@@ -80,7 +79,7 @@ def _block(side, steps):
     inside = 0.0
     for _ in range(steps):
         metrics = StepMetrics()
-        side["state"], side["carried"], _, _ = train.rollout_step(
+        side["state"], side["carried"], _ = train.rollout_step(
             side["run"], side["state"], side["carried"], side["step"], metrics=metrics
         )
         inside += metrics.result()["timing_s/length"]

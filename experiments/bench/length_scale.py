@@ -1,9 +1,10 @@
-"""What a length scale costs: one update on a frozen rollout, LUSPO's and GSPO's in turn.
+"""Cost of a length scale: one update on a frozen rollout, LUSPO's and GSPO's in turn.
 
 `python -m experiments.bench.length_scale` prints the compiled updates' floating-point operations
 and temporary bytes, and the ratio of their times, pair by pair. Responses have ragged lengths.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -11,7 +12,7 @@ import time
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _PAIRS = flags.DEFINE_integer("pairs", 20, "Pairs of updates that count.", lower_bound=2)
 _SCALE = flags.DEFINE_string("length_scale", "length", "The scale compared with none.")
@@ -21,11 +22,12 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace that file if it exis
 
 
 def measure(workload, *, pairs: int, length_scale: str) -> dict:
-    """Operations, bytes and paired times of updates with and without a length scale."""
+    """Returns operations, bytes and paired times of updates with and without a length scale."""
     import jax
 
     from experiments.bench.report import paired
-    from luspo_jax import update
+    from luspo_jax.learner.state import initial_state
+    from luspo_jax.learner.step import update_step
     from luspo_jax.models import decoder
 
     rules = {name: _rule(workload, name) for name in (length_scale, "none")}
@@ -34,8 +36,8 @@ def measure(workload, *, pairs: int, length_scale: str) -> dict:
     rate = jax.numpy.float32(1e-6)
     compiled, states, costs = {}, {}, {}
     for name, rule in rules.items():
-        states[name] = update.initial_state(params, rule)
-        program = update.update_step.lower(states[name], batch, rate, rule=rule).compile()
+        states[name] = initial_state(params, rule)
+        program = update_step.lower(states[name], batch, rate, rule=rule).compile()
         compiled[name] = program
         costs[name] = {
             "flops": program.cost_analysis()["flops"],
@@ -43,7 +45,7 @@ def measure(workload, *, pairs: int, length_scale: str) -> dict:
         }
     seconds = {name: [] for name in rules}
     for pair in range(-2, pairs):
-        # Whoever goes first in one pair goes second in the next.
+        # The side that goes first in one pair goes second in the next.
         for name in sorted(rules, reverse=pair % 2 == 1):
             started = time.perf_counter()
             states[name], _ = jax.block_until_ready(compiled[name](states[name], batch, rate))
@@ -54,16 +56,18 @@ def measure(workload, *, pairs: int, length_scale: str) -> dict:
 
 
 def _rule(workload, length_scale):
-    from luspo_jax import objectives, optimizer, update
-    from luspo_jax.logprobs import Scoring
+    from luspo_jax import objectives
+    from luspo_jax.learner import optimizer
+    from luspo_jax.learner.logprobs import LogprobRule
+    from luspo_jax.learner.state import UpdateRule
+    from luspo_jax.models.forward import Forward
 
     fields = {"reference_length": 64.0} if length_scale in ("power", "log") else {}
     fields |= {"length_cap": 64.0} if length_scale == "capped" else {}
-    return update.UpdateRule(
-        scoring=Scoring(workload.model, head_chunk_tokens=2048),
+    return UpdateRule(
+        logprobs=LogprobRule(Forward(workload.model), head_chunk_tokens=2048),
         objective=objectives.preset("luspo", length_scale=length_scale, **fields),
         optimizer=optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
-        num_microbatches=workload.microbatches,
         max_grad_norm=1.0,
     )
 
@@ -72,26 +76,39 @@ def _frozen_rollout(workload):
     import jax
     import numpy as np
 
-    from luspo_jax import packing
-    from luspo_jax.types import TrainBatch
+    from luspo_jax.learner.plan import one_a_row
+    from luspo_jax.learner.rows import Planner, token_rows
+    from luspo_jax.types import ResponseRows, TrainBatch
+
+    @dataclasses.dataclass
+    class Prompt:
+        tokens: np.ndarray
+        images: tuple = ()
 
     rng = np.random.default_rng(0)
     rows = workload.responses
     lengths = rng.integers(workload.response_length // 8, workload.response_length + 1, rows)
-    prompts = list(rng.integers(1, workload.vocab, (rows, workload.prompt_length)))
+    prompts = [Prompt(x) for x in rng.integers(1, workload.vocab, (rows, workload.prompt_length))]
     responses = [rng.integers(1, workload.vocab, n) for n in lengths]
-    tokens = packing.padded_rows(
-        prompts, responses, length=workload.prompt_length + workload.response_length, pad_id=0
+    width, at_once = (
+        workload.prompt_length + workload.response_length,
+        rows // workload.microbatches,
     )
-    old_BT = np.where(tokens.response_mask_BT, -np.log(workload.vocab), 0).astype(np.float32)
+    plan = one_a_row(lengths + workload.prompt_length, width=width, rows_per_microbatch=at_once)
+    masks = [np.ones(n, bool) for n in lengths]
+    old_BT = plan.place([np.full(n, -np.log(workload.vocab), np.float32) for n in lengths])
     batch = TrainBatch(
-        rows=tokens,
-        advantages_B=rng.normal(size=rows).astype(np.float32),
-        group_ids_B=np.repeat(np.arange(workload.prompts, dtype=np.int32), workload.group),
-        old_logprobs_BT=old_BT,
-        old_entropy_BT=None,
-        ref_logprobs_BT=None,
-        sampler_logprobs_BT=old_BT,
+        rows=token_rows(
+            Planner(workload.model, width, 1, at_once), plan, prompts, responses, masks
+        ),
+        responses=ResponseRows(
+            starts_B=plan.firsts_B,
+            response_mask_BT=plan.place(masks),
+            advantages_B=rng.normal(size=rows).astype(np.float32),
+            group_ids_B=np.repeat(np.arange(workload.prompts, dtype=np.int32), workload.group),
+            sampler_logprobs_BT=old_BT,
+            old_logprobs_BT=old_BT,
+        ),
     )
     return jax.tree.map(jax.numpy.asarray, batch)
 

@@ -1,8 +1,8 @@
-"""What a token costs as responses get longer: `python -m experiments.bench.long_context --out=DIR`.
+"""Cost of a token as responses get longer: `python -m experiments.bench.long_context --out=DIR`.
 
-A small model takes one training step on one packed row of T tokens that is spread over fake CPU
-devices (context parallelism), for several T. For each: seconds of the step and a token's share,
-temporary bytes a device as XLA plans them, and the largest array of the program. The attention's
+A small model takes one training step on one packed row of T tokens sharded over fake CPU devices
+(context parallelism), for several T. For each it reports seconds of the step and per token,
+temporary bytes per device as planned by XLA, and the largest array of the program. Attention's
 share grows with T, everything else is flat; no array has T × T entries or a whole row of hidden
 states.
 """
@@ -16,7 +16,7 @@ import time
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the table and the figure.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier one in --out.")
@@ -43,14 +43,14 @@ def main() -> None:
 
 
 def measured(length: int) -> dict[str, float]:
-    """One step on one row of `length` tokens over all devices."""
+    """Measures one step on one row of `length` tokens over all devices."""
     import jax
     import numpy as np
 
-    from luspo_jax import update
+    from luspo_jax.learner.step import update_step
 
     state, batch, rule = case(length)
-    compiled = update.update_step.lower(state, batch, np.float32(1e-6), rule=rule).compile()
+    compiled = update_step.lower(state, batch, np.float32(1e-6), rule=rule).compile()
     started = time.perf_counter()
     _, metrics = jax.block_until_ready(compiled(state, batch, np.float32(1e-6)))
     seconds = time.perf_counter() - started
@@ -66,7 +66,7 @@ def measured(length: int) -> dict[str, float]:
         "temporary_bytes_a_device": compiled.memory_analysis().temp_size_in_bytes,
         "largest_array": max(int(np.prod(shape)) for shape in shapes),
         "square": sum(shape.count(length) > 1 for shape in shapes),
-        # Tokens, positions and log-probs may be whole on a device; hidden states may not.
+        # Tokens, positions and log-probs may be unsharded on a device; hidden states may not.
         "whole_rows_of_states": sum(
             length in shape and int(np.prod(shape)) >= length * _EMBED for shape in shapes
         ),
@@ -77,15 +77,18 @@ _EMBED = 32
 
 
 def case(length: int):
-    """(state, batch, rule) of a small model and one row whose response is all but 64 tokens."""
+    """Returns (state, batch, rule) of a small model; all but 64 tokens of its row are response."""
     import jax
     import numpy as np
 
-    from luspo_jax import objectives, optimizer, sharding, update
-    from luspo_jax.logprobs import Scoring
+    from luspo_jax import objectives, sharding
+    from luspo_jax.learner import optimizer, rows
+    from luspo_jax.learner.logprobs import LogprobRule
+    from luspo_jax.learner.state import UpdateRule, initial_state
     from luspo_jax.models import decoder
     from luspo_jax.models.decoder_config import DecoderConfig
-    from luspo_jax.types import TokenBatch, TrainBatch
+    from luspo_jax.models.forward import Forward
+    from luspo_jax.types import ResponseRows, TokenRows, TrainBatch
 
     config = DecoderConfig(
         model_type="qwen3", vocab_size=256, num_layers=2, embed_dim=_EMBED, mlp_dim=96, num_heads=2,
@@ -93,26 +96,26 @@ def case(length: int):
         qk_norm=True, tie_embeddings=True, max_position=length,
     )  # fmt: skip
     layout = sharding.layout("train", {"context": -1}, jax.devices())
-    rule = update.UpdateRule(
-        scoring=Scoring(config, remat="full", head_chunk_tokens=1024, layout=layout),
+    rule = UpdateRule(
+        logprobs=LogprobRule(Forward(config, remat="full", layout=layout), head_chunk_tokens=1024),
         objective=objectives.preset("luspo"),
         optimizer=optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
-        num_microbatches=1,
         max_grad_norm=1.0,
     )
     places = np.arange(length, dtype=np.int32)[None]
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, length)).astype(np.int32)
     batch = TrainBatch(
-        rows=TokenBatch(tokens, places, np.ones_like(places), places >= 64),
-        advantages_B=np.ones(1, np.float32),
-        group_ids_B=np.zeros(1, np.int32),
-        old_logprobs_BT=None,
-        old_entropy_BT=None,
-        ref_logprobs_BT=None,
-        sampler_logprobs_BT=np.zeros((1, length), np.float32),
+        rows=TokenRows(tokens, places, np.ones_like(places), places >= 64, rows_per_microbatch=1),
+        responses=ResponseRows(
+            starts_B=np.zeros(1, np.int32),
+            response_mask_BT=places >= 64,
+            advantages_B=np.ones(1, np.float32),
+            group_ids_B=np.zeros(1, np.int32),
+            sampler_logprobs_BT=np.zeros((1, length), np.float32),
+        ),
     )
     params = decoder.init_params(jax.random.key(0), config, layout=layout)
-    return update.initial_state(params, rule), update.put_rows(batch, layout), rule
+    return initial_state(params, rule), rows.put(batch, layout), rule
 
 
 def _figure(rows, path):

@@ -1,4 +1,4 @@
-"""Our side of a bench: the training loop's own rollout step, on a bench's workload."""
+"""Our side of a benchmark: the training loop's own rollout step, on the benchmark's workload."""
 
 import pathlib
 
@@ -7,32 +7,33 @@ import numpy as np
 
 from experiments.bench import workload as workloads
 from experiments.bench.workload import Workload
-from luspo_jax import beginning, train
-from luspo_jax import run as runs
-from luspo_jax.config import default_config
+from luspo_jax import train
 from luspo_jax.metrics import StepMetrics
+from luspo_jax.run import beginning
+from luspo_jax.run.build import build
+from luspo_jax.run.fields import default_config
 
 
 class Ours:
-    """Rollout steps of `luspo_jax.train`, one a call."""
+    """Rollout steps of `luspo_jax.train`, one per call."""
 
     def __init__(self, workload: Workload, folder: pathlib.Path, *, seed: int):
         self._workload = workload
-        self._run = runs.build(configuration(workload, folder, seed=seed))
+        self._run = build(configuration(workload, folder, seed=seed))
         self._state = beginning.begin_state(self._run)
         self._before = jax.device_get(self._state.params["embedding"])
         self._carried, self._steps = beginning.Carried(), 0
 
     def step(self) -> dict[str, float]:
-        """Samples, rewards, updates; seconds of the generation and of the update.
+        """Samples, rewards, updates; returns seconds of the generation and of the update.
 
-        The update includes scoring, where the step needs it.
+        The update includes computing old log-probs, if the step needs them.
 
         Raises:
           RuntimeError: the step did not do all the work.
         """
         metrics = StepMetrics()
-        self._state, self._carried, rollouts, advantages_B = train.rollout_step(
+        self._state, self._carried, rollouts = train.rollout_step(
             self._run,
             self._state,
             self._carried,
@@ -43,7 +44,7 @@ class Ours:
         self._steps += 1
         if not np.all(rollouts.lengths_B == self._workload.response_length):
             raise RuntimeError(f"responses were cut short: {rollouts.lengths_B}")
-        if not np.any(advantages_B):
+        if not np.any(rollouts.advantages_B):
             raise RuntimeError("every advantage is zero: the update had nothing to do")
         values = metrics.result()
         if values["actor/skipped_updates"]:
@@ -60,7 +61,7 @@ class Ours:
 
 
 def configuration(workload: Workload, folder: pathlib.Path, *, seed: int):
-    """The run's configuration for a workload written to `folder`; the rest as by default."""
+    """Builds the run's configuration for a workload written to `folder`; the rest is default."""
     config = default_config()
     config.seed = seed
     config.model.path = str(folder / workloads.MODEL)
@@ -70,7 +71,7 @@ def configuration(workload: Workload, folder: pathlib.Path, *, seed: int):
     config.data.path = config.data.eval_path = str(folder / workloads.PROMPTS)
     config.data.cache_dir = str(folder / "datasets")
     config.data.max_prompt_length = workload.prompt_length
-    # The parity of the last token, which is its text's last letter.
+    # The parity of the last token is the last letter of its text.
     config.reward.parts = {"exact": 1.0}
     config.reward.options = {"exact": {"pattern": r"([eo])\s*$"}}
     config.rollout.prompts_per_step = workload.prompts

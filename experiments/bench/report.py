@@ -1,4 +1,4 @@
-"""What a bench says: medians by phase, paired ratios, and how far from the machine's rate."""
+"""Results of a benchmark: medians by phase, paired ratios, and distance from the machine's rate."""
 
 import importlib.metadata
 import math
@@ -22,13 +22,13 @@ _PACKAGES = (
 
 
 def measured(taken: Sequence[Timed], side: str) -> list[Timed]:
-    """The steps of a side that count, by round."""
+    """Returns the counted steps of a side, by round."""
     steps = [t for t in taken if t.side == side and t.round >= 0]
     return sorted(steps, key=lambda t: t.round)
 
 
 def phases(steps: Sequence[Timed]) -> dict[str, float]:
-    """Median seconds of each phase; `rest` is what no phase covers, `step` the whole."""
+    """Returns median seconds of each phase; `rest` is outside all phases, `step` the whole."""
     values = {name: [s.phases[name] for s in steps] for name in steps[0].phases}
     values["rest"] = [s.seconds - sum(s.phases.values()) for s in steps]
     values["step"] = [s.seconds for s in steps]
@@ -36,9 +36,9 @@ def phases(steps: Sequence[Timed]) -> dict[str, float]:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Ratios ours / theirs of steps of one round each: all, and their spread.
+    """Returns ratios ours / theirs of steps of one round each: all, and their spread.
 
-    The interval is Student's for the mean of log ratios, that is for the geometric mean; one round
+    The interval is Student's for the mean of log ratios, that is, for the geometric mean; one round
     has none.
     """
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
@@ -61,7 +61,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, object]:
-    """Versions, processor, cores, and how busy the machine is already."""
+    """Returns versions, processor, cores, and the machine's current load."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -80,10 +80,10 @@ def environment() -> dict[str, object]:
 
 
 def environment_lines(found: dict[str, Any]) -> str:
-    """The environment in two lines, and a warning where others use the machine.
+    """Formats the environment in two lines, with a warning if others use the machine.
 
-    A crowd does more than add noise: threads that spin while they wait for one another, as torch's
-    do under OpenMP and XLA's do not, lose far more than their share, so that ratios are wrong too.
+    Other load does more than add noise: threads that spin while they wait for one another (torch's
+    under OpenMP do, XLA's do not) lose far more than their share, so ratios are wrong too.
     """
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     lines = [f"{found['processor']}, {found['cores']} cores; {found['device']}", versions]
@@ -99,7 +99,7 @@ def environment_lines(found: dict[str, Any]) -> str:
 def table(
     workload: Workload, taken: Sequence[Timed], sides: Sequence[str], work: Work, rate: float
 ) -> str:
-    """Medians of every side, one line each."""
+    """Formats the medians of every side, one line each."""
     lines = [
         f"{'median seconds':16}{'generation':>12}{'update':>9}{'rest':>8}{'step':>9}"
         f"{'tokens/s':>10}{'cores used':>12}{'of matmul rate':>16}"
@@ -117,7 +117,7 @@ def table(
 
 
 def ratio_lines(taken: Sequence[Timed], peer: str) -> tuple[str, dict]:
-    """Our step over the peer's, round by round, in words and as numbers."""
+    """Returns our step over the peer's, round by round, in words and as numbers."""
     ours, theirs = measured(taken, OURS), measured(taken, peer)
     numbers = {"step": paired([s.seconds for s in ours], [s.seconds for s in theirs])}
     for name in ours[0].phases:
@@ -135,7 +135,7 @@ def ratio_lines(taken: Sequence[Timed], peer: str) -> tuple[str, dict]:
 
 
 def work_lines(least: Work, padded: Work, rates: dict[str, float]) -> str:
-    """The step's operations, and the seconds they take at the best rate measured."""
+    """Formats the step's operations, and the seconds they take at the best measured rate."""
     rate = max(rates.values())
     shown = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in rates.items())
     lines = [f"large matmul: {shown} GFLOP/s, best of several"]

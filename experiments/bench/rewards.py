@@ -1,11 +1,11 @@
-"""How many answers a second the verifiers judge.
+"""Measures how many answers per second the verifiers judge.
 
     python -m experiments.bench.rewards --data=../shared/data/math_eval/math500/test.jsonl
 
-Two figures: whole MATH solutions by `boxed_math`, judged in worker processes by Math-Verify and
-sympy where the cheap rules do not decide, and answers by `dapo_math`, judged in this process. Half
-of the golds are those of another problem, since wrong answers cost most. Without `--data` the
-solutions are made up. Each worker parses every formula once more, as in a run: a warm-up batch has
+There are two figures: whole MATH solutions by `boxed_math`, judged in worker processes by
+Math-Verify and sympy if the cheap rules do not decide, and answers by `dapo_math`, judged in this
+process. Half of the golds are another problem's, since wrong answers cost most. Without `--data`
+the solutions are made up. Each worker parses every formula anew, as in a run: a warm-up batch has
 other answers. On a busy machine the figures are lower bounds.
 """
 
@@ -21,11 +21,11 @@ from luspo_jax.rewards import Sample, Scorer
 _DATA = flags.DEFINE_string("data", None, "a jsonl of solutions: fields solution, answer")
 _WORKERS = flags.DEFINE_integer("workers", 2, "worker processes", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 4, "times that the DAPO answers are judged")
-_LEAST = {"boxed_math": 90, "dapo_math": 1_000}  # a second, on two free cores
+_LEAST = {"boxed_math": 90, "dapo_math": 1_000}  # per second, on two free cores
 
 
 def solutions(path: str | None) -> list[tuple[str, str]]:
-    """(solution, answer) of each line of a file, or made up."""
+    """Returns (solution, answer) of each line of a file, or made-up ones."""
     if path is not None:
         lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
         return [(row["solution"], row["answer"]) for row in map(json.loads, lines)]
@@ -43,7 +43,7 @@ def solutions(path: str | None) -> list[tuple[str, str]]:
 
 
 def pairs(rows: list[tuple[str, str]]) -> list[Sample]:
-    """Each solution with its own gold or, for every other one, with the gold of the next."""
+    """Pairs solutions with their own gold or, every other one, with the next one's gold."""
     golds = [answer for _, answer in rows]
     moved = golds[1:] + golds[:1]
     return [
@@ -52,7 +52,7 @@ def pairs(rows: list[tuple[str, str]]) -> list[Sample]:
 
 
 def rate(name: str, samples: list[Sample], workers: int) -> tuple[float, int, dict[str, int]]:
-    """(verdicts a second, how many are right, statuses)."""
+    """Returns (verdicts per second, number right, statuses)."""
     with Scorer({name: 1.0}, workers=workers, max_failure_rate=1.0) as scorer:
         scorer.score_batch([Sample(r"Answer: \boxed{1}", "1")] * 8 * workers)
         start = time.perf_counter()

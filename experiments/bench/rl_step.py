@@ -1,9 +1,9 @@
 """Times one RL step, ours and TRL's in turn: `python -m experiments.bench.rl_step`.
 
 Both start from the same random weights, sample the same number of responses of the same length to
-the same prompts, and take one AdamW step on the LUSPO loss; whoever goes first in one round goes
-second in the next. TRL needs `pip install -e '.[parity]'`; without it, or with --peers=none, ours
-is timed alone, at any sizes.
+the same prompts, and take one AdamW step on the LUSPO loss; the side that goes first in one round
+goes second in the next. TRL needs `pip install -e '.[parity]'`; without it, or with --peers=none,
+only ours is timed, at any sizes.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import sys
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _STEPS = flags.DEFINE_integer("steps", 5, "Rounds that count.", lower_bound=1)
 _WARMUP = flags.DEFINE_integer("warmup", 2, "Rounds before them; the first compiles.", 1)
@@ -40,10 +40,10 @@ flags.DEFINE_integer("microbatches", 1, "Parts of our update.")
 
 
 def main() -> None:
-    """Runs what the flags say."""
+    """Runs the benchmark that the flags select."""
     if _JSON.value:
         files.check_file(_JSON.value, flag="--json", overwrite=_OVERWRITE.value)
-    from experiments.bench import compare  # After flags are parsed: a typo answers at once.
+    from experiments.bench import compare  # After flags are parsed: a typo fails at once.
     from experiments.bench.workload import Workload
 
     fields = [field.name for field in dataclasses.fields(Workload)]

@@ -1,8 +1,8 @@
-"""TRL's side of a bench: its own trainer and training loop on a bench's workload.
+"""TRL's side of a benchmark: its own trainer and training loop on the benchmark's workload.
 
-Imports torch and TRL: import this module only where they are installed. Whatever would slow TRL
-down without need is off: activation checkpointing, mixed precision, logging, saving, and scoring
-under the old policy, which equals the updated one in a step of one update.
+Imports torch and TRL: import this module only where they are installed. Everything that would slow
+TRL down without need is off: activation checkpointing, mixed precision, logging, saving, and
+old-policy log-probs, which equal the new ones in a step of one update.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ SIDE = "trl"
 
 
 class TimedTrainer(GRPOTrainer):
-    """GRPOTrainer that notes when its step generates and when its update begins."""
+    """GRPOTrainer that records when its step generates and when its update begins."""
 
     generation = 0.0
     update_began = None
@@ -34,7 +34,7 @@ class TimedTrainer(GRPOTrainer):
         return super().compute_loss(*args, **kwargs)
 
     def time_generation(self) -> None:
-        """Wraps the model's `generate`, from here on."""
+        """Wraps the model's `generate` from now on."""
         generate = self.model.generate
 
         def timed(*args, **kwargs):
@@ -47,14 +47,14 @@ class TimedTrainer(GRPOTrainer):
         self.model.generate = timed
 
     def take_phases(self) -> dict[str, float]:
-        """Seconds of the step that ends now, and a fresh start."""
+        """Returns the seconds of the step that ends now, and starts afresh."""
         phases = {"generation": self.generation, "update": time.perf_counter() - self.update_began}
         self.generation, self.update_began = 0.0, None
         return phases
 
 
 class _Turns(TrainerCallback):
-    """Hands over after each step, until the turns are over."""
+    """Yields control after each step, until the turns are over."""
 
     def __init__(self, turns: Generator[None, dict[str, float], None]):
         self._turns, self.trainer = turns, None
@@ -82,7 +82,7 @@ def run(
     microbatches: int,
     seed: int,
 ) -> None:
-    """Trains for `steps` steps in TRL's loop, giving way to `turns` between them.
+    """Trains for `steps` steps in TRL's loop, yielding to `turns` between them.
 
     Raises:
       RuntimeError: a step did not do all the work.
@@ -118,7 +118,7 @@ def _trainer(workload, folder, callback, *, steps, microbatches, seed):
 
 
 def parity_reward(workload: Workload):
-    """1 where the last token is even; refuses responses that are not whole."""
+    """Returns a reward of 1 if the last token is even; refuses incomplete responses."""
 
     def parity(completion_ids, **kwargs):
         lengths = {len(tokens) for tokens in completion_ids}
@@ -157,7 +157,7 @@ def _arguments(workload, folder, *, steps, microbatches, seed):
 
 
 def _tokenizer(folder):
-    """The workload's, with an end token beyond the model's vocabulary, for TRL demands one."""
+    """Returns the workload's tokenizer plus an end token beyond the vocabulary, as TRL needs."""
     tokenizer = AutoTokenizer.from_pretrained(folder / workloads.MODEL)
     tokenizer.add_special_tokens({"eos_token": workloads.END})
     tokenizer.pad_token_id = 0

@@ -1,10 +1,10 @@
-"""Who takes a step when, and how long it took."""
+"""Schedules the sides' steps and times them."""
 
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
 
-PAUSE = 0.3  # seconds between steps: threads of the last one that still spin go to sleep
+PAUSE = 0.3  # seconds between steps: spinning threads of the last one go to sleep
 OURS = "luspo_jax"
 
 
@@ -18,13 +18,13 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A turn that was taken.
+    """A completed turn.
 
     Attributes:
-      round, side: when and whose.
+      round, side: which turn.
       seconds: wall time.
-      cores: this process's CPU seconds a second, all threads: well under the machine's cores where
-        others used them, or where threads waited.
+      cores: this process's CPU seconds per second, all threads: well under the machine's cores if
+        others used them, or if threads waited.
       phases: wall seconds of the named parts.
     """
 
@@ -36,7 +36,7 @@ class Timed:
 
 
 def order(sides: Sequence[str], *, warmup: int, steps: int) -> list[Turn]:
-    """Every side once a round, the order turned round in every other one."""
+    """Lists every side once per round, reversing the order every other round."""
     turns = []
     for number in range(-warmup, steps):
         turns += [Turn(number, side) for side in (sides if number % 2 == 0 else sides[::-1])]
@@ -50,15 +50,15 @@ def take(
     *,
     pause: float = PAUSE,
 ) -> Generator[None, dict[str, float], None]:
-    """Runs our steps, and yields where it is another side's turn.
+    """Runs our steps, and yields at another side's turn.
 
-    The other side sends the phases of its step as soon as that is done. This way its own training
-    loop stays in charge: it is timed as its users run it, from one step's end to the next.
+    The other side sends the phases of its step as soon as it is done. So its own training loop
+    stays in charge: it is timed as its users run it, from one step's end to the next.
 
     Args:
       turns: in order.
-      step: takes one step of ours and gives its phases.
-      taken: receives every step as it is done.
+      step: takes one step of ours and returns its phases.
+      taken: called with every step as it is done.
       pause: seconds of rest before each step.
     """
     for turn in turns:

@@ -1,8 +1,8 @@
-"""Floating-point operations of an RL step, counted by hand, and what the machine does in a second.
+"""Floating-point operations of an RL step, counted by hand, and the machine's rate.
 
-Products only, two operations each: x·W of every projection, q·k and weights·v over the keys that a
-causal query sees. Norms, rotations, softmaxes, sampling and the optimizer are left out, and so is
-anything that an implementation computes twice.
+Only products count, two operations each: x·W of every projection, q·k and weights·v over the keys
+that a causal query sees. Norms, rotations, softmaxes, sampling and the optimizer are left out, and
+so is everything that an implementation computes twice.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ class Work:
 
     @property
     def total(self) -> float:
-        """Of the whole step."""
+        """Returns the operations of the whole step."""
         return self.prefill + self.decode + self.update
 
 
 def step_work(w: Workload, *, prompts_once: bool) -> Work:
-    """Operations that one RL step needs.
+    """Counts the operations that one RL step needs.
 
     Args:
       w: the sizes.
-      prompts_once: the training pass computes a prompt once for its whole group, and the head on
-        response tokens only: the least that the mathematics asks for. Otherwise every row carries
-        its own prompt and the head scores every token, as padded rows are mostly computed.
+      prompts_once: whether the training pass computes a prompt once for its whole group, and the
+        head on response tokens only: the mathematical minimum. Otherwise every row includes its own
+        prompt and the head covers every token, as padded rows are mostly computed.
     """
     P, B, S, R = w.prompts, w.responses, w.prompt_length, w.response_length
     matrices = 2 * w.layers * layer_parameters(w)
@@ -44,7 +44,7 @@ def step_work(w: Workload, *, prompts_once: bool) -> Work:
     prompt_pairs = S * (S + 1) / 2
     response_pairs = R * S + R * (R + 1) / 2
     prefill = P * (S * matrices + prompt_pairs * pair + head)
-    # The last response token is sampled and never read; the first comes from the prefill.
+    # The last response token is sampled but never read; the first comes from the prefill.
     decode = B * ((R - 1) * (matrices + head) + (response_pairs - S - R) * pair)
     rows = P if prompts_once else B
     scored = B * R + (0 if prompts_once else B * S)
@@ -54,15 +54,15 @@ def step_work(w: Workload, *, prompts_once: bool) -> Work:
 
 
 def layer_parameters(w: Workload) -> int:
-    """Entries of a layer's matrices."""
+    """Counts the entries of a layer's matrices."""
     attention = w.embed_dim * w.head_dim * (2 * w.heads + 2 * w.kv_heads)
     return attention + 3 * w.embed_dim * w.mlp_dim
 
 
 def matmul_rates(dtype: str, *, size: int | None = None, repeats: int = 5) -> dict[str, float]:
-    """Operations a second of a large square product: the best of `repeats`, by library.
+    """Measures operations per second of a large square product: the best of `repeats`, by library.
 
-    Torch is measured where it has been imported, on the CPU.
+    Torch is measured if it has been imported, on the CPU.
     """
     import sys
 

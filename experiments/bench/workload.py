@@ -1,4 +1,4 @@
-"""What a bench runs: a random-weight Qwen3, prompts of one length, and a reward that half win.
+"""Workload of a benchmark: a random-weight Qwen3, prompts of one length, a reward that half win.
 
 Everything is written to a folder as real files, so that every library reads the same.
 """
@@ -10,13 +10,13 @@ import pathlib
 import jax
 import numpy as np
 
-from luspo_jax.config import ConfigError
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig
 
 LEARNING_RATE = 1e-6
 CLIP_LOW, CLIP_HIGH = 2e-3, 2.5e-3  # arXiv 2602.05261 §5.1
-END = "<end>"  # no token of the model's: responses always reach their full length
+END = "<end>"  # not a token of the model: responses always reach their full length
 MODEL, PROMPTS = "model", "prompts.jsonl"
 
 
@@ -25,7 +25,7 @@ class Workload:
     """Sizes of one RL step: prompts × group responses, one LUSPO update; every length is exact.
 
     Raises:
-      ConfigError: naming the flag that makes no sense.
+      ConfigError: an invalid flag, named in the message.
     """
 
     prompts: int = 8
@@ -53,16 +53,16 @@ class Workload:
             raise ConfigError(
                 f"--microbatches={self.microbatches} does not divide the {self.responses} responses"
             )
-        _ = self.model  # Refuses what no decoder can be.
+        _ = self.model  # Refuses impossible decoders.
 
     @property
     def responses(self) -> int:
-        """Responses a step."""
+        """Returns the responses per step."""
         return self.prompts * self.group
 
     @property
     def model(self) -> DecoderConfig:
-        """A Qwen3 with a tied head and no token that ends a response."""
+        """Returns a Qwen3 with a tied head and no token that ends a response."""
         return DecoderConfig(
             model_type="qwen3",
             vocab_size=self.vocab,
@@ -91,7 +91,7 @@ class Workload:
 
 
 def words(vocab: int) -> list[str]:
-    """Token texts: the number and its parity, so that a text shows what the reward asks for."""
+    """Returns token texts: number and parity, so that a text shows what the reward requires."""
     return [f"{token}{'eo'[token % 2]}" for token in range(vocab)]
 
 
@@ -111,7 +111,7 @@ def write(workload: Workload, folder: pathlib.Path, *, seed: int) -> None:
 
 
 def prompt_texts(folder: pathlib.Path) -> list[str]:
-    """The prompts that `write` wrote."""
+    """Reads the prompts from `write`."""
     lines = (folder / PROMPTS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["problem"] for line in lines]
 

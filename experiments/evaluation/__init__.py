@@ -1,1 +1,1 @@
-"""What `python -m experiments.evaluate` does: plan, policy, storage, tables, comparison."""
+"""Implementation of `python -m experiments.evaluate`: plan, policy, storage, tables, comparison."""

@@ -1,4 +1,4 @@
-"""Two evaluations side by side, paired by problem; refused where they do not measure the same."""
+"""Compares two evaluations, paired by problem; refuses those that do not measure the same."""
 
 import dataclasses
 import pathlib
@@ -10,16 +10,16 @@ from experiments.evaluation import storage
 from luspo_jax.benchmarks.statistics import Difference, difference
 
 # Fields of a benchmark that two comparable evaluations share; numbers of responses and seeds may
-# differ. Chat templates belong to models, so their hash may differ and is only told.
+# differ. Chat templates belong to models, so a difference in their hash is only reported.
 _SHARED = {"problems_hash": "problems", "scorers": "scorers", "template": "prompt template"}
 
 
 def compare(ours: pathlib.Path, theirs: pathlib.Path) -> str:
-    """A table of paired differences, ours minus theirs, on the benchmarks that both have.
+    """Returns a table of paired differences, ours minus theirs, on the benchmarks in both.
 
     Raises:
-      UsageError: different protocols, scorers, problems or templates, by name; no benchmark in
-        common.
+      UsageError: different protocols, scorers, problems or templates, named in the message; no
+        benchmark in common.
     """
     folders = [pathlib.Path(ours), pathlib.Path(theirs)]
     manifests = [storage.read_manifest(folder) for folder in folders]
@@ -80,7 +80,7 @@ def _line(name: str, result: Difference, sizes: list[int]) -> str:
 
 
 def _images(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """In what the images of two evaluations differ, in the first of these that does."""
+    """Describes the first difference between the images of two evaluations."""
     for fields in (("blank", "min_pixels", "max_pixels"), ("settings",), ("shown",)):
         changed = [field for field in fields if ours.get(field) != theirs.get(field)]
         if changed:

@@ -1,4 +1,4 @@
-"""From flags to tasks: which problems, asked how, judged by what, from which files."""
+"""From flags to tasks: the problems, their prompts, their scorers and their files."""
 
 import collections
 import dataclasses
@@ -8,44 +8,48 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.command import UsageError
-from luspo_jax import config as configuration
-from luspo_jax import datasets, files, prompts, sources
+from luspo_jax import datasets, prompts
 from luspo_jax.benchmarks import Benchmark, Protocol
-from luspo_jax.datasets import Example, Report, templates
+from luspo_jax.datasets import Example, Report
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.datasets.rows import SUFFIXES
-from luspo_jax.images import ImagePreparer, ImageSettings
-from luspo_jax.sources import Model
+from luspo_jax.hosts import files
+from luspo_jax.images.preparer import ImagePreparer
+from luspo_jax.images.settings import ImageSettings
+from luspo_jax.prompts import templates
+from luspo_jax.run import fields
+from luspo_jax.run.data import image_preparer
+from luspo_jax.run.model import Model
 
-_NO_LIMIT = 1 << 30  # tokens: a prompt that is too long is refused later, by its length
+_NO_LIMIT = 1 << 30  # tokens: an overlong prompt is refused later, by its length
 _AT_ONCE = 64  # problems whose images are in memory while prompts are made
-_SHOWN = 1  # refusals that a message quotes
+_SHOWN = 1  # refusals quoted in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the flags say of an evaluation.
+    """Settings of an evaluation from the flags.
 
     Attributes:
-      protocol: how to sample, the number of responses included.
+      protocol: sampling settings, including the number of responses.
       data: a folder, or name=path pairs joined by commas.
-      cache_dir: where built datasets are kept; empty for the user's cache.
-      limit: only the first so many problems, each with all its parts or variants; 0 for all.
+      cache_dir: folder of built datasets; empty for the user's cache.
+      limit: number of first problems to use, each with all its parts or variants; 0 for all.
       seed: of the sampling noise.
       template, template_chat, system_prompt, enable_thinking: as in `prompts.Renderer`; an empty
         template is the benchmark's, and so is a system prompt of None.
-      image_dir: a folder, or name=path pairs joined by commas; empty where images are beside
-        their data.
-      min_pixels, max_pixels: of an image; 0 for the model's own.
+      image_dir: a folder, or name=path pairs joined by commas; empty if images are beside their
+        data.
+      min_pixels, max_pixels: limits of an image; 0 for the model's own.
       blank_images: whether every image is blanked.
-      refusals: of problems that cannot be asked: "stop", or "skip" them and say so.
-      id_columns, prediction_column: of a file of predictions.
+      refusals: problems that cannot be asked: "stop", or "skip" them and report it.
+      id_columns, prediction_column: columns of a file of predictions.
       dtype: of weights, activations and cache.
       num_slots: responses decoded together.
       tensor: devices that share one copy of the weights.
       save_every: problems between two saves; 0 for as many as fill the slots four times.
       workers, timeout_s: of the scorer; as many processes read images.
-      step: which checkpoint of a run.
+      step: checkpoint of a run.
     """
 
     protocol: Protocol
@@ -75,16 +79,16 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One benchmark as it is asked.
+    """One benchmark with its prompts.
 
     Attributes:
-      benchmark: which.
-      report: where its problems are from.
+      benchmark: the benchmark.
+      report: source of its problems.
       template: name of the prompt template.
       renderer: of its prompts.
-      prompts: the problems that are asked; their images are read again when it is their turn.
-      refused: reason → names of the problems that are not asked.
-      images: what was done to the images, and a hash of those that are shown; None without any.
+      prompts: the problems to ask; their images are read again when their turn comes.
+      refused: reason → names of the problems left out.
+      images: how images were processed, and a hash of those shown; None without images.
     """
 
     benchmark: Benchmark
@@ -97,16 +101,16 @@ class Task:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens."""
+        """Returns its length in tokens."""
         return max(len(prompt.tokens) for prompt in self.prompts)
 
 
 def tasks(chosen: Sequence[Benchmark], options: Options, model: Model) -> list[Task]:
-    """The chosen benchmarks' problems as token prompts for a model.
+    """Renders the chosen benchmarks' problems as token prompts for a model.
 
     Raises:
-      UsageError, DataError, BenchmarkError, ConfigError: a file, an annotation, a template or a
-        setting that cannot be used, or problems that cannot be asked, by name.
+      UsageError, DataError, BenchmarkError, ConfigError: an unusable file, annotation, template or
+        setting, or problems that cannot be asked, named in the message.
     """
     shown = [entry.name for entry in chosen if entry.images]
     if shown and model.config.vision is None:
@@ -138,7 +142,7 @@ def tasks(chosen: Sequence[Benchmark], options: Options, model: Model) -> list[T
 def examples(
     chosen: Sequence[Benchmark], options: Options
 ) -> dict[str, tuple[list[Example], Report]]:
-    """Benchmark → its problems, as many as the limit says, and where they are from."""
+    """Maps each benchmark to its problems, up to the limit, and their source."""
     paths = data_paths(options.data, chosen)
     loaded = {}
     for entry in chosen:
@@ -147,7 +151,7 @@ def examples(
             paths.get(entry.name),
             "test",
             data_dir=options.cache_dir or None,
-            keep=_named_columns(options.template or entry.template),
+            columns=datasets.Columns(keep=_named_columns(options.template or entry.template)),
         )
         problems = _first(entry, problems, options.limit)
         entry.check(problems)
@@ -163,7 +167,7 @@ def _named_columns(template: str) -> tuple[str, ...]:
 
 
 def _first(entry: Benchmark, problems: Sequence[Example], limit: int) -> list[Example]:
-    """The first so many problems, each with all its parts or variants."""
+    """Returns the first `limit` problems, each with all its parts or variants."""
     unit = entry.rule.unit if entry.rule else ""
     if not unit:
         return [problems[i] for i in range(min(limit or len(problems), len(problems)))]
@@ -173,10 +177,10 @@ def _first(entry: Benchmark, problems: Sequence[Example], limit: int) -> list[Ex
 
 
 def data_paths(text: str, chosen: Sequence[Benchmark]) -> dict[str, pathlib.Path]:
-    """Benchmark → file or folder, of those that need one.
+    """Maps each benchmark that needs data to its file or folder.
 
     Raises:
-      UsageError: a benchmark without data; the message says what was looked for.
+      UsageError: a benchmark without data; the message lists the places searched.
     """
     given, folder = _named_paths("data", text, chosen)
     for entry in chosen:
@@ -188,7 +192,7 @@ def data_paths(text: str, chosen: Sequence[Benchmark]) -> dict[str, pathlib.Path
 def _named_paths(
     flag: str, text: str, chosen: Sequence[Benchmark]
 ) -> tuple[dict[str, pathlib.Path], pathlib.Path | None]:
-    """(benchmark → path, folder of all) of a flag such as `DIR,aime24=FILE`."""
+    """Parses a flag such as `DIR,aime24=FILE` into (benchmark → path, folder of all)."""
     given, folders = {}, []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, equals, path = part.partition("=")
@@ -208,7 +212,7 @@ def _named_paths(
 
 
 def _inside(folder: pathlib.Path | None, name: str) -> pathlib.Path:
-    """The benchmark's own folder or file in the folder of all."""
+    """Returns the benchmark's own folder or file in the folder of all."""
     if folder is None:
         raise UsageError(f"--benchmarks={name} needs its file: --data=FOLDER or --data={name}=FILE")
     candidates = [folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
@@ -222,7 +226,7 @@ def _inside(folder: pathlib.Path | None, name: str) -> pathlib.Path:
 
 
 def _image_files(chosen: Sequence[Benchmark], options: Options) -> dict[str, ImageFiles]:
-    """Benchmark → where its images are."""
+    """Maps each benchmark to the location of its images."""
     paths = data_paths(options.data, chosen)
     folders, folder = _named_paths("image_dir", options.image_dir, chosen)
     for place in [*folders.values(), *([folder] if folder else [])]:
@@ -238,11 +242,11 @@ def _image_files(chosen: Sequence[Benchmark], options: Options) -> dict[str, Ima
 
 
 def _preparer(options: Options, model: Model) -> ImagePreparer:
-    config = configuration.default_config()
+    config = fields.default_config()
     config.data.min_pixels, config.data.max_pixels = options.min_pixels, options.max_pixels
     config.data.blank_images = options.blank_images
     config.data.image_workers = options.workers
-    return sources.image_preparer(config, model)
+    return image_preparer(config, model)
 
 
 def _system_prompt(entry: Benchmark, options: Options) -> str:
@@ -253,7 +257,7 @@ def _system_prompt(entry: Benchmark, options: Options) -> str:
 def _task(entry, problems, report, options, renderer, max_position) -> Task:
     digest = hashlib.sha256()
     found = []
-    for start in range(0, len(problems), _AT_ONCE):  # images of all would not fit into memory
+    for start in range(0, len(problems), _AT_ONCE):  # all images would not fit into memory
         for outcome in _outcomes(entry, problems[start : start + _AT_ONCE], renderer):
             if isinstance(outcome, prompts.PromptRecord):
                 digest.update("".join(image.sha for image in outcome.images).encode())
@@ -284,12 +288,12 @@ def _image_facts(settings: ImageSettings, shown: str) -> dict[str, Any]:
 
 
 def name(problem: Example) -> str:
-    """What its dataset calls a problem, or its place."""
+    """Returns a problem's name in its dataset, or its index."""
     return str(problem.meta.get("id", problem.id))
 
 
 def _outcomes(entry, problems, renderer) -> list[prompts.PromptRecord | prompts.Refusal]:
-    """What becomes of each problem; prompts keep the problem as the dataset has it."""
+    """Returns each problem's prompt or refusal; prompts keep the problem as the dataset has it."""
     put = [dataclasses.replace(p, problem=entry.question(p)) for p in problems]
     return [
         dataclasses.replace(outcome, example=problem)
@@ -305,7 +309,7 @@ def _fitting(entry, found, max_position: int, options: Options) -> list:
     """Refuses prompts that leave too little room for a response.
 
     Raises:
-      UsageError: there are such prompts, and they are not to be skipped.
+      UsageError: there are such prompts, and they must not be skipped.
     """
     length = options.protocol.max_response_length
     sizes = [len(o.tokens) if isinstance(o, prompts.PromptRecord) else 0 for o in found]
@@ -334,7 +338,7 @@ def _fitting(entry, found, max_position: int, options: Options) -> list:
 
 
 def _whole(entry, problems, found) -> list:
-    """Refuses what is left of a problem of which a part was refused, where figures need all."""
+    """Refuses the rest of a problem with a refused part, if figures need all parts."""
     if entry.rule is None or not entry.rule.whole:
         return found
     units = [problem.meta[entry.rule.unit] for problem in problems]

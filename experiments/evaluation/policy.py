@@ -1,4 +1,4 @@
-"""The model that is evaluated: a Hugging Face folder, one in the package, or a run's weights."""
+"""The evaluated model: a Hugging Face folder, one in the package, or a run's weights."""
 
 import contextlib
 import dataclasses
@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from luspo_jax import config as configuration
-from luspo_jax import run as runs
 from luspo_jax import sharding
-from luspo_jax import workdir as workdirs
-from luspo_jax.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.learner.state import abstract_state
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.rollout.handover import rollout_params
-from luspo_jax.run import Model
+from luspo_jax.run import fields
+from luspo_jax.run import workdir as workdirs
+from luspo_jax.run.build import update_rule
+from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.run.model import Model, load_model
+from luspo_jax.run.settings import section
 from luspo_jax.sharding import Layout, MeshError
-from luspo_jax.update import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Policy:
     """A model with its weights.
 
     Attributes:
-      name: what the user called it, and the step of a run.
+      name: the user's name for it, and the step of a run.
       model: architecture, tokenizer, folder.
       params: weights in the dtype of sampling.
-      layout: where they lie; None on one device.
+      layout: their layout; None on one device.
       digest: twelve hex digits that change with any weight.
-      pixels: least and most of an image, of a run that sets them; 0 for the model's own.
+      pixels: least and most pixels of an image, if a run sets them; 0 for the model's own.
     """
 
     name: str
@@ -45,25 +46,26 @@ class Policy:
 
 
 def load(path: str, *, step: str, dtype: str, tensor: int = 1) -> Policy:
-    """The policy at a path, as `--model` takes it.
+    """Loads the policy at a path, as given to `--model`.
 
     Args:
-      path: a folder with config.json and safetensors, embedded:NAME, hub:OWNER/NAME, or the
-        workdir of a run.
-      step: latest, best or a number; of a run only.
+      path: a folder with config.json and safetensors, embedded:NAME, hub:OWNER/NAME, or the workdir
+        of a run.
+      step: latest, best or a number; for a run only.
       dtype: float32 or bfloat16.
       tensor: devices that share one copy of the weights; there are as many copies as fit.
 
     Raises:
-      FileNotFoundError, CheckpointError, WorkdirError, WeightsError: naming what is missing.
+      FileNotFoundError, CheckpointError, WorkdirError, WeightsError: missing files, named in the
+        message.
       MeshError: `tensor` does not divide the devices or the model.
     """
     layout = sharding.layout("rollout", {"data": -1, "tensor": tensor})
     if (pathlib.Path(path) / "run.json").is_file():
         return _of_run(pathlib.Path(path), step, dtype, layout)
-    config = configuration.default_config()
+    config = fields.default_config()
     config.model.path = path
-    model = runs.load_model(config)
+    model = load_model(config)
     _check(model, layout)
     params = decoder_weights.load_params(
         model.folder, model.config, dtype=jnp.dtype(dtype), layout=layout
@@ -81,7 +83,7 @@ def _of_run(workdir: pathlib.Path, step: str, dtype: str, layout: Layout | None)
 
 @dataclasses.dataclass(frozen=True)
 class StoredPolicy:
-    """What a checkpoint of a run says of its policy, and the step that it is of."""
+    """The policy in a run's checkpoint, and its step."""
 
     config: ConfigDict
     model: Model
@@ -90,29 +92,29 @@ class StoredPolicy:
 
 
 def stored_policy(workdir: pathlib.Path, step: str, *, spread: bool = False) -> StoredPolicy:
-    """The policy of a run's checkpoint; nothing is changed there, and no data file is needed.
+    """Loads the policy of a run's checkpoint; changes nothing there, and needs no data file.
 
     Args:
-      workdir: of the run, which may be under way.
+      workdir: of the run, which may be in progress.
       step: latest, best or a number.
-      spread: over all devices.
+      spread: whether to shard it over all devices.
 
     Raises:
-      CheckpointError, WorkdirError: naming what is missing or damaged.
+      CheckpointError, WorkdirError: missing or damaged files, named in the message.
     """
     config = workdirs.stored_config(workdir)
     with contextlib.closing(Checkpointer(workdir / "checkpoints", read_only=True)) as checkpointer:
         number = chosen_step(checkpointer, step)
         if number is None:
             raise CheckpointError(f"{workdir} holds no {step} checkpoint")
-        model = runs.load_model(config)
+        model = load_model(config)
         # The optimizer's state comes along with the weights, so all of it is cut over the devices.
         cut = sharding.layout("train", {"fsdp": -1}) if spread else None
         if sharding.misfits(cut, {"hidden_size": ("embed", model.config.embed_dim)}):
             cut = sharding.layout("train", {"data": -1})
-        rule = runs.update_rule(config, model, cut)
-        like = abstract_state(rule, marked=configuration.build_length(config).every > 0)
-        state, _ = checkpointer.restore(number, like)
+        rule = update_rule(config, model, cut)
+        like = abstract_state(rule, marked=section(config, "length").every > 0)
+        state, _, _ = checkpointer.restore(number, like)
     return StoredPolicy(config, model, state.params, number)
 
 
@@ -124,7 +126,7 @@ def _check(model, layout):
 
 
 def chosen_step(checkpointer: Checkpointer, step: str) -> int | None:
-    """The number of the latest, the best or a numbered checkpoint; None where there is none.
+    """Returns the number of the latest, best or numbered checkpoint; None if there is none.
 
     Raises:
       CheckpointError: neither of these words nor a number.

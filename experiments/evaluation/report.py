@@ -1,8 +1,7 @@
-"""Numbers of an evaluation's folder: results.json, results.md, a table on the console."""
+"""Reports of an evaluation's folder: results.json, results.md, a table on the console."""
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,18 +12,18 @@ from luspo_jax.benchmarks import Benchmark, Record, Summary, summary
 from luspo_jax.benchmarks.record import UNUSABLE
 from luspo_jax.benchmarks.registry import benchmark
 from luspo_jax.benchmarks.verdicts import STRICT, VLMEVALKIT, Line
-from luspo_jax.files import write_text
+from luspo_jax.hosts.files import write_json, write_text
 
 _HEAD = (
     "benchmark", "problems", "not asked", "n", "avg@n %", "95 % interval", "pass@n %", "maj@n %",
     "length", "truncated %", "unparsed %", "not judged",
 )  # fmt: skip
-_NAMED = 10  # problems that a note names
+_NAMED = 10  # problems named in a note
 
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """Of one benchmark: the summary that all have, its own figures, and their caveats."""
+    """Numbers of one benchmark: the common summary, its own figures, and their caveats."""
 
     summary: Summary
     figures: list[Line]
@@ -32,7 +31,7 @@ class Numbers:
 
 
 def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
-    """Writes results.json and results.md of the benchmarks that are complete.
+    """Writes results.json and results.md for the complete benchmarks.
 
     Returns:
       The table with the protocol above it.
@@ -41,7 +40,7 @@ def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
     for name, entry in manifest["benchmarks"].items():
         try:
             records = storage.read_benchmark(folder, name, entry)
-        except UsageError as error:  # of an earlier command that was stopped
+        except UsageError as error:  # from an earlier, stopped command
             missing.append(f"no results of {error}")
             continue
         found[name] = numbers(benchmark(name), records)
@@ -51,13 +50,13 @@ def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
             for name, result in found.items()
         }
     }
-    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "results.json", results)
     write_text(folder / "results.md", markdown(manifest, found))
     return "\n".join([console(manifest, found), *missing])
 
 
 def numbers(entry: Benchmark, records: Sequence[Record]) -> Numbers:
-    """The numbers of a benchmark's records."""
+    """Computes the numbers of a benchmark's records."""
     once = [record for record in records if record.sample_id == records[0].sample_id]
     rule, caveats = entry.rule, []
     if rule:
@@ -78,7 +77,7 @@ def _results(result: Numbers) -> dict[str, Any]:
 
 
 def console(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> str:
-    """The table in columns, and what to know of it."""
+    """Formats the table in columns, with its caveats."""
     rows = [_HEAD, *_rows(manifest, found)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
@@ -88,7 +87,7 @@ def console(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> str:
 
 
 def markdown(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> str:
-    """The whole report."""
+    """Formats the whole report."""
     seed = f"; seed {manifest['seed']}" if "seed" in manifest else ""
     weights = f" (weights {manifest['weights']})" if "weights" in manifest else ""
     lines = [
@@ -138,7 +137,7 @@ def _not_asked(entry: Mapping[str, Any]) -> int:
 
 
 def _notes(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> list[str]:
-    """What a reader must know before quoting a number."""
+    """Lists what a reader must know before quoting a number."""
     notes = []
     for name, numbers in found.items():
         entry, result = manifest["benchmarks"][name], numbers.summary
@@ -169,7 +168,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _figure_columns(name: str, numbers: Numbers) -> list[str]:
-    """The benchmark's own figures in columns."""
+    """Formats the benchmark's own figures in columns."""
     if not numbers.figures:
         return []
     groups = max(len(line.group) for line in numbers.figures) + len("  ") + 7
@@ -185,7 +184,7 @@ def _figure_columns(name: str, numbers: Numbers) -> list[str]:
 
 
 def _tables(numbers: Numbers) -> Iterator[tuple[str, list[tuple[str, str, str, str]]]]:
-    """(title, rows of group, items, strict, vlmevalkit) of each table."""
+    """Yields (title, rows of group, items, strict, vlmevalkit) of each table."""
     for title, lines in itertools.groupby(numbers.figures, key=lambda line: line.table):
         yield (
             title,

@@ -1,4 +1,4 @@
-"""Scoring without a model: stored generations again, or predictions that came from elsewhere."""
+"""Scores without a model: stored generations again, or predictions from elsewhere."""
 
 import collections
 import dataclasses
@@ -13,14 +13,14 @@ from luspo_jax.benchmarks.registry import Judge, benchmark
 from luspo_jax.datasets import Example
 from luspo_jax.datasets.predictions import read_predictions
 from luspo_jax.rewards import Sample
-from luspo_jax.rewards.extraction import with_opening
+from luspo_jax.rewards.answers.extraction import with_opening
 
-_NAMED = 10  # ids that a message names
+_NAMED = 10  # ids named in a message
 _UNKNOWN = "predictions from a file (sampling unknown)"
 
 
 def rescore(folder: pathlib.Path, options: Options) -> str:
-    """Judges an evaluation's stored generations by today's scorers, part by part, in place.
+    """Scores an evaluation's stored generations again with the current scorers, in place.
 
     Returns:
       What changed, and the table.
@@ -36,7 +36,7 @@ def rescore(folder: pathlib.Path, options: Options) -> str:
             with session.scorer(entry, options) as judge:
                 changed, after = _rescore_parts(folder, name, judge), judge.labels
             facts["scorers"], facts["metric"] = after, entry.metric
-            storage.write_manifest(folder, manifest)  # what is done stays told, whatever comes
+            storage.write_manifest(folder, manifest)  # finished parts stay recorded
             lines.append(
                 f"{name}: {', '.join(before.values())} → {', '.join(after.values())}; "
                 f"{changed} verdicts changed"
@@ -55,7 +55,7 @@ def _rescore_parts(folder: pathlib.Path, name: str, judge: Judge) -> int:
 
 
 def judged(records: Sequence[Record], judge: Judge) -> list[Record]:
-    """The same records with verdicts of this scorer."""
+    """Returns the same records with verdicts of this scorer."""
     samples = [
         Sample(with_opening(r.prompt, r.response), r.answer, r.length, None, r.meta, r.problem)
         for r in records
@@ -73,16 +73,15 @@ def predictions(
     """Scores a file of predictions as `run` scores a model's responses.
 
     Args:
-      file: jsonl, csv, json or parquet with columns `id` and `prediction`, or those that the
-        options name; several rows with one id are several responses to that problem, in their
-        order.
+      file: jsonl, csv, json or parquet with columns `id` and `prediction`, or those named in the
+        options; several rows with one id are several responses to that problem, in order.
       entry: the benchmark they answer.
-      workdir: where the records and results go.
-      options: protocol is not looked at: how the predictions were drawn is not known.
+      workdir: folder of the records and results.
+      options: the protocol is ignored, because the predictions' sampling is unknown.
 
     Raises:
-      UsageError, DataError: a file that is empty or lacks a column, ids that are unknown, missing
-        or unequally often there; by name.
+      UsageError, DataError: a file that is empty or lacks a column; ids that are unknown, missing
+        or unequally frequent, named in the message.
     """
     problems, source = plan.examples([entry], options)[entry.name]
     answers = _by_problem(file, entry, problems, options)
@@ -127,7 +126,7 @@ def _unjudged(name: str, problem: Example, sample_id: int, text: str) -> Record:
 def _by_problem(
     file: pathlib.Path, entry: Benchmark, problems: Sequence[Example], options: Options
 ) -> dict[int, list[str]]:
-    """Problem → its predictions."""
+    """Maps each problem to its predictions."""
     known, found, unknown = _names(entry, problems), {}, []
     given = read_predictions(
         file, id_columns=options.id_columns, response=options.prediction_column
@@ -163,7 +162,7 @@ def _by_problem(
 
 
 def _names(entry: Benchmark, problems: Sequence[Example]) -> Mapping[str, int]:
-    """Id in a file → problem. Ids of a visual benchmark may be numbers, so places do not count."""
+    """Maps file ids to problems. A visual benchmark's ids may be numbers; no index counts."""
     own = {str(p.meta[entry.id_field]): p.id for p in problems if entry.id_field in p.meta}
     places = {} if entry.rule else {str(problem.id): problem.id for problem in problems}
     return places | own

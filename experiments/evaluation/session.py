@@ -1,4 +1,4 @@
-"""An evaluation from beginning to end, its rescoring, and the scoring of others' predictions."""
+"""Runs an evaluation from beginning to end."""
 
 import dataclasses
 import hashlib
@@ -9,31 +9,32 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from experiments.evaluation import plan, report, storage
 from experiments.evaluation.plan import Options, Task
 from experiments.evaluation.policy import Policy, load
-from luspo_jax import evaluate, prompts, sharding
-from luspo_jax import run as runs
+from luspo_jax import prompts, sharding
 from luspo_jax.benchmarks import Benchmark, Protocol
 from luspo_jax.benchmarks.registry import Judge
 from luspo_jax.datasets import Example, Report
+from luspo_jax.experience import held_out
+from luspo_jax.models import kernels
+from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Engine, Sampling
 
 _PACKAGES = ("luspo_jax", "jax", "transformers", "math-verify")
-_FILLS = 4  # times that the responses of a part fill the slots, so that few wait at its end
+_FILLS = 4  # a part's responses over slots, so that few slots idle at its end
 
 
 def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options: Options) -> str:
-    """Evaluates a model, or goes on where an earlier call was stopped.
+    """Evaluates a model, or resumes where an earlier call stopped.
 
     Returns:
       The table.
 
     Raises:
-      UsageError, DataError, CheckpointError, …: what cannot be used, by name.
+      UsageError, DataError, CheckpointError, …: unusable input, named in the message.
     """
     with storage.locked(workdir):
         policy = load(model, step=options.step, dtype=options.dtype, tensor=options.tensor)
@@ -51,28 +52,32 @@ def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options:
 
 
 def scorer(entry: Benchmark, options: Options) -> Judge:
-    """The scorer of a benchmark: failed verifications are counted, and stop it past one in 20."""
+    """Returns a benchmark's scorer: it counts failed verifications, and stops above one in 20."""
     return entry.judge(workers=options.workers, time_limit=options.timeout_s)
 
 
 def _engine(policy: Policy, task: Task, options: Options) -> Engine:
-    chosen, config = options.protocol, policy.model.config
+    chosen = options.protocol
+    how = Forward(
+        policy.model.config,
+        options.dtype,
+        attention="auto",
+        vision_attention="auto",
+        expert_kernel="auto",
+        layout=sharding.on_own_devices(policy.layout),
+    )
     return Engine(
-        config,
+        kernels.resolved(how),
         Sampling(stop_token_ids=policy.model.stop_token_ids, **chosen.sampling),
         num_slots=options.num_slots,
         max_prompt_length=task.longest_prompt,
-        dtype=jnp.dtype(options.dtype),
-        layout=sharding.on_own_devices(policy.layout),
-        attention=runs.prefill_attention(config, policy.layout, options.dtype),
-        vision_attention=runs.vision_attention(config, policy.layout, options.dtype),
     )
 
 
 def _generate(
     policy: Policy, task: Task, engine: Engine, workdir: pathlib.Path, options: Options
 ) -> None:
-    """Samples, scores and stores the parts of a benchmark that are not there yet."""
+    """Samples, scores and stores the missing parts of a benchmark."""
     size, samples = _part_size(options), options.protocol.num_samples
     name, total = task.benchmark.name, len(task.prompts) * samples
     bar = tqdm(total=total, desc=name, unit="response", disable=None, file=sys.stderr)
@@ -86,18 +91,17 @@ def _generate(
                 def progress(finished: int, _: int, before=before) -> None:
                     bar.update(before + finished - bar.n)
 
-                records = evaluate.respond(
+                groups = held_out.ask(
                     engine,
                     policy.params,
                     prompts.with_images(asked, task.renderer),
                     judge,
                     decode=policy.model.decode,
-                    benchmark=name,
                     num_samples=samples,
                     seed=options.seed,
                     progress=progress,
                 )
-                storage.write_part(path, records)
+                storage.write_part(path, held_out.kept(groups, name, judge.labels))
                 bar.n = before
             bar.update(len(asked) * samples)
 
@@ -108,7 +112,7 @@ def _part_size(options: Options) -> int:
 
 
 def _manifest(policy: Policy, tasks: Sequence[Task], options: Options) -> dict[str, Any]:
-    """Everything that decides the responses and the verdicts."""
+    """Returns everything that determines the responses and the verdicts."""
     benchmarks = {}
     for task in tasks:
         problems = [prompt.example for prompt in task.prompts]
@@ -133,7 +137,7 @@ def _manifest(policy: Policy, tasks: Sequence[Task], options: Options) -> dict[s
 
 
 def protocol_facts(protocol: Protocol) -> dict[str, Any]:
-    """The protocol in words and in numbers."""
+    """Returns the protocol in words and in numbers."""
     return {"protocol": protocol.label, "sampling": protocol.sampling}
 
 
@@ -145,7 +149,7 @@ def entry_facts(
     *,
     refused: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """What the numbers of a benchmark depend on beside model and protocol."""
+    """Returns the facts, besides model and protocol, that determine a benchmark's numbers."""
     what = [[e.id, entry.question(e), e.answer] for e in problems]
     with scorer(entry, options) as judge:
         labels = judge.labels
@@ -162,7 +166,7 @@ def entry_facts(
 
 
 def packages() -> dict[str, str]:
-    """Versions, for the record."""
+    """Returns package versions, for the record."""
     versions = {}
     for name in _PACKAGES:
         try:

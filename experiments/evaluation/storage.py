@@ -1,7 +1,7 @@
-"""An evaluation's folder: what it is an evaluation of, and its generations in parts.
+"""An evaluation's folder: a manifest of what it evaluates, and its generations in parts.
 
-A part holds all responses to a few problems and is written whole or not at all. Which problems
-make a part is fixed, so a continued evaluation samples the missing parts exactly as an
+A part holds all responses to a few problems and is written whole or not at all. The assignment of
+problems to parts is fixed, so a resumed evaluation samples the missing parts exactly as an
 uninterrupted one would have: the same problems in the same call, with noise that depends on seed,
 problem and sample only.
 """
@@ -13,18 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.command import UsageError
-from luspo_jax import files
 from luspo_jax.benchmarks import Record
+from luspo_jax.hosts import files
 
 MANIFEST = "evaluation.json"
 
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps the folder of an evaluation for this process; it is made if need be.
+    """Locks the folder of an evaluation for this process, creating it if necessary.
 
     Raises:
-      PlaceError: it holds something else, or cannot be written, or another process is using it.
+      PlaceError: it holds something else, cannot be written, or is in use by another process.
     """
     files.check_own(folder, ours=[MANIFEST], what="evaluation")
     with files.locked(folder):
@@ -32,7 +32,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """What an evaluation's folder says it holds.
+    """Reads the manifest of an evaluation's folder.
 
     Raises:
       UsageError: it holds no evaluation, or a damaged one.
@@ -47,13 +47,13 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Replaces it."""
+    """Replaces the manifest."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=True)
     files.write_text(folder / MANIFEST, text + "\n")
 
 
 def begin(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Begins an evaluation, or goes on with the one that the folder holds.
+    """Begins an evaluation, or resumes the one in the folder.
 
     Returns:
       The manifest with the benchmarks of earlier commands.
@@ -77,7 +77,7 @@ def begin(folder: pathlib.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Fields that make it another evaluation; versions of packages do not."""
+    """Yields the fields that make it another evaluation; package versions do not count."""
     for name in sorted({*stored, *new} - {"packages", "benchmarks"}):
         if stored.get(name) != new.get(name):
             yield f"{name}: {stored.get(name)!r} in the workdir, {new.get(name)!r} now"
@@ -91,7 +91,7 @@ def _differences(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[
 
 
 def part_path(folder: pathlib.Path, benchmark: str, number: int) -> pathlib.Path:
-    """Where the generations of a part are."""
+    """Returns the path of a part's generations."""
     return folder / "generations" / benchmark / f"part_{number:05d}.jsonl"
 
 
@@ -102,7 +102,7 @@ def write_part(path: pathlib.Path, records: Sequence[Record]) -> None:
 
 
 def read_part(path: pathlib.Path) -> list[Record]:
-    """The records of a part."""
+    """Reads the records of a part."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [
         Record.from_json(line, f"{path}, line {number}")
@@ -112,12 +112,12 @@ def read_part(path: pathlib.Path) -> list[Record]:
 
 
 def read_benchmark(folder: pathlib.Path, name: str, entry: Mapping[str, Any]) -> list[Record]:
-    """All records of a benchmark.
+    """Reads all records of a benchmark.
 
     Args:
       folder: of the evaluation.
       name: of the benchmark.
-      entry: what the manifest says of it.
+      entry: its entry in the manifest.
 
     Raises:
       UsageError: some are missing, or parts were judged by different scorers.

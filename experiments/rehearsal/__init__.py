@@ -1,1 +1,1 @@
-"""A run rehearsed without its hardware: every program compiled for the target, and its costs."""
+"""Rehearses a run without its hardware: compiles every program for the target, and counts costs."""

@@ -1,4 +1,4 @@
-"""What is rehearsed: a configuration resolved for a machine, without tokenizer, data or weights."""
+"""A rehearsed case: a configuration resolved for a machine, without tokenizer, data or weights."""
 
 import contextlib
 import dataclasses
@@ -13,25 +13,30 @@ from ml_collections import ConfigDict
 from experiments.command import UsageError
 from experiments.rehearsal import costs, tower
 from experiments.rehearsal.topologies import Topology
-from luspo_jax import config as configuration
-from luspo_jax import packing, update
-from luspo_jax import run as runs
-from luspo_jax.config import BatchArithmetic
+from luspo_jax.learner.plan import Plan
+from luspo_jax.learner.programs import StepPrograms
+from luspo_jax.learner.rows import Planner
+from luspo_jax.learner.state import UpdateRule, abstract_state
 from luspo_jax.models import locate
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config
+from luspo_jax.ops.sizes import rounded_up
 from luspo_jax.rollout import Engine, Request
 from luspo_jax.rollout.engine import SMALLEST_PROMPT
-from luspo_jax.rollout.schedule import bucket, prefill_batches
-from luspo_jax.sharding import Layout, rounded_up
+from luspo_jax.rollout.schedule import prefill_batches
+from luspo_jax.run import checks
+from luspo_jax.run.arithmetic import BatchArithmetic, batch_arithmetic
+from luspo_jax.run.build import layouts, planner, sampler, update_rule
+from luspo_jax.run.memory import param_bytes
+from luspo_jax.run.model import Model
+from luspo_jax.sharding import Layout
 from luspo_jax.types import TrainState
-from luspo_jax.update import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Tokens that are assumed: every prompt has `prompt`, responses `power_lengths`.
+    """Assumed token counts: every prompt has `prompt`, responses `power_lengths`.
 
-    `images` are among the tokens of a prompt; None where there are none.
+    A prompt's tokens include its `images`, None if there are none.
     """
 
     prompt: int
@@ -45,9 +50,9 @@ class Case:
     """A configuration on a machine.
 
     Attributes:
-      layouts: of training, and of the rollout over all hosts.
-      engine: what samples on one host.
-      held_out: what samples held-out problems there.
+      layouts: layouts of training, and of the rollout over all hosts.
+      engine: the engine that samples on one host.
+      held_out: the engine that samples held-out problems there.
     """
 
     config: ConfigDict
@@ -62,42 +67,52 @@ class Case:
     @property
     def sizes(self) -> BatchArithmetic:
         """The batch arithmetic."""
-        return configuration.batch_arithmetic(self.config)
+        return batch_arithmetic(self.config)
+
+    @functools.cached_property
+    def planner(self) -> Planner:
+        """How responses are laid into rows."""
+        return planner(self.config, self.model, self.layouts[0])
+
+    @property
+    def programs(self) -> StepPrograms:
+        """The programs of a step that train."""
+        return StepPrograms(self.rule, self.sizes.updates_per_step)
 
     @property
     def num_params(self) -> int:
         """Parameters of the model."""
-        return runs.param_bytes(self.model, None, jnp.float32) // 4
+        return param_bytes(self.model, None, jnp.float32) // 4
 
     @functools.cached_property
     def state(self) -> TrainState:
         """Shapes and places of the train state."""
-        return self.on(update.abstract_state(self.rule, marked=self.config.length.every > 0))
+        return self.on(abstract_state(self.rule, marked=self.config.length.every > 0))
 
     @property
     def width(self) -> int:
-        """Bytes of a value in training's compute type."""
+        """Returns the bytes of a value in training's compute type."""
         return np.dtype(jnp.dtype(self.config.model.dtype)).itemsize
 
     @functools.cached_property
     def train_parts(self) -> costs.Parts:
-        """How training shares work."""
+        """Returns how training is sharded."""
         return costs.parts(self.layouts[0])
 
     @functools.cached_property
     def rollout_parts(self) -> costs.Parts:
-        """How the devices of one host share a rollout."""
+        """Returns how a rollout is sharded over the devices of one host."""
         return costs.parts(self.engine.layout, length="cache_length")
 
     def on(self, tree: Any) -> Any:
-        """Shapes on the only device, where there is one; as they are on a mesh."""
+        """Places shapes on the only device, if there is one; leaves them as they are on a mesh."""
         if self.layouts[0] is not None:
             return tree
         where = jax.sharding.SingleDeviceSharding(self.topology.devices[0])
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
     def on_host(self, tree: Any, axes_tree: Any) -> Any:
-        """Shapes over the devices of one host, by their logical axes."""
+        """Places shapes on the devices of one host, by their logical axes."""
         layout = self.engine.layout
         single = jax.sharding.SingleDeviceSharding(self.topology.devices[0])
         leaves, treedef = jax.tree.flatten(tree)
@@ -112,18 +127,18 @@ class Case:
 
     @functools.cached_property
     def response_lengths(self) -> list[int]:
-        """Assumed lengths of a step's responses, shuffled by a fixed seed."""
+        """Returns assumed lengths of a step's responses, shuffled by a fixed seed."""
         found = costs.power_lengths(
             self.lengths.mean, self.lengths.longest, self.sizes.responses_per_step
         )
         return np.random.default_rng(0).permutation(found).tolist()
 
     def share(self, total: int) -> int:
-        """Of `total` prompts, those of one host: the most that one has."""
+        """Returns the largest number of `total` prompts on one host."""
         return -(-total // self.topology.hosts)
 
     def prompt_batch(self, engine: Engine, prompts: int, group_size: int) -> tuple[int, int]:
-        """(P, T) of the largest prefill of `prompts` longest prompts."""
+        """Returns (P, T) of the largest prefill of `prompts` longest prompts."""
         longest = np.zeros(self.config.data.max_prompt_length, np.int32)
         slots = self.slots(engine, prompts * group_size)
         batches = prefill_batches(
@@ -133,20 +148,20 @@ class Case:
             max_tokens=engine.max_prefill_tokens,
             multiple=engine.row_multiple,
         )
-        length = bucket(len(longest), limit=engine.max_prompt_length, smallest=SMALLEST_PROMPT)
+        length = rounded_up(len(longest), SMALLEST_PROMPT, engine.max_prompt_length)
         return rounded_up(len(batches[0]), engine.row_multiple), length
 
     def prefilled_images(self, prompts: int, multiple: int) -> int:
-        """Rows of images of a prefill of `prompts` prompts that `multiple` devices share."""
+        """Returns the image rows of a prefill of `prompts` prompts on `multiple` devices."""
         images = self.lengths.images
         return rounded_up(prompts * images.count, multiple) if images else 0
 
     def slots(self, engine: Engine, responses: int) -> int:
-        """Slots that a host decodes: those asked for, or as many as there are responses."""
+        """Returns the slots a host decodes: as configured, or one per response if fewer."""
         return min(engine.num_slots, rounded_up(max(1, responses), engine.row_multiple))
 
     def rooms(self, engine: Engine) -> list[int]:
-        """Cache lengths that are allocated one after another, up to the longest response."""
+        """Returns the cache lengths allocated one after another, up to the longest response."""
         rooms = [engine.room(self.config.data.max_prompt_length + 1)]
         most = engine.room(self.config.data.max_prompt_length + self.lengths.longest)
         while rooms[-1] < most:
@@ -155,13 +170,13 @@ class Case:
 
 
 def architecture(config: ConfigDict) -> DecoderConfig:
-    """The decoder of `config.model`, from its config.json alone."""
+    """Returns the decoder of `config.model`, from its config.json alone."""
     values = locate.architecture(config.model.path)
     return decoder_config({**values, **config.model.overrides.to_dict()})
 
 
 class _NoTokenizer:
-    """Stands where a run has its tokenizer, whose tokens change no size."""
+    """Replaces a run's tokenizer, whose tokens change no size."""
 
     eos_token_id = None
     pad_token_id = None
@@ -182,20 +197,20 @@ def build(
     Args:
       config: of the run.
       topology: the machine.
-      mean_length: assumed mean of the response lengths; a quarter of the longest unless given.
-      max_length: assumed longest response; the configuration's limit unless given. What is
-        allocated goes by it, but the packed rows' length does not.
-      live: sequences decoded together on a host, in place of rollout.num_slots.
-      images: assumed images of a prompt, where the model reads images; 1 unless given.
-      image_size: (height, width) of each in pixels; the largest square allowed unless given.
+      mean_length: assumed mean of the response lengths; by default a quarter of the longest.
+      max_length: assumed longest response; by default the configuration's limit. Allocations follow
+        it, but the packed rows' length does not.
+      live: sequences decoded together on a host, replacing rollout.num_slots.
+      images: assumed images of a prompt, if the model reads images; by default 1.
+      image_size: (height, width) of each in pixels; by default the largest square allowed.
 
     Raises:
-      ConfigError, MeshError, UsageError: what does not fit, before anything is compiled.
+      ConfigError, MeshError, UsageError: a mismatch, before anything is compiled.
     """
     config = config.copy_and_resolve_references()
     if live:
         config.rollout.num_slots = live
-    configuration.check(config)
+    checks.check(config)
     longest = max_length or config.rollout.max_response_length
     if not 1 <= longest <= config.rollout.max_response_length:
         raise UsageError(
@@ -205,66 +220,54 @@ def build(
     mean = mean_length or max(1.0, longest / 4)
     if not 1 <= mean <= longest:
         raise UsageError(f"--mean_length={mean:g} must lie between 1 and the longest, {longest}")
-    model = runs.Model(locate.EMBEDDED, architecture(config), _NoTokenizer())
+    model = Model(locate.EMBEDDED, architecture(config), _NoTokenizer())
     pictures = tower.assumed(config, model.config, images, image_size)
-    layouts = runs.layouts(config, model.config, topology.devices)
+    laid = layouts(config, model.config, topology.devices)
     with _device_of(topology):
         return Case(
             config=config,
             topology=topology,
             lengths=Lengths(config.data.max_prompt_length, mean, longest, pictures),
             model=model.config,
-            rule=runs.update_rule(config, model, layouts[0]),
-            layouts=layouts,
-            engine=runs.sampler(config, model, config.rollout, layouts[1]),
-            held_out=runs.sampler(config, model, config.eval, layouts[1]),
+            rule=update_rule(config, model, laid[0]),
+            layouts=laid,
+            engine=sampler(config, model, config.rollout, laid[1]),
+            held_out=sampler(config, model, config.eval, laid[1]),
         )
 
 
 def _device_of(topology):
-    """Without a mesh, the platform is that of jax's default device."""
+    """Returns a context: without a mesh, jax's default device sets the platform."""
     if len(topology.devices) > 1 or topology.name == "local":
         return contextlib.nullcontext()
     return jax.default_device(topology.devices[0])
 
 
-def plan(case: Case, responses: int) -> packing.Plan:
-    """Where the first `responses` of a step lie in packed rows, at the assumed lengths."""
-    lengths = np.array(case.response_lengths[:responses]) + case.lengths.prompt
-    return packing.plan(
-        lengths,
-        row_length=case.sizes.pack_length,
-        rows_per_microbatch=case.sizes.packed_rows_per_microbatch,
-    )
+def plan(case: Case, responses: int) -> Plan:
+    """Where the first `responses` of a step lie in rows, at the assumed lengths."""
+    lengths_B = np.array(case.response_lengths[:responses]) + case.lengths.prompt
+    return case.planner.plan(lengths_B, row_length(case))
 
 
 def images_at_once(case: Case, responses: int) -> int:
     """Rows of images of every micro-batch of the first `responses` of a step: of the micro-batch
-    with the most prompts, each prompt's once, rounded up as `batches.with_images` does."""
+    with the most prompts, each prompt's once, rounded up as training does."""
     if case.lengths.images is None:
         return 0
-    if case.config.train.packing:
-        packed = plan(case, responses)
-        parts = packed.places_B // packed.responses_per_microbatch
-    else:
-        parts = np.arange(responses) // case.sizes.responses_per_microbatch
-    prompts = np.arange(responses) // case.sizes.group_size
-    most = max(len(np.unique(prompts[parts == part])) for part in np.unique(parts))
+    parts_B = plan(case, responses).parts_B
+    prompts_B = np.arange(responses) // case.sizes.group_size
+    most = max(len(np.unique(prompts_B[parts_B == part])) for part in np.unique(parts_B))
     layout = case.layouts[0]
     return rounded_up(most * case.lengths.images.count, layout.size("batch") if layout else 1)
 
 
 def row_length(case: Case) -> int:
-    """Tokens of a row that is not packed, or of the arrays beside packed ones."""
-    return packing.bucket_length(
-        case.lengths.prompt + case.lengths.longest,
-        case.sizes.tokens_per_row,
-        num_buckets=case.config.train.num_length_buckets,
-    )
+    """Tokens of the arrays that have one row a response."""
+    return case.planner.width([case.lengths.prompt + case.lengths.longest])
 
 
 def whole_host(case: Case) -> str:
-    """Meshes in words."""
+    """Describes the meshes in words."""
 
     def words(layout):
         if layout is None:

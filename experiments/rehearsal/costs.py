@@ -1,34 +1,34 @@
-"""Operations and bytes of a run's programs, counted by hand, on one device.
+"""Counts operations and bytes of a run's programs by hand, on one device.
 
 Conventions. A product of [m, k] and [k, n] is 2·m·k·n operations. M is the entries of all layers'
-matrices but those of experts, V·D those of the head. `pairs` are (query, key) pairs that a kernel
-computes: T(T+1)/2 a row of T tokens, as the kernels skip what lies above the diagonal, and nothing
-else: packed segments in a row are masked, not skipped. A pair costs 2·N·H operations a product and
+matrices except those of experts; V·D those of the head. `pairs` are (query, key) pairs that a
+kernel computes: T(T+1)/2 per row of T tokens, as the kernels skip only what is above the diagonal:
+packed segments in a row are masked, not skipped. A pair costs 2·N·H operations per product and
 layer.
 
 Passes of a training step, in units of the forward pass:
 
-    layers      forward 1, backward 2; again what remat computes again: "full" all but the last
+    layers      forward 1, backward 2; plus what remat recomputes: "full" all but the last
                 product (its result is not needed), "attention" and "offload" the same without the
                 attention, "dots" the attention alone
     attention   forward 2 products a pair; backward 7 (two kernels, each with scores of its own;
                 "cudnn" and "reference" 5)
     experts     products of an assignment (a token and one of its K experts): forward 3; backward 8,
-                of which 2 compute the hidden layer again, whatever remat says, and remat nothing
-    head        forward 1, backward 3 (logits again, and two gradients); scored tokens only
+                of which 2 recompute the hidden layer whatever remat says; remat adds nothing
+    head        forward 1, backward 3 (logits again, and two gradients); unmasked tokens only
 
-Memory traffic is the least a program can do: every operand of a product read and every result
-written once a pass, weights also written where they are gathered; logits of a chunk 3 times
-forward and 4 times backward, in float32; the optimizer 9 float32 a parameter. Links: bytes that a
-device receives: (k − 1)/k of what an all-gather over k devices makes whole or a reduce-scatter
-adds up, twice that of an all-reduce; a ring passes keys and values on k − 1 times. Experts over X
-devices: every assignment's row travels there and back, in buffers larger than an even load fills.
-The load is taken to be even: one round of exchange, and padding is sent like other tokens. A step
-of decoding reads the experts that its assignments touch, each as likely as the next:
-E·(1 − (1 − 1/E)ⁿ) of n. Without an expert axis, few rows have theirs picked out (read, written,
-read).
+Memory traffic is the minimum of a program: every operand of a product is read and every result
+written once per pass; weights are also written where they are gathered; logits of a chunk pass 3
+times forward and 4 times backward, in float32; the optimizer 9 float32 per parameter. Link traffic
+is the bytes that a device receives: (k − 1)/k of the result of an all-gather over k devices or the
+input of a reduce-scatter, twice that for an all-reduce; a ring passes keys and values on k − 1
+times. With experts over X devices, every assignment's row travels there and back, in buffers larger
+than an even load fills. The load is assumed even: one round of exchange, and padding is sent like
+other tokens. A decode step reads the experts that its assignments reach, each equally likely: E·(1
+− (1 − 1/E)ⁿ) for n assignments. Without an expert axis, few rows have theirs picked out (read,
+written, read).
 
-What is left out: norms, rotations, element-wise work that compilers fuse, latencies, sampling.
+Left out: norms, rotations, element-wise work that compilers fuse, latencies, sampling.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from luspo_jax.models.experts import EXPERT_AXES, ROOM, id_type
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one device: operations, bytes to and from its memory, bytes received from others."""
+    """Work of one device: operations, bytes to and from its memory, bytes received from others."""
 
     flops: float = 0.0
     memory: float = 0.0
@@ -58,14 +58,14 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Operations and bytes a second of one device, at their peak or as they are expected."""
+    """Operations and bytes per second of one device, at peak or as expected."""
 
     flops: float
     memory: float
     links: float
 
     def seconds(self, work: Work) -> dict[str, float]:
-        """Seconds that each resource is busy; the largest is the roofline."""
+        """Returns the seconds that each resource is busy; the largest is the roofline."""
         return {
             "compute": work.flops / self.flops,
             "memory": work.memory / self.memory,
@@ -73,22 +73,22 @@ class Rates:
         }
 
     def roofline(self, work: Work) -> float:
-        """Seconds where all three overlap perfectly."""
+        """Returns the seconds if all three overlap perfectly."""
         return max(self.seconds(work).values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """How many devices share what: sizes of a layout's logical axes.
+    """Sharding over devices: sizes of a layout's logical axes.
 
     Attributes:
       batch: rows.
       length: positions of a row in training, or of the cache in the rollout.
-      embed: devices that weights are cut over and gathered from.
+      embed: devices over which weights are sharded and gathered.
       tensor: heads, mlp and vocabulary.
       copies: devices that hold the same part of the weights and sum gradients.
       experts: experts of a layer.
-      expert_embed: devices that the kernels of an expert are cut over and gathered from.
+      expert_embed: devices over which an expert's kernels are sharded and gathered.
     """
 
     batch: int = 1
@@ -101,12 +101,12 @@ class Parts:
 
     @property
     def tokens(self) -> int:
-        """Devices that tokens are spread over."""
+        """Returns the devices over which tokens are sharded."""
         return self.batch * self.length
 
 
 def parts(layout, *, length: str = "length") -> Parts:
-    """The Parts of a layout; None is one device."""
+    """Returns the Parts of a layout; None is one device."""
     if layout is None:
         return Parts()
     return Parts(
@@ -121,7 +121,7 @@ def parts(layout, *, length: str = "length") -> Parts:
 
 
 def matrices(model: DecoderConfig) -> int:
-    """M: entries of all layers' matrices that every token meets, routers among them."""
+    """Counts M: entries of all layers' matrices that process every token, including routers."""
     attention = model.embed_dim * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
     mlps = _dense_layers(model) * 3 * model.embed_dim * model.mlp_dim
     routers = model.num_expert_layers * model.embed_dim * model.num_experts
@@ -129,39 +129,39 @@ def matrices(model: DecoderConfig) -> int:
 
 
 def expert_matrices(model: DecoderConfig) -> int:
-    """Entries of the kernels of all experts of all layers, 3·D·F each."""
+    """Counts the entries of the kernels of all experts of all layers, 3·D·F each."""
     return model.num_expert_layers * model.num_experts * 3 * model.embed_dim * model.expert_dim
 
 
 def head(model: DecoderConfig) -> int:
-    """V·D: entries of the output matrix."""
+    """Counts V·D: entries of the output matrix."""
     return model.vocab_size * model.embed_dim
 
 
 def kv_bytes(model: DecoderConfig, width: int) -> int:
-    """Bytes of cache a token, all heads: 2·L·K·H values."""
+    """Counts KV-cache bytes per token, all heads: 2·L·K·H values."""
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
 
 
 def recorded_bytes(model: DecoderConfig) -> int:
-    """Bytes a token of recorded experts, an id each: K · layers that have experts."""
+    """Counts bytes per token of recorded expert ids: K · layers with experts, one id each."""
     ids = model.num_expert_layers * model.experts_per_token
     return ids * np.dtype(id_type(model.num_experts)).itemsize
 
 
 def causal_pairs(rows: int, length: int) -> int:
-    """Pairs that causal kernels compute on whole rows."""
+    """Counts the pairs that causal kernels compute on whole rows."""
     return rows * length * (length + 1) // 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What a forward or training pass reads at once, over all devices: one micro-batch.
+    """Input of one forward or training pass over all devices: one micro-batch.
 
     Attributes:
       tokens: rows × length, padding included.
       pairs: (query, key) pairs of one layer.
-      scored: tokens that the head scores, rounded up to chunks where that matters.
+      scored: tokens whose log-probs the head computes, rounded up to chunks if that matters.
     """
 
     tokens: int
@@ -170,7 +170,7 @@ class Rows:
 
 
 def forward(model: DecoderConfig, rows: Rows, part: Parts, width: int) -> Work:
-    """Layers forward over a micro-batch."""
+    """Counts the layers' forward pass over a micro-batch."""
     return (
         _matrix_pass(model, rows, part, width)
         + expert_pass(model, rows, part, width, gradient=False)
@@ -179,7 +179,7 @@ def forward(model: DecoderConfig, rows: Rows, part: Parts, width: int) -> Work:
 
 
 def _matrix_pass(model, rows, part, width, share=1.0):
-    """Products with M forward; `share` of them, for a recomputation."""
+    """Counts the forward products with M; `share` of them, for a recomputation."""
     M, c = matrices(model), width
     tokens, t = rows.tokens / part.tokens, part.tensor
     flops = 2 * tokens * M * share / t
@@ -195,13 +195,13 @@ def _matrix_pass(model, rows, part, width, share=1.0):
 def expert_pass(
     model: DecoderConfig, rows: Rows, part: Parts, width: int, *, gradient: bool
 ) -> Work:
-    """Experts of all layers over a micro-batch, forward or backward, with their exchange."""
+    """Counts experts of all layers over a micro-batch, forward or backward, with their exchange."""
     if not model.num_experts:
         return Work()
     D, F, c, t = model.embed_dim, model.expert_dim, width, part.tensor
     tokens = model.num_expert_layers * rows.tokens / part.tokens
     assigned = tokens * model.experts_per_token
-    # An assignment's values: of products, and of putting rows in order and back.
+    # An assignment's values: of products, and of sorting rows and restoring their order.
     products, of_D, of_F = (8, 7 + 7, 8) if gradient else (3, 2 + 4, 3)
     kernels = c * expert_matrices(model) / (part.experts * t)
     memory = kernels * (2 if part.expert_embed > 1 else 1)
@@ -221,7 +221,7 @@ def expert_pass(
 
 
 def attention(model: DecoderConfig, rows: Rows, part: Parts, width: int, *, products: int) -> Work:
-    """`products` products a pair; queries, keys, values and results pass memory once."""
+    """Counts `products` products per pair; queries, keys, values and results pass memory once."""
     pairs = rows.pairs / (part.tokens * part.tensor)
     tokens = rows.tokens / part.tokens
     flops = products * 2 * model.num_heads * model.head_dim * model.num_layers * pairs
@@ -240,7 +240,7 @@ RECOMPUTED = {"none": (0, 0), "full": (1, 1), "attention": (1, 0), "offload": (1
 def backward(
     model: DecoderConfig, rows: Rows, part: Parts, width: int, *, remat: str, kernel: str
 ) -> Work:
-    """Layers backward, with what is computed again."""
+    """Counts the layers' backward pass, with recomputation."""
     M, c, t = matrices(model), width, part.tensor
     tokens = rows.tokens / part.tokens
     layers, with_attention = RECOMPUTED[remat]
@@ -266,7 +266,7 @@ def backward(
 def scoring(
     model: DecoderConfig, rows: Rows, part: Parts, width: int, chunk: int, *, gradient: bool
 ) -> Work:
-    """The head over the scored tokens, forward, and backward with `gradient`."""
+    """Counts the head over the unmasked tokens, forward, and backward with `gradient`."""
     VD, t = head(model), part.tensor
     scored = rows.scored / part.tokens
     passes, touched, gathers = (4, 7, 2) if gradient else (1, 3, 1)
@@ -290,7 +290,7 @@ def training(
     kernel: str,
     chunk: int,
 ) -> Work:
-    """One micro-batch of an update: forward, head, backward."""
+    """Counts one micro-batch of an update: forward, head, backward."""
     return (
         forward(model, rows, part, width)
         + scoring(model, rows, part, width, chunk, gradient=True)
@@ -299,22 +299,22 @@ def training(
 
 
 def optimizer(params: float) -> Work:
-    """AdamW: clip (read, write), then weights, both moments and the gradient, `params` bytes."""
+    """Counts AdamW: clip (read, write), then weights, both moments and gradient, `params` bytes."""
     return Work(0, 9 * params, 0)
 
 
 def prefill(model: DecoderConfig, prompts: int, length: int, part: Parts, width: int) -> Work:
-    """Forward over a batch of prompts on a rollout's mesh; the cache is written."""
+    """Counts the forward pass over a batch of prompts on a rollout's mesh; the cache is written."""
     rows = Rows(prompts * length, causal_pairs(prompts, length), 0)
     written = rows.tokens / part.batch * kv_bytes(model, width) / part.tensor
     return forward(model, rows, dataclasses.replace(part, length=1), width) + Work(0, written, 0)
 
 
 def decode_step(model: DecoderConfig, slots: int, room: int, part: Parts, width: int) -> Work:
-    """One token for every slot of a host: the whole cache is read, and all weights but those of
-    experts that no token goes to.
+    """Counts one token for every slot of a host.
 
-    `room` is the allocated length of the cache, which is read however short the rows are.
+    The whole cache is read, and all weights but those of experts without tokens. `room` is the
+    allocated length of the cache, which is read however short the rows are.
     """
     rows, t = slots / part.batch, part.tensor
     weights = matrices(model) + head(model)
@@ -332,19 +332,19 @@ def decode_step(model: DecoderConfig, slots: int, room: int, part: Parts, width:
 
 
 def touched(assignments: float, num_experts: int) -> float:
-    """How many experts n assignments reach if each is as likely as the next: E·(1 − (1 − 1/E)ⁿ)."""
+    """Returns the experts that n equally likely assignments reach: E·(1 − (1 − 1/E)ⁿ)."""
     return num_experts * (1 - (1 - 1 / num_experts) ** assignments)
 
 
 def _decoding_experts(model, rows, part, width):
-    """Experts of all layers, a token for each of `rows` rows of a device."""
+    """Counts experts of all layers, one token for each of `rows` rows of a device."""
     if not model.num_experts:
         return Work()
     E, X, t = model.num_experts, part.experts, part.tensor
     assigned, kernel = rows * model.experts_per_token, 3 * model.embed_dim * model.expert_dim / t
     few = X == 1 and 2 * assigned <= E
     read = 3 * assigned if few else touched(assigned * X, E) / X
-    # All devices along the axis see all rows; their results are added up in float32.
+    # All devices along the axis process all rows; their results are summed in float32.
     seen = rows * X
     links = seen * ((width + 4) * model.embed_dim + 8 * model.experts_per_token) * others(X)
     links += 2 * 4 * seen * model.embed_dim * others(t)
@@ -355,25 +355,25 @@ def _decoding_experts(model, rows, part, width):
 def fill(
     model: DecoderConfig, prompts: int, length: int, slots: int, part: Parts, width: int
 ) -> Work:
-    """Prompts of the pool into slots: every device gathers the pool, and copies one to each."""
+    """Counts filling slots: every device gathers the prompt pool, and copies one to each slot."""
     a_token = kv_bytes(model, width) / (part.tensor * part.length)
     copied = slots / part.batch * length * a_token
     return Work(0, 2 * copied, prompts * length * a_token * others(part.batch))
 
 
 def hand_over(own: float, cast: float, wanted: float) -> Work:
-    """Master weights read, cast, and made as whole as the rollout wants them.
+    """Counts the hand-over: master weights are read, cast, and gathered as the rollout needs.
 
     Args:
       own: bytes of a device's part of the master weights.
-      cast: of the same in the sampler's type.
-      wanted: of what the sampler wants on a device.
+      cast: bytes of the same part in the sampler's type.
+      wanted: bytes that the sampler needs on a device.
     """
     return Work(0, own + cast + wanted, max(0.0, wanted - cast))
 
 
 def power_lengths(mean: float, longest: int, count: int) -> list[int]:
-    """`count` response lengths with about this mean, up to `longest`: longest · uᵏ at even u.
+    """Returns `count` response lengths of about this mean: longest · uᵏ at even u.
 
     ∫ uᵏ du = 1/(k+1), so k = longest/mean − 1: mostly short ones, and a few of the longest.
     """
@@ -388,12 +388,12 @@ def power_lengths(mean: float, longest: int, count: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """What continuous batching makes of a set of lengths.
+    """Continuous batching of a set of lengths.
 
     Attributes:
       steps: decode steps until the last response ends.
       by_room: steps at each allocated cache length.
-      utilisation: share of slot-steps that make a token.
+      utilisation: share of slot-steps that produce a token.
     """
 
     steps: int
@@ -402,13 +402,13 @@ class Decoding:
 
 
 def decoding(lengths: list[int], prompt: int, slots: int, rooms: list[int]) -> Decoding:
-    """Responses into slots in turn, as slots come free; caches grow as the longest does.
+    """Simulates responses that fill slots as they come free; caches grow as the longest does.
 
     Args:
       lengths: of the responses, in the order in which they start.
       prompt: tokens before each.
       slots: decoded together.
-      rooms: cache lengths that are allocated, ascending; the last holds the longest.
+      rooms: allocated cache lengths, ascending; the last holds the longest.
     """
     free = [0] * min(slots, len(lengths))
     starts = []
@@ -417,7 +417,7 @@ def decoding(lengths: list[int], prompt: int, slots: int, rooms: list[int]) -> D
         starts.append(free[slot])
         free[slot] += length
     steps = max(free)
-    reached = [0]  # the step at which each room but the first is first needed
+    reached = [0]  # step at which each room but the first is first needed
     for room in rooms[:-1]:
         needed = room - prompt
         times = [s + max(0, needed) for s, n in zip(starts, lengths, strict=True) if n > needed]
@@ -428,7 +428,7 @@ def decoding(lengths: list[int], prompt: int, slots: int, rooms: list[int]) -> D
 
 
 def _touched(model):
-    """Values a token that a layer's products read and write, all layers."""
+    """Counts values per token that a layer's products read and write, all layers."""
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     attention = model.embed_dim + heads + model.num_heads * model.head_dim + model.embed_dim
     mlp = model.embed_dim + 2 * model.mlp_dim + model.mlp_dim + model.embed_dim
@@ -443,5 +443,5 @@ def _dense_layers(model):
 
 
 def others(count: int) -> float:
-    """(k − 1)/k: the share that a device gets from the k − 1 others."""
+    """Returns (k − 1)/k: the share that a device receives from the k − 1 others."""
     return (count - 1) / count

@@ -1,4 +1,4 @@
-"""The devices that are here, where the table of chips does not know them: rates are measured."""
+"""Local devices, with measured rates if the table of chips lacks them."""
 
 import os
 import time
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from experiments.rehearsal.topologies import Chip
 
-_SIZE = 1536  # of the matrices that are multiplied
-_ADDED = 2**24  # float32 values that are read and written, more than any cache holds
+_SIZE = 1536  # side of the multiplied matrices
+_ADDED = 2**24  # float32 values read and written, more than any cache holds
 _TURNS = 8
 _REPEATS = 3
 
 
 def measured_chip(num_devices: int) -> Chip:
-    """A CPU device: its share of the host's memory, and of what all cores do together."""
+    """Returns a CPU device: its share of the host's memory and of all cores' speed."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / num_devices
     x = jnp.ones((_SIZE, _SIZE), jnp.float32)
     flops = 2 * _SIZE**3 / _best(jax.jit(jnp.matmul), x, x)

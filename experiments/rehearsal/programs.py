@@ -1,4 +1,4 @@
-"""Every program of a run, at the shapes of a case, ready to be lowered; and compiled."""
+"""Every program of a run, at the shapes of a case, ready to lower and compile."""
 
 import dataclasses
 import functools
@@ -24,29 +24,30 @@ from experiments.rehearsal.resident import (
     state_bytes,
     weights_bytes,
 )
-from experiments.rehearsal.rows import abstract_rows
-from luspo_jax import config as configuration
-from luspo_jax import update
+from experiments.rehearsal.rows import images, microbatch
+from luspo_jax.learner import rows as training_rows
+from luspo_jax.learner.rows import abstract_token_rows
 from luspo_jax.length import laboratory
 from luspo_jax.models import decoder
 from luspo_jax.rollout import handover, slots
 from luspo_jax.rollout.sampling import rollout_key
-from luspo_jax.run import param_bytes
+from luspo_jax.run.memory import param_bytes
+from luspo_jax.run.settings import section
 from luspo_jax.sharding import MESH_AXES, Layout, same_order
-from luspo_jax.types import TokenBatch, TrainBatch
+from luspo_jax.types import TokenRows, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program of a run.
+    """One program of a run.
 
     Attributes:
       name: in reports.
-      lower: makes the lowered program; nothing is allocated.
+      lower: returns the lowered program; allocates nothing.
       work: of one device in one call.
       calls: in one rollout step.
       resident: bytes on a device while it runs that are not its arguments, by name.
-      given: bytes on a device of all that it is called with, read or not; None where it reads all.
+      given: bytes on a device of all its arguments, read or not; None if it reads all.
     """
 
     name: str
@@ -59,10 +60,10 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program; bytes are a device's.
+    """Compiler output for a program; bytes are per device.
 
     Attributes:
-      over_by: bytes by which the compiler refused it, 0 where it did not.
+      over_by: bytes by which the compiler refused it; 0 if it did not.
       error: its message in that case.
     """
 
@@ -78,12 +79,12 @@ class Compiled:
 
     @property
     def bytes(self) -> int:
-        """Most that arguments, results and temporaries take together."""
+        """Returns the most that arguments, results and temporaries take together."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
 
 def compiled(program: Program) -> Compiled:
-    """Lowers and compiles; a program that the compiler finds too large is reported, not raised."""
+    """Lowers and compiles; an oversized program is reported, not raised."""
     started = time.perf_counter()
     lowered = program.lower()
     lowered_at = time.perf_counter()
@@ -112,14 +113,14 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def memory_named(message: str) -> tuple[float, float]:
-    """(bytes needed, bytes there) of an out-of-memory message; (1, 0) where it names none."""
+    """Returns (bytes needed, bytes available) of an out-of-memory message; (1, 0) if not named."""
     found = re.findall(r"([\d.]+)([KMGT])i?B?\b", message)
     sizes = [float(number) * _UNITS[unit] for number, unit in found[:2]]
     return tuple(sizes) if len(sizes) == 2 else (1.0, 0.0)
 
 
 def programs(case: Case, *, pressure: bool = True) -> list[Program]:
-    """The programs of a run in the order of a step; `pressure` where the run measures it."""
+    """Lists the programs of a run in the order of a step; `pressure` if the run measures it."""
     found = [*_hand_over(case), *_rollout(case), *_training(case)]
     if case.config.length.every and pressure:
         found.append(_pressure(case))
@@ -188,7 +189,7 @@ def _rollout(case):
 
 
 def _sampler(case, engine, prompts, group_size, suffix):
-    """Prefill, fill, grow and decode of one host."""
+    """Returns prefill, fill, grow and decode of one host."""
     count = case.slots(engine, prompts * group_size)
     rooms = case.rooms(engine)
     room, before = rooms[-1], rooms[-2] if len(rooms) > 1 else rooms[-1]
@@ -200,7 +201,6 @@ def _sampler(case, engine, prompts, group_size, suffix):
     held = {**kept, "pool of prompts": pool}
     cache = cache_bytes(case, count, room, width)
     arrays = functools.cache(functools.partial(rollout_arrays, case, engine, count, P, T))
-    static = {"config": case.model, "dtype": engine.dtype, "layout": engine.layout}
 
     def prefill():
         a = arrays(room)
@@ -209,11 +209,8 @@ def _sampler(case, engine, prompts, group_size, suffix):
             a["tokens"],
             a["lengths"],
             a["images"],
-            attention=engine.attention,
-            experts=engine.experts,
+            how=engine.how,
             record=engine.record_experts,
-            vision_attention=engine.vision_attention,
-            **static,
         )
 
     def fill():
@@ -227,9 +224,9 @@ def _sampler(case, engine, prompts, group_size, suffix):
     def decode():
         a = arrays(room)
         return slots.decode_chunk.lower(
-            a["params"], a["slots"], jnp.int32(1), jnp.int32(1), sampling=engine.sampling,
-            chunk_length=engine.chunk_length, experts=engine.experts,
-            record=engine.record_experts, **static,
+            a["params"], a["slots"], jnp.int32(1), jnp.int32(1), how=engine.how,
+            sampling=engine.sampling, chunk_length=engine.chunk_length,
+            record=engine.record_experts,
         )  # fmt: skip
 
     steps = decoding(case, engine, prompts, group_size)
@@ -270,7 +267,7 @@ def _sampler(case, engine, prompts, group_size, suffix):
 
 
 def decoding(case: Case, engine: Any, prompts: int, group_size: int) -> costs.Decoding:
-    """Decode steps of one host for its share of the responses."""
+    """Simulates the decode steps of one host for its share of the responses."""
     wanted = prompts * group_size
     lengths = costs.power_lengths(case.lengths.mean, case.lengths.longest, wanted)
     order = np.random.default_rng(0).permutation(lengths).tolist()
@@ -283,21 +280,15 @@ def rollout_arrays(
     case: Case, engine: Any, count: int, prompts: int, length: int, room: int
 ) -> dict[str, Any]:
     """Abstract inputs of the rollout's programs."""
-    model, dtype, layout = case.model, engine.dtype, engine.layout
+    model, how = case.model, engine.how
     key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
-    params = case.on_host(decoder.abstract_params(model, dtype), decoder.param_axes(model))
-    static = {"config": model, "dtype": dtype, "layout": layout}
+    params = case.on_host(decoder.abstract_params(model, engine.dtype), decoder.param_axes(model))
     held = jax.eval_shape(
-        functools.partial(slots.empty_slots, num_slots=count, length=room, **static), key
+        functools.partial(slots.empty_slots, num_slots=count, length=room, how=how), key
     )
     tokens = jax.ShapeDtypeStruct((prompts, length), jnp.int32)
     lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32)
-    pool, _ = jax.eval_shape(
-        functools.partial(
-            slots.prefill, attention=engine.attention, experts=engine.experts, **static
-        ),
-        params, tokens, lengths,
-    )  # fmt: skip
+    pool, _ = jax.eval_shape(functools.partial(slots.prefill, how=how), params, tokens, lengths)
     signed, unsigned = (jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.int32, jnp.uint32))
     return {
         "params": params,
@@ -312,7 +303,7 @@ def rollout_arrays(
 
 
 def _prompt_images(case, engine, prompts, length):
-    """Images of a prefill, and where they stand; None without any."""
+    """Returns the images of a prefill and their positions; None without images."""
     pictures = case.lengths.images
     if pictures is None:
         return None
@@ -328,26 +319,18 @@ def _prompt_images(case, engine, prompts, length):
 
 
 def _training(case):
-    sizes, objective = case.sizes, case.rule.objective
-    found = []
-    if scores_old(case):
-        rows, parts, work = scored_rows(case)
-        # With images, minibatch by minibatch.
-        times = case.config.train.num_minibatches if case.lengths.images else 1
+    found, programs, state = [], case.programs, case.state
+    for number, (name, one) in enumerate(programs.passes().items()):
+        rows, times, work = pass_rows(case, one.record_experts)
+        gone = {"params": "ref_params", "ref_params": "params"}[one.policy]
         found.append(
             Program(
-                "log-probs",
-                lambda: update.score_rows.lower(
-                    case.state.params,
-                    rows,
-                    scoring=case.rule.scoring,
-                    num_microbatches=parts,
-                    record_experts=case.model.num_experts > 0,
-                ),
+                "log-probs" if number == 0 else f"log-probs ({name})",
+                functools.partial(one.lower, state, rows),
                 work,
-                times * (1 + bool(objective.kl_coef)),
-                state_bytes(case, "opt_state", "ref_params", "marked_params"),
-                lambda: device_bytes((case.state.params, rows)),
+                times,
+                state_bytes(case, "opt_state", gone, "marked_params"),
+                functools.partial(device_bytes, (getattr(state, one.policy), rows)),
             )
         )
     batch, work = train_batch(case)
@@ -355,83 +338,63 @@ def _training(case):
     found.append(
         Program(
             "update",
-            lambda: update.update_step.lower(case.state, batch, number, number, rule=case.rule),
+            lambda: programs.lower_update(state, batch, number),
             work,
-            sizes.updates_per_step,
+            case.sizes.updates_per_step,
             {},
-            lambda: device_bytes((case.state, batch)),
+            lambda: device_bytes((state, batch)),
         )
     )
     return found
 
 
-def scores_old(case: Case) -> bool:
-    """Whether a step scores its responses before it updates."""
-    objective = case.rule.objective
-    return (
-        case.sizes.updates_per_step > 1
-        or objective.top_entropy_quantile < 1
-        or objective.kl_coef > 0
-    )
+def pass_rows(case: Case, record_experts: bool) -> tuple[TokenRows, int, Work]:
+    """(rows, calls, work of one) of a pass over the responses of a step.
 
-
-def scored_rows(case: Case) -> tuple[TokenBatch, int, Work]:
-    """(rows, num_microbatches, work) of the pass that scores the responses of a step, or with
-    images those of a minibatch."""
-    sizes = case.sizes
-    images, responses = case.lengths.images, sizes.responses_per_step
-    responses = sizes.responses_per_minibatch if images else responses
-    rows, used, micro = abstract_rows(case, responses, "sampler")
-    parts = 1 if case.config.train.packing else responses // sizes.responses_per_microbatch
-    part, width, scoring = case.train_parts, case.width, case.rule.scoring
+    With images, a call reads the responses of a minibatch.
+    """
+    sizes, pictured = case.sizes, case.lengths.images is not None
+    responses = sizes.responses_per_minibatch if pictured else sizes.responses_per_step
+    plan = cases.plan(case, responses)
+    micro, used = microbatch(case, plan)
+    part, width, rule = case.train_parts, case.width, case.rule.logprobs
     work = costs.forward(case.model, micro, part, width) + costs.scoring(
-        case.model, micro, part, width, scoring.head_chunk_tokens, gradient=False
+        case.model, micro, part, width, rule.head_chunk_tokens, gradient=False
     )
     work = (work + _tower(case, responses, gradient=False)) * used
-    ids = costs.recorded_bytes(case.model) * micro.tokens
-    # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
-    work += Work(0, 0, ids * used * (1 - 1 / part.batch))
-    return update.abstract_rows(case.on(rows), scoring.layout), parts, work
+    if record_experts:
+        # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
+        ids = costs.recorded_bytes(case.model) * micro.tokens
+        work += Work(0, 0, ids * used * (1 - 1 / part.batch))
+    rows = abstract_token_rows(case.planner, plan, ("sampler",), images(case, plan))
+    times = case.config.train.num_minibatches if pictured else 1
+    return training_rows.abstract(case.on(rows), rule.how.layout), times, work
 
 
 def train_batch(case: Case) -> tuple[TrainBatch, Work]:
     """(batch, work) of one optimizer step."""
-    scoring, objective = case.rule.scoring, case.rule.objective
-    several = case.sizes.updates_per_step > 1
-    ranked = objective.top_entropy_quantile < 1
-    recorded = ("sampler", "old") if scores_old(case) else ("sampler",)
-    rows, used, micro = abstract_rows(case, case.sizes.responses_per_minibatch, *recorded)
-    B, T = rows.tokens_BT.shape
-    numbers_BT = jax.ShapeDtypeStruct((B, T), jnp.float32)
-    batch = TrainBatch(
-        rows=rows,
-        advantages_B=jax.ShapeDtypeStruct((B,), jnp.float32),
-        group_ids_B=jax.ShapeDtypeStruct((B,), jnp.int32),
-        old_logprobs_BT=numbers_BT if several or ranked else None,
-        old_entropy_BT=numbers_BT if ranked else None,
-        ref_logprobs_BT=numbers_BT if objective.kl_coef else None,
-        sampler_logprobs_BT=numbers_BT,
-    )
+    rule, responses = case.rule.logprobs, case.sizes.responses_per_minibatch
+    plan = cases.plan(case, responses)
+    micro, used = microbatch(case, plan)
+    batch = case.programs.abstract_batch(case.planner, plan, images(case, plan))
     work = costs.training(
         case.model, micro, case.train_parts, case.width,
-        remat=scoring.remat, kernel=scoring.attention, chunk=scoring.head_chunk_tokens,
+        remat=rule.how.remat, kernel=rule.how.attention, chunk=rule.head_chunk_tokens,
     )  # fmt: skip
-    work += _tower(case, case.sizes.responses_per_minibatch, gradient=True)
+    work += _tower(case, responses, gradient=True)
     work = work * used + costs.optimizer(param_bytes(case.model, case.layouts[0], jnp.float32))
-    return update.abstract_rows(case.on(batch), scoring.layout), work
+    return training_rows.abstract(case.on(batch), rule.how.layout), work
 
 
 def _tower(case, responses, *, gradient):
     """The vision tower's part of a micro-batch of the first `responses`."""
-    pictures, scoring = case.lengths.images, case.rule.scoring
+    pictures, rule = case.lengths.images, case.rule.logprobs
     if pictures is None:
         return Work()
     args = (case.model.vision, cases.images_at_once(case, responses), pictures.slots,
             case.train_parts, case.width)  # fmt: skip
-    frozen = scoring.freeze_vision or not gradient
-    return tower.training(
-        *args, frozen=frozen, remat=scoring.remat, kernel=scoring.vision_attention
-    )
+    frozen, how = rule.freeze_vision or not gradient, rule.how
+    return tower.training(*args, frozen=frozen, remat=how.remat, kernel=how.vision_attention)
 
 
 # ---------------------------------------------------------------- length pressure
@@ -439,39 +402,28 @@ def _tower(case, responses, *, gradient):
 
 def _pressure(case):
     config, sizes = case.config, case.sizes
-    settings = configuration.build_length(config)
+    settings, rule = section(config, "length"), case.rule.logprobs
     lab = laboratory.laboratory(
         settings,
-        dataclasses.replace(
-            case.rule.scoring,
-            attention="reference",
-            experts="reference",
-            vision_attention="reference",
-        ),
+        dataclasses.replace(rule, how=rule.how.with_reference_kernels()),
         case.rule.objective,
         max_response_length=config.rollout.max_response_length,
         rows_at_once=sizes.responses_per_microbatch,
     )
     groups = math.ceil(settings.share * sizes.prompts_per_step)
     B, T = groups * sizes.group_size, cases.row_length(case)
-    zeros_BT = np.broadcast_to(np.int32(0), (B, T))  # of text: images are left out
-    positions = np.broadcast_to(np.int32(0), (B, T, 3)) if case.model.vision else zeros_BT
-    sampled = laboratory.Sampled(
-        TokenBatch(zeros_BT, positions, zeros_BT, np.broadcast_to(False, (B, T))),
-        np.zeros(B, np.float32), np.repeat(np.arange(groups), sizes.group_size),
-        *[np.ones(B, bool)] * 3,
-    )  # fmt: skip
+    half = laboratory.abstract_half(lab, groups * (sizes.group_size // 2), T)  # images left out
     part, width = case.train_parts, case.width
     rows = Rows(B * T, B * T * T, B * T)  # the reference computes squares, or nearly
-    chunk = case.rule.scoring.head_chunk_tokens
+    chunk = rule.head_chunk_tokens
     args = (case.model, rows, part, width)
-    # A gradient, a derivative along it (twice the forward), a score of the end: over both halves.
+    # A gradient, a derivative along it (twice the forward), log-probs at the end: over both halves.
     work = costs.training(*args, remat=config.model.remat, kernel="reference", chunk=chunk)
     work += (costs.forward(*args) + costs.scoring(*args, chunk, gradient=False)) * 3
     beside = state_bytes(case, "opt_state", "ref_params")
     return Program(
         "pressure",
-        lambda: laboratory.lower_measure(lab, case.state.params, sampled),
+        lambda: laboratory.lower_measure(lab, case.state.params, case.on(half)),
         work,
         1 / config.length.every,
         beside,

@@ -1,4 +1,4 @@
-"""Verdicts: every program against the chip's memory, a step's time, and how many sequences fit."""
+"""Checks every program against the chip's memory; estimates step time and live sequences."""
 
 import resource
 import sys
@@ -11,25 +11,25 @@ from experiments.rehearsal import costs, programs, resident, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.programs import Compiled, Program
 from experiments.rehearsal.topologies import Topology
-from luspo_jax import update
+from luspo_jax.learner.state import OFFLOADS
 
 # Shares of the peak that a run is expected to reach, for the estimate beside the roofline: MaxText
 # publishes 45 % of a v5p's compute for pre-training, verl 31 to 40 % of an H100's for RL updates;
-# decoding libraries reach 60 to 80 % of the memory's bandwidth.
+# decoding libraries reach 60 to 80 % of the memory bandwidth.
 EXPECTED = {"compute": 0.4, "memory": 0.65, "interconnect": 0.65}
-_HOST_LINK = 25e9  # bytes a second between a device and its host's memory, for offloading
+_HOST_LINK = 25e9  # bytes per second between a device and its host's memory, for offloading
 _HELD_OUT = "(held out)"
 
 
 def rehearse(
     case: Case, *, pressure: bool = True, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Compiles every program and reports; JSON values.
+    """Compiles every program and reports JSON values.
 
     Args:
-      case: what to rehearse.
-      pressure: compile the program of length pressure too, where the run measures it.
-      say: told of every program when it starts and ends.
+      case: the case to rehearse.
+      pressure: whether to compile the program of length pressure too, if the run measures it.
+      say: called when each program starts and ends.
     """
     started = time.perf_counter()
     found, records = programs.programs(case, pressure=pressure), {}
@@ -59,12 +59,13 @@ def rehearse(
 
 def _attention(case):
     """Implementations by what they work on."""
-    found = {"training": case.rule.scoring.attention, "prefill": case.engine.attention}
-    return found | ({"images": case.engine.vision_attention} if case.model.vision else {})
+    sampling = case.engine.how
+    found = {"training": case.rule.logprobs.how.attention, "prefill": sampling.attention}
+    return found | ({"images": sampling.vision_attention} if case.model.vision else {})
 
 
 def record(topology: Topology, program: Program, made: Compiled) -> dict[str, Any]:
-    """One program's bytes on a device against the chip's, and its roofline."""
+    """Returns a program's bytes on a device against the chip's, and its roofline."""
     resident = dict(program.resident)
     unread = program.given() - made.arguments if program.given and not made.error else 0
     if unread > 0:
@@ -94,7 +95,7 @@ def record(topology: Topology, program: Program, made: Compiled) -> dict[str, An
 
 
 def rates(topology: Topology, share: dict[str, float] | None = None) -> costs.Rates:
-    """Peak rates of a device, or shares of them."""
+    """Returns peak rates of a device, or shares of them."""
     share = share or dict.fromkeys(EXPECTED, 1.0)
     chip = topology.chip
     return costs.Rates(
@@ -105,9 +106,9 @@ def rates(topology: Topology, share: dict[str, float] | None = None) -> costs.Ra
 
 
 def step(case: Case, found: list[Program]) -> dict[str, Any]:
-    """Seconds of a rollout step by phase, at the roofline and as expected.
+    """Returns the seconds of a rollout step by phase, at the roofline and as expected.
 
-    Rewards, the host's work and waiting for the slowest host are left out.
+    Rewards, host work and waiting for the slowest host are left out.
     """
     peak, expected = rates(case.topology), rates(case.topology, EXPECTED)
     phases: dict[str, list[float]] = {}
@@ -118,7 +119,7 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
             held_out = [a + b for a, b in zip(held_out, both, strict=True)]
         else:
             phases[program.name] = both
-    moved = sum(resident.state_bytes(case, *update.OFFLOADS[case.config.train.offload]).values())
+    moved = sum(resident.state_bytes(case, *OFFLOADS[case.config.train.offload]).values())
     if moved:
         phases["offload and back"] = [2 * moved / _HOST_LINK] * 2
     total = [sum(both[i] for both in phases.values()) for i in (0, 1)]
@@ -141,7 +142,7 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
 
 
 def seconds(case: Case, program: Program, by: costs.Rates) -> float:
-    """Of all calls in a step; decode steps cost by the cache that is allocated at the time."""
+    """Returns seconds of all calls in a step; decode steps depend on the cache allocated then."""
     if not program.name.startswith("decode chunk"):
         return program.calls * by.roofline(program.work)
     held_out = program.name.endswith(_HELD_OUT)
@@ -162,10 +163,10 @@ def seconds(case: Case, program: Program, by: costs.Rates) -> float:
 
 
 def capacity(case: Case, records: dict[str, Any]) -> dict[str, Any]:
-    """Live sequences of a host that fit at the longest, by what is left for the cache.
+    """Returns how many sequences of full length fit on a host, by the memory left for the cache.
 
-    While decoding, the cache is beside the sampler's weights, the train state that stays, and the
-    decode program's temporaries; while it grows, half of the old one is there too.
+    While decoding, the cache shares memory with the sampler's weights, the resident train state,
+    and the decode program's temporaries; while it grows, also with half of the old cache.
     """
     engine, width = case.engine, case.engine.dtype.itemsize
     rooms, batch = case.rooms(engine), case.rollout_parts.batch
@@ -176,7 +177,7 @@ def capacity(case: Case, records: dict[str, Any]) -> dict[str, Any]:
     a_slot = resident.cache_bytes(case, batch, rooms[-1], width)  # one on every device
     before = resident.cache_bytes(case, batch, rooms[-2], width) if len(rooms) > 1 else 0.0
     beside = sum(decode["bytes"]["beside"].values()) + resident.weights_bytes(case)
-    # What the program holds beside weights and cache; of a refused one that is not known.
+    # The program's memory besides weights and cache; unknown for a refused program.
     rest = 0.0 if decode["compiler_error"] else decode["bytes"]["temporaries"]
     free = case.topology.chip.usable - beside
     grown = a_slot + before / 2  # keys grow before values do
@@ -212,7 +213,7 @@ def _peak_bytes():
 
 
 def line(one: dict[str, Any]) -> str:
-    """A program's verdict in a line."""
+    """Formats a program's verdict in a line."""
     verdict = "fits" if one["fits"] else f"DOES NOT FIT, {_gb(one['over_bytes'])} GB over"
     return (
         f"{_gb(one['peak_bytes'])} of {_gb(one['usable_bytes'])} GB: {verdict}; "
@@ -221,7 +222,7 @@ def line(one: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The programs as a Markdown table: bytes of one device, and one call."""
+    """Formats the programs as a Markdown table: bytes of one device, and one call."""
     rows = [
         "| program | arguments | temporaries | results | beside it | peak GB | fits "
         "| TFLOP | memory GB | links GB | roofline | bound | calls a step | compile s |",
@@ -244,7 +245,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The whole report in Markdown."""
+    """Formats the whole report in Markdown."""
     live, taken = report["capacity"], report["step"]
     phases = [
         f"| {name} | {_time(both['roofline_s'])} | {_time(both['expected_s'])} |"
@@ -292,7 +293,7 @@ def _of_images(report):
 
 
 def _pictures(report):
-    """The images that are assumed, in words."""
+    """Describes the assumed images."""
     if "images" not in report["lengths"]:
         return ""
     one = report["lengths"]["images"]

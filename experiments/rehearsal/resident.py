@@ -1,4 +1,4 @@
-"""Bytes of the large arrays of a run on one device, by their shapes and by where they lie."""
+"""Bytes of a run's large arrays on one device, by shape and sharding."""
 
 import math
 from typing import Any
@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 from experiments.rehearsal import costs
 from experiments.rehearsal.case import Case
-from luspo_jax import update
-from luspo_jax.run import param_bytes
+from luspo_jax.learner.state import OFFLOADS
+from luspo_jax.run.memory import param_bytes
 
 
 def device_bytes(tree: Any) -> float:
-    """Bytes that a device holds of arrays, by their shapes and shardings."""
+    """Returns the bytes that a device holds of arrays, by their shapes and shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -21,7 +21,7 @@ def device_bytes(tree: Any) -> float:
 
 
 def state_bytes(case: Case, *names: str) -> dict[str, float]:
-    """Bytes on a device of those parts of the train state that there are."""
+    """Returns the bytes on a device of the given parts of the train state, if present."""
     one = param_bytes(case.model, case.layouts[0], jnp.float32)
     marked = case.config.length.every > 0
     sizes = {
@@ -35,13 +35,13 @@ def state_bytes(case: Case, *names: str) -> dict[str, float]:
 
 def parked(case: Case, *without: str) -> dict[str, float]:
     """The train state during a rollout, what is offloaded left out."""
-    gone = {*update.OFFLOADS[case.config.train.offload], *without}
+    gone = {*OFFLOADS[case.config.train.offload], *without}
     names = ("params", "opt_state", "ref_params", "marked_params")
     return state_bytes(case, *[name for name in names if name not in gone])
 
 
 def weights_bytes(case: Case) -> float:
-    """Bytes of the sampler's weights on a device, 0 where it reads the master weights."""
+    """Returns the bytes of the sampler's weights on a device; 0 if it reads the master weights."""
     dtype = jnp.dtype(case.config.model.rollout_dtype)
     if case.layouts[0] is None and dtype == jnp.float32:
         return 0
@@ -49,13 +49,13 @@ def weights_bytes(case: Case) -> float:
 
 
 def cache_bytes(case: Case, count: int, room: int, width: int) -> float:
-    """Bytes on a device of the cache of `count` slots of a host."""
+    """Returns the bytes on a device of the cache of `count` slots of a host."""
     part = case.rollout_parts
     whole = count * room * costs.kv_bytes(case.model, width)
     return whole / (part.batch * part.length * part.tensor)
 
 
 def growing_bytes(case: Case, count: int, rooms: list[int], width: int) -> float:
-    """Bytes on a device while the cache grows for the last time: half of the old one is left."""
+    """Returns the bytes on a device while the cache last grows: half of the old one remains."""
     old = cache_bytes(case, count, rooms[-2], width) / 2 if len(rooms) > 1 else 0.0
     return cache_bytes(case, count, rooms[-1], width) + old

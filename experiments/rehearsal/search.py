@@ -1,7 +1,7 @@
-"""What to change where a program does not fit, and the fastest settings that do.
+"""Searches for changes that make a program fit, and for the fastest settings that fit.
 
-Settings are compared by hand-counted bytes and times, which cost nothing; what the compiler said
-of the settings at hand corrects the bytes. Only the most promising are compiled.
+Settings are compared by hand-counted bytes and times, which cost nothing; compiler results for the
+current settings correct the bytes. Only the most promising settings are compiled.
 """
 
 import itertools
@@ -9,26 +9,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs, report, resident, rows, tower
+from experiments.rehearsal import costs, programs, report, resident, tower
 from experiments.rehearsal.case import Case
-from luspo_jax import config as configuration
-from luspo_jax.config import ConfigError
-from luspo_jax.sharding import MeshError
+from luspo_jax.run import fields
 
 Changes = dict[str, Any]  # dotted field → value
-_COMPILED = 4  # settings that a search compiles, of training and of the rollout each
-_TRAINING = ("log-probs", "update", "pressure")
+_COMPILED = 4  # settings that a search compiles, for training and for the rollout each
+_TRAINING = ("log-probs", "log-probs (ref)", "update", "pressure")
 _REMAT = ("none", "dots", "attention", "full")
 
 
 def changed(case: Case, changes: Changes) -> Case:
-    """The case with fields set.
+    """Returns the case with fields changed.
 
     Raises:
-      ConfigError, MeshError: where they do not go together.
+      ConfigError, MeshError: incompatible fields.
     """
     config = case.config.copy_and_resolve_references()
-    configuration.assign(config, changes)
+    fields.assign(config, changes)
     lengths = case.lengths
     images = lengths.images
     return cases.build(
@@ -42,10 +40,10 @@ def changed(case: Case, changes: Changes) -> Case:
 
 
 def advice(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """For every program that does not fit, the smallest change that should make it.
+    """Returns, for every program that does not fit, the smallest change that should make it fit.
 
     Counted by hand and not compiled: {"program", "over_bytes", "change"}. The change makes all of
-    training's programs fit, or all of the rollout's; it is empty where nothing here helps.
+    training's programs fit, or all of the rollout's; it is empty if nothing here helps.
     """
     given = []
     for training in (False, True):
@@ -71,7 +69,7 @@ def advice(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def refusal(found: dict[str, Any]) -> str:
-    """The programs that do not fit, in words, with what to change."""
+    """Describes the programs that do not fit, and what to change."""
     lines = [f"the run does not fit {found['topology']['name']}:"]
     for one in found["advice"]:
         lines.append(
@@ -82,7 +80,7 @@ def refusal(found: dict[str, Any]) -> str:
 
 
 def flags(changes: Changes) -> str:
-    """Changes as flags of a launcher."""
+    """Formats changes as flags of a launcher."""
     if not changes:
         return "take a larger machine, shorter responses or a smaller model"
     return "set " + " ".join(f"--config.{name}={value}" for name, value in changes.items())
@@ -91,11 +89,11 @@ def flags(changes: Changes) -> str:
 def search(
     case: Case, found: dict[str, Any], *, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """The fastest settings of training and of the rollout whose programs compile and fit.
+    """Returns the fastest settings of training and of the rollout whose programs compile and fit.
 
     Returns:
-      {"changes", "fits", "step", "tried"}: fields to set, whether all programs fit then, the
-      step's times with them, and every setting that was compiled with its verdict.
+      {"changes", "fits", "step", "tried"}: fields to set, whether all programs then fit, the step's
+      times with them, and every compiled setting with its verdict.
     """
     tried: list[dict[str, Any]] = []
     changes: Changes = {}
@@ -113,7 +111,7 @@ def search(
 
 
 def text(result: dict[str, Any]) -> str:
-    """What a search found, in words."""
+    """Describes the result of a search."""
     count = len(result["tried"])
     if not result["fits"]:
         return f"search: none of the {count} settings that were compiled fits"
@@ -126,7 +124,7 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _best(case, found, names, options, tried, say):
-    """Changes of the fastest option whose programs fit, compiled; None where none does."""
+    """Returns changes of the fastest option whose programs compile and fit; None if none does."""
     ranked = []
     for changes, other in options:
         present = [name for name in names if name in found["programs"]]
@@ -161,9 +159,9 @@ def _best(case, found, names, options, tried, say):
 
 
 def _valid(case, options) -> Iterator[tuple[Changes, Case]]:
-    """Options that a run would accept, without the fields that they leave as they are."""
+    """Yields options that a run would accept, without unchanged fields."""
     seen = []
-    now = configuration.flat(case.config)
+    now = fields.flat(case.config)
     for option in options:
         changes = {name: value for name, value in option.items() if now[name] != value}
         if changes in seen:
@@ -171,13 +169,12 @@ def _valid(case, options) -> Iterator[tuple[Changes, Case]]:
         seen.append(changes)
         try:
             yield changes, changed(case, changes)
-        except (ConfigError, MeshError, ValueError):
+        except ValueError:
             continue
 
 
 def _training(case):
-    """Remat, rows at once, devices a row or that share experts, and tokens whose logits exist at
-    one time."""
+    """Yields options: remat, rows at once, devices per row or for experts, tokens with logits."""
     config, devices = case.config, len(case.topology.devices)
     contexts = [c for c in (1, 2, 4, 8, 16) if devices % c == 0]
     head = sorted({config.model.head_chunk_tokens, 512})
@@ -202,14 +199,14 @@ def _training(case):
 
 
 def _expert_axes(case, mesh):
-    """Devices that share experts: as they are, none, or a host's."""
+    """Returns the devices that share experts: unchanged, none, or a host's."""
     if not case.model.num_experts:
         return [mesh.expert]
     return sorted({mesh.expert, 1, case.topology.chip.host_devices})
 
 
 def _rollout(case, found):
-    """Slots, what waits in host memory, and devices that share the weights."""
+    """Yields options: slots, offloading to host memory, devices that share the weights."""
     config = case.config
     offload = "both" if case.rule.objective.kl_coef else "optimizer"
     options: list[Changes] = [{}]
@@ -221,7 +218,7 @@ def _rollout(case, found):
         option |= {"rollout_mesh.expert": expert} if expert != config.rollout_mesh.expert else {}
         try:
             other = changed(case, option)
-        except (ConfigError, MeshError, ValueError):
+        except ValueError:
             continue
         live = _live(case, other, found)
         now, batch = config.rollout.num_slots, other.rollout_parts.batch
@@ -236,7 +233,7 @@ def _rollout(case, found):
 
 
 def _live(case, other, found):
-    """Slots of a host that fit the settings of `other`, in whole rows of its mesh."""
+    """Returns the slots of a host that fit the settings of `other`, in whole rows of its mesh."""
     width, rooms = other.engine.dtype.itemsize, other.rooms(other.engine)
     batch = other.rollout_parts.batch
     one = found["programs"]["decode chunk"]
@@ -250,7 +247,7 @@ def _live(case, other, found):
 
 
 def _speed(case, name):
-    """Expected seconds of a program in a step."""
+    """Returns the expected seconds of a program in a step."""
     expected = report.rates(case.topology, report.EXPECTED)
     for program in programs.programs(case):
         if program.name == name:
@@ -259,10 +256,10 @@ def _speed(case, name):
 
 
 def _predicted(case, other, name, found):
-    """Bytes of a program with other settings: what it took with these, and the counted change."""
+    """Predicts bytes of a program with other settings: its bytes now, plus the counted change."""
     one = found["programs"][name]
     difference = _counted(other, name) - _counted(case, name)
-    # Where the compiler refused, it told what its own arrays take.
+    # If the compiler refused, its message names the bytes of its own arrays.
     own = (
         one["peak_bytes"]
         if not one["compiler_error"]
@@ -272,7 +269,7 @@ def _predicted(case, other, name, found):
 
 
 def _counted(case, name):
-    """Bytes that a program's large arrays take with what lies beside it, counted by hand."""
+    """Counts bytes of a program's large arrays by hand, including what is resident beside it."""
     if name in _TRAINING:
         return _counted_training(case, name)
     width, engine = case.engine.dtype.itemsize, case.engine
@@ -295,8 +292,7 @@ def _counted(case, name):
 def _counted_training(case, name):
     part, width = case.train_parts, case.width
     sizes = case.sizes
-    rows = sizes.packed_rows_per_microbatch or sizes.responses_per_microbatch
-    tokens = rows * (sizes.pack_length or sizes.tokens_per_row) / part.tokens
+    tokens = sizes.rows_per_microbatch * sizes.row_length / part.tokens
     model = case.model
     mlp_dim = model.mlp_dim if model.num_expert_layers < model.num_layers else 0
     layer = 16 * model.embed_dim + 3 * mlp_dim + 4 * model.num_heads * model.head_dim
@@ -305,12 +301,13 @@ def _counted_training(case, name):
         "attention": model.embed_dim + model.num_heads * model.head_dim,
         "dots": 4 * model.embed_dim + 2 * mlp_dim + 2 * model.num_heads * model.head_dim,
     }[case.config.model.remat]  # fmt: skip
-    if name == "log-probs":
+    scores = name.startswith("log-probs")
+    if scores:
         kept = 0
-    inside = 0 if case.config.model.remat == "none" and name != "log-probs" else layer
+    inside = 0 if case.config.model.remat == "none" and not scores else layer
     inside += model.experts_per_token * (6 * model.embed_dim + 7 * model.expert_dim)
     activations = width * tokens * (model.num_layers * kept + inside) / part.tensor
-    head = costs.head(model) / part.tensor * (width + (4 if name != "log-probs" else 0))
+    head = costs.head(model) / part.tensor * (width + (0 if scores else 4))
     logits = 8 * case.config.model.head_chunk_tokens * model.vocab_size / part.tensor
     activations += _counted_images(case, name)
     state = sum(resident.state_bytes(case, "params", "opt_state", "ref_params").values())
@@ -319,16 +316,16 @@ def _counted_training(case, name):
 
 
 def _counted_images(case, name):
-    """Pixels of a program's images, what the tower keeps of a micro-batch, and its embeddings."""
+    """Counts a program's pixels, the tower's kept activations per micro-batch, and embeddings."""
     pictures, vision, part = case.lengths.images, case.model.vision, case.train_parts
     if pictures is None:
         return 0
     responses = case.sizes.responses_per_minibatch
     images = cases.images_at_once(case, responses)
-    remat = "full" if name == "log-probs" else case.config.model.remat
+    remat = "full" if name.startswith("log-probs") else case.config.model.remat
     kept = tower.activation_values(vision, remat) / part.tensor
     pixels = resident.device_bytes(tower.shapes(images, pictures, vision)) / images
     units = pictures.slots / vision.unit_patches * vision.out_dim
     own = images / part.tokens
-    held = rows.microbatches(case, responses) * images / part.batch * pixels
+    held = cases.plan(case, responses).num_microbatches * images / part.batch * pixels
     return held + case.width * (own * pictures.slots * kept + images * units)

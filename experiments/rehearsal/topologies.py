@@ -1,8 +1,8 @@
-"""Machines to rehearse for: what their chips have, and devices that XLA compiles for.
+"""Machines to rehearse for: properties of their chips, and devices that XLA compiles for.
 
-Every number of the table is public; `source` says where it stands. Memory of a TPU is what libtpu
-0.0.42.1 itself names as available when a program does not fit; that of a GPU is what its driver
-reports. Bandwidths between chips are one way and of all links together, half of a vendor's
+Every number of the table is public; `source` names its origin. Memory of a TPU is the available
+amount that libtpu 0.0.42.1 itself reports when a program does not fit; that of a GPU is reported by
+its driver. Bandwidths between chips are one way and sum over all links, half of a vendor's
 "bidirectional" figure.
 """
 
@@ -27,13 +27,13 @@ class Chip:
       platform: "tpu", "cuda" or "cpu".
       memory: bytes of device memory that programs can use.
       reserve: bytes kept free: the runtime's own buffers, collectives, fragmentation.
-      flops: peak bfloat16 operations a second (2 a multiply-add), without sparsity.
-      bandwidth: bytes a second between the chip and its memory.
-      links: bytes a second into the chip from others of its slice (TPU) or host (GPU).
-      network: bytes a second into the chip over the network between hosts (GPU).
+      flops: peak bfloat16 operations per second (2 per multiply-add), without sparsity.
+      bandwidth: bytes per second between the chip and its memory.
+      links: bytes per second into the chip from others of its slice (TPU) or host (GPU).
+      network: bytes per second into the chip over the network between hosts (GPU).
       host_devices: devices of one host.
-      shapes: slices that can be had, largest in each dimension; empty for GPUs.
-      source: of the numbers.
+      shapes: available slices, largest in each dimension; empty for GPUs.
+      source: source of the numbers.
     """
 
     platform: str
@@ -49,7 +49,7 @@ class Chip:
 
     @property
     def usable(self) -> float:
-        """Bytes that a rehearsed program may fill."""
+        """Returns the bytes that a rehearsed program may fill."""
         return self.memory - self.reserve
 
 
@@ -79,7 +79,7 @@ CHIPS = {
     "v5e": _tpu(15.75, 197, 819, 200, 4, _FLAT, "v5e (ICI 400 GB/s bidirectional)"),
     "v5p": _tpu(95.74, 459, 2765, 600, 4, (*_CUBES, "16x16x24"), "v5p (ICI 1200 GB/s bidir.)"),
     "v6e": _tpu(31.25, 918, 1638, 400, 4, _FLAT, "v6e (ICI 800 GB/s bidirectional)"),
-    # Two devices a chip, each with half of it.
+    # Two devices per chip, each with half of it.
     "tpu7x": _tpu(94.75, 1153, 3690, 300, 8, _CUBES, "tpu7x (a chip: 2307 TFLOP/s, 7380 GB/s, "
                   "ICI 1200 GB/s bidirectional)"),
     "h100": _gpu(84_942_979_072, 989, 3350, 450, 50, "NVIDIA data sheet, H100 SXM; DGX H100: "
@@ -93,7 +93,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A machine: its devices, of all hosts, and what each of them has."""
+    """A machine: the devices of all its hosts, and their chip."""
 
     name: str
     chip: Chip
@@ -101,15 +101,15 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """Processes of a run on it."""
+        """Returns the number of processes of a run on it."""
         return len({device.process_index for device in self.devices})
 
     @property
     def links(self) -> float:
-        """Bytes a second into a device in a collective over all of them.
+        """Returns bytes per second into a device in a collective over all of them.
 
-        Between GPU hosts what arrives by network is passed on by NVLink, so a host's cards pull
-        together and the slower of the two decides.
+        Between GPU hosts, NVLink passes on what arrives by network, so a host's cards share the
+        network and the slower of the two decides.
         """
         chip = self.chip
         if self.hosts == 1 or chip.platform != "cuda":
@@ -118,11 +118,11 @@ class Topology:
 
 
 def topology(text: str) -> Topology:
-    """The machine that a flag names: "v5p:2x2x4", "h100:1x8" (hosts × cards) or "local".
+    """Returns the machine that a flag names: "v5p:2x2x4", "h100:1x8" (hosts × cards) or "local".
 
     Raises:
-      UsageError: there is no such machine (the valid ones are named), or what compiles for it is
-        not installed (the command that installs it is named).
+      UsageError: no such machine (the message lists the valid ones), or its compiler is not
+        installed (the message gives the command that installs it).
     """
     if text == "local":
         return Topology(text, _local_chip(), tuple(jax.devices()))
@@ -140,7 +140,7 @@ def topology(text: str) -> Topology:
 
 
 def _sizes(text, name, chip, shape):
-    """The numbers of a shape that exists."""
+    """Parses the numbers of an existing shape."""
     try:
         sizes = tuple(int(part) for part in shape.split("x"))
     except ValueError:
@@ -158,7 +158,7 @@ def _sizes(text, name, chip, shape):
 
 
 def _tpu_devices(name, sizes):
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud machine is asked who it is
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not query cloud metadata
     settings = {}
     if name == "v4":
         settings["chip_config_name"] = "megacore"  # two cores, one device: as on Cloud
@@ -189,7 +189,7 @@ def _described(platform, what, command, name, settings):
 
 
 class _quiet:
-    """Keeps what a plugin writes about absent hardware off the screen."""
+    """Silences a plugin's messages about absent hardware."""
 
     def __enter__(self):
         self._saved = os.dup(2)
@@ -202,9 +202,9 @@ class _quiet:
         os.close(self._saved)
 
 
-# XLA's GpuTargetConfig by its public fields: multiprocessors and their limits are those of the
-# CUDA programming guide's table for compute capability 8.0 and 9.0.
-_SHARED = {"9": (233_472, 232_448), "8": (167_936, 166_912)}  # a multiprocessor, a block (opt-in)
+# XLA's GpuTargetConfig by its public fields: multiprocessors and their limits come from the CUDA
+# programming guide's table for compute capability 8.0 and 9.0.
+_SHARED = {"9": (233_472, 232_448), "8": (167_936, 166_912)}  # per multiprocessor, block (opt-in)
 _CARDS = {
     "h100": ("NVIDIA H100 80GB HBM3", 132, "9", 128, 52_428_800, 1.98),
     "h200": ("NVIDIA H200 141GB HBM3e", 132, "9", 128, 52_428_800, 1.98),
@@ -213,7 +213,7 @@ _CARDS = {
 
 
 def gpu_target(name: str) -> str:
-    """The GpuTargetConfig of a card as text proto, which XLA compiles for."""
+    """Returns the GpuTargetConfig of a card as text proto, which XLA compiles for."""
     title, cores, major, units, cache, clock = _CARDS[name]
     chip, (a_core, a_block) = CHIPS[name], _SHARED[major]
     extension = "ACCELERATED_FEATURES" if major == "9" else "NONE"
@@ -241,13 +241,13 @@ def gpu_target(name: str) -> str:
 
 @functools.cache
 def _local_chip() -> Chip:
-    """The devices that are here: known cards by name, others measured."""
+    """Returns the chip of the local devices: known cards by name, others measured."""
     device = jax.devices()[0]
     kind = device.device_kind.lower()
     for name, chip in CHIPS.items():
         if device.platform == "gpu" and name.split("-")[0] in kind:
             stats = device.memory_stats() or {}
-            memory = stats.get("bytes_limit", chip.usable)  # what jax has taken is all usable
+            memory = stats.get("bytes_limit", chip.usable)  # all memory taken by jax is usable
             return dataclasses.replace(chip, memory=memory, reserve=0.0)
         if device.platform == "tpu" and _tpu_kind(name) in kind:
             return chip
@@ -261,7 +261,7 @@ def _tpu_kind(name):
 
 
 def shown(topology: Topology) -> str:
-    """The machine in a line."""
+    """Describes the machine in a line."""
     chip = topology.chip
     return (
         f"{topology.name}: {len(topology.devices)} devices of {topology.hosts} host(s), each "

@@ -1,14 +1,15 @@
-"""Images of a rehearsed run: how many and how large they are assumed to be, and what the vision
-tower does with them. Conventions are those of `costs`; of the tower's own:
+"""Assumed images of a rehearsed run, and the work of the vision tower on them.
 
-    matrices    every slot of every row of images is computed, whether a patch lies in it or not:
+Conventions are those of `costs`; for the tower itself:
+
+    matrices    every slot of every row of images is computed, with or without a patch:
                 a block forward 1, backward 2, recomputed as a layer of the decoder is; the product
                 with the pixels forward 1, backward 1 (pixels have no gradient); the merger 1 and 2
     attention   windowed blocks: window² pairs a window, forward 2 products a pair, backward 5 (the
                 scores again); the others slots² pairs an image, 2 and 7 (5 with "reference")
 
-Frozen, the tower has a forward pass and no other. Scores of windows pass memory 3 times forward and
-6 backward, in float32. Every device gets the embeddings of all images of its micro-batch.
+A frozen tower has only a forward pass. Scores of windows pass memory 3 times forward and 6
+backward, in float32. Every device gets the embeddings of all images of its micro-batch.
 """
 
 import dataclasses
@@ -21,20 +22,22 @@ from ml_collections import ConfigDict
 
 from experiments.command import UsageError
 from experiments.rehearsal.costs import RECOMPUTED, Parts, Work, others
-from luspo_jax.datasets import pixels
-from luspo_jax.models import image_layout
+from luspo_jax.images.layout import laid_out
+from luspo_jax.images.pixels import Patching, smart_size
+from luspo_jax.images.record import ImageError
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.vision_config import VisionConfig
+from luspo_jax.ops.sizes import bucket_count
 from luspo_jax.types import Images
 
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Images that are assumed: every prompt has `count`, all of one size.
+    """Assumed images: every prompt has `count`, all of one size.
 
     Attributes:
       count: of each prompt.
-      height, width: in pixels, as they are resized.
+      height, width: in pixels, after resizing.
       tokens: of each image in its prompt.
       slots: of each in the tower, its windows rounded up to a bucket.
     """
@@ -52,17 +55,17 @@ def assumed(
     count: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> Pictures | None:
-    """The images that a run is rehearsed with; None without any.
+    """Returns the images with which a run is rehearsed; None without images.
 
     Args:
       config: of the run.
       model: its decoder.
-      count: images of a prompt; 1 unless given, or 0 of a model of text.
-      size: (height, width) in pixels, brought to what `data.min_pixels` and `data.max_pixels`
-        allow; unless given, the largest square that these and the longest prompt allow.
+      count: images per prompt; by default 1, or 0 for a text model.
+      size: (height, width) in pixels, limited by `data.min_pixels` and `data.max_pixels`; by
+        default the largest square that these and the longest prompt allow.
 
     Raises:
-      UsageError: images of a model of text, or more than a prompt holds.
+      UsageError: images for a text model, or more than a prompt holds.
     """
     vision = model.vision
     if vision is None and (count or size):
@@ -72,7 +75,7 @@ def assumed(
         return None
     side = vision.patch_size * vision.merge_size
     most = config.data.max_prompt_length // count - 2  # tokens; two stand around an image
-    patching = pixels.Patching(
+    patching = Patching(
         vision.patch_size,
         vision.merge_size,
         min_pixels=config.data.min_pixels or side**2,
@@ -82,23 +85,23 @@ def assumed(
         units = math.isqrt(max(1, min(most, patching.max_pixels // side**2)))
         size = (units * side, units * side)
     try:
-        height, width = pixels.smart_size(*size, patching)
-    except pixels.ImageError as error:
+        height, width = smart_size(*size, patching)
+    except ImageError as error:
         raise UsageError(f"--image_size={size[0]}x{size[1]}: {error}") from None
     grid = 1, height // vision.patch_size, width // vision.patch_size
-    layout = image_layout.laid_out(grid, vision)
+    layout = laid_out(grid, vision)
     if layout.num_tokens > most:
         raise UsageError(
             f"--images={count} of {height} x {width} pixels take {layout.num_tokens} tokens each "
             f"and data.max_prompt_length={config.data.max_prompt_length} holds {most}: lower "
             f"data.max_pixels or --image_size, or raise data.max_prompt_length"
         )
-    slots = image_layout.bucket(layout.windows) * vision.window_slots
+    slots = bucket_count(layout.windows) * vision.window_slots
     return Pictures(count, height, width, layout.num_tokens, slots)
 
 
 def shapes(images: int, pictures: Pictures, vision: VisionConfig) -> Images:
-    """Shapes of so many images in slots."""
+    """Returns the shapes of `images` images in slots."""
     S = pictures.slots
     return Images(
         patches_ISC=jax.ShapeDtypeStruct((images, S, math.prod(vision.patch_shape)), np.float32),
@@ -108,7 +111,7 @@ def shapes(images: int, pictures: Pictures, vision: VisionConfig) -> Images:
 
 
 def described(pictures: Pictures | None) -> dict[str, Any]:
-    """For a report's `lengths`; nothing without images."""
+    """Describes the images for a report's `lengths`; empty without images."""
     if pictures is None:
         return {}
     values = dataclasses.asdict(pictures)
@@ -121,7 +124,7 @@ def described(pictures: Pictures | None) -> dict[str, Any]:
 
 
 def _block(vision):
-    """Entries of the matrices of a block."""
+    """Counts the entries of a block's matrices."""
     return 4 * vision.embed_dim**2 + 3 * vision.embed_dim * vision.mlp_dim
 
 
@@ -135,12 +138,12 @@ def _pixels(vision):
 
 
 def matrices(vision: VisionConfig) -> int:
-    """Entries of all matrices of the tower."""
+    """Counts the entries of all matrices of the tower."""
     return vision.depth * _block(vision) + _merger(vision) + _pixels(vision)
 
 
 def forward(vision: VisionConfig, images: int, slots: int, part: Parts, width: int) -> Work:
-    """The tower over `images` rows of `slots`, spread over the devices that share tokens."""
+    """Counts the tower over `images` rows of `slots`, over the devices that share tokens."""
     args = vision, images, slots, part, width
     work = _products(*args) + _pixel_product(*args) + _merging(*args)
     work += _attention(*args, products=(2, 2), scores=3)
@@ -157,7 +160,7 @@ def backward(
     remat: str,
     kernel: str,
 ) -> Work:
-    """The tower backward, with what is computed again."""
+    """Counts the tower's backward pass, with recomputation."""
     args = vision, images, slots, part, width
     work = _pixel_product(*args)
     for again in (_products(*args), _merging(*args)):
@@ -177,19 +180,19 @@ def backward(
 
 
 def _embeddings(vision, images, slots, part, width):
-    """Embeddings written and sent to every device, or their gradients summed over all."""
+    """Counts embeddings written and sent to every device, or their gradients summed over all."""
     size = width * images * slots / vision.unit_patches * vision.out_dim
     return Work(0, size, size * others(part.tokens))
 
 
 def training(*args: Any, frozen: bool, remat: str, kernel: str) -> Work:
-    """The tower's part of one micro-batch of an update; arguments as of `forward`."""
+    """Counts the tower's part of one micro-batch of an update; arguments as for `forward`."""
     work = forward(*args)
     return work if frozen else work + backward(*args, remat=remat, kernel=kernel)
 
 
 def activation_values(vision: VisionConfig, remat: str) -> int:
-    """Values a slot that are kept for the backward pass, and those of the block at work."""
+    """Counts values per slot kept for the backward pass, and those of the current block."""
     D, F = vision.embed_dim, vision.mlp_dim
     inside = 16 * D + 3 * F + 3 * vision.num_heads * vision.window_slots
     kept = {"none": inside, "full": D, "offload": D, "attention": 2 * D, "dots": 6 * D + 2 * F}
@@ -197,7 +200,7 @@ def activation_values(vision: VisionConfig, remat: str) -> int:
 
 
 def _products(vision, images, slots, part, width, share=1.0):
-    """Products of all blocks, forward; `share` of them, for a recomputation."""
+    """Counts the forward products of all blocks; `share` of them, for a recomputation."""
     D, F, t, c = vision.embed_dim, vision.mlp_dim, part.tensor, width
     patches, entries = images * slots / part.tokens, vision.depth * _block(vision)
     gathered = c * entries / t
@@ -209,7 +212,7 @@ def _products(vision, images, slots, part, width, share=1.0):
 
 
 def _pixel_product(vision, images, slots, part, width):
-    """The product with the pixels, which lie on every device of those that share heads."""
+    """Counts the product with the pixels, which are on every device of those that share heads."""
     patches, gathered = images * slots / part.tokens, width * _pixels(vision)
     memory = gathered * (2 if part.embed > 1 else 1)
     memory += width * patches * (math.prod(vision.patch_shape) + vision.embed_dim)
@@ -217,7 +220,7 @@ def _pixel_product(vision, images, slots, part, width):
 
 
 def _merging(vision, images, slots, part, width):
-    """The merger, forward."""
+    """Counts the merger's forward pass."""
     t, c = part.tensor, width
     units, gathered = images * slots / part.tokens / vision.unit_patches, c * _merger(vision) / t
     memory = gathered * (2 if part.embed > 1 else 1)
@@ -227,7 +230,7 @@ def _merging(vision, images, slots, part, width):
 
 
 def _attention(vision, images, slots, part, width, *, products, scores):
-    """`products` a pair, in windows and over whole images; window scores pass memory."""
+    """Counts `products` per pair, in windows and over whole images; window scores pass memory."""
     D, inside, full = vision.embed_dim, *_blocks(vision)
     patches = images * slots / part.tokens / part.tensor
     in_windows = patches * vision.window_slots * inside
@@ -240,12 +243,12 @@ def _attention(vision, images, slots, part, width, *, products, scores):
 
 
 def _blocks(vision):
-    """(blocks that attend in windows, blocks that attend over the image)."""
+    """Returns (blocks that attend in windows, blocks that attend over the image)."""
     return vision.depth - len(vision.full_layers), len(vision.full_layers)
 
 
 def image_size(text: str) -> tuple[int, int] | None:
-    """(height, width) of "HEIGHTxWIDTH"; None of nothing."""
+    """Parses "HEIGHTxWIDTH" into (height, width); None if empty."""
     if not text:
         return None
     parts = text.split("x")

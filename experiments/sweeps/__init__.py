@@ -1,1 +1,1 @@
-"""Many runs that differ in a few fields: what they are, running them, comparing them."""
+"""Runs that differ in a few fields: their definition, execution and comparison."""

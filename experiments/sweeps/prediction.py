@@ -1,4 +1,4 @@
-"""Does the length pressure of a run's updates account for the change of its held-out length?"""
+"""Does the length pressure of a run's updates predict the change of its held-out length?"""
 
 import dataclasses
 import math
@@ -30,10 +30,10 @@ class Fit:
 
 
 def windows(rows: list[dict]) -> list[tuple[float, float, float, float]]:
-    """(predicted, measured, measured next, measured before) changes of length per window of a run.
+    """Returns (predicted, measured, next measured, previous measured) length changes per window.
 
-    The update of step s is scored by the rollout of step s + 1, so its pressure stands at s + 1;
-    the last update of a run is never scored. Windows do not overlap.
+    The rollout of step s + 1 measures the update of step s, so its pressure is logged at s + 1; the
+    last update of a run is never measured. Windows do not overlap.
     """
     steps, lengths = series(rows, LENGTH)
     at = dict(zip(steps, lengths, strict=True))
@@ -51,7 +51,7 @@ def windows(rows: list[dict]) -> list[tuple[float, float, float, float]]:
 
 
 def fit(runs: list[list[tuple[float, float]]], *, resamples: int = 2000) -> Fit:
-    """Correlation of y with x, slope of y on x, and rank correlation, over the windows of runs.
+    """Returns correlation of y with x, slope of y on x, and rank correlation, over windows of runs.
 
     The bootstrap draws whole runs, because the windows of one run are not independent.
     """
@@ -71,12 +71,12 @@ def _line(points):
     x, y = points.T
     covariance = np.cov(x, y)
     r = covariance[0, 1] / math.sqrt(covariance[0, 0] * covariance[1, 1])
-    # Ranks tell whether a few wild windows or all of them spoil a correlation.
+    # Ranks show whether a few extreme windows or all of them spoil a correlation.
     rank = np.corrcoef(_ranks(x), _ranks(y))[0, 1]
     return r, covariance[0, 1] / covariance[0, 0], rank
 
 
 def _ranks(values):
-    """Ranks from 0; ties share their mean."""
+    """Returns ranks from 0; ties share their mean."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[place]

@@ -1,4 +1,4 @@
-"""From the runs of a sweep to a table with intervals, paired differences and figures."""
+"""Turns the runs of a sweep into a table with intervals, paired differences and figures."""
 
 import csv
 import dataclasses
@@ -9,26 +9,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy.stats
 
 from experiments.sweeps import runner, spec
 from experiments.sweeps.spec import Member, Outcome, Sweep
-from luspo_jax import files
-
-# Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook); beyond
-# 30 the next smaller entry is taken, which makes an interval slightly too wide.
-T_95 = {
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
-    10: 2.228, 11: 2.201, 12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 16: 2.120, 17: 2.110,
-    18: 2.101, 19: 2.093, 20: 2.086, 21: 2.080, 22: 2.074, 23: 2.069, 24: 2.064, 25: 2.060,
-    26: 2.056, 27: 2.052, 28: 2.048, 29: 2.045, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980,
-}  # fmt: skip
+from luspo_jax.hosts import files
+from luspo_jax.hosts.values import nearest
 
 CURVES = (
     ("reward", "reward", "mean reward"),
     ("response length", "response_length/mean", "tokens"),
     ("held-out accuracy", "val-core/*", "accuracy"),
 )
-MOST_LINES = 12  # curves that a figure can carry
+MOST_LINES = 12  # most curves in a figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,24 +50,24 @@ class Result:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean ± t · s/√n of the finite values."""
+    """Returns mean ± t · s/√n of the finite values."""
     finite = np.array([v for v in values if math.isfinite(v)], np.float64)
     if len(finite) < 2:
         return Estimate(float(finite.mean()) if len(finite) else math.nan, math.nan, len(finite))
-    freedom = max(n for n in T_95 if n <= len(finite) - 1)
-    half_width = T_95[freedom] * finite.std(ddof=1) / math.sqrt(len(finite))
+    reach = scipy.stats.t.ppf(0.975, len(finite) - 1)
+    half_width = reach * finite.std(ddof=1) / math.sqrt(len(finite))
     return Estimate(float(finite.mean()), float(half_width), len(finite))
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Estimate:
-    """Mean difference over the seeds that both have."""
+    """Returns the mean difference over the seeds in both."""
     return estimate([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
 
 def series(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, finite values) of a metric, or of the first that a pattern with * fits."""
+    """Returns (steps, finite values) of a metric, or of the first that matches a pattern with *."""
     head, star, tail = metric.partition("*")
-    if star:  # one name for all rows: a row that lacks it must not bring in another metric
+    if star:  # one name for all rows: a row without it must not add another metric
         fitting = (k for row in rows for k in row if k.startswith(head) and k.endswith(tail))
         metric = next(fitting, metric)
     found = [(row["step"], row[metric]) for row in rows if metric in row]
@@ -85,7 +78,7 @@ def series(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def value_of(rows: Sequence[dict], outcome: Outcome) -> float:
-    """The outcome of a run's metrics; NaN where it does not exist."""
+    """Computes the outcome of a run's metrics; NaN if it does not exist."""
     steps, values = series(rows, outcome.metric)
     if outcome.until is not None:
         kept = steps <= outcome.until
@@ -112,11 +105,12 @@ def value_of(rows: Sequence[dict], outcome: Outcome) -> float:
             if not steps[0] <= reached <= steps[-1]:
                 return math.nan
             return float(np.interp(reached, steps, values))
-    raise ValueError(f"reduce={outcome.reduce!r}: valid: {', '.join(spec.REDUCERS)}")
+    near = nearest(outcome.reduce, spec.REDUCERS)
+    raise ValueError(f"reduce={outcome.reduce!r} does not exist: {near}")
 
 
 def first_reaching(steps: np.ndarray, values: np.ndarray, level: float) -> float:
-    """The (fractional) step at which values first reach a level; NaN if never."""
+    """Returns the (fractional) step at which values first reach a level; NaN if never."""
     above = np.flatnonzero(values >= level)
     if not len(above):
         return math.nan
@@ -128,16 +122,16 @@ def first_reaching(steps: np.ndarray, values: np.ndarray, level: float) -> float
 
 
 def rows_of(member: Member, workdir: pathlib.Path) -> list[dict]:
-    """A member's metrics."""
+    """Reads a member's metrics."""
     return runner.rows_of(member.folder(workdir))
 
 
 def collect(
     sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str] | None = None
 ) -> list[Result]:
-    """Outcomes of every member; those that did not finish are marked as missing.
+    """Collects outcomes of every member; unfinished members are marked as missing.
 
-    `failures` has the reasons of members that were tried and failed, as `runner.run` gives them.
+    `failures` maps members that failed to their reasons, as from `runner.run`.
     """
     results = []
     for member in spec.members(sweep):
@@ -152,7 +146,7 @@ def collect(
 
 
 def by_variant(results: Sequence[Result], outcome: str) -> dict[str, dict[int, float]]:
-    """variant → seed → value, of the members that have one."""
+    """Returns variant → seed → value, for the members that have one."""
     values: dict[str, dict[int, float]] = {}
     for result in results:
         seeds = values.setdefault(result.member.variant.name, {})
@@ -162,7 +156,7 @@ def by_variant(results: Sequence[Result], outcome: str) -> dict[str, dict[int, f
 
 
 def table(sweep: Sweep, results: Sequence[Result]) -> tuple[list[str], list[list]]:
-    """Column names, and a row for each variant: seeds, outcomes, differences to the baseline."""
+    """Returns column names, and a row per variant: seeds, outcomes, differences to the baseline."""
     columns = [*dict(spec.variants(sweep)[0].levels), "seeds"]
     if sweep.axes and sweep.members:
         columns = ["variant", "seeds"]
@@ -191,7 +185,7 @@ def table(sweep: Sweep, results: Sequence[Result]) -> tuple[list[str], list[list
 
 
 def write(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str] | None = None) -> str:
-    """Writes table.csv, table.md, results.csv and the figures; gives the markdown table."""
+    """Writes table.csv, table.md, results.csv and the figures; returns the Markdown table."""
     with runner.locked(workdir):
         return _write(sweep, workdir, collect(sweep, workdir, failures))
 
@@ -226,7 +220,7 @@ def _write(sweep, workdir, results):
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A table that reads well as text."""
+    """Formats a table that reads well as text."""
     # A bar in a name, such as |s-1|, would begin another cell.
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (columns, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -239,7 +233,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 def curves_figure(sweep: Sweep, workdir: pathlib.Path) -> pathlib.Path | None:
-    """Reward, length and held-out accuracy over steps: mean over seeds and its 95 % interval."""
+    """Draws reward, length and held-out accuracy over steps: mean over seeds, 95 % interval."""
     plt = pyplot()
     chosen = [v for v in spec.variants(sweep)][:MOST_LINES]
     figure, axes = plt.subplots(1, len(CURVES), figsize=(14, 4.2), layout="constrained")
@@ -271,10 +265,10 @@ def curves_figure(sweep: Sweep, workdir: pathlib.Path) -> pathlib.Path | None:
 def outcomes_figure(
     sweep: Sweep, results: Sequence[Result], workdir: pathlib.Path
 ) -> pathlib.Path | None:
-    """Each outcome with its interval: differences to the baseline where there is one."""
+    """Draws each outcome with its interval: differences to the baseline if there is one."""
     plt = pyplot()
     columns, rows = table(sweep, results)
-    # By place, because an axis may have the name of an outcome.
+    # By index, because an axis may have the name of an outcome.
     places = [place for place, cell in enumerate(rows[0]) if isinstance(cell, Estimate)]
     places = places[1::2] if sweep.baseline else places
     names = [variant.name for variant in spec.variants(sweep)]
@@ -307,7 +301,7 @@ def finished_rows(sweep, variant, seed, workdir):
 
 
 def band(runs):
-    """Steps that all runs have, mean over runs, half-width of its interval."""
+    """Returns the steps common to all runs, their mean, and half-width of its interval."""
     runs = [(steps, values) for steps, values in runs if len(steps)]
     if not runs:
         return np.zeros(0), np.zeros(0), np.zeros(0)
@@ -323,7 +317,7 @@ def band(runs):
 
 
 def _spread_out(columns, rows):
-    """One column for a mean and one for its half-width."""
+    """Splits a column into one for the mean and one for its half-width."""
     wide = []
     for row in rows:
         cells = []

@@ -1,4 +1,4 @@
-"""Runs the members of a sweep in a few worker processes; any of them may fail alone."""
+"""Runs the members of a sweep in a few worker processes; one may fail without the others."""
 
 import contextlib
 import json
@@ -16,29 +16,28 @@ from tqdm import tqdm
 
 from experiments.sweeps import spec
 from experiments.sweeps.spec import Member, Sweep
-from luspo_jax import config as configuration
-from luspo_jax import files
-from luspo_jax.config import ConfigError
+from luspo_jax.hosts import files
+from luspo_jax.hosts.values import ConfigError, nearest
 from luspo_jax.metrics import read_metrics
-from luspo_jax.values import nearest
+from luspo_jax.run import fields
 
-Task = dict  # what a worker reads: folder, log, config, fingerprint, compile_cache
+Task = dict  # worker input: folder, log, config, fingerprint, compile_cache
 
 
 def run(
     sweep: Sweep, workdir: pathlib.Path, *, parallel: int = 1, only: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Runs what is not finished; member → reason for those that failed.
+    """Runs the unfinished members; returns member → reason for those that failed.
 
     Raises:
-      ConfigError: a sweep that cannot run, or a workdir that holds another one.
+      ConfigError: an invalid sweep, or a workdir that holds another one.
       WorkdirError: a workdir that cannot be written.
     """
     members = spec.check(sweep)
     if only:
         members = _chosen(members, only)
     configs = {m.name: spec.config_of(sweep, m) for m in members}
-    prints = {name: configuration.fingerprint(config) for name, config in configs.items()}
+    prints = {name: fields.fingerprint(config) for name, config in configs.items()}
     _claim(workdir, prints)
     failures, waiting = {}, []
     for member in members:
@@ -70,7 +69,7 @@ def _chosen(members, only):
 
 
 def standing(folder: pathlib.Path, config: ConfigDict) -> tuple[str, str]:
-    """("finished" | "unfinished" | "broken", why it is broken)."""
+    """Returns ("finished" | "unfinished" | "broken", why it is broken)."""
     remedy = f"delete {folder} to run it again"
     for name in ("finished.json", "run.json"):
         file = folder / name
@@ -81,7 +80,7 @@ def standing(folder: pathlib.Path, config: ConfigDict) -> tuple[str, str]:
         except (ValueError, OSError) as error:
             return "broken", f"{file} is damaged ({error}): {remedy}"
         if name == "finished.json" and stored is not None:
-            if stored.get("fingerprint") != configuration.fingerprint(config):
+            if stored.get("fingerprint") != fields.fingerprint(config):
                 return "broken", f"{file} belongs to another configuration: {remedy}"
             try:
                 _check_complete(folder, config.num_steps)
@@ -92,7 +91,7 @@ def standing(folder: pathlib.Path, config: ConfigDict) -> tuple[str, str]:
 
 
 def _check_complete(folder, num_steps):
-    # A file that was cut off reads well: only the number of its last step tells.
+    # A truncated file may still parse: only the number of its last step shows it.
     rows = rows_of(folder)
     last = rows[-1]["step"] if rows else None
     if last != num_steps:
@@ -100,10 +99,10 @@ def _check_complete(folder, num_steps):
 
 
 def rows_of(folder: pathlib.Path) -> list[dict[str, float]]:
-    """The metrics of a run's folder.
+    """Reads the metrics of a run's folder.
 
     Raises:
-      ValueError: a line is damaged.
+      ValueError: a damaged line.
       OSError: the file cannot be read.
     """
     file, rows = folder / "metrics.jsonl", []
@@ -123,7 +122,7 @@ def locked(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
 
 
 def _claim(workdir, prints):
-    """Writes which members the folder holds; members may be added, none may change."""
+    """Records the members of the folder; members may be added, but not changed."""
     files.check_own(workdir, ours=["sweep.json", "members"], what="sweep")
     with locked(workdir):
         _claim_locked(workdir, prints)
@@ -151,14 +150,14 @@ def _task(member, config, fingerprint, workdir) -> Task:
     return {
         "folder": str(folder),
         "log": str(log.absolute()),
-        "config": configuration.flat(config),
+        "config": fields.flat(config),
         "fingerprint": fingerprint,
         "compile_cache": str((workdir / ".compile_cache").absolute()),
     }
 
 
 def _run_all(waiting, parallel, bar, failures):
-    """Hands the next member to whichever worker is free."""
+    """Gives the next member to the first free worker."""
     tasks: queue.SimpleQueue = queue.SimpleQueue()
     for item in waiting:
         tasks.put(item)
@@ -185,7 +184,7 @@ def _run_all(waiting, parallel, bar, failures):
 
 
 def _serve(tasks, done: Callable, index: int, parallel: int) -> None:
-    """Feeds one worker at a time; one that dies is replaced."""
+    """Feeds one worker at a time; replaces one that dies."""
     worker = None
     while True:
         try:
@@ -211,7 +210,7 @@ def _serve(tasks, done: Callable, index: int, parallel: int) -> None:
 
 
 def _start(index, parallel):
-    """A worker on its share of the cores: one run's threads do not slow another's."""
+    """Starts a worker on its share of the cores: one run's threads do not slow another's."""
     command = [sys.executable, "-m", "experiments.sweeps.worker"]
     worker = subprocess.Popen(
         command, cwd=spec.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""What a sweep is: configuration fields × seeds, the outcomes to compare, and every mistake."""
+"""Definition of a sweep: configuration fields × seeds, the outcomes to compare, and all checks."""
 
 import collections
 import dataclasses
@@ -14,9 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from luspo_jax import config as configuration
-from luspo_jax.config import ConfigError
-from luspo_jax.values import nearest
+from luspo_jax.hosts.values import ConfigError, nearest
+from luspo_jax.run import checks, fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 REDUCERS = ("first", "last", "change", "mean", "max", "auc", "at")
@@ -30,13 +29,12 @@ class Outcome:
 
     Attributes:
       name: its column.
-      metric: a metric's name; `*` stands for any text, and the first that fits is taken.
-      reduce: first, last, change (last − first), mean, max, auc (mean by trapezoids over steps),
-        or at (its value where `where` first reaches `level`, by linear interpolation; NaN where
-        that never happens).
-      until: last rollout step that is looked at; None for all.
-      where: metric that decides for "at".
-      level: what it must reach.
+      metric: a metric's name; `*` matches any text, and the first match is used.
+      reduce: first, last, change (last − first), mean, max, auc (mean by trapezoids over steps), or
+        at (its value where `where` first reaches `level`, by linear interpolation; NaN if never).
+      until: last rollout step to use; None for all.
+      where: metric that triggers "at".
+      level: value that `where` must reach.
     """
 
     name: str
@@ -53,14 +51,14 @@ class Sweep:
 
     Attributes:
       base: configuration file, from the repository's root or absolute.
-      axes: axis → level → fields; the variants are all combinations of levels. Where two axes
-        set one field, the later axis wins.
-      members: name → fields, variants beside the grid.
+      axes: axis → level → fields; the variants are all combinations of levels. If two axes set one
+        field, the later axis wins.
+      members: name → fields, additional variants outside the grid.
       fixed: fields of every variant.
-      seeds: each variant runs once with each.
-      baseline: axis → level that differences are taken against, all other axes equal; or
-        {"member": name}. Empty for no differences.
-      outcomes: what the table shows.
+      seeds: each variant runs once per seed.
+      baseline: axis → reference level for differences, with all other axes equal; or {"member":
+        name}. Empty for no differences.
+      outcomes: columns of the table.
     """
 
     base: str
@@ -77,7 +75,7 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One setting of a sweep: where it stands on each axis, and its fields."""
+    """One setting of a sweep: its level on each axis, and its fields."""
 
     levels: tuple[tuple[str, str], ...]
     fields: tuple[tuple[str, Any], ...]
@@ -99,20 +97,20 @@ class Member:
         return f"{self.variant.name}/seed_{self.seed}"
 
     def folder(self, workdir: pathlib.Path) -> pathlib.Path:
-        """Workdir of the run."""
+        """Returns the workdir of the run."""
         return workdir / "members" / slug(self.variant.name) / f"seed_{self.seed}"
 
 
 def slug(name: str) -> str:
-    """A name as a folder's."""
+    """Converts a name to a folder name."""
     return re.sub(r"[^\w.+-]+", "_", name)
 
 
 def load(path: str) -> Sweep:
-    """The sweep of a file with `get_sweep()`.
+    """Loads the sweep of a file with `get_sweep()`.
 
     Raises:
-      ConfigError: no such file, or none of ours.
+      ConfigError: no such file, or not a sweep file.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -126,30 +124,30 @@ def load(path: str) -> Sweep:
 
 
 def variants(sweep: Sweep) -> list[Variant]:
-    """All settings, grid first."""
+    """Lists all settings, grid first."""
     found = []
     if sweep.axes:
         for combination in itertools.product(*(axis.items() for axis in sweep.axes.values())):
             # A level may be named by its value, a number.
             names = (str(name) for name, _ in combination)
             levels = tuple(zip(sweep.axes, names, strict=True))
-            fields = dict(sweep.fixed)
+            leaves = dict(sweep.fixed)
             for _, chosen in combination:
-                fields |= chosen
-            found.append(Variant(levels, tuple(fields.items())))
-    for name, fields in sweep.members.items():
-        merged = {**sweep.fixed, **fields}
+                leaves |= chosen
+            found.append(Variant(levels, tuple(leaves.items())))
+    for name, leaves in sweep.members.items():
+        merged = {**sweep.fixed, **leaves}
         found.append(Variant((("member", name),), tuple(merged.items())))
     return found
 
 
 def members(sweep: Sweep) -> list[Member]:
-    """All runs, those of one variant side by side: they share compiled programs."""
+    """Lists all runs, those of one variant together: they share compiled programs."""
     return [Member(v, seed) for v in variants(sweep) for seed in sweep.seeds]
 
 
 def baseline_of(sweep: Sweep, variant: Variant) -> str | None:
-    """Name of the variant to compare with: equal on all axes that the baseline does not name."""
+    """Returns the name of the variant to compare with: equal on all axes outside the baseline."""
     levels = dict(variant.levels)
     if not sweep.baseline:
         return None
@@ -161,7 +159,7 @@ def baseline_of(sweep: Sweep, variant: Variant) -> str | None:
 
 
 def config_of(sweep: Sweep, member: Member) -> ConfigDict:
-    """The member's whole configuration.
+    """Builds the member's whole configuration.
 
     Raises:
       ConfigError: fields that do not exist or values of another type, all in one message.
@@ -178,7 +176,7 @@ def config_of(sweep: Sweep, member: Member) -> ConfigDict:
 
 
 def base_config(path: str) -> ConfigDict:
-    """What `get_config()` of a configuration file gives."""
+    """Returns the result of a configuration file's `get_config()`."""
     file = pathlib.Path(path)
     file = file if file.is_absolute() else ROOT / file
     if not file.is_file():
@@ -190,18 +188,18 @@ def base_config(path: str) -> ConfigDict:
 
 
 def check(sweep: Sweep) -> list[Member]:
-    """Refuses a sweep that cannot run, all problems in one message; gives its runs.
+    """Refuses an invalid sweep, with all problems in one message; returns its runs.
 
     Raises:
-      ConfigError: naming every field and member.
+      ConfigError: names every field and member.
     """
     problems = list(_structure(sweep))
     if not problems:
         found = variants(sweep)
-        wrong: dict[str, list[str]] = {}  # what is wrong with many is told once
+        wrong: dict[str, list[str]] = {}  # a problem of many members is reported once
         for variant in found:
             try:
-                configuration.check(config_of(sweep, Member(variant, sweep.seeds[0])))
+                checks.check(config_of(sweep, Member(variant, sweep.seeds[0])))
             except ConfigError as error:
                 wrong.setdefault(str(error), []).append(variant.name)
         for message, names in wrong.items():
@@ -213,30 +211,30 @@ def check(sweep: Sweep) -> list[Member]:
 
 
 def launch_line(sweep: Sweep, member: Member, workdir: pathlib.Path, sweep_file: str) -> str:
-    """A command that runs one member, for a cluster.
+    """Returns a command that runs one member, for a cluster.
 
-    Fields that flags cannot set (whole sections, None) are left to the sweep file by `--only`.
+    Fields that flags cannot set (whole sections, None) come from the sweep file by `--only`.
     """
     folder = member.folder(workdir)
-    fields = dict(member.variant.fields)
-    if any(v is None or isinstance(v, Mapping) or _open(name) for name, v in fields.items()):
+    leaves = dict(member.variant.fields)
+    if any(v is None or isinstance(v, Mapping) or _open(name) for name, v in leaves.items()):
         words = ["experiments.sweep", f"--sweep={sweep_file}", f"--only={member.name}"]
         words.append(f"--workdir={workdir}")
     else:
-        flags = [f"--config.{name}={value}" for name, value in fields.items()]
+        flags = [f"--config.{name}={value}" for name, value in leaves.items()]
         words = ["experiments.train", f"--config={sweep.base}", *flags]
         words += [f"--config.seed={member.seed}", f"--workdir={folder}"]
     return "python -m " + " ".join(shlex.quote(word) for word in words)
 
 
 def _open(name):
-    return name.startswith(configuration.OPEN_SECTIONS)
+    return name.startswith(fields.OPEN_SECTIONS)
 
 
 def _set(config, name, value):
-    known = configuration.flat(config)
+    known = fields.flat(config)
     sections = {key.rsplit(".", depth)[0] for key in known for depth in (1, 2) if "." in key}
-    sections |= {prefix.rstrip(".") for prefix in configuration.OPEN_SECTIONS}
+    sections |= {prefix.rstrip(".") for prefix in fields.OPEN_SECTIONS}
     if name not in known and name not in sections and not _open(name):
         near = nearest(name, {*known, *sections})
         raise ConfigError(f"unknown field {name}: {near}")
@@ -246,11 +244,11 @@ def _set(config, name, value):
             target = config
             for section in path:
                 target = target[section]
-            if value is None and configuration.flat(configuration.default_config()).get(name):
+            if value is None and fields.flat(fields.default_config()).get(name):
                 raise TypeError("only a field that is unset by default can be None")
             target[last] = None if value is None else dict(value)
         else:
-            configuration.assign(config, {name: value})
+            fields.assign(config, {name: value})
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{name}={value!r}: {error}") from error
 
@@ -276,13 +274,14 @@ def _structure(sweep) -> Iterator[str]:
             yield f"baseline {wrong} is none of its variants: {', '.join(sorted(names)[:20])}"
     for outcome in sweep.outcomes:
         if outcome.reduce not in REDUCERS:
-            yield f"outcome {outcome.name}: reduce={outcome.reduce!r}: valid: {', '.join(REDUCERS)}"
+            near = nearest(outcome.reduce, REDUCERS)
+            yield f"outcome {outcome.name}: reduce={outcome.reduce!r} does not exist: {near}"
         if outcome.reduce == "at" and not outcome.where:
             yield f'outcome {outcome.name}: reduce="at" needs `where`, the metric that decides'
 
 
 def _names(sweep, found) -> Iterator[str]:
-    """What is wrong with names: each is a column, or a folder of its own."""
+    """Yields problems with names: each must be a column or folder of its own."""
     folders: dict[str, list[str]] = {}
     for variant in found:
         folders.setdefault(slug(variant.name), []).append(variant.name)
@@ -299,16 +298,16 @@ def _names(sweep, found) -> Iterator[str]:
 
 
 def _given_by(file: pathlib.Path, function: str) -> Any:
-    """What a function of a file gives, None without such a function.
+    """Returns the result of a function in a file; None without such a function.
 
     Raises:
-      ConfigError: the file or the function fails, with the line at which it does.
+      ConfigError: the file or the function fails; names the line.
     """
     try:
         return getattr(_module(file), function, lambda: None)()
     except ConfigError:
         raise
-    except Exception as error:  # whatever a user's file may raise
+    except Exception as error:  # a user's file may raise anything
         lines = [
             f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
         ]

@@ -1,4 +1,4 @@
-"""The learning rate that suits each objective, from a sweep over rates."""
+"""Selects the best learning rate of each objective, from a sweep over rates."""
 
 import math
 import pathlib
@@ -10,7 +10,7 @@ from experiments.sweeps.spec import Sweep
 
 
 def best_rates(sweep: Sweep, folder: pathlib.Path) -> dict[str, float]:
-    """Objective → the learning rate with the largest mean area under the reward curve.
+    """Returns objective → the learning rate with the largest mean area under the reward curve.
 
     The sweep has the axes `objective` and `rate` and the outcome "reward area".
     """

@@ -1,8 +1,7 @@
-"""One process that runs members of a sweep, one after another, so that they share what compiles.
+"""A process that runs members of a sweep one after another, so that they share compilations.
 
-Members come as JSON lines on standard input and answers go back on standard output; what a run
-prints goes to its own log. The end of the input ends the process at once: a worker never outlives
-the sweep that started it.
+Members come as JSON lines on standard input and answers go back on standard output; a run's prints
+go to its own log. The end of the input ends the process at once: a worker never outlives its sweep.
 """
 
 import contextlib
@@ -14,11 +13,11 @@ import sys
 import threading
 from typing import Any
 
-_LONGEST_REASON = 500  # characters of an error that travel; the log has all of it
+_LONGEST_REASON = 500  # characters of an error that are sent; the log has all of it
 
 
 def main() -> None:
-    """Serves until the input ends."""
+    """Runs members until the input ends."""
     tasks: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read, args=(tasks,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -38,31 +37,32 @@ def _read(tasks):
 def _answer(task: dict[str, Any]) -> dict[str, Any]:
     try:
         run_member(task)
-    except BaseException as error:  # whatever ends a member must not end the others
+    except BaseException as error:  # one member's failure must not end the others
         import traceback
 
         traceback.print_exc()
-        reason = " ".join(str(error).split())  # on one line: what matters may be on its second
+        reason = " ".join(str(error).split())  # on one line: its second line may matter
         return {"error": f"{type(error).__name__}: {reason[:_LONGEST_REASON]}"}
     return {"error": None}
 
 
 def run_member(task: dict[str, Any]) -> None:
-    """Trains one member where it stands, and marks it as finished."""
+    """Trains or resumes one member, and marks it as finished."""
     import jax
 
-    from luspo_jax import config as configuration
-    from luspo_jax import files, train
-    from luspo_jax import run as runs
-    from luspo_jax import workdir as workdirs
+    from luspo_jax import train
+    from luspo_jax.hosts import files
+    from luspo_jax.run import fields
+    from luspo_jax.run import workdir as workdirs
+    from luspo_jax.run.build import build, facts
 
     jax.config.update("jax_compilation_cache_dir", task["compile_cache"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    config = configuration.default_config()
-    configuration.assign(config, task["config"])
-    run = runs.build(config)
+    config = fields.default_config()
+    fields.assign(config, task["config"])
+    run = build(config)
     folder = pathlib.Path(task["folder"])
-    workdir = workdirs.Workdir(folder, config, runs.facts(run))
+    workdir = workdirs.Workdir(folder, config, facts(run))
     with contextlib.closing(workdir):
         train.train(run, workdir)
     mark = {"fingerprint": task["fingerprint"]}
@@ -71,7 +71,7 @@ def run_member(task: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _output_to(log: pathlib.Path):
-    """Sends file descriptors 1 and 2 to the end of a file."""
+    """Redirects file descriptors 1 and 2 to the end of a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = os.dup(1), os.dup(2)
     with log.open("a") as stream:

@@ -1,1 +1,1 @@
-"""What the mathematical verifier is tried on: changed and rewritten golds, and who judges them."""
+"""Trials of the mathematical verifier: changed and rewritten golds, and the judges."""

@@ -1,6 +1,6 @@
-"""Verdicts of the verifier without one of its rules, for each rule that had a say in a verdict.
+"""Verdicts of the verifier without one of its rules, for each rule that gave an opinion.
 
-Runs in worker processes, as a user's reward. A rule that gave no opinion cannot have changed the
+Runs in worker processes, as a user's reward. A rule without an opinion cannot have changed the
 verdict, so only the others are turned off, one at a time.
 """
 
@@ -12,13 +12,14 @@ from unittest import mock
 
 import math_verify
 
-from luspo_jax.rewards import Sample, Verdict, latex, math_equal, plain_numbers, symbolic, words
+from luspo_jax.rewards import Sample, Verdict
+from luspo_jax.rewards.answers import latex, math_equal, plain_numbers, symbolic, words
 from luspo_jax.rewards.math_answer import EXTRACTIONS
 from luspo_jax.rewards.math_answer import check as judge
 
 
 class _Rule(NamedTuple):
-    """A rule: where it is found, how it says nothing, and the table that it is in, if any."""
+    """A rule: its location, its silent value, and its table, if any."""
 
     module: object
     attribute: str
@@ -26,7 +27,7 @@ class _Rule(NamedTuple):
     place: int | None = None
 
 
-# What decides beside the tables of rules.
+# Rules outside the tables.
 _DECIDERS = {
     "decimal_commas_agree": _Rule(math_equal, "decimal_commas_agree", False),
     "cut_off_agrees": _Rule(math_equal, "cut_off_agrees", False),
@@ -38,7 +39,7 @@ _DECIDERS = {
     "phrases of one meaning": _Rule(words, "_meaning"),
     "running text is no formula": _Rule(math_equal, "is_running_text", False),
 }
-# Tables of functions that say None where they have no opinion.
+# Tables of functions that return None if they have no opinion.
 _TABLES = (
     (math_equal, "WORD_RULES"),
     (math_equal, "RULES"),
@@ -47,7 +48,7 @@ _TABLES = (
 
 
 def rules() -> dict[str, _Rule]:
-    """Every rule that can be turned off, by name."""
+    """Returns every rule that can be turned off, by name."""
     found = {
         function.__name__.strip("_"): _Rule(module, table, None, place)
         for module, table in _TABLES
@@ -60,7 +61,7 @@ def rules() -> dict[str, _Rule]:
 
 
 class _Heard:
-    """Stands for a function or a pattern and notes when it has a say."""
+    """Wraps a function or a pattern and records when it gives an opinion."""
 
     def __init__(self, original, silence, note: Callable[[], None]):
         self._original, self._silence, self._note = original, silence, note
@@ -79,7 +80,7 @@ class _Heard:
 
 
 def _heard(entry, rule: _Rule, note: Callable[[], None]):
-    """A table's entry, or a function, that notes when it has a say."""
+    """Wraps a table's entry, or a function, to record when it gives an opinion."""
     if isinstance(entry, tuple):
         return (_Heard(entry[0], None, note), *entry[1:])
     return _Heard(entry, rule.silence, note)
@@ -87,7 +88,7 @@ def _heard(entry, rule: _Rule, note: Callable[[], None]):
 
 @contextlib.contextmanager
 def listening(known: dict[str, _Rule]) -> Iterator[set[str]]:
-    """Collects the names of the rules that have a say meanwhile."""
+    """Collects the names of the rules that give an opinion within the context."""
     spoken: set[str] = set()
     tables: dict[tuple, list] = {}
     with contextlib.ExitStack() as stack:
@@ -106,7 +107,7 @@ def listening(known: dict[str, _Rule]) -> Iterator[set[str]]:
 
 
 def without(rule: _Rule):
-    """A context in which a rule is turned off."""
+    """Returns a context in which a rule is turned off."""
     if rule.place is None:
         new = lambda *_, **__: rule.silence  # noqa: E731
     else:
@@ -116,7 +117,7 @@ def without(rule: _Rule):
 
 
 def check(response: str, answer: str, meta) -> Verdict:
-    """The verdict; its prediction is a JSON list of the rules without which it is another."""
+    """Returns the verdict; its prediction is a JSON list of the rules whose absence changes it."""
     known = rules()
     sample = Sample(response, answer, meta=meta)
     extract = EXTRACTIONS[meta["extract"]]

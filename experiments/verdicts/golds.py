@@ -1,4 +1,4 @@
-"""The reference answers of public datasets, each distinct one once."""
+"""Reference answers of public datasets, each distinct one once."""
 
 import pathlib
 import tempfile
@@ -26,7 +26,7 @@ SETS = {
 
 
 def golds(name: str, data: pathlib.Path) -> list[Gold]:
-    """The distinct answers of a set, in order of first appearance."""
+    """Returns the distinct answers of a set, in order of first appearance."""
     reader, files = SETS[name]
     found: dict[str, Gold] = {}
     with tempfile.TemporaryDirectory() as cache:

@@ -1,4 +1,4 @@
-"""The verdicts of the project's verifier and of Math-Verify on pairs of gold and answer."""
+"""Verdicts of the project's verifier and of Math-Verify on pairs of gold and answer."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -7,13 +7,13 @@ from tqdm import tqdm
 
 from luspo_jax.rewards import Reward, Sample, Scorer
 
-# Column → reward. What judges is named by module, since worker processes import it.
+# Column → reward. Judges are named by module, since worker processes import them.
 VERIFIERS = {"ours": "boxed_math", "math_verify": "experiments.verdicts.plain_math_verify:response"}
 _BATCH = 256
 
 
 def boxed(gold: str, answer: str) -> Sample:
-    """A response that states an answer in a box."""
+    """Returns a response that states an answer in a box."""
     return Sample(rf"\boxed{{{answer}}}", gold)
 
 
@@ -25,7 +25,7 @@ def judged(
     options: Mapping | None = None,
     time_limit: float = 5.0,
 ) -> list[Reward]:
-    """A reward's verdict on each sample, given by processes that are killed at their limit."""
+    """Returns a reward's verdict on each sample, from processes that are killed at their limit."""
     samples, rewards = list(samples), []
     with (
         Scorer(

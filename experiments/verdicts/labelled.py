@@ -1,4 +1,4 @@
-"""Public sets of labelled answers: responses, golds, and whether somebody calls them right."""
+"""Public sets of labelled answers: responses, golds, and labels of right or wrong."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ def _lines(path: pathlib.Path) -> Iterator[dict]:
 
 
 def gsm8k_openai(folder: pathlib.Path) -> Labelled:
-    """Solutions of four models to GSM8K's test problems, which end on a line `A: number`."""
+    """Reads four models' solutions to GSM8K's test problems, which end on a line `A: number`."""
     for row in _lines(folder / "example_model_solutions.jsonl"):
         for value in row.values():
             if isinstance(value, dict):
@@ -23,33 +23,33 @@ def gsm8k_openai(folder: pathlib.Path) -> Labelled:
 
 
 def nemo_pairs(folder: pathlib.Path) -> Labelled:
-    """Pairs of answers from NeMo-Skills' tests."""
+    """Reads pairs of answers from NeMo-Skills' tests."""
     for row in _lines(folder / "math_equal_pairs.jsonl"):
         yield Sample(str(row["b"]), str(row["a"])), row["expected"]
 
 
 def nemo_samples(folder: pathlib.Path) -> Labelled:
-    """Three solutions of a model to each of 50 MATH problems."""
+    """Reads three solutions of a model to each of 50 MATH problems."""
     for path in sorted(folder.glob("output-rs*.jsonl")):
         for row in _lines(path):
             yield Sample(row["generation"], row["expected_answer"]), row["symbolic_correct"]
 
 
 def math_verify(folder: pathlib.Path) -> Labelled:
-    """Pairs of answers from Math-Verify's tests."""
+    """Reads pairs of answers from Math-Verify's tests."""
     for row in _lines(folder / "pairs.jsonl"):
         yield Sample(row["pred"], row["gold"]), bool(row["expected"])
 
 
 def olympiadbench(folder: pathlib.Path) -> Labelled:
-    """OlympiadBench's scoring examples; some allow an absolute error."""
+    """Reads OlympiadBench's scoring examples; some allow an absolute error."""
     for group in json.loads((folder / "scoring_examples.json").read_text(encoding="utf-8")):
         for row in group["Ans"]:
             yield Sample(row["answer"], group["GT"], meta=row), row["equal"]
 
 
 def rho(folder: pathlib.Path) -> Labelled:
-    """A 7B model's solutions to MATH500, scored by its authors."""
+    """Reads a 7B model's solutions to MATH500, scored by its authors."""
     for row in _lines(folder / "rho-math-7b-v0.1_math500.jsonl"):
         yield Sample(row["code"][0], row["gt"]), row["score"][0]
 

@@ -1,7 +1,7 @@
-"""Changes that make another answer of a gold: one number, sign, name, unit, operator, bracket …
+"""Changes that turn a gold into another answer: one number, sign, name, unit, operator, bracket …
 
-Each kind is a function of the gold, its LaTeX in braces, and a random generator that gives every
-mutant it can make. `mutants` takes a few of each kind and leaves out those that are the gold still.
+Each kind is a function of the gold, its LaTeX in braces, and a random generator; it yields every
+mutant it can make. `mutants` takes a few of each kind and leaves out those equal to the gold.
 """
 
 import random
@@ -40,7 +40,7 @@ _STARTS = ("(", "[", r"\{", ",", "=", "&", r"\\", ";", "$")
 
 
 def exponent(gold: str, _: random.Random) -> Made:
-    """x^2 becomes x^3, x^n becomes x^{n+1}, and x^2 becomes x."""
+    """Changes x^2 to x^3, x^n to x^{n+1}, and x^2 to x."""
     for token in tokens(gold):
         group = group_after(gold, token.end) if token.text == "^" else None
         if group is None or re.search(r"\\(circ|prime)|\*", group[0]):
@@ -53,7 +53,7 @@ def exponent(gold: str, _: random.Random) -> Made:
 
 
 def number_raised(gold: str, _: random.Random) -> Made:
-    """One number is one larger."""
+    """Raises one number by one."""
     for token in tokens(gold):
         if token.kind == "number":
             whole, point, rest = token.text.partition(".")
@@ -61,7 +61,7 @@ def number_raised(gold: str, _: random.Random) -> Made:
 
 
 def digit_changed(gold: str, rng: random.Random) -> Made:
-    """Two neighbouring digits change places, or a single one is another."""
+    """Swaps two neighbouring digits, or changes a single one."""
     for token in tokens(gold):
         if token.kind != "number":
             continue
@@ -79,7 +79,7 @@ def digit_changed(gold: str, rng: random.Random) -> Made:
 
 
 def number_scaled(gold: str, _: random.Random) -> Made:
-    """One number is ten times as large."""
+    """Multiplies one number by ten."""
     for token in tokens(gold):
         if token.kind == "number":
             value = Fraction(token.text) * 10
@@ -88,7 +88,7 @@ def number_scaled(gold: str, _: random.Random) -> Made:
 
 
 def sign(gold: str, _: random.Random) -> Made:
-    """A sign before an item is dropped or set."""
+    """Drops or adds a sign before an item."""
     found = visible(gold)
     for before, token in zip([None, *found[:-1]], found, strict=True):
         if before is not None and before.text not in _STARTS:
@@ -108,7 +108,7 @@ def _closes(gold: str, dollar: Token) -> bool:
 
 
 def name(gold: str, rng: random.Random) -> Made:
-    """One name in one place is another name, of any alphabet, those of constants among them."""
+    """Replaces one name in one place by another, of any alphabet, including names of constants."""
     for token in tokens(gold):
         is_exponent_mark = token.text in "eE" and re.search(r"\d$", gold[: token.start])
         if (token.kind == "letter" and not is_exponent_mark) or token.text in _NAMES:
@@ -118,7 +118,7 @@ def name(gold: str, rng: random.Random) -> Made:
 
 
 def word(gold: str, rng: random.Random) -> Made:
-    """A word is another word, a choice another letter."""
+    """Replaces a word by another, a choice by another letter."""
     for token in tokens(gold):
         content = re.sub(r"^\\\w+\s*\{|\}$", "", token.text) if token.kind == "words" else ""
         choice = re.fullmatch(r"\s*\(?([A-E])\)?\s*", content)
@@ -135,7 +135,7 @@ def _unit_words(content: str) -> list[str]:
 
 
 def unit(gold: str, _: random.Random) -> Made:
-    """A unit is another unit."""
+    """Replaces a unit by another."""
     for token in tokens(gold):
         for known in _unit_words(token.text) if token.kind == "words" else ():
             yield replaced(gold, token, token.text.replace(known, _OTHER_UNITS[known]))
@@ -156,7 +156,7 @@ _OPERATORS |= {r"\cup": r"\cap ", r"\pm": "+", r"\lfloor": r"\lceil ", r"\rfloor
 
 
 def operator(gold: str, _: random.Random) -> Made:
-    """A plus is a minus, a product a quotient, a union an intersection; a root or ! is dropped."""
+    """Changes plus to minus, product to quotient, union to intersection; drops a root or !."""
     found = visible(gold)
     for before, token in zip([None, *found[:-1]], found, strict=True):
         binary = before is not None and before.text not in (*_STARTS, "{")
@@ -174,16 +174,17 @@ _RELATIONS |= {r"\geqslant": (">", r"\leqslant "), r"\leqslant": ("<",), r"\in":
 
 
 def relation(gold: str, _: random.Random) -> Made:
-    """< is ≤ or >, and = is < or ≠."""
+    """Changes < to ≤ or >, and = to < or ≠."""
     for token in tokens(gold):
         for other in _RELATIONS.get(token.text, ()):
             yield replaced(gold, token, other)
 
 
 def bracket(gold: str, _: random.Random) -> Made:
-    """An end of an interval opens or closes, a tuple is a set.
+    """Opens or closes an end of an interval, or turns a tuple into a set.
 
-    An infinite end stays as it is; three items or more are no interval, whatever their brackets.
+    An infinite end stays as it is; three or more items are not an interval, whatever their
+    brackets.
     """
     for pair in brackets(gold):
         left, right, items = pair
@@ -208,7 +209,7 @@ def _rebracketed(gold: str, pair, left: str, right: str) -> str:
 
 
 def item_dropped(gold: str, _: random.Random) -> Made:
-    """A list, tuple, set or union lacks one item."""
+    """Drops one item of a list, tuple, set or union."""
     for separator in (",", r"\cup"):
         parts = split(gold, separator)
         for k in range(len(parts) if len(parts) > 1 else 0):
@@ -219,7 +220,7 @@ def item_dropped(gold: str, _: random.Random) -> Made:
 
 
 def item_added(gold: str, rng: random.Random) -> Made:
-    """A list, tuple or set has one more item; a single value has company."""
+    """Adds one item to a list, tuple, set or single value."""
     for pair in brackets(gold):
         if pair.left.text == r"\{" or len(pair.items) > 2:
             yield _with_items(gold, pair, [*pair.items, _neighbour(pair.items[-1], rng)])
@@ -240,7 +241,7 @@ def _with_items(gold: str, pair, items: list[str]) -> str:
 
 
 def order(gold: str, _: random.Random) -> Made:
-    """Two items of a tuple or interval change places."""
+    """Swaps two items of a tuple or interval."""
     for pair in brackets(gold):
         if pair.left.text != r"\{":
             first, second, *rest = pair.items
@@ -248,7 +249,7 @@ def order(gold: str, _: random.Random) -> Made:
 
 
 def side(gold: str, _: random.Random) -> Made:
-    """One side of an equation is another, or the equation is another altogether."""
+    """Changes one side of an equation, or the whole equation."""
     both = sides(gold)
     if both:
         left, right = both
@@ -260,13 +261,13 @@ def side(gold: str, _: random.Random) -> Made:
 
 
 def fraction_swapped(gold: str, _: random.Random) -> Made:
-    """Numerator and denominator change places."""
+    """Swaps numerator and denominator."""
     for whole, above, below in fractions(gold):
         yield replaced(gold, whole, rf"\frac{{{below}}}{{{above}}}")
 
 
 def tiny(gold: str, _: random.Random) -> Made:
-    """A number that differs too little for floating point."""
+    """Changes a constant by less than floating point resolves."""
     if "." not in gold and "e" not in re.sub(r"\\[a-zA-Z]+", "", gold) and is_constant(gold):
         yield rf"{gold}-10^{{-50}}"
         yield rf"{gold}+\frac{{1}}{{3^{{100}}}}"
@@ -294,9 +295,9 @@ MUTATIONS: dict[str, Callable[[str, random.Random], Made]] = {
 
 
 def mutants(gold: str, *, seed: int = 0, most: int = 3) -> tuple[list[tuple[str, str]], int]:
-    """((kind, mutant), …) of a gold, at most so many of a kind, and how many were the gold still.
+    """Returns ((kind, mutant), …) of a gold, at most `most` per kind, and how many equal the gold.
 
-    Of a plain integer there is one of each kind: most golds are no more than that.
+    A plain integer gets one of each kind: most golds are plain integers.
     """
     most = 1 if is_integer(gold) else most
     written = braced(undollared(gold))

@@ -1,20 +1,20 @@
-"""Markdown that commands write: tables, and sections of a page that keep each other's text."""
+"""Writes Markdown from commands: tables, and sections of a page that leave the others unchanged."""
 
 import pathlib
 import re
 from collections.abc import Sequence
 
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 
 def table(head: Sequence, rows: Sequence[Sequence]) -> str:
-    """A Markdown table."""
+    """Formats a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def write_section(page: pathlib.Path, title: str, body: str) -> None:
-    """Puts a section in the place of the one with its title, or at the end of the page."""
+    """Replaces the section with this title, or appends it to the page."""
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     sections = [s.strip() for s in re.split(r"(?m)^(?=# )", text) if s.strip()]
     new = f"# {title}\n\n{body}".rstrip()
@@ -27,6 +27,6 @@ def write_section(page: pathlib.Path, title: str, body: str) -> None:
 
 
 def cell(text: str, longest: int = 60) -> str:
-    """A short text on one line as code; what a table would take for its own is escaped."""
+    """Formats a short text as code on one line, with table syntax escaped."""
     text = " ".join(text.split())
     return "`" + text[-longest:].replace("|", "\\|").replace("`", "'") + "`"

@@ -1,7 +1,7 @@
-"""Math-Verify by itself as a reward: what its README gives, without a rule of ours.
+"""Math-Verify by itself as a reward, as in its README, without any of our rules.
 
 The gold is put in a box, as reward functions of the field do; formulas and plain expressions are
-looked for in both; the worker's limit stands for its own.
+searched for in both; the worker's limit replaces its own.
 """
 
 import logging
@@ -24,10 +24,10 @@ def _in_box(text: str) -> str:
 
 
 def response(response: str, answer: str) -> float:
-    """1 where the answer that Math-Verify finds in a response equals the gold."""
+    """Returns 1 if the answer that Math-Verify finds in a response equals the gold."""
     return _agree(_in_box(answer), response)
 
 
 def whole(response: str, answer: str) -> float:
-    """1 where a response that is nothing but an answer equals the gold."""
+    """Returns 1 if a response that consists of an answer equals the gold."""
     return _agree(_in_box(answer), _in_box(response))

@@ -1,4 +1,4 @@
-"""Other ways of writing a gold that keep its value: each kind is a function that gives them."""
+"""Other ways of writing a gold with the same value: each kind is a function that returns them."""
 
 import random
 import re
@@ -36,13 +36,13 @@ def _is_formula(gold: str) -> bool:
 
 
 def _value(gold: str) -> tuple[str, str]:
-    """(`name=` or nothing, the value) of a gold."""
+    """Splits a gold into (`name=` or nothing, the value)."""
     both = sides(gold)
     return (f"{both[0]}=", both[1]) if both else ("", gold)
 
 
 def _terms(value: str) -> list[str]:
-    """The terms of a sum, each with its sign."""
+    """Splits a sum into its terms, each with its sign."""
     parts, start, before = [], 0, None
     for token, depth in depths(value):
         if token.kind == "space":
@@ -56,7 +56,7 @@ def _terms(value: str) -> list[str]:
 
 
 def terms_reversed(gold: str) -> Made:
-    """A sum in the other order."""
+    """Reverses a sum."""
     head, value = _value(gold)
     terms = _terms(value) if _is_formula(value) else []
     if len(terms) > 1:
@@ -65,7 +65,7 @@ def terms_reversed(gold: str) -> Made:
 
 
 def factors_reversed(gold: str) -> Made:
-    """A product in the other order."""
+    """Reverses a product."""
     head, value = _value(gold)
     if not _is_formula(value) or len(_terms(value)) != 1:
         return
@@ -82,7 +82,7 @@ _FACTOR = re.compile(
 
 
 def _factors(body: str) -> list[str] | None:
-    """The factors of a product; None where it is anything else, or a mixed number."""
+    """Splits a product into its factors; None for anything else, or a mixed number."""
     if re.search(r"\d\s*\\frac|[a-zA-Z]\(", body):
         return None
     factors, place = [], 0
@@ -96,7 +96,7 @@ def _factors(body: str) -> list[str] | None:
 
 
 def fraction_forms(gold: str) -> Made:
-    r"""\dfrac and \tfrac, and without braces around single digits."""
+    r"""Writes \dfrac and \tfrac, and drops braces around single digits."""
     if fractions(gold):
         yield re.sub(r"\\[dt]?frac", r"\\dfrac", gold)
         yield re.sub(r"\\[dt]?frac", r"\\tfrac", gold)
@@ -106,7 +106,7 @@ def fraction_forms(gold: str) -> Made:
 
 
 def fraction_inline(gold: str) -> Made:
-    """a/b for every fraction of plain numbers, in brackets where anything is beside it."""
+    """Writes a/b for every fraction of plain numbers, in brackets if anything is beside it."""
     found = [f for f in fractions(gold) if f[1].strip().isdigit() and f[2].strip().isdigit()]
     if not found or re.search(r"\d\s*\\[dt]?frac|\^\s*\{?\s*-?\\[dt]?frac", gold):
         return
@@ -119,7 +119,7 @@ def fraction_inline(gold: str) -> Made:
 
 
 def fraction_sign(gold: str) -> Made:
-    r"""-\frac{a}{b} as \frac{-a}{b}."""
+    r"""Writes -\frac{a}{b} as \frac{-a}{b}."""
     found = fractions(gold)
     if len(found) == 1 and gold[: found[0][0].start].strip() == "-" and _is_formula(gold):
         whole, above, below = found[0]
@@ -128,7 +128,7 @@ def fraction_sign(gold: str) -> Made:
 
 
 def spaces_dropped(gold: str) -> Made:
-    """No space but those that end a command or part words and numbers."""
+    """Drops all spaces except those that end a command or separate words and numbers."""
     if not re.search(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}", gold):
         yield _tight(gold)
 
@@ -140,7 +140,7 @@ def _tight(gold: str) -> str:
 
 
 def spaces_added(gold: str) -> Made:
-    r"""A space around operators and after commas, and \, before and after."""
+    r"""Adds a space around operators and after commas, and \, before and after."""
     if tokens(gold) and not re.search(r"[A-Za-z]{3,}\s|\de[+-]?\d|\\text|\\mbox", gold):
         wide = "".join(
             f" {t.text} " if t.text in ("+", "-", "=", ",") else t.text for t in tokens(gold)
@@ -151,7 +151,7 @@ def spaces_added(gold: str) -> Made:
 
 
 def sized_brackets(gold: str) -> Made:
-    r"""Round and square brackets with \left and \right, or without."""
+    r"""Adds \left and \right to round and square brackets, or drops them."""
     if r"\left" in gold:
         yield re.sub(r"\\(left|right)(?![a-z])\s*", "", gold)
         return
@@ -172,7 +172,7 @@ _UNICODE = {
 
 
 def unicode(gold: str) -> Made:
-    """Unicode signs for commands, minus, squares, roots, ½ and degrees."""
+    """Writes Unicode signs for commands, minus, squares, roots, ½ and degrees."""
     if r"\begin" in gold or re.search(r"\de-?\d", gold):
         return
     text = "".join(_UNICODE.get(t.text, t.text) for t in tokens(gold))
@@ -188,20 +188,20 @@ def unicode(gold: str) -> Made:
 
 
 def dollars(gold: str) -> Made:
-    r"""Dollar signs around, or \(…\)."""
+    r"""Adds dollar signs around, or \(…\)."""
     if "$" not in gold:
         yield f"${gold}$"
         yield rf"\({gold}\)"
 
 
 def dollars_dropped(gold: str) -> Made:
-    """Without the dollar signs that the gold has."""
+    """Drops the gold's dollar signs."""
     if re.search(r"(?<!\\)\$", gold):
         yield re.sub(r"(?<!\\)\$", "", gold).strip()
 
 
 def unit_dropped(gold: str) -> Made:
-    """Without the unit that the gold has."""
+    """Drops the gold's unit."""
     for pattern in (_UNIT, _DEGREE):
         if pattern.search(gold) and len(split(gold, ",")) == 1:
             yield pattern.sub("", gold)
@@ -212,7 +212,7 @@ def unit_dropped(gold: str) -> Made:
 
 
 def unit_written(gold: str) -> Made:
-    """The unit of the gold in another command, or in plain letters."""
+    """Writes the gold's unit in another command, or in plain letters."""
     match = _UNIT.search(gold)
     if match:
         value, power = gold[: match.start()], (match[2] or "").strip()
@@ -231,7 +231,7 @@ def unit_written(gold: str) -> Made:
 
 
 def thousands(gold: str) -> Made:
-    """With and without separators between groups of three digits."""
+    """Adds or drops separators between groups of three digits."""
     bare = gold.replace(r",\!", "").replace(" ", "")
     match = re.fullmatch(r"(-?(?:\\\$)?)(\d{4,})(\.\d+)?", bare)
     if match:
@@ -241,7 +241,7 @@ def thousands(gold: str) -> Made:
 
 
 def trailing_zero(gold: str) -> Made:
-    """5.0 and 5.00 for 5, 18.9 for 18.90."""
+    """Writes 5.0 and 5.00 for 5, 18.9 for 18.90."""
     if re.fullmatch(r"-?\d+", gold):
         yield f"{gold}.0"
         yield f"{gold}.00"
@@ -252,7 +252,7 @@ def trailing_zero(gold: str) -> Made:
 
 
 def text_command(gold: str) -> Made:
-    r"""Words in \text, or without it."""
+    r"""Puts words in \text, or takes them out."""
     match = re.fullmatch(r"\\(?:text|mbox)\s*\{([^{}]*)\}", gold)
     if match:
         yield match[1].strip()
@@ -263,7 +263,7 @@ def text_command(gold: str) -> Made:
 
 
 def items_reversed(gold: str) -> Made:
-    """A list or a set in the other order; a list with another separator."""
+    """Reverses a list or a set; writes a list with another separator."""
     items = split(gold, ",")
     whole = all(item.count("$") in (0, 2) for item in items)
     if len(items) > 1 and whole and "where" not in gold:
@@ -277,7 +277,7 @@ def items_reversed(gold: str) -> Made:
 
 
 def name_added(gold: str) -> Made:
-    """`x = …` before a value."""
+    """Adds `x = …` before a value."""
     plain = _is_formula(gold) and not re.search(r"\\(ln|log|sin|cos|arcsin)", gold)
     if plain and sides(gold) is None:
         free = next(n for n in "xyABw" if all(t.text != n for t in tokens(gold)))
@@ -286,14 +286,14 @@ def name_added(gold: str) -> Made:
 
 
 def name_dropped(gold: str) -> Made:
-    """Without the name that a gold assigns to."""
+    """Drops the name that a gold assigns to."""
     both = sides(gold)
     if both and re.fullmatch(r"[a-zA-Z](_\{?\w+\}?)?(\([a-z]\))?", both[0].strip()):
         yield both[1]
 
 
 def scientific(gold: str) -> Made:
-    r"""4.5 \times 10^{33} for 4.5e33."""
+    r"""Writes 4.5 \times 10^{33} for 4.5e33."""
     match = re.fullmatch(r"(-?[\d.]+)e(-?\d+)", gold)
     if match:
         yield rf"{match[1]} \times 10^{{{match[2]}}}"
@@ -302,21 +302,21 @@ def scientific(gold: str) -> Made:
 
 
 def unbraced(gold: str) -> Made:
-    r"""x^2 and \sqrt5 without braces."""
+    r"""Writes x^2 and \sqrt5 without braces."""
     text = re.sub(r"\^\{(\w)\}", r"^\1", re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", gold))
     if text != gold:
         yield text
 
 
 def interval(gold: str) -> Made:
-    """An inequality for one interval whose name the gold gives, and the reverse."""
+    """Writes one interval as an inequality if the gold gives its name, and the reverse."""
     match = re.fullmatch(r"([a-z]) \\in \[([^,]*),([^,]*)\]", gold)
     if match:
         yield rf"{match[2]} \le {match[1]} \le {match[3]}"
 
 
 def unchanged(gold: str) -> Made:
-    """The gold itself, with \\displaystyle, with a full stop."""
+    """Returns the gold itself, with \\displaystyle, with a full stop."""
     yield gold
     if visible(gold) and "$" not in gold:
         yield rf"\displaystyle {gold}"
@@ -351,7 +351,7 @@ REWRITINGS: dict[str, Callable[[str], Made]] = {
 
 
 def rewritings(gold: str, *, seed: int = 0, most: int = 3) -> list[tuple[str, str]]:
-    """((kind, text), …) of a gold, at most so many of a kind; one of each for a plain integer."""
+    """Returns ((kind, text), …) of a gold, at most `most` a kind; one each for a plain integer."""
     most = 1 if is_integer(gold) else most
     rng = random.Random(f"{seed} {gold}")
     written = undollared(gold)

@@ -1,4 +1,4 @@
-"""Changed and rewritten golds with the verdicts on them, counted and written down."""
+"""Changed and rewritten golds, and counts and files of the verdicts on them."""
 
 import collections
 import csv
@@ -13,7 +13,7 @@ from experiments.verdicts.rewritings import REWRITINGS, rewritings
 
 
 class Trial(NamedTuple):
-    """One answer to be judged: what it was made of, how, and whether it is right."""
+    """An answer to judge: its gold, its kind of change, and whether it is right."""
 
     gold: Gold
     kind: str
@@ -22,7 +22,7 @@ class Trial(NamedTuple):
 
 
 def trials(found: list[Gold], *, seed: int = 0, most: int = 3) -> tuple[list[Trial], int]:
-    """The changes and rewritings of golds; and how many changes were none in truth."""
+    """Returns the changes and rewritings of golds, and how many changes kept the value."""
     made, dropped = [], 0
     for gold in found:
         changed, same = mutants(gold.text, seed=seed, most=most)
@@ -36,13 +36,13 @@ def trials(found: list[Gold], *, seed: int = 0, most: int = 3) -> tuple[list[Tri
 
 
 def verdicts(verifier: str, made: list[Trial], workers: int | None = None) -> list[bool]:
-    """Whether a verifier accepts each answer."""
+    """Returns whether a verifier accepts each answer."""
     samples = [boxed(trial.gold.text, trial.answer) for trial in made]
     return [r.value > 0 for r in judged(VERIFIERS[verifier], samples, workers=workers)]
 
 
 def shares(made: list[Trial], accepted: dict[str, list[bool]], right: bool, by) -> list[list]:
-    """Rows of (group, number, accepted and share of each verifier), the last one of all."""
+    """Returns rows of (group, number, accepted number and share per verifier), total last."""
     counts = collections.Counter()
     for place, trial in enumerate(made):
         if trial.right == right:
@@ -71,7 +71,7 @@ def _head(first: str, accepted: dict) -> list[str]:
 
 
 def tables(made: list[Trial], accepted: dict[str, list[bool]]) -> str:
-    """The shares of accepted answers, of changes and of rewritings, for each set and kind."""
+    """Formats the accepted shares of changes and of rewritings, for each set and kind."""
     orders = {name: k for k, name in enumerate([*SETS, *MUTATIONS, *REWRITINGS])}
     text = []
     for right, title in ((False, "changes accepted"), (True, "rewritings accepted")):
@@ -83,9 +83,9 @@ def tables(made: list[Trial], accepted: dict[str, list[bool]]) -> str:
 
 
 def write_mistakes(folder: pathlib.Path, made: list[Trial], accepted: dict) -> None:
-    """accepted.tsv has the changes that are accepted, rejected.tsv the rewritings that are not.
+    """Writes accepted changes to accepted.tsv, rejected rewritings to rejected.tsv.
 
-    The first verifier decides which rows there are; the verdicts of all stand in each row.
+    The first verifier decides which rows there are; each row has the verdicts of all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     first = next(iter(accepted.values()))

@@ -1,9 +1,9 @@
-"""Whether a changed answer still is the gold in truth, by means of its own.
+"""Decides by its own means whether a changed answer still has the gold's value.
 
-Strict: True needs a proof, which is the same letters without spacing, or the same values at
-three points to 100 of 120 digits, names taken as variables (e and i too); lists and sets in any
-order and without repetition, ± as two values, equations up to a factor. Whatever this cannot read
-is taken to differ.
+It is strict: True needs a proof, which is the same letters without spacing, or the same values at
+three points to 100 of 120 digits, with names as variables (e and i too); lists and sets in any
+order and without repetition, ± as two values, equations up to a factor. Anything it cannot read is
+assumed to differ.
 """
 
 import random
@@ -35,11 +35,11 @@ _IGNORED = (r"\left", r"\right", r"\,", r"\;", r"\!", r"\ ", r"\quad", r"\displa
 
 
 class _Unread(Exception):
-    """An expression that is not understood here."""
+    """An expression is not understood here."""
 
 
 class _Reader:
-    """Recursive descent over one expression; names have values drawn from the point and name."""
+    """Recursive descent over one expression; the point and name determine a name's value."""
 
     def __init__(self, text: str, point: int):
         self.rest = [t.text for t in visible(text) if t.text not in _IGNORED]
@@ -47,7 +47,7 @@ class _Reader:
         self.names: set[str] = set()
 
     def value(self):
-        """The value of all that is there."""
+        """Returns the value of the whole expression."""
         total = self._sum()
         if self.rest:
             raise _Unread(self.rest[0])
@@ -98,7 +98,7 @@ class _Reader:
         return total
 
     def _argument(self):
-        """What follows a command or ^: a group in braces, or one digit, letter or command."""
+        """Returns the argument of a command or ^: a braced group, or one digit, letter, command."""
         if self.rest[:1] == ["{"]:
             return self._within()
         if self.rest and self.rest[0][0].isdigit() and len(self.rest[0]) > 1:
@@ -182,7 +182,7 @@ class _Reader:
 
 
 def _values(text: str) -> list | None:
-    """The values of one expression at three points; None where it is not understood."""
+    """Returns the values of one expression at three points; None if it is not understood."""
     with mpmath.workdps(_DIGITS):
         try:
             found = [_Reader(text, point).value() for point in range(3)]
@@ -238,7 +238,7 @@ def _same_members(a: list[str], b: list[str]) -> bool:
 
 
 def _items(answer: str) -> list[str]:
-    r"""The parts of a list; one with ± is two."""
+    r"""Splits a list into its parts; one with ± counts as two."""
     found = []
     for item in split(answer, ",", ";", r"\cup"):
         item = undollared(item)
@@ -251,7 +251,7 @@ def _items(answer: str) -> list[str]:
 
 
 def _enclosed(answer: str) -> tuple[str, list[str]] | None:
-    r"""(kind of bracket, items) of an answer that is one tuple, interval or set."""
+    r"""Returns (kind of bracket, items) of an answer that is one tuple, interval or set."""
     answer = answer.replace(r"\left", "").replace(r"\right", "").strip()
     found = brackets(answer)
     whole = len(found) == 1 and found[0].left.start == 0 and found[0].right.end == len(answer)
@@ -259,7 +259,7 @@ def _enclosed(answer: str) -> tuple[str, list[str]] | None:
 
 
 def same_in_truth(gold: str, other: str) -> bool:
-    """Whether both answers are proven to be one."""
+    """Whether both answers are proven equal."""
     gold, other = undollared(gold), undollared(other)
     if squeezed(gold) == squeezed(other):
         return True

@@ -1,4 +1,4 @@
-"""A small reading of LaTeX for making and judging changes to answers.
+"""A small LaTeX reader for making and judging changes to answers.
 
 It shares nothing with `luspo_jax.rewards`, so that a fault there is not repeated here.
 """
@@ -21,7 +21,7 @@ _CLOSING = (")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil")
 
 
 class Token(NamedTuple):
-    """A piece of an answer and where it stands."""
+    """A piece of an answer and its position."""
 
     kind: str
     text: str
@@ -30,22 +30,22 @@ class Token(NamedTuple):
 
 
 def tokens(answer: str) -> list[Token]:
-    """Every piece of an answer; together they are the answer."""
+    """Splits an answer into pieces; together they are the answer."""
     return [Token(m.lastgroup, m.group(), *m.span()) for m in _TOKEN.finditer(answer)]
 
 
 def visible(answer: str) -> list[Token]:
-    """The tokens that are no white space."""
+    """Returns the tokens that are not white space."""
     return [token for token in tokens(answer) if token.kind != "space"]
 
 
 def replaced(answer: str, token: Token, new: str) -> str:
-    """The answer with another text in a token's place."""
+    """Replaces a token of the answer by another text."""
     return answer[: token.start] + new + answer[token.end :]
 
 
 def depths(answer: str) -> list[tuple[Token, int]]:
-    """Each token with the number of brackets around it; a bracket counts as outside itself."""
+    """Returns each token with its bracket depth; a bracket itself counts as outside."""
     found, depth = [], 0
     for token in tokens(answer):
         is_environment = token.text.startswith((r"\begin", r"\end"))
@@ -56,7 +56,7 @@ def depths(answer: str) -> list[tuple[Token, int]]:
 
 
 def split(answer: str, *separators: str) -> list[str]:
-    """The parts between separators that stand in no bracket."""
+    """Splits at separators outside all brackets."""
     parts, start = [], 0
     for token, depth in depths(answer):
         if depth == 0 and token.text in separators:
@@ -74,7 +74,7 @@ class Bracket(NamedTuple):
 
 
 def brackets(answer: str) -> list[Bracket]:
-    """The outermost pairs of brackets that hold two items or more, but no groups of LaTeX."""
+    """Returns the outermost bracket pairs with two or more items, except groups of LaTeX."""
     found, opened = [], None
     for token, depth in depths(answer):
         if depth == 0 and token.text in ("(", "[", r"\{"):
@@ -88,7 +88,7 @@ def brackets(answer: str) -> list[Bracket]:
 
 
 def undollared(answer: str) -> str:
-    """The answer without the one pair of dollar signs around it, and its full stop."""
+    """Removes the single pair of dollar signs around the answer, and its full stop."""
     inner = answer.strip().rstrip(".")
     if len(inner) > 2 and inner[0] == inner[-1] == "$" and "$" not in inner[1:-1]:
         return inner[1:-1].strip()
@@ -96,19 +96,19 @@ def undollared(answer: str) -> str:
 
 
 def is_integer(answer: str) -> bool:
-    """Whether an answer is digits, with a sign or without."""
+    """Whether an answer consists of digits, with or without a sign."""
     return re.fullmatch(r"[+-]?\d+", undollared(answer).strip()) is not None
 
 
 def sides(answer: str) -> tuple[str, str] | None:
-    """Left and right of the one equals sign of an answer that is a single equation."""
+    """Returns left and right of the equals sign of an answer that is a single equation."""
     parts = split(answer, "=")
     single = len(parts) == 2 and len(split(answer, ",", ";")) == 1 and all(parts)
     return (parts[0], parts[1]) if single and "$" not in answer else None
 
 
 def braced(answer: str) -> str:
-    r"""The answer with arguments, exponents and thousands commas in braces: \frac{4}{3}."""
+    r"""Puts arguments, exponents and thousands commas of the answer in braces: \frac{4}{3}."""
     answer = re.sub(r"(?<=\d),\\!\s*(?=\d{3})", "{,}", answer)
     answer = re.sub(r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}", answer)
     answer = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}", answer)
@@ -116,7 +116,7 @@ def braced(answer: str) -> str:
 
 
 def fractions(answer: str) -> list[tuple[Token, str, str]]:
-    r"""Each \frac of braced arguments: the whole as a token, numerator and denominator."""
+    r"""Returns each \frac of braced arguments: the whole as a token, numerator and denominator."""
     found = []
     for start in re.finditer(r"\\[dt]?frac\s*(?=\{)", answer):
         above, end = _group(answer, start.end())
@@ -131,7 +131,7 @@ def fractions(answer: str) -> list[tuple[Token, str, str]]:
 
 
 def _group(answer: str, start: int) -> tuple[str | None, int]:
-    """What the brace at `start` holds, and the place after the one that closes it."""
+    """Returns the content of the brace at `start`, and the position after its closing brace."""
     depth = 0
     for match in re.finditer(r"\\.|[{}]", answer[start:], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
@@ -141,7 +141,7 @@ def _group(answer: str, start: int) -> tuple[str | None, int]:
 
 
 def group_after(answer: str, start: int) -> tuple[str, int] | None:
-    """What the braces at `start` hold and where they end; None where there are none."""
+    """Returns the content of the braces at `start` and their end; None if there are none."""
     if answer[start : start + 1] != "{":
         return None
     content, end = _group(answer, start)
@@ -152,7 +152,7 @@ _SPACING = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;: ]|~|\s
 
 
 def squeezed(answer: str) -> str:
-    """The answer without what only changes its looks: spaces, size commands, sizes of fractions."""
+    """Removes what changes only the looks: spaces, size commands, sizes of fractions."""
     answer = re.sub(r"\\[dt]frac", r"\\frac", braced(undollared(answer)))
     answer = _SPACING.sub("", answer)
     return re.sub(r"\{([A-Za-z0-9])\}", r"\1", answer)

@@ -1,6 +1,6 @@
-"""Evaluation sets, the protocols they are sampled under, and the numbers made of the verdicts.
+"""Evaluation sets, their sampling protocols, and statistics of the verdicts.
 
-Nothing here imports jax: stored generations are scored and compared where there is none.
+Nothing here imports jax: stored generations can be scored and compared without it.
 """
 
 from luspo_jax.benchmarks.protocols import PROTOCOLS, Protocol, protocol

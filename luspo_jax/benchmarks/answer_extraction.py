@@ -1,7 +1,7 @@
-"""The answer that a response to a benchmark's question ends on: an option, a set, a number, text.
+"""Extraction of the answer a response ends on: an option, a set, a number or text.
 
-A response that was cut off inside its reasoning has no answer. What is announced ("Answer:",
-`\\boxed{…}`, "the correct option is") comes before what merely stands last.
+A response truncated inside its reasoning has no answer. An announced answer ("Answer:",
+`\\boxed{…}`, "the correct option is") takes precedence over one that merely comes last.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 from luspo_jax.benchmarks.free_form import OneOf
-from luspo_jax.rewards.choices import (
+from luspo_jax.rewards.answers.choices import (
     answer_part,
     chosen,
     letters_of,
@@ -19,18 +19,18 @@ from luspo_jax.rewards.choices import (
     same_text,
     statement,
 )
-from luspo_jax.rewards.extraction import final_answer
-from luspo_jax.rewards.latex import is_running_text, named_value, squeeze
-from luspo_jax.rewards.plain_numbers import exact_number
-from luspo_jax.rewards.words import spelled
+from luspo_jax.rewards.answers.extraction import final_answer
+from luspo_jax.rewards.answers.latex import is_running_text, named_value, squeeze
+from luspo_jax.rewards.answers.plain_numbers import exact_number
+from luspo_jax.rewards.answers.words import spelled
 
-_SHORT = 200  # characters; a response of one line this short is its own answer
-_LONGEST = 2_000  # characters of a line, or of an announced answer, that is looked into
-_SHORT_RESPONSE = 200  # characters up to which a response need not end with a full stop
+_SHORT = 200  # characters; a one-line response this short is its own answer
+_LONGEST = 2_000  # characters of a line or announced answer that is examined
+_SHORT_RESPONSE = 200  # characters; a response this short need not end with a full stop
 
 
 def stated_answer(response: str) -> str | None:
-    """The answer a response states in words or a formula; None where it states none."""
+    """Returns the answer a response states in words or a formula; None if it states none."""
     part = answer_part(response)
     announced = final_answer(part)
     if announced:
@@ -39,7 +39,7 @@ def stated_answer(response: str) -> str | None:
 
 
 def json_field(response: str, name: str) -> str | None:
-    """The last value of a field in JSON that a response holds, be it well-formed or not."""
+    """Returns the last value of a field in a response's JSON, well-formed or not."""
     pattern = re.compile(rf'"{re.escape(name)}"\s*:\s*("(?:[^"\\\n]|\\.)*"|[^",}}\]\s]+)')
     values = pattern.findall(answer_part(response))
     if not values:
@@ -55,15 +55,15 @@ def json_field(response: str, name: str) -> str | None:
 
 
 def lettered(choices: Sequence[str]) -> dict[str, str]:
-    """Letter → option, in order from A."""
+    """Maps letters to options, in order from A."""
     return dict(zip(string.ascii_uppercase, map(str, choices), strict=False))
 
 
 def labelled_options(text: str) -> dict[str, str]:
-    """Letter → option of a text such as `Choices: (A) yes (B) no` or `A. 1 cm; B. 2 cm`.
+    """Maps letters to options in a text such as `Choices: (A) yes (B) no` or `A. 1 cm; B. 2 cm`.
 
-    Letters are looked for in their order, so that a stray "C." in option A does no harm to the
-    letters that follow. Fewer than two are none.
+    Letters are searched for in order, so that a stray "C." in option A does not affect later
+    letters. Fewer than two options count as none.
     """
     marks = []
     position = 0
@@ -91,7 +91,7 @@ _LABELS = re.compile(r"[A-Za-z]"), re.compile(r"\d{1,2}")  # never both
 
 
 def labels_in(answer: str) -> frozenset[str] | None:
-    """The labels of an answer that is nothing but labels: `B`, `(a), (c)`, `A and C`, `BD`, `3`."""
+    """Returns the labels of an answer of labels alone: `B`, `(a), (c)`, `A and C`, `BD`, `3`."""
     text = plain(answer)
     if re.search(r"\d\.\d", text):
         return None
@@ -104,7 +104,7 @@ def labels_in(answer: str) -> frozenset[str] | None:
 
 
 def chosen_labels(response: str) -> frozenset[str] | None:
-    """All labels that a response chooses; None where it chooses none, or leaves them open."""
+    """Returns all labels that a response chooses; None if it chooses none or leaves them open."""
     part, found = answer_part(response), statement(response)
     if found is None:
         return None
@@ -115,9 +115,9 @@ def chosen_labels(response: str) -> frozenset[str] | None:
 def option_read(
     response: str, options: Mapping[str, str], right: Collection[str]
 ) -> tuple[bool | OneOf, str | None]:
-    """(verdict, letter) of a response to a question of which some options are right.
+    """Returns (verdict, letter) of a response to a question with one or more right options.
 
-    Where it states a formula that is no option to the letter, the math verifier decides.
+    If it states a formula that does not match an option literally, the math verifier decides.
     """
     letter = chosen(response, options)
     if letter is None:
@@ -145,7 +145,7 @@ def _is_formula(text: str) -> bool:
 
 
 def _last_line(text: str) -> str:
-    """The last line with anything in it; nothing where it is too long to be an answer."""
+    """Returns the last non-empty line; empty if it is too long to be an answer."""
     line = text.strip().rpartition("\n")[2].strip()
     return line if len(line) <= _LONGEST else ""
 
@@ -160,7 +160,7 @@ _CURRENCY = re.compile(r"^([+-]?)\s*\\?[$€£¥]\s*")
 _POWER = re.compile(
     r"([+-]?\d+(?:\.\d+)?)\s*(?:[eE]|(?:\\times|\*)\s*10\s*\^\s*\{?\s*)([+-]?\d{1,2})\s*\}?"
 )
-# Neither a term of a ratio or a time, nor what a function is taken of.
+# Not a term of a ratio or a time, nor the argument of a function.
 _NUMERAL = re.compile(
     r"(?<![\w.])(?<!\d:)(?<![A-Za-z]\()[+-]?(?:\d[\d,]{0,40}(?:\.\d{1,40})?|\.\d{1,40})(?!\w|\.\d|:\d)"
 )
@@ -180,7 +180,7 @@ _VERB = re.compile(r"(?:\b(?:is|are|was|were|equals|be)\b|[=≈]|(?<!\d):|:(?!\d
 
 
 def number_and_unit(answer: str) -> tuple[Fraction, str] | None:
-    """(value, unit without spaces) of an answer such as `5`, `x = 5 cm`, `about $1,200`, `25%`."""
+    """Reads (value, unit without spaces) of answers like `5`, `x = 5 cm`, `about $1,200`, `25%`."""
     if len(answer) > _LONGEST_NUMBER:
         return None
     text = named_value(plain(answer))[1]
@@ -207,7 +207,7 @@ def number_and_unit(answer: str) -> tuple[Fraction, str] | None:
 
 
 def digits_for_words(text: str) -> str:
-    """The text with digits for its number words, as in `two` or `twenty-one`."""
+    """Replaces number words by digits, as in `two` or `twenty-one`."""
 
     def digits(match: re.Match) -> str:
         value = None if _NOT_COUNTED.match(text, match.start()) else spelled(match[0])
@@ -217,10 +217,10 @@ def digits_for_words(text: str) -> str:
 
 
 def stated_number(response: str) -> tuple[str, Fraction] | None:
-    """(as written, value) of the number that a response states, its unit left out.
+    """Returns (as written, value) of the number that a response states, without its unit.
 
-    Without an announcement it is that of the last sentence: what follows a verb, the later the
-    better, or else the only number in it. A long response that breaks off states none.
+    Without an announcement it is the number in the last sentence: one after a verb (the later the
+    better), or else the only one. A long response that breaks off states none.
     """
     stated = stated_answer(response)
     found = _numeral(_not_denied(stated)) if stated and not stated.endswith("?") else None
@@ -238,16 +238,16 @@ def stated_number(response: str) -> tuple[str, Fraction] | None:
         if found:
             return found
     text = _BOUND.sub("", plain(sentence))
-    # A part of a formula is no number of the sentence.
+    # A number inside a formula is not a number of the sentence.
     numerals = [] if re.search(r"\\[a-zA-Z]", text) else _NUMERAL.findall(text)
     return _numeral(numerals[0]) if len(numerals) == 1 else None
 
 
 def free_form_answer(response: str, reference: str) -> str | None:
-    """The answer that a response states, of a sentence what follows its verb.
+    """Returns the answer that a response states; of a sentence, the text after its verb.
 
-    `The length is $2\\sqrt{3}$.` states the formula, as `The answer is …` would; a sentence that is
-    the reference's own states itself.
+    `The length is $2\\sqrt{3}$.` states the formula, as `The answer is …` would. A sentence equal
+    to the reference states itself.
     """
     stated = stated_answer(response)
     if stated and (
@@ -265,14 +265,14 @@ def free_form_answer(response: str, reference: str) -> str | None:
 
 
 def _not_denied(text: str) -> str:
-    """The text without the clauses that say what the answer is not."""
+    """Removes the clauses that rule answers out."""
     if not _DENIED.search(text):
         return text
     return ", ".join(clause for clause in _CLAUSE.split(text) if not _DENIED.search(clause))
 
 
 def _numeral(answer: str) -> tuple[str, Fraction] | None:
-    """(numeral, value) of an answer that is a number, or that holds exactly one."""
+    """Returns (numeral, value) of an answer that is a number or contains exactly one."""
     value = number_and_unit(answer)
     numerals = _NUMERAL.findall(_BOUND.sub("", plain(answer)))
     if value is not None:
@@ -284,6 +284,6 @@ def _numeral(answer: str) -> tuple[str, Fraction] | None:
 
 
 def numbers_in(answer: str) -> list[Fraction]:
-    """The plain numbers in a text, in their order."""
+    """Returns the plain numbers in a text, in order."""
     numerals = re.findall(r"(?<![\w.])[+-]?(?:\d{1,40}(?:\.\d{1,40})?|\.\d{1,40})", answer)
     return [Fraction(numeral) for numeral in numerals]

@@ -1,6 +1,6 @@
 """DynaMath: 501 questions, each in variants; average and worst case (arXiv:2411.00836).
 
-A question counts in the worst case only where every variant of it is right.
+A question counts in the worst case only if every variant of it is right.
 """
 
 import collections
@@ -19,11 +19,11 @@ from luspo_jax.benchmarks.answer_extraction import (
 )
 from luspo_jax.benchmarks.free_form import VERIFIER, OneOf, Pair
 from luspo_jax.benchmarks.verdicts import Item, ItemVerdict, Line, Reading, VisualBenchmark, share
-from luspo_jax.rewards.choices import same_text
+from luspo_jax.rewards.answers.choices import same_text
 
 TOLERANCE = 0.001
-VARIANTS = 10  # of a question
-_FIELD = "short answer"  # what the benchmark's prompt asks for, in JSON
+VARIANTS = 10  # per question
+_FIELD = "short answer"  # the JSON field that the benchmark's prompt asks for
 _CHOICES = re.compile(r"(?i)\bchoices?\s*:")
 _MONTHS = "january february march april may june july august september october november december"
 _DAYS = "monday tuesday wednesday thursday friday saturday sunday"
@@ -32,7 +32,7 @@ _CLOCK = re.compile(r"(\d{1,2}):(\d{1,2})")
 
 
 def read(item: Item, response: str) -> Reading:
-    """The reading of a response, by the type of its answer."""
+    """Reads a response according to the type of its answer."""
     kind = item.meta["answer_type"]
     if kind == "multiple choice":
         strict, extracted = _choice(item, response)
@@ -56,7 +56,7 @@ _TEXT_FORM = (
 
 
 def question(item: Item) -> str:
-    """Question and form of the answer as the authors put them, but not in JSON."""
+    """Returns the authors' question and answer format, but without JSON."""
     return f"## Question\n{item.problem}\n{_FORMS.get(item.meta['answer_type'], _TEXT_FORM)}"
 
 
@@ -69,7 +69,7 @@ def _choice(item: Item, response: str) -> tuple[bool | OneOf, str | None]:
 
 
 def _same_name(gold: str, answer: str) -> bool:
-    """Whether both read the same, months and days written out, times in hours and minutes."""
+    """Compares texts, with months and days written out and times in hours and minutes."""
     if same_text(gold, answer):
         return True
     times = _CLOCK.fullmatch(gold.strip()), _CLOCK.fullmatch(answer.strip())
@@ -83,10 +83,10 @@ def _same_name(gold: str, answer: str) -> bool:
 
 
 def kit_verdict(gold: str, kind: str, response: str, extracted: str | None) -> bool:
-    """`DynaMath_auxeval`, with the answer that we extract in place of its judge's.
+    """Applies `DynaMath_auxeval`, with our extracted answer in place of its judge's.
 
-    Kept: a text answer is right where it is part of the reference, and so is an empty one; a letter
-    is right where it stands among the first three characters and no answer could be read.
+    Kept from it: a text answer is right if it is part of the reference, and so is an empty one; a
+    letter is right if it occurs in the first three characters and no answer could be read.
     """
     text = _braced(response)
     short = _kit_json(text, kind)
@@ -102,7 +102,7 @@ def kit_verdict(gold: str, kind: str, response: str, extracted: str | None) -> b
 
 
 def _braced(response: str) -> str:
-    """From the first opening brace to the last closing one, where there are; no backslashes."""
+    """Returns the text from the first { to the last }, if any, without backslashes."""
     start, end = response.find("{"), response.rfind("}")
     return (response[start : end + 1] if 0 <= start < end else response).replace("\\", "")
 
@@ -112,7 +112,7 @@ def _kit_json(text: str, kind: str) -> float | str | None:
         answer = json.loads(text, strict=False)["short answer"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    # A number, not in quotes, is no answer to it.
+    # An unquoted number is not an answer to it.
     return _kit_parse(answer, kind) if isinstance(answer, str) else None
 
 
@@ -140,7 +140,7 @@ def _kit_float(text: str) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One variant of one question: where it belongs, and whether its answer is right."""
+    """One variant of one question: its groups, and whether its answer is right."""
 
     question: str
     subject: str
@@ -149,12 +149,12 @@ class Outcome:
 
 
 def average(outcomes: Sequence[Outcome]) -> float | None:
-    """The share of right answers over questions and variants."""
+    """Returns the share of right answers over questions and variants."""
     return share([outcome.right for outcome in outcomes])
 
 
 def worst_case(outcomes: Sequence[Outcome]) -> float | None:
-    """The share of questions of which every variant is right."""
+    """Returns the share of questions with every variant right."""
     rights: dict[str, bool] = {}
     for outcome in outcomes:
         rights[outcome.question] = rights.get(outcome.question, True) and outcome.right
@@ -162,7 +162,7 @@ def worst_case(outcomes: Sequence[Outcome]) -> float | None:
 
 
 def caveats(items: Sequence[Item]) -> list[str]:
-    """What to know of the figures of these items."""
+    """Returns caveats on the figures of these items."""
     counts = collections.Counter(str(item.meta["question_id"]) for item in items).values()
     if not counts or min(counts) == VARIANTS:
         return []
@@ -176,7 +176,7 @@ FIGURES = {"average": average, "worst case": worst_case}
 
 
 def lines(items: Sequence[Item], verdicts: Sequence[ItemVerdict]) -> list[Line]:
-    """Average and worst case: overall, by subject, by level."""
+    """Computes average and worst case: overall, by subject, by level."""
     columns = [
         [_outcome(item, bool(right)) for item, right in zip(items, rights, strict=True)]
         for rights in ([v.strict for v in verdicts], [v.vlmevalkit for v in verdicts])
@@ -207,7 +207,7 @@ def _by_group(figure: str, columns: list, suffix: str, group) -> list[Line]:
 
 
 def _behind(figure: str, outcomes: Sequence[Outcome]) -> int:
-    """How many outcomes, or questions, a figure counts."""
+    """Counts the outcomes, or questions, behind a figure."""
     return len({o.question for o in outcomes}) if figure == "worst case" else len(outcomes)
 
 

@@ -1,27 +1,27 @@
-"""Free-form answers against references, by the math verifier, in processes that can be killed."""
+"""Compares free-form answers with references by the math verifier, in killable processes."""
 
 import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
 
-from luspo_jax.rewards.latex import squeeze, tidy
+from luspo_jax.rewards.answers.latex import squeeze, tidy
+from luspo_jax.rewards.answers.math_equal import VERSION
+from luspo_jax.rewards.answers.plain_numbers import exact_number, numbers_equal
 from luspo_jax.rewards.math_answer import whole
-from luspo_jax.rewards.math_equal import VERSION
-from luspo_jax.rewards.plain_numbers import exact_number, numbers_equal
 from luspo_jax.rewards.record import Sample, Verdict
 from luspo_jax.rewards.scorer import Scorer
 
 # Part of the version of every benchmark that compares free-form answers.
 VERIFIER = f"math_answer{VERSION}"
-_FAILURES = 0.05  # share of time-outs and errors above which the verdicts cannot be trusted
+_FAILURES = 0.05  # share of time-outs and errors above which verdicts are not trusted
 _ALTERNATIVES = re.compile(r"\bor\b")
-_TIME_LIMIT = 20.0  # seconds of processor time a verdict may take; an evaluation can wait
+_TIME_LIMIT = 20.0  # seconds of processor time per verdict; an evaluation can wait
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A reference and an answer to be compared.
+    """A reference and an answer to compare.
 
     Attributes:
       gold: the reference.
@@ -36,7 +36,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """An answer that means an option where it has the value of that one and of no other.
+    """An answer that selects an option if its value equals that option's and no other's.
 
     Attributes:
       prediction: the answer found in a response.
@@ -49,16 +49,16 @@ class OneOf:
     right: frozenset[str]
 
     def pairs(self) -> list[Pair]:
-        """What has to be compared."""
+        """Returns the pairs to compare."""
         return [Pair(option, self.prediction) for _, option in self.options]
 
 
 def pair_verifier(*, workers: int | None = None, time_limit: float = _TIME_LIMIT) -> Scorer:
-    """What compares free-form answers; its processes start with the first pair.
+    """Returns the verifier of free-form answers; its processes start with the first pair.
 
     Args:
-      workers: processes; by default one a core.
-      time_limit: seconds of processor time that a verdict may take.
+      workers: processes; by default one per core.
+      time_limit: seconds of processor time per verdict.
     """
     return Scorer(
         {"math_answer": 1.0},
@@ -70,11 +70,11 @@ def pair_verifier(*, workers: int | None = None, time_limit: float = _TIME_LIMIT
 
 
 def equal_pairs(pairs: Sequence[Pair], *, verifier: Scorer | None = None) -> list[Verdict]:
-    """The verdict on each pair: its answers are equal as they stand, or without name and unit.
+    """Returns the verdict on each pair: equal as written, or without name and unit.
 
     Args:
-      pairs: to be compared.
-      verifier: as `pair_verifier()` gives it; where there is none, one is started and ended.
+      pairs: pairs to compare.
+      verifier: from `pair_verifier()`; if None, one is started and ended.
 
     Raises:
       TooManyFailures: time-outs and errors exceed 5 % of the latest verdicts.
@@ -110,7 +110,7 @@ def _score(scorer: Scorer, pairs: Sequence[Pair]) -> list[Verdict]:
 
 
 def _quickly(pair: Pair) -> bool | None:
-    """The verdict where letters or plain numbers give it; None where the verifier must."""
+    """Returns the verdict if letters or plain numbers decide it; None if the verifier must."""
     gold, prediction = tidy(whole(pair.gold)), tidy(whole(pair.prediction))
     if not gold or not prediction:
         return False
@@ -118,7 +118,7 @@ def _quickly(pair: Pair) -> bool | None:
         return True
     a, b = exact_number(gold), exact_number(prediction)
     if a is not None and _ALTERNATIVES.search(prediction):
-        return False  # the verifier would take the last of them
+        return False  # the verifier would take the last one
     if a is None or b is None:
         return None
     if pair.tolerance is not None and abs(a - b) <= pair.tolerance * (1 + 1e-9):
@@ -151,7 +151,7 @@ def _without_name_and_unit(pair: Pair) -> Pair:
 
 
 def _bare(answer: str) -> str:
-    """An answer without the words before its value and the unit after: `Area $= 9 cm^2$` is 9."""
+    """Removes the words before an answer's value and the unit after it: `Area $= 9 cm^2$` is 9."""
     text = _TEXT_COMMAND.sub(r" \1", tidy(tidy(answer).replace("$", " "))).strip()
     text = _NAME.sub("", text, count=1) if _NAME.match(text) else text.lstrip("= ")
     for pattern in (_BRACED_WORD, _UNIT, _DEGREES):

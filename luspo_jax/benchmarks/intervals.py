@@ -1,16 +1,16 @@
-"""95 % intervals of an accuracy that was measured on few problems, several responses each.
+"""95 % intervals of an accuracy measured on few problems with several responses each.
 
-Responses to one problem are alike, so n responses to each of N problems are worth fewer than N·n
-independent ones. Two methods, each used where it holds its level
+Responses to one problem are correlated, so n responses to each of N problems carry less information
+than N·n independent ones. There are two methods, each used where its coverage is correct
 (`python -m experiments.bench.coverage` measures it):
 
-* Wilson's score interval at the effective number of responses, which the spread between problems
-  gives. It assumes little of how hard the problems are, but needs right and wrong answers on
+* Wilson's score interval at the effective number of responses, estimated from the spread between
+  problems. It assumes little about the problems' difficulty, but needs right and wrong answers on
   several of them.
 * The beta-binomial model: each problem's accuracy is a draw from a beta distribution of mean μ and
-  intra-problem correlation ρ; μ has Jeffreys' prior, ρ a uniform one. It is used where fewer than
-  `FEW` problems' worth of answers is right (or wrong), where the spread seen says too little of
-  the spread there is and a normal interval at μ = 0.02 covers 60 to 90 %.
+  intra-problem correlation ρ; μ has Jeffreys' prior, ρ a uniform one. It is used if fewer than
+  `FEW` problems' worth of answers are right (or wrong): the observed spread then says too little of
+  the true one, and a normal interval at μ = 0.02 covers 60 to 90 %.
 """
 
 import math
@@ -25,14 +25,14 @@ _MEANS, _CORRELATIONS = 400, 24  # cells of the posterior's grid
 
 
 def accuracy_interval(right: Sequence[int], total: Sequence[int]) -> tuple[float, float]:
-    """(low, high) of a 95 % interval for the mean accuracy over problems like these.
+    """Returns (low, high) of a 95 % interval for the mean accuracy over similar problems.
 
     Args:
       right: right responses to each problem.
       total: responses to each problem, at least one.
 
     Raises:
-      ValueError: no problem, or counts that are none.
+      ValueError: no problem, or invalid counts.
     """
     right, total = np.asarray(right, np.int64), np.asarray(total, np.int64)
     if not len(right) or len(right) != len(total):
@@ -46,7 +46,7 @@ def accuracy_interval(right: Sequence[int], total: Sequence[int]) -> tuple[float
     low, high = _wilson(shares, int(total.sum()))
     if len(shares) * min(mean, 1 - mean) >= FEW:
         return low, high
-    # Towards the middle the wider of both; towards the edge the model, which knows the edge.
+    # Near the middle take the wider of both; near the edge the model, which accounts for the edge.
     model_low, model_high = _beta_binomial(right, total)
     if mean <= 0.5:
         return model_low, max(high, model_high)
@@ -56,12 +56,12 @@ def accuracy_interval(right: Sequence[int], total: Sequence[int]) -> tuple[float
 def paired_interval(
     ours: tuple[Sequence[int], Sequence[int]], theirs: tuple[Sequence[int], Sequence[int]]
 ) -> tuple[float, float]:
-    """(low, high) of a 95 % interval for the difference of two accuracies on the same problems.
+    """Returns (low, high) of a 95 % interval for an accuracy difference on the same problems.
 
-    Built from both accuracies' intervals (l, u) and the correlation r of the problems' shares, as
-    Newcombe (1998, method 10) does for paired proportions:
-    low = d − √((p − l)² − 2r(p − l)(u' − p') + (u' − p')²), and high likewise. It is not empty
-    where all differences are zero, as a t interval would be.
+    It combines both accuracies' intervals (l, u) and the correlation r of the problems' shares, as
+    Newcombe (1998, method 10) does for paired proportions: low = d − √((p − l)² − 2r(p − l)(u' −
+    p') + (u' − p')²), and high likewise. Unlike a t interval, it is not empty if all differences
+    are zero.
 
     Args:
       ours: (right, total) by problem, as in `accuracy_interval`.
@@ -81,7 +81,7 @@ def paired_interval(
 
 
 def t_quantile(freedom: int) -> float:
-    """Student's t at 97.5 %: a table below four degrees, else Cornish-Fisher (within 0.002)."""
+    """Returns Student's t at 97.5 %: table below four degrees, else Cornish-Fisher (to 0.002)."""
     if freedom < 1:
         raise ValueError("a t quantile needs at least one degree of freedom")
     if freedom in _T_SMALL:
@@ -96,7 +96,7 @@ def t_quantile(freedom: int) -> float:
 
 
 def _wilson(shares: np.ndarray, responses: int) -> tuple[float, float]:
-    """Score interval at n_eff = p(1 − p) N / s², held between N problems and all responses."""
+    """Returns the score interval at n_eff = p(1 − p) N / s², clipped to [N, responses]."""
     count, p = len(shares), float(shares.mean())
     spread, t = float(shares.var(ddof=1)), t_quantile(count - 1)
     size = p * (1 - p) * count / spread if spread > 0 else responses
@@ -107,7 +107,7 @@ def _wilson(shares: np.ndarray, responses: int) -> tuple[float, float]:
 
 
 def _beta_binomial(right: np.ndarray, total: np.ndarray) -> tuple[float, float]:
-    """Equal-tailed 95 % of the posterior of μ; closed at 0 or 1 where every answer is alike."""
+    """Returns the equal-tailed 95 % of the posterior of μ; closed at 0 or 1 if all agree."""
     theta = (np.arange(_MEANS) + 0.5) / _MEANS * np.pi / 2  # uniform in θ is Jeffreys' in sin²θ
     mean_M1 = np.sin(theta)[:, None] ** 2
     rho = (np.arange(_CORRELATIONS) + 0.5) / _CORRELATIONS
@@ -123,9 +123,9 @@ def _beta_binomial(right: np.ndarray, total: np.ndarray) -> tuple[float, float]:
 def _log_likelihood(
     right: np.ndarray, total: np.ndarray, a_MR: np.ndarray, b_MR: np.ndarray
 ) -> np.ndarray:
-    """Σ log Γ(c + a)Γ(n − c + b)Γ(a + b) / (Γ(a)Γ(b)Γ(n + a + b)) over problems, in [M, R].
+    """Returns Σ log Γ(c + a)Γ(n − c + b)Γ(a + b) / (Γ(a)Γ(b)Γ(n + a + b)) over problems, in [M, R].
 
-    Γ(c + a)/Γ(a) = Π_{j < c} (a + j), so each j counts as often as there are problems with c > j.
+    Γ(c + a)/Γ(a) = Π_{j < c} (a + j), so each j counts once per problem with c > j.
     """
     result = np.zeros_like(a_MR)
     for j in range(int(total.max())):

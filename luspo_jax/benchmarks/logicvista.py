@@ -1,11 +1,11 @@
-"""LogicVista: 448 questions, whose answer is one letter or several, by skill (arXiv:2407.04973)."""
+"""LogicVista: 448 questions answered by one letter or several, by skill (arXiv:2407.04973)."""
 
 from luspo_jax.benchmarks.answer_extraction import chosen_labels, labels_in, stated_answer
 from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accuracy
 
 
 def read(item: Item, response: str) -> Reading:
-    """The reading of a response: right where it names the same set of labels.
+    """Reads a response: right if it names the same set of labels.
 
     An annotation without an answer is unusable: one of the 448 is.
     """
@@ -16,9 +16,9 @@ def read(item: Item, response: str) -> Reading:
 
 
 def _kit(gold: str, response: str, extracted: str | None) -> bool:
-    """`LogicVista_auxeval`, vlmeval/dataset/utils/logicvista.py at commit e8e78f05.
+    """Applies `LogicVista_auxeval`, vlmeval/dataset/utils/logicvista.py at commit e8e78f05.
 
-    Kept: letters must be upper case and nothing but letters. Our extraction stands in for its
+    Kept from it: letters must be upper case, with nothing else. Our extraction replaces its
     judge's, in the case in which the response wrote the letters.
     """
     if extracted is None:
@@ -32,12 +32,12 @@ def _kit(gold: str, response: str, extracted: str | None) -> bool:
 
 
 def question(item: Item) -> str:
-    """The question as it stands: it or its image holds the choices."""
+    """Returns the question unchanged: it or its image contains the choices."""
     return item.problem
 
 
 def lines(items, verdicts) -> list:
-    """Accuracy overall and by skill."""
+    """Computes accuracy overall and by skill."""
     return [
         *accuracy("accuracy", items, verdicts),
         *accuracy("accuracy by skill", items, verdicts, lambda item: item.meta["skill"]),

@@ -12,7 +12,7 @@ from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accura
 
 
 def read(item: Item, response: str) -> Reading:
-    """The reading of a response: letters where the reference is letters, else the math verifier."""
+    """Reads a response: letters if the reference is letters, else by the math verifier."""
     gold = labels_in(item.answer) if _is_choice(item) else None
     if gold is None or not all(label.isalpha() for label in gold):
         stated = free_form_answer(response, item.answer)
@@ -29,7 +29,7 @@ def read(item: Item, response: str) -> Reading:
 
 
 def _once(answer: str) -> str:
-    """An answer that is written on several lines, each the same, is meant once."""
+    """Reduces an answer of several identical lines to one line."""
     lines = {line.strip() for line in answer.strip().splitlines()}
     return lines.pop() if len(lines) == 1 else answer
 
@@ -39,7 +39,7 @@ def _is_choice(item: Item) -> bool:
 
 
 def _options(item: Item) -> dict[str, str]:
-    """Letter → option, from a list of them or from the question; empty where neither has any."""
+    """Maps letters to options, from a list or the question; empty if neither has any."""
     listed = item.meta.get("choices")
     if listed:
         return labelled_options("\n".join(listed))
@@ -49,9 +49,9 @@ def _options(item: Item) -> dict[str, str]:
 
 
 def question(item: Item) -> str:
-    """What the authors' column `query_cot` says, made by the same rule where a file lacks it.
+    """Returns the authors' column `query_cot`, built by the same rule if a file lacks it.
 
-    The problem of the version Vision Only stands in the image alone.
+    In the version Vision Only, only the image contains the problem.
     """
     form = "provide the final value, e.g., 1, 2.5, 300"
     if _is_choice(item):
@@ -65,7 +65,7 @@ def question(item: Item) -> str:
 
 
 def lines(items, verdicts) -> list:
-    """Accuracy overall, by version, subject and subfield, and by subject within each version."""
+    """Computes accuracy overall, by version, subject, subfield, and subject within each version."""
 
     def both(item: Item):
         return [f"{item.meta['problem_version']} / {item.meta['subject']}"]

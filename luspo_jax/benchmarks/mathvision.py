@@ -14,7 +14,7 @@ from luspo_jax.benchmarks.vlmevalkit import equal_answers, inferred_option
 
 
 def read(item: Item, response: str) -> Reading:
-    """The reading of a response: a letter where the question has options, else a value."""
+    """Reads a response: a letter if the question has options, else a value."""
     options = lettered(item.meta["choices"] or ())
     if options or re.fullmatch(r"[A-Z]", item.answer.strip()):
         return _choice(item, response, options)
@@ -28,7 +28,7 @@ def read(item: Item, response: str) -> Reading:
 def _choice(item: Item, response: str, options: dict[str, str]) -> Reading:
     gold = item.answer.strip().upper()
     right, letter = option_read(response, options, {gold})
-    if not options:  # a letter that is no option: VLMEvalKit compares strings
+    if not options:  # a letter without options: VLMEvalKit compares strings
         return Reading(right, equal_answers(letter or response, gold), letter)
     inferred = inferred_option(response, options)
     if inferred is None:
@@ -43,10 +43,10 @@ _TASK = (
 
 
 def question(item: Item) -> str:
-    """Task, problem and options as the authors' `models/Qwen-VL.py` puts them.
+    """Returns task, problem and options as in the authors' `models/Qwen-VL.py`.
 
-    Options that are their own letters are not repeated. The marks `<image1>` … stay where they
-    stand: one image holds all that they name.
+    Options that are their own letters are not repeated. The marks `<image1>` … stay in place: one
+    image contains everything they refer to.
     """
     options = lettered(item.meta["choices"] or ())
     shown = [] if "".join(options.values()) == "".join(options) else options.items()
@@ -54,7 +54,7 @@ def question(item: Item) -> str:
 
 
 def lines(items, verdicts) -> list:
-    """Accuracy overall, by subject and by level."""
+    """Computes accuracy overall, by subject and by level."""
     return [
         *accuracy("accuracy", items, verdicts),
         *accuracy("accuracy by subject", items, verdicts, lambda item: [item.meta["subject"]]),

@@ -14,11 +14,11 @@ from luspo_jax.benchmarks.free_form import VERIFIER
 from luspo_jax.benchmarks.record import BenchmarkError
 from luspo_jax.benchmarks.verdicts import Item, Reading, VisualBenchmark, accuracy
 from luspo_jax.benchmarks.vlmevalkit import inferred_option
-from luspo_jax.rewards.choices import answer_part, same_text
+from luspo_jax.rewards.answers.choices import answer_part, same_text
 
 
 def read(item: Item, response: str) -> Reading:
-    """The reading of a response, by the question's type and the answer's."""
+    """Reads a response, by the type of the question and of the answer."""
     if item.meta["question_type"] == "multi_choice":
         return _choice(item, response)
     readers = {"integer": _integer, "float": _float, "list": _list, "text": _text}
@@ -55,7 +55,7 @@ def _integer(item: Item, response: str) -> Reading:
 
 
 def _float(item: Item, response: str) -> Reading:
-    """Right where the number rounds to the reference at the question's precision."""
+    """Right if the number rounds to the reference at the question's precision."""
     gold, stated = _gold_number(item), stated_number(response)
     if stated is None:
         return Reading(False, _as(float, response) == float(gold))
@@ -67,7 +67,7 @@ def _float(item: Item, response: str) -> Reading:
 
 
 def _list(item: Item, response: str) -> Reading:
-    """Right where the numbers are the reference's, in its order; VLMEvalKit reads "None"."""
+    """Right if the numbers are the reference's, in order; VLMEvalKit reads "None"."""
     part = answer_part(response)
     start, end = part.rfind("["), part.rfind("]")
     stated = part[start : end + 1] if 0 <= start < end else stated_answer(response)
@@ -110,7 +110,7 @@ _HINTS = {
 
 
 def question(item: Item) -> str:
-    """Hint, question, unit and choices as the authors' `build_query.py` puts them."""
+    """Returns hint, question, unit and choices as in the authors' `build_query.py`."""
     choices = item.meta["choices"] or ()
     kind, precision = item.meta["answer_type"], item.meta.get("precision")
     if item.meta["question_type"] == "multi_choice":
@@ -126,7 +126,7 @@ def question(item: Item) -> str:
 
 
 def lines(items, verdicts) -> list:
-    """Accuracy overall, by task and by skill; a question has one task and one skill or more."""
+    """Computes accuracy overall, by task (one per question) and by skill (one or more)."""
     return [
         *accuracy("accuracy", items, verdicts),
         *accuracy("accuracy by task", items, verdicts, lambda item: [item.meta["task"]]),

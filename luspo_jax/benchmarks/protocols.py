@@ -1,13 +1,12 @@
-"""How responses are drawn for a benchmark: presets by name, each field open to change.
+"""Sampling protocols of a benchmark: named presets whose fields can be changed.
 
-Numbers under different protocols are not comparable, so the protocol's label goes wherever a
-number goes.
+Numbers under different protocols are not comparable, so every number carries its protocol's label.
 """
 
 import dataclasses
 
 from luspo_jax.benchmarks.record import BenchmarkError
-from luspo_jax.values import TEMPERATURE, nearest
+from luspo_jax.hosts.values import TEMPERATURE, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,12 +14,12 @@ class Protocol:
     """Sampling settings of an evaluation.
 
     Attributes:
-      name: of the preset.
-      temperature: 0 takes the likeliest token.
-      top_p: mass of the likeliest tokens that are kept; 1 keeps all.
-      top_k: how many of the likeliest tokens are kept, before top_p; 0 keeps all.
-      max_response_length: tokens after which a response is cut.
-      num_samples: responses a problem unless the user says otherwise.
+      name: name of the preset.
+      temperature: 0 takes the most likely token.
+      top_p: probability mass of the most likely tokens kept; 1 keeps all.
+      top_k: number of most likely tokens kept, before top_p; 0 keeps all.
+      max_response_length: tokens after which a response is truncated.
+      num_samples: responses per problem unless the user sets it.
       changed: fields that differ from the preset's.
     """
 
@@ -34,13 +33,13 @@ class Protocol:
 
     @property
     def sampling(self) -> dict[str, float | int]:
-        """What two results must share to be comparable."""
+        """Returns the settings that two results must share to be comparable."""
         fields = ("temperature", "top_p", "top_k", "max_response_length")
         return {name: getattr(self, name) for name in fields}
 
     @property
     def label(self) -> str:
-        """`dapo: T=1 top_p=0.7 top_k=off max=20480 tokens`; a changed preset says so."""
+        """Returns `dapo: T=1 top_p=0.7 top_k=off max=20480 tokens`; marks a changed preset."""
         name = self.name + (f" with other {', '.join(self.changed)}" if self.changed else "")
         return (
             f"{name}: T={self.temperature:g} top_p={self.top_p:g} top_k={self.top_k or 'off'} "
@@ -49,8 +48,8 @@ class Protocol:
 
 
 # DAPO, arXiv:2503.14476, section 4.1; LUSPO (arXiv:2602.05261) states a length of 32,768 and is
-# taken to sample alike. Qwen3: its model card for thinking mode. open_r1: its README. Greedy
-# draws once, since every further response would be the same.
+# assumed to sample alike. Qwen3: its model card for thinking mode. open_r1: its README. Greedy
+# draws one response, since every further one would be the same.
 PROTOCOLS = {
     preset.name: preset
     for preset in (
@@ -64,10 +63,10 @@ PROTOCOLS = {
 
 
 def protocol(name: str, **fields: float | int | None) -> Protocol:
-    """The preset with the given fields in place of its own; None leaves a field.
+    """Returns the preset with the given fields replaced; None leaves a field.
 
     Raises:
-      BenchmarkError: no such preset, or a value that makes no sense, by name.
+      BenchmarkError: no such preset, or an invalid value, named in the message.
     """
     if name not in PROTOCOLS:
         raise BenchmarkError(f"unknown protocol {name!r}: {nearest(name, PROTOCOLS)}")

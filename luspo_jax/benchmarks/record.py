@@ -7,28 +7,28 @@ from typing import Any
 
 from luspo_jax.rewards import Reward
 
-# Status of a verdict on a problem whose annotation is such that no response can be right.
+# Status of a verdict on a problem whose annotation allows no right response.
 UNUSABLE = "unusable"
 
 
 class BenchmarkError(ValueError):
-    """A benchmark, a protocol or stored results that cannot be used; says which and what to do."""
+    """A benchmark, protocol or stored result is unusable; the message says which and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What is kept of a response: enough to read it, to score it again and to compare it.
+    """A stored response: enough to read it, score it again and compare it.
 
     Attributes:
-      benchmark: where the problem is from.
-      problem_id, sample_id: which response it is.
+      benchmark: the problem's benchmark.
+      problem_id, sample_id: identify the response.
       prompt, response, answer: the texts; the answer is the reference.
       tokens: response token ids, stop token included; None for predictions from elsewhere.
-      length: tokens; None where unknown.
-      truncated: whether the response was cut at the length limit; None where unknown.
-      meta: what else the dataset says of the problem.
+      length: tokens; None if unknown.
+      truncated: whether the response was truncated at the length limit; None if unknown.
+      meta: the dataset's other fields of the problem.
       verdict: value, status, parts, prediction and detail.
-      scorers: part, or rule → `id@version` of what gave it.
+      scorers: part, or rule → `id@version` of the scorer.
       problem: the bare problem.
     """
 
@@ -47,19 +47,19 @@ class Record:
     problem: str = ""
 
     def right(self, part: str) -> bool:
-        """Whether the part of the verdict that stands for accuracy says so."""
+        """Whether the part of the verdict that defines accuracy is right."""
         return self.verdict.parts[part] > 0.5
 
     def to_json(self) -> str:
-        """One line, in ASCII: a model may write half a surrogate pair, which UTF-8 cannot."""
+        """Returns one ASCII line: a model may write half a surrogate pair, invalid in UTF-8."""
         return json.dumps(dataclasses.asdict(self)) + "\n"
 
     @classmethod
     def from_json(cls, line: str, place: str) -> "Record":
-        """The record of a line.
+        """Parses a record from a line.
 
         Raises:
-          BenchmarkError: the line holds no record; the message names the place.
+          BenchmarkError: the line is not a record; the message names the place.
         """
         try:
             values = json.loads(line)

@@ -1,4 +1,4 @@
-"""The benchmarks by name: dataset, prompt, scorer, and the fields that results are split by."""
+"""Benchmarks by name: dataset, prompt, scorer, and the fields by which results are split."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,12 +7,12 @@ from typing import Any, Protocol
 from luspo_jax.benchmarks.record import BenchmarkError, Record
 from luspo_jax.benchmarks.verdicts import STRICT, Item, Line, RuleScorer, VisualBenchmark, figures
 from luspo_jax.benchmarks.visual import VISUAL
+from luspo_jax.hosts.values import nearest
 from luspo_jax.rewards import Reward, Sample, Scorer
-from luspo_jax.values import nearest
 
 
 class Judge(Protocol):
-    """What gives verdicts: `rewards.Scorer` or `verdicts.RuleScorer`; a context manager."""
+    """Gives verdicts: `rewards.Scorer` or `verdicts.RuleScorer`; a context manager."""
 
     labels: Mapping[str, str]
 
@@ -25,21 +25,21 @@ class Judge(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """An evaluation set and how it is asked and scored.
+    """An evaluation set, its prompt and its scorer.
 
     Attributes:
       name: its name.
       dataset: a name in luspo_jax.datasets.DATASETS.
       parts: the scorer: verifier → weight; the first one stands for accuracy.
-      template: a name in luspo_jax.datasets.templates.TEMPLATES.
-      system_prompt: a name in luspo_jax.datasets.templates.SYSTEM_PROMPTS.
+      template: a name in luspo_jax.prompts.templates.TEMPLATES.
+      system_prompt: a name in luspo_jax.prompts.templates.SYSTEM_PROMPTS.
       split_by: fields of an example's meta by which results are split.
-      id_field: field of meta that names a problem in other people's files; empty where they
-        count problems.
+      id_field: field of meta that names a problem in files from elsewhere; empty if they number
+        problems.
       generated: whether the dataset needs no file.
       options: verifier → its options.
       images: whether problems show images.
-      rule: how responses are judged and figures made, in place of parts and `split_by`.
+      rule: judges responses and computes figures, in place of parts and `split_by`.
     """
 
     name: str
@@ -56,30 +56,30 @@ class Benchmark:
 
     @property
     def metric(self) -> str:
-        """The part of a verdict that stands for accuracy."""
+        """Returns the part of a verdict that defines accuracy."""
         return STRICT if self.rule else next(iter(self.parts))
 
     def question(self, item: Item) -> str:
-        """What a model is asked, before any template."""
+        """Returns the question put to a model, before any template."""
         return self.rule.question(item) if self.rule else item.problem
 
     def judge(self, *, workers: int | None = None, time_limit: float) -> Judge:
-        """What scores responses; arguments as `rewards.Scorer` takes them."""
+        """Returns the scorer of responses; arguments as for `rewards.Scorer`."""
         if self.rule:
             return RuleScorer(self.rule, workers=workers, time_limit=time_limit)
         return Scorer(self.parts, options=self.options, workers=workers, time_limit=time_limit)
 
     def check(self, items: Iterable[Item]) -> None:
-        """Reads every annotation as its scorer will.
+        """Reads every annotation the way its scorer will.
 
         Raises:
-          BenchmarkError: one that cannot be read, by name.
+          BenchmarkError: an annotation that cannot be read, named in the message.
         """
         for item in items if self.rule else ():
             self.rule.read(item, "")
 
     def figures(self, records: Sequence[Record]) -> list[Line]:
-        """The benchmark's own figures; empty where it has none beside accuracy."""
+        """Returns the benchmark's own figures; empty if it has none besides accuracy."""
         return figures(self.rule, records) if self.rule else []
 
 
@@ -96,13 +96,13 @@ def _embedded(name: str) -> Benchmark:
 
 
 def _visual(name: str) -> Benchmark:
-    """Asked and answered in the format of arXiv:2602.05261, figure 3."""
+    """Returns a benchmark asked and answered in the format of arXiv:2602.05261, figure 3."""
     return Benchmark(
         name, name, {}, "chat", "luspo_vl", id_field="id", images=True, rule=VISUAL[name]
     )
 
 
-# What `luspo_jax.datasets.shapes` calls ANSWER_PATTERN; benchmarks do not import datasets.
+# Equal to ANSWER_PATTERN of `luspo_jax.datasets.shapes`; benchmarks do not import datasets.
 _SHAPES = {"exact": {"pattern": r"####\s*(\S)"}}
 
 BENCHMARKS = {
@@ -112,7 +112,7 @@ BENCHMARKS = {
         _contest("aime25"),
         _contest("amc23"),
         _boxed("gsm8k"),
-        # Tasks of the models inside the package, to try a command out.
+        # Tasks for the models inside the package, to try a command out.
         _embedded("label_lookup"),
         _embedded("label_sums"),
         _boxed("math500", split_by=("subject", "level"), id_field="unique_id"),
@@ -131,10 +131,10 @@ BENCHMARKS = {
 
 
 def benchmark(name: str) -> Benchmark:
-    """The benchmark of a name.
+    """Returns the benchmark with a name.
 
     Raises:
-      BenchmarkError: there is none; the message has the nearest name and all of them.
+      BenchmarkError: unknown; the message lists the nearest name and all of them.
     """
     if name not in BENCHMARKS:
         raise BenchmarkError(f"unknown benchmark {name!r}: {nearest(name, BENCHMARKS)}")
@@ -142,10 +142,10 @@ def benchmark(name: str) -> Benchmark:
 
 
 def benchmarks(names: Iterable[str]) -> list[Benchmark]:
-    """The benchmarks of several names, in their order.
+    """Returns the benchmarks with these names, in order.
 
     Raises:
-      BenchmarkError: an unknown name, one that is given twice, or none at all.
+      BenchmarkError: an unknown name, a repeated one, or none at all.
     """
     names = list(names)
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, from its records: avg@n, pass@k, maj@k, lengths, parts of a set."""
+"""Statistics of an evaluation's records: avg@n, pass@k, maj@k, lengths, subsets."""
 
 import collections
 import dataclasses
@@ -18,20 +18,20 @@ _SHORTEST_BIN = 64  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a model does on a benchmark. Responses without a verdict (statuses timeout and error)
-    count as not right, and `statuses` says how many there are. Problems whose annotation is
-    unusable count in `statuses` only.
+    """Results of a model on a benchmark.
+
+    Responses without a verdict (statuses timeout and error) count as not right; `statuses` counts
+    them. Problems with an unusable annotation count in `statuses` only.
 
     Attributes:
-      num_problems, num_samples: the size of it.
+      num_problems, num_samples: number of problems, and of responses to each.
       accuracy: avg@n, the mean over problems of the share of right responses.
       accuracy_ci95: (low, high), `intervals.accuracy_interval`.
       pass_at: k → pass@k, unbiased.
       majority_at: k → maj@k.
-      statuses: how many verdicts had each status.
-      truncated: share of responses cut at the limit; None where unknown.
-      lengths: mean, quantiles, mean of right and of wrong responses, in tokens; empty where
-        unknown.
+      statuses: status → number of verdicts.
+      truncated: share of responses truncated at the limit; None if unknown.
+      lengths: mean, quantiles, mean of right and of wrong responses, in tokens; empty if unknown.
       by_length: bin of tokens → accuracy and number of responses in it.
       by_field: field → value → accuracy, interval, number of problems.
     """
@@ -50,15 +50,15 @@ class Summary:
 
 
 def summary(records: Sequence[Record], *, metric: str, split_by: Iterable[str] = ()) -> Summary:
-    """The numbers of a benchmark's records.
+    """Computes the statistics of a benchmark's records.
 
     Args:
-      records: equally many of each problem, in any order.
-      metric: the part of the verdict that stands for accuracy.
+      records: the same number for each problem, in any order.
+      metric: the part of the verdict that defines accuracy.
       split_by: fields of meta to split by.
 
     Raises:
-      BenchmarkError: no records, or not equally many of each problem.
+      BenchmarkError: no records, or different numbers per problem.
     """
     every, records = records, usable(records)
     problems = by_problem(records)
@@ -87,12 +87,12 @@ def summary(records: Sequence[Record], *, metric: str, split_by: Iterable[str] =
 
 
 def usable(records: Sequence[Record]) -> list[Record]:
-    """Without those of problems to which no response can be right."""
+    """Drops the records of problems whose annotation allows no right response."""
     return [record for record in records if record.verdict.status != UNUSABLE]
 
 
 def by_problem(records: Sequence[Record]) -> dict[int, list[Record]]:
-    """problem → its records by sample, in the order of the problems' ids.
+    """Maps each problem to its records by sample, in the order of the problems' ids.
 
     Raises:
       BenchmarkError: no records, a response that occurs twice, or unequal numbers.
@@ -118,20 +118,23 @@ def by_problem(records: Sequence[Record]) -> dict[int, list[Record]]:
 
 
 def right_counts(problems: Mapping[int, Sequence[Record]], metric: str) -> list[int]:
-    """Right responses to each problem."""
+    """Counts the right responses to each problem."""
     return [sum(r.right(metric) for r in group) for group in problems.values()]
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """pass@k = 1 − C(n − c, k) / C(n, k): the chance that k of the n responses, drawn without
-    replacement, hold a right one. Unbiased for k ≤ n (arXiv:2107.03374, equation 1)."""
+    """Returns pass@k = 1 − C(n − c, k) / C(n, k), unbiased for k ≤ n.
+
+    It is the probability that k of the n responses, drawn without replacement, include a right one
+    (arXiv:2107.03374, equation 1).
+    """
     if not (1 <= k <= n and 0 <= right <= n):
         raise ValueError(f"need 1 ≤ k ≤ n and 0 ≤ right ≤ n, not k={k}, n={n}, right={right}")
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def powers(n: int) -> list[int]:
-    """1, 2, 4 … up to n, and n itself."""
+    """Returns 1, 2, 4 … up to n, and n itself."""
     return sorted({*(1 << i for i in range(n.bit_length())), n})
 
 
@@ -140,9 +143,9 @@ class Difference:
     """Accuracy of one evaluation minus another's, problem by problem.
 
     Attributes:
-      difference: of the accuracies.
+      difference: difference of the accuracies.
       ci95: (low, high), `intervals.paired_interval`.
-      better, worse, equal: on how many problems.
+      better, worse, equal: number of problems.
     """
 
     difference: float
@@ -153,10 +156,10 @@ class Difference:
 
 
 def difference(ours: Sequence[Record], theirs: Sequence[Record], *, metric: str) -> Difference:
-    """Ours minus theirs; the numbers of responses may differ, the problems may not.
+    """Returns ours minus theirs; the numbers of responses may differ, the problems may not.
 
     Raises:
-      BenchmarkError: not the same problems.
+      BenchmarkError: the problems differ.
     """
     sides = [by_problem(usable(ours)), by_problem(usable(theirs))]
     if sides[0].keys() != sides[1].keys():
@@ -192,7 +195,7 @@ def _lengths(records: Sequence[Record], metric: str) -> dict[str, float | None]:
 
 
 def _by_length(records: Sequence[Record], metric: str) -> dict[str, dict[str, float]]:
-    """Accuracy in bins whose edges are powers of two, the same for every evaluation."""
+    """Computes accuracy in bins whose edges are powers of two, the same for every evaluation."""
     bins: dict[int, list[bool]] = collections.defaultdict(list)
     for record in records:
         if record.length is not None:

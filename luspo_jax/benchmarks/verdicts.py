@@ -1,8 +1,8 @@
-"""From responses to a benchmark's figures: readings, verdicts, accuracies, what is missing.
+"""From responses to a benchmark's figures: readings, verdicts, accuracies, caveats.
 
-Two columns stand side by side. "strict" is ours. "vlmevalkit" repeats what VLMEvalKit's own code
-(github.com/open-compass/VLMEvalKit, commit e8e78f05) does by rule, mistakes kept, so that a figure
-can be laid beside published tables; where it asks a judge model, our extraction stands in for it.
+There are two columns. "strict" is ours. "vlmevalkit" repeats the rules in VLMEvalKit's own code
+(github.com/open-compass/VLMEvalKit, commit e8e78f05), mistakes included, so that a figure can be
+compared with published tables; where it asks a judge model, our extraction replaces it.
 """
 
 import collections
@@ -18,7 +18,7 @@ STRICT, VLMEVALKIT = "strict", "vlmevalkit"  # the columns, and the parts of a r
 
 
 class Item(Protocol):
-    """An annotated question, as `luspo_jax.datasets` reads it; `meta["id"]` names it."""
+    """An annotated question as read by `luspo_jax.datasets`; `meta["id"]` names it."""
 
     problem: str
     answer: str
@@ -27,13 +27,13 @@ class Item(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What a benchmark's rule makes of one response.
+    """A benchmark rule's reading of one response.
 
     Attributes:
-      strict: right or wrong; a Pair, or OneOf, where the math verifier decides; None where the
-        annotation is such that no response can be right.
+      strict: right or wrong; a Pair or OneOf if the math verifier decides; None if the annotation
+        allows no right response.
       vlmevalkit: right or wrong by VLMEvalKit's rule.
-      extracted: the answer found; None where there is none.
+      extracted: the answer found; None if there is none.
     """
 
     strict: bool | Pair | OneOf | None
@@ -46,8 +46,8 @@ class ItemVerdict:
     """The verdict on one item.
 
     Attributes:
-      strict: right or wrong; None where the annotation is unusable.
-      vlmevalkit: likewise by VLMEvalKit's rule.
+      strict: right or wrong; None if the annotation is unusable.
+      vlmevalkit: the same by VLMEvalKit's rule.
       status: ok; unparsed; empty (response); unusable (annotation); timeout; error.
       extracted: the answer found.
     """
@@ -63,11 +63,11 @@ class Line:
     """One figure in both columns.
 
     Attributes:
-      table: what it is a figure of, as in `accuracy by subject`.
+      table: the figure's table, as in `accuracy by subject`.
       group: the group; `all` for the whole.
-      n: items behind it.
-      strict: value; None where it is undefined.
-      vlmevalkit: likewise.
+      n: number of items.
+      strict: value; None if undefined.
+      vlmevalkit: the same by VLMEvalKit's rule.
       unit: "share" (0 … 1) or "count".
     """
 
@@ -88,12 +88,12 @@ class VisualBenchmark:
       version: changes whenever any verdict or figure can change.
       read: (item, response) → Reading.
       lines: (items, verdicts) → figures.
-      question: item → what a model is asked, its options included.
-      note: what the vlmevalkit column is for this set.
-      unit: field of meta that names the problem of which an item is a part or a variant; empty
-        where items stand alone.
+      question: item → the question put to a model, options included.
+      note: meaning of the vlmevalkit column for this set.
+      unit: field of meta that names the problem an item is a part or variant of; empty if items
+        stand alone.
       whole: whether figures need all parts of a problem.
-      caveats: items → what must be known of the figures of these items, in sentences.
+      caveats: items → caveats on the figures of these items, in sentences.
     """
 
     id: str
@@ -118,19 +118,19 @@ def score(
     *,
     verifier: Scorer | None = None,
 ) -> list[ItemVerdict]:
-    """The verdict on the response to each item.
+    """Returns the verdict on the response to each item.
 
-    An empty response is wrong in the strict column, and has a status of its own.
+    An empty response is wrong in the strict column and has its own status.
 
     Args:
       benchmark: the rule.
       items: the annotations.
-      responses: one to each.
-      verifier: `free_form.pair_verifier()`; where there is none, one is started and ended.
+      responses: one per item.
+      verifier: `free_form.pair_verifier()`; if None, one is started and ended.
 
     Raises:
       BenchmarkError: an annotation that the rule cannot read.
-      TooManyFailures: of the math verifier.
+      TooManyFailures: raised by the math verifier.
     """
     readings = [benchmark.read(*pair) for pair in zip(items, responses, strict=True)]
     pairs = [pair for reading in readings for pair in _pairs(reading.strict)]
@@ -148,7 +148,7 @@ def _pairs(strict) -> list[Pair]:
 
 
 def _one_of(choice: OneOf, settled: Mapping) -> tuple[bool, str, str | None]:
-    """(right, status, letter) of an answer that may have the value of one option."""
+    """Returns (right, status, letter) of an answer that may have the value of one option."""
     judged = [settled[pair] for pair in choice.pairs()]
     failed = [verdict.status for verdict in judged if verdict.status in ("timeout", "error")]
     equal = [c for (c, _), v in zip(choice.options, judged, strict=True) if v.value > 0]
@@ -175,15 +175,15 @@ def _verdict(reading: Reading, settled: Mapping, response: str) -> ItemVerdict:
 
 
 class RuleScorer:
-    """Scores batches of samples by a benchmark's rule, where `rewards.Scorer` takes verifiers.
+    """Scores batches of samples by a benchmark's rule; `rewards.Scorer` uses verifiers instead.
 
     The parts of a reward are the two columns, and its value is the strict one. Its status is one
     of `ItemVerdict`'s.
 
     Args:
       benchmark: the rule.
-      workers: processes of the math verifier; by default one a core.
-      time_limit: seconds of processor time that one comparison of answers may take.
+      workers: processes of the math verifier; by default one per core.
+      time_limit: seconds of processor time per comparison of answers.
 
     Attributes:
       labels: the rule's name → `id@version`.
@@ -197,13 +197,13 @@ class RuleScorer:
         self.labels = {benchmark.id: benchmark.label}
 
     def score_batch(self, samples: Sequence[Sample]) -> list[Reward]:
-        """The reward of each sample, in order; errors are those of `score`."""
+        """Returns the reward of each sample, in order; errors as for `score`."""
         responses = [sample.response for sample in samples]
         verdicts = score(self._benchmark, samples, responses, verifier=self._verifier)
         return [_reward(verdict) for verdict in verdicts]
 
     def close(self) -> None:
-        """End the worker processes; the next batch would start new ones."""
+        """Ends the worker processes; the next batch starts new ones."""
         self._verifier.close()
 
     def __enter__(self):
@@ -220,13 +220,13 @@ def _reward(verdict: ItemVerdict) -> Reward:
 
 
 def figures(benchmark: VisualBenchmark, records: Sequence[Record]) -> list[Line]:
-    """The benchmark's figures of responses that its `RuleScorer` judged.
+    """Computes the benchmark's figures from responses that its `RuleScorer` judged.
 
-    Of n responses a problem, each figure is that of the first ones, of the second ones … and then
-    the mean of the n.
+    With n responses per problem, each figure is computed on the first responses, on the second ones
+    … and then averaged.
 
     Raises:
-      BenchmarkError: records that make up no figures.
+      BenchmarkError: records that do not add up to figures.
     """
     by_sample: dict[int, list[Record]] = collections.defaultdict(list)
     for record in sorted(records, key=lambda record: record.problem_id):
@@ -255,7 +255,7 @@ def _mean_line(lines: Sequence[Line]) -> Line:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are defined."""
+    """Averages the defined values."""
     defined = [value for value in values if value is not None]
     return sum(defined) / len(defined) if defined else None
 
@@ -266,9 +266,9 @@ def accuracy(
     verdicts: Sequence[ItemVerdict],
     groups: Callable[[Item], Iterable[str]] = lambda item: ("all",),
 ) -> list[Line]:
-    """Accuracy of each group, in alphabetical order; an item may be in several.
+    """Computes the accuracy of each group, in alphabetical order; an item may be in several.
 
-    Items whose annotation is unusable count in the vlmevalkit column only.
+    Items with an unusable annotation count in the vlmevalkit column only.
     """
     members = collections.defaultdict(list)
     for item, verdict in zip(items, verdicts, strict=True):
@@ -287,5 +287,5 @@ def accuracy(
 
 
 def share(rights: Sequence[bool]) -> float | None:
-    """The share of true values; None of none."""
+    """Returns the share of true values; None if there are none."""
     return sum(rights) / len(rights) if rights else None

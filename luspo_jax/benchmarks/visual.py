@@ -1,4 +1,4 @@
-"""The visual benchmarks by name."""
+"""Visual benchmarks by name."""
 
 from luspo_jax.benchmarks.dynamath import DYNAMATH
 from luspo_jax.benchmarks.logicvista import LOGICVISTA

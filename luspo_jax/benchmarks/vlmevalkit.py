@@ -1,8 +1,8 @@
-"""VLMEvalKit's rules that several benchmarks share, repeated with their mistakes.
+"""VLMEvalKit's rules that several benchmarks share, mistakes included.
 
 Source: github.com/open-compass/VLMEvalKit at commit e8e78f05, `vlmeval/utils/matching_util.py` and
-`vlmeval/dataset/utils/mathv.py`. Model text is never evaluated: a small arithmetic of our own
-stands in for Python's `eval`.
+`vlmeval/dataset/utils/mathv.py`. Model text is never evaluated: a small arithmetic evaluator of our
+own replaces Python's `eval`.
 """
 
 import ast
@@ -10,8 +10,8 @@ import operator
 import re
 from collections.abc import Mapping
 
-from luspo_jax.rewards.latex import tidy
-from luspo_jax.rewards.plain_numbers import exact_number
+from luspo_jax.rewards.answers.latex import tidy
+from luspo_jax.rewards.answers.plain_numbers import exact_number
 
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -26,7 +26,7 @@ _VERBOSE = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
 
 
 def inferred_option(answer: str, options: Mapping[str, str]) -> str | None:
-    """`can_infer`: the option that a text means; "Z" for a refusal, None where it means none."""
+    """Applies `can_infer`: returns the option a text means; "Z" for a refusal, None if none."""
     return _by_letter(answer, options) or _by_text(answer, options)
 
 
@@ -38,7 +38,7 @@ def _by_letter(answer: str, options: Mapping[str, str]) -> str | None:
     words = answer.translate(_PUNCTUATION).split()
     present = [letter for letter in options if letter in words]
     if len(present) == 1 and words.index(present[0]) > len(words) - 5:
-        return present[0]  # only among the last four words does a letter count
+        return present[0]  # a letter counts only among the last four words
     if not present and "Z" in words:
         return "Z"
     verbose = _VERBOSE.search(answer)
@@ -54,10 +54,10 @@ def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def equal_answers(prediction: str, gold: str) -> bool:
-    """`is_equal` of MathVision: equal lower-cased strings, or numbers within 1e-6.
+    """Applies MathVision's `is_equal`: equal lower-cased strings, or numbers within 1e-6.
 
     A reference with a root, π or a variable is matched as a string only: there, VLMEvalKit
-    evaluates the names of functions that it has not imported, and takes the exception for "no".
+    evaluates function names that it has not imported, and treats the exception as "no".
     """
     prediction, gold = prediction.lower().strip(), gold.lower().strip()
     if prediction == gold:
@@ -70,7 +70,7 @@ def equal_answers(prediction: str, gold: str) -> bool:
 
 
 def _latex_value(text: str) -> float | None:
-    """The value of a rational number in LaTeX."""
+    """Returns the value of a rational number in LaTeX."""
     text = tidy(text)
     exact = exact_number(text)
     if exact is not None:
@@ -89,14 +89,14 @@ _OPERATORS = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.Pow: operator.pow,
-    ast.BitXor: operator.xor,  # what `^` is in Python
+    ast.BitXor: operator.xor,  # `^` in Python
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
 
 
 def arithmetic(text: str) -> float | None:
-    """The value of Python arithmetic on plain numbers; None for anything else."""
+    """Evaluates Python arithmetic on plain numbers; None for anything else."""
     if len(text) > _LONGEST or not _CHARACTERS.fullmatch(text):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Majority voting: maj@k in expectation over which k of a problem's n responses vote."""
+"""Majority voting: the expected maj@k over which k of a problem's n responses vote."""
 
 import collections
 import math
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from luspo_jax.rewards.latex import squeeze, tidy
-from luspo_jax.rewards.plain_numbers import exact_number
+from luspo_jax.rewards.answers.latex import squeeze, tidy
+from luspo_jax.rewards.answers.plain_numbers import exact_number
 
 _SHORT_FRACTION = re.compile(r"\\frac\s*(\w)\s*(\w)")
 
 
 def ballot(prediction: str | None) -> str | None:
-    """What an extracted answer votes for: 0.5 and 1/2 are one vote; None abstains.
+    """Returns the vote of an extracted answer: 0.5 and 1/2 are one vote; None abstains.
 
-    The reference answer has no part in this: wrong answers that differ in spelling are joined by
-    the same rule as right ones.
+    The reference answer is not used: wrong answers in different spellings are joined by the same
+    rule as right ones.
     """
     if prediction is None or not prediction.strip():
         return None
@@ -29,12 +29,12 @@ def ballot(prediction: str | None) -> str | None:
 def majority_at_k(
     predictions: Sequence[str | None], right: Sequence[bool], ks: Sequence[int]
 ) -> list[float]:
-    """maj@k of one problem for each k: the chance that a vote among k responses comes out right.
+    """Returns maj@k of one problem for each k: the probability that a vote of k responses is right.
 
     maj@k = Σ_S score(winner of S) / C(n, k) over all subsets S of k of the n responses, exactly.
-    Answers that tie for most votes share the win evenly; an abstention votes for nothing, and a
-    vote in which all abstain is wrong. The score of an answer is the share of its responses that
-    were judged right (all or none, unless a verifier failed on some).
+    Answers that tie for most votes share the win evenly. An abstention votes for nothing; a vote in
+    which all abstain is wrong. The score of an answer is the share of its responses that were
+    judged right (all or none, unless a verifier failed on some).
 
     Args:
       predictions: the n extracted answers.
@@ -62,13 +62,12 @@ def majority_at_k(
 
 
 def _winning_ways(size: int, others: Sequence[int], abstaining: int) -> np.ndarray:
-    """For each k, the number of subsets of k voters that an answer wins, a tie of s + 1 answers
-    counting 1/(s + 1).
+    """Counts, per k, the subsets of k voters that an answer wins; a tie of s + 1 counts 1/(s + 1).
 
     With t votes for the answer, the others' votes are the coefficients of a product of truncated
-    binomial polynomials in x; y marks those that reach t. Those with fewer than t responses in
-    all cannot reach it, and multiply to (1 + x)^(their sum). All terms are positive: float64
-    loses no digits to cancellation.
+    binomial polynomials in x; y marks those that reach t. Rivals with fewer than t responses in all
+    cannot reach it; they multiply to (1 + x)^(their sum). All terms are positive, so float64 loses
+    no digits to cancellation.
     """
     n = size + sum(others) + abstaining
     ways = np.zeros(n + 1)
@@ -85,7 +84,7 @@ def _winning_ways(size: int, others: Sequence[int], abstaining: int) -> np.ndarr
 
 
 def _times_truncated(product: np.ndarray, count: int, votes: int) -> np.ndarray:
-    """product · (Σ_{u < votes} C(count, u) x^u + y C(count, votes) x^votes)."""
+    """Returns product · (Σ_{u < votes} C(count, u) x^u + y C(count, votes) x^votes)."""
     result = np.zeros_like(product)
     width = product.shape[1]
     for u in range(min(votes, width)):

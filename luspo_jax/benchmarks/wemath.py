@@ -1,7 +1,7 @@
-"""We-Math testmini: 525 problems with the questions of their steps (arXiv:2407.01284).
+"""We-Math testmini: 525 problems, each with questions about its steps (arXiv:2407.01284).
 
-A problem and its steps fall into insufficient knowledge (IK), inadequate generalization (IG),
-complete mastery (CM) or rote memorization (RM), and score = (N − IG/2 − RM − IK)/N.
+A problem with its steps falls into insufficient knowledge (IK), inadequate generalization (IG),
+complete mastery (CM) or rote memorization (RM); score = (N − IG/2 − RM − IK)/N.
 """
 
 import collections
@@ -20,12 +20,12 @@ from luspo_jax.benchmarks.verdicts import (
     share,
 )
 
-KIT_PROBLEMS = 525  # VLMEvalKit divides by this number whatever it was given
+KIT_PROBLEMS = 525  # VLMEvalKit always divides by this number
 Problem = tuple[Sequence[bool], bool]  # (each step right, the whole right)
 
 
 def read(item: Item, response: str) -> Reading:
-    """The reading of a response: every question has options."""
+    """Reads a response: every question has options."""
     gold = item.answer.strip().upper()
     options = labelled_options(item.meta["option"])
     options = options if gold in options else {}
@@ -34,7 +34,7 @@ def read(item: Item, response: str) -> Reading:
 
 
 def kit_letter(response: str) -> str | None:
-    """What VLMEvalKit's exact matching reads: the first character after the last "Answer".
+    """Returns VLMEvalKit's exact-matching letter: the first character after the last "Answer".
 
     `load_and_process_data` of vlmeval/dataset/utils/wemath.py at commit e8e78f05.
     """
@@ -43,10 +43,10 @@ def kit_letter(response: str) -> str | None:
 
 
 def state(problem: Problem, *, loose: bool) -> str:
-    """IK, IG, CM or RM.
+    """Returns IK, IG, CM or RM.
 
-    A wrong whole is IG where every step is right, else IK. A right whole is CM where every step is
-    right, or, loosely, where any is; else RM.
+    A wrong whole is IG if every step is right, else IK. A right whole is CM if every step (or,
+    loosely, any step) is right, else RM.
     """
     steps, whole = problem
     if not whole:
@@ -55,16 +55,16 @@ def state(problem: Problem, *, loose: bool) -> str:
 
 
 def metrics(problems: Sequence[Problem], *, loose: bool, total: int | None = None) -> dict:
-    """Counts and rates of the four states, and the score.
+    """Returns counts and rates of the four states, and the score.
 
     Args:
       problems: steps and whole of each problem.
-      loose: the reading of CM and RM.
+      loose: whether CM and RM are read loosely.
       total: N, by default the number of problems.
 
     Returns:
-      IK, IG, CM, RM as counts; their rates, where RM's is RM/(CM + RM) and the others' by N; score.
-      A rate by nothing is None.
+      IK, IG, CM, RM as counts; their rates, RM's being RM/(CM + RM) and the others' by N; score. A
+      rate with denominator 0 is None.
     """
     counts = collections.Counter(state(problem, loose=loose) for problem in problems)
     ik, ig, cm, rm = (counts[name] for name in ("IK", "IG", "CM", "RM"))
@@ -77,7 +77,7 @@ def metrics(problems: Sequence[Problem], *, loose: bool, total: int | None = Non
 
 
 def problems_of(items: Sequence[Item], rights: Sequence[bool]) -> list[Problem]:
-    """Steps and whole of each problem that the items make up.
+    """Groups items into the steps and whole of each problem.
 
     Raises:
       BenchmarkError: a problem without its whole or without steps.
@@ -104,12 +104,12 @@ _TASK = (
 
 
 def question(item: Item) -> str:
-    """Task, question and options as the authors put them, without the format of the response."""
+    """Returns the authors' task, question and options, without the response format."""
     return f"{_TASK}\nQuestion: {item.problem}\nOption: {item.meta['option']}"
 
 
 def caveats(items: Sequence[Item]) -> list[str]:
-    """What to know of the figures of these items."""
+    """Returns caveats on the figures of these items."""
     found = []
     count = len({item.meta["problem_id"] for item in items})
     if count < KIT_PROBLEMS:
@@ -120,7 +120,7 @@ def caveats(items: Sequence[Item]) -> list[str]:
 
 
 def lines(items: Sequence[Item], verdicts: Sequence[ItemVerdict]) -> list[Line]:
-    """Score, counts and rates, strict and loose, and accuracies by number of steps."""
+    """Computes score, counts and rates, strict and loose, and accuracies by number of steps."""
     ours = problems_of(items, [bool(v.strict) for v in verdicts])
     kits = problems_of(items, [v.vlmevalkit for v in verdicts])
     found = []
@@ -134,7 +134,7 @@ def lines(items: Sequence[Item], verdicts: Sequence[ItemVerdict]) -> list[Line]:
 
 
 def _by_steps(ours: Sequence[Problem], kits: Sequence[Problem]) -> list[Line]:
-    """Accuracy of the single steps, and of the wholes by their number of steps."""
+    """Computes accuracy on single steps, and on wholes by their number of steps."""
     both = [[right for steps, _ in problems for right in steps] for problems in (ours, kits)]
     found = [Line("accuracy", "1 step", len(both[0]), *map(share, both))]
     for size in sorted({len(steps) for steps, _ in ours}):

@@ -1,4 +1,4 @@
-"""Problems with reference answers: readers of files and generated tasks, one module each.
+"""Problems with reference answers: file readers and generated tasks, one module each.
 
 Nothing here imports jax.
 """
@@ -7,9 +7,11 @@ from luspo_jax.datasets.example import DataError, Example, Report
 from luspo_jax.datasets.mixture import Mixture
 from luspo_jax.datasets.overlap import Overlap, overlap
 from luspo_jax.datasets.registry import DATASETS, image_source, load
+from luspo_jax.datasets.table import Columns
 
 __all__ = [
     "DATASETS",
+    "Columns",
     "DataError",
     "Example",
     "Mixture",

@@ -1,4 +1,4 @@
-"""Competition benchmarks whose files differ only in the names of their columns."""
+"""Competition benchmarks whose files differ only in their column names."""
 
 from luspo_jax.datasets.table import Table, integer
 

@@ -1,4 +1,4 @@
-"""DAPO-Math-17k: its prompt, and how to take the bare problem out of it."""
+"""DAPO-Math-17k: its prompt, and extraction of the bare problem from it."""
 
 from luspo_jax.datasets.table import Table, integer, text
 
@@ -10,7 +10,7 @@ SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 
 def bare_problem(cell) -> str:
-    """The problem without DAPO's instructions, where the file carries them."""
+    """Strips DAPO's instructions from a problem, if the file includes them."""
     return text(text(cell).removeprefix(PREFIX).removesuffix(SUFFIX))
 
 

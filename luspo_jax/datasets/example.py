@@ -1,11 +1,11 @@
-"""A problem with its reference answer, and what was found while a file of them was read."""
+"""A problem with its reference answer, and a report on the rows of its source."""
 
 import dataclasses
 from typing import Any
 
 
 class DataError(ValueError):
-    """A data file that cannot be used as it is; the message names file, row and remedy."""
+    """A data file is not usable as it is; the message names file, row and remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,9 +14,9 @@ class Example:
 
     Attributes:
       id: unique and stable within its dataset.
-      problem: the bare problem, without any prompt template.
+      problem: the bare problem, without a prompt template.
       answer: the reference answer.
-      meta: what else the source says of it.
+      meta: other fields of the source.
     """
 
     id: int
@@ -27,17 +27,17 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of the rows of a source.
+    """Counts of a source's rows by outcome.
 
     Attributes:
       name: the dataset.
-      source: file that was read, or the name of the generator.
+      source: the file read, or the name of the generator.
       sha256: of the file; empty for a generator.
       rows: rows read.
       examples: examples kept.
       duplicates: rows merged into an earlier row with the same problem.
       conflicts: problems dropped because their rows disagree on the answer.
-      unusable: rows left out because they cannot be read, where the caller allows that.
+      unusable: unreadable rows left out, if the caller allows that.
       pictured: examples with images.
     """
 

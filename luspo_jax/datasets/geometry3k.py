@@ -1,25 +1,26 @@
 """Geometry3K: problems about diagrams, each with four choices (arXiv:2105.04165).
 
-Two layouts are read: the authors' folders, `train/11/data.json` beside `img_diagram.png`, and the
-hub's table of `images`, `problem` and `answer`. The answer is the value in both, not its letter.
+It reads two file formats: the authors' folders, `train/11/data.json` beside `img_diagram.png`, and
+the hub's table of `images`, `problem` and `answer`. In both, the answer is the value, not its
+letter.
 """
 
 import pathlib
 import string
 from collections.abc import Iterator
 
-from luspo_jax import files
 from luspo_jax.datasets.example import DataError
 from luspo_jax.datasets.rows import Refuse, Row, column, read_rows, stop
 from luspo_jax.datasets.table import Table
+from luspo_jax.hosts import files
 
 _DIAGRAM = "img_diagram.png"
 
 
 def problem_rows(path: pathlib.Path, refuse: Refuse = stop) -> Iterator[tuple[int, Row]]:
-    """(row number, row) of each problem of a file or folder, with `id`, `answer` and `images`."""
+    """Yields (row number, row) for each problem of a file or folder: `id`, `answer`, `images`."""
     if path.is_file():
-        for number, row in read_rows(path, refuse):  # the hub's table has no id of its own
+        for number, row in read_rows(path, refuse):  # the hub's table has no id column
             yield number, {"id": number, **row}
         return
     found = sorted(path.glob("*/data.json"), key=lambda file: (len(file.parent.name), file))

@@ -1,10 +1,10 @@
-"""GSM8K: the answer is what follows `####` in the reference solution."""
+"""GSM8K: the answer follows `####` in the reference solution."""
 
 from luspo_jax.datasets.table import Table, answer_text
 
 
 def final_answer(cell) -> str:
-    """The number after the last `####`, without thousands commas."""
+    """Returns the number after the last `####`, without thousands commas."""
     head, mark, tail = answer_text(cell).rpartition("####")
     if not mark:
         raise ValueError(f"has no '####' before its answer: {head[-40:]!r}")

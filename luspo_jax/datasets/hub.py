@@ -1,4 +1,4 @@
-"""A dataset's file on the Hugging Face hub; downloaded only where a user names one."""
+"""A dataset's file on the Hugging Face hub; downloaded only if a user names one."""
 
 import pathlib
 import re
@@ -15,12 +15,12 @@ def is_hub(path) -> bool:
 
 
 def hub_file(path: str, split: str, suffixes: Sequence[str]) -> pathlib.Path:
-    """The local copy of "hub:OWNER/NAME[@REVISION][/FILE]".
+    """Downloads "hub:OWNER/NAME[@REVISION][/FILE]" and returns the local path.
 
-    Without a file it is the only one of the repository whose name has the split as a word of it.
+    If no file is named, the repository must have exactly one whose name has the split as a word.
 
     Raises:
-      DataError: no such repository or file, or several that could be meant; lists them.
+      DataError: no such repository or file, or several candidates, listed in the message.
     """
     owner, _, rest = path.removeprefix(PREFIX).partition("/")
     name, _, file = rest.partition("/")
@@ -28,7 +28,7 @@ def hub_file(path: str, split: str, suffixes: Sequence[str]) -> pathlib.Path:
     if not owner or not name:
         raise DataError(f"{path}: a dataset on the hub is hub:OWNER/NAME or hub:OWNER/NAME/FILE")
     place = {"repo_id": f"{owner}/{name}", "repo_type": "dataset", "revision": revision or None}
-    # Only here, so that nothing reaches for a network unless a hub id was named.
+    # Imported here, so that nothing uses the network unless a hub id is named.
     import huggingface_hub
 
     try:
@@ -37,7 +37,7 @@ def hub_file(path: str, split: str, suffixes: Sequence[str]) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.hf_hub_download(filename=file, **place))
     except DataError:
         raise
-    except Exception as error:  # the hub raises a dozen types; the remedy is the same
+    except Exception as error:  # the hub raises a dozen types with the same remedy
         raise DataError(
             f"{path}: cannot be downloaded ({type(error).__name__}: {error}): check the name, the "
             "network and the login, or give a local file"

@@ -1,4 +1,4 @@
-"""Images of a data file: references that fit into `meta`, and how one is read or opened."""
+"""Images of a data file: references that fit into `meta`, and functions to read and open them."""
 
 import dataclasses
 import functools
@@ -10,35 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax import files
 from luspo_jax.datasets import shapes
 from luspo_jax.datasets.example import DataError, Example
-from luspo_jax.datasets.pixels import ImageError
+from luspo_jax.hosts import files
+from luspo_jax.images.record import ImageError, StoredImage
 
 # A reference is {"row": number, "path": text} for a file, relative to the data file's folder,
-# {"row": number, "column": name} for bytes that stand in the data file itself, or
-# {"row": number, "generated": name, …} for an image that GENERATORS[name] draws from it. It holds
-# no absolute path and no bytes, because examples are stored once and outlive a move of the data.
+# {"row": number, "column": name} for bytes inside the data file itself, or {"row": number,
+# "generated": name, …} for an image that GENERATORS[name] draws from it. It holds no absolute path
+# and no bytes, because examples are stored once and the data may be moved.
 Reference = dict[str, Any]
 
-# Name → function of a reference that gives uint8 [height, width, 3].
+# Name → function from a reference to uint8 [height, width, 3].
 GENERATORS: dict[str, Callable[[Reference], np.ndarray]] = {"shapes": shapes.draw}
 
-MAX_FILE_BYTES = 1 << 30  # more than an image of `max_source_pixels` takes in any format
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredImage:
-    """An image that has not been read yet.
-
-    Attributes:
-      place: file and row in words.
-      read: gives a file's bytes, or uint8 pixels [height, width, 3]; raises ImageError, "missing"
-        or "huge".
-    """
-
-    place: str
-    read: Callable[[], bytes | np.ndarray]
+MAX_FILE_BYTES = 1 << 30  # larger than an image of `max_source_pixels` in any format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +32,10 @@ class ImageFiles:
     """Where the images of a set of problems are.
 
     Attributes:
-      source: the data file (or folder of problems) that was read; None where all are generated.
-      image_dir: folder that paths are relative to, where it is not the data file's. In it a
-        path is also looked for below `images`, and without its innermost folder.
-      of_source: for a mixture, the same for each of its sources by name.
+      source: the data file (or folder of problems) read; None if all images are generated.
+      image_dir: folder that paths are relative to, if not the data file's. A path is also searched
+        for in its subfolder `images`, and without its innermost folder.
+      of_source: for a mixture, the ImageFiles of each source by name.
     """
 
     source: str | pathlib.Path | None = None
@@ -57,7 +43,7 @@ class ImageFiles:
     of_source: Mapping[str, "ImageFiles"] = dataclasses.field(default_factory=dict)
 
     def images(self, example: Example) -> list[StoredImage]:
-        """The images of an example, in its order; none are read yet."""
+        """Returns the images of an example, in order, without reading them."""
         if self.of_source:
             return self.of_source[example.meta["source"]].images(example)
         return [self._stored(reference) for reference in example.meta.get("images", ())]
@@ -81,7 +67,7 @@ class ImageFiles:
 
 
 def references(name: str, cell: Any, number: int, place: str) -> list[Reference]:
-    """References to the images of one cell: nothing, one image, or a list of them.
+    """Returns references to the images of one cell: none, one image, or a list of them.
 
     An image is a path, or an object with `bytes` or else `path`, as the Hugging Face hub stores it.
 
@@ -98,10 +84,10 @@ def references(name: str, cell: Any, number: int, place: str) -> list[Reference]
     found = []
     for position, image in enumerate(cell if several else [cell]):
         path = image.get("path") if isinstance(image, dict) else image
-        path = None if path != path else path  # a table's NaN stands for nothing
+        path = None if path != path else path  # NaN in a table means no image
         named = isinstance(path, str) and path.strip()
-        # An object that holds neither is an image that is lost, to be refused as empty: without a
-        # reference its problem would be asked blind.
+        # An object with neither is a lost image, to be refused as empty: without a reference its
+        # problem would be asked without the image.
         lost = path is None or (isinstance(path, str) and not named)
         if isinstance(image, dict) and (image.get("bytes") or lost):
             column = f"{name}.{position}" if several else name
@@ -122,11 +108,11 @@ def read_bytes(
     *,
     image_dir: str | pathlib.Path | None = None,
 ) -> bytes:
-    """The bytes of the file that a reference of `source` means; arguments as in `open_image`.
+    """Reads the bytes of the file that a reference names; arguments as for `open_image`.
 
     Raises:
-      DataError: there is none; the message names file and row.
-      ImageError: "huge", a file of more than MAX_FILE_BYTES, of which nothing is read.
+      DataError: no such file; the message names file and row.
+      ImageError: "huge", a file larger than MAX_FILE_BYTES, which is not read.
     """
     source = pathlib.Path(source)
     place = f"{source}, row {reference['row']}"
@@ -148,16 +134,16 @@ def open_image(
     *,
     image_dir: str | pathlib.Path | None = None,
 ):
-    """The image that a reference of `source` means, as a loaded PIL image in its own mode.
+    """Opens the image that a reference of `source` names, as a loaded PIL image in its own mode.
 
     Args:
       reference: an element of `meta["images"]`.
-      source: the data file (or folder of problems) that was read; none for generated images.
-      image_dir: folder that paths are relative to, where it is not the data file's.
+      source: the data file (or folder of problems) read; None for generated images.
+      image_dir: folder that paths are relative to, if not the data file's.
 
     Raises:
       DataError: the image is missing or unreadable; the message names file and row.
-      ImageError: as `read_bytes`.
+      ImageError: as for `read_bytes`.
     """
     import PIL.Image
 
@@ -183,9 +169,9 @@ def _folder(source: pathlib.Path, image_dir: str | pathlib.Path | None) -> pathl
 
 
 def _places(source, image_dir, path: str) -> Iterator[pathlib.Path]:
-    """Where an image may be: at its path, below a folder `images`, or without its own folder.
+    """Yields candidate places of an image: its path, in a folder `images`, without its own folder.
 
-    Authors keep images apart from annotations, and copies lay them out anew.
+    Authors keep images apart from annotations, and copies rearrange them.
     """
     folder, path = _folder(source, image_dir), pathlib.PurePath(path)
     yield folder / path
@@ -195,7 +181,7 @@ def _places(source, image_dir, path: str) -> Iterator[pathlib.Path]:
 
 
 def _embedded(source: pathlib.Path, reference: Reference, place: str) -> bytes:
-    """The bytes in one cell of a parquet file; only its row group and column are read."""
+    """Reads the bytes in one parquet cell; only its row group and column are read."""
     import pyarrow
 
     column, _, position = reference["column"].partition(".")
@@ -214,7 +200,7 @@ def _embedded(source: pathlib.Path, reference: Reference, place: str) -> bytes:
 
 
 def _cells(source: pathlib.Path, stamp: tuple, column: str, index: int):
-    """(a column's cells in the row group of a row, the row's place among them)."""
+    """Returns (a column's cells in the row group of a row, the row's index in the group)."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(source) as table:
@@ -222,8 +208,8 @@ def _cells(source: pathlib.Path, stamp: tuple, column: str, index: int):
     return _group_cells(source, stamp, column, group), row
 
 
-# A row group is decompressed as a whole, for the sake of one image of it: 0.2 s for 1,000 images
-# of 30 kB. The latest are kept, so that a file of few groups is read once.
+# Reading one image decompresses its whole row group: 0.2 s for 1,000 images of 30 kB. The latest
+# groups are cached, so that a file of few groups is read once.
 @functools.lru_cache(maxsize=4)
 def _group_cells(source: pathlib.Path, stamp: tuple, column: str, group: int):
     import pyarrow.parquet
@@ -232,11 +218,11 @@ def _group_cells(source: pathlib.Path, stamp: tuple, column: str, group: int):
         return table.read_row_group(group, columns=[column]).column(column)
 
 
-_READING = threading.Lock()  # so that threads do not read one row group several times
+_READING = threading.Lock()  # keeps threads from reading one row group several times
 
 
 def _row_group(metadata, index: int) -> tuple[int, int]:
-    """(row group, row in it) of a row of a parquet file, both from 0."""
+    """Returns (row group, row in it) of a row of a parquet file, both from 0."""
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
         if index < rows:

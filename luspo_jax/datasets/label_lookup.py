@@ -1,9 +1,9 @@
 """Look up one labelled value: the length-neutral sibling of `label_sums`.
 
 A problem lists labelled values and names one label, `a3b1c4d0e2f1c?`; the answer is that label's
-value. A response may answer at once, `#### 4`, or write dots first, `.....#### 4`, which carry
-nothing: here a longer response is no more often right, so whatever an objective does to length is
-its own doing. Splits, order and answers work as in `label_sums`.
+value. A response may answer at once, `#### 4`, or first write dots, `.....#### 4`, which carry no
+information. A longer response is no more often right, so any change in length comes from the
+objective itself. Splits, order and answers work as in `label_sums`.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ FILLER = "."
 
 @dataclasses.dataclass(frozen=True)
 class LabelLookup:
-    """One split of the task: a sequence of `Example`, random access, the same on every machine.
+    """One split of the task: a random-access sequence of `Example`, the same on every machine.
 
     Attributes:
       split: "train" or "test".
-      num_terms: how many labelled values a problem has, 2 to 9.
-      seed: orders the problems; it moves none between the splits.
+      num_terms: labelled values per problem, 2 to 9.
+      seed: determines the order of the problems, not their split.
     """
 
     split: str
@@ -58,20 +58,20 @@ class LabelLookup:
 
 
 def problem(values: Sequence[int], place: int) -> str:
-    """Text of a problem: each value after its label, the label asked for, a question mark."""
+    """Formats a problem: each value after its label, the requested label, a question mark."""
     return "".join(label_sums.terms(values)) + f"{label_sums.LABELS[place]}?"
 
 
 def response(answer: int, num_filler: int) -> str:
-    """A response with so many filler dots before its answer."""
+    """Formats a response with `num_filler` dots before its answer."""
     return FILLER * num_filler + label_sums.final_answer(answer)
 
 
 def random_filler(rng: np.random.Generator, *, low: float, high: float, largest: int) -> int:
-    """How many dots a response in a random style writes.
+    """Draws the number of dots of a response in a random style.
 
-    A style p ~ U(low, high) is drawn, then min(Geometric(p) − 1, largest): a heavy tail, since
-    the styles differ.
+    It draws a style p ~ U(low, high), then min(Geometric(p) − 1, largest): a heavy tail, since
+    styles differ.
     """
     style = rng.uniform(low, high)
     return int(min(rng.geometric(style) - 1, largest))

@@ -1,12 +1,12 @@
-"""Sums of labelled values modulo 5: a procedural task on which longer reasoning helps.
+"""Sums of labelled values modulo 5: a procedural task in which longer reasoning helps.
 
 A problem lists labelled values, `a3b1c4d0e2f1?`, and asks for their sum modulo 5. A response may
 answer at once, `#### 1`, or first write the running sum after some of the terms,
 `b1=4 e2=0 f1=1 #### 1`: the fewer terms it skips, the longer it is and the easier each step.
 Answers follow GSM8K's `#### N`, so its verifier scores them.
 
-All problems of a size are split once and for all by a hash of the problem, one in eight for the
-test, so train and test are disjoint whatever the seed; the seed orders each split.
+A hash of each problem fixes its split, one in eight for the test, so train and test are disjoint
+under every seed; the seed only orders each split.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from luspo_jax.datasets.example import DataError, Example
 LABELS = "abcdefghi"
 MODULUS = 5
 MAX_TERMS = len(LABELS)  # MODULUS ** 9 = 2 million problems, enumerated in a fraction of a second
-TEST_FRACTION = 8  # one problem in so many is a test problem
+TEST_FRACTION = 8  # one problem in this many is a test problem
 SPLITS = ("train", "test")
 
 _SPLIT_SALT = 0x5DEECE66D
@@ -29,12 +29,12 @@ _SPLIT_SALT = 0x5DEECE66D
 
 @dataclasses.dataclass(frozen=True)
 class LabelSums:
-    """One split of the task: a sequence of `Example`, random access, the same on every machine.
+    """One split of the task: a random-access sequence of `Example`, the same on every machine.
 
     Attributes:
       split: "train" or "test".
-      num_terms: how many labelled values a problem has, 2 to 9.
-      seed: orders the problems; it moves none between the splits.
+      num_terms: labelled values per problem, 2 to 9.
+      seed: determines the order of the problems, not their split.
     """
 
     split: str
@@ -66,17 +66,17 @@ class LabelSums:
 
 
 def problem(values: Sequence[int]) -> str:
-    """Text of a problem: each value after its label, then a question mark."""
+    """Formats a problem: each value after its label, then a question mark."""
     return "".join(terms(values)) + "?"
 
 
 def total(values: Sequence[int]) -> int:
-    """The answer: sum of the values modulo 5."""
+    """Returns the answer: the sum of the values modulo 5."""
     return int(sum(values)) % MODULUS
 
 
 def trace(values: Sequence[int], chunks: Sequence[int]) -> str:
-    """A right response that writes the running sum after each chunk of terms.
+    """Formats a right response that writes the running sum after each chunk of terms.
 
     For the values 3, 1, 4 and chunks (2, 1): `b1=4 c4=3 #### 3`.
 
@@ -97,10 +97,10 @@ def trace(values: Sequence[int], chunks: Sequence[int]) -> str:
 def random_chunks(
     rng: np.random.Generator, num_terms: int, *, direct: float, low: float, largest: int
 ) -> tuple[int, ...]:
-    """Chunk sizes of a response in a random style.
+    """Draws the chunk sizes of a response in a random style.
 
-    With probability `direct` there are none. Otherwise a style p ~ U(low, 1) is drawn, and each
-    chunk is min(Geometric(p), largest, what is left): p = 1 writes down every sum.
+    With probability `direct` there are none. Otherwise it draws a style p ~ U(low, 1), and each
+    chunk is min(Geometric(p), largest, remaining terms): p = 1 writes down every sum.
     """
     if rng.random() < direct:
         return ()
@@ -112,38 +112,47 @@ def random_chunks(
 
 
 def terms(values: Sequence[int]) -> list[str]:
-    """Labelled values: ["a3", "b1", ...]."""
+    """Returns the labelled values: ["a3", "b1", ...]."""
     return [f"{label}{value}" for label, value in zip(LABELS, values, strict=False)]
 
 
 def final_answer(answer: int) -> str:
-    """The line that states an answer, as GSM8K writes it."""
+    """Formats the line that states an answer, as in GSM8K."""
     return f"#### {answer}"
 
 
 def digits(code: int, num_terms: int) -> tuple[int, ...]:
-    """The problem with this number: its base-5 digits, least significant first."""
+    """Returns the problem with this number: its base-5 digits, least significant first."""
     return tuple(code // MODULUS**place % MODULUS for place in range(num_terms))
 
 
-def check_size(split: str, num_terms: int) -> None:
-    """Refuses a split or a size that does not exist.
+def check_split(split: str) -> None:
+    """Refuses a split that generated datasets do not have.
 
     Raises:
-      DataError: naming the field and what it may be.
+      DataError: naming those that they have.
     """
     if split not in SPLITS:
         raise DataError(f"split {split!r} does not exist: choose one of {SPLITS}")
+
+
+def check_size(split: str, num_terms: int) -> None:
+    """Refuses an unknown split or size.
+
+    Raises:
+      DataError: names the field and its valid values.
+    """
+    check_split(split)
     if not 2 <= num_terms <= MAX_TERMS:
         raise DataError(f"num_terms must be from 2 to {MAX_TERMS}, not {num_terms}")
 
 
 @functools.lru_cache(maxsize=8)
 def split_codes(num_problems: int, split: str, seed: int) -> np.ndarray:
-    """Numbers of the problems in a split, in the order of a seed.
+    """Returns the numbers of the problems in a split, in the order given by a seed.
 
-    Membership depends on a problem's number alone; order on the number and the seed. Both come
-    from an integer hash, so that they do not change with NumPy's generators.
+    Membership depends on a problem's number alone; order on the number and the seed. Both come from
+    an integer hash, so they do not change with NumPy's generators.
     """
     codes = np.arange(num_problems, dtype=np.uint64)
     in_test = _hash(codes, _SPLIT_SALT) % np.uint64(TEST_FRACTION) == 0
@@ -155,7 +164,7 @@ def split_codes(num_problems: int, split: str, seed: int) -> np.ndarray:
 
 
 def _hash(codes: np.ndarray, salt: int) -> np.ndarray:
-    """SplitMix64's finalizer over codes offset by a salt, modulo 2^64."""
+    """Computes SplitMix64's finalizer over codes offset by a salt, modulo 2^64."""
     golden = 0x9E3779B97F4A7C15
     mixed = codes + np.uint64((salt * golden + golden) % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -1,4 +1,4 @@
-"""Several sources as one set of problems, each with a weight."""
+"""Several sources as one weighted set of problems."""
 
 import bisect
 import dataclasses
@@ -9,7 +9,7 @@ from luspo_jax.datasets.example import DataError, Example
 
 
 class Mixture(Sequence):
-    """The sources one behind the other; ids are places in the whole, `meta["source"]` the name.
+    """Concatenates sources; ids are positions in the whole, `meta["source"]` names the source.
 
     Args:
       sources: name → examples.

@@ -1,11 +1,11 @@
-"""Benchmarks whose answers are expressions, units or lists: Minerva's and OlympiadBench."""
+"""Benchmarks whose answers are expressions, units or lists: Minerva and OlympiadBench."""
 
 from luspo_jax.datasets.table import Table, answer_text, text
-from luspo_jax.rewards.extraction import boxed_answer
+from luspo_jax.rewards.answers.extraction import boxed_answer
 
 
 def boxed(cell) -> str:
-    """The last box of a reference solution."""
+    """Returns the last box of a reference solution."""
     answer = boxed_answer(text(cell))
     if not answer:
         raise ValueError(f"has no closed \\boxed{{…}}: {text(cell)[-40:]!r}")
@@ -13,7 +13,7 @@ def boxed(cell) -> str:
 
 
 def listed(cell) -> str:
-    """The answers of a list, joined by commas."""
+    """Joins the answers of a list by commas."""
     if not isinstance(cell, list) or not cell:
         raise ValueError(f"must be a list of answers, not {cell!r:.40}")
     return ", ".join(answer_text(item) for item in cell)

@@ -1,10 +1,10 @@
-"""Which held-out problems a training set has seen: shared n-grams of words, as in arXiv:2005.14165.
+"""Held-out problems seen in a training set: shared word n-grams, as in arXiv:2005.14165.
 
-A benchmark whose problems were trained on measures memory. Text is compared without case,
-punctuation and LaTeX's marks, so that a copy in other dress is found. One shared n-gram is a
-reason to look, not a proof: "where m and n are relatively prime positive integers find m n" stands
-in many problems. So each match says how much of the held-out problem the training problem holds.
-A problem of fewer words than that is compared as a whole, and by its signs too: 5 − 9 is not 5 + 9.
+A benchmark whose problems were trained on measures memory. Texts are compared without case,
+punctuation and LaTeX markup, so that reformatted copies are found. One shared n-gram is a reason to
+look, not a proof: "where m and n are relatively prime positive integers find m n" occurs in many
+problems. So each match gives the share of the held-out problem found in the training problem. A
+problem shorter than one n-gram is compared as a whole, including its signs: 5 − 9 is not 5 + 9.
 """
 
 import collections
@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from luspo_jax.datasets.example import Example
 
-NGRAM = 13  # words, of arXiv:2005.14165, appendix C
+NGRAM = 13  # words; arXiv:2005.14165, appendix C
 _WORD = re.compile(r"[a-z]+|\d+|[^\W\d_a-z]")  # the last: one letter of another script
 _MARKS = re.compile(r"\\(?:text|mathrm|left|right|dfrac|tfrac|frac)(?![a-z])")
 
 _TOKEN = re.compile(r"[a-z]+|\d+|\S")
-_DRESS = frozenset(".,;:?$\\{}\"'`~_&")  # signs that say nothing of what is asked
-# Signs that are written in several ways; the rest of LaTeX's names count as words.
+_DRESS = frozenset(".,;:?$\\{}\"'`~_&")  # signs without meaning for the question
+# Signs with several spellings; all other LaTeX names count as words.
 _SIGNS = (
     (re.compile(r"\\[()\[\]]|(?<=[a-z]{2})-(?=[a-z]{2})"), " "),
     (re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))"), r"\1\3 / \2\4"),
@@ -35,12 +35,12 @@ _SIGNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A held-out problem and the training problem that holds most of it.
+    """A held-out problem and the training problem that contains most of it.
 
     Attributes:
       held_out: the held-out example's id.
       trained: the training example's id.
-      share: share of the held-out problem's n-grams that the training problem has.
+      share: share of the held-out problem's n-grams found in the training problem.
     """
 
     held_out: int
@@ -50,13 +50,13 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """What two sets share.
+    """The overlap of two sets.
 
     Attributes:
       num_held_out: held-out problems.
       num_trained: training problems.
       ngram: words.
-      matches: the best match of each held-out problem that has one, in the order of these.
+      matches: the best match of each held-out problem that has one, in the order of these problems.
     """
 
     num_held_out: int
@@ -65,7 +65,7 @@ class Overlap:
     matches: tuple[Match, ...]
 
     def at_least(self, share: float) -> list[Match]:
-        """Matches that hold so much of the held-out problem."""
+        """Returns the matches with at least this share of the held-out problem."""
         return [match for match in self.matches if match.share >= share]
 
     def __str__(self) -> str:
@@ -77,12 +77,12 @@ class Overlap:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Words, numbers and other letters of a text in lower case; Chinese counts by character."""
+    """Splits a text into lower-case words, numbers and other letters; Chinese by character."""
     return tuple(_WORD.findall(_MARKS.sub(" ", text.lower())))
 
 
 def signed(text: str) -> tuple[str, ...]:
-    """Words and numbers of a text in lower case with the signs between them."""
+    """Splits a text into lower-case words, numbers and the signs between them."""
     text = text.lower()
     for pattern, replacement in _SIGNS:
         text = pattern.sub(replacement, text)
@@ -92,9 +92,9 @@ def signed(text: str) -> tuple[str, ...]:
 def overlap(
     held_out: Sequence[Example], trained: Iterable[Example], *, ngram: int = NGRAM
 ) -> Overlap:
-    """Held-out problems that share an n-gram of words with a training problem.
+    """Finds held-out problems that share an n-gram of words with a training problem.
 
-    A problem of fewer than n words is found as a whole problem only, its signs included.
+    A problem of fewer than n words is matched only as a whole problem, including its signs.
 
     Raises:
       ValueError: n is not positive.
@@ -129,7 +129,7 @@ def overlap(
 def _grams(
     text: str, said: tuple[str, ...], ngram: int, vocabulary: Collection[str]
 ) -> set[tuple[str, ...]]:
-    """What can be shared of a text: n-grams of words of the vocabulary, or all of a short one."""
+    """Returns a text's n-grams of words in the vocabulary, or the whole text if it is short."""
     strange = [place for place, word in enumerate(said) if word not in vocabulary]
     if len(said) < ngram:
         return set() if strange else {signed(text)}

@@ -1,22 +1,22 @@
-"""A model's responses to a benchmark, by id, from a file with named columns."""
+"""Reads a model's responses to a benchmark, by id, from a file with named columns."""
 
 import pathlib
 from collections.abc import Sequence
 
-from luspo_jax import files
 from luspo_jax.datasets.example import DataError
 from luspo_jax.datasets.rows import column, read_rows
 from luspo_jax.datasets.table import UNDECODED, answer_text, encodable, optional_text
+from luspo_jax.hosts import files
 
 
 def read_predictions(
     path: str | pathlib.Path, *, id_columns: Sequence[str] = ("id",), response: str = "prediction"
 ) -> dict[str, list[str]]:
-    """id → responses, in the order of their rows; a null cell is an empty response.
+    """Maps ids to responses, in row order; a null cell is an empty response.
 
     Args:
       path: a .jsonl, .json, .csv or .parquet file.
-      id_columns: columns that together name a row; several are joined by "/".
+      id_columns: columns that together identify a row; several are joined by "/".
       response: column of the response.
 
     Raises:
@@ -43,7 +43,7 @@ def _name(name: str, cell, place: str) -> str:
 def _text(name: str, cell, place: str, read=optional_text) -> str:
     try:
         said = read(cell)
-        # Half a character is what a model may leave of one when it stops.
+        # A model that stops mid-character may leave half of it.
         return encodable(said) if UNDECODED.search(said) else said
     except ValueError as error:
         raise DataError(f"{place}: column {name!r} {error}") from error

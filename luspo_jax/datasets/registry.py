@@ -1,11 +1,10 @@
-"""The datasets by name, and how one is loaded."""
+"""Datasets by name, and the function that loads one."""
 
 import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from luspo_jax import files
 from luspo_jax.datasets.contests import AIME, AMC, MATH500
 from luspo_jax.datasets.dapo_math import DAPO_LAYOUT
 from luspo_jax.datasets.example import DataError, Example, Report
@@ -18,7 +17,7 @@ from luspo_jax.datasets.open_problems import MINERVA, OLYMPIADBENCH
 from luspo_jax.datasets.rows import SUFFIXES, names_in
 from luspo_jax.datasets.shapes import Shapes
 from luspo_jax.datasets.store import build_once, default_data_dir, file_sha256
-from luspo_jax.datasets.table import READER_VERSION, Table, read_file
+from luspo_jax.datasets.table import READER_VERSION, Columns, Table, read_file
 from luspo_jax.datasets.virl39k import VIRL39K
 from luspo_jax.datasets.visual_benchmarks import (
     DYNAMATH,
@@ -28,10 +27,11 @@ from luspo_jax.datasets.visual_benchmarks import (
     MATHVISTA,
     WEMATH,
 )
-from luspo_jax.values import nearest
+from luspo_jax.hosts import files
+from luspo_jax.hosts.values import nearest
 
-# A Table reads a file. Anything else is a generator: called with the split and its own options,
-# it is a sequence of examples.
+# A Table reads a file. Anything else is a generator: a function of the split and its own options
+# that returns a sequence of examples.
 DATASETS = {
     "aime24": AIME,
     "aime25": AIME,
@@ -52,7 +52,7 @@ DATASETS = {
     "shapes": Shapes,
     "virl39k": VIRL39K,
     "wemath": WEMATH,
-    # A user's own file: name its columns.
+    # A user's own file: its columns must be named.
     "file": Table(problem=("problem",), answer=("answer",), images=("image", "images")),
 }
 
@@ -63,42 +63,35 @@ def load(
     split: str = "train",
     *,
     data_dir: str | pathlib.Path | None = None,
-    problem: str | None = None,
-    answer: str | None = None,
-    image: str | None = None,
-    keep: Sequence[str] = (),
+    columns: Columns | None = None,
     drop_bad_rows: bool = False,
     **options,
 ) -> tuple[Sequence[Example], Report]:
-    """A dataset as a sequence of examples with random access, and a report on its rows.
+    """Loads a dataset as a random-access sequence of examples, with a report on its rows.
 
     Args:
       name: a key of DATASETS.
-      path: the file; a folder that holds `{split}.jsonl` or `.parquet`, `.json`, `.csv`; or
-        "hub:OWNER/NAME[@REVISION][/FILE]", which is downloaded; none for a generator.
-      split: the split; a file is one split, so it matters for folders and generators only.
-      data_dir: where the built dataset is kept; by default the user's cache.
-      problem: column of the problem, in place of the dataset's own.
-      answer: column of the answer, likewise.
-      image: column of the images, likewise; of a user's own file, `image` or `images` where a row
-        has one. Rows of it need not have images.
-      keep: more columns to keep in `meta`, such as those that a template names.
-      drop_bad_rows: leave out and count rows that cannot be used, rather than refuse the file.
-      **options: a generator's own.
+      path: the file; a folder with `{split}.jsonl` or `.parquet`, `.json`, `.csv`; or
+        "hub:OWNER/NAME[@REVISION][/FILE]", which is downloaded; None for a generator.
+      split: the split; it applies to folders and generators only, since a file is one split.
+      data_dir: folder of the built dataset; by default the user's cache.
+      columns: columns of the file that replace the dataset's own, and more to keep; None for none.
+      drop_bad_rows: leave out and count unusable rows, instead of refusing the file.
+      **options: a generator's own options.
 
     Raises:
-      DataError: the name, file, a row or a column is not as it must be.
+      DataError: an invalid name, file, row or column.
     """
-    entry = _entry(name)
+    entry, columns = _entry(name), columns or Columns()
     if not isinstance(entry, Table):
-        if path or problem or answer or image:
+        if path or columns.problem or columns.answer or columns.image:
             raise DataError(f"dataset {name!r} is generated: it takes no path and no columns")
         examples = entry(split=split, **options)
         return examples, Report(name, f"generator ({split})", "", len(examples), len(examples))
     if options:
         raise DataError(f"dataset {name!r} has no options {sorted(options)}")
     file = _file(name, path, split)
-    table = entry.with_columns(problem, answer, image, keep)
+    table = entry.with_columns(columns)
     digest = _sha256(table, file)
     read_from = (table.meta, table.fields, table.identity, table.images, table.keep, drop_bad_rows)
     key = _key(READER_VERSION, digest, table.problem, table.answer, *read_from)
@@ -107,8 +100,8 @@ def load(
     def read(scratch: pathlib.Path) -> tuple[Iterable[bytes], Report]:
         spool = (scratch / "rows").open("w+b")
         kept, counts = read_file(table, file, spool, drop_bad_rows=drop_bad_rows)
-        if image and not counts.pictured:
-            _refuse_blind(table, file, image)
+        if columns.image and not counts.pictured:
+            _refuse_blind(table, file, columns.image)
         facts = dataclasses.asdict(counts)
         return kept.lines(), Report(name, file.name, digest, examples=len(kept), **facts)
 
@@ -116,7 +109,7 @@ def load(
 
 
 def _refuse_blind(table: Table, file: pathlib.Path, image: str) -> None:
-    """Refuses a file of which no row has the image that its user named."""
+    """Refuses a file with no image in the column that its user named."""
     _, row = next(table.rows(file, lambda _: None))
     raise DataError(
         f"{file}: no row has an image in the column {image!r}; the columns of its first row are: "
@@ -127,9 +120,9 @@ def _refuse_blind(table: Table, file: pathlib.Path, image: str) -> None:
 def image_source(
     name: str, path: str | pathlib.Path | None = None, split: str = "train"
 ) -> pathlib.Path | None:
-    """The file (or folder of problems) that `load` reads, which references to images start from.
+    """Returns the file (or folder of problems) that `load` reads; image paths are relative to it.
 
-    Arguments and errors are those of `load`. None for a generator.
+    Arguments and errors as for `load`. None for a generator.
     """
     return _file(name, path, split) if isinstance(_entry(name), Table) else None
 
@@ -139,7 +132,7 @@ def _key(*what) -> str:
 
 
 def _sha256(table: Table, source: pathlib.Path) -> str:
-    """Hex digest of a file; of a folder of problems, that of its files' names and digests."""
+    """Returns the hex digest of a file, or of a problem folder's file names and digests."""
     if source.is_file():
         return file_sha256(source)
     found = sorted(source.glob(table.folder))
@@ -156,7 +149,7 @@ def _entry(name: str):
 
 
 def _file(name: str, path: str | pathlib.Path | None, split: str) -> pathlib.Path:
-    """The file that holds the split."""
+    """Returns the file of the split."""
     if not path:
         raise DataError(f"dataset {name!r} needs a path to its file ({DATASETS[name].origin})")
     if is_hub(path):

@@ -1,4 +1,4 @@
-"""Rows of a jsonl, json, csv or parquet file, and the columns in them."""
+"""Reads rows of jsonl, json, csv or parquet files, and their columns."""
 
 import csv
 import json
@@ -7,32 +7,32 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from luspo_jax import files
 from luspo_jax.datasets.example import DataError
+from luspo_jax.hosts import files
 
 _LONGEST_CELL = 1 << 24  # characters of a CSV cell; a model's response may be long
 Row = dict[str, Any]
-Refuse = Callable[[DataError], None]  # takes note of a row that cannot be read
-# Columns of our own: a row's name, where a .json file is an object of named rows; its variant.
+Refuse = Callable[[DataError], None]  # records a row that cannot be read
+# Our own columns: a row's name, if a .json file is an object of named rows; its variant.
 KEY, VARIANT = "_key", "_variant"
 
 
 def stop(error: DataError) -> None:
-    """Raises it: no row may be left out."""
+    """Raises the error: no row may be left out."""
     raise error
 
 
 def read_rows(path: pathlib.Path, refuse: Refuse = stop) -> Iterator[tuple[int, Row]]:
-    """(row number from 1, row) of each row; blank lines of a jsonl file are no rows.
+    """Yields (row number from 1, row); skips blank lines of a jsonl file.
 
-    The suffix says what a file is; a name with another suffix is read as what its content is.
+    The suffix determines the file type; with any other suffix, the content does.
 
     Args:
       path: the file.
-      refuse: is given the error of a row that cannot be read; where it returns, reading goes on.
+      refuse: called with the error of an unreadable row; if it returns, reading continues.
 
     Raises:
-      DataError: unknown kind of file, or one that cannot be read; the message names the row.
+      DataError: unknown file type, or an unreadable file; the message names the row.
     """
     try:
         yield from _READERS[_kind(path)](path, refuse)
@@ -41,7 +41,7 @@ def read_rows(path: pathlib.Path, refuse: Refuse = stop) -> Iterator[tuple[int, 
 
 
 def _kind(path: pathlib.Path) -> str:
-    """The suffix that says what a file is."""
+    """Returns the suffix that determines the file type."""
     suffix = path.suffix.lower()
     if suffix in _READERS and suffix != ".json":
         return suffix
@@ -116,7 +116,7 @@ def _csv(path: pathlib.Path, refuse: Refuse) -> Iterator[tuple[int, Row]]:
         except csv.Error as error:
             raise DataError(f"{path}, after row {number}: not readable CSV ({error})") from error
         finally:
-            csv.field_size_limit(limit)  # it belongs to the process
+            csv.field_size_limit(limit)  # the limit is global to the process
 
 
 def _ragged(path: pathlib.Path, number: int, row: list[str], header: list[str]) -> DataError:
@@ -149,7 +149,7 @@ def _has_narrow(kind: Any) -> bool:
 
 
 def _plain(value: Any, kind: Any) -> Any:
-    """A value of an Arrow type with narrow floats as the shortest decimals that mean them.
+    """Converts an Arrow value; narrow floats become the shortest decimals that denote them.
 
     A float32 written as 0.1 is 0.10000000149011612 in Python's floats.
     """
@@ -176,12 +176,12 @@ def _object(item: Any, path: pathlib.Path, number: int, refuse: Refuse) -> Itera
 
 
 def column(row: Row, names: Sequence[str], place: str) -> tuple[str, Any]:
-    """The first of the named columns that the row has: (its name, its value).
+    """Returns (name, value) of the first of the named columns that the row has.
 
     A dot steps into a nested value: `reward_model.ground_truth`, `prompt.0.content`.
 
     Raises:
-      DataError: the row has none of them; the message lists the columns it has.
+      DataError: the row has none of them; the message lists its columns.
     """
     for name in names:
         found, value = step_in(row, name)
@@ -192,12 +192,12 @@ def column(row: Row, names: Sequence[str], place: str) -> tuple[str, Any]:
 
 
 def names_in(row: Row) -> list[str]:
-    """The dotted names of a row's columns."""
+    """Returns the dotted names of a row's columns."""
     return _paths({name: value for name, value in row.items() if name not in (KEY, VARIANT)})
 
 
 def step_in(row: Any, name: str) -> tuple[bool, Any]:
-    """(whether there is a column of this dotted name, its value)."""
+    """Returns (whether a column of this dotted name exists, its value)."""
     if isinstance(row, dict) and name in row:
         return True, row[name]
     head, dot, rest = name.partition(".")

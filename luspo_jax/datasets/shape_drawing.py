@@ -1,4 +1,4 @@
-"""Drawings of the task `shapes`, pixel by pixel in NumPy: no library's version changes one."""
+"""Draws the task `shapes` pixel by pixel in NumPy, so that no library version changes an image."""
 
 import dataclasses
 import functools
@@ -7,23 +7,23 @@ import numpy as np
 
 COLORS = "RGBY"
 SHAPES = "CSTX"
-CELLS = 6  # in a row, of dots and rods
+CELLS = 6  # per row, for dots and rods
 EMPTY = "-"  # a cell without a colour
 CELL = 28  # pixels: one merged token of Qwen's tower
 
 _PAINT = {"R": (214, 48, 40), "G": (34, 150, 62), "B": (44, 92, 214), "Y": (238, 190, 30)}
 _INK = (70, 70, 70)
 _GRID = (208, 208, 208)
-_UNIT = 13  # pixels of a bar's height that stand for 1
+_UNIT = 13  # pixels of bar height per unit
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """A fixed sequence of draws for everything in an image that its problem does not determine.
+    """A fixed sequence of draws for all parts of an image that its problem does not determine.
 
     Attributes:
-      seed: whole numbers; the same ones give the same draws whatever the version of NumPy, since
-        the raw bits of PCG64 are part of its interface.
+      seed: whole numbers; equal numbers give equal draws under every version of NumPy, since the
+        raw bits of PCG64 are part of its interface.
     """
 
     seed: tuple[int, ...]
@@ -33,22 +33,22 @@ class Look:
         return iter(np.random.PCG64(self.seed).random_raw(256).tolist())
 
     def draw(self, low: int, high: int) -> int:
-        """A whole number from low to high, both included."""
+        """Draws a whole number from low to high, both included."""
         return low + next(self._bits) % (high - low + 1)
 
     def color(self, not_this: str = "") -> tuple[int, int, int]:
-        """Paint of one of the colours."""
+        """Draws the paint of one of the colours."""
         allowed = [name for name in COLORS if name != not_this]
         return _PAINT[allowed[self.draw(0, len(allowed) - 1)]]
 
     def canvas(self, width: int, height: int) -> np.ndarray:
-        """uint8 [height, width, 3] in a light shade."""
+        """Returns a light canvas, uint8 [height, width, 3]."""
         shade = [self.draw(236, 255) for _ in range(3)]
         return np.full((height, width, 3), shade, np.uint8)
 
 
 def bars(values: tuple[int, ...], look: Look) -> np.ndarray:
-    """A bar chart on a ruled ground, 28 pixels a bar; 13 pixels of height stand for 1."""
+    """Draws a bar chart on a ruled ground, 28 pixels per bar; 13 pixels of height per unit."""
     width, height = CELL * len(values), 2 * CELL
     image, ground = look.canvas(width, height), height - 3
     for level in range(1, 5):
@@ -62,7 +62,7 @@ def bars(values: tuple[int, ...], look: Look) -> np.ndarray:
 
 
 def dots(row: tuple[str, ...], look: Look) -> np.ndarray:
-    """Cells in a row, each with a dot of its colour, or empty."""
+    """Draws a row of cells, each with a dot of its colour, or empty."""
     image = look.canvas(CELL * len(row), CELL)
     for place, color in enumerate(row):
         if color != EMPTY:
@@ -72,7 +72,7 @@ def dots(row: tuple[str, ...], look: Look) -> np.ndarray:
 
 
 def shapes(cells: tuple[tuple[str, str], ...], look: Look) -> np.ndarray:
-    """Four coloured shapes in a row."""
+    """Draws four coloured shapes in a row."""
     image = look.canvas(CELL * len(cells), CELL)
     for place, (shape, color) in enumerate(cells):
         y, x = _middle(place, look)
@@ -81,7 +81,7 @@ def shapes(cells: tuple[tuple[str, str], ...], look: Look) -> np.ndarray:
 
 
 def rods(row: tuple[str, ...], look: Look) -> np.ndarray:
-    """Rods along a scale with a tick between two cells, from the colour over each cell."""
+    """Draws rods along a scale with ticks between cells, from the colour over each cell."""
     image = look.canvas(CELL * len(row), CELL)
     image[CELL - 2 :] = _INK
     for tick in range(1, len(row)):

@@ -1,6 +1,6 @@
-"""Small drawn images with questions that only looking answers: a procedural task for vision models.
+"""Small drawn images with questions that need the image: a procedural task for vision models.
 
-Four kinds of problem are mixed, each with an image of its own size (in pixels, width × height):
+It mixes four kinds of problem, each with its own image size (in pixels, width × height):
 
 | kind | image | question | answer | full trace |
 | --- | --- | --- | --- | --- |
@@ -9,15 +9,15 @@ Four kinds of problem are mixed, each with an image of its own size (in pixels, 
 | color | four shapes, 112 × 28 | `S?` | colour of the square | `aCB bSR`, up to the square |
 | length | rods over six cells, 168 × 28 | `lG?` | cells under the green one | `a-=0 bG=1 …` |
 
-Steps go from left to right, letter by letter: what is there, and the result so far. A response may
+Steps go from left to right, letter by letter: the item and the running result. A response may
 answer at once, `#### 3`, or first write some of the steps: the fewer it skips, the longer it is and
 the easier each step, as in `label_sums`. Colours are R, G, B, Y; shapes are C(ircle), S(quare),
 T(riangle), X. Answers are one character; `ANSWER_PATTERN` finds them.
 
-What a problem asks and shows, its content, is a number; positions, sizes and the colours that do
-not matter are its look, another number. Splits are of contents, by a hash, one in eight for the
-test: no test problem occurs in training with any look. Nothing is read from a file, and the same
-numbers give the same pixels on every machine.
+One number fixes a problem's content (its question and the shapes that matter), another its look
+(positions, sizes and colours that do not matter). A hash splits contents, one in eight for the
+test, so no test problem occurs in training with any look. No file is read, and the same numbers
+give the same pixels on every machine.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from luspo_jax.datasets.shape_drawing import CELLS, COLORS, EMPTY, SHAPES
 
 ANSWER_PATTERN = r"####\s*(\S)"  # option `pattern` of the reward `exact`
 MAX_BARS = 6
-# All that problems and traces are written in, beside the answer mark "####".
+# All characters of problems and traces, besides the answer mark "####".
 CHARACTERS = " =-?0123456789" + label_sums.LABELS[:MAX_BARS] + "nl" + COLORS + SHAPES
 SIZES = {"train": 4096, "test": 512}  # problems of each kind, unless `size` says otherwise
 
@@ -48,13 +48,13 @@ _ARRANGEMENTS = tuple(itertools.permutations(SHAPES))
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a problem asks and shows.
+    """A problem's question and picture.
 
     Attributes:
       question: its text.
       answer: one character.
-      steps: what a response that skips nothing writes before its answer.
-      shown: what the drawing of its kind needs.
+      steps: the full steps of a response before its answer.
+      shown: input to the drawing function of its kind.
     """
 
     question: str
@@ -64,7 +64,7 @@ class Content:
 
 
 def bars(code: int, num_bars: int) -> Content:
-    """Sum of the heights of bars, modulo 5; the code's base-5 digits are the heights."""
+    """Asks for the sum of bar heights modulo 5; the code's base-5 digits are the heights."""
     values = label_sums.digits(code, num_bars)
     labels = label_sums.LABELS[:num_bars]
     sums = np.cumsum(values) % label_sums.MODULUS
@@ -73,7 +73,7 @@ def bars(code: int, num_bars: int) -> Content:
 
 
 def dots(code: int, num_bars: int) -> Content:
-    """Number of dots of a colour; a cell is empty, of that colour or of one other."""
+    """Asks for the number of dots of a colour; a cell is empty, of that colour or of one other."""
     pair, cells = divmod(code, 3**CELLS)
     asked, other = _COLOR_PAIRS[pair]
     row = tuple((EMPTY, asked, other)[cells // 3**place % 3] for place in range(CELLS))
@@ -81,7 +81,7 @@ def dots(code: int, num_bars: int) -> Content:
 
 
 def color(code: int, num_bars: int) -> Content:
-    """Colour of one of four shapes."""
+    """Asks for the colour of one of four shapes."""
     code, asked = divmod(code, len(SHAPES))
     arrangement, colors = divmod(code, len(COLORS) ** len(SHAPES))
     cells = tuple(
@@ -95,7 +95,7 @@ def color(code: int, num_bars: int) -> Content:
 
 
 def length(code: int, num_bars: int) -> Content:
-    """Number of cells that a rod covers, alone or laid upon another along the whole scale."""
+    """Asks for the number of cells a rod covers, alone or over another along the whole scale."""
     code, below = divmod(code, 2)
     pair, ends = divmod(code, len(_ENDS))
     (asked, other), (start, end) = _COLOR_PAIRS[pair], _ENDS[ends]
@@ -105,7 +105,7 @@ def length(code: int, num_bars: int) -> Content:
 
 
 def _counted(word, row, asked):
-    """What asks for the cells of a colour, `row` being the colour in each."""
+    """Builds the content that asks for the cells of a colour; `row` is the colour of each cell."""
     sums = np.cumsum([colour == asked for colour in row])
     seen = zip(label_sums.LABELS, row, sums, strict=False)
     steps = tuple(f"{label}{colour}={total}" for label, colour, total in seen)
@@ -133,18 +133,17 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """One split of the task: a sequence of `Example`, random access, the same on every machine.
+    """One split of the task: a random-access sequence of `Example`, the same on every machine.
 
-    Kinds take turns. The image of an example is named by `meta["images"]` and drawn when it is
-    asked for.
+    Kinds alternate. `meta["images"]` refers to an example's image, which is drawn on request.
 
     Attributes:
       split: "train" or "test".
-      kinds: which kinds are mixed, names of KINDS.
+      kinds: the kinds to mix, names of KINDS.
       num_bars: bars of a chart, 2 to 6.
-      size: problems of each kind; 0 for 4,096 of train, 512 of test. Where a kind has fewer
-        contents, they come again with another look.
-      seed: orders the problems; it moves none between the splits.
+      size: problems of each kind; 0 for 4,096 of train, 512 of test. A kind with fewer contents
+        repeats them with another look.
+      seed: determines the order of the problems, not their split.
     """
 
     split: str
@@ -154,10 +153,7 @@ class Shapes:
     seed: int = 0
 
     def __post_init__(self):
-        if self.split not in label_sums.SPLITS:
-            raise DataError(
-                f"split {self.split!r} does not exist: choose one of {label_sums.SPLITS}"
-            )
+        label_sums.check_split(self.split)
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise DataError(f"kinds must be some of {tuple(KINDS)}, not {tuple(self.kinds)}")
@@ -190,7 +186,7 @@ class Shapes:
 
 
 def example(kind: str, code: int, look: int, *, num_bars: int, split: str) -> Example:
-    """The problem with this content and look."""
+    """Returns the problem with this content and look."""
     content = KINDS[kind].content(code, num_bars)
     number = (look * len(KINDS) + tuple(KINDS).index(kind)) * _CODES + code
     image = {"row": number, "generated": "shapes", "kind": kind, "code": code, "look": look}
@@ -209,14 +205,14 @@ def example(kind: str, code: int, look: int, *, num_bars: int, split: str) -> Ex
 
 
 def draw(reference: dict[str, Any]) -> np.ndarray:
-    """uint8 [height, width, 3]: the image of an element of `meta["images"]`."""
+    """Draws the image of an element of `meta["images"]`: uint8 [height, width, 3]."""
     kind, code, look = (reference[name] for name in ("kind", "code", "look"))
     content = KINDS[kind].content(code, reference.get("num_bars", MAX_BARS))
     return KINDS[kind].draw(content.shown, shape_drawing.Look((code, look)))
 
 
 def trace(problem: Example, chunks: Sequence[int]) -> str:
-    """A right response that writes the last step of each chunk of steps.
+    """Formats a right response that writes the last step of each chunk of steps.
 
     For the steps a3=3, b4=2, c1=3 and chunks (2, 1): `b4=2 c1=3 #### 3`.
 
@@ -236,9 +232,9 @@ def trace(problem: Example, chunks: Sequence[int]) -> str:
 
 
 def blind_accuracy(problems: Iterable[Example]) -> dict[str, float]:
-    """Accuracy without looking: of the best constant answer to each question text.
+    """Returns the accuracy without the image: of the best constant answer to each question text.
 
-    Gives kind → accuracy on its problems, and "all" → accuracy on all.
+    Maps kind to accuracy on its problems, and "all" to accuracy on all.
     """
     answers: dict[tuple[str, str], Counter] = defaultdict(Counter)
     for problem in problems:
@@ -253,7 +249,7 @@ def blind_accuracy(problems: Iterable[Example]) -> dict[str, float]:
 
 @functools.cache
 def longest_response(num_bars: int = 5) -> int:
-    """Characters of the longest full trace, `####` counted as one: what a run must allow."""
+    """Returns the length of the longest full trace in characters, `####` counted as one."""
     steps = {
         "bars": 5 * num_bars,
         "dots": 5 * CELLS,

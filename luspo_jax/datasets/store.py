@@ -1,4 +1,4 @@
-"""Examples in an array_record file built by TFDS: random access without holding them in memory."""
+"""Examples in an array_record file built by TFDS: random access without holding all in memory."""
 
 import contextlib
 import dataclasses
@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from luspo_jax.datasets.example import DataError, Example, Report
 
 _FORMAT = "2.0.0"
-# Examples a record: TFDS takes 0.06 ms to write a record and 0.14 ms to read one, whatever its
-# size, which is ten times what an example takes.
+# Examples per record: TFDS takes 0.06 ms to write a record and 0.14 ms to read one, whatever its
+# size; that is ten times the cost of an example.
 _BLOCK = 64
 
 
 class StoredExamples(Sequence):
-    """The examples of a built dataset; reads one block of them an access."""
+    """The examples of a built dataset; each access reads one block."""
 
     def __init__(self, blocks: Sequence, size: int, folder: pathlib.Path):
         self._blocks, self._size, self._folder = blocks, size, folder
@@ -50,7 +50,7 @@ class StoredExamples(Sequence):
         if latest != number:
             try:
                 rows = json.loads(self._blocks[number]["examples"])
-            except Exception as error:  # readers of a damaged file raise whatever they meet
+            except Exception as error:  # readers of a damaged file raise any kind of error
                 raise DataError(
                     f"the built dataset {self._folder} is damaged ({error}): delete this folder, "
                     "and the same command builds it anew"
@@ -64,10 +64,10 @@ def _example(number: int, row: list) -> Example:
 
 
 def file_sha256(path: pathlib.Path) -> str:
-    """Hex digest of a file.
+    """Returns the hex digest of a file.
 
     Raises:
-      DataError: it cannot be read.
+      DataError: the file cannot be read.
     """
     try:
         with path.open("rb") as stream:
@@ -77,7 +77,7 @@ def file_sha256(path: pathlib.Path) -> str:
 
 
 def default_data_dir() -> pathlib.Path:
-    """Where built datasets go unless the caller says otherwise."""
+    """Returns the default folder of built datasets."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return pathlib.Path(cache) / "luspo_jax" / "datasets"
 
@@ -85,18 +85,18 @@ def default_data_dir() -> pathlib.Path:
 def build_once(
     folder: pathlib.Path, read: Callable[[pathlib.Path], tuple[Iterable[bytes], Report]]
 ) -> tuple[StoredExamples, Report]:
-    """The dataset built in `folder`; read and built first if it is not there yet, or cut short.
+    """Opens the dataset built in `folder`; reads and builds it first if missing or incomplete.
 
-    It is built beside its place and renamed, so that a killed build leaves nothing that looks
-    whole, and of two processes that build at once one wins.
+    It is built in a temporary folder and then renamed, so that a killed build leaves nothing that
+    looks complete, and of two processes building at once one wins.
 
     Args:
-      folder: where it is, or will be.
-      read: folder for intermediate files → ([problem, answer, meta] of each example as JSON, what
-        became of the rows).
+      folder: the dataset's folder.
+      read: maps a folder for intermediate files to ([problem, answer, meta] of each example as
+        JSON, report on the rows).
 
     Raises:
-      DataError: what `read` raises; or a folder that cannot be written.
+      DataError: an error from `read`, or a folder that cannot be written.
     """
     found = _stored(folder)
     if found is None:
@@ -114,7 +114,7 @@ def build_once(
 
 @contextlib.contextmanager
 def _scratch(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new folder beside another, for as long as it is used."""
+    """Creates a temporary folder next to another and removes it after use."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -141,8 +141,8 @@ def _build_in(scratch: pathlib.Path, read) -> None:
 
 
 def _replace(folder: pathlib.Path, scratch: pathlib.Path) -> None:
-    """Moves what was built to its place, and what was there and cannot be read out of it."""
-    with contextlib.suppress(OSError):  # nothing was there
+    """Moves the build into place, and an unreadable previous one out of it."""
+    with contextlib.suppress(OSError):  # there was no previous one
         if _stored(folder) is None:
             folder.rename(scratch / "old")
     with contextlib.suppress(OSError):  # the other process was first
@@ -150,7 +150,7 @@ def _replace(folder: pathlib.Path, scratch: pathlib.Path) -> None:
 
 
 def _stored(folder: pathlib.Path) -> tuple[StoredExamples, Report] | None:
-    """The dataset that a folder holds; None where it holds none, or one that was cut short."""
+    """Returns the dataset in a folder; None if there is none or it is incomplete."""
     try:
         record = json.loads((folder / "report.json").read_text())
         report = Report(**record["report"])
@@ -164,15 +164,15 @@ def _stored(folder: pathlib.Path) -> tuple[StoredExamples, Report] | None:
 
 @functools.cache
 def _builder_class():
-    """The TFDS builder of blocks of examples. TFDS is imported here, where it is used."""
+    """Returns the TFDS builder of blocks of examples; imports TFDS only here."""
     import tensorflow_datasets as tfds
 
     class Problems(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Problems with reference answers: blocks of [problem, answer, meta], as JSON."""
 
         VERSION = tfds.core.Version(_FORMAT)
-        # No checksums lie beside this code; looking for them needs importlib_resources, which TFDS
-        # does not install.
+        # There are no checksums beside this code; searching for them needs importlib_resources,
+        # which TFDS does not install.
         code_path = None
         lines: Iterable[bytes] = ()
 
@@ -205,7 +205,7 @@ def _builder(folder: pathlib.Path):
 def _build(folder: pathlib.Path, lines: Iterable[bytes]) -> None:
     builder = _builder(folder)
     builder.lines = lines
-    # TFDS announces what it does on standard output, which belongs to the run.
+    # TFDS prints progress on standard output, which belongs to the run.
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()
 

@@ -17,12 +17,12 @@ from luspo_jax.datasets.example import DataError, Example
 from luspo_jax.datasets.images import Reference, references
 from luspo_jax.datasets.rows import Refuse, Row, column, read_rows, step_in
 
-# Part of every built dataset's key: raise it when a rule that turns rows into examples changes.
+# Part of every built dataset's key: raise it when a rule from rows to examples changes.
 READER_VERSION = 4
 
 
 def text(value: Any) -> str:
-    """A cell as text; a whole number is written without a fraction, 27.0 as 27."""
+    """Converts a cell to text; a whole number has no fraction, 27.0 becomes 27."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"must be text or a number, not {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -36,42 +36,59 @@ def text(value: Any) -> str:
 
 
 def optional_text(value: Any) -> str:
-    """A cell as text without white space around it; empty where it is null or blank."""
+    """Converts a cell to stripped text; empty if it is null or blank."""
     blank = value is None or value != value or (isinstance(value, str) and not value.strip())
     return "" if blank else text(value).strip()
 
 
 def answer_text(value: Any) -> str:
-    """A cell as text without white space around it."""
+    """Converts a cell to stripped text."""
     return text(value).strip()
 
 
 def integer(value: Any) -> str:
-    """A cell that holds a whole number, perhaps zero-filled: 033 is 33. Other text is kept."""
+    """Converts a whole number, perhaps zero-filled: 033 becomes 33. Other text is kept."""
     result = answer_text(value)
     return str(int(result)) if result.isascii() and result.isdigit() else result
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """How one source lays out its rows.
+class Columns:
+    """Columns of a file that a caller names; one that is empty is the dataset's own.
 
     Attributes:
-      problem: columns that may hold the problem; the first that a row has is read.
+      problem: of the problem.
+      answer: of the answer.
+      image: of the images; in a user's own file, by default `image` or `images` if a row has one.
+        Its rows need not have images.
+      keep: more columns to keep in `meta`, such as those that a template names.
+    """
+
+    problem: str = ""
+    answer: str = ""
+    image: str = ""
+    keep: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The columns of a source's rows.
+
+    Attributes:
+      problem: candidate columns of the problem; the first that a row has is read.
       answer: likewise for the reference answer.
-      meta: columns to keep where present.
+      meta: columns to keep if present.
       keep: columns to keep as text; a row that lacks one is refused.
-      clean_problem: cell → problem; raises ValueError on a cell that is none.
+      clean_problem: cell → problem; raises ValueError on an invalid cell.
       clean_answer: cell → answer; likewise.
-      fields: name in `meta` → columns that may hold it; a row that has none of them is refused.
-      identity: what names a row, in parts, each with the columns that may hold it; joined by "/"
-        they are `meta["id"]`, which no two rows share. Rows with the same problem are then not
-        merged: their images differ.
-      images: columns that may hold images; `meta["images"]` refers to them. Without an identity a
-        row may do without any, and rows that have some are not merged.
-      rows: path, and what takes note of a row that cannot be read → (row number from 1, row) of
-        each row.
-      folder: for sources with a folder a problem, the pattern of its file, `*/data.json`.
+      fields: name in `meta` → its candidate columns; a row that has none of them is refused.
+      identity: parts of a row's name, each with its candidate columns; joined by "/" they form
+        `meta["id"]`, which must be unique. Rows with the same problem are then not merged, because
+        their images differ.
+      images: candidate columns of images; `meta["images"]` refers to them. Without an identity a
+        row may lack images, and rows with images are not merged.
+      rows: (path, callback for an unreadable row) → (row number from 1, row) of each row.
+      folder: for sources with one folder per problem, the pattern of its file, `*/data.json`.
       origin: where the data comes from.
     """
 
@@ -88,27 +105,21 @@ class Table:
     folder: str = ""
     origin: str = ""
 
-    def with_columns(
-        self,
-        problem: str | None,
-        answer: str | None,
-        image: str | None = None,
-        keep: Sequence[str] = (),
-    ) -> "Table":
-        """The same with the caller's column names in place of its own, and with more to keep."""
+    def with_columns(self, columns: Columns) -> "Table":
+        """Returns a copy with the caller's column names, and more columns to keep."""
         return dataclasses.replace(
             self,
-            problem=(problem,) if problem else self.problem,
-            answer=(answer,) if answer else self.answer,
-            images=(image,) if image else self.images,
-            keep=tuple(keep),
+            problem=(columns.problem,) if columns.problem else self.problem,
+            answer=(columns.answer,) if columns.answer else self.answer,
+            images=(columns.image,) if columns.image else self.images,
+            keep=tuple(columns.keep),
         )
 
     def parse(self, row: Row, place: str, number: int = 0) -> tuple[str, str, dict]:
-        """(problem, answer, meta) of a row; the number goes into references to its images.
+        """Parses a row into (problem, answer, meta); image references carry the number.
 
         Raises:
-          DataError: a column is missing or holds something else; names the place and the column.
+          DataError: a missing or invalid column; names the place and the column.
         """
         problem = _cell(row, self.problem, self.clean_problem, place)
         answer = _cell(row, self.answer, self.clean_answer, place)
@@ -124,7 +135,7 @@ class Table:
         return problem, answer, meta
 
     def _own_images(self, row: Row, place: str, number: int) -> list[Reference]:
-        """The images of a row that need not have any."""
+        """Returns the images of a row, which may have none."""
         found = {}
         for name in self.images:
             has, cell = step_in(row, name)
@@ -146,14 +157,14 @@ def _cell(row: Row, names: tuple[str, ...], clean: Callable[[Any], str], place: 
         raise DataError(f"{place}: column {name!r} {error}") from error
 
 
-UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are no text, as `files.open_text` reads them
+UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not text, as read by `files.open_text`
 
 
 def encodable(text: str) -> str:
-    """The text.
+    """Returns the text unchanged.
 
     Raises:
-      ValueError: it holds half a character, or a byte that is no text; no file could hold it.
+      ValueError: it holds half a character or a byte that is not text, which no file can store.
     """
     try:
         text.encode()
@@ -177,9 +188,9 @@ class Counts:
 
 
 class Kept:
-    """What was kept of a file, in order of first appearance, as lines of JSON in a file.
+    """The examples kept of a file, in order of first appearance, as lines of JSON in a file.
 
-    A million problems would take several times their bytes as objects.
+    As objects, a million problems would take several times their bytes.
     """
 
     def __init__(self, spool: BinaryIO):
@@ -189,10 +200,10 @@ class Kept:
         return self._written - len(self._skipped)
 
     def add(self, problem: str, answer: str, meta: dict, place: str) -> int:
-        """Writes one; its place among all that were written.
+        """Writes an example and returns its index among all written ones.
 
         Raises:
-          DataError: a column of `meta` holds what no file can.
+          DataError: a column of `meta` holds a value that no file can store.
         """
         try:
             line = _ENCODE([problem, answer, meta]).encode()
@@ -203,11 +214,11 @@ class Kept:
         return self._written - 1
 
     def skip(self, place: int) -> None:
-        """Leaves out one that was written."""
+        """Leaves out an example already written."""
         self._skipped.add(place)
 
     def lines(self) -> Iterator[bytes]:
-        """[problem, answer, meta] of each as JSON."""
+        """Yields [problem, answer, meta] of each as JSON."""
         self._spool.seek(0)
         for place, line in enumerate(self._spool):
             if place not in self._skipped:
@@ -232,19 +243,19 @@ def _unwritable(meta: dict) -> str:
 
 
 class BadRows:
-    """Rows that cannot be used: how many, and what is wrong with the first."""
+    """Unusable rows: their number, and the errors of the first few."""
 
     def __init__(self, path: pathlib.Path):
         self._path, self._first, self.count = path, [], 0
 
     def add(self, error: DataError) -> None:
-        """Takes note of a row."""
+        """Records a row."""
         self.count += 1
         if len(self._first) < _NAMED:
             self._first.append(str(error).removeprefix(f"{self._path}, ").partition(": "))
 
     def error(self, read: int) -> DataError:
-        """All of them in one message; `read` rows can be used."""
+        """Returns one error for all of them; `read` rows are usable."""
         rows: dict[str, list[str]] = {}
         for place, _, what in self._first:
             rows.setdefault(what, []).append(place.removeprefix("row "))
@@ -260,11 +271,11 @@ class BadRows:
         return DataError(f"{self._path}: {self.count:,} rows cannot be used; {named}{remedy}")
 
 
-_NAMED = 10  # rows that a message names
+_NAMED = 10  # rows named in a message
 
 
 def read_examples(table: Table, path: pathlib.Path) -> tuple[list[Example], Counts]:
-    """The examples of a file, in memory; see `read_file`."""
+    """Reads the examples of a file into memory; see `read_file`."""
     with tempfile.TemporaryFile() as spool:
         kept, counts = read_file(table, path, spool)
         return list(kept), counts
@@ -273,20 +284,20 @@ def read_examples(table: Table, path: pathlib.Path) -> tuple[list[Example], Coun
 def read_file(
     table: Table, path: pathlib.Path, spool: BinaryIO, *, drop_bad_rows: bool = False
 ) -> tuple[Kept, Counts]:
-    """The examples of a file in order of first appearance, one for each distinct problem.
+    """Reads the examples of a file in order of first appearance, one per distinct problem.
 
     Rows with the same problem, character by character, and the same answer are merged; a problem
-    whose rows disagree on the answer is dropped. In a table with an identity every row is kept, and
-    so is every row with images: theirs may differ.
+    whose rows disagree on the answer is dropped. Every row of a table with an identity is kept, and
+    so is every row with images, because theirs may differ.
 
     Args:
-      table: how its rows are laid out.
+      table: its columns.
       path: the file.
-      spool: where what is kept is written.
-      drop_bad_rows: whether rows that cannot be used are left out and counted.
+      spool: file to which kept examples are written.
+      drop_bad_rows: whether to leave out and count unusable rows.
 
     Raises:
-      DataError: rows that cannot be used, all in one message; or no example at all.
+      DataError: unusable rows, all in one message; or no example at all.
     """
     kept, counts, bad = Kept(spool), Counts(), BadRows(path)
     merged = _Merged(table, kept, counts)
@@ -308,12 +319,12 @@ def read_file(
 
 
 class _Merged:
-    """Adds rows to those that are kept, unless their problem is there already."""
+    """Adds rows to the kept ones, unless their problem is already there."""
 
     def __init__(self, table: Table, kept: Kept, counts: Counts):
         self._table, self._kept, self._counts = table, kept, counts
         self._places: dict[bytes, int] = {}  # of a problem's or identity's digest
-        self._answers = array.array("q")  # hashes, by place; of identities the rows' numbers
+        self._answers = array.array("q")  # by place: hashes, or row numbers for identities
         self._conflicts: set[int] = set()
 
     def add(self, row: Row, place: str, number: int) -> None:
@@ -348,7 +359,7 @@ def _digest(text: str) -> bytes:
 
 
 def _about(path: pathlib.Path) -> int | None:
-    """Rows of a file of lines, roughly, for a progress bar."""
+    """Estimates the rows of a file of lines, for a progress bar."""
     if path.suffix.lower() not in (".jsonl", ".csv"):
         return None
     with path.open("rb") as stream:

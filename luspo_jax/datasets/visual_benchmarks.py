@@ -1,7 +1,7 @@
-"""Visual benchmarks: the annotation files of their authors, and the hub's copies of them.
+"""Visual benchmarks: their authors' annotation files, and the hub's copies of them.
 
-Every row is kept, named by `meta["id"]`; `meta` carries what the scorers in
-`luspo_jax/benchmarks/` group by.
+Every row is kept, named by `meta["id"]`; `meta` carries the fields by which the scorers in
+`luspo_jax/benchmarks/` group.
 """
 
 import pathlib
@@ -28,12 +28,12 @@ MATHVISTA = Table(
     origin="huggingface.co/datasets/AI4Math/MathVista",
 )
 # A command whose backslash was read as an escape when the file was written: \frac as form feed +
-# "rac". These control characters have no other business in an answer.
+# "rac". These control characters have no other use in an answer.
 _ESCAPES = str.maketrans({"\f": r"\f", "\b": r"\b", "\v": r"\v", "\a": r"\a"})
 
 
 def unescaped(cell) -> str:
-    """An answer with the backslashes of its LaTeX commands restored."""
+    """Restores the backslashes of an answer's LaTeX commands."""
     return optional_text(cell.translate(_ESCAPES) if isinstance(cell, str) else cell)
 
 
@@ -46,8 +46,8 @@ MATHVISION = Table(
     images=("decoded_image", "image"),
     origin="huggingface.co/datasets/MathLLMs/MathVision",
 )
-# The problem of the version "Vision Only" stands in the image alone. The files of the authors'
-# visualizer name some columns otherwise.
+# In the version "Vision Only", only the image contains the problem. The files of the authors'
+# visualizer name some columns differently.
 MATHVERSE = Table(
     problem=("question",),
     answer=("answer",),
@@ -68,12 +68,12 @@ _VARIANT = re.compile(r"((?:trial|variant|var)[_-]?(\d+))")
 
 
 def variant_rows(path: pathlib.Path, refuse: Refuse = stop) -> Iterator[tuple[int, Row]]:
-    """(row number, row) of DynaMath's questions in all variants of a file or folder.
+    """Yields (row number, row) of DynaMath's questions in all variants of a file or folder.
 
-    One file is one variant of all questions. Its number, the column `_variant`, stands in the name
-    of the file or of the file's folder (`trial3`, `sample_variant3.json`); a single file may do
-    without and is then variant 1. Of a folder, files without a number are left out, and images are
-    in the folder named after the variant.
+    One file is one variant of all questions. The name of the file or of its folder (`trial3`,
+    `sample_variant3.json`) contains its number, the column `_variant`; a single file may lack one
+    and is then variant 1. In a folder, files without a number are left out, and images are in the
+    folder named after the variant.
 
     Raises:
       DataError: two files of one variant, or no file.
@@ -103,7 +103,7 @@ def variant_rows(path: pathlib.Path, refuse: Refuse = stop) -> Iterator[tuple[in
 
 
 def _placed(row: Row, folder: pathlib.Path) -> Row:
-    """The row with its image's path as seen from the folder of all variants."""
+    """Rewrites the row's image path relative to the folder of all variants."""
     image = row.get("image")
     return row | {"image": str(folder / image)} if isinstance(image, str) and image else row
 
@@ -137,7 +137,7 @@ WEMATH = Table(
     images=("image_path",),
     origin="github.com/We-Math/We-Math",
 )
-# One of the 448 rows has neither question nor answer; it is kept, and its scorer says so.
+# One of the 448 rows has neither question nor answer; it is kept, and its scorer reports it.
 LOGICVISTA = Table(
     problem=("question",),
     answer=("answer",),

@@ -1,1 +1,1 @@
-"""Instruments that say how long responses are, why, and whether the length is worth it."""
+"""Instruments that measure response length, why it changes, and whether it improves accuracy."""

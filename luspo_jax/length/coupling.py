@@ -1,4 +1,4 @@
-"""How response length goes with advantage and with being right."""
+"""How response length relates to advantage and to correctness."""
 
 import zlib
 
@@ -8,9 +8,9 @@ import numpy as np
 def advantage_length_correlation(
     advantages_B: np.ndarray, lengths_B: np.ndarray, group_ids_B: np.ndarray
 ) -> float:
-    """Pooled within-group correlation of advantage and length; NaN where either is constant.
+    """Returns the within-group correlation of advantage and length; NaN if either is constant.
 
-    Σ_i (A_i − Ā_g)(L_i − L̄_g) / √(Σ_i (A_i − Ā_g)² · Σ_i (L_i − L̄_g)²)
+    Σ_i (A_i − Ā_g)(L_i − L̄_g) / √(Σ_i (A_i − Ā_g)² · Σ_i (L_i − L̄_g)²), pooled over groups
     """
     a_B = _centered(np.asarray(advantages_B, np.float64), group_ids_B)
     l_B = _centered(np.asarray(lengths_B, np.float64), group_ids_B)
@@ -19,7 +19,7 @@ def advantage_length_correlation(
 
 
 def length_by_correctness(lengths_B: np.ndarray, correct_B: np.ndarray) -> tuple[float, float]:
-    """Mean length in tokens of correct and of incorrect responses; NaN where there are none."""
+    """Returns the mean length in tokens of correct and incorrect responses; NaN if none."""
     correct_B = np.asarray(correct_B, bool)
     return tuple(
         float(np.mean(lengths_B[rows])) if rows.any() else float("nan")
@@ -30,11 +30,11 @@ def length_by_correctness(lengths_B: np.ndarray, correct_B: np.ndarray) -> tuple
 def accuracy_by_length_third(
     lengths_B: np.ndarray, correct_B: np.ndarray, group_ids_B: np.ndarray
 ) -> np.ndarray:
-    """Accuracy of the shortest, middle and longest third of each problem's responses, pooled.
+    """Returns the accuracy of the shortest, middle and longest third of each problem's responses.
 
-    Ranking inside a problem compares long and short answers to the same question. Ties in length
-    share their accuracy evenly (each response of a tied run counts with the run's mean), so that
-    the order of rows does not matter.
+    Ranking within a problem compares long and short answers to the same question; the thirds are
+    pooled over problems. Responses of equal length share their accuracy evenly (each counts with
+    their mean), so that the order of rows does not matter.
     """
     hits, counts = np.zeros(3), np.zeros(3)
     for group in np.unique(group_ids_B):
@@ -50,7 +50,7 @@ def accuracy_by_length_third(
 
 
 def repetition(tokens: np.ndarray, *, ngram: int = 4) -> float:
-    """Share of a response's n-grams that have occurred before in it: 0 = none, →1 = a loop."""
+    """Returns the share of a response's n-grams that occur earlier in it: 0 = none, →1 = a loop."""
     total = len(tokens) - ngram + 1
     if total < 1:
         return 0.0
@@ -59,7 +59,7 @@ def repetition(tokens: np.ndarray, *, ngram: int = 4) -> float:
 
 
 def compress_ratio(text: str) -> float:
-    """Bytes of `text` over its zlib-compressed bytes: rises when text repeats itself."""
+    """Returns the bytes of `text` over its zlib-compressed bytes; rises with repetition."""
     raw = text.encode("utf-8")
     return len(raw) / len(zlib.compress(raw)) if raw else 1.0
 

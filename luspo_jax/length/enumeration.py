@@ -1,10 +1,10 @@
-"""A policy small enough to list everything it can say, so that length pressure has an exact value.
+"""A policy small enough to enumerate all its responses, so that length pressure is exact.
 
-A tabular policy holds one row of logits for each prefix of each prompt. With V tokens, token 0
-the stop token, and at most T tokens a response there are Σ_{t<T} (V−1)^t prefixes and as many
-responses that stop, plus (V−1)^T that are cut: 63 at V = 3, T = 5. Means are sums over them,
-gradients are exact, and an objective's expected gradient is a sum over every half-batch that can
-be drawn. Nothing here is sampled but in `draw`.
+A tabular policy holds one row of logits for each prefix of each prompt. With V tokens (token 0 is
+the stop token) and at most T tokens per response there are Σ_{t<T} (V−1)^t prefixes, as many
+responses that stop, and (V−1)^T truncated ones: 63 at V = 3, T = 5. Means are sums over responses,
+gradients are exact, and an objective's expected gradient is a sum over all possible half-batches.
+Only `draw` samples.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from luspo_jax.length.pressure import Half, Pressure, Score, coefficients, of_half
+from luspo_jax.length.pressure import Half, Logprobs, Pressure, coefficients, of_half
 from luspo_jax.objectives import Objective
 
 STOP = 0
@@ -26,10 +26,10 @@ STOP = 0
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Responses as a tabular policy reads them.
+    """Responses in the form a tabular policy reads.
 
     Attributes:
-      states_BT: row of the table of logits at each token: the prompt and prefix before it.
+      states_BT: row of the logit table at each token, for the prompt and prefix before it.
       tokens_BT: the tokens; STOP ends a response.
       mask_BT: bool, true on response tokens.
     """
@@ -45,9 +45,9 @@ class World:
 
     Attributes:
       rows: every response to prompt 0, then to prompt 1, …
-      num_prompts: prompts.
+      num_prompts: number of prompts.
       num_states: rows of the table of logits.
-      vocab_size: tokens, STOP included.
+      vocab_size: number of tokens, STOP included.
     """
 
     rows: Rows
@@ -57,17 +57,17 @@ class World:
 
     @property
     def num_responses(self) -> int:
-        """To one prompt."""
+        """Counts the responses to one prompt."""
         return self.rows.tokens_BT.shape[0] // self.num_prompts
 
     @property
     def lengths_B(self) -> np.ndarray:
-        """Tokens of each response, STOP included."""
+        """Returns the tokens of each response, STOP included."""
         return np.asarray(self.rows.mask_BT).sum(axis=1)
 
 
 def world(*, vocab_size: int = 3, max_length: int = 5, num_prompts: int = 1) -> World:
-    """Every response of up to `max_length` tokens to each prompt.
+    """Enumerates every response of up to `max_length` tokens to each prompt.
 
     Raises:
       ValueError: fewer than two tokens, an empty response, or no prompt.
@@ -92,23 +92,23 @@ def world(*, vocab_size: int = 3, max_length: int = 5, num_prompts: int = 1) -> 
 
 
 def table_logprobs(logits_SV: jax.Array, rows: Rows) -> jax.Array:
-    """log π of each response token under a table of logits [states, V]; 0 elsewhere."""
+    """Returns log π of each response token under a logit table [states, V]; 0 elsewhere."""
     logprobs_BT = jax.nn.log_softmax(logits_SV)[rows.states_BT, rows.tokens_BT]
     return jnp.where(rows.mask_BT, logprobs_BT, 0)
 
 
-def probabilities(score: Score, params, here: World) -> jax.Array:
+def probabilities(compute: Logprobs, params, here: World) -> jax.Array:
     """π(y | prompt) of every response; each prompt's add up to 1."""
-    return jnp.exp(score(params, here.rows).sum(axis=1))
+    return jnp.exp(compute(params, here.rows).sum(axis=1))
 
 
-def mean(score: Score, params, here: World, values_B: jax.Array) -> jax.Array:
+def mean(compute: Logprobs, params, here: World, values_B: jax.Array) -> jax.Array:
     """E[x] of a value of each response, averaged over prompts."""
-    return jnp.sum(probabilities(score, params, here) * values_B) / here.num_prompts
+    return jnp.sum(probabilities(compute, params, here) * values_B) / here.num_prompts
 
 
 def expected_pressure(
-    score: Score,
+    compute: Logprobs,
     params,
     here: World,
     rewards_B: jax.Array,
@@ -117,19 +117,19 @@ def expected_pressure(
     half_size: int = 2,
     bin_edges: tuple[int, ...] = (),
 ) -> dict[str, Pressure]:
-    """Exactly what `pressure.cross_fitted` estimates: dE[L]/dη and dE[R]/dη along the expected
-    gradient of each objective, advantages formed inside half-groups of `half_size`.
+    """Returns exact dE[L]/dη and dE[R]/dη along the expected gradient of each objective.
 
         dE[x]/dη = −⟨E[∇loss], ∇E[x]⟩, all ratios 1.
 
-    `mass` and `gradient_share` are their means over half-batches.
+    This is the value that `pressure.cross_fitted` estimates, with advantages computed within
+    half-groups of `half_size`. `mass` and `gradient_share` are their means over half-batches.
     """
     length_BT, reward_BT = (
-        _along(score, params, here, jax.grad(lambda p, x=x: mean(score, p, here, x))(params))
+        _along(compute, params, here, jax.grad(lambda p, x=x: mean(compute, p, here, x))(params))
         for x in (jnp.asarray(here.lengths_B, jnp.result_type(float)), rewards_B)
     )
-    index_CB, weight_C = half_batches(probabilities(score, params, here), here, half_size)
-    logprobs_BT = score(params, here.rows)
+    index_CB, weight_C = half_batches(probabilities(compute, params, here), here, half_size)
+    logprobs_BT = compute(params, here.rows)
 
     def of_one(objective, index_B):
         half, at_BT = _half(here, rewards_B, index_B, half_size), logprobs_BT[index_B]
@@ -147,7 +147,7 @@ def expected_pressure(
 
 
 def expected_gradient(
-    score: Score,
+    compute: Logprobs,
     params,
     here: World,
     rewards_B: jax.Array,
@@ -155,12 +155,13 @@ def expected_gradient(
     *,
     half_size: int = 2,
 ):
-    """E[∇loss] over half-batches, all ratios 1: what descent on an objective follows exactly.
+    """Returns E[∇loss] over half-batches with all ratios 1: the exact descent direction.
 
-    As `params`. Advantages are formed inside half-groups of `half_size`; the policy term only.
+    Shaped like `params`. Advantages are computed within half-groups of `half_size`; only the policy
+    term counts.
     """
-    index_CB, weight_C = half_batches(probabilities(score, params, here), here, half_size)
-    logprobs_BT, pull = jax.vjp(lambda p: score(p, here.rows), params)
+    index_CB, weight_C = half_batches(probabilities(compute, params, here), here, half_size)
+    logprobs_BT, pull = jax.vjp(lambda p: compute(p, here.rows), params)
 
     def of_one(index_B):
         at_BT = logprobs_BT[index_B]
@@ -174,10 +175,10 @@ def expected_gradient(
 def half_batches(
     probabilities_B: jax.Array, here: World, half_size: int
 ) -> tuple[np.ndarray, jax.Array]:
-    """(rows of every distinct half-batch [C, prompts · half_size], its probability [C])."""
+    """Returns the rows of each distinct half-batch [C, prompts · half_size] and its probability."""
     bags = list(
         itertools.combinations_with_replacement(range(here.num_responses), half_size)
-    )  # orders of one bag share a gradient
+    )  # all orders of one multiset share a gradient
     orders = [
         math.factorial(half_size) / math.prod(math.factorial(bag.count(y)) for y in {*bag})
         for bag in bags
@@ -193,7 +194,7 @@ def half_batches(
 def draw(
     key: jax.Array, probabilities_B: jax.Array, here: World, rewards_B: jax.Array, half_size: int
 ) -> tuple[Half, Half]:
-    """Both halves of one batch, sampled from the policy."""
+    """Samples both halves of one batch from the policy."""
     by_prompt = jnp.log(probabilities_B).reshape(here.num_prompts, -1)
     drawn = jax.random.categorical(key, by_prompt, shape=(2, half_size, here.num_prompts))
     index = drawn + (jnp.arange(here.num_prompts) * here.num_responses)[None, None]
@@ -206,5 +207,5 @@ def _half(here, rewards_B, index_B, half_size):
     return Half(rows, rows.mask_BT, rewards_B[index_B], group_ids_B)
 
 
-def _along(score, params, here, direction):
-    return jax.jvp(lambda p: score(p, here.rows), (params,), (direction,))[1]
+def _along(compute, params, here, direction):
+    return jax.jvp(lambda p: compute(p, here.rows), (params,), (direction,))[1]

@@ -1,39 +1,44 @@
-"""Length pressure of a training run: which responses, which programs, which metrics."""
+"""Length pressure of a training run: selects responses, compiles programs, reports metrics."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from luspo_jax import image_rows, objectives, sharding
+from luspo_jax import objectives, sharding
+from luspo_jax.learner import rows as training_rows
+from luspo_jax.learner.logprobs import LogprobRule, microbatch_logprobs, of_responses
+from luspo_jax.learner.plan import one_a_row
+from luspo_jax.learner.policies import sequence_lengths
+from luspo_jax.learner.rows import Planner, token_rows
 from luspo_jax.length import pressure
 from luspo_jax.length.pressure import Half, Pressure
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.logprobs import Scoring, token_logprobs
 from luspo_jax.objectives import Objective
-from luspo_jax.types import TokenBatch
+from luspo_jax.rollout import Response
+from luspo_jax.types import TokenRows
 
-OWN = "own"  # the run's objective among those measured
+OWN = "own"  # name of the run's own objective
 _RAISED = "own_raised"
-_ALPHA_STEP = 0.25  # how far α is moved to see what pressure does
+_ALPHA_STEP = 0.25  # change in α that measures the slope of pressure
 
 
 @dataclasses.dataclass(frozen=True)
 class Laboratory:
-    """What a run measures; static under jit.
+    """What a run measures, and how; static under jit.
 
     Attributes:
-      scoring: how log-probabilities are computed.
+      rule: how log-probabilities are computed.
       objectives: (name, objective) pairs, the run's own first.
-      bin_edges: of the length bins, tokens.
-      rows_at_once: most rows scored together.
+      bin_edges: edges of the length bins, in tokens.
+      rows_at_once: most rows computed together.
     """
 
-    scoring: Scoring
+    rule: LogprobRule
     objectives: tuple[tuple[str, Objective], ...]
     bin_edges: tuple[int, ...]
     rows_at_once: int
@@ -41,36 +46,30 @@ class Laboratory:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """The responses of a step that pressure reads, as NumPy arrays.
+    """The responses of a step on which pressure is measured.
 
     Attributes:
-      rows: the token rows; the mask holds every response token.
-      rewards_B: rewards.
-      group_ids_B: of each prompt.
-      counted_B: whether the response has a verdict.
-      trained_B: whether it carries gradient.
-      fresh_B: sampled by the policy that starts the step.
-      prompts_B: objects, the prompt of each with its images; None where no prompt has any.
+      prompts: of each response (`prompts.PromptRecord`).
+      responses: with their rewards.
+      group_ids_B: equal for the responses of one prompt.
+      width: tokens of a row.
     """
 
-    rows: TokenBatch
-    rewards_B: np.ndarray
+    prompts: Sequence[Any]
+    responses: Sequence[Response]
     group_ids_B: np.ndarray
-    counted_B: np.ndarray
-    trained_B: np.ndarray
-    fresh_B: np.ndarray
-    prompts_B: np.ndarray | None = None
+    width: int
 
 
 def laboratory(
     settings: LengthSettings,
-    scoring: Scoring,
+    rule: LogprobRule,
     objective: Objective,
     *,
     max_response_length: int,
     rows_at_once: int,
 ) -> Laboratory:
-    """Resolves settings; the scorer is the trainer's, whose attention has second derivatives.
+    """Resolves settings; log-probs are the trainer's, with attention that has second derivatives.
 
     Raises:
       ValueError: a preset that does not exist.
@@ -84,70 +83,83 @@ def laboratory(
         (name, objectives.preset(name, max_response_length=max_response_length))
         for name in settings.names
     ]
-    return Laboratory(scoring, tuple(chosen), settings.bins(max_response_length), rows_at_once)
+    return Laboratory(rule, tuple(chosen), settings.bins(max_response_length), rows_at_once)
 
 
-def chosen(sampled: Sampled, *, share: float, num_groups: int) -> Sampled | None:
-    """The first ⌈share · P⌉ groups that the current policy sampled and that carry gradient.
+def chosen(sampled: Sampled, *, version: int, share: float, num_groups: int) -> Sampled | None:
+    """Returns the first ⌈share · P⌉ groups that the current policy sampled and that carry gradient.
 
-    None where there are not that many.
+    None if there are fewer: programs are compiled for one size.
     """
     wanted = math.ceil(share * num_groups)
+    fresh_B = np.array([(r.versions == version).all() for r in sampled.responses])
+    trained_B = _trained(sampled)
     groups = np.unique(sampled.group_ids_B)
     rows_of = [np.flatnonzero(sampled.group_ids_B == group) for group in groups]
-    usable = [
-        rows for rows in rows_of if sampled.fresh_B[rows].all() and sampled.trained_B[rows].any()
-    ]
+    usable = [rows for rows in rows_of if fresh_B[rows].all() and trained_B[rows].any()]
     if len(usable) < wanted:
         return None
-    return _rows(sampled, np.concatenate(usable[:wanted]))
+    return _part(sampled, np.concatenate(usable[:wanted]))
 
 
 def measure(
     lab: Laboratory, params: Any, end_params: Any, sampled: Sampled, alpha_shift: float
 ) -> dict[str, Pressure]:
-    """Pressure of every objective at the start of a step, and as NAME/end at its end.
+    """Measures the pressure of every objective at the start of a step, and as NAME/end at its end.
 
-    At the start all ratios are 1. At the end, coefficients are taken at `end_params`, so that
-    the ratios are those of the step's last updates and clipping shows.
+    At the start all ratios are 1. At the end, coefficients are taken at `end_params`, so the ratios
+    are those of the step's last updates and clipping shows.
 
     Args:
       lab: what to measure.
       params: the policy that sampled.
       end_params: the policy after the step's updates.
-      sampled: of `chosen`.
-      alpha_shift: of an adaptive length scale.
+      sampled: output of `chosen`.
+      alpha_shift: shift of an adaptive length scale.
     """
-    sides = [_half(_rows(sampled, side), lab) for side in pressure.halves(sampled.group_ids_B)]
+    sides = [_half(_part(sampled, side), lab) for side in pressure.halves(sampled.group_ids_B)]
     result = _measure(params, end_params, *sides, np.float32(alpha_shift), lab=lab)
     return jax.device_get(result)
 
 
-def lower_measure(lab: Laboratory, params: Any, sampled: Sampled) -> Any:
-    """The lowered program of `measure`, for looking at what it holds; nothing is computed.
+def abstract_half(lab: Laboratory, responses: int, width: int) -> Half:
+    """Returns the shapes and shardings of a half with `responses` text responses."""
+    model, layout = lab.rule.how.model, lab.rule.how.layout
+    parts = _num_parts(lab, responses)
+    responses += -responses % _row_parts(lab)
+    ints = jax.ShapeDtypeStruct((responses, width), np.int32)
+    bools = jax.ShapeDtypeStruct((responses, width), bool)
+    positions = (responses, width, 3) if model.vision else (responses, width)
+    each = jax.ShapeDtypeStruct((responses,), np.int32)
+    rows = TokenRows(
+        ints, jax.ShapeDtypeStruct(positions, np.int32), ints, bools, responses // parts
+    )
+    half = Half(
+        rows=(rows, each, bools),
+        response_mask_BT=bools,
+        rewards_B=jax.ShapeDtypeStruct((responses,), np.float32),
+        group_ids_B=each,
+        trained_B=jax.ShapeDtypeStruct((responses,), bool),
+    )
+    return training_rows.abstract(half, layout)
 
-    `params` may be shapes with shardings; `end_params` are taken to lie alike.
+
+def lower_measure(lab: Laboratory, params: Any, half: Half) -> Any:
+    """Returns the lowered program of `measure`, to inspect its memory; computes nothing.
+
+    `params` may be shapes with shardings, `half` the result of `abstract_half`; `end_params` are
+    assumed to be sharded as `params`, and the other half as `half`.
     """
-    layout = lab.scoring.layout
-
-    def shape(x):
-        where = layout.sharding(("batch", *[None] * (x.ndim - 1))) if layout else None
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    sides = [
-        jax.tree.map(shape, _half_rows(_rows(sampled, side), lab))
-        for side in pressure.halves(sampled.group_ids_B)
-    ]
-    return _measure.lower(params, params, *sides, np.float32(0), lab=lab)
+    return _measure.lower(params, params, half, half, np.float32(0), lab=lab)
 
 
 def taken(lab: Laboratory, params: Any, old_params: Any, sampled: Sampled) -> tuple[float, float]:
-    """First-order change of mean length and mean reward by the update from `old_params`."""
+    """Returns the first-order change in mean length and reward by the update from `old_params`."""
     return jax.device_get(_taken(params, old_params, _half(sampled, lab), lab=lab))
 
 
 def metrics(measured: Mapping[str, Pressure]) -> dict[str, float]:
-    """Measurements by metric name: per unit of learning rate of plain gradient descent."""
+    """Names the measurements as metrics: per unit of learning rate of plain gradient descent."""
     values = {}
     for name, p in measured.items():
         if name.startswith(_RAISED):
@@ -164,7 +176,7 @@ def metrics(measured: Mapping[str, Pressure]) -> dict[str, float]:
 
 
 def own_slope(lab: Laboratory, measured: Mapping[str, Pressure]) -> tuple[float, float]:
-    """The run's own pressure per unit of gradient mass, and its derivative in α (0 if fixed)."""
+    """Returns the run's own pressure per unit of gradient mass, and its slope in α (0 if fixed)."""
 
     def normalized(name):
         p = measured[name]
@@ -179,15 +191,16 @@ def own_slope(lab: Laboratory, measured: Mapping[str, Pressure]) -> tuple[float,
 
 @functools.partial(jax.jit, static_argnames=("lab",))
 def _measure(params, end_params, half_a, half_b, alpha_shift, *, lab):
-    score, parts = _score(lab), _num_parts(lab, half_a)
+    compute, parts = _logprobs(lab), _num_parts(lab, half_a.rewards_B.shape[0])
     half_a, half_b = (
         dataclasses.replace(
-            half, end_logprobs_BT=pressure.scored(score, end_params, half, num_parts=parts)
+            half,
+            end_logprobs_BT=pressure.half_logprobs(compute, end_params, half, num_parts=parts),
         )
         for half in (half_a, half_b)
     )
     found = pressure.cross_fitted(
-        score,
+        compute,
         params,
         half_a,
         half_b,
@@ -202,77 +215,81 @@ def _measure(params, end_params, half_a, half_b, alpha_shift, *, lab):
 @functools.partial(jax.jit, static_argnames=("lab",))
 def _taken(params, old_params, half, *, lab):
     change = jax.tree.map(lambda new, old: new - old, params, old_params)
-    found = pressure.taken(_score(lab), params, change, half, num_parts=_num_parts(lab, half))
+    parts = _num_parts(lab, half.rewards_B.shape[0])
+    found = pressure.taken(_logprobs(lab), params, change, half, num_parts=parts)
     return _whole(found, lab)
 
 
 def _whole(tree, lab):
-    """Results on every process, because the host reads them."""
-    layout = lab.scoring.layout
+    """Replicates results on every process, because the host reads them."""
+    layout = lab.rule.how.layout
     return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim, layout), tree)
 
 
-def _score(lab):
-    return lambda params, rows: token_logprobs(params, rows, scoring=lab.scoring)[0]
+def _logprobs(lab):
+    """Returns the function (params, a micro-batch of a half) → log-probs of its responses."""
+
+    def compute(params, part):
+        rows, starts_B, mask_BT = part
+        found = microbatch_logprobs(params, rows, rule=lab.rule)
+        return of_responses(found.logprobs_RT, starts_B, mask_BT, lab.rule.how.layout)
+
+    return compute
 
 
-def _rows(sampled, rows):
+def _part(sampled, chosen):
     return dataclasses.replace(
         sampled,
-        rows=jax.tree.map(lambda x: x[rows], sampled.rows),
-        **{
-            field.name: getattr(sampled, field.name)[rows]
-            for field in dataclasses.fields(sampled)
-            if field.name != "rows" and getattr(sampled, field.name) is not None
-        },
+        prompts=[sampled.prompts[i] for i in chosen],
+        responses=[sampled.responses[i] for i in chosen],
+        group_ids_B=sampled.group_ids_B[chosen],
     )
+
+
+def _trained(sampled):
+    return np.array([response.trained.any() for response in sampled.responses])
 
 
 def _half(sampled, lab):
-    layout = lab.scoring.layout
-    return jax.tree.map(
-        lambda x: sharding.put(x, ("batch", *[None] * (x.ndim - 1)), layout),
-        _half_rows(sampled, lab),
+    """Puts a half on the devices: one response per row, plus empty rows to divide evenly."""
+    total = len(sampled.responses)
+    total += -total % _row_parts(lab)
+    at_once = total // _num_parts(lab, total)
+    responses = sampled.responses
+    plan = one_a_row(
+        sequence_lengths(sampled.prompts, responses),
+        width=sampled.width,
+        rows_per_microbatch=at_once,
+        num_rows=total,
     )
-
-
-def _half_rows(sampled, lab):
-    mask_BT = sampled.rows.response_mask_BT & sampled.counted_B[:, None]
+    # Every token of a response with a verdict is used, whatever the step trains on.
+    masks = [np.full(len(response.tokens), response.counted) for response in responses]
+    how = lab.rule.how
+    planner = Planner(how.model, sampled.width, 1, at_once, layout=how.layout)
+    tokens = [response.tokens for response in responses]
+    mask_BT = plan.place(masks)
     half = Half(
-        rows=dataclasses.replace(sampled.rows, response_mask_BT=mask_BT),
+        rows=(
+            token_rows(planner, plan, sampled.prompts, tokens, masks),
+            plan.place_one(plan.firsts_B),
+            mask_BT,
+        ),
         response_mask_BT=mask_BT,
-        rewards_B=sampled.rewards_B.astype(np.float32),
-        group_ids_B=sampled.group_ids_B,
-        trained_B=sampled.trained_B,
+        rewards_B=plan.place_one(np.array([r.reward.value for r in responses], np.float32)),
+        group_ids_B=plan.place_one(sampled.group_ids_B),
+        trained_B=plan.place_one(_trained(sampled)),
     )
-    # Empty rows, which count nowhere, so that devices have equally many.
-    missing = -len(sampled.rewards_B) % _row_parts(lab)
-    half = jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), half)
-    return dataclasses.replace(half, rows=_with_images(half, sampled.prompts_B, lab))
-
-
-def _with_images(half, prompts_B, lab):
-    """The half's rows with the images of each piece that is scored at a time."""
-    if prompts_B is None:
-        return half.rows
-    total, num_parts = len(half.rewards_B), _num_parts(lab, half)
-    return image_rows.with_images(
-        half.rows,
-        prompts_B,
-        np.arange(total) // (total // num_parts),
-        num_parts,
-        config=lab.scoring.model,
-        layout=lab.scoring.layout,
-    )
+    return training_rows.put(half, how.layout)
 
 
 def _row_parts(lab):
-    return lab.scoring.layout.size("batch") if lab.scoring.layout else 1
+    return lab.rule.how.layout.size("batch") if lab.rule.how.layout else 1
 
 
-def _num_parts(lab, half):
-    """Fewest equal pieces of at most `rows_at_once` rows, each spread evenly over the devices."""
-    total, even = half.rewards_B.shape[0], _row_parts(lab)
+def _num_parts(lab, total):
+    """Returns the fewest equal pieces of at most `rows_at_once` rows that devices divide evenly."""
+    even = _row_parts(lab)
+    total += -total % even
     return next(
         n
         for n in range(1, total + 1)

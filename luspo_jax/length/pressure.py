@@ -1,21 +1,22 @@
 """Length pressure: which way an objective pushes the mean response length, before it moves.
 
-To first order a change Δθ of the policy changes a mean over its own responses by
+To first order, a change Δθ of the policy changes the mean of x over its own responses by
 
     dE[x] = ⟨∇E[x], Δθ⟩ = Cov(x_i, ∂ log π(y_i)/∂θ · Δθ),
 
-x the length for length pressure and the reward for reward pressure. One set of responses that
-gives both the covariance and Δθ inflates it, so the responses to each prompt are halved:
+where x is the length for length pressure and the reward for reward pressure. Estimating both the
+covariance and Δθ from one set of responses inflates the result, so the responses to each prompt are
+split into halves:
 
     half A   v = Σ_i a_i ∇ log π(y_i),  a_i = (x_i − mean of i's half-group)/(n − 1) · n/N
     half B   δ_it = ∂ log π(y_it)/∂θ · v
     any objective's pressure = −Σ_{it ∈ B} (∂loss/∂log π_it) · δ_it
 
-and the halves are swapped. v is an unbiased estimate of ∇E[x] over the prompts at hand, and the
-halves are independent given the prompts, so each pressure is an unbiased estimate of what one
-unit of learning rate of plain gradient descent on that objective does to E[x]. v and δ do not
-depend on the objective: one gradient and one directional derivative serve all of them. A pressure
-is a sum over responses and so splits by length and by the sign of the advantage.
+and the halves are swapped. v is an unbiased estimate of ∇E[x] over these prompts, and the halves
+are independent given the prompts. So each pressure is an unbiased estimate of the change of E[x]
+per unit of learning rate of plain gradient descent on that objective. v and δ do not depend on the
+objective: one gradient and one directional derivative serve all. A pressure is a sum over
+responses, so it splits by length and by the sign of the advantage.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ from luspo_jax import objectives
 from luspo_jax.objectives import Objective
 from luspo_jax.objectives.groups import group_mean, group_sum
 
-Score = Callable[[Any, Any], jax.Array]  # (params, rows) → logprobs_BT of the response tokens
+# (params, rows) → logprobs_BT of the response tokens
+Logprobs = Callable[[Any, Any], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -39,14 +41,14 @@ class Half:
     """Half of the responses to each prompt.
 
     Attributes:
-      rows: whatever `score(params, rows)` reads, each leaf with B leading.
+      rows: the input of `compute(params, rows)`, each leaf with B leading.
       response_mask_BT: bool, true on response tokens.
       rewards_B: rewards.
       group_ids_B: integers, equal for responses to one prompt.
-      trained_B: bool, whether the response carries gradient; None for all. The others still tell
-        where lengths and rewards come from.
-      end_logprobs_BT: of the policy that ends the step; with it every objective is also measured
-        where the ratios are those of the step's last updates, so that clipping shows.
+      trained_B: bool, whether the response carries gradient; None for all. The others still count
+        in the gradients of mean length and reward.
+      end_logprobs_BT: log-probs of the policy at the end of the step; if given, every objective is
+        also measured with the ratios of the step's last updates, so that clipping shows.
     """
 
     rows: Any
@@ -60,7 +62,7 @@ class Half:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pressure:
-    """What one unit of learning rate of gradient descent on an objective does, to first order.
+    """First-order effect of one unit of learning rate of gradient descent on an objective.
 
     Attributes:
       length: change of the mean response length, tokens.
@@ -82,10 +84,10 @@ class Pressure:
 
 
 def halves(group_ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of half A and of half B: a group's responses in turns; an odd one out is in neither.
+    """Returns the rows of halves A and B: a group's responses alternate, less an odd last one.
 
     Raises:
-      ValueError: a group of fewer than four, whose halves hold nothing to compare.
+      ValueError: a group has fewer than four responses, so its halves cannot be compared.
     """
     first, second = [], []
     for group in np.unique(group_ids_B):
@@ -102,7 +104,7 @@ def halves(group_ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cross_fitted(
-    score: Score,
+    compute: Logprobs,
     params: Any,
     half_a: Half,
     half_b: Half,
@@ -112,30 +114,30 @@ def cross_fitted(
     num_parts: int = 1,
     alpha_shift: jax.Array | float = 0.0,
 ) -> dict[str, Pressure]:
-    """Length and reward pressure of each objective, the mean of both ways round.
+    """Returns the length and reward pressure of each objective, averaged over both swaps of halves.
 
     Only the policy term of an objective counts: KL, entropy and corrections are left out.
 
     Args:
-      score: log-probs of a half's rows, differentiable in the parameters.
+      compute: log-probs of a half's rows, differentiable in the parameters.
       params: the policy that sampled.
       half_a: half of each group.
       half_b: the other half, of equal size.
       objectives: (name, objective) pairs.
       bin_edges: ascending lengths in tokens; bin k holds lengths above edge k−1 up to edge k.
-      num_parts: pieces that a half is scored in, one after another, to bound memory.
-      alpha_shift: of objectives whose length scale is adaptive.
+      num_parts: pieces of a half, computed one after another to bound memory.
+      alpha_shift: for objectives whose length scale is adaptive.
 
     Returns:
-      name → Pressure with all ratios 1, and name/end where the halves have `end_logprobs_BT`.
+      name → Pressure with all ratios 1, and name/end if the halves have `end_logprobs_BT`.
     """
-    seen = [_derivatives(score, params, half, num_parts) for half in (half_a, half_b)]
+    seen = [_derivatives(compute, params, half, num_parts) for half in (half_a, half_b)]
     results = []
     for (_, direction), (logprobs_BT, _), half in (
         (seen[0], seen[1], half_b),
         (seen[1], seen[0], half_a),
     ):
-        delta = _along(score, params, direction, half, num_parts)
+        delta = _along(compute, params, direction, half, num_parts)
         found = {}
         for name, objective in objectives:
             ends = {name: logprobs_BT}
@@ -150,29 +152,29 @@ def cross_fitted(
     return jax.tree.map(lambda a, b: (a + b) / 2, *results)
 
 
-def scored(score: Score, params: Any, half: Half, *, num_parts: int = 1) -> jax.Array:
-    """Log-probs of a half's rows [B, T], without gradients."""
+def half_logprobs(compute: Logprobs, params: Any, half: Half, *, num_parts: int = 1) -> jax.Array:
+    """Computes log-probs of a half's rows [B, T], without gradients."""
     parts = _split(half.rows, num_parts)
-    _, logprobs = jax.lax.scan(lambda _, rows: (None, score(params, rows)), None, parts)
+    _, logprobs = jax.lax.scan(lambda _, rows: (None, compute(params, rows)), None, parts)
     return logprobs.reshape(-1, *logprobs.shape[2:])
 
 
 def taken(
-    score: Score, params: Any, change: Any, half: Half, *, num_parts: int = 1
+    compute: Logprobs, params: Any, change: Any, half: Half, *, num_parts: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """⟨∇E[L], Δθ⟩ and ⟨∇E[R], Δθ⟩ of a change that was made, in tokens and in reward.
+    """Returns ⟨∇E[L], Δθ⟩ and ⟨∇E[R], Δθ⟩ of a past change, in tokens and in reward.
 
     Σ_i a_i ⟨∇ log π(y_i), Δθ⟩: one directional derivative gives both.
 
     Args:
-      score: log-probs of rows.
+      compute: log-probs of rows.
       params: the policy after the change, which sampled `half`: the estimate is then independent
         of the samples that made the change.
       change: Δθ, as `params`.
       half: whole groups.
-      num_parts: pieces that the rows are scored in.
+      num_parts: pieces of the rows, computed one after another.
     """
-    (delta_BT,) = _along(score, params, (change,), half, num_parts)
+    (delta_BT,) = _along(compute, params, (change,), half, num_parts)
     delta_B = jnp.where(half.response_mask_BT, delta_BT, 0).sum(axis=1)
     return tuple(jnp.vdot(weights_B, delta_B) for weights_B in length_and_reward_weights(half))
 
@@ -184,9 +186,10 @@ def coefficients(
     old_logprobs_BT: jax.Array,
     alpha_shift: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """(∂loss/∂log π_it [B, T] at `logprobs_BT`, advantages_B) of an objective on these rows alone.
+    """Returns (∂loss/∂log π_it [B, T] at `logprobs_BT`, advantages_B) of an objective.
 
-    Advantages, length scales and denominators are formed among these rows; the policy term only.
+    Advantages, length scales and denominators are computed on these rows alone; only the policy
+    term counts.
     """
     policy = dataclasses.replace(
         objective,
@@ -227,7 +230,7 @@ def of_half(
     reward_delta_BT: jax.Array,
     bin_edges: tuple[int, ...] = (),
 ) -> Pressure:
-    """−Σ_it (∂loss/∂log π_it) · δ_it of a half, whole and split; δ along ∇E[L] and along ∇E[R]."""
+    """Returns −Σ_it (∂loss/∂log π_it) · δ_it of a half, total and split; δ along ∇E[L], ∇E[R]."""
     mask_BT = half.response_mask_BT
     length_B, reward_B = (
         -jnp.where(mask_BT, coefficient_BT * delta_BT, 0).sum(axis=1)
@@ -249,7 +252,7 @@ def of_half(
 
 
 def length_and_reward_weights(half: Half) -> tuple[jax.Array, jax.Array]:
-    """a_i of both means: (x_i − group mean) · n/(n − 1) / N, so that E[Σ a_i ∇log π] = ∇E[x]."""
+    """Returns a_i of both means: (x_i − group mean) · n/(n − 1) / N, so E[Σ a_i ∇log π] = ∇E[x]."""
     lengths_B = half.response_mask_BT.sum(axis=1)
     present_B = lengths_B > 0
     dtype = jnp.result_type(float)
@@ -265,12 +268,12 @@ def length_and_reward_weights(half: Half) -> tuple[jax.Array, jax.Array]:
     return weights(lengths_B), weights(half.rewards_B)
 
 
-def _derivatives(score, params, half, num_parts):
-    """(logprobs_BT, (v of the length, v of the reward))."""
+def _derivatives(compute, params, half, num_parts):
+    """Returns (logprobs_BT, (v of the length, v of the reward))."""
 
     def accumulate(directions, part):
         rows, mask_BT, *weights_B = part
-        logprobs_BT, pull = jax.vjp(lambda p: score(p, rows), params)
+        logprobs_BT, pull = jax.vjp(lambda p: compute(p, rows), params)
         # One by one: under vmap, with jax 0.10 on CPU, the pullback of the scanned decoder is
         # wrong for all but the first.
         pulled = [
@@ -285,15 +288,16 @@ def _derivatives(score, params, half, num_parts):
     return jax.lax.stop_gradient(logprobs.reshape(-1, *logprobs.shape[2:])), directions
 
 
-def _along(score, params, directions, half, num_parts):
-    """δ_BT of each direction: directional derivatives of the log-probs.
+def _along(compute, params, directions, half, num_parts):
+    """Returns δ_BT of each direction: directional derivatives of the log-probs.
 
-    The model's own backward passes have no forward mode. Theirs is linear in the cotangent, so
-    its transpose, a backward pass through the backward pass, is the derivative forward.
+    The model's custom backward passes have no forward mode. A backward pass is linear in the
+    cotangent, so its transpose (a backward pass through the backward pass) is the forward
+    derivative.
     """
 
     def along(_, rows):
-        logprobs_BT, pull = jax.vjp(lambda p: score(p, rows), params)
+        logprobs_BT, pull = jax.vjp(lambda p: compute(p, rows), params)
         _, forward = jax.vjp(lambda u: pull(u)[0], jnp.zeros_like(logprobs_BT))
         return None, [forward(direction)[0] for direction in directions]
 

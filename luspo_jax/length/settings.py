@@ -1,4 +1,4 @@
-"""What is measured of response length, what steers the length scale, and what counts as degenerate.
+"""Settings to measure response length, steer the length scale, and detect degenerate length growth.
 
 The section `length` of a configuration.
 """
@@ -6,8 +6,10 @@ The section `length` of a configuration.
 import dataclasses
 import math
 
+from luspo_jax.hosts.values import nearest
+
 STEERING = ("none", "band", "pressure")
-_MOST = 1e9  # of a penalty: it is a reward, whose square must fit float32
+_MOST = 1e9  # largest penalty: as a reward, its square must fit float32
 MITIGATIONS = ("none", "penalty", "scale")
 
 
@@ -16,29 +18,29 @@ class LengthSettings:
     """Instruments and controls of response length; measuring costs nothing while `every` is 0.
 
     Attributes:
-      every: rollout steps between two measurements of length pressure; 0 = never. While it is
-        not, the state holds a second copy of the parameters (for the update actually taken).
-      share: share of the groups that are measured.
-      objectives: presets, joined with commas, whose pressure is measured beside the run's own.
+      every: rollout steps between two measurements of length pressure; 0 = never. If nonzero, the
+        state holds a second copy of the parameters (to measure the update actually taken).
+      share: share of groups to measure.
+      objectives: presets, joined with commas, to measure besides the run's own objective.
       bin_edges: ascending lengths in tokens, joined with commas, that bound the length bins;
         empty = 1/8, 1/4 and 1/2 of the longest response.
-      steer: what moves α of length_scale = "adaptive": "band" keeps the mean length between
+      steer: what steers α of length_scale = "adaptive": "band" keeps the mean length between
         `target_low` and `target_high`; "pressure" drives the run's own length pressure to zero.
-      target_low: least mean length wanted, tokens (band).
-      target_high: greatest mean length wanted, tokens (band).
+      target_low: lowest target for the mean length, tokens (band).
+      target_high: highest target for the mean length, tokens (band).
       alpha_low: least α.
       alpha_high: greatest α.
-      alpha_rate: most that α moves in one step.
-      smoothing: weight of the past in the running means that steer.
-      window: rollout steps whose mean is compared with that of as many before them.
-      growth: relative growth of length over a window that asks for a reason.
-      gain: growth of accuracy that is reason enough.
-      mitigation: what happens while the run is flagged as degenerate: "penalty" subtracts
-        `penalty` · L / max_response_length from rewards, "scale" lowers α by `alpha_rate` a step.
-      penalty: reward that the longest possible response loses.
+      alpha_rate: largest change of α in one step.
+      smoothing: weight of the past in the running means used for steering.
+      window: rollout steps in each of the two successive windows whose means are compared.
+      growth: relative growth of length over a window above which accuracy must grow too.
+      gain: growth of accuracy that justifies it.
+      mitigation: response to a run flagged as degenerate: "penalty" subtracts `penalty` · L /
+        max_response_length from rewards, "scale" lowers α by `alpha_rate` a step.
+      penalty: reward lost by the longest possible response.
 
     Raises:
-      ValueError: naming the field.
+      ValueError: an invalid field, named in the message.
     """
 
     every: int = 0
@@ -80,7 +82,10 @@ class LengthSettings:
                 edges is None or list(edges) != sorted({*edges}) or min(edges, default=1) < 1,
                 f'bin_edges="{self.bin_edges}" must be ascending lengths such as "64,256,1024"',
             ),
-            (self.steer not in STEERING, f'steer="{self.steer}": valid: {", ".join(STEERING)}'),
+            (
+                self.steer not in STEERING,
+                f'steer="{self.steer}" does not exist: {nearest(self.steer, STEERING)}',
+            ),
             (
                 self.steer == "band" and not 0 < self.target_low <= self.target_high,
                 f"target_low={self.target_low:g} and length.target_high={self.target_high:g} must "
@@ -101,7 +106,8 @@ class LengthSettings:
             (self.growth < 0, f"growth={self.growth:g} must not be negative"),
             (
                 self.mitigation not in MITIGATIONS,
-                f'mitigation="{self.mitigation}": valid: {", ".join(MITIGATIONS)}',
+                f'mitigation="{self.mitigation}" does not exist: '
+                f"{nearest(self.mitigation, MITIGATIONS)}",
             ),
             (
                 not 0 <= self.penalty <= _MOST,
@@ -120,11 +126,11 @@ class LengthSettings:
             return None
 
     def bins(self, max_response_length: int) -> tuple[int, ...]:
-        """Edges of the length bins, in tokens."""
+        """Returns the edges of the length bins, in tokens."""
         default = sorted({max(1, max_response_length // part) for part in (8, 4, 2)})
         return self._edges() or tuple(default)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The presets to measure."""
+        """Returns the presets to measure."""
         return tuple(name.strip() for name in self.objectives.split(",") if name.strip())

@@ -1,7 +1,7 @@
-"""What a run remembers of its lengths: the exponent it steers, and whether length pays.
+"""A run's length state: the exponent it steers, and whether longer responses pay.
 
-Everything here is plain numbers on the host, kept in the checkpoint, so that a continued run
-steers as an uninterrupted one.
+All values are plain numbers on the host, saved in the checkpoint, so that a resumed run steers like
+an uninterrupted one.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from luspo_jax.length.settings import LengthSettings
 
 @dataclasses.dataclass(frozen=True)
 class LengthState:
-    """Running quantities of a run's length.
+    """Running length statistics of a run.
 
     Attributes:
-      alpha_shift: what has been added to the objective's `length_alpha`.
+      alpha_shift: shift added to the objective's `length_alpha`.
       length: running mean of the mean response length, tokens; None before the first step.
       pressure: running mean of the run's own length pressure per unit of gradient mass.
-      slope: running mean of how that pressure changes with α.
-      measured_shift: running mean of `alpha_shift` where the two were measured.
+      slope: running mean of that pressure's derivative in α.
+      measured_shift: running mean of `alpha_shift` at those measurements.
       history: (mean length, accuracy) of the last two windows' steps, oldest first.
     """
 
@@ -33,12 +33,12 @@ class LengthState:
     history: tuple[tuple[float, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; floats survive exactly."""
+        """Returns JSON values; floats survive exactly."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "LengthState":
-        """What `to_json` gave."""
+        """Restores the output of `to_json`."""
         history = tuple((float(length), float(right)) for length, right in stored["history"])
         return cls(**{**stored, "history": history})
 
@@ -61,7 +61,7 @@ class Degeneration:
 def observed(
     state: LengthState, settings: LengthSettings, *, mean_length: float, accuracy: float
 ) -> LengthState:
-    """The state after a rollout of this mean length and accuracy; one not finite tells nothing."""
+    """Updates the state with a rollout's mean length and accuracy; ignores non-finite values."""
     if not (math.isfinite(mean_length) and math.isfinite(accuracy)):
         return state
     history = (*state.history, (float(mean_length), float(accuracy)))[-2 * settings.window :]
@@ -87,9 +87,9 @@ def degeneration(state: LengthState, settings: LengthSettings) -> Degeneration:
 def measured(
     state: LengthState, settings: LengthSettings, *, pressure: float, slope: float
 ) -> LengthState:
-    """The state after a measurement of the run's own pressure at α and of its slope in α.
+    """Updates the state with the run's own pressure at α and its slope in α.
 
-    One that is not finite tells nothing.
+    Non-finite measurements are ignored.
     """
     if not (math.isfinite(pressure) and math.isfinite(slope)):
         return state
@@ -106,15 +106,15 @@ def steered(
 ) -> LengthState:
     """Moves α by at most `alpha_rate`, within [alpha_low, alpha_high].
 
-    Band: in proportion to how far, relatively, the running mean length lies outside the band.
-    Pressure: a secant step to where pressure is zero, seen from the α at which it was measured:
-    steps between two measurements go to one place, instead of the same way again and again.
-    Whether a larger α lengthens depends on the task, so both take the sign of the measured slope;
-    where none has been measured, a larger α is taken to lengthen. While a run is flagged and the
-    mitigation is "scale", α goes down whatever else.
+    Band: in proportion to the relative distance of the running mean length from the band. Pressure:
+    a secant step towards zero pressure from the α at which it was measured, so that steps between
+    two measurements head for one point instead of repeating the same move. Whether a larger α
+    lengthens responses depends on the task, so both modes use the sign of the measured slope;
+    without a measurement, a larger α is assumed to lengthen. While a run is flagged and the
+    mitigation is "scale", α always decreases.
 
     Args:
-      state: after the step's observation.
+      state: the state after the step's observation.
       settings: the controls.
       start: the objective's `length_alpha`.
       flagged: whether length has grown without accuracy.
@@ -129,13 +129,13 @@ def steered(
     elif settings.steer == "pressure" and state.measured_shift is not None and slope:
         zero = state.measured_shift - state.pressure / slope
         move = max(-rate, min(rate, zero - state.alpha_shift))
-    # In shifts, not in α: adding and taking away the start would move α by rounding alone.
+    # In shifts, not in α: adding and subtracting the start would move α by rounding alone.
     low, high = settings.alpha_low - start, settings.alpha_high - start
     return dataclasses.replace(state, alpha_shift=min(high, max(low, state.alpha_shift + move)))
 
 
 def _outside(length, low, high):
-    """Relative distance to the band: positive below it."""
+    """Returns the relative distance to the band: positive below it, negative above."""
     if length < low:
         return (low - length) / low
     return (high - length) / high if length > high else 0.0

@@ -1,1 +1,1 @@
-"""Ports of the models, each with its config reader and its weight table."""
+"""Ports of the models, each with a config reader and a weight table."""

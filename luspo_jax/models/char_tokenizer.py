@@ -1,22 +1,23 @@
-"""Tokenizer files of a small character-level vocabulary, as `transformers.AutoTokenizer` reads.
+"""Tokenizer files of a small character-level vocabulary, in the format of `AutoTokenizer`.
 
-Every character is a token, and `####`, which announces an answer in GSM8K's format, is one too.
-The files are written directly, byte for byte the same whatever version of a library is installed.
+Every character is a token, and so is `####`, which announces an answer in GSM8K's format. The files
+are written directly and are byte for byte the same under every library version.
 """
 
-import json
 import pathlib
+
+from luspo_jax.hosts import files
 
 PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
 ANSWER_MARK = "####"
 
-# One message's content verbatim, so that chat and plain prompts are the same tokens.
+# The content of one message verbatim, so that chat and plain prompts have the same tokens.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
-# Of a model that reads images; special as well, after all others.
+# Tokens of a model that reads images; also special, after all others.
 IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-# A message is a text, or parts that are images and texts; an image is one placeholder.
+# A message is a text, or a list of images and texts; an image is one placeholder.
 IMAGE_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -28,7 +29,7 @@ IMAGE_CHAT_TEMPLATE = (
 
 
 def vocabulary(characters: str, *, images: bool = False) -> list[str]:
-    """Tokens by id: three special ones, the answer mark, each character once, those of images."""
+    """Returns tokens by id: three special ones, the answer mark, characters, those of images."""
     if len(set(characters)) != len(characters):
         raise ValueError(f"a character occurs twice in {characters!r}")
     return [PAD, END, UNKNOWN, ANSWER_MARK, *characters, *(IMAGE_TOKENS if images else ())]
@@ -40,13 +41,13 @@ def write_tokenizer(
     """Writes tokenizer.json and tokenizer_config.json.
 
     Args:
-      folder: exists already.
-      characters: all that texts may contain; any other becomes one <|unknown|>.
+      folder: an existing folder.
+      characters: all characters of texts; any other becomes one <|unknown|>.
       max_length: tokens that the model can hold.
-      images: with IMAGE_TOKENS, and a chat template that knows of images.
+      images: whether to add IMAGE_TOKENS and a chat template that supports images.
     """
-    _write_json(folder / "tokenizer.json", _tokenizer(vocabulary(characters, images=images)))
-    _write_json(
+    files.write_json(folder / "tokenizer.json", _tokenizer(vocabulary(characters, images=images)))
+    files.write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -96,7 +97,3 @@ def _tokenizer(tokens):
             "unk_token": UNKNOWN,
         },
     }
-
-
-def _write_json(path, values):
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """Qwen2.5, Qwen3, Qwen3-MoE and Qwen2.5-VL decoders as functions of `(params, arrays)`.
 
-Parameters are a nested dict; layers of one kind that follow each other are stacked on a leading
-axis (`DecoderConfig.stacks`). Those of a tower for images are under "vision"; `vision.encode` makes
-embeddings of images, and the functions here take them in place of tokens'.
+Parameters are a nested dict; consecutive layers of one kind are stacked on a leading axis
+(`DecoderConfig.stacks`). The parameters of an image tower are under "vision"; `vision.encode`
+computes embeddings of images, and the functions here use them in place of token embeddings.
 """
 
 import functools
@@ -16,6 +16,7 @@ from luspo_jax import sharding
 from luspo_jax.models import vision
 from luspo_jax.models.decoder_layers import REMAT, Decoder, KVCache
 from luspo_jax.models.experts import EXPERT_AXES, ROUTER_AXES, Routed, check_ids
+from luspo_jax.models.forward import Forward
 from luspo_jax.ops.attention import attention as attend
 from luspo_jax.ops.decode_attention import CACHE_AXES, append_and_attend
 from luspo_jax.ops.normal_slice import normal_slice
@@ -39,40 +40,37 @@ __all__ = [
 ]
 
 INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
-_MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by the last key of their path
+_MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by their last key
 
 
-def _attend_sequence(
-    query, key, value, cache, layer, segment_ids_BT, *, implementation, keep, layout=None
-):
+def _attend_sequence(query, key, value, cache, layer, segment_ids_BT, *, how, keep):
     out = attend(
         query,
         key,
         value,
         segment_ids_BT=segment_ids_BT,
-        implementation=implementation,
-        layout=layout,
+        implementation=how.attention,
+        layout=how.layout,
     )
     kept = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)) if keep else None
     return out, cache, kept
 
 
-def _attend_cache(query, key, value, cache, layer, lengths_B, *, implementation, layout=None):
+def _attend_cache(query, key, value, cache, layer, lengths_B, *, layout):
     out, keys, values = append_and_attend(
         query,
         (key, value),
         (cache.keys_LBKSH, cache.values_LBKSH),
         layer,
         positions_B=lengths_B,
-        implementation=implementation,
         layout=layout,
     )
     return out, KVCache(keys, values), None
 
 
-def hidden_states(params, tokens_BT, positions_BT, segment_ids_BT, **settings):
+def hidden_states(params, tokens_BT, positions_BT, segment_ids_BT, *, how, **images):
     """Hidden states [B, T, D] after the final norm: the first of what `forward` gives."""
-    return forward(params, tokens_BT, positions_BT, segment_ids_BT, **settings)[0]
+    return forward(params, tokens_BT, positions_BT, segment_ids_BT, how=how, **images)[0]
 
 
 def forward(
@@ -81,44 +79,31 @@ def forward(
     positions_BT,
     segment_ids_BT,
     *,
-    config,
-    dtype=jnp.float32,
-    remat="none",
-    attention="reference",
-    experts="reference",
+    how,
     replayed_BTLK=None,
     units_UD=None,
     index_BT=None,
-    layout=None,
 ):
-    """(hidden states [B, T, D] after the final norm, Routed or None).
+    """Returns (hidden states [B, T, D] after the final norm, Routed or None).
 
     Args:
-      params: as `init_params` makes them, in any floating type.
+      params: as from `init_params`, in any floating type.
       tokens_BT: int32 token ids.
       positions_BT: int32 rotary positions, from 0 in each segment; [B, T, 3] where images give
-        tokens positions in time, row and column (`image_layout.mrope_positions`).
+        tokens positions in time, row and column (`images.layout.mrope_positions`).
       segment_ids_BT: int32, 0 on padding.
-      config: the DecoderConfig of `params`.
-      dtype: type of activations and matmuls; norms, rotation, softmax and routers are float32.
-      remat: a key of REMAT: what of a layer is kept for the backward pass.
-      attention: an implementation of `ops.attention.attention`.
-      experts: an implementation of `ops.grouped_matmul`.
+      how: the Forward; where its layout spreads positions, arrays are in
+        `ops.attention.ring_order`.
       replayed_BTLK: expert ids to use in place of the routers' choice, L the layers that have
         experts; None where routers choose.
       units_UD: embeddings of images, from `vision.encode`; None without images.
       index_BT: int32 row of `units_UD` that stands in place of a token's embedding, −1 where the
-        token's own does (`image_layout.token_units`).
-      layout: where rows, positions and heads lie; where positions are spread, arrays are in
-        `ops.attention.ring_order`.
+        token's own does (`images.layout.token_units`).
     """
-    attend_fn = functools.partial(
-        _attend_sequence, implementation=attention, keep=False, layout=layout
-    )
-    decoder = Decoder(config, attend_fn, dtype, remat=remat, experts=experts, layout=layout)
+    decoder = Decoder(how, functools.partial(_attend_sequence, how=how, keep=False))
     replayed = None
     if replayed_BTLK is not None:
-        check_ids(replayed_BTLK, tokens_BT, config, "replayed_BTLK")
+        check_ids(replayed_BTLK, tokens_BT, how.model, "replayed_BTLK")
         replayed = jnp.moveaxis(replayed_BTLK, -2, 0)
     hidden_BTD, _, _, routed = decoder.apply(
         {"params": params},
@@ -137,32 +122,25 @@ def prefill(
     tokens_BT,
     lengths_B,
     *,
-    config,
-    dtype=jnp.float32,
-    attention="reference",
-    experts="reference",
+    how,
     positions_BT=None,
     units_UD=None,
     index_BT=None,
-    layout=None,
 ):
-    """(hidden state of each row's last token [B, D], cache of all of length T, expert ids).
+    """Returns (hidden state of each row's last token [B, D], KV cache of length T, expert ids).
 
-    Rows are left-aligned and `lengths_B` ≥ 1 long; what follows a row's length is ignored, and
-    what the cache holds there is overwritten as decoding advances. `positions_BT`, `units_UD` and
-    `index_BT` are as in `forward`; positions count from 0 where none are given. Under a layout rows
-    lie over "batch" and key heads over "kv_heads"; positions are on every device. The ids are
-    [B, T, L, K], None where there are no experts.
+    Rows are left-aligned with `lengths_B` ≥ 1. Tokens after a row's length are ignored; decoding
+    overwrites their cache entries as it advances. `positions_BT`, `units_UD` and `index_BT` are as
+    in `forward`; by default positions count from 0. Under a layout rows are sharded over "batch"
+    and key heads over "kv_heads"; positions are on every device. The ids are [B, T, L, K], None
+    without experts.
     """
-    B, T = tokens_BT.shape
+    (B, T), layout = tokens_BT.shape, how.layout
     tokens_BT = sharding.constrain(tokens_BT, ("batch", None), layout)
     places_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     positions_BT = places_BT if positions_BT is None else positions_BT
     segment_ids_BT = (places_BT < lengths_B[:, None]).astype(jnp.int32)
-    attend_fn = functools.partial(
-        _attend_sequence, implementation=attention, keep=True, layout=layout
-    )
-    decoder = Decoder(config, attend_fn, dtype, experts=experts, layout=layout)
+    decoder = Decoder(how, functools.partial(_attend_sequence, how=how, keep=True))
     hidden_BD, _, kept, routed = decoder.apply(
         {"params": params},
         tokens_BT,
@@ -184,25 +162,21 @@ def decode_step(
     lengths_B,
     cache,
     *,
-    config,
-    dtype=jnp.float32,
-    attention="auto",
-    experts="reference",
+    how,
     real_B=None,
     positions_B=None,
-    layout=None,
 ):
-    """(hidden state [B, D] of one more token a row, the cache with it written in, expert ids).
+    """Decodes one more token per row: (hidden state [B, D], updated cache, expert ids).
 
     Token b sits at position `lengths_B[b]`, where its key and value are written, and sees the
     entries up to and including its own. Its rotary position is that, or `positions_B[b]`, which
-    lags behind after images. `attention` is an implementation of
-    `ops.decode_attention`, `experts` of `ops.grouped_matmul`; under a layout the cache lies as
-    `append_and_attend` says. The ids are [B, L, K], None where there are no experts; rows that
-    are not `real_B` (None: all are) go to none. Donate the cache: it is updated in place.
+    lags behind after images. Attention is what `ops.decode_attention` takes on the platform,
+    whatever `how` names for whole sequences; under a layout the cache lies as `append_and_attend`
+    says. The ids are [B, L, K], None where there are no experts; rows that are not `real_B` (None:
+    all are) go to none. Donate the cache: it is updated in place.
     """
-    attend_fn = functools.partial(_attend_cache, implementation=attention, layout=layout)
-    decoder = Decoder(config, attend_fn, dtype, experts=experts, layout=layout)
+    layout = how.layout
+    decoder = Decoder(how, functools.partial(_attend_cache, layout=layout))
     positions_B = lengths_B if positions_B is None else positions_B
     hidden_BD, cache, _, routed = decoder.apply(
         {"params": params}, tokens_B, positions_B, lengths_B, cache, real=real_B
@@ -213,28 +187,28 @@ def decode_step(
 def _ids(routed, layout):
     if routed is None:
         return None
-    axes = ("batch", *[None] * (routed.experts.ndim - 1))
-    return sharding.constrain(routed.experts, axes, layout)
+    axes = ("batch", *[None] * (routed.expert_ids.ndim - 1))
+    return sharding.constrain(routed.expert_ids, axes, layout)
 
 
-def empty_cache(config, batch, length, dtype=jnp.float32, layout=None):
+def empty_cache(how, batch, length):
     """A zero KVCache for `batch` rows of up to `length` tokens."""
-    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-    return KVCache(
-        *(sharding.constrain(jnp.zeros(shape, dtype), CACHE_AXES, layout) for _ in range(2))
-    )
+    c = how.model
+    shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
+    zeros = (jnp.zeros(shape, jnp.dtype(how.dtype)) for _ in range(2))
+    return KVCache(*(sharding.constrain(x, CACHE_AXES, how.layout) for x in zeros))
 
 
 def head_kernel(params):
-    """The output matrix [V, D]: the head's own, or the embedding where they are tied."""
+    """Returns the output matrix [V, D]: the head, or the embedding if they are tied."""
     return params["head"] if "head" in params else params["embedding"]
 
 
 def init_params(key, config, dtype=jnp.float32, layout=None):
-    """Random parameters: normal(0, 0.02) matrices, unit norms, zero biases.
+    """Initialises parameters at random: normal(0, 0.02) matrices, unit norms, zero biases.
 
-    All matrices are cut from one draw: one random generator to compile instead of one a matrix.
-    With a layout the same numbers, up to rounding, are made in place, each device its part.
+    All matrices are slices of one draw: one random generator to compile instead of one per matrix.
+    With a layout each device generates its own part, with the same numbers up to rounding.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     axes = jax.tree.leaves(param_axes(config), is_leaf=lambda node: isinstance(node, tuple))
@@ -259,7 +233,7 @@ def init_params(key, config, dtype=jnp.float32, layout=None):
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _normal_part(key, start, shape, axes, layout):
-    """`normal_slice`, spread over the mesh, one layer after another to spare memory."""
+    """Draws `normal_slice` sharded over the mesh, one layer after another to save memory."""
     if axes[0] != "layers":
         return constrain(normal_slice(key, start, shape), axes, layout)
 
@@ -273,8 +247,9 @@ def _normal_part(key, start, shape, axes, layout):
 
 def abstract_params(config, dtype=jnp.float32):
     """Shapes and types of the parameters, routers float32 at least; nothing is allocated."""
-    attend_fn = functools.partial(_attend_sequence, implementation="reference", keep=False)
-    init = Decoder(config, attend_fn, param_dtype=dtype).init
+    how = Forward(config)
+    attend_fn = functools.partial(_attend_sequence, how=how, keep=False)
+    init = Decoder(how, attend_fn, param_dtype=dtype).init
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tree = jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT, tokens_BT)["params"]
     if config.vision is not None:
@@ -283,7 +258,7 @@ def abstract_params(config, dtype=jnp.float32):
 
 
 def cast(params, dtype):
-    """Parameters in another type, as `abstract_params` has them: routers stay float32."""
+    """Casts parameters to the types of `abstract_params`: routers stay float32."""
     flat, tree = jax.tree_util.tree_flatten_with_path(params)
     routers = [any(getattr(key, "key", None) == "router" for key in path) for path, _ in flat]
     return jax.tree.unflatten(
@@ -292,7 +267,7 @@ def cast(params, dtype):
 
 
 def param_axes(config):
-    """The logical axis of every dimension of every parameter, as a tree of tuples."""
+    """Returns the logical axis of every dimension of every parameter, as a tree of tuples."""
     norm, matrix = {"scale": ("norm",)}, ("vocab", "embed")
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     attention = {
@@ -326,7 +301,7 @@ def param_axes(config):
 
 
 def cut_sizes(config):
-    """What a mesh must cut into equal parts: name in config.json → (logical axis, size)."""
+    """Returns sizes that a mesh must divide evenly: name in config.json → (logical axis, size)."""
     sizes = {
         "num_key_value_heads": ("kv_heads", config.num_kv_heads),
         "num_attention_heads": ("heads", config.num_heads),

@@ -1,4 +1,4 @@
-"""Decoder configuration from a Hugging Face `config.json`: read in full, or refused by name."""
+"""Decoder configuration from a Hugging Face `config.json`, read in full or refused by name."""
 
 import dataclasses
 import json
@@ -6,8 +6,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models import expert_config, vision_config
-from luspo_jax.models.expert_config import ConfigError, is_int, required
+from luspo_jax.models.expert_config import is_int, required
 from luspo_jax.models.vision_config import VisionConfig
 
 ARCHITECTURES = {
@@ -21,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Consecutive layers of one kind, whose parameters are stacked under one name.
+    """Consecutive layers of one kind, with parameters stacked under one name.
 
     Attributes:
       name: key in the parameters.
@@ -38,27 +39,27 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that fixes the decoder's parameters and arithmetic; hashable, static under jit.
+    """All settings of the decoder's parameters and arithmetic; hashable, static under jit.
 
     Attributes:
       qkv_bias: query, key and value projections have a bias (Qwen2, Qwen2.5).
-      out_bias: so has the attention's output projection (Qwen3 with `attention_bias`).
-      qk_norm: queries and keys are RMS-normalised over head_dim before the rotation (Qwen3).
+      out_bias: the attention's output projection has a bias (Qwen3 with `attention_bias`).
+      qk_norm: queries and keys are RMS-normalised over head_dim before rotation (Qwen3).
       tie_embeddings: the head is the embedding matrix.
-      max_position: the longest sequence that the weights were trained for.
+      max_position: longest sequence in the weights' training.
       eos_token_ids: every token that ends a response, sorted.
-      dtype: the type that the checkpoint declares, or None; the caller chooses the type to load.
-      num_experts: MLPs among which a router chooses, in every layer but `dense_layers`; 0 = none.
-      experts_per_token: how many of them a token goes to.
-      expert_dim: width of each.
-      norm_topk: the weights of a token's experts are divided by their sum.
+      dtype: type declared by the checkpoint, or None; the caller chooses the type to load.
+      num_experts: experts in every layer but `dense_layers`; 0 = none.
+      experts_per_token: experts chosen per token.
+      expert_dim: width of each expert.
+      norm_topk: whether the weights of a token's experts are divided by their sum.
       dense_layers: indices of layers with an ordinary MLP of width mlp_dim.
-      mrope_section: how many of the head_dim / 2 rotations turn by the position in time, by the row
-        and by the column; empty where a position is one number.
-      vision: of the tower that turns images into embeddings; None in a text model.
-      image_token_id: stands where an embedding of an image goes; so does `video_token_id` in the
-        checkpoint's tokenizer, which is refused.
-      vision_start_token_id: before an image's tokens; `vision_end_token_id` after them.
+      mrope_section: numbers of the head_dim / 2 rotations that use the position in time, the row
+        and the column; empty if a position is one number.
+      vision: configuration of the image tower; None in a text model.
+      image_token_id: placeholder of an image embedding; the checkpoint's `video_token_id` is
+        refused.
+      vision_start_token_id: precedes an image's tokens; `vision_end_token_id` follows them.
     """
 
     model_type: str
@@ -118,7 +119,7 @@ class DecoderConfig:
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """Runs of layers of one kind, in order; one stack, "layers", where all are alike."""
+        """Returns runs of layers of one kind, in order; one stack, "layers", if all are alike."""
         kinds = [
             self.num_experts > 0 and layer not in self.dense_layers
             for layer in range(self.num_layers)
@@ -137,7 +138,7 @@ class DecoderConfig:
 
     @property
     def num_expert_layers(self) -> int:
-        """Layers with experts."""
+        """Counts the layers with experts."""
         return sum(stack.count for stack in self.stacks if stack.experts)
 
 
@@ -151,13 +152,13 @@ _POSITIVE = (
     "head_dim",
     "max_position",
 )
-_OF_EXPERTS = ("num_experts", "experts_per_token", "expert_dim")  # 0 where there are none
+_OF_EXPERTS = ("num_experts", "experts_per_token", "expert_dim")  # 0 without experts
 _NUMBERS = ("rope_theta", "rms_norm_eps")
 _SWITCHES = ("qkv_bias", "out_bias", "qk_norm", "tie_embeddings", "norm_topk")
-_BIASED = ("qwen2", "qwen2_5_vl")  # whose projections always have a bias
+_BIASED = ("qwen2", "qwen2_5_vl")  # projections always have a bias
 _TOKENS = ("bos_token_id", "pad_token_id")
 
-# Our field: its name in config.json. All of them are required.
+# Our field → its name in config.json. All are required.
 _FIELDS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -187,7 +188,7 @@ _RULED = {
     "layer_types",
 }
 
-# Switches that are implemented in one position only.
+# Switches for which only one value is implemented.
 _ONLY = {
     "hidden_act": "silu",
     "use_sliding_window": False,
@@ -201,8 +202,8 @@ _ONLY = {
     **expert_config.NEUTRAL,
 }
 
-# Nothing that the forward pass computes depends on these. `sliding_window` and
-# `max_window_layers` act through `use_sliding_window`; dropout is never applied by this port.
+# The forward pass does not depend on these. `sliding_window` and `max_window_layers` act through
+# `use_sliding_window`; this port never applies dropout.
 _INERT = {
     "sliding_window",
     "max_window_layers",
@@ -223,10 +224,10 @@ _INERT = {
 
 
 def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
-    """DecoderConfig of the content of a Hugging Face `config.json` (transformers 4 or 5 style).
+    """Returns the DecoderConfig of a Hugging Face `config.json` (transformers 4 or 5 style).
 
-    Raises ConfigError naming the field where one is missing, or asks for something that this
-    decoder does not compute: nothing is ignored and no default stands in for an absent value.
+    Raises ConfigError, naming the field, if a field is missing or asks for something that this
+    decoder does not compute: nothing is ignored, and no default replaces an absent value.
     """
     model_type = hf.get("model_type")
     if model_type not in ARCHITECTURES:
@@ -259,8 +260,10 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def read_config(folder: str | pathlib.Path) -> DecoderConfig:
-    """DecoderConfig of a checkpoint folder: its `config.json`, and the set of tokens that end a
-    response from `generation_config.json` where that file exists."""
+    """Returns the DecoderConfig of a checkpoint folder's `config.json`.
+
+    The set of tokens that end a response comes from `generation_config.json` if that file exists.
+    """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
     try:
@@ -280,10 +283,10 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a configuration: `decoder_config(hf_config(c)) == c`.
+    """Returns the `config.json` of a configuration: `decoder_config(hf_config(c)) == c`.
 
-    Both spellings of the rotary base and of the type are written, so that transformers 4 and 5
-    and other readers find theirs.
+    Both spellings of the rotary base and of the type are written, for transformers 4 and 5 and
+    other readers.
     """
     values = {name: getattr(config, ours) for ours, name in _FIELDS.items()}
     values |= {
@@ -316,7 +319,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _check_type(name, value):
-    """Refuses a field of the wrong type or range, under both of its names."""
+    """Refuses a field of the wrong type or range, naming both of its names."""
     theirs = (_FIELDS | expert_config.FIELDS).get(name, name)
     both = f"{name} ({theirs})" if theirs != name else name
     if name in _POSITIVE and not (is_int(value) and value > 0):
@@ -367,7 +370,7 @@ def _refuse_unimplemented(hf, model_type):
 def _head_dim(hf, model_type):
     if hf.get("head_dim") is not None:
         return hf["head_dim"]
-    if model_type not in _BIASED:  # nothing to derive it from: Qwen3's differs from D/N by design
+    if model_type not in _BIASED:  # cannot be derived: Qwen3's differs from D/N by design
         return required(hf, "head_dim")
     embed_dim, num_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     _check_type("embed_dim", embed_dim)
@@ -392,7 +395,7 @@ def _attention_bias(hf):
 
 
 def _rope_theta(hf):
-    """The rotary base, from `rope_theta` (hub files) or `rope_parameters` (transformers 5)."""
+    """Returns the rotary base from `rope_theta` (hub) or `rope_parameters` (transformers 5)."""
     found = {}
     if hf.get("rope_theta") is not None:
         found["rope_theta"] = hf["rope_theta"]

@@ -1,6 +1,6 @@
 """The decoder's Flax modules: layers, and the stacks that scan over them.
 
-Flax stays in this file. `decoder` has the functions of `(params, arrays)` that all others use.
+Only this file uses Flax. `decoder` has the functions of `(params, arrays)` for all other modules.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from flax import linen as nn
 from luspo_jax import sharding
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.experts import expert_mlp, route
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.layers import (
     add_bias,
     embed,
@@ -25,10 +26,10 @@ from luspo_jax.models.layers import (
 )
 from luspo_jax.ops.precision import wide_type
 
-# What a layer keeps for the backward pass, by name. "none" recomputes nothing and "full" all but
-# the layer's input; between them, the outputs of all matrix products, or of the attention alone,
-# whose recomputation is the dearest at long lengths. "offload" keeps the layer's attention output
-# in host memory.
+# Activations that a layer keeps for the backward pass, by name. "none" recomputes nothing; "full"
+# recomputes all but the layer's input. Between them, the outputs of all matrix products are kept,
+# or those of attention alone, whose recomputation is the most expensive at long lengths. "offload"
+# keeps the layer's attention output in host memory.
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": None,
@@ -50,14 +51,14 @@ _zeros = nn.initializers.zeros
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Rotated keys and values of every layer: [L, B, K, S, H] each."""
+    """The rotated keys and values of every layer: [L, B, K, S, H] each."""
 
     keys_LBKSH: jax.Array
     values_LBKSH: jax.Array
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its learnt scale."""
+    """`rms_norm` with a learnt scale."""
 
     config: DecoderConfig
     param_dtype: Any
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """x · kernel (+ bias) over the last `contracted` axes of x; `axes` are those of the kernel."""
+    """x · kernel (+ bias) over the last `contracted` axes of x; `axes` are the kernel's."""
 
     axes: tuple[str, ...]
     features: tuple[int, ...]
@@ -90,25 +91,24 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; `attend_fn` decides what the queries see.
+    """Grouped-query attention; `attend_fn` determines what the queries see.
 
-    attend_fn(query, key, value, cache, layer, context) -> (out, cache, kept): the new keys and
-    values go wherever it puts them.
+    attend_fn(query, key, value, cache, layer, context) -> (out, cache, kept) also decides where the
+    new keys and values are stored.
     """
 
-    config: DecoderConfig
+    how: Forward
     param_dtype: Any
     attend_fn: Any
-    layout: Any
 
     @nn.compact
     def __call__(self, x, cache, layer, rotation, context):
-        c = self.config
+        c, layout = self.how.model, self.how.layout
         heads, kv_heads = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
 
         def projected(name, features, axis):
             axes = ("embed", axis, "head_dim")
-            of = Projection(axes, features, self.param_dtype, self.layout, c.qkv_bias, name=name)
+            of = Projection(axes, features, self.param_dtype, layout, c.qkv_bias, name=name)
             return of(x)
 
         query = projected("query", heads, "heads")
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         out, cache, kept = self.attend_fn(query, key, value, cache, layer, context)
         axes = ("heads", "head_dim", "embed")
         merge = Projection(
-            axes, (c.embed_dim,), self.param_dtype, self.layout, c.out_bias, 2, name="out"
+            axes, (c.embed_dim,), self.param_dtype, layout, c.out_bias, 2, name="out"
         )
         return merge(out), cache, kept
 
@@ -128,23 +128,22 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate x) ⊙ up x)."""
 
-    config: DecoderConfig
+    how: Forward
     param_dtype: Any
-    layout: Any
 
     @nn.compact
     def __call__(self, x):
-        def projection(name, axes, features):
-            return Projection(axes, (features,), self.param_dtype, self.layout, name=name)
+        c = self.how.model
 
-        gate, up = (
-            projection(name, ("embed", "mlp"), self.config.mlp_dim)(x) for name in ("gate", "up")
-        )
-        return projection("down", ("mlp", "embed"), self.config.embed_dim)(swiglu(gate, up))
+        def projection(name, axes, features):
+            return Projection(axes, (features,), self.param_dtype, self.how.layout, name=name)
+
+        gate, up = (projection(name, ("embed", "mlp"), c.mlp_dim)(x) for name in ("gate", "up"))
+        return projection("down", ("mlp", "embed"), c.embed_dim)(swiglu(gate, up))
 
 
 class Weight(nn.Module):
-    """A kernel by itself."""
+    """A kernel alone."""
 
     shape: tuple[int, ...]
     param_dtype: Any
@@ -155,16 +154,14 @@ class Weight(nn.Module):
 
 
 class Experts(nn.Module):
-    """Σ_k p_k · MLP_k(x) over the K experts that a router chooses; returns what it did as well."""
+    """Σ_k p_k · MLP_k(x) over the K experts that a router chooses; also returns the routing."""
 
-    config: DecoderConfig
+    how: Forward
     param_dtype: Any
-    implementation: str
-    layout: Any
 
     @nn.compact
     def __call__(self, x, real, replayed):
-        c, dtype = self.config, self.param_dtype
+        c, dtype, layout = self.how.model, self.param_dtype, self.how.layout
         # Whatever the others' type: rounded, it would choose other experts than the trainer's.
         router = Weight((c.embed_dim, c.num_experts), _wide(dtype), name="router")
         inward, outward = (c.embed_dim, c.expert_dim), (c.expert_dim, c.embed_dim)
@@ -179,58 +176,52 @@ class Experts(nn.Module):
             normalise=c.norm_topk,
             replayed=replayed,
             real=real,
-            layout=self.layout,
+            layout=layout,
         )
-        return expert_mlp(x, sent, weights, kernels, self.implementation, self.layout), routed
+        return expert_mlp(x, sent, weights, kernels, self.how.expert_kernel, layout), routed
 
 
 class Layer(nn.Module):
-    """Pre-norm residual layer; its signature is that of a scan body.
+    """Pre-norm residual layer, with the signature of a scan body.
 
-    `real` is false on padding; `replayed` has the experts to use in place of the router's.
+    `real` is false on padding; `replayed` has expert ids that replace the router's.
     """
 
-    config: DecoderConfig
+    how: Forward
     param_dtype: Any
     attend_fn: Any
-    experts: str | None  # implementation of its experts; None for an ordinary MLP
-    layout: Any
+    experts: bool  # in place of an ordinary MLP
 
     @nn.compact
     def __call__(self, carry, layer, replayed, rotation, context, real):
         x, cache = carry
-        c, dtype = self.config, self.param_dtype
+        c, dtype, layout = self.how.model, self.param_dtype, self.how.layout
         normed = RMSNorm(c, dtype, name="attention_norm")(x)
-        attention = Attention(c, dtype, self.attend_fn, self.layout, name="attention")
+        attention = Attention(self.how, dtype, self.attend_fn, name="attention")
         out, cache, kept = attention(normed, cache, layer, rotation, context)
-        x = placed(x + out, self.layout)
+        x = placed(x + out, layout)
         normed = RMSNorm(c, dtype, name="mlp_norm")(x)
         routed = None
-        if self.experts is None:
-            out = MLP(c, dtype, self.layout, name="mlp")(normed)
+        if self.experts:
+            out, routed = Experts(self.how, dtype, name="mlp")(normed, real, replayed)
         else:
-            mlp = Experts(c, dtype, self.experts, self.layout, name="mlp")
-            out, routed = mlp(normed, real, replayed)
-        x = placed(x + out, self.layout)
+            out = MLP(self.how, dtype, name="mlp")(normed)
+        x = placed(x + out, layout)
         return (x, cache), (kept, routed)
 
 
 def placed(x, layout):
-    """Activations [B, T, D], or [B, D] of one token a row, where they belong."""
+    """Shards activations [B, T, D], or [B, D] for one token per row, by the layout."""
     axes = ("batch", None) if x.ndim == 2 else ("batch", "length", None)
     return sharding.constrain(x, axes, layout)
 
 
 class Decoder(nn.Module):
-    """Embedding, stacked layers, and the final norm on the positions asked for."""
+    """Embedding, stacked layers, and the final norm at the requested positions."""
 
-    config: DecoderConfig
+    how: Forward
     attend_fn: Any
-    dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: str = "none"
-    experts: str = "reference"
-    layout: Any = None
 
     @nn.compact
     def __call__(
@@ -244,14 +235,14 @@ class Decoder(nn.Module):
         replayed=None,
         images=None,
     ):
-        c = self.config
+        c, layout = self.how.model, self.how.layout
         matrix = (c.vocab_size, c.embed_dim)
         embedding_VD = self.param("embedding", _zeros, matrix, self.param_dtype)
         if not c.tie_embeddings:
             self.param("head", _zeros, matrix, self.param_dtype)
-        x = embed(embedding_VD, tokens, self.dtype, self.layout)
+        x = embed(embedding_VD, tokens, jnp.dtype(self.how.dtype), layout)
         if images is not None:
-            x = replaced(x, *images, self.layout)
+            x = replaced(x, *images, layout)
         sections = c.mrope_section if positions.ndim > tokens.ndim else ()
         rotation = rotation_of(positions, c.head_dim, c.rope_theta, sections)
         kept, routed = [], []
@@ -269,14 +260,14 @@ class Decoder(nn.Module):
             routed += [of_experts] if stack.experts else []
         if last_B is not None:
             x = jnp.take_along_axis(x, last_B[:, None, None], axis=1, mode="clip")[:, 0]
-            x = placed(x, self.layout)
+            x = placed(x, layout)
         x = RMSNorm(c, self.param_dtype, name="final_norm")(x)
         return x, cache, _joined(kept), self._recorded(routed)
 
     def _scanned(self, stack):
         body = Layer
-        if self.remat != "none":
-            body = nn.remat(Layer, prevent_cse=False, policy=REMAT[self.remat])
+        if self.how.remat != "none":
+            body = nn.remat(Layer, prevent_cse=False, policy=REMAT[self.how.remat])
         scanned = nn.scan(
             body,
             variable_axes={"params": 0},
@@ -284,17 +275,14 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=stack.count,
         )
-        experts = self.experts if stack.experts else None
-        return scanned(
-            self.config, self.param_dtype, self.attend_fn, experts, self.layout, name=stack.name
-        )
+        return scanned(self.how, self.param_dtype, self.attend_fn, stack.experts, name=stack.name)
 
     def _recorded(self, routed):
-        """Routed of all layers that have experts, [..., L, K]; None where none has."""
+        """Returns Routed for all layers with experts, [..., L, K]; None without experts."""
         if not routed:
             return None
         routed = _joined(routed)
-        return dataclasses.replace(routed, experts=jnp.moveaxis(routed.experts, 0, -2))
+        return dataclasses.replace(routed, expert_ids=jnp.moveaxis(routed.expert_ids, 0, -2))
 
 
 def _wide(dtype):
@@ -302,5 +290,5 @@ def _wide(dtype):
 
 
 def _joined(stacks):
-    """One tree of several, joined along their layers."""
+    """Concatenates several trees along their layers."""
     return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)

@@ -1,7 +1,7 @@
-"""Decoder weights from and to a Hugging Face folder, by one table of names.
+"""Reads and writes decoder weights in a Hugging Face folder, by one table of names.
 
 Both directions, the parameter count and every check read the same table. On a mesh, parameters are
-made part by part where they belong, and written tensor by tensor: no host ever holds them all.
+created part by part in place and written tensor by tensor: no host ever holds them all.
 """
 
 import contextlib
@@ -15,14 +15,15 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from luspo_jax import files, sharding
+from luspo_jax import sharding
+from luspo_jax.hosts import files
 from luspo_jax.models import decoder, safetensors_folder, vision_config, vision_weights
 from luspo_jax.models.decoder_config import ConfigError, DecoderConfig, decoder_config, hf_config
 from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError, listed
@@ -58,8 +59,8 @@ _EXPERTS = {
     "mlp.experts.{expert}.down_proj.weight": ("mlp", "down", "kernel"),
 }
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # in old checkpoints: computed, not learnt
-# What a surplus tensor says about a checkpoint, by a part of its name.
+_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # in old checkpoints; computed, not learnt
+# What a surplus tensor indicates about a checkpoint, by a part of its name.
 _FOREIGN = {
     ".mlp.experts.gate_up_proj": "Its experts are stored fused, as transformers 5 has them in "
     "memory; copy its state_dict() into a model made by from_config and call save_pretrained of "
@@ -82,7 +83,7 @@ COPIED_FILES = (
 )
 
 
-Index = tuple[slice, ...]  # a part of an array: start and stop in every dimension
+Index = tuple[slice, ...]  # part of an array: start and stop in every dimension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +92,12 @@ class Entry:
 
     Attributes:
       path: keys of the nested dict.
-      place: index into the leading axes of that parameter: none, a layer of its stack, or also
-        an expert of that layer.
+      place: index into the leading axes of that parameter: none, a layer of its stack, or also an
+        expert of that layer.
       shape: of the parameter, without these axes.
       hf_shape: of the tensor, which stores a matrix as [outputs, inputs], heads merged.
       transposed: whether the tensor is such a matrix, the parameter's last axes first.
-      merged: for each dimension of the tensor, which axes of the parameter it merges: (from, to).
+      merged: (from, to) axes of the parameter merged into each dimension of the tensor.
     """
 
     path: tuple[str, ...]
@@ -107,16 +108,16 @@ class Entry:
     merged: tuple[tuple[int, int], ...]
 
     def hf_index(self, index: Index) -> Index:
-        """The least range of each dimension of the tensor that covers a part of the parameter.
+        """Returns the tensor's smallest range, per dimension, that covers a parameter's part.
 
-        Where only the first of merged axes is cut (heads, not their insides), nothing besides it.
+        If only the first of merged axes is sharded (heads, not their insides), it is exact.
         """
         inner = [math.prod(self.shape[first + 1 : last]) for first, last in self.merged]
         outer = [index[first] for first, _ in self.merged]
         return tuple(slice(s.start * n, s.stop * n) for s, n in zip(outer, inner, strict=True))
 
     def from_hf(self, array: np.ndarray, index: Index) -> np.ndarray:
-        """The part `index` of the parameter, from the part `hf_index(index)` of the tensor."""
+        """Returns part `index` of the parameter, from part `hf_index(index)` of the tensor."""
         outer = {first for first, _ in self.merged}
         shape = [
             s.stop - s.start if axis in outer else size
@@ -127,14 +128,14 @@ class Entry:
         return array.reshape(shape)[rest]
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """The tensor, from the whole parameter."""
+        """Returns the tensor, from the whole parameter."""
         if self.transposed:
             return array.reshape(-1, self.hf_shape[0]).T.reshape(self.hf_shape)
         return array.reshape(self.hf_shape)
 
 
 def weight_table(config: DecoderConfig) -> dict[str, Entry]:
-    """Every tensor of a checkpoint of `config`: hub name -> Entry."""
+    """Maps hub names to Entries, for every tensor of a checkpoint of `config`."""
     abstract = _abstract(config)
     table = {}
     for name, path in _TOP.items():
@@ -156,17 +157,17 @@ def weight_table(config: DecoderConfig) -> dict[str, Entry]:
 
 
 def _entry(path, shape):
-    """Entry of the first layer and expert of a parameter, whose shape without them is `shape`."""
+    """Returns the Entry of a parameter's first layer and expert; `shape` excludes both axes."""
     merged, transposed = ((0, len(shape)),), path[-1] == "kernel"
     if transposed:
-        inputs = 2 if "out" in path else 1  # how many leading axes are contracted
+        inputs = 2 if "out" in path else 1  # number of contracted leading axes
         merged = ((inputs, len(shape)), (0, inputs))
     hf_shape = tuple(math.prod(shape[first:last]) for first, last in merged)
     return Entry(path, (), shape, hf_shape, transposed, merged)
 
 
 def num_params(config: DecoderConfig) -> int:
-    """How many numbers the model learns; a tied head counts once."""
+    """Counts the learnt numbers of the model; a tied head counts once."""
     return sum(math.prod(entry.shape) for entry in weight_table(config).values())
 
 
@@ -178,20 +179,19 @@ def load_params(
     check_finite: bool = True,
     layout: sharding.Layout | None = None,
 ) -> dict:
-    """Parameters of a checkpoint folder, layers stacked.
+    """Loads the parameters of a checkpoint folder, layers stacked.
 
     Without a layout: NumPy arrays of `dtype`; put the result on devices before use. With one:
-    global arrays of `dtype`, cut by `decoder.param_axes`. Every process then reads only what its
-    own devices hold, one device's part of one parameter at a time, so that the host holds no more
-    than that part and the tensor it is being read from; a part that several devices hold is read
-    once. (A part cut along the tensor's last dimension lies scattered over the file: its bytes
-    alone are copied, yet the disk reads whole pages.) Routers are float32 in either case, as
-    `decoder.abstract_params` has them.
+    global arrays of `dtype`, sharded by `decoder.param_axes`. Each process then reads only its own
+    devices' parts, one device's part of one parameter at a time, so the host holds only that part
+    and the tensor being read; a part that several devices hold is read once. (A part sharded along
+    the tensor's last dimension is scattered over the file: only its bytes are copied, yet the disk
+    reads whole pages.) Routers are float32 in either case, as in `decoder.abstract_params`.
 
     Raises:
       WeightsError: a missing or damaged file; or all missing, surplus and misshapen tensors at
-        once; or, with `check_finite`, all tensors that hold NaN or infinity. Of several
-        processes, those whose own parts are sound say that another's are not.
+        once; or, with `check_finite`, all tensors that hold NaN or infinity. With several
+        processes, one whose own parts are sound reports that another's are not.
     """
     with opened(folder, config, dtype=dtype, check_finite=check_finite) as weights:
         abstract = _abstract(config)
@@ -208,17 +208,17 @@ def load_params(
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint folder whose names and shapes are right, open to be read part by part.
+    """A checkpoint folder with verified names and shapes, open to be read part by part.
 
     Attributes:
-      folder: where it is.
+      folder: its path.
       read: reads a range of each dimension of a named tensor.
       files: the file of each tensor.
-      tensors: (name, Entry) of the tensors that make up each parameter, by path and place.
-      dtypes: of the parts made, by the parameter's path.
-      check_finite: whether parts are searched for NaN and infinity.
+      tensors: (name, Entry) of each parameter's tensors, by path and place.
+      dtypes: of the parts created, by the parameter's path.
+      check_finite: whether parts are checked for NaN and infinity.
       tied_head: whether a head is stored that must equal the embedding.
-      faults: names of the tensors in which something was found.
+      faults: names of the faulty tensors.
     """
 
     folder: pathlib.Path
@@ -231,7 +231,7 @@ class Source:
     faults: set[str] = dataclasses.field(default_factory=set)
 
     def part(self, path: tuple[str, ...], index: Index) -> np.ndarray:
-        """One part of the parameter at `path`; reads nothing else."""
+        """Reads one part of the parameter at `path` and nothing else."""
         made = np.empty([s.stop - s.start for s in index], self.dtypes[path])
         tensors = self.tensors[path]
         leading = len(next(iter(tensors)))
@@ -242,7 +242,7 @@ class Source:
         return made
 
     def problem(self) -> str | None:
-        """What was wrong in the parts read so far; None where nothing was."""
+        """Describes the faults in the parts read so far; None without faults."""
         if _HEAD in self.faults and self.tied_head:
             return (
                 f"{self.folder}: tie_word_embeddings is true, yet {_HEAD} differs from "
@@ -294,7 +294,7 @@ def opened(
 def parts_on(
     shape: tuple[int, ...], place: jax.sharding.Sharding, devices: Collection[jax.Device]
 ) -> list[tuple[Index, list[jax.Device]]]:
-    """The different parts of an array that `devices` hold, each with those that hold it."""
+    """Returns the distinct parts of an array on `devices`, each with the devices that hold it."""
     holders = defaultdict(list)
     for device, index in place.devices_indices_map(shape).items():
         if device in devices:
@@ -311,24 +311,23 @@ def export(
     source: str | pathlib.Path | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
-    overwrite: bool | None = None,
-    own: bool = False,
+    overwrite: bool | Literal["own"] | None = None,
     finish: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes a folder that `transformers` loads; it appears whole or not at all.
 
-    One tensor at a time comes to the host. Where `params` are spread over several processes, all
-    of them call this with the same arguments: each tensor is gathered by all, process 0 writes,
-    and all return once the folder is there. If process 0 fails, its exit ends the others' wait.
+    One tensor at a time is copied to the host. If `params` are sharded over several processes, all
+    call this with the same arguments: each tensor is gathered by all, process 0 writes, and all
+    return once the folder exists. If process 0 fails, its exit ends the others' wait.
 
     Args:
-      folder: must not exist yet or be empty, unless `overwrite` or `own`.
-      params: as `load_params` or `init_params` make them, on the host or on devices.
+      folder: must not exist yet or be empty, unless `overwrite`.
+      params: as from `load_params` or `init_params`, on the host or on devices.
       config: of `params`.
-      source: folder whose config, generation config and tokenizer files are taken along.
+      source: folder whose config, generation config and tokenizer files are copied.
       dtype: type to store: float32, bfloat16 or float16.
-      max_shard_bytes: above this, several files and an index.
-      overwrite, own: as `files.new_folder` takes them.
+      max_shard_bytes: above this, several files and an index are written.
+      overwrite: as in `files.new_folder`.
       finish: called with the folder before it takes its name, to add files.
 
     Raises:
@@ -345,12 +344,12 @@ def export(
         for name, entry in weight_table(config).items()
     ]
     if jax.process_index() == 0:
-        with files.new_folder(folder, overwrite=overwrite, own=own) as partial:
+        with files.new_folder(folder, overwrite=overwrite) as partial:
             safetensors_folder.write_shards(
                 partial, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes
             )
-            _write_json(partial / "config.json", hf)
-            _write_json(partial / "generation_config.json", _generation_config(config))
+            files.write_json(partial / "config.json", hf)
+            files.write_json(partial / "generation_config.json", _generation_config(config))
             for name in COPIED_FILES if source is not None else ():
                 if (pathlib.Path(source) / name).is_file():
                     shutil.copyfile(pathlib.Path(source) / name, partial / name)
@@ -363,7 +362,7 @@ def export(
         multihost_utils.sync_global_devices("export")
 
 
-@functools.cache  # the model is traced for it
+@functools.cache  # tracing the model is slow
 def _abstract(config, dtype=jnp.float32):
     return decoder.abstract_params(config, dtype)
 
@@ -377,7 +376,7 @@ def _leaf(tree, path):
 
 
 def _map_paths(function, *trees):
-    """`function` of path and leaves, over nested dicts."""
+    """Applies `function` to path and leaves, over nested dicts."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(tuple(key.key for key in path), *leaves), *trees
     )
@@ -388,17 +387,17 @@ def _whole(shape):
 
 
 def _assembled(shape, place, path, weights):
-    """A global array; this process makes the parts on its own devices, one after another."""
+    """Builds a global array; this process creates its own devices' parts, one after another."""
     arrays = []
     for index, devices in parts_on(shape, place, place.addressable_devices):
         part = weights.part(path, index)
         copies = [jax.device_put(part, device) for device in devices]
-        arrays += jax.block_until_ready(copies)  # before the next part takes memory
+        arrays += jax.block_until_ready(copies)  # before the next part uses memory
     return jax.make_array_from_single_device_arrays(shape, place, arrays)
 
 
 def _raise_together(problem, layout):
-    """Raises where any process has a problem: one that went on alone would wait for the others."""
+    """Raises if any process has a problem: one that went on alone would wait for the others."""
     shared = layout is not None and jax.process_count() > 1
     anywhere = shared and multihost_utils.process_allgather(np.array(problem is not None)).any()
     if problem is not None:
@@ -412,18 +411,17 @@ def _reader(params, entry):
 
 
 def _on_host(leaf, place):
-    """A parameter, or one layer or expert of it, whole on the host; on each host, of several."""
+    """Returns a parameter, or one layer or expert of it, whole on each host."""
     part = _picked(leaf, place)
     if part is leaf and isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
-        part = jnp.copy(leaf)  # a spread array keeps what of it has come to the host
+        part = jnp.copy(leaf)  # a sharded array keeps its host copy
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         return multihost_utils.process_allgather(part, tiled=True)
     return np.asarray(part)
 
 
 def _picked(leaf, place):
-    """`leaf[place]`. Where experts are cut into parts, one of each part is taken first, and from
-    these few the right one: indexing across a cut would gather the stack on every device."""
+    """Returns `leaf[place]` via one expert per shard; direct indexing would gather the stack."""
     if not place:
         return leaf
     if len(place) == 2 and isinstance(leaf, jax.Array):
@@ -436,7 +434,7 @@ def _picked(leaf, place):
 
 @functools.partial(jax.jit, static_argnames="size")
 def _one_of_each_part(leaf, layer, number, size):
-    """Expert `number` of every part of `size` experts, of one layer: [parts, ...]."""
+    """Returns expert `number` of every part of `size` experts, of one layer: [parts, ...]."""
     count, experts, *rest = leaf.shape
     return leaf.reshape(count, experts // size, size, *rest)[layer, :, number]
 
@@ -493,7 +491,3 @@ def _generation_config(config):
         "pad_token_id": config.pad_token_id,
     }
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _write_json(path, values):
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

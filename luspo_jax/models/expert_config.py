@@ -1,15 +1,17 @@
-"""What the configuration of a mixture of experts has besides a dense decoder's: read and checked.
+"""Reads and checks the configuration fields of a mixture of experts.
 
-The one that is implemented is Qwen3-MoE: a softmax over all experts of a layer, of which every
-token goes to the likeliest few; no expert is shared, and none drops a token.
+Only Qwen3-MoE is implemented: a softmax over all experts of a layer, of which every token goes to
+the most likely few; no expert is shared, and none drops a token.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from luspo_jax.hosts.values import ConfigError
+
 MODEL_TYPE = "qwen3_moe"
 
-# Our field: its name in config.json. All of them are required where the model has experts.
+# Our field → its name in config.json. All are required in a model with experts.
 FIELDS = {
     "num_experts": "num_experts",
     "experts_per_token": "num_experts_per_tok",
@@ -17,17 +19,17 @@ FIELDS = {
     "norm_topk": "norm_topk_prob",
 }
 
-# Names in config.json that mean something only where the model has experts.
+# Names in config.json that have a meaning only with experts.
 KNOWN = {
     *FIELDS.values(),
-    "num_local_experts",  # how transformers 5 writes num_experts
+    "num_local_experts",  # num_experts in transformers 5
     "decoder_sparse_step",
     "mlp_only_layers",
-    "output_router_logits",  # of training as HF does it, like the coefficient of its loss
+    "output_router_logits",  # for HF's own training, like its loss coefficient
     "router_aux_loss_coef",
 }
 
-# Fields of other mixtures of experts (Qwen2-MoE, DeepSeek, GLM …), where they change nothing.
+# Fields of other mixtures of experts (Qwen2-MoE, DeepSeek, GLM …), with values that change nothing.
 NEUTRAL = {
     "shared_expert_intermediate_size": 0,
     "moe_shared_expert_intermediate_size": 0,
@@ -45,34 +47,30 @@ NEUTRAL = {
 }
 
 
-class ConfigError(ValueError):
-    """A `config.json` that this decoder cannot honour; the message names the field and a remedy."""
-
-
 def is_int(value: Any) -> bool:
-    """Whether a value of a JSON file is an integer, which true and false are not."""
+    """Whether a JSON value is an integer; true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def required(hf: Mapping[str, Any], name: str) -> Any:
-    """A field of `config.json`. Raises ConfigError where it is absent or null."""
+    """Returns a field of `config.json`. Raises ConfigError if it is absent or null."""
     if hf.get(name) is None:
         raise ConfigError(f"{name} is missing; add it to config.json")
     return hf[name]
 
 
 def mixture_hint(hf: Mapping[str, Any]) -> str:
-    """What to add to a refusal of a model type: where it has experts, which may."""
+    """Returns a hint on the supported mixture, for a refused model type with experts."""
     if any("expert" in name for name in hf) or "moe" in str(hf.get("model_type")):
         return f"; of mixtures of experts only {MODEL_TYPE} (as Qwen3-30B-A3B) is implemented"
     return ""
 
 
 def expert_fields(hf: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """The fields of a DecoderConfig with experts, from the content of a `config.json`.
+    """Returns the DecoderConfig fields of a model with experts, from a `config.json`.
 
     Raises:
-      ConfigError: one is missing, or `decoder_sparse_step` or `mlp_only_layers` make no sense.
+      ConfigError: a missing field, or invalid `decoder_sparse_step` or `mlp_only_layers`.
     """
     spellings = ("num_experts", "num_local_experts")
     found = {name: hf[name] for name in spellings if hf.get(name) is not None}
@@ -84,7 +82,7 @@ def expert_fields(hf: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 
 
 def _dense_layers(hf, num_layers):
-    """Layers without experts: `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+    """Returns layers without experts: `mlp_only_layers`, all but each `decoder_sparse_step`-th."""
     step, listed = required(hf, "decoder_sparse_step"), hf.get("mlp_only_layers")
     listed = [] if listed is None else listed
     if not is_int(step) or step < 1:
@@ -99,7 +97,7 @@ def _dense_layers(hf, num_layers):
 
 
 def check_experts(config) -> None:
-    """Checks the fields of a DecoderConfig that say what its experts are, against the others.
+    """Checks a DecoderConfig's expert fields against the others.
 
     Raises:
       ConfigError: experts in a dense model or none in a mixture, or numbers that do not fit.

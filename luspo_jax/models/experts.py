@@ -1,11 +1,11 @@
 """Mixture-of-experts MLPs: routing, dispatch without dropped tokens, and exchange over a mesh.
 
-A router sends each token to K of E experts. The device that holds an expert sorts the tokens it
-has for each, multiplies group by group (`ops.grouped_matmul`), and puts results back in order by
-gathers alone; the same in the backward pass, which computes the hidden layer again instead of
-keeping it. Where experts are spread over the mesh's expert axis, tokens travel to them and back.
+A router sends each token to K of E experts. The device that holds an expert sorts the tokens it has
+for each, multiplies group by group (`ops.grouped_matmul`), and restores the order by gathers alone.
+The backward pass does the same, and recomputes the hidden layer instead of keeping it. If experts
+are sharded over the mesh's expert axis, tokens travel to them and back.
 
-Letters beside those of types.py: A assignments (token, expert), M rows sorted by expert and padded
+Letters besides those of types.py: A assignments (token, expert), M rows sorted by expert and padded
 for the grouped product, X devices along the expert axis, C assignments sent to one of them at once.
 """
 
@@ -29,45 +29,45 @@ EXPERT_AXES = (
     ("experts", "embed", "mlp"),
     ("experts", "embed", "mlp"),
     ("experts", "mlp", "embed"),
-)  # of the kernels gate, up and down
-ROOM = 1.25  # assignments a device sends to another at once, over those of an even spread
+)  # axes of the kernels gate, up and down
+ROOM = 1.25  # assignments sent to one device at once, relative to an even load
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routed:
-    """What the routers of a forward pass did; of one layer without the L.
+    """The routing of a forward pass; for one layer, without the L.
 
     Attributes:
-      experts: [..., L, K] ids that the routers chose, whatever was replayed, in the order of their
+      expert_ids: [..., L, K], the routers' choice, whatever was replayed, in the order of their
         weight; of type `id_type`.
       load_LE: float32, how many real tokens each expert got.
       mass_LE: float32, sum over real tokens of the router's probability of each expert.
     """
 
-    experts: jax.Array
+    expert_ids: jax.Array
     load_LE: jax.Array
     mass_LE: jax.Array
 
 
 def id_type(num_experts: int) -> Any:
-    """The type that expert ids are recorded in."""
+    """Returns the dtype of recorded expert ids."""
     return jnp.uint8 if num_experts <= 256 else jnp.uint16
 
 
 def route(x, kernel_DE, *, count, normalise, replayed=None, real=None, layout=None):
-    """(weights, Routed of the layer, ids to send to): softmax over experts, the K largest of it.
+    """Returns (weights, Routed of the layer, ids to send to): softmax over experts, the K largest.
 
     p = softmax(x · W), float32; weights are p of the K experts, divided by their sum with
     `normalise` (Qwen3-MoE's norm_topk_prob).
 
     Args:
       x: [..., D] normed hidden states.
-      kernel_DE: the router's, float32.
+      kernel_DE: the router's kernel, float32.
       count: K.
-      replayed: ids [..., K] to use in place of the K likeliest; weights are still the router's.
-      real: bool [...], false on padding, which is sent nowhere (id E); None: all are.
-      layout: of x, [B, T, D] or [B, D].
+      replayed: ids [..., K] that replace the K most likely; weights are still the router's.
+      real: bool [...], false on padding, which is sent nowhere (id E); None: all are real.
+      layout: sharding of x, [B, T, D] or [B, D].
     """
     logits = project(wide(x), kernel_DE, 1, ROUTER_AXES, layout, lax.Precision.HIGHEST)
     probs = jax.nn.softmax(logits, axis=-1)
@@ -88,23 +88,23 @@ def route(x, kernel_DE, *, count, normalise, replayed=None, real=None, layout=No
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _of_experts(probs, ids):
-    """probs [..., E] at ids [..., K]: a sum over E, because a gather's gradient is a scatter."""
+    """Selects probs [..., E] at ids [..., K] by a sum over E: a gather's gradient is a scatter."""
     return jnp.sum(
         jax.nn.one_hot(ids, probs.shape[-1], dtype=probs.dtype) * probs[..., None, :], -1
     )
 
 
 def load(ids, num_experts):
-    """int32 [E]: how many of the ids [..., K] are each expert; ids ≥ num_experts are none."""
+    """Counts the ids [..., K] of each expert, int32 [E]; ids ≥ num_experts are ignored."""
     hits = jax.nn.one_hot(ids, num_experts, dtype=jnp.int32)
     return jnp.sum(hits, axis=tuple(range(ids.ndim)), dtype=jnp.int32)
 
 
 def check_ids(ids, tokens_BT, config, name):
-    """Checks recorded ids [B, T, L, K] against the rows and the model that they are of.
+    """Checks recorded ids [B, T, L, K] against their rows and model.
 
     Raises:
-      ValueError: naming `name`, both shapes, and the type.
+      ValueError: an invalid shape or type; names `name`, both shapes, and the type.
     """
     if not config.num_experts:
         raise ValueError(f"{name} is of a mixture of experts, and the model has none: leave it out")
@@ -120,15 +120,15 @@ def check_ids(ids, tokens_BT, config, name):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def expert_mlp(x, ids, weights, kernels, implementation="reference", layout=None):
-    """Σ_k weight_k · down_e(silu(gate_e x) ⊙ up_e x), e = id_k; in x's type.
+    """Computes Σ_k weight_k · down_e(silu(gate_e x) ⊙ up_e x), e = id_k; in x's type.
 
     Args:
-      x: [B, T, D], or [B, D] of one token a row.
-      ids: int32 [..., K] experts; E for none.
+      x: [B, T, D], or [B, D] for one token per row.
+      ids: int32 [..., K] expert ids; E for none.
       weights: float32 [..., K].
       kernels: gate [E, D, F], up [E, D, F], down [E, F, D], in their own type.
       implementation: of `ops.grouped_matmul`.
-      layout: where x and kernels lie.
+      layout: sharding of x and kernels.
     """
     cast = _gathered_all(kernels, x.dtype, layout)
     if x.ndim == 2 and _is_small(ids, kernels, implementation, layout):
@@ -186,10 +186,10 @@ def _parts(layout: Layout | None) -> int:
 
 
 def _is_small(ids, kernels, implementation, layout):
-    """Whether so few tokens are decoded that to read K kernels for each is least work.
+    """Whether so few tokens are decoded that reading K kernels for each is the least work.
 
-    On CPU it never is, as XLA copies what it picks: with E/4 assignments blocks take from a third
-    to the same time, with 4 E a tenth (8 to 128 experts of 256 × 192 and 512 × 256).
+    Never on CPU, because XLA copies the kernels it picks: with E/4 assignments, blocks take from a
+    third to all of that time, with 4 E a tenth (8 to 128 experts of 256 × 192 and 512 × 256).
     """
     rows = ids.size if layout is None else ids.size // layout.size("batch")
     few = 2 * rows <= kernels[0].shape[0]
@@ -219,13 +219,13 @@ def _flat_backward(implementation, layout, x, ids, weights, grad, *kernels):
 
 
 def _over_tensor(part, layout):
-    """Sum over the devices that hold parts of each expert's hidden layer."""
+    """Sums over the devices that hold parts of each expert's hidden layer."""
     names = () if layout is None else layout.axis_names("mlp")
     return lax.psum(part, names) if names else part
 
 
 def _picked(x_ND, ids_NK, weights_NK, kernels, implementation, layout):
-    """A few tokens: the kernels of the experts of each are picked out."""
+    """Handles few tokens: picks the kernels of each token's experts."""
     num_experts = kernels[0].shape[0]
     weights_NK = jnp.where(ids_NK < num_experts, weights_NK, 0)
     gate, up, down = (jnp.take(k, ids_NK, axis=0, mode="clip") for k in kernels)
@@ -238,7 +238,7 @@ def _picked(x_ND, ids_NK, weights_NK, kernels, implementation, layout):
 
 
 def _broadcast(x_ND, ids_NK, weights_NK, kernels, implementation, layout):
-    """One token a row: all devices along the expert axis see all, each computes its experts."""
+    """Handles one token per row: every expert device sees all tokens, each computes its experts."""
     axis, own = layout.axis_names("experts"), kernels[0].shape[0]
     x_ND, ids_NK, weights_NK = (
         lax.all_gather(v, axis, axis=0, tiled=True) for v in (x_ND, ids_NK, weights_NK)
@@ -250,13 +250,13 @@ def _broadcast(x_ND, ids_NK, weights_NK, kernels, implementation, layout):
 
 
 def _alone(x_ND, ids_NK, weights_NK, kernels, implementation):
-    """Σ_k weight · expert(x), float32, of the experts that are here."""
+    """Computes Σ_k weight · expert(x), float32, over the experts on this device."""
     out_NKD = _rows_forward(x_ND, ids_NK, kernels, implementation)
     return jnp.sum(wide(out_NKD) * weights_NK[..., None], axis=1)
 
 
 def _rows_forward(x_ND, ids_NK, kernels, implementation):
-    """Every assignment's result [N, K, D]; 0 where the expert is not here."""
+    """Returns every assignment's result [N, K, D]; 0 if the expert is on another device."""
     gate, up, down = kernels
     plan = _sorted(ids_NK, gate.shape[0], implementation)
     product = functools.partial(
@@ -268,7 +268,7 @@ def _rows_forward(x_ND, ids_NK, kernels, implementation):
 
 
 def _rows_backward(x_ND, ids_NK, weights_NK, grad_ND, kernels, implementation):
-    """(dx of every assignment [N, K, D], dweights [N, K], dkernels in float32)."""
+    """Returns (dx of every assignment [N, K, D], dweights [N, K], dkernels in float32)."""
     gate, up, down = kernels
     plan = _sorted(ids_NK, gate.shape[0], implementation)
     product, outer = (
@@ -278,7 +278,7 @@ def _rows_backward(x_ND, ids_NK, weights_NK, grad_ND, kernels, implementation):
     x_MD, grad_MD = _taken(x_ND, plan.tokens_M), _taken(grad_ND, plan.tokens_M)
     gate_MF, up_MF = product(x_MD, gate), product(x_MD, up)
     hidden_MF, pull = jax.vjp(swiglu, gate_MF, up_MF)
-    # The weight is taken in last: what it is multiplied by is its own gradient.
+    # The weight is multiplied in last: its own gradient is what it multiplies.
     dhidden_MF = product(grad_MD, down, transposed=True)
     dweights_M = jnp.sum(wide(hidden_MF) * wide(dhidden_MF), axis=-1)
     weights_M1 = _taken(weights_NK.reshape(-1, 1), plan.assignments_M)
@@ -302,13 +302,13 @@ def _rows_backward(x_ND, ids_NK, weights_NK, grad_ND, kernels, implementation):
 
 @dataclasses.dataclass(frozen=True)
 class _Sorted:
-    """Assignments sorted by expert, each group begun at a multiple of what the product asks.
+    """Assignments sorted by expert; each group starts at the multiple that the product requires.
 
     Attributes:
       group_sizes_E: rows of each expert, padding included.
-      rows_NK: where each assignment is; M where nowhere.
-      assignments_M: which assignment a row is; N·K on padding.
-      tokens_M: its token; N on padding.
+      rows_NK: row of each assignment; M if none.
+      assignments_M: assignment of each row; N·K on padding.
+      tokens_M: token of each row; N on padding.
     """
 
     group_sizes_E: jax.Array
@@ -318,7 +318,7 @@ class _Sorted:
 
 
 def _sorted(ids_NK, num_experts, implementation):
-    """Sorts by expert; ids ≥ num_experts are left out. Gathers only, no scatter."""
+    """Sorts by expert; leaves out ids ≥ num_experts. Gathers only, no scatter."""
     N, K = ids_NK.shape
     A = N * K
     multiple = row_multiple(implementation, A, num_experts)
@@ -328,7 +328,7 @@ def _sorted(ids_NK, num_experts, implementation):
     counts_E = load(ids_A, num_experts)
     sizes_E = -(-counts_E // multiple) * multiple
     ends_E, padded_ends_E = jnp.cumsum(counts_E), jnp.cumsum(sizes_E)
-    shift_E = (padded_ends_E - sizes_E) - (ends_E - counts_E)  # of a group's first row
+    shift_E = (padded_ends_E - sizes_E) - (ends_E - counts_E)  # shift of a group's first row
     rows_A = _order(order_A, A - 1) + jnp.append(shift_E, 0)[ids_A]
     rows_A = jnp.where(ids_A < num_experts, rows_A, M)
     rows_M = lax.iota(jnp.int32, M)
@@ -341,10 +341,10 @@ def _sorted(ids_NK, num_experts, implementation):
 
 
 def _order(keys_A, most):
-    """The stable argsort of integers from 0 to `most`.
+    """Returns the stable argsort of integers from 0 to `most`.
 
-    Key and place are one number where it fits: to sort those takes a quarter to a half of the
-    time that pairs take (measured on two cores, 1,024 to 16,384 assignments).
+    If it fits, key and index are packed into one number: sorting those takes a quarter to a half of
+    the time of pairs (measured on two cores, 1,024 to 16,384 assignments).
     """
     A = keys_A.size
     if (most + 1) * A > jnp.iinfo(jnp.int32).max:
@@ -353,7 +353,7 @@ def _order(keys_A, most):
 
 
 def _taken(values, index):
-    """Rows of `values`; 0 where the index is beyond them."""
+    """Returns rows of `values`; 0 if the index is out of range."""
     return jnp.take(values, index, axis=0, mode="fill", fill_value=0)
 
 
@@ -361,7 +361,7 @@ def _taken(values, index):
 
 
 def _exchanged(x_ND, ids_NK, weights_NK, kernels, implementation, layout):
-    """Σ_k weight · expert(x), float32, whichever device along the expert axis has the expert."""
+    """Computes Σ_k weight · expert(x), float32, with experts on any device of the expert axis."""
     if _parts(layout) == 1:
         return _alone(x_ND, ids_NK, weights_NK, kernels, implementation)
     trade = _Exchange(ids_NK, kernels[0].shape[0], layout)
@@ -376,7 +376,7 @@ def _exchanged(x_ND, ids_NK, weights_NK, kernels, implementation, layout):
 
 
 def _exchanged_backward(x_ND, ids_NK, weights_NK, grad_ND, kernels, implementation, layout):
-    """(dx_ND float32, dweights_NK, dkernels float32)."""
+    """Returns (dx_ND float32, dweights_NK, dkernels float32)."""
     if _parts(layout) == 1:
         dx_NKD, dweights_NK, dkernels = _rows_backward(
             x_ND, ids_NK, weights_NK, grad_ND, kernels, implementation
@@ -413,10 +413,10 @@ def _exchanged_backward(x_ND, ids_NK, weights_NK, grad_ND, kernels, implementati
 
 
 class _Exchange:
-    """Assignments on their way to the devices of their experts, some at a time, and back.
+    """Sends assignments to the devices of their experts and back, some at a time.
 
-    A round sends C assignments to each device, whether there are as many or not; there are as
-    many rounds as the fullest device needs, one where the load is even. Nothing is dropped.
+    A round sends C assignments to each device, whether there are as many or not. The fullest device
+    determines the number of rounds: one if the load is even. Nothing is dropped.
     """
 
     def __init__(self, ids_NK, own_experts, layout):
@@ -436,7 +436,7 @@ class _Exchange:
         self.rank_A = place_A - jnp.append(self.starts_X, 0)[self.owner_A]
 
     def rounds(self, one_round, carry):
-        """`one_round(carry, start)` for as many rounds as any device along the axis needs."""
+        """Runs `one_round(carry, start)` for as many rounds as any device along the axis needs."""
         needed = lax.pmax(jnp.max(self.ends_X - self.starts_X), self.axis)
 
         def step(carry, start):
@@ -448,7 +448,7 @@ class _Exchange:
         return lax.scan(step, carry, starts)[0]
 
     def _assignments(self, start):
-        """Which assignment goes into each of the X · C places; A where none does."""
+        """Returns the assignment in each of the X · C slots; A for an empty one."""
         place_XC = self.starts_X[:, None] + start + jnp.arange(self.room, dtype=jnp.int32)[None]
         there_XC = place_XC < self.ends_X[:, None]
         order_A = self.order_A
@@ -456,24 +456,24 @@ class _Exchange:
         return jnp.where(there_XC, taken_XC, order_A.size).reshape(-1)
 
     def ids(self, start):
-        """Ids of the receiver's own experts [X · C, 1]; its number of experts for none."""
+        """Returns ids of the receiver's own experts [X · C, 1]; its number of experts for none."""
         ids = jnp.take(self.ids_A, self._assignments(start), mode="fill", fill_value=-1)
         return jnp.where(ids < 0, self.own, ids % self.own)[:, None]
 
     def sent(self, values_ND, start):
-        """The token of each place."""
+        """Returns the token of each slot."""
         return _taken(values_ND, self._assignments(start) // self.K)
 
     def sent_of(self, values_NK, start):
-        """A value of each assignment, [X · C, 1]."""
+        """Returns a value of each slot's assignment, [X · C, 1]."""
         return _taken(values_NK.reshape(-1, 1), self._assignments(start))
 
     def received(self, values):
-        """[X · C, ...] to and from each device."""
+        """Exchanges [X · C, ...] between all devices."""
         return lax.all_to_all(values, self.axis, split_axis=0, concat_axis=0, tiled=True)
 
     def back(self, values, start):
-        """Results of the places of this round at their assignments [N, K, ...]; 0 elsewhere."""
+        """Returns this round's results at their assignments [N, K, ...]; 0 elsewhere."""
         rank_A = self.rank_A - start
         here_A = (rank_A >= 0) & (rank_A < self.room) & (self.owner_A < self.parts)
         place_A = jnp.where(here_A, self.owner_A * self.room + rank_A, values.shape[0])

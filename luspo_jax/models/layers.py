@@ -1,4 +1,4 @@
-"""The decoder's arithmetic as functions of arrays, each with the backward pass that suits it."""
+"""The decoder's arithmetic as functions of arrays, each with a suitable backward pass."""
 
 import functools
 import math
@@ -11,20 +11,21 @@ from jax import lax
 from luspo_jax import sharding
 from luspo_jax.ops.precision import wide, wide_type
 
-# The element-wise functions keep their inputs only and are computed again in the backward pass:
-# less memory than the intermediate arrays, and no slower. Inside a scan nothing can merge the
-# two computations, so no barrier against it is needed.
+# The element-wise functions keep only their inputs and are recomputed in the backward pass: less
+# memory than the intermediate arrays, and no slower. Inside a scan nothing can merge the two
+# computations, so no barrier against it is needed.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
-    """x · kernel over the last `contracted` axes of x and the first of the kernel, in x's type.
+    """Computes x · kernel over the last `contracted` axes of x and the first of the kernel.
 
-    The kernel's gradient is summed in float32 and has the kernel's own type, so float32 master
-    weights under bfloat16 activations lose nothing to rounding. With a layout, a kernel of logical
-    `axes` is cut over the mesh: it is gathered in x's type where it is used, and its gradient comes
-    back cut the same way. `precision` is of the products, a `lax.Precision`.
+    The result has x's type. The kernel's gradient is summed in float32 and has the kernel's own
+    type, so float32 master weights under bfloat16 activations lose nothing to rounding. With a
+    layout, a kernel of logical `axes` is sharded over the mesh: it is gathered in x's type for use,
+    and its gradient returns in the same sharding. `precision` is that of the products, a
+    `lax.Precision`.
     """
     dims = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
     whole = gathered(kernel, x.dtype, axes, layout)
@@ -32,10 +33,10 @@ def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
 
 
 def gathered(kernel, dtype, axes, layout):
-    """A parameter in `dtype`, whole along the axis that weights are cut by."""
+    """Casts a parameter to `dtype` and gathers it along the axis over which weights are sharded."""
     if layout is None:
         return kernel.astype(dtype)
-    # Cast first: half the bytes travel.
+    # Cast first: it halves the traffic.
     kernel = sharding.constrain(kernel.astype(dtype), axes, layout)
     whole = tuple(None if axis == "embed" else axis for axis in axes)
     return sharding.constrain(kernel, whole, layout)
@@ -53,7 +54,8 @@ def _project_backward(contracted, axes, layout, precision, residuals, grad):
     dx = lax.dot_general(grad, whole, (outputs, ((), ())), precision=precision)
     local = functools.partial(_kernel_gradient, contracted, axes, layout, precision)
     if layout is not None:
-        # Every device its own rows and positions: XLA would gather whole rows of activations where
+        # Each device computes its own rows and positions: XLA would gather whole rows of
+        # activations if their positions are sharded.
         # their positions are cut.
         rows = ("batch", "length")[:lead]
         inner = tuple(None if axis == "embed" else axis for axis in axes)
@@ -63,10 +65,10 @@ def _project_backward(contracted, axes, layout, precision, residuals, grad):
 
 
 def _kernel_gradient(contracted, axes, layout, precision, x, grad):
-    """Σ over rows and positions of x ⊗ grad, in float32, cut as the kernel is."""
+    """Sums x ⊗ grad over rows and positions, in float32, sharded like the kernel."""
     lead = x.ndim - contracted
     shape, rows = (*x.shape[lead:], *grad.shape[lead:]), math.prod(x.shape[:lead])
-    # As plain matrices: XLA on CPU has no bfloat16 product with float32 sums for other layouts.
+    # As plain matrices: XLA on CPU has no bfloat16 product with float32 sums for other shapes.
     dkernel = lax.dot_general(
         x.reshape(rows, -1),
         grad.reshape(rows, -1),
@@ -82,7 +84,7 @@ project.defvjp(_project_forward, _project_backward)
 
 @jax.custom_vjp
 def add_bias(y, bias):
-    """y + bias over the last axes, in y's type; the bias's gradient is summed in float32."""
+    """Adds a bias over the last axes, in y's type; the bias's gradient is summed in float32."""
     return y + along_last_axes(bias.astype(y.dtype), y.ndim)
 
 
@@ -95,11 +97,11 @@ add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
 
 
 def embed(table_VD, tokens, dtype, layout):
-    """Rows of the embedding by token, in `dtype`.
+    """Looks up rows of the embedding by token, in `dtype`.
 
-    With a layout the table stays where it lies: each device looks up, for the tokens of all
-    devices that share its rows, the part of the embedding that it holds, and the parts are
-    exchanged. What travels are activations, not the table.
+    With a layout the table stays in place: each device looks up its part of the embedding for the
+    tokens of all devices that share its rows, and the parts are exchanged. So activations travel,
+    not the table.
     """
     if layout is None:
         return jnp.take(table_VD, tokens, axis=0, mode="clip").astype(dtype)
@@ -131,7 +133,7 @@ def embed(table_VD, tokens, dtype, layout):
 
 @functools.partial(_recomputed, static_argnums=(2,))
 def rms_norm(x, scale, eps):
-    """x / √(mean x² + ε) · scale over the last axis, in float32 (Zhang & Sennrich 2019)."""
+    """Computes x / √(mean x² + ε) · scale over the last axis, float32 (Zhang & Sennrich 2019)."""
     normed = wide(x)
     normed = normed * lax.rsqrt(jnp.mean(jnp.square(normed), axis=-1, keepdims=True) + eps)
     return (normed * along_last_axes(scale.astype(normed.dtype), x.ndim)).astype(x.dtype)
@@ -139,14 +141,14 @@ def rms_norm(x, scale, eps):
 
 @_recomputed
 def swiglu(gate, up):
-    """silu(gate) ⊙ up (Shazeer 2020)."""
+    """Computes silu(gate) ⊙ up (Shazeer 2020)."""
     return jax.nn.silu(gate) * up
 
 
 def replaced(x_BTD, units_UD, index_BT, layout):
-    """`x_BTD` with row `index_BT` of `units_UD` in place of each token whose index is not −1.
+    """Replaces each row of `x_BTD` whose index is not −1 by row `index_BT` of `units_UD`.
 
-    With a layout, every device has all rows of `units_UD` while it looks up those of its tokens.
+    With a layout, every device has all rows of `units_UD` during its lookup.
     """
     units_UD = sharding.constrain(units_UD.astype(x_BTD.dtype), (None, None), layout)
     # Text reads beyond the last row, so that it adds to no row's gradient.
@@ -158,21 +160,21 @@ def replaced(x_BTD, units_UD, index_BT, layout):
 
 
 def frequencies(head_dim, theta):
-    """θ^(−2i/H), float32 [H/2], on the host."""
-    # In float32 steps, as the checkpoints' own code does it: another rounding of a frequency, 1e-7
-    # of it, is an angle of 0.003 at position 32,768.
+    """Returns θ^(−2i/H), float32 [H/2], on the host."""
+    # In float32 steps, like the checkpoints' own code: a different rounding of a frequency, by 1e-7
+    # of it, changes the angle by 0.003 at position 32,768.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # NumPy's float32 power rounds one way on one machine and another way on the next.
+    # NumPy's float32 power rounds differently from machine to machine.
     powers = np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)
     return np.float32(1) / powers
 
 
 def rotation_of(positions, head_dim, theta, sections=()):
-    """(cos, sin) of position · θ^(−2i/H), float32, shaped positions.shape + (1, H/2).
+    """Returns (cos, sin) of position · θ^(−2i/H), float32, shape positions.shape + (1, H/2).
 
-    With `sections`, a token has as many positions, on the last axis of `positions`, and the first
-    `sections[0]` of the H/2 angles turn by the first of them, and so on (M-RoPE; Wang et al. 2024,
-    arXiv:2409.12191).
+    With `sections`, a token has one position per section, on the last axis of `positions`: the
+    first `sections[0]` of the H/2 angles use the first position, and so on (M-RoPE; Wang et al.
+    2024, arXiv:2409.12191).
     """
     which = np.repeat(np.arange(len(sections)), sections) if sections else None
     positions = positions.astype(jnp.float32)[..., None, which]
@@ -181,7 +183,7 @@ def rotation_of(positions, head_dim, theta, sections=()):
 
 
 def rotate(x, rotation):
-    """Rotary position embedding of the pairs (i, i + H/2), in float32 (Su et al. 2021)."""
+    """Applies rotary position embedding to the pairs (i, i + H/2), in float32 (Su et al. 2021)."""
     cos, sin = (turn.astype(wide_type(x)) for turn in rotation)
     first, second = jnp.split(wide(x), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
@@ -189,5 +191,5 @@ def rotate(x, rotation):
 
 
 def along_last_axes(weights, ndim):
-    """`weights` with leading axes of size 1, to broadcast against `ndim` axes."""
+    """Reshapes `weights` with leading axes of size 1, to broadcast against `ndim` axes."""
     return weights.reshape((1,) * (ndim - weights.ndim) + weights.shape)

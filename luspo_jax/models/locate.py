@@ -1,26 +1,26 @@
-"""Where a model's folder is: on disk, inside this package, or on the Hugging Face hub."""
+"""Locates a model's folder: on disk, inside this package, or on the Hugging Face hub."""
 
 import json
 import pathlib
 from typing import Any
 
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
 ARCHITECTURES = pathlib.Path(__file__).parent / "architectures"
-_OWNER = "Qwen"  # on the hub, of all that ARCHITECTURES holds
+_OWNER = "Qwen"  # hub owner of all ARCHITECTURES
 
 
 def embedded_models() -> list[str]:
-    """Names of the models shipped inside the package."""
+    """Returns the names of the models shipped inside the package."""
     return sorted(p.name for p in EMBEDDED.iterdir() if (p / "config.json").is_file())
 
 
 def model_folder(path: str) -> pathlib.Path:
-    """Folder of "embedded:NAME", "hub:OWNER/NAME[@REVISION]" (downloads), or a local path.
+    """Returns the folder of "embedded:NAME", "hub:OWNER/NAME[@REVISION]" (downloads) or a path.
 
     Raises:
-      FileNotFoundError: naming what is missing and what there is.
+      FileNotFoundError: names what is missing and what is available.
     """
     if path.startswith("embedded:"):
         name = path.removeprefix("embedded:")
@@ -41,21 +41,21 @@ def model_folder(path: str) -> pathlib.Path:
 
 
 def shipped_architectures() -> list[str]:
-    """The hub ids of the models whose sizes are known without a network."""
+    """Returns the hub ids of the models whose sizes are known without a network."""
     return sorted(f"{_OWNER}/{path.stem}" for path in ARCHITECTURES.glob("*.json"))
 
 
 def architecture(path: str) -> dict[str, Any]:
-    """The `config.json` of a model, without its weights and without a network.
+    """Returns the `config.json` of a model, without its weights and without a network.
 
     Args:
-      path: as for `model_folder`. Of "hub:OWNER/NAME[@REVISION]" the file shipped in this package
-        is read, whatever the revision: good for sizes (its README says what is not confirmed). A
-        run reads the file that comes with the weights.
+      path: as for `model_folder`. For "hub:OWNER/NAME[@REVISION]" it reads the file shipped in this
+        package, whatever the revision: sufficient for sizes (its README lists what is not
+        confirmed). A run reads the file that comes with the weights.
 
     Raises:
-      FileNotFoundError: naming what is missing and what there is.
-      ValueError: a file that holds no JSON object.
+      FileNotFoundError: names what is missing and what is available.
+      ValueError: a file that is not a JSON object.
     """
     if path.startswith("hub:"):
         name = path.removeprefix("hub:").partition("@")[0]
@@ -80,7 +80,7 @@ def architecture(path: str) -> dict[str, Any]:
 
 
 def _download(name: str) -> pathlib.Path:
-    # Only here, so that nothing reaches for a network unless a hub id was named.
+    # Imported here, so that nothing uses the network unless a hub id is named.
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition("@")
@@ -92,7 +92,7 @@ def _download(name: str) -> pathlib.Path:
                 allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"],
             )
         )
-    except Exception as error:  # The hub raises a dozen types; the remedy is the same.
+    except Exception as error:  # The hub raises a dozen types with the same remedy.
         raise FileNotFoundError(
             f"could not download {repo} from the hub ({type(error).__name__}: {error}): check the "
             "name, the network and the login, or give a local folder"

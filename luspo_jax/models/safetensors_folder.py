@@ -1,8 +1,8 @@
-"""A folder of safetensors: tensors read lazily by name, and written as a stream or not at all.
+"""A safetensors folder: reads tensors lazily by name; writes them as a stream, all or nothing.
 
-One file `model.safetensors`, or shards that `model.safetensors.index.json` lists. The format: 8
-bytes of little-endian header length, a JSON header of types, shapes and offsets, then the bytes
-(https://github.com/huggingface/safetensors#format). bfloat16 is NumPy's by way of ml_dtypes.
+It is one file `model.safetensors`, or shards listed in `model.safetensors.index.json`. The format:
+8 bytes of little-endian header length, a JSON header of types, shapes and offsets, then the bytes
+(https://github.com/huggingface/safetensors#format). ml_dtypes adds bfloat16 to NumPy.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ _EXPERT = re.compile(r"(.*\.layers)\.(\d+)(\..*experts)\.(\d+)(\..*)")
 
 
 class WeightsError(ValueError):
-    """A checkpoint that cannot be read or written; the message names the file and a remedy."""
+    """A checkpoint cannot be read or written; the message names the file and a remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: where, by what name, its shape, and the format's code of its type."""
+    """A stored tensor: its file, its name there, its shape, and the format's code of its type."""
 
     file: pathlib.Path
     name: str
@@ -48,7 +48,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: `read()` makes it when its turn comes."""
+    """A tensor to write: `read()` creates it when its turn comes."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,10 +56,10 @@ class Planned:
 
 
 def contents(folder: pathlib.Path) -> dict[str, Stored]:
-    """Every tensor of a folder by name, from the headers only.
+    """Lists every tensor of a folder by name, from the headers only.
 
-    Raises WeightsError on a missing or truncated file or shard, a missing index, a tensor that
-    two shards hold, or a type that is not a plain float.
+    Raises WeightsError on a missing or truncated file or shard, a missing index, a tensor that two
+    shards hold, or a type that is not a plain float.
     """
     found: dict[str, Stored] = {}
     for file in _files(folder):
@@ -84,12 +84,12 @@ def contents(folder: pathlib.Path) -> dict[str, Stored]:
 def misfits(
     stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]], ignored: Collection[str] = ()
 ) -> list[str]:
-    """What is wrong with the names and shapes of a folder: missing, surplus and misshapen tensors.
+    """Describes missing, surplus and misshapen tensors of a folder.
 
     Args:
-      stored: as `contents` finds them.
-      shapes: what there must be.
-      ignored: what there may be besides.
+      stored: as from `contents`.
+      shapes: required tensors.
+      ignored: names allowed besides.
     """
     missing = [name for name in shapes if name not in stored]
     surplus = [
@@ -110,8 +110,11 @@ def misfits(
 
 
 def listed(names: list[str]) -> str:
-    """Names for an error, not too many; those of experts that differ in their numbers are one:
-    `model.layers.[0-47].mlp.experts.[3,120-127].up_proj.weight`."""
+    """Formats names for an error, abbreviated.
+
+    Expert tensors that differ only in numbers become one:
+    `model.layers.[0-47].mlp.experts.[3,120-127].up_proj.weight`.
+    """
     experts = defaultdict(set)  # by name and layer
     for name in names:
         if match := _EXPERT.fullmatch(name):
@@ -129,7 +132,7 @@ def listed(names: list[str]) -> str:
 
 
 def _ranges(numbers):
-    """`7` of one number, `[0-3,7]` of several."""
+    """Formats one number as `7`, several as `[0-3,7]`."""
     runs = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -142,7 +145,7 @@ def _ranges(numbers):
 
 @contextlib.contextmanager
 def opened(file: pathlib.Path):
-    """A safetensors handle that reads NumPy arrays lazily."""
+    """Opens a safetensors handle that reads NumPy arrays lazily."""
     try:
         handle = safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
@@ -155,10 +158,10 @@ def opened(file: pathlib.Path):
 
 @contextlib.contextmanager
 def reader(stored: dict[str, Stored]) -> Iterator[Callable[..., np.ndarray]]:
-    """A function (name, a slice of each dimension) -> array, of the tensors of a folder.
+    """Yields a function (name, a slice of each dimension) -> array, for the tensors of a folder.
 
-    `name` is a key of `stored`, which may be another than the one in the file. Files are mapped
-    into memory and stay open until the block ends.
+    `name` is a key of `stored`, which may differ from the name in the file. Files are memory-mapped
+    and stay open until the block ends.
     """
     with contextlib.ExitStack() as stack:
         handles = {}
@@ -173,7 +176,7 @@ def reader(stored: dict[str, Stored]) -> Iterator[Callable[..., np.ndarray]]:
 
 
 def read_slice(handle, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-    """A copy of one part of a tensor; every byte of weights that is read passes here."""
+    """Copies one part of a tensor; all reads of weights go through here."""
     return handle.get_slice(name)[slices]
 
 

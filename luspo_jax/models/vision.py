@@ -1,6 +1,6 @@
 """Qwen2.5-VL's vision tower as functions of `(params, arrays)`: patches in, embeddings out.
 
-Patches of an image lie in slots, window after window (`image_layout`), so that a program knows of
+Patches of an image lie in slots, window after window (`images.layout`), so that a program knows of
 an image's size only how many windows it was padded to. Most blocks attend within windows, the
 `full_layers` over the whole image; both kinds have the same parameters, stacked on a leading axis,
 and one scan runs over them all. The merger makes one embedding of each unit of merge_size² patches
@@ -33,7 +33,7 @@ from luspo_jax.sharding import constrain
 
 _MASKED = -1e30  # finite: the exponential of a masked score is exactly zero, never NaN
 
-# Logical axes of the parameters. A patch's kernel has its colours, frames, rows and columns.
+# Logical axes of the parameters. A patch's kernel has colours, frames, rows and columns.
 _AXES = {
     "patch": {"kernel": (None, None, None, None, "embed")},
     "blocks": {
@@ -61,7 +61,7 @@ _AXES = {
 
 
 def _shapes(config):
-    """Shapes of the parameters, in the structure of `_AXES`."""
+    """Returns shapes of the parameters, in the structure of `_AXES`."""
     D, F, heads = config.embed_dim, config.mlp_dim, (config.num_heads, config.head_dim)
     M = config.unit_patches * D
     return {
@@ -88,7 +88,7 @@ def _shapes(config):
 
 
 def _with_blocks(tree, first):
-    """The tree of tuples with `first` in front of those of the blocks."""
+    """Prepends `first` to the tuples of the blocks."""
 
     def is_leaf(node):
         return isinstance(node, tuple)
@@ -98,7 +98,7 @@ def _with_blocks(tree, first):
 
 
 def abstract_params(config, dtype=jnp.float32):
-    """Shapes and types of the tower's parameters; nothing is allocated."""
+    """Returns shapes and types of the tower's parameters; allocates nothing."""
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, dtype),
         _with_blocks(_shapes(config), config.depth),
@@ -107,13 +107,13 @@ def abstract_params(config, dtype=jnp.float32):
 
 
 def param_axes(config):
-    """The logical axis of every dimension of every parameter, as a tree of tuples."""
-    del config  # all towers have the same
+    """Returns the logical axis of every dimension of every parameter, as a tree of tuples."""
+    del config  # the same for all towers
     return _with_blocks(_AXES, "layers")
 
 
 def cut_sizes(config):
-    """What a mesh must cut into equal parts: name in config.json → (logical axis, size)."""
+    """Returns sizes that a mesh must divide evenly: name in config.json → (logical axis, size)."""
     return {
         "vision_config.hidden_size": ("embed", config.embed_dim),
         "vision_config.num_heads": ("heads", config.num_heads),
@@ -122,61 +122,48 @@ def cut_sizes(config):
     }
 
 
-def encode(
-    params,
-    patches_ISC,
-    positions_IS2,
-    valid_IS,
-    *,
-    config,
-    dtype=jnp.float32,
-    remat="none",
-    attention="reference",
-    layout=None,
-):
+def encode(params, patches_ISC, positions_IS2, valid_IS, *, how):
     """Embeddings of the units of I images [I, U, D], U = S / merge_size², in the order of slots.
 
-    `image_layout.stacked` makes the arrays; `image_layout.token_units` says which unit of the
+    `images.batch.in_slots` makes the arrays; `images.layout.token_units` says which unit of the
     flattened result stands at which token. Units without patches are finite and mean nothing, and
     change nothing of the others.
 
     Args:
       params: the tower's own, `params["vision"]`, in any floating type.
-      patches_ISC: floating; each patch as the image processor gives it, C its numbers.
+      patches_ISC: floating; each patch as from the image processor, C its numbers.
       positions_IS2: int32 row and column of each slot's patch.
       valid_IS: bool, whether the slot holds a patch; S a multiple of a window's slots.
-      config: the VisionConfig of `params`.
-      dtype: type of activations and matmuls; norms, rotation and softmax are float32.
-      remat: a key of `decoder.REMAT`: what of a block is kept for the backward pass.
-      attention: an implementation of `ops.attention` that reads segment ids, for `full_layers`.
-      layout: where images, slots and heads lie: images over "batch", each image's windows over
-        "length" where that divides their number.
+      how: the Forward. Its `vision_attention` reads segment ids and is of `full_layers`; under its
+        layout images lie over "batch", each image's windows over "length" where that divides their
+        number.
 
     Raises:
       ValueError: sizes that do not fit, or an attention that takes lengths only (cudnn): the slots
-        of an image are not one run.
+        of an image are not contiguous.
     """
-    _check(patches_ISC, config, attention)
-    patches_ISC = placed(patches_ISC.astype(dtype), layout)
+    config, layout = how.model.vision, how.layout
+    _check(patches_ISC, config, how.vision_attention)
+    patches_ISC = placed(patches_ISC.astype(how.dtype), layout)
     kernel_CD = params["patch"]["kernel"].reshape(-1, config.embed_dim)
     x_ISD = placed(project(patches_ISC, kernel_CD, 1, (None, "embed"), layout), layout)
     rotation = _rotation(positions_IS2, config.head_dim)
-    full_attention = functools.partial(_attend_image, attention, layout)
+    full_attention = functools.partial(_attend_image, how.vision_attention, layout)
 
     def block(x_ISD, scanned):
         block_params, full = scanned
-        return _block(x_ISD, block_params, full, rotation, valid_IS, full_attention, config, layout)
+        return _block(x_ISD, block_params, full, rotation, valid_IS, full_attention, how)
 
-    if remat != "none":
-        block = jax.checkpoint(block, prevent_cse=False, policy=REMAT[remat])
+    if how.remat != "none":
+        block = jax.checkpoint(block, prevent_cse=False, policy=REMAT[how.remat])
     full_L = np.isin(np.arange(config.depth), config.full_layers)
     x_ISD, _ = lax.scan(block, x_ISD, (params["blocks"], full_L))
     return _merge(x_ISD, params["merger"], config, layout)
 
 
-def _block(x, params, full, rotation, valid_IS, full_attention, config, layout):
+def _block(x, params, full, rotation, valid_IS, full_attention, how):
     """One pre-norm residual block, as the body of a scan."""
-    axes = _AXES["blocks"]
+    axes, config, layout = _AXES["blocks"], how.model.vision, how.layout
     normed = rms_norm(x, params["attention_norm"]["scale"], NORM_EPS)
     qkv = _affine(normed, params["attention"]["qkv"], axes["attention"]["qkv"], layout)
     query, key, value = (qkv[:, :, i] for i in range(3))
@@ -186,7 +173,7 @@ def _block(x, params, full, rotation, valid_IS, full_attention, config, layout):
         out = full_attention(*arrays)
     elif not config.full_layers:
         out = windowed(*arrays)
-    else:  # of the two, one is computed
+    else:  # only one of the two is computed
         out = lax.cond(full, full_attention, windowed, *arrays)
     out = _affine(out, params["attention"]["out"], axes["attention"]["out"], layout, contracted=2)
     x = placed(x + out, layout)
@@ -199,14 +186,14 @@ def _block(x, params, full, rotation, valid_IS, full_attention, config, layout):
 
 
 def _affine(x, params, axes, layout, contracted=1):
-    """x · kernel + bias over the last `contracted` axes of x."""
+    """Computes x · kernel + bias over the last `contracted` axes of x."""
     return add_bias(
         project(x, params["kernel"], contracted, axes["kernel"], layout), params["bias"]
     )
 
 
 def _merge(x_ISD, params, config, layout):
-    """out(gelu(hidden(x))) of the patches of each unit, normed and joined."""
+    """Computes out(gelu(hidden(x))) of the normed, concatenated patches of each unit."""
     I, S, D = x_ISD.shape
     units_IUM = rms_norm(x_ISD, params["norm"]["scale"], NORM_EPS).reshape(
         I, S // config.unit_patches, config.unit_patches * D
@@ -218,8 +205,10 @@ def _merge(x_ISD, params, config, layout):
 
 
 def _rotation(positions_IS2, head_dim):
-    """(cos, sin), float32 [I, S, 1, H/2]: the first half of the angles turn by the patch's row, the
-    others by its column."""
+    """Returns (cos, sin), float32 [I, S, 1, H/2]: the first half of the angles use the row.
+
+    The other half use the column.
+    """
     positions = positions_IS2.astype(jnp.float32)[..., None]
     angles = positions * along_last_axes(frequencies(head_dim // 2, ROPE_THETA), positions.ndim)
     angles = angles.reshape(*positions_IS2.shape[:2], 1, head_dim // 2)
@@ -227,7 +216,7 @@ def _rotation(positions_IS2, head_dim):
 
 
 def _attend_image(implementation, layout, query, key, value, valid_IS):
-    """Attention of all patches of an image over each other."""
+    """Attends over all patches of an image."""
     return attend(
         query,
         key,
@@ -239,11 +228,11 @@ def _attend_image(implementation, layout, query, key, value, valid_IS):
     )
 
 
-# The weights of all windows are computed again in the backward pass: kept, they are 64 numbers a
-# patch and head, as many as the rest of a block keeps.
+# The backward pass recomputes the weights of all windows: they are 64 numbers per patch and head,
+# as many as the rest of a block keeps.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1))
 def _attend_windows(slots, layout, query_ISNH, key_ISNH, value_ISNH, valid_IS):
-    """Attention of the patches in a window over each other, `slots` of them a window."""
+    """Attends over the patches of each window, `slots` per window."""
     I, S, N, H = query_ISNH.shape
     scaled_ISNH = (wide(query_ISNH) * H**-0.5).astype(query_ISNH.dtype)
 
@@ -262,7 +251,7 @@ def _attend_windows(slots, layout, query_ISNH, key_ISNH, value_ISNH, valid_IS):
 
 
 def _window_axes(count, layout):
-    """Axes of images and their windows; windows that cannot be cut evenly lie on every device."""
+    """Returns axes of images and their windows; unevenly divided windows are on every device."""
     cut = layout is not None and count % layout.size("length") == 0
     return "batch", "length" if cut else None
 
@@ -274,7 +263,7 @@ def _check(patches_ISC, config, attention):
         raise ValueError(
             f"patches of {I} images are [{S}, {C}] each; the tower takes a multiple of "
             f"{config.window_slots} slots (a window of window_size {config.window_size}) of "
-            f"{expected} numbers, as image_layout.stacked makes them"
+            f"{expected} numbers, as images.batch.in_slots makes them"
         )
     if attention == "cudnn":
         raise ValueError(

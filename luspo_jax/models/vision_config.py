@@ -1,31 +1,32 @@
-"""The vision tower's configuration, and what a `config.json` of Qwen2.5-VL has besides a decoder's.
+"""The vision tower's configuration, and the fields Qwen2.5-VL adds to a decoder's `config.json`.
 
-Two spellings are read: the hub's, with the decoder's fields at the top level, and that of
-transformers 5, with the decoder's in `text_config`. Everything is read in full, or refused by name.
+Two formats are read: the hub's, with the decoder's fields at the top level, and transformers 5's,
+with the decoder's in `text_config`. Every field is read, or refused by name.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from luspo_jax.models.expert_config import ConfigError, is_int, required
+from luspo_jax.hosts.values import ConfigError
+from luspo_jax.models.expert_config import is_int, required
 
 MODEL_TYPE = "qwen2_5_vl"
-ROPE_THETA = 10_000.0  # of the tower; the checkpoints do not name it
+ROPE_THETA = 10_000.0  # of the tower; not in the checkpoints
 NORM_EPS = 1e-6  # likewise
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Everything that fixes the tower's parameters and arithmetic; hashable, static under jit.
+    """All settings of the tower's parameters and arithmetic; hashable, static under jit.
 
     Attributes:
       depth: blocks.
       embed_dim: width of a patch inside the tower.
       mlp_dim: width of a block's MLP.
-      num_heads: attention heads, which have keys of their own each.
-      out_dim: width of what the tower gives, which is the decoder's.
-      full_layers: blocks in which a patch sees all of its image; in the others, its window.
+      num_heads: attention heads, each with its own keys.
+      out_dim: width of the tower's output, equal to the decoder's.
+      full_layers: blocks in which a patch sees its whole image; in the others, its window.
       patch_size: pixels along the side of a patch.
       merge_size: patches along the side of a unit, which becomes one token.
       window_size: pixels along the side of a window.
@@ -72,31 +73,31 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of a head."""
+        """Returns the width of a head."""
         return self.embed_dim // self.num_heads
 
     @property
     def unit_patches(self) -> int:
-        """Patches that become one token."""
+        """Returns the number of patches that become one token."""
         return self.merge_size**2
 
     @property
     def window_units(self) -> int:
-        """Units along the side of a window."""
+        """Returns the number of units along the side of a window."""
         return self.window_size // (self.patch_size * self.merge_size)
 
     @property
     def window_slots(self) -> int:
-        """Patches in a window."""
+        """Returns the number of patches in a window."""
         return self.window_units**2 * self.unit_patches
 
     @property
     def patch_shape(self) -> tuple[int, int, int, int]:
-        """A patch as the image processor flattens it: colours, frames, rows, columns."""
+        """Returns a patch's shape in the image processor: colours, frames, rows, columns."""
         return (self.in_channels, self.temporal_patch_size, self.patch_size, self.patch_size)
 
 
-# Our field: its name in `vision_config`. All of them are required.
+# Our field → its name in `vision_config`. All are required.
 FIELDS = {
     "depth": "depth",
     "embed_dim": "hidden_size",
@@ -111,29 +112,29 @@ FIELDS = {
 }
 _CHANNELS = ("in_channels", "in_chans")  # transformers 5 and the hub
 _FULL = "fullatt_block_indexes"
-# Of the videos that this port refuses, and of training as HF does it.
+# For videos, which this port refuses, and for HF's own training.
 _INERT = {"tokens_per_second", "initializer_range", "transformers_version"}
 _ONLY = {
     "hidden_act": ("silu",),
     "model_type": (MODEL_TYPE, "qwen2_5_vl_vision"),
 }
 
-# Our field of a DecoderConfig: its name in config.json. All of them are required.
+# Our field of a DecoderConfig → its name in config.json. All are required.
 TOKENS = {
     "image_token_id": "image_token_id",
     "video_token_id": "video_token_id",
     "vision_start_token_id": "vision_start_token_id",
     "vision_end_token_id": "vision_end_token_id",
 }
-# Names at the top level, after `flat`, that a text model has not; nothing reads `vision_token_id`.
+# Names at the top level, after `flat`, that a text model lacks; nothing reads `vision_token_id`.
 KNOWN = {*TOKENS.values(), "vision_config", "vision_token_id", "mrope_section"}
 
 
 def flat(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` of Qwen2.5-VL with the decoder's fields at the top level.
+    """Moves the decoder's fields of a Qwen2.5-VL `config.json` to the top level.
 
-    `text_config` is merged into it, and `mrope_section` taken out of `rope_scaling` or
-    `rope_parameters`; what is left of these is ordinary rotary positions.
+    It merges `text_config` and takes `mrope_section` out of `rope_scaling` or `rope_parameters`;
+    the rest of these is ordinary rotary positions.
 
     Raises:
       ConfigError: the two levels contradict each other, or sections are missing or several.
@@ -143,9 +144,9 @@ def flat(hf: Mapping[str, Any]) -> dict[str, Any]:
     kind = inner.pop("model_type", None)
     if kind not in (None, MODEL_TYPE, "qwen2_5_vl_text"):
         raise ConfigError(f"text_config: model_type {kind!r} is not implemented, only 'qwen2_5_vl'")
-    tied = "tie_word_embeddings"  # older files say it inside, where newer ones say nothing
+    tied = "tie_word_embeddings"  # older files state it inside, newer ones do not
     for name in ("architectures", "transformers_version", "dtype", "torch_dtype"):
-        value = inner.pop(name, None)  # the whole model's are outside
+        value = inner.pop(name, None)  # the whole model's values are outside
         if "dtype" in name and not {"dtype", "torch_dtype"} & hf.keys():
             flat[name] = value
     for name, value in inner.items():
@@ -172,7 +173,7 @@ def flat(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decoder_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a DecoderConfig that a text model has not, from what `flat` gives."""
+    """Returns the DecoderConfig fields that a text model lacks, from the output of `flat`."""
     values = {ours: required(hf, theirs) for ours, theirs in TOKENS.items()}
     vision = required(hf, "vision_config")
     if not isinstance(vision, Mapping):
@@ -181,10 +182,10 @@ def decoder_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vision_config(hf: Mapping[str, Any]) -> VisionConfig:
-    """VisionConfig of the `vision_config` in a Hugging Face `config.json`.
+    """Returns the VisionConfig of the `vision_config` in a Hugging Face `config.json`.
 
-    Raises ConfigError naming the field where one is missing, or asks for something that this tower
-    does not compute.
+    Raises ConfigError, naming the field, if a field is missing or asks for something that this
+    tower does not compute.
     """
     try:
         return _vision_config(dict(hf))
@@ -197,7 +198,7 @@ def _vision_config(hf):
     for name, allowed in _ONLY.items():
         if hf.get(name) is not None and hf[name] not in allowed:
             raise ConfigError(f"{name} = {hf[name]!r} is not implemented, only {allowed[0]!r}")
-    spatial = hf.pop("spatial_patch_size", None)  # written by the hub, read by nothing
+    spatial = hf.pop("spatial_patch_size", None)  # written by the hub, never read
     if spatial is not None and spatial != hf.get("patch_size"):
         raise ConfigError(f"spatial_patch_size {spatial} must be patch_size {hf.get('patch_size')}")
     channels = {name: hf[name] for name in _CHANNELS if hf.get(name) is not None}
@@ -232,10 +233,10 @@ def _check_rope(rope):
 
 
 def hf_fields(config) -> dict[str, Any]:
-    """What the `config.json` of a DecoderConfig with a tower has besides that of a text model.
+    """Returns the `config.json` fields that a DecoderConfig with a tower adds to a text model's.
 
-    Both spellings of the number of colours are written; the rest is the hub's spelling, which
-    transformers 4 and 5 read.
+    The number of colours is written in both spellings; the rest in the hub's, which transformers 4
+    and 5 read.
     """
     tower = {theirs: getattr(config.vision, ours) for ours, theirs in FIELDS.items()}
     tower |= {name: config.vision.in_channels for name in _CHANNELS}
@@ -254,7 +255,7 @@ def hf_fields(config) -> dict[str, Any]:
 
 
 def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A `config.json` whose nested parts declare the type `dtype` where they declare one."""
+    """Returns a `config.json` whose nested parts declare `dtype` if they declare a type."""
     parts = {}
     for name in {"text_config", "vision_config"} & hf.keys():
         own = hf[name] or {}
@@ -263,7 +264,7 @@ def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def check_vision(config) -> None:
-    """Checks the fields of a DecoderConfig that say how it sees, against the others.
+    """Checks a DecoderConfig's vision fields against the others.
 
     Raises:
       ConfigError: a tower in a text model or none in a Qwen2.5-VL, or numbers that do not fit.

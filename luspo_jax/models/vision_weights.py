@@ -1,8 +1,8 @@
-"""The vision tower's tensors in a Hugging Face folder: their names and places in the parameters.
+"""The vision tower's tensors in a Hugging Face folder: names and places in the parameters.
 
-`decoder_weights` reads and writes them by this table, as it does the decoder's own. Queries, keys
-and values are one tensor there and one parameter here; a patch's kernel is a convolution's, with
-the outputs first.
+`decoder_weights` reads and writes them by this table, like the decoder's own. Queries, keys and
+values are one tensor there and one parameter here; a patch's kernel is a convolution's, with the
+outputs first.
 """
 
 import math
@@ -35,20 +35,20 @@ _BLOCK = {
     "mlp.down_proj.weight": ("mlp", "down", "kernel"),
     "mlp.down_proj.bias": ("mlp", "down", "bias"),
 }
-COPIED_FILES = (  # how the images were prepared
+COPIED_FILES = (  # record of how images were prepared
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
 )
-# Trainers that save their modules' own names write these for the hub's.
+# Trainers that save their modules' own names write these instead of the hub's.
 _OWN_NAMES = re.compile(r"^model\.(?:language_model\.(.*)|(visual\..*))$")
 
 
 def weight_table(config: VisionConfig | None, make: Callable[..., Any]) -> dict[str, Any]:
-    """Every tensor of a tower: hub name → make(path, place, shape, hf_shape, transposed, merged).
+    """Returns a tower's tensors: hub name → make(path, place, shape, hf_shape, transposed, merged).
 
-    The arguments are the fields of `decoder_weights.Entry`; `place` is () outside the blocks and
-    else the block, (i,). Without a tower there is none.
+    The arguments are the fields of `decoder_weights.Entry`; `place` is the block, (i,), or ()
+    outside the blocks. Without a tower the table is empty.
     """
     if config is None:
         return {}
@@ -67,28 +67,30 @@ def weight_table(config: VisionConfig | None, make: Callable[..., Any]) -> dict[
 
 
 def hub_name(name: str) -> str:
-    """The hub's name of a tensor: `model.layers…` for `model.language_model.layers…`, and
-    `visual…` for `model.visual…`."""
+    """Returns a tensor's hub name.
+
+    That is `model.layers…` for `model.language_model.layers…`, and `visual…` for `model.visual…`.
+    """
     match = _OWN_NAMES.match(name)
     return name if match is None else match[2] or f"model.{match[1]}"
 
 
 def by_hub_names(tensors: dict[str, Any], config: VisionConfig | None) -> dict[str, Any]:
-    """The tensors of a folder by their hub names; a text model's as they are."""
+    """Maps the tensors of a folder by hub names; a text model's stay unchanged."""
     if config is None:
         return tensors
     return {hub_name(name): tensor for name, tensor in tensors.items()}
 
 
 def _stored(path, shape):
-    """(hf_shape, transposed, merged) of a parameter of `shape`: how its tensor is stored."""
+    """Returns (hf_shape, transposed, merged): how a parameter of `shape` is stored as a tensor."""
     rank = len(shape)
     if path[-1] != "kernel":
         merged = ((0, rank),)
     elif path == ("patch", "kernel"):
         merged = ((rank - 1, rank), *((axis, axis + 1) for axis in range(rank - 1)))
     else:
-        inputs = 2 if path[-2] == "out" and "attention" in path else 1  # axes contracted
+        inputs = 2 if path[-2] == "out" and "attention" in path else 1  # contracted axes
         merged = ((inputs, rank), (0, inputs))
     hf_shape = tuple(math.prod(shape[first:last]) for first, last in merged)
     return hf_shape, path[-1] == "kernel", merged

@@ -5,9 +5,9 @@
     denominators = objectives.denominators(objective, response_mask_BT)      # the optimizer step
     value, metrics = objectives.loss(objective, batch, denominators)         # each micro-batch
 
-Two functions share their name with the file of their formulas (`advantages`, `length_scales`);
-here the functions win, and the formulas are reached by `from luspo_jax.objectives.advantages
-import ADVANTAGES`.
+Two functions (`advantages`, `length_scales`) have the name of the module that holds their formulas.
+This package exports the functions; import the formulas from the module:
+`from luspo_jax.objectives.advantages import ADVANTAGES`.
 """
 
 from luspo_jax.objectives.kl import reward_adjustment

@@ -1,9 +1,10 @@
-"""Advantages of whole responses from their rewards, over a whole rollout batch.
+"""Advantages of responses, computed from their rewards over a whole rollout batch.
 
-Each is `f(rewards_B, lengths_B, group_ids_B, *, hyperparameters) -> advantages_B`, data only. A row
-of length 0 is absent: advantage 0, and left out of every mean and standard deviation. A group
-whose present rewards are all equal has advantage 0 exactly (before any whitening), not what
-rounding leaves of R − mean. R_i reward, m and σ mean and unbiased standard deviation of its group.
+Each function is `f(rewards_B, lengths_B, group_ids_B, *, hyperparameters) -> advantages_B`; no
+gradient flows through it. A row of length 0 is absent: its advantage is 0, and every mean and
+standard deviation leaves it out. A group whose present rewards are all equal has advantage exactly
+0 (before any whitening), not the rounding error of R − mean. R_i is the reward; m and σ are the
+mean and unbiased standard deviation of its group.
 """
 
 import jax
@@ -20,7 +21,7 @@ def _centred(
 
 
 def none(rewards_B: jax.Array, lengths_B: jax.Array, group_ids_B: jax.Array) -> jax.Array:
-    """A = R − m: the group mean and no scaling (Dr.GRPO, arXiv 2503.20783; MiniRL, 2512.01374)."""
+    """A = R − m: group mean, no scaling (Dr.GRPO, arXiv 2503.20783; MiniRL, 2512.01374)."""
     present_B = lengths_B > 0
     mean_B = group_mean(rewards_B, group_ids_B, present_B)
     return _centred(rewards_B, mean_B, group_ids_B, present_B)
@@ -76,8 +77,8 @@ def maxrl(
 ) -> jax.Array:
     """A = (R − m)/(m + ε): the gradient of log success rate (tajwarfahim/maxrl, ε 1e-6).
 
-    For rewards ≥ 0. A group whose mean is not positive gets 0, so that a penalty below zero
-    cannot turn the sign of the update.
+    For rewards ≥ 0. A group whose mean is not positive gets 0, so that a negative reward cannot
+    flip the sign of the update.
     """
     mean_B = group_mean(rewards_B, group_ids_B, lengths_B > 0)
     centred_B = none(rewards_B, lengths_B, group_ids_B)

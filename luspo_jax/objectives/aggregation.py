@@ -1,12 +1,12 @@
-"""Aggregations: how token losses become one number per optimizer step.
+"""Aggregations: reduce token losses to one number per optimizer step.
 
-Each is `f(lengths_B, *, hyperparameters) -> (divisor_B, denominator)`. The loss of a step is
-Σ_i (w_i / divisor_i) Σ_t l_it / denominator, w the length scale and l over response tokens only.
-The divisor of a row depends on its own length alone and the denominator on all rows of the step, so
-any split into micro-batches, padding width or row order gives the same sum.
+Each function is `f(lengths_B, *, hyperparameters) -> (divisor_B, denominator)`. The loss of a step
+is Σ_i (w_i / divisor_i) Σ_t l_it / denominator, where w is the length scale and t runs over
+response tokens only. A row's divisor depends on its own length alone; the denominator depends on
+all rows of the step. Any split into micro-batches, padding width or row order gives the same sum.
 
-One rule everywhere: a row without response tokens is no sequence. It adds nothing to the loss and
-does not count in N. Tokens and rows that a correction drops still count.
+A row without response tokens is never a sequence: it adds nothing to the loss and is not counted in
+N. Tokens and rows that a correction drops still count.
 """
 
 import jax
@@ -18,7 +18,7 @@ def _sequences(lengths_B: jax.Array) -> jax.Array:
 
 
 def seq_mean_token_mean(lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(1/N) Σ_i (1/L_i) Σ_t l_it (GRPO, GSPO; the only one that takes a length scale)."""
+    """(1/N) Σ_i (1/L_i) Σ_t l_it (GRPO, GSPO; the only one that allows a length scale)."""
     return jnp.maximum(lengths_B, 1), _sequences(lengths_B)
 
 
@@ -28,14 +28,14 @@ def token_mean(lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def seq_mean_token_sum(lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(1/N) Σ_i Σ_t l_it: what LUSPO's length scale makes of the sequence mean."""
+    """(1/N) Σ_i Σ_t l_it: equal to the sequence mean with LUSPO's length scale."""
     return jnp.ones_like(lengths_B), _sequences(lengths_B)
 
 
 def seq_mean_token_sum_norm(
     lengths_B: jax.Array, *, max_response_length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(1/N) Σ_i Σ_t l_it / C, C the longest response allowed (Dr.GRPO, arXiv 2503.20783)."""
+    """(1/N) Σ_i Σ_t l_it / C, C the response length limit (Dr.GRPO, arXiv 2503.20783)."""
     return jnp.ones_like(lengths_B), _sequences(lengths_B) * max_response_length
 
 

@@ -1,12 +1,12 @@
-"""Corrections for a sampler that disagrees with the trainer, and masks for stale sequences.
+"""Corrections for a mismatch between sampler and trainer, and masks for stale sequences.
 
-ρ_t = π_old(y_t) / π_sampler(y_t), π_old by the trainer's own forward pass. A correction is
-`f(log_rho_BT, response_mask_BT, *, hyperparameters) -> weight_BU`, data only, that multiplies the
-policy loss of each token (U = T) or sequence (U = 1); 0 drops it. What is dropped stays in every
-denominator. Several corrections are joined with "+" and multiply: "geometric-mask+tis".
+ρ_t = π_old(y_t) / π_sampler(y_t), with π_old from the trainer's own forward pass. A correction is
+`f(log_rho_BT, response_mask_BT, *, hyperparameters) -> weight_BU`. It multiplies the policy loss of
+each token (U = T) or sequence (U = 1) and carries no gradient; weight 0 drops the unit. Dropped
+units stay in every denominator. Corrections joined with "+" multiply: "geometric-mask+tis".
 
-LUSPO's own ratio is a geometric mean of π/π_old; the sequence corrections here use products of
-π_old/π_sampler: two different objects.
+LUSPO's own ratio is a geometric mean of π/π_old. The sequence corrections here use products of
+π_old/π_sampler, a different quantity.
 """
 
 import jax
@@ -16,13 +16,13 @@ from luspo_jax.objectives.ratios import bounded, row_mean
 
 
 def _product(log_rho_BT: jax.Array, response_mask_BT: jax.Array) -> jax.Array:
-    """Π_t ρ_t [B, 1], its logarithm held within ±20."""
+    """Returns Π_t ρ_t [B, 1], its logarithm clipped to ±20."""
     log_rho_B1 = jnp.where(response_mask_BT, log_rho_BT, 0).sum(axis=1, keepdims=True)
     return jnp.exp(bounded(log_rho_B1))
 
 
 def none(log_rho_BT: jax.Array) -> jax.Array:
-    """1: the mismatch is measured and not corrected."""
+    """1: measures the mismatch without correcting it."""
     return jnp.ones_like(log_rho_BT)
 
 
@@ -32,7 +32,7 @@ def tis(log_rho_BT: jax.Array, *, tis_max: float) -> jax.Array:
 
 
 def icepop(log_rho_BT: jax.Array, *, icepop_low: float, icepop_high: float) -> jax.Array:
-    """ρ_t inside [low, high], else 0 [B, T]: IcePop, token-level MIS; [0.5, 5] or [0.5, 2]."""
+    """ρ_t if inside [low, high], else 0 [B, T]: IcePop, token-level MIS; [0.5, 5] or [0.5, 2]."""
     rho_BT = jnp.exp(bounded(log_rho_BT))
     return jnp.where((rho_BT >= icepop_low) & (rho_BT <= icepop_high), rho_BT, 0)
 
@@ -40,7 +40,7 @@ def icepop(log_rho_BT: jax.Array, *, icepop_low: float, icepop_high: float) -> j
 def sequence_tis(
     log_rho_BT: jax.Array, response_mask_BT: jax.Array, *, sequence_tis_max: float
 ) -> jax.Array:
-    """min(Π_t ρ_t, C) [B, 1]. The product collapses on responses past about 9k tokens."""
+    """min(Π_t ρ_t, C) [B, 1]. The product collapses beyond about 9k tokens."""
     return jnp.minimum(_product(log_rho_BT, response_mask_BT), sequence_tis_max)
 
 
@@ -51,7 +51,7 @@ def sequence_mis(
     sequence_mis_low: float,
     sequence_mis_high: float,
 ) -> jax.Array:
-    """Π_t ρ_t inside [low, high], else 0 [B, 1]; the default [0.5, 2] is IcePop's, unconfirmed."""
+    """Π_t ρ_t if inside [low, high], else 0 [B, 1]; default [0.5, 2] as in IcePop, unconfirmed."""
     rho_B1 = _product(log_rho_BT, response_mask_BT)
     return jnp.where((rho_B1 >= sequence_mis_low) & (rho_B1 <= sequence_mis_high), rho_B1, 0)
 
@@ -63,17 +63,17 @@ def geometric_mask(
     geometric_low: float,
     geometric_high: float,
 ) -> jax.Array:
-    """1 where exp(mean_t log ρ_t) is inside [0.99, 1.01], else 0 [B, 1]: the one for 32k tokens."""
+    """1 if exp(mean_t log ρ_t) is inside [0.99, 1.01], else 0 [B, 1]: the choice for 32k tokens."""
     rho_B1 = jnp.exp(bounded(row_mean(log_rho_BT, response_mask_BT)))
     keep_B1 = (rho_B1 >= geometric_low) & (rho_B1 <= geometric_high)
     return keep_B1.astype(log_rho_BT.dtype)
 
 
 def k3_mask(log_rho_BT: jax.Array, response_mask_BT: jax.Array, *, k3_max: float) -> jax.Array:
-    """1 where mean_t (ρ_t − log ρ_t − 1) ≤ max, else 0 [B, 1].
+    """1 if mean_t (ρ_t − log ρ_t − 1) ≤ max, else 0 [B, 1].
 
-    Unlike the geometric mean, k3 cannot cancel between tokens. Bounds in use are 1e-3 … 1e-2; which
-    is best is unconfirmed, so the default is the mildest, 1e-2.
+    Unlike the geometric mean, k3 does not cancel between tokens. Bounds in use are 1e-3 … 1e-2; the
+    best is unconfirmed, so the default is the mildest, 1e-2.
     """
     log_rho_BT = bounded(log_rho_BT)
     k3_B1 = row_mean(jnp.expm1(log_rho_BT) - log_rho_BT, response_mask_BT)
@@ -99,7 +99,7 @@ def off_policy_keep(
     *,
     off_policy_max: float,
 ) -> jax.Array:
-    """False [B, 1] where A < 0 and mean_t(log π_old − log π) > δ: stale negatives are dropped.
+    """False [B, 1] if A < 0 and mean_t(log π_old − log π) > δ: drops stale negatives.
 
     Off-policy sequence mask (DeepSeek-V3.2, arXiv 2512.02556), δ 0.5.
     """
@@ -110,9 +110,11 @@ def off_policy_keep(
 def entropy_threshold(
     entropy_BT: jax.Array, response_mask_BT: jax.Array, *, top_entropy_quantile: float
 ) -> jax.Array:
-    """The entropy that the top quantile ρ of response tokens reaches (arXiv 2506.01939, ρ 0.2).
+    """Returns the entropy threshold of the top share ρ of response tokens.
 
-    The (1 − ρ) quantile, linearly interpolated, over all response tokens handed in; −inf if none.
+
+    It is the (1 − ρ) quantile, linearly interpolated, over all response tokens passed in; −inf if
+    there are none (arXiv 2506.01939, ρ 0.2).
     """
     entropy_N = jnp.where(response_mask_BT, entropy_BT, jnp.nan).reshape(-1)
     threshold = jnp.nanquantile(entropy_N, 1 - top_entropy_quantile)

@@ -1,8 +1,8 @@
-"""Sums over the responses of one prompt, by group id.
+"""Sums over the responses to one prompt, by group id.
 
 Ids are arbitrary integers in any order. Every row is compared with every row: XLA fuses the
-comparison into the reduction, so no [B, B] array is stored, and unlike a scatter the sum has one
-order on every platform. A row that is not present counts nowhere.
+comparison into the reduction, so no [B, B] array is stored. Unlike a scatter, the sum has the same
+order on every platform. Absent rows do not count.
 """
 
 import jax
@@ -14,12 +14,12 @@ def _same(group_ids_B: jax.Array, present_B: jax.Array) -> jax.Array:
 
 
 def group_sum(values_B: jax.Array, group_ids_B: jax.Array, present_B: jax.Array) -> jax.Array:
-    """Each row's group total over present rows [B]."""
+    """Returns the sum over the present rows of each row's group [B]."""
     return jnp.where(_same(group_ids_B, present_B), values_B[None, :], 0).sum(axis=1)
 
 
 def group_mean(values_B: jax.Array, group_ids_B: jax.Array, present_B: jax.Array) -> jax.Array:
-    """Each row's group mean over present rows [B]; 0 for a group with none."""
+    """Returns the mean over the present rows of each row's group [B]; 0 if the group has none."""
     count_B = group_sum(jnp.ones_like(values_B), group_ids_B, present_B)
     return group_sum(values_B, group_ids_B, present_B) / jnp.maximum(count_B, 1)
 
@@ -27,7 +27,7 @@ def group_mean(values_B: jax.Array, group_ids_B: jax.Array, present_B: jax.Array
 def group_is_constant(
     values_B: jax.Array, group_ids_B: jax.Array, present_B: jax.Array
 ) -> jax.Array:
-    """True [B] where all present rows of the group hold the same value (also: none or one)."""
+    """Returns true [B] where the group's present rows are equal (or there are fewer than two)."""
     same_BB = _same(group_ids_B, present_B)
     high_B = jnp.where(same_BB, values_B[None, :], -jnp.inf).max(axis=1)
     low_B = jnp.where(same_BB, values_B[None, :], jnp.inf).min(axis=1)

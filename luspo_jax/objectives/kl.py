@@ -1,6 +1,6 @@
 """Estimators of KL(π ‖ π_ref) from the sampled tokens, and the KL as a reward.
 
-d = log π_ref − log π at the sampled token, held within ±20 (verl's bound).
+d = log π_ref − log π at the sampled token, clipped to ±20 (verl's bound).
 """
 
 import jax
@@ -10,17 +10,17 @@ from luspo_jax.objectives.ratios import bounded
 
 
 def k1(log_ratio_BT: jax.Array) -> jax.Array:
-    """−d: unbiased and often negative. As a loss its gradient has expectation 0: use k2 or k3."""
+    """−d: unbiased, often negative. As a loss its expected gradient is 0: use k2 or k3."""
     return -log_ratio_BT
 
 
 def k2(log_ratio_BT: jax.Array) -> jax.Array:
-    """d²/2: biased in value; on-policy its gradient is the KL's."""
+    """d²/2: its value is biased; on-policy its gradient is the KL's."""
     return log_ratio_BT**2 / 2
 
 
 def k3(log_ratio_BT: jax.Array) -> jax.Array:
-    """exp(d) − d − 1: unbiased in value, never negative (Schulman 2020; GRPO Eq 4)."""
+    """exp(d) − d − 1: its value is unbiased and never negative (Schulman 2020; GRPO Eq 4)."""
     return jnp.expm1(log_ratio_BT) - log_ratio_BT
 
 
@@ -28,7 +28,7 @@ KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def token_kl(logprobs_BT: jax.Array, ref_logprobs_BT: jax.Array, *, kl_estimator: str) -> jax.Array:
-    """The estimator at every token [B, T]; inputs finite on masked positions."""
+    """Returns the estimate at every token [B, T]; inputs must be finite on masked positions."""
     return KL_ESTIMATORS[kl_estimator](bounded(ref_logprobs_BT - logprobs_BT))
 
 
@@ -40,10 +40,10 @@ def reward_adjustment(
     kl_coef: float,
     kl_estimator: str = "k1",
 ) -> jax.Array:
-    """−β Σ_t kl_t [B], to be added to rewards before advantages are formed ("KL in the reward").
+    """Returns −β Σ_t kl_t [B], to add to rewards before computing advantages ("KL in the reward").
 
-    The KL is that of the policy that sampled, over response tokens; what stands elsewhere is
-    ignored. Summed over tokens as in verl, so a long response pays more.
+    The KL is that of the sampling policy over response tokens; values elsewhere are ignored. It is
+    a sum over tokens as in verl, so a long response pays more.
     """
     logprobs_BT = jnp.where(response_mask_BT, old_logprobs_BT, 0)
     ref_BT = jnp.where(response_mask_BT, ref_logprobs_BT, 0)

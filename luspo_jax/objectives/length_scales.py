@@ -1,10 +1,10 @@
-"""Length scales: what each sequence-mean loss is multiplied by.
+"""Length scales: factors on each response's sequence-mean loss.
 
-A scale is `w(lengths_B, group_ids_B, *, hyperparameters) -> scale_B`, floats in, data only: no
-gradient flows through it. It may also ask for `alpha_shift`, which a run steers. It is computed
-over a whole rollout or optimizer step, because some scales look at mean lengths. A row of length 0
-is absent from every mean and gets a finite scale. The loss of row i becomes
-w_i · (1/L_i) Σ_t l_it, so w = L is a plain sum over tokens (LUSPO).
+A scale is `w(lengths_B, group_ids_B, *, hyperparameters) -> scale_B` on floats; no gradient flows
+through it. It may also take `alpha_shift`, which a run steers. It is computed over a whole rollout
+or optimizer step, because some scales use mean lengths. A row of length 0 is left out of every mean
+and gets a finite scale. The loss of row i becomes w_i · (1/L_i) Σ_t l_it, so w = L gives a plain
+sum over tokens (LUSPO).
 """
 
 import jax
@@ -20,12 +20,12 @@ def _batch_mean(values_B: jax.Array, lengths_B: jax.Array) -> jax.Array:
 
 
 def none(lengths_B: jax.Array) -> jax.Array:
-    """w = 1: every response weighs the same, its tokens 1/L each (GRPO, GSPO)."""
+    """w = 1: every response has weight 1, each of its tokens 1/L (GRPO, GSPO)."""
     return jnp.ones_like(lengths_B)
 
 
 def length(lengths_B: jax.Array) -> jax.Array:
-    """w = L: every token weighs the same (LUSPO, arXiv 2602.05261, Eq 7)."""
+    """w = L: every token has the same weight (LUSPO, arXiv 2602.05261, Eq 7)."""
     return lengths_B
 
 
@@ -37,20 +37,21 @@ def power(lengths_B: jax.Array, *, length_alpha: float, reference_length: float)
 def adaptive(
     lengths_B: jax.Array, alpha_shift: jax.Array, *, length_alpha: float, reference_length: float
 ) -> jax.Array:
-    """w = (L/L_ref)^(α + shift): `power` whose exponent is steered during the run (ours).
+    """w = (L/L_ref)^(α + shift): `power` with an exponent steered during the run (ours).
 
-    The shift is an array, so that moving it compiles nothing; see `luspo_jax.length.steering`.
+    The shift is an array, so that changing it triggers no compilation; see
+    `luspo_jax.length.steering`.
     """
     return (jnp.maximum(lengths_B, 1) / reference_length) ** (length_alpha + alpha_shift)
 
 
 def log(lengths_B: jax.Array, *, reference_length: float) -> jax.Array:
-    """w = L_ref · log(1 + L/L_ref): L for short responses, flattening past L_ref (ours)."""
+    """w = L_ref · log(1 + L/L_ref): about L for short responses, flatter beyond L_ref (ours)."""
     return reference_length * jnp.log1p(lengths_B / reference_length)
 
 
 def capped(lengths_B: jax.Array, *, length_cap: float) -> jax.Array:
-    """w = min(L, L_cap): LUSPO up to a length, GSPO's weighting beyond it (ours)."""
+    """w = min(L, L_cap): LUSPO's weighting up to L_cap, GSPO's beyond it (ours)."""
     return jnp.minimum(lengths_B, length_cap)
 
 
@@ -73,7 +74,7 @@ def vl_norm(lengths_B: jax.Array, *, length_alpha: float) -> jax.Array:
     mean = jnp.maximum(_batch_mean(lengths_B, lengths_B), 1)
     u_B = (jnp.maximum(lengths_B, 1) / mean) ** -length_alpha
     mean_u = _batch_mean(u_B, lengths_B)
-    # Without any present row the mean is 0 and so is every scale.
+    # If no row is present, the mean is 0 and so is every scale.
     return lengths_B * u_B / jnp.where(mean_u > 0, mean_u, 1)
 
 

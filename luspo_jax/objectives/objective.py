@@ -1,4 +1,4 @@
-"""An objective as choices on four axes, an advantage, and their hyperparameters."""
+"""An objective: choices on four axes, an advantage, and their hyperparameters."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+from luspo_jax.hosts.values import nearest
 from luspo_jax.objectives.advantages import ADVANTAGES
 from luspo_jax.objectives.aggregation import AGGREGATIONS
 from luspo_jax.objectives.corrections import CORRECTIONS
@@ -14,22 +15,21 @@ from luspo_jax.objectives.kl import KL_ESTIMATORS
 from luspo_jax.objectives.length_scales import LENGTH_SCALES
 from luspo_jax.objectives.ratios import RATIOS
 from luspo_jax.objectives.surrogates import SURROGATE_RATIOS, SURROGATES
-from luspo_jax.values import nearest
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Everything that turns log-probabilities and rewards into one scalar; static under jit.
+    """All settings that turn log-probs and rewards into one scalar; static under jit.
 
-    The loss of an optimizer step is
-    loss_scale · (policy + kl_coef · KL) − entropy_coef · (mean entropy of a response token),
-    policy and KL aggregated alike. The functions named on each axis document their equations and
-    hyperparameters; a hyperparameter that no chosen function asks for has no effect.
+    The loss of an optimizer step is loss_scale · (policy + kl_coef · KL) − entropy_coef · (mean
+    entropy of a response token), policy and KL aggregated alike. The functions on each axis
+    document their equations and hyperparameters; a hyperparameter that no chosen function reads has
+    no effect.
 
     Attributes:
       ratio: key of `RATIOS`.
       surrogate: key of `SURROGATES`.
-      length_scale: key of `LENGTH_SCALES`; other than "none" only with "seq-mean-token-mean".
+      length_scale: key of `LENGTH_SCALES`; anything but "none" requires "seq-mean-token-mean".
       aggregation: key of `AGGREGATIONS`.
       advantage: key of `ADVANTAGES`.
       clip_low: ε_low, a distance from 1 (clip, minirl).
@@ -40,8 +40,8 @@ class Objective:
       sapo_temperature_neg: τ otherwise.
       cispo_min_ratio: lower bound of the weight, a ratio.
       cispo_max_ratio: upper bound of the weight, a ratio.
-      gmpo_log_low: how far a token's log ratio may fall.
-      gmpo_log_high: how far a token's log ratio may rise.
+      gmpo_log_low: largest fall of a token's log ratio.
+      gmpo_log_high: largest rise of a token's log ratio.
       vespo_k_pos: exponent of W where A ≥ 0.
       vespo_lambda_pos: decay in W where A ≥ 0.
       vespo_k_neg: exponent of W where A < 0.
@@ -53,18 +53,19 @@ class Objective:
       reference_length: L_ref in tokens (power, adaptive, log).
       length_cap: L_cap in tokens (capped).
       max_response_length: C of "seq-mean-token-sum-norm": the rollout's limit, never the padded
-        width; 3000 as in the Dr.GRPO runs until the caller says.
-      advantage_epsilon: ε beside a standard deviation or mean.
-      kl_coef: β; 0 for no reference policy.
+        width; 3000 by default, as in the Dr.GRPO runs.
+      advantage_epsilon: ε added to a standard deviation or mean.
+      kl_coef: β; 0 = no reference policy.
       kl_estimator: key of `KL_ESTIMATORS`.
       kl_placement: "loss", or "reward" (see `kl.reward_adjustment`; the loss then has no KL).
       kl_importance_weight: multiply the KL of each token by the differentiable ratio, as TRL's
         `use_bias_correction_kl` does.
-      entropy_coef: weight of the entropy bonus, a token mean whatever the aggregation.
-      top_entropy_quantile: ρ; below 1 only the ρ most uncertain tokens carry policy gradient.
+      entropy_coef: weight of the entropy bonus, a token mean under every aggregation.
+      top_entropy_quantile: ρ; below 1, only the share ρ of tokens with the highest entropy carries
+        policy gradient.
       off_policy_max: δ of the off-policy sequence mask, or None.
-      off_policy_against: "old" or "sampler", whose log-probs the mask measures drift from. The
-        formula says old; DeepSeek-V3.2 takes the sampler's for it (unconfirmed).
+      off_policy_against: "old" or "sampler": the log-probs from which the mask measures drift. The
+        formula says old; DeepSeek-V3.2 uses the sampler's (unconfirmed).
       correction: keys of `CORRECTIONS` joined with "+".
       tis_max: C.
       icepop_low: least ρ kept.
@@ -78,8 +79,8 @@ class Objective:
       loss_scale: constant factor on policy and KL; 1/L_ref makes LUSPO's loss GSPO-sized.
 
     Raises:
-      ValueError: an unknown name (the right ones are listed), a value out of range, or a
-        combination that makes no sense, naming the field.
+      ValueError: an unknown name (the message lists the valid ones), a value out of range, or an
+        invalid combination; the message names the field.
     """
 
     ratio: str = "token"
@@ -129,6 +130,11 @@ class Objective:
     k3_max: float = 1e-2
     loss_scale: float = 1.0
 
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether a KL term is taken from the reward before advantages are formed."""
+        return self.kl_coef > 0 and self.kl_placement == "reward"
+
     def __post_init__(self):
         for field, names in CHOICES.items():
             require_name(f"Objective.{field}", getattr(self, field), names)
@@ -142,7 +148,7 @@ class Objective:
 
     @property
     def corrections(self) -> tuple[str, ...]:
-        """The corrections that are applied, by name."""
+        """Returns the names of the corrections to apply."""
         return tuple(name for name in self.correction.split("+") if name != "none")
 
 
@@ -203,7 +209,7 @@ RANGES = {
 
 
 def require_name(what: str, name: Any, names) -> None:
-    """Refuse a name that is not among `names`, listing them and the nearest."""
+    """Refuses a name that is not in `names`; the error lists them and the nearest match."""
     if name in names:
         return
     raise ValueError(f"{what}: {name!r} is unknown: {nearest(name, names)}.")
@@ -224,7 +230,7 @@ def _require_range(field: str, value: Any, bounds: tuple[float, float, bool]) ->
 
 
 def _senseless(objective: Objective) -> list[tuple[bool, str]]:
-    """Combinations that are refused: (whether this is one, why and what to do)."""
+    """Returns (whether it applies, reason and remedy) for each invalid combination."""
     o = objective
     ratios, why = SURROGATE_RATIOS.get(o.surrogate, (tuple(RATIOS), ""))
     return [
@@ -287,16 +293,16 @@ def _signature(function: Callable) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def hyperparameters(function: Callable) -> tuple[str, ...]:
-    """The names after `*` in a function of an axis."""
+    """Returns the keyword-only argument names of an axis function."""
     return _signature(function)[1]
 
 
 def bind(function: Callable, objective: Objective) -> Callable:
-    """The function with the objective's hyperparameters, called with any arrays by name.
+    """Binds an axis function to the objective's hyperparameters; arrays are passed by name.
 
-    It takes those it names. A hyperparameter that `Objective` lacks keeps the function's own
-    default, so that a new entry works before it has a field. Two objectives that agree on what the
-    function reads get the same object, and so one compilation.
+    The function receives only the arrays it names. A hyperparameter that `Objective` lacks keeps
+    the function's own default, so that a new entry works before it has a field. Two objectives that
+    agree on what the function reads get the same object, and so one compilation.
     """
     chosen = tuple(
         (name, getattr(objective, name))

@@ -1,8 +1,8 @@
 """The loss of one micro-batch, its denominators over the optimizer step, and its metrics.
 
-What stands on masked positions, NaN and infinities included, reaches nothing: inputs are replaced
-by 0 there before any arithmetic, so loss, gradient and metrics do not depend on them and the
-gradient there is exactly 0. Arithmetic is in float32, or float64 where log-probs are.
+Values on masked positions, NaN and infinities included, have no effect: inputs there are set to 0
+before any arithmetic, so loss and metrics do not depend on them and the gradient there is exactly
+0. Arithmetic is in float32, or float64 where log-probs are.
 """
 
 import dataclasses
@@ -33,17 +33,18 @@ from luspo_jax.objectives.surrogates import SURROGATES
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PolicyBatch:
-    """What the loss reads of one micro-batch, one row a response.
+    """Inputs to the loss of one micro-batch, one row per response.
 
     Attributes:
-      logprobs_BT: of the policy being updated; the only input with a gradient, beside entropy.
-      old_logprobs_BT: of the policy that starts the step; None where it is the same policy.
+      logprobs_BT: log-probs of the policy being updated; only they and entropy carry a gradient.
+      old_logprobs_BT: log-probs of the policy at the start of the step; None if it is the same
+        policy.
       advantages_B: from `advantages`.
       response_mask_BT: bool, true on response tokens. Overlong-filtered rows have none.
       length_scale_B: from `length_scales`.
-      entropy_BT: of the policy at each token; needed for an entropy bonus or quantile.
-      ref_logprobs_BT: of the reference policy; needed for a KL in the loss.
-      sampler_logprobs_BT: as the sampler computed them; needed for a correction.
+      entropy_BT: the policy's entropy at each token; needed for an entropy bonus or quantile.
+      ref_logprobs_BT: log-probs of the reference policy; needed for a KL in the loss.
+      sampler_logprobs_BT: log-probs from the sampler; needed for a correction.
     """
 
     logprobs_BT: jax.Array
@@ -59,13 +60,13 @@ class PolicyBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Denominators:
-    """What the sums of all micro-batches of one optimizer step are divided by; at least 1 each.
+    """Divisors for the sums over all micro-batches of one optimizer step; each at least 1.
 
     Attributes:
       sequences: rows with at least one response token.
       tokens: response tokens.
       policy: the aggregation's denominator, for the policy loss and the KL.
-      entropy_threshold: least entropy that carries gradient; None without an entropy quantile.
+      entropy_threshold: lowest entropy that carries gradient; None without an entropy quantile.
     """
 
     sequences: jax.Array
@@ -77,14 +78,14 @@ class Denominators:
 def advantages(
     objective: Objective, rewards_B: jax.Array, group_ids_B: jax.Array, lengths_B: jax.Array
 ) -> jax.Array:
-    """Advantage of each response [B], over a whole rollout batch.
+    """Returns the advantage of each response [B], computed over a whole rollout batch.
 
     Args:
-      objective: which advantage.
+      objective: selects the advantage.
       rewards_B: rewards.
       group_ids_B: integers, equal for responses to one prompt, in any order.
-      lengths_B: response lengths; a row of length 0 is absent, so pass true lengths of rows that
-        are filtered from the loss only.
+      lengths_B: response lengths; a row of length 0 is absent, so pass the true lengths of rows
+        that only the loss filters out.
 
     Raises:
       ValueError: shapes that differ.
@@ -108,9 +109,9 @@ def length_scales(
     group_ids_B: jax.Array,
     alpha_shift: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Length scale of each response [B], over a whole rollout or optimizer step.
+    """Returns the length scale of each response [B], over a whole rollout or optimizer step.
 
-    `alpha_shift` is added to the exponent of the adaptive scale; other scales do not read it.
+    `alpha_shift` is added to the exponent of the adaptive scale; other scales ignore it.
 
     Raises:
       ValueError: shapes that differ.
@@ -129,10 +130,10 @@ def _length_scales(function, lengths_B, group_ids_B, alpha_shift):
 
 
 def validate_group_size(objective: Objective, group_size: int) -> None:
-    """Refuse groups in which no response has another to be compared with.
+    """Refuses groups too small to compare a response with another.
 
     Raises:
-      ValueError: fewer than two responses a prompt.
+      ValueError: fewer than two responses per prompt.
     """
     if group_size < 2:
         raise ValueError(
@@ -144,16 +145,16 @@ def validate_group_size(objective: Objective, group_size: int) -> None:
 def denominators(
     objective: Objective, response_mask_BT: jax.Array, entropy_BT: jax.Array | None = None
 ) -> Denominators:
-    """Denominators over the whole optimizer step; data only.
+    """Returns the denominators of the whole optimizer step; no gradient flows through them.
 
     Args:
-      objective: which aggregation.
+      objective: selects the aggregation.
       response_mask_BT: bool, all rows of the step.
-      entropy_BT: entropies at all tokens of the step, of the policy that starts it; needed with
+      entropy_BT: entropies at all tokens of the step, of the policy at its start; needed with
         `top_entropy_quantile` < 1, whose threshold must not depend on the micro-batch.
 
     Raises:
-      ValueError: a mask that is not bool, or entropies missing.
+      ValueError: a mask that is not bool, or missing entropies.
     """
     _require_mask(response_mask_BT)
     threshold = None
@@ -189,13 +190,13 @@ def loss(
     *,
     bin_edges: tuple[int, ...] = (),
 ) -> tuple[jax.Array, Metrics]:
-    """This micro-batch's part of the optimizer step's loss, and metrics as (sum, count) pairs.
+    """Returns this micro-batch's share of the step's loss, and metrics as (sum, count) pairs.
 
-    The parts of all micro-batches with the same denominators add up to the loss of the whole, and
-    so do their gradients and metrics. `bin_edges` (tokens) adds clipped shares by length bin.
+    The shares of all micro-batches with the same denominators add up to the loss of the whole step,
+    and so do their gradients and metrics. `bin_edges` (tokens) adds clip fractions by length bin.
 
     Raises:
-      ValueError: shapes that differ, a mask that is not bool, an input missing.
+      ValueError: shapes that differ, a mask that is not bool, or a missing input.
     """
     _require_batch(objective, batch)
     rows = _clean(batch)
@@ -246,7 +247,7 @@ def loss(
 def _policy_weight(
     objective: Objective, rows: PolicyBatch, denominators: Denominators
 ) -> tuple[jax.Array, Metrics]:
-    """What the policy loss of each token is multiplied by [B, U], and what it dropped."""
+    """Returns the factor on each token's policy loss [B, U], and metrics of what it dropped."""
     mask_BT, advantages_B1 = rows.response_mask_BT, rows.advantages_B[:, None]
     weight_BU = jnp.ones_like(advantages_B1)
     pairs: Metrics = {}
@@ -283,7 +284,7 @@ def _policy_weight(
 
 
 def _real(values) -> jax.Array:
-    """As floats of at least float32: float64 stays, and integers become it under x64."""
+    """Casts to float32 at least: float64 stays, and integers become float64 under x64."""
     values = jnp.asarray(values)
     floating = jnp.issubdtype(values.dtype, jnp.floating)
     return values.astype(_wide(values.dtype) if floating else float)
@@ -294,7 +295,7 @@ def _wide(dtype) -> jnp.dtype:
 
 
 def _clean(batch: PolicyBatch) -> PolicyBatch:
-    """One floating dtype, and 0 wherever the mask says that nothing stands."""
+    """Casts to one floating dtype and sets masked positions to 0."""
     dtype = _wide(batch.logprobs_BT.dtype)
     mask_BT = batch.response_mask_BT
     present_B = mask_BT.any(axis=1)

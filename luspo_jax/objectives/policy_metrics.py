@@ -1,8 +1,7 @@
 """Metrics of the policy loss, as sums and counts that add up over micro-batches.
 
-Each is first a pair of vectors: what a row adds to the sum, and to the count. A quantity
-of tokens takes one pass over [B, T], a quantity of sequences none: beside the model they cost
-nothing.
+Each starts as a pair of vectors: a row's contribution to the sum and to the count. A per-token
+quantity takes one pass over [B, T], a per-sequence one none: next to the model both cost nothing.
 """
 
 import jax
@@ -15,7 +14,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def token_sums(values_BU: jax.Array, response_mask_BT: jax.Array) -> jax.Array:
-    """Sum over the response tokens of each row [B]; a [B, 1] value stands at each of them."""
+    """Sums over the response tokens of each row [B]; a [B, 1] value counts once per token."""
     if values_BU.shape[1] == response_mask_BT.shape[1]:
         return jnp.where(response_mask_BT, values_BU, 0).sum(axis=1)
     length_B = response_mask_BT.sum(axis=1, dtype=jnp.int32).astype(values_BU.dtype)
@@ -25,7 +24,7 @@ def token_sums(values_BU: jax.Array, response_mask_BT: jax.Array) -> jax.Array:
 def unit_sums(
     values_BU: jax.Array, response_mask_BT: jax.Array, lengths_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) of each row over tokens for [B, T] and over sequences for [B, 1], as in TRL."""
+    """Returns (sum, count) per row: over tokens for [B, T], sequences for [B, 1], as in TRL."""
     if values_BU.shape[1] == response_mask_BT.shape[1]:
         return token_sums(values_BU, response_mask_BT), lengths_B
     present_B = lengths_B > 0
@@ -33,7 +32,7 @@ def unit_sums(
 
 
 def in_length_bin(lengths_B: jax.Array, bin_edges: tuple[int, ...]) -> jax.Array:
-    """Bool [B, bins]: bin k holds lengths above edge k−1 and up to edge k; the last is open."""
+    """Returns bool [B, bins]: bin k is (edge k−1, edge k]; the last bin is open."""
     edges = jnp.asarray(bin_edges, lengths_B.dtype)
     place_B = (lengths_B[:, None] > edges[None, :]).sum(axis=1)
     return place_B[:, None] == jnp.arange(len(bin_edges) + 1, dtype=place_B.dtype)[None, :]
@@ -47,12 +46,13 @@ def ratio_metrics(
     response_mask_BT: jax.Array,
     bin_edges: tuple[int, ...] = (),
 ) -> Metrics:
-    """How far the policy has moved and what holds it back; pairs of vectors [B].
+    """Measures how far the policy has moved and how much is clipped; pairs of vectors [B].
 
-    `drift_BT` is log π_old − log π; its square is given for tokens and for sequences whichever of
-    them the objective has ratios of, so that objectives can be compared. pg_clipfrac is a share of
-    tokens, as in verl; clip_ratio/* a share of what the objective has ratios of, as in TRL. With
-    `bin_edges` the clipped shares of positive and negative advantages are also given by length bin.
+    `drift_BT` is log π_old − log π; its square is reported for tokens and for sequences whatever
+    the objective's ratios, so that objectives can be compared. pg_clipfrac is a share of tokens, as
+    in verl; clip_ratio/* is a share of the objective's ratios (tokens or sequences), as in TRL.
+    With `bin_edges` the clip fractions of positive and negative advantages are also reported by
+    length bin.
     """
     dtype, mask_BT = drift_BT.dtype, response_mask_BT
     lengths_B = mask_BT.sum(axis=1, dtype=jnp.int32).astype(dtype)
@@ -63,7 +63,7 @@ def ratio_metrics(
     deviation_BU = jnp.abs(jnp.expm1(bounded(log_ratio_BU)))
     drift_BT = bounded(drift_BT)
     drift_B, present_B = token_sums(drift_BT, mask_BT), (lengths_B > 0).astype(dtype)
-    # Held back on the high side is A > 0 and on the low side is A < 0, by construction.
+    # Only A > 0 is clipped on the high side and only A < 0 on the low side, by construction.
     positive_B = jnp.where(advantages_B > 0, lengths_B, 0)
     negative_B = jnp.where(advantages_B < 0, lengths_B, 0)
     binned = {}
@@ -93,7 +93,7 @@ def ratio_metrics(
 
 
 def mismatch_metrics(log_rho_BT: jax.Array, response_mask_BT: jax.Array) -> Metrics:
-    """How far the sampler is from the trainer, by verl's names; ρ = π_old/π_sampler."""
+    """Measures how far the sampler is from the trainer, under verl's names; ρ = π_old/π_sampler."""
     log_rho_BT = bounded(log_rho_BT)
     lengths_B = response_mask_BT.sum(axis=1, dtype=jnp.int32).astype(log_rho_BT.dtype)
     log_rho_B = token_sums(log_rho_BT, response_mask_BT)
@@ -110,7 +110,7 @@ def mismatch_metrics(log_rho_BT: jax.Array, response_mask_BT: jax.Array) -> Metr
 
 
 def weight_metrics(weight_BU: jax.Array, response_mask_BT: jax.Array) -> Metrics:
-    """What a correction makes of the tokens, and how many it drops."""
+    """Reports a correction's weights and the share of tokens and sequences it drops."""
     lengths_B = response_mask_BT.sum(axis=1, dtype=jnp.int32).astype(weight_BU.dtype)
     dropped_B = token_sums((weight_BU == 0).astype(weight_BU.dtype), response_mask_BT)
     present_B = lengths_B > 0
@@ -127,15 +127,15 @@ def weight_metrics(weight_BU: jax.Array, response_mask_BT: jax.Array) -> Metrics
 
 
 def sum_rows(pairs: Metrics) -> Metrics:
-    """(sum, count) scalars from pairs of vectors over rows."""
+    """Sums pairs of vectors over rows to (sum, count) scalars."""
     return {name: (total.sum(), count.sum()) for name, (total, count) in pairs.items()}
 
 
 def metric_means(metrics: Metrics) -> dict[str, jax.Array]:
-    """Means from summed (sum, count) pairs; 0 where nothing was counted.
+    """Returns means from summed (sum, count) pairs; 0 where the count is 0.
 
-    Adds `rollout_corr/ess`, the effective sample size (Σw)²/(n Σw²) as a share of n tokens, which
-    is no mean and so is formed here, after all micro-batches are added up.
+    Adds `rollout_corr/ess`, the effective sample size (Σw)²/(n Σw²) as a share of n tokens. It is
+    not a mean, so it is computed here, after all micro-batches are added up.
     """
     means = {
         name: jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)

@@ -1,6 +1,6 @@
-"""The field's named objectives, each a choice on four axes; constants with their sources.
+"""Named objectives from the literature, each a choice on four axes; constants with their sources.
 
-Every one is a plain `Objective`: `preset("luspo", clip_high=0.003)` changes what it reads.
+Each is a plain `Objective`: `preset("luspo", clip_high=0.003)` changes a field it reads.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ LUSPO = dataclasses.replace(GSPO, length_scale="length", clip_low=2e-3, clip_hig
 TOKEN_MEAN = dataclasses.replace(GRPO, aggregation="token-mean")
 # arXiv 2503.20783
 DR_GRPO = dataclasses.replace(GRPO, advantage="none", aggregation="seq-mean-token-sum-norm")
-# GSPO with LUSPO's clip: the base of the controls, so that they differ in weighting alone.
+# GSPO with LUSPO's clip: the base of the controls, which then differ in weighting alone.
 GSPO_WIDE = dataclasses.replace(LUSPO, length_scale="none")
 
 PRESETS: dict[str, Objective] = {
@@ -53,7 +53,7 @@ PRESETS: dict[str, Objective] = {
         clip_low=0.2,
         clip_high=0.27,
     ),
-    # Other weightings of length, and controls that the LUSPO paper lacks.
+    # Other length weightings, and controls that the LUSPO paper lacks.
     # arXiv 2509.07558; constants of its math run (α 1 for CountDown).
     "vl_norm": Objective(length_scale="vl-norm", length_alpha=0.75, clip_high=0.3),
     "gspo_token_mean": dataclasses.replace(GSPO_WIDE, aggregation="token-mean"),
@@ -68,7 +68,7 @@ PRESETS: dict[str, Objective] = {
 
 
 def axis_functions(objective: Objective) -> dict[str, object]:
-    """The functions an objective is made of, by the field that names them."""
+    """Returns the functions of an objective, keyed by the field that names them."""
     chosen = {
         "ratio": RATIOS[objective.ratio],
         "surrogate": SURROGATES[objective.surrogate],
@@ -80,17 +80,17 @@ def axis_functions(objective: Objective) -> dict[str, object]:
 
 
 def used_hyperparameters(objective: Objective) -> tuple[str, ...]:
-    """Hyperparameters that the objective's functions ask for, in the order of the axes."""
+    """Returns the hyperparameters that the objective's functions read, in the order of the axes."""
     names = [n for f in axis_functions(objective).values() for n in hyperparameters(f)]
     return tuple(dict.fromkeys(names))
 
 
 def preset(name: str, **overrides) -> Objective:
-    """The named objective with some fields changed.
+    """Returns the named objective with some fields changed.
 
     Raises:
-      ValueError: an unknown preset or field (the right ones are listed), or a hyperparameter that
-        the resulting objective does not read. `max_response_length` is never refused: it is a
+      ValueError: an unknown preset or field (the message lists the valid ones), or a hyperparameter
+        that the resulting objective does not read. `max_response_length` is never refused: it is a
         property of the run.
     """
     require_name("Objective.preset", name, PRESETS)

@@ -1,24 +1,24 @@
-"""Importance ratios between the policy and the one that sampled, always as logarithms.
+"""Importance ratios π/π_old, always as logarithms.
 
-Every ratio reads inputs that are 0 on masked positions and returns `log_ratio_BU`, where U is T
-for a ratio of each token and 1 for a ratio of each sequence. d_it = log π(y_it) − log π_old(y_it).
+Every ratio reads inputs that are 0 on masked positions and returns `log_ratio_BU`: U is T for a
+ratio per token, 1 for a ratio per sequence. d_it = log π(y_it) − log π_old(y_it).
 """
 
 import jax
 import jax.numpy as jnp
 
-# Ratios are formed as exp of a logarithm held within ±20 (verl's bound): e^20 ≈ 4.9e8 is far past
-# any clip, and nothing overflows in float32.
+# Ratios are exp of a logarithm clipped to ±20 (verl's bound): e^20 ≈ 4.9e8 is far past any clip,
+# and nothing overflows in float32.
 LOG_RATIO_BOUND = 20.0
 
 
 def bounded(log_ratio_BU: jax.Array) -> jax.Array:
-    """The logarithm held within ±`LOG_RATIO_BOUND`, with no gradient beyond."""
+    """Clips the logarithm to ±`LOG_RATIO_BOUND`, with no gradient beyond."""
     return jnp.clip(log_ratio_BU, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
 def row_mean(values_BT: jax.Array, response_mask_BT: jax.Array) -> jax.Array:
-    """Mean over the response tokens of each row [B, 1]; 0 for a row without any."""
+    """Averages over the response tokens of each row [B, 1]; 0 for a row without any."""
     length_B1 = response_mask_BT.sum(axis=1, keepdims=True).astype(values_BT.dtype)
     total_B1 = jnp.where(response_mask_BT, values_BT, 0).sum(axis=1, keepdims=True)
     return total_B1 / jnp.maximum(length_B1, 1)
@@ -34,7 +34,8 @@ def sequence(
 ) -> jax.Array:
     """log s_i = (1/L_i) Σ_t d_it [B, 1]: the geometric mean of the token ratios.
 
-    GSPO, arXiv 2507.18071, Eq 7. Its gradient carries the 1/L_i that LUSPO's length cancels.
+    GSPO, arXiv 2507.18071, Eq 7. Its gradient carries the factor 1/L_i that LUSPO's length scale
+    cancels.
     """
     return row_mean(logprobs_BT - old_logprobs_BT, response_mask_BT)
 
@@ -44,8 +45,8 @@ def sequence_token(
 ) -> jax.Array:
     """log s_it = sg[log s_i] + log π_it − sg[log π_it] [B, T].
 
-    The value of the sequence ratio with the gradient of each token's own log-probability
-    (GSPO-token, arXiv 2507.18071, Eq 13–17).
+    The sequence ratio in value, with the gradient of each token's own log-prob (GSPO-token, arXiv
+    2507.18071, Eq 13–17).
     """
     log_ratio_B1 = sequence(logprobs_BT, old_logprobs_BT, response_mask_BT)
     return jax.lax.stop_gradient(log_ratio_B1) + (logprobs_BT - jax.lax.stop_gradient(logprobs_BT))
@@ -56,7 +57,7 @@ def sequence_product(
 ) -> jax.Array:
     """log W_i = Σ_t d_it [B, 1]: the true ratio of the two sequence probabilities.
 
-    VESPO, arXiv 2602.10693. It grows with length, where the sequence ratio does not.
+    VESPO, arXiv 2602.10693. It grows with length; the sequence ratio does not.
     """
     log_ratio_BT = bounded(logprobs_BT - old_logprobs_BT)
     return jnp.where(response_mask_BT, log_ratio_BT, 0).sum(axis=1, keepdims=True)

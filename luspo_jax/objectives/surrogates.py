@@ -1,12 +1,12 @@
-"""Surrogates: from a ratio and an advantage to a loss whose gradient is the update.
+"""Surrogates: map a ratio and an advantage to a loss whose gradient is the update.
 
-A surrogate takes what it needs of `log_ratio_BU`, `advantages_B1`, `logprobs_BT`,
-`old_logprobs_BT`, `response_mask_BT` (by these names), U being T or 1, and its hyperparameters
+A surrogate takes those it needs of `log_ratio_BU`, `advantages_B1`, `logprobs_BT`,
+`old_logprobs_BT` and `response_mask_BT` (by these names; U is T or 1), and its hyperparameters
 after `*`. It returns a `Surrogate`. Losses are minimised; sg[·] stops the gradient; r is the ratio,
 A the advantage.
 
-Those that weigh log π by something constant (CISPO, VESPO, DPPO, MiniRL) have a value that means
-little: only their gradient does.
+Surrogates that weight log π by a constant (CISPO, VESPO, DPPO, MiniRL) have a meaningful gradient;
+their value means little.
 """
 
 from typing import NamedTuple
@@ -20,13 +20,13 @@ sg = jax.lax.stop_gradient
 
 
 class Surrogate(NamedTuple):
-    """A loss per unit and where it holds the update back.
+    """A loss per token or sequence, and where it is clipped.
 
     Attributes:
       loss_BU: the loss of each token [B, T] or sequence [B, 1].
-      high_BU: bool, held back because the ratio has risen too far (A > 0).
-      low_BU: bool, held back because the ratio has fallen too far (A < 0).
-      lower_BU: bool, bounded by a second, outer bound (dual-clip's c, a cap on the weight).
+      high_BU: bool, clipped because the ratio has risen too far (A > 0).
+      low_BU: bool, clipped because the ratio has fallen too far (A < 0).
+      lower_BU: bool, clipped by a second, outer bound (dual-clip's c, a cap on the weight).
     """
 
     loss_BU: jax.Array
@@ -40,7 +40,7 @@ def _never(like: jax.Array) -> jax.Array:
 
 
 def unclipped(log_ratio_BU: jax.Array, advantages_B1: jax.Array) -> Surrogate:
-    """−r·A: importance weighting and nothing else; the control for every kind of clipping."""
+    """−r·A: importance weighting alone, without clipping; the control for all clipping."""
     loss_BU = -jnp.exp(bounded(log_ratio_BU)) * advantages_B1
     return Surrogate(loss_BU, _never(loss_BU), _never(loss_BU), _never(loss_BU))
 
@@ -56,10 +56,10 @@ def clip(
 ) -> Surrogate:
     """−min(r·A, clip(r, 1−ε_low, 1+ε_high)·A) (PPO; ε_high > ε_low is DAPO's clip-higher).
 
-    Written as the branch taken: where min picks the clipped side the loss is constant. `dual_clip`
-    c: for A < 0 the loss is at most −c·A (Ye et al. 2019; verl, c 3, and 10 in its DAPO script).
-    `delta` δ: min(min(r, δ)·A, clip(r)·A) (two-sided clipping; TRL). With δ > 1+ε_high, the only
-    sensible range, it is dual-clip with c = δ, so one of the two may be set.
+    Computed as the selected branch: where min picks the clipped side, the loss is constant.
+    `dual_clip` c: for A < 0 the loss is at most −c·A (Ye et al. 2019; verl, c 3, and 10 in its DAPO
+    script). `delta` δ: min(min(r, δ)·A, clip(r)·A) (two-sided clipping; TRL). With δ > 1+ε_high,
+    the only sensible range, it equals dual-clip with c = δ, so only one may be set.
     """
     ratio_BU = jnp.exp(bounded(log_ratio_BU))
     high_BU = (advantages_B1 > 0) & (ratio_BU > 1 + clip_high)
@@ -126,7 +126,7 @@ def gmpo(
 ) -> Surrogate:
     """−A·exp((1/L) Σ_t d̃_t), d̃ = sgn(A)·min(sgn(A)·d, sgn(A)·clip(d, −low, high)), d = log r.
 
-    Clips each token in log space, then takes the geometric mean [B, 1] (arXiv 2507.20673;
+    Each token is clipped in log space, then the geometric mean is taken [B, 1] (arXiv 2507.20673;
     callsys/GMPO, 0.4 on both sides).
     """
     high_BT = (advantages_B1 > 0) & (log_ratio_BU > gmpo_log_high)
@@ -149,7 +149,7 @@ def vespo(
     """−sg[φ(W)]·A·log π, log φ = λ + k·log W − λ·W: a soft window on the sequence ratio W.
 
     φ(1) = 1. (k, λ) = (2, 3) for A ≥ 0 and (3, 2) for A < 0 (arXiv 2602.10693). Logarithms are
-    held within ±20; TRL's floor is log 1e-8 ≈ −18.4, where φ is below 1e-14 all the same.
+    clipped to ±20; TRL's floor is log 1e-8 ≈ −18.4, where φ is below 1e-14 too.
     """
     log_weight_B1 = sg(bounded(log_ratio_BU))
     dtype = log_weight_B1.dtype
@@ -171,7 +171,7 @@ def _trust_region(
     *,
     dppo_max_ratio: float,
 ) -> Surrogate:
-    """−A·sg[min(r, C)]·log π on tokens that are inside, or outside and coming back."""
+    """−A·sg[min(r, C)]·log π on tokens inside the region or moving back into it."""
     ratio_BU = sg(jnp.exp(bounded(log_ratio_BU)))
     # A = 0 is treated as A < 0, as in verl; its loss is 0 either way.
     positive_B1 = advantages_B1 > 0
@@ -191,7 +191,7 @@ def dppo_tv(
     dppo_tv_max: float,
     dppo_max_ratio: float,
 ) -> Surrogate:
-    """−A·sg[min(r, C)]·log π where π − π_old ≤ δ (A > 0) or ≥ −δ (otherwise), else nothing.
+    """−A·sg[min(r, C)]·log π where π − π_old ≤ δ (A > 0) or ≥ −δ (otherwise), else 0.
 
     DPPO with the binary total variation as its trust region (arXiv 2602.04879; verl): δ 0.15, C 20.
     """
@@ -212,8 +212,8 @@ def dppo_kl(
 ) -> Surrogate:
     """As `dppo_tv`, outside where π_old·log(π_old/π) + (1−π_old)·log((1−π_old)/(1−π)) > δ.
 
-    DPPO with the binary KL (arXiv 2602.04879; verl): δ 0.05, C 20. Only a token that moved further
-    in the direction its advantage pushes is held back. 1 − p is held above 1e-8.
+    DPPO with the binary KL (arXiv 2602.04879; verl): δ 0.05, C 20. Only a token that has moved in
+    the direction of its advantage is clipped. 1 − p is clipped at 1e-8.
     """
     logprobs_sg_BT = sg(logprobs_BT)
     rest_BT = jnp.maximum(-jnp.expm1(logprobs_sg_BT), 1e-8)
@@ -233,7 +233,7 @@ def minirl(
     clip_low: float,
     clip_high: float,
 ) -> Surrogate:
-    """−sg[r]·A·log π, nothing where A > 0 and r > 1+ε_high or A < 0 and r < 1−ε_low.
+    """−sg[r]·A·log π; 0 where A > 0 and r > 1+ε_high or A < 0 and r < 1−ε_low.
 
     MiniRL (arXiv 2512.01374), ε_high 0.27, ε_low 0.2. Its gradient is that of `clip`.
     """
@@ -257,7 +257,7 @@ SURROGATES = {
     "minirl": minirl,
 }
 
-# The ratios a surrogate makes sense with, where not all of them, and why.
+# The ratios that a surrogate allows, if not all of them, and why.
 SURROGATE_RATIOS = {
     "gmpo": (("token",), "it clips each token and takes the geometric mean itself"),
     "vespo": (("sequence-product",), "its weight is a function of the product of token ratios"),

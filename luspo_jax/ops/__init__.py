@@ -1,1 +1,1 @@
-"""Kernels that have several implementations, chosen by platform."""
+"""Kernels with several implementations, chosen by platform."""

@@ -1,4 +1,4 @@
-"""Attention within segments, causal or not: one front, an implementation by platform, any mesh.
+"""Attention within segments, causal or not: one interface, one implementation per platform.
 
 | name | platform | what it is |
 |---|---|---|
@@ -7,8 +7,8 @@
 | flash_gpu | GPU | Pallas kernels that read segment ids (`gpu_attention`) |
 | cudnn | GPU | cuDNN's, which takes lengths and not segment ids: one segment a row only |
 
-Rows may be spread over devices, heads over others, and a row's positions over others again, which
-makes the attention a ring (`ring_attention`).
+Any mesh works: rows, heads and the positions of a row may be sharded. Sharded positions make the
+attention a ring (`ring_attention`).
 """
 
 import functools
@@ -17,6 +17,7 @@ import importlib
 import jax
 
 from luspo_jax.ops import reference_attention
+from luspo_jax.ops.attention_blocks import Inputs, Results
 from luspo_jax.ops.ring_attention import (
     backward_ring,
     check_length,
@@ -28,7 +29,7 @@ from luspo_jax.sharding import Layout, shard_map
 
 __all__ = ["IMPLEMENTATIONS", "attention", "inverse_ring_order", "resolve", "ring_order"]
 
-# Where each has its `forward_block` and `backward_block`; imported when used, as Pallas takes long.
+# Modules as `attention_blocks` says; imported when used, as Pallas imports slowly.
 IMPLEMENTATIONS = {
     "reference": "reference_attention",
     "splash": "splash_attention",
@@ -42,7 +43,7 @@ _QUERY = ("batch", "length", "heads", None)
 _KEY = ("batch", "length", "kv_heads", None)
 _SEGMENTS = ("batch", "length")
 _WHOLE_KEY, _WHOLE_SEGMENTS = ("batch", None, "kv_heads", None), ("batch", None)
-_LSE = ("batch", "length", "heads")
+_RESULTS = Results(_QUERY, ("batch", "length", "heads"))
 
 
 def attention(
@@ -55,28 +56,29 @@ def attention(
     implementation="reference",
     layout: Layout | None = None,
 ):
-    """softmax(q·k / √H) v over the keys of the same segment that are not in the future.
+    """Returns softmax(q·k / √H) v over the keys of the same segment that are not in the future.
 
-    Order is that of the arrays (S = T); where the layout cuts the length, the arrays are in
-    `ring_order`, and what counts is the order before that. Query head n reads key head
-    n // (N / K). Scores, softmax and sums are float32.
+    Order is that of the arrays (S = T). If the layout shards the length, the arrays are in
+    `ring_order` and the order before that permutation counts. Query head n reads key head n // (N /
+    K). Scores, softmax and sums are float32.
 
     Args:
       query_BTNH: queries, already rotated.
       key_BSKH: keys, already rotated.
       value_BSKH: values.
-      segment_ids_BT: int32, 0 on padding (whose outputs are finite and mean nothing).
-      causal: false lets a query see the future too, as patches of an image do; order means nothing
-        then, and where the layout cuts the length, each device has all keys of its rows.
-      implementation: a key of IMPLEMENTATIONS, as `resolve` gives it.
-      layout: how arrays lie on a mesh; each device works on its own rows, heads and positions.
+      segment_ids_BT: int32, 0 on padding (whose outputs are finite but meaningless).
+      causal: false lets a query see the future too, as for image patches; order then has no
+        meaning, and if the layout shards the length, each device has all keys of its rows.
+      implementation: a key of IMPLEMENTATIONS, from `resolve`.
+      layout: how arrays are sharded over a mesh; each device computes its own rows, heads and
+        positions.
 
     Returns:
       Weighted values [B, T, N, H] in the type of the queries.
 
     Raises:
-      ValueError: on an unknown implementation, naming the known ones; on a size that the mesh does
-        not divide, or on a mesh that cuts lengths with an implementation that cannot.
+      ValueError: an unknown implementation (the message lists the known ones), a size that the mesh
+        does not divide, or a mesh that shards lengths with an implementation that cannot.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -104,19 +106,19 @@ def resolve(
     context: int = 1,
     second_derivatives: bool = False,
 ) -> str:
-    """The implementation that is meant, with "auto" decided; refuses one that does not fit.
+    """Resolves "auto" to an implementation, and refuses one that does not fit.
 
-    "auto" is splash on TPU; on GPU cudnn where it fits and else flash_gpu; elsewhere, and where
-    these do not fit, the reference.
+    "auto" is splash on TPU; on GPU cudnn if it fits, else flash_gpu; elsewhere, or if these do not
+    fit, the reference.
 
     Args:
       implementation: "auto" or a key of IMPLEMENTATIONS.
-      platform: of the devices ("cpu", "tpu", "gpu", "cuda", "rocm").
+      platform: platform of the devices ("cpu", "tpu", "gpu", "cuda", "rocm").
       packed: whether a row may hold more than one segment.
       head_dim: H.
       dtype: type of queries, keys and values.
-      context: devices that share a row's length.
-      second_derivatives: whether the backward pass is differentiated, as length pressure does.
+      context: number of devices over which a row's length is sharded.
+      second_derivatives: whether the backward pass is differentiated, as for length pressure.
 
     Returns:
       A key of IMPLEMENTATIONS.
@@ -150,7 +152,7 @@ def resolve(
 
 
 def _unfit(name, *, platform, packed, head_dim, dtype, context, second_derivatives):
-    """Why an implementation cannot do what is needed; None where it can."""
+    """Returns why an implementation does not fit; None if it does."""
     if name == "reference":
         return None
     if platform not in _PLATFORMS[name]:
@@ -196,8 +198,8 @@ def _check_ring(implementation, length, count):
 
 
 # ---------------------------------------------------------------- each device its own part
-# The derivative is declared out here, so that both passes are a plain shard_map of their own and
-# no rule of differentiation has to go through one.
+# The derivative is declared outside shard_map, so that each pass is a plain shard_map of its own
+# and no differentiation rule has to go through one.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -206,30 +208,28 @@ def _by_parts(implementation, layout, causal, query_BTNH, key_BSKH, value_BSKH, 
     return _parts_forward(implementation, layout, causal, *arrays)[0]
 
 
-def _inputs(causal):
-    """Axes of queries, keys, values, and the segment ids of queries and of keys."""
+def _axes(causal):
+    """Returns the axes of the inputs; without order each device has all keys of its rows."""
     key, segments = (_KEY, _SEGMENTS) if causal else (_WHOLE_KEY, _WHOLE_SEGMENTS)
-    return _QUERY, key, key, _SEGMENTS, segments
+    return Inputs(_QUERY, key, key, _SEGMENTS, segments)
 
 
 def _parts_forward(implementation, layout, causal, *arrays):
     function = functools.partial(_own_forward, implementation, layout, causal)
     query_BTNH, *rest, segments_BT = arrays
-    segments = (reference_attention.tied(segments_BT, query_BTNH),) * 2
-    results = shard_map(function, layout, _inputs(causal), (_QUERY, _LSE))(
-        query_BTNH, *rest, *segments
-    )
-    out_BTNH, lse_BTN = reference_attention.named(*results)
-    return out_BTNH, (*arrays, out_BTNH, lse_BTN)
+    segments_BT = reference_attention.tied(segments_BT, query_BTNH)
+    inputs = Inputs(query_BTNH, *rest, segments_BT, segments_BT)
+    results = shard_map(function, layout, (_axes(causal),), _RESULTS)(inputs)
+    results = reference_attention.named(results)
+    return results.out, (arrays, results)
 
 
 def _parts_backward(implementation, layout, causal, residuals, grad_BTNH):
     function = functools.partial(_own_backward, implementation, layout, causal)
-    inputs = _inputs(causal)
-    axes = (*inputs, _QUERY, _LSE, _QUERY)
-    *arrays, segments_BT, out_BTNH, lse_BTN = reference_attention.tied(residuals, grad_BTNH)
-    grads = shard_map(function, layout, axes, inputs[:3])(
-        *arrays, segments_BT, segments_BT, out_BTNH, lse_BTN, grad_BTNH
+    (*arrays, segments_BT), results = reference_attention.tied(residuals, grad_BTNH)
+    inputs, axes = Inputs(*arrays, segments_BT, segments_BT), _axes(causal)
+    grads = shard_map(function, layout, (axes, _RESULTS, _QUERY), axes[:3])(
+        inputs, results, grad_BTNH
     )
     return *grads, None
 
@@ -237,25 +237,24 @@ def _parts_backward(implementation, layout, causal, residuals, grad_BTNH):
 _by_parts.defvjp(_parts_forward, _parts_backward)
 
 
-def _own_forward(implementation, layout, causal, query, key, value, segments, key_segments):
+def _own_forward(implementation, layout, causal, inputs):
     block, (axis, count) = _blocks(implementation).forward_block, _ring(layout)
     if causal and count > 1:
-        out, lse = forward_ring(block, axis, count, query, key, value, segments)
+        results = forward_ring(block, axis, count, inputs)
     else:
-        out, lse = block(query, key, value, segments, key_segments, causal=causal)
-    return out.astype(query.dtype), lse
+        results = block(inputs, causal=causal)
+    return results._replace(out=results.out.astype(inputs.query.dtype))
 
 
-def _own_backward(implementation, layout, causal, query, key, value, *rest):
+def _own_backward(implementation, layout, causal, inputs, results, grad):
     block, (axis, count) = _blocks(implementation).backward_block, _ring(layout)
     if causal and count > 1:
-        segments, _, *rest = rest
-        grads = backward_ring(block, axis, count, query, key, value, segments, *rest)
+        grads = backward_ring(block, axis, count, inputs, results, grad)
     else:
-        grads = block(query, key, value, *rest, causal=causal)
-    if not causal and count > 1:  # of own queries so far
+        grads = block(inputs, results, grad, causal=causal)
+    if not causal and count > 1:  # so far from this device's queries only
         grads = grads[0], *(jax.lax.psum(grad, axis) for grad in grads[1:])
-    return tuple(grad.astype(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
+    return tuple(grad.astype(x.dtype) for grad, x in zip(grads, inputs[:3], strict=True))
 
 
 def _blocks(implementation):
@@ -263,6 +262,6 @@ def _blocks(implementation):
 
 
 def _ring(layout):
-    """Name and size of the mesh axis that lengths are cut over."""
+    """Returns name and size of the mesh axis over which lengths are sharded."""
     names = () if layout is None else layout.axis_names("length")
     return (names[0], layout.size("length")) if names else (None, 1)

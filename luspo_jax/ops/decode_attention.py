@@ -1,6 +1,7 @@
-"""Attention of one query a row over the first entries of that row's cache."""
+"""Attention of one query per row over the first entries of that row's KV cache."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,33 +15,40 @@ CACHE_AXES = (
     "kv_heads",
     "cache_length",
     None,
-)  # of keys and values, [L, B, K, S, H]
+)  # axes of keys and values, [L, B, K, S, H]
 NEGATIVE = -1e30  # finite: the exponential of a masked score is exactly zero, never NaN
-# Cache lengths that `rows` compiles for, no finer than 32; a row reads the shortest that suffices.
+# Cache lengths that `rows` compiles for, no finer than 32; a row reads the shortest sufficient one.
 _PREFIXES, _FINEST = 4, 32
+
+
+class _Pair(NamedTuple):
+    """A key and a value: the new ones of each row, the cache, or the axes of either."""
+
+    key: Any
+    value: Any
 
 
 def decode_attention(
     query_BNH, keys_LBKSH, values_LBKSH, layer, *, lengths_B, implementation="auto"
 ):
-    """softmax(q·k / √H) v over the first `lengths_B[b]` entries of row b in one layer's cache.
+    """Returns softmax(q·k / √H) v over the first `lengths_B[b]` cache entries of row b in a layer.
 
-    The stacked cache comes whole, so that an implementation may read a layer where it lies.
-    Query head n reads key head n // (N / K). Scores, softmax and sums are float32.
+    The whole stacked cache is passed, so that an implementation may read a layer in place. Query
+    head n reads key head n // (N / K). Scores, softmax and sums are float32.
 
     Args:
-      query_BNH: one rotated query a row.
+      query_BNH: one rotated query per row.
       keys_LBKSH: cached keys of every layer.
       values_LBKSH: cached values of every layer.
       layer: int32 scalar.
-      lengths_B: int32 ≥ 1, how many entries the row's query sees.
+      lengths_B: int32 ≥ 1, number of entries that the row's query sees.
       implementation: a key of IMPLEMENTATIONS; "auto" is "rows" on CPU and "batched" elsewhere.
 
     Returns:
       Weighted values [B, N, H] in the type of the queries.
 
     Raises:
-      ValueError: on an unknown implementation, naming the known ones.
+      ValueError: an unknown implementation; the message lists the known ones.
     """
     query_BKGH = _scaled_groups(query_BNH, keys_LBKSH)
     out_BKGH = _known(implementation)(
@@ -52,25 +60,26 @@ def decode_attention(
 def append_and_attend(
     query_BNH, new, cached, layer, *, positions_B, implementation="auto", layout=None
 ):
-    """Writes one key and value a row into the cache, and attends to it up to and including them.
+    """Writes one key and value per row into the cache and attends to the entries up to them.
 
-    With a layout, rows lie over "batch", heads over "heads" and "kv_heads" and the positions of
-    the cache over "cache_length": dealt out in turn (`dealt_positions`), so that parts are equally
-    full at any length. Every device writes where the position is its own, and attends to the
-    entries it holds; the softmax is put together from its parts,
+    With a layout, rows are sharded over "batch", heads over "heads" and "kv_heads", and the
+    positions of the cache over "cache_length". Positions are dealt in turn (`dealt_positions`), so
+    that parts are equally full at any length. Each device writes the positions that are its own and
+    attends to the entries it holds; the softmax is combined from its parts,
 
       out = Σ_c exp(m_c − m) o_c / Σ_c exp(m_c − m) s_c,  m = max_c m_c,
 
-    with m_c the largest score of part c, s_c = Σ exp(score − m_c) and o_c the values so weighted,
-    all float32.
+    with m_c the largest score of part c, s_c = Σ exp(score − m_c) and o_c the sum of values with
+    these weights, all float32.
 
     Args:
-      query_BNH: one rotated query a row.
+      query_BNH: one rotated query per row.
       new: the rotated key and the value of each row, [B, K, H] both.
       cached: keys and values of every layer, [L, B, K, S, H] both; S must be a multiple of
-        layout.size("cache_length"). Donated or dead afterwards, they are written in place.
+        layout.size("cache_length"). They are written in place if donated or not used afterwards.
       layer: int32 scalar.
-      positions_B: int32, where in its row the new entry goes; the query sees positions_B + 1.
+      positions_B: int32, position of the new entry in its row; the query sees positions_B + 1
+        entries.
       implementation: a key of IMPLEMENTATIONS.
       layout: the rollout's, or None for one device.
 
@@ -78,7 +87,7 @@ def append_and_attend(
       Weighted values [B, N, H] in the type of the queries; the keys; the values.
 
     Raises:
-      ValueError: on an unknown implementation, naming the known ones.
+      ValueError: an unknown implementation; the message lists the known ones.
     """
     if layout is not None and layout.size("cache_length") > 1:
         function = functools.partial(_append_and_attend_part, implementation, layout)
@@ -88,35 +97,33 @@ def append_and_attend(
     return shard_map(
         function,
         layout,
-        (query_axes, row_axes, row_axes, CACHE_AXES, CACHE_AXES, (), ("batch",)),
+        (query_axes, _Pair(row_axes, row_axes), _Pair(CACHE_AXES, CACHE_AXES), (), ("batch",)),
         (query_axes, CACHE_AXES, CACHE_AXES),
-    )(query_BNH, *new, *cached, jnp.asarray(layer), jnp.asarray(positions_B))
+    )(query_BNH, _Pair(*new), _Pair(*cached), jnp.asarray(layer), jnp.asarray(positions_B))
 
 
-def _append_and_attend(implementation, query, key, value, keys, values, layer, positions_B):
-    keys = _written(keys, key, layer, positions_B)
-    values = _written(values, value, layer, positions_B)
+def _append_and_attend(implementation, query, new, cached, layer, positions_B):
+    keys = _written(cached.key, new.key, layer, positions_B)
+    values = _written(cached.value, new.value, layer, positions_B)
     out = decode_attention(
         query, keys, values, layer, lengths_B=positions_B + 1, implementation=implementation
     )
     return out, keys, values
 
 
-def _append_and_attend_part(
-    implementation, layout, query, key, value, keys, values, layer, positions_B
-):
-    """The same where this device holds one part of the positions."""
+def _append_and_attend_part(implementation, layout, query, new, cached, layer, positions_B):
+    """Does the same when this device holds one part of the positions."""
     spread, C = layout.axis_names("cache_length"), layout.size("cache_length")
     part = lax.axis_index(spread)
-    # Other parts' positions are sent past the end, where a write is dropped.
-    own_B = jnp.where(positions_B % C == part, positions_B // C, keys.shape[3])
-    keys = _written(keys, key, layer, own_B)
-    values = _written(values, value, layer, own_B)
+    # Other parts' positions are moved past the end, where writes are dropped.
+    own_B = jnp.where(positions_B % C == part, positions_B // C, cached.key.shape[3])
+    keys = _written(cached.key, new.key, layer, own_B)
+    values = _written(cached.value, new.value, layer, own_B)
     lengths_B = (positions_B - part) // C + 1  # ≥ 0: positions ≥ 0 and part < C
     out, top, total = _known(implementation)(
         _scaled_groups(query, keys), keys, values, layer, lengths_B, finish=_parts
     )
-    # A part of no entries has top = NEGATIVE, which weighs nothing beside any other.
+    # A part without entries has top = NEGATIVE, so its weight beside any other is 0.
     share = jnp.exp(top - lax.pmax(top, spread))
     sums = lax.psum(share * jnp.concatenate([out, total], axis=-1), spread)
     out = sums[..., :-1] / sums[..., -1:]
@@ -124,7 +131,7 @@ def _append_and_attend_part(
 
 
 def dealt_positions(x_LBKTH, layout):
-    """What this device holds of entries in order: position p is entry p // C of part p mod C.
+    """Returns this device's part of ordered entries: position p is entry p // C of part p mod C.
 
     For use within `shard_map`. C is layout.size("cache_length"); T is padded to a multiple of it.
     """
@@ -139,8 +146,8 @@ def dealt_positions(x_LBKTH, layout):
 
 
 def _written(cached_LBKSH, new_BKH, layer, positions_B):
-    # One vector [H] an index. For matrices [K, H], XLA on TPU would turn K and S of the whole cache
-    # around, and hold it twice.
+    # One vector [H] per index. With matrices [K, H], XLA on TPU would transpose K and S of the
+    # whole cache and hold it twice.
     rows_B1, heads_K = jnp.arange(new_BKH.shape[0])[:, None], jnp.arange(new_BKH.shape[1])
     at = cached_LBKSH.at[layer, rows_B1, heads_K[None], positions_B[:, None]]
     return at.set(new_BKH, mode="drop")
@@ -156,7 +163,7 @@ def _known(implementation):
 
 
 def _scaled_groups(query_BNH, keys_LBKSH):
-    """Queries over √H, grouped by their key head: [B, K, G, H]."""
+    """Returns queries over √H, grouped by their key head: [B, K, G, H]."""
     B, N, H = query_BNH.shape
     K = keys_LBKSH.shape[2]
     query_BKGH = query_BNH.astype(jnp.float32) * jnp.float32(H**-0.5)
@@ -175,7 +182,7 @@ def _parts(out, top, total):
 
 
 def _batched(query_BKGH, keys_LBKSH, values_LBKSH, layer, lengths_B, finish=_normalised):
-    """All rows at once: two batched products over the whole cache length."""
+    """Processes all rows at once: two batched products over the whole cache length."""
     keys_BKSH, values_BKSH = (
         lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (keys_LBKSH, values_LBKSH)
     )
@@ -184,10 +191,10 @@ def _batched(query_BKGH, keys_LBKSH, values_LBKSH, layer, lengths_B, finish=_nor
 
 
 def _rows(query_BKGH, keys_LBKSH, values_LBKSH, layer, lengths_B, finish=_normalised):
-    """A row at a time, over a prefix of its cache that holds its length.
+    """Processes one row at a time, over a prefix of its cache that covers its length.
 
-    The piece of cache that a row reads stays near the core, and no layer is copied out of the
-    stack: 1.8 times as fast as `batched` on two CPU cores (B 64, S 192, K 4, H 32, half full).
+    A row's piece of the cache stays near the core, and no layer is copied out of the stack: 1.8
+    times as fast as `batched` on two CPU cores (B 64, S 192, K 4, H 32, half full).
     """
     S = keys_LBKSH.shape[3]
     count = min(_PREFIXES, -(-S // _FINEST))

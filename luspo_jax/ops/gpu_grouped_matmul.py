@@ -1,15 +1,16 @@
-"""Products of groups for GPU by Pallas kernels (through Triton, so from Ampere on).
+"""Grouped matmul for GPU by Pallas kernels (through Triton, so Ampere or newer).
 
-A program computes one tile of the result. Tiles of rows are counted from the beginning of their
-group, so groups may begin anywhere and need no padding; which group a tile is of, and its first
-row, are worked out outside from the sizes. There are at most M / rows + E such tiles; programs of
-tiles that are not needed end at once.
+Each program computes one tile of the result. Tiles of rows are counted from the start of their
+group, so groups may begin anywhere and need no padding. A tile's group and first row are computed
+from the sizes outside the kernel. There are at most M / rows + E such tiles; programs of unused
+tiles end at once.
 
-Written without a GPU at hand: compiled for one and run on CPU by Pallas' interpreter. Tile sizes
+Written without access to a GPU: compiled for one and run on CPU by Pallas' interpreter. Tile sizes
 are not tuned.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +20,20 @@ from jax.experimental.pallas import triton as plgpu
 
 from luspo_jax.ops.reference_grouped_matmul import bounds
 
-_LEAST = 16  # of a side of a tile: what tensor cores take
-_ROWS, _COLUMNS = 128, 128  # of a tile of the result, at most
+_LEAST = 16  # smallest side of a tile that tensor cores accept
+_ROWS, _COLUMNS = 128, 128  # largest tile of the result
 _WARPS = 8
 _INTERPRET = False  # tests run the kernels on CPU this way
 
 
 def row_multiple(num_rows, num_groups):
-    """Groups may begin anywhere."""
+    """Returns 1: groups may begin anywhere."""
     del num_rows, num_groups
     return 1
 
 
 def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
-    """As `grouped_matmul.grouped_matmul`."""
+    """See `grouped_matmul.grouped_matmul`."""
     M, inner = x_MD.shape
     E, columns = kernel_EDF.shape[0], kernel_EDF.shape[1 if transposed else 2]
     rows = _tile_rows(M, E)
@@ -43,11 +44,11 @@ def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
         grid=(pl.cdiv(columns, tile[1]), count),
         out_shape=jax.ShapeDtypeStruct((M, columns), x_MD.dtype),
         name="grouped_matmul",
-    )(*_tiles(group_sizes_E, rows, count), x_MD, kernel_EDF)
+    )(_tiles(group_sizes_E, rows, count), x_MD, kernel_EDF)
 
 
 def outer(x_MD, grad_MF, group_sizes_E):
-    """As `grouped_matmul.grouped_outer`."""
+    """See `grouped_matmul.grouped_outer`."""
     D, F, E = x_MD.shape[1], grad_MF.shape[1], group_sizes_E.shape[0]
     tile = _side(D), _side(F), _depth(x_MD)
     return _call(
@@ -59,7 +60,7 @@ def outer(x_MD, grad_MF, group_sizes_E):
 
 
 def _tile_rows(M, E):
-    """Rows of a tile: at most a quarter of a group's share, so that its last tile wastes little."""
+    """Returns the rows of a tile: at most a quarter of a group's share, to waste little."""
     return min(_ROWS, max(_LEAST, pl.next_power_of_2(M // (4 * E) + 1) // 2))
 
 
@@ -68,22 +69,30 @@ def _side(size, most=_COLUMNS):
 
 
 def _depth(x_MD):
-    """Terms of a sum that are loaded at once."""
+    """Returns the number of terms of a sum loaded at once."""
     return 64 if x_MD.dtype.itemsize == 2 else 32
 
 
-def _tiles(group_sizes_E, rows, count):
-    """Group, first row, and the row after the group's last, of each tile of rows.
+class _Tiles(NamedTuple):
+    """Each tile of rows: its group, its first row, and the group's end row.
 
-    A tile that is not needed has first row = last row.
+    An unused tile has first row = end row.
     """
+
+    group_T: Any
+    first_T: Any
+    end_T: Any
+
+
+def _tiles(group_sizes_E, rows, count):
+    """Returns the _Tiles of groups of these sizes."""
     starts_E, ends_E = bounds(group_sizes_E)
     before_E, through_E = bounds(-(-group_sizes_E // rows))  # tiles
     tiles_T = lax.iota(jnp.int32, count)
     group_T = jnp.sum(tiles_T[:, None] >= through_E[None], axis=1, dtype=jnp.int32)
     group_T = jnp.minimum(group_T, group_sizes_E.shape[0] - 1)
     first_T = starts_E[group_T] + (tiles_T - before_E[group_T]) * rows
-    return group_T, jnp.minimum(first_T, ends_E[group_T]), ends_E[group_T]
+    return _Tiles(group_T, jnp.minimum(first_T, ends_E[group_T]), ends_E[group_T])
 
 
 def _call(kernel, **settings):
@@ -92,12 +101,12 @@ def _call(kernel, **settings):
 
 
 # ---------------------------------------------------------------- kernels
-# References are to whole arrays; sides of a tile are powers of two, and what is over is masked.
+# References are to whole arrays; the sides of a tile are powers of two, with the excess masked.
 
 
-def _matmul_kernel(group_ref, first_ref, end_ref, x_ref, kernel_ref, y_ref, *, transposed, tile):
+def _matmul_kernel(tiles, x_ref, kernel_ref, y_ref, *, transposed, tile):
     j, t = pl.program_id(0), pl.program_id(1)
-    group, first, end = group_ref[t], first_ref[t], end_ref[t]
+    group, first, end = (ref[t] for ref in tiles)
     rows, columns, depth = tile
     width, inner = y_ref.shape[1], x_ref.shape[1]
     here, across = pl.dslice(first, rows), pl.dslice(j * columns, columns)
@@ -149,6 +158,6 @@ def _below(first, count, end):
 
 
 def _dot(a, b):
-    """Product with float32 sums; of float32 factors, with all their bits."""
+    """Multiplies with float32 sums; float32 factors keep all their bits."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return plgpu.dot(a, b, precision=precision)

@@ -1,4 +1,4 @@
-"""Matrix products of experts: rows that lie group by group, each group times its own kernel.
+"""Matrix products of experts: rows sorted by group, each group times its own kernel.
 
 | name | platform | what it is |
 |---|---|---|
@@ -7,12 +7,12 @@
 | megablox | TPU | the Pallas kernels that come with jax (`megablox_matmul`) |
 | grouped_gpu | GPU | Pallas kernels through Triton (`gpu_grouped_matmul`) |
 
-Groups lie one after another from row 0, in order; each begins at a multiple of `row_multiple`, so
-its last rows may be padding, which the caller sets to zero. Rows after the last group belong to no
-group: what they hold influences nothing, NaN included, and their results mean nothing.
+Groups follow one another from row 0, in order. Each begins at a multiple of `row_multiple`, so its
+last rows may be padding, which the caller sets to zero. Rows after the last group belong to no
+group: their contents, NaN included, have no effect, and their results are meaningless.
 
-The derivatives of each of the two functions are the two functions again, so that they exist in
-reverse mode to any order, with every implementation, and keep no array but what was put in.
+The derivatives of each of the two functions are again these two functions. So derivatives exist in
+reverse mode to any order, with every implementation, and keep only the inputs.
 """
 
 import functools
@@ -25,7 +25,7 @@ from luspo_jax.ops.reference_grouped_matmul import kept
 
 __all__ = ["IMPLEMENTATIONS", "grouped_matmul", "grouped_outer", "resolve", "row_multiple"]
 
-# Where each has its `matmul`, `outer` and `row_multiple`; imported when used, as Pallas takes long.
+# Modules with `matmul`, `outer` and `row_multiple`; imported when used, as Pallas imports slowly.
 IMPLEMENTATIONS = {
     "reference": "reference_grouped_matmul",
     "blocks": "block_matmul",
@@ -33,28 +33,28 @@ IMPLEMENTATIONS = {
     "grouped_gpu": "gpu_grouped_matmul",
 }
 _GPUS = ("gpu", "cuda", "rocm")
-_PLATFORMS = {"megablox": ("tpu",), "grouped_gpu": _GPUS}  # of those that do not run everywhere
+_PLATFORMS = {"megablox": ("tpu",), "grouped_gpu": _GPUS}  # of implementations with fixed platforms
 
 
 def grouped_matmul(
     x_MD, kernel_EDF, group_sizes_E, *, implementation="reference", transposed=False
 ) -> jax.Array:
-    """y_m = x_m W_e, with e the group that row m belongs to.
+    """Returns y_m = x_m W_e, where e is the group of row m.
 
     Args:
-      x_MD: rows, group by group; x_MF where `transposed`.
+      x_MD: rows, group by group; x_MF if `transposed`.
       kernel_EDF: a kernel for each group, in the type of the rows.
       group_sizes_E: int32 rows of each group, multiples of `row_multiple`, 0 allowed; their sum is
         at most M.
-      implementation: a key of IMPLEMENTATIONS, as `resolve` gives it.
+      implementation: a key of IMPLEMENTATIONS, from `resolve`.
       transposed: y_m = x_m W_eᵀ instead.
 
     Returns:
-      [M, F] ([M, D] where `transposed`) in the type of the rows, sums taken in float32 (float64 for
+      [M, F] ([M, D] if `transposed`) in the type of the rows, with sums in float32 (float64 for
       float64); unspecified after the last group.
 
     Raises:
-      ValueError: on an unknown implementation, shapes or types that do not go together.
+      ValueError: an unknown implementation, or incompatible shapes or types.
     """
     _check(implementation, x_MD, group_sizes_E)
     if kernel_EDF.ndim != 3 or x_MD.shape[1] != kernel_EDF.shape[2 if transposed else 1]:
@@ -72,19 +72,19 @@ def grouped_matmul(
 
 
 def grouped_outer(x_MD, grad_MF, group_sizes_E, *, implementation="reference") -> jax.Array:
-    """G_e = Σ_{m in group e} x_mᵀ g_m: the gradient of the kernels of `grouped_matmul`.
+    """Returns G_e = Σ_{m in group e} x_mᵀ g_m: the gradient of the kernels of `grouped_matmul`.
 
     Args:
       x_MD: rows, group by group.
       grad_MF: as many rows of the same type.
       group_sizes_E: int32 rows of each group, as in `grouped_matmul`.
-      implementation: a key of IMPLEMENTATIONS, as `resolve` gives it.
+      implementation: a key of IMPLEMENTATIONS, from `resolve`.
 
     Returns:
-      [E, D, F] in float32 (float64 for float64), in which sums are taken; zero for an empty group.
+      [E, D, F], with sums and result in float32 (float64 for float64); zero for an empty group.
 
     Raises:
-      ValueError: on an unknown implementation, shapes or types that do not go together.
+      ValueError: an unknown implementation, or incompatible shapes or types.
     """
     _check(implementation, x_MD, group_sizes_E)
     if grad_MF.ndim != 2 or grad_MF.shape[0] != x_MD.shape[0] or grad_MF.dtype != x_MD.dtype:
@@ -97,34 +97,35 @@ def grouped_outer(x_MD, grad_MF, group_sizes_E, *, implementation="reference") -
 
 
 def row_multiple(implementation: str, num_rows: int, num_groups: int) -> int:
-    """What each group's size must be a multiple of, so that groups begin where tiles do.
+    """Returns the required divisor of each group's size, so that groups begin where tiles do.
 
     Args:
-      implementation: a key of IMPLEMENTATIONS, as `resolve` gives it.
+      implementation: a key of IMPLEMENTATIONS, from `resolve`.
       num_rows: rows of all groups together, before padding.
       num_groups: E.
 
     Raises:
-      ValueError: on an unknown implementation.
+      ValueError: an unknown implementation.
     """
     _check_name(implementation)
     return _module(implementation).row_multiple(num_rows, num_groups)
 
 
 def resolve(implementation: str, *, platform: str) -> str:
-    """The implementation that is meant, with "auto" decided; refuses one that does not run there.
+    """Resolves "auto" to an implementation, and refuses one that does not run on the platform.
 
     "auto" is blocks on CPU, megablox on TPU, grouped_gpu on GPU and the reference elsewhere.
 
     Args:
       implementation: "auto" or a key of IMPLEMENTATIONS.
-      platform: of the devices ("cpu", "tpu", "gpu", "cuda", "rocm").
+      platform: platform of the devices ("cpu", "tpu", "gpu", "cuda", "rocm").
 
     Returns:
       A key of IMPLEMENTATIONS.
 
     Raises:
-      ValueError: on an unknown implementation, or one of another platform, naming those of this.
+      ValueError: an unknown implementation, or one of another platform; the message lists this
+        platform's.
     """
     if implementation == "auto":
         fit = (name for name, platforms in _PLATFORMS.items() if platform in platforms)
@@ -141,7 +142,7 @@ def resolve(implementation: str, *, platform: str) -> str:
 
 
 # ---------------------------------------------------------------- derivatives
-# Rows after the last group get none, whatever the implementation leaves there.
+# Rows after the last group get a zero gradient, whatever the implementation leaves there.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

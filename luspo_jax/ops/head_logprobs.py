@@ -1,7 +1,8 @@
-"""Log-probability and entropy of given tokens from hidden states, without a [B, T, V] array."""
+"""Log-probs and entropies of given tokens from hidden states, without a [B, T, V] array."""
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,49 +22,58 @@ def head_logprobs(
     chunk_tokens: int,
     layout: Layout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores `targets_BT` under softmax(hidden · kernelᵀ / temperature), in chunks of positions.
+    """Computes the log-prob of each target and the entropy, in chunks of positions.
 
         log p_t = z_target − logsumexp(z),   H_t = −Σ_v p_v log p_v,   z = h·Wᵀ / temperature
 
-    Logits live for one chunk of positions only, forward and backward (the backward pass computes
-    them again), and chunks in which nothing is scored are skipped: prompts and right padding cost
-    no head. Products accumulate in float32, or float64 where the inputs are.
+    Logits exist for one chunk of positions at a time, forward and backward (the backward pass
+    recomputes them). Chunks that the mask leaves empty are skipped: prompts and right padding cost
+    no head. Products accumulate in float32, or float64 for float64 inputs.
 
-    With a layout each device scores its own rows and positions; the weights are gathered once, in
-    the hidden states' type, and their gradient is summed in float32 and handed back as they lie. A
-    vocabulary cut over devices stays cut: sums over it are summed over devices.
+    With a layout each device computes its own rows and positions. The weights are gathered once, in
+    the hidden states' type; their gradient is summed in float32 and returned in the weights'
+    sharding. A sharded vocabulary stays sharded: sums over it are summed over devices.
 
     Args:
       hidden_BTD: hidden state that predicts `targets_BT` at the same index.
-      kernel_VD: head weights in any float type; their gradient comes in the same.
-      targets_BT: int32 tokens to score.
-      mask_BT: bool, where to score.
+      kernel_VD: head weights in any float type; their gradient has the same type.
+      targets_BT: int32 target tokens.
+      mask_BT: bool, the positions to compute.
       temperature: divides the logits, > 0.
-      chunk_tokens: tokens (rows × positions) whose logits exist at one time on a device.
-      layout: where rows, positions and weights lie.
+      chunk_tokens: tokens (rows × positions) per device whose logits exist at one time.
+      layout: sharding of rows, positions and weights.
 
     Returns:
-      Log-probabilities (nats, ≤ 0) and entropies (nats, ≥ 0) in the accumulator's type, both 0
-      where masked.
+      Log-probs (nats, ≤ 0) and entropies (nats, ≥ 0) in the accumulator's type, both 0 where
+        masked.
 
     Raises:
-      ValueError: for a temperature or a number of tokens that is not positive.
+      ValueError: a temperature or a number of tokens that is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0 to score tokens, got {temperature}")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be ≥ 1, got {chunk_tokens}")
-    return _scored(
-        1.0 / temperature, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT
-    )
+    inputs = _Inputs(hidden_BTD, kernel_VD, targets_BT, mask_BT)
+    return _scored(1.0 / temperature, chunk_tokens, layout, inputs)
 
 
-_ROWS, _HIDDEN, _KERNEL = ("batch", "length"), ("batch", "length", None), ("vocab", "embed")
+class _Inputs(NamedTuple):
+    """The arrays of `head_logprobs`, or one thing for each of them, such as its axes."""
+
+    hidden_BTD: Any
+    kernel_VD: Any
+    targets_BT: Any
+    mask_BT: Any
+
+
+_ROWS, _KERNEL = ("batch", "length"), ("vocab", "embed")
+_AXES = _Inputs(("batch", "length", None), _KERNEL, _ROWS, _ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Vocabulary:
-    """The part of the vocabulary that this device holds, and the mesh axes that hold the rest."""
+    """The part of the vocabulary on this device, and the mesh axes that hold the rest."""
 
     kernel_VD: jax.Array
     names: tuple[str, ...]
@@ -74,14 +84,14 @@ class _Vocabulary:
         )
 
     def is_target(self, targets_BC):
-        # A comparison instead of a gather: it fuses, and needs no token to be on this device.
+        # A comparison instead of a gather: it fuses, and the token may be on another device.
         vocab = self.kernel_VD.shape[0]
         if self.names:
             targets_BC = targets_BC - jax.lax.axis_index(self.names) * vocab
         return targets_BC[..., None] == jnp.arange(vocab, dtype=targets_BC.dtype)[None, None, :]
 
     def total(self, x):
-        """Sum of a partial sum over all parts of the vocabulary."""
+        """Sums a partial sum over all parts of the vocabulary."""
         return jax.lax.psum(x, self.names) if self.names else x
 
     def logsumexp(self, logits_BCV):
@@ -106,7 +116,7 @@ def _chunk_length(chunk_tokens, rows_BT):
 
 
 def _to_chunks(x_BT, chunk):
-    """[B, T, ...] -> [⌈T/chunk⌉, B, chunk, ...], zeros at the end."""
+    """Reshapes [B, T, ...] to [⌈T/chunk⌉, B, chunk, ...], zeros at the end."""
     x_BT = jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % chunk), *[(0, 0)] * (x_BT.ndim - 2)))
     batch, length = x_BT.shape[:2]
     return x_BT.reshape(batch, length // chunk, chunk, *x_BT.shape[2:]).swapaxes(0, 1)
@@ -119,21 +129,19 @@ def _from_chunks(x_NBC, length):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scored(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT):
-    return _scored_forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT)[
-        0
-    ]
+def _scored(scale, chunk_tokens, layout, inputs):
+    return _scored_forward(scale, chunk_tokens, layout, inputs)[0]
 
 
-def _scored_forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT):
+def _scored_forward(scale, chunk_tokens, layout, inputs):
     local = functools.partial(_forward, scale, chunk_tokens, layout)
-    spread = sharding.shard_map(local, layout, [_HIDDEN, _KERNEL, _ROWS, _ROWS], (_ROWS,) * 3)
-    logprobs_BT, entropy_BT, normalizer_BT = spread(hidden_BTD, kernel_VD, targets_BT, mask_BT)
-    residuals = (hidden_BTD, kernel_VD, targets_BT, mask_BT, entropy_BT, normalizer_BT)
-    return (logprobs_BT, entropy_BT), residuals
+    spread = sharding.shard_map(local, layout, [_AXES], (_ROWS,) * 3)
+    logprobs_BT, entropy_BT, normalizer_BT = spread(inputs)
+    return (logprobs_BT, entropy_BT), (inputs, entropy_BT, normalizer_BT)
 
 
-def _forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT):
+def _forward(scale, chunk_tokens, layout, inputs):
+    hidden_BTD, kernel_VD, targets_BT, mask_BT = inputs
     vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
     chunk = _chunk_length(chunk_tokens, targets_BT)
 
@@ -142,7 +150,7 @@ def _forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mas
         normalizer_BC = vocabulary.logsumexp(logits_BCV)
         is_target = vocabulary.is_target(targets_BC)
         target_BC = vocabulary.total(jnp.sum(jnp.where(is_target, logits_BCV, 0.0), axis=-1))
-        # −Σ p log p and not logsumexp − Σ p z, which cancels where logits are large.
+        # −Σ p log p instead of logsumexp − Σ p z, which cancels for large logits.
         logp_BCV = logits_BCV - normalizer_BC[..., None]
         entropy_BC = -vocabulary.total(jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1))
         # Rounding may leave log p at +1e-7 and the entropy of a certain choice at −1e-7.
@@ -164,21 +172,20 @@ def _forward(scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mas
 
 
 def _scored_backward(scale, chunk_tokens, layout, residuals, cotangents):
+    inputs, entropy_BT, normalizer_BT = residuals
     local = functools.partial(_backward, scale, chunk_tokens, layout)
-    spread = sharding.shard_map(local, layout, [_HIDDEN, _KERNEL, *[_ROWS] * 6], (_HIDDEN, _KERNEL))
-    hidden_BTD, kernel_VD, *_ = residuals
-    d_hidden_BTD, d_kernel_VD = spread(*residuals, *cotangents)
-    return d_hidden_BTD.astype(hidden_BTD.dtype), d_kernel_VD.astype(kernel_VD.dtype), None, None
+    spread = sharding.shard_map(local, layout, [_AXES, *[_ROWS] * 4], _AXES[:2])
+    d_hidden_BTD, d_kernel_VD = spread(inputs, entropy_BT, normalizer_BT, *cotangents)
+    d_hidden_BTD = d_hidden_BTD.astype(inputs.hidden_BTD.dtype)
+    return (_Inputs(d_hidden_BTD, d_kernel_VD.astype(inputs.kernel_VD.dtype), None, None),)
 
 
-def _backward(
-    scale, chunk_tokens, layout, hidden_BTD, kernel_VD, targets_BT, mask_BT, entropy_BT,
-    normalizer_BT, *cotangents,
-):  # fmt: skip
+def _backward(scale, chunk_tokens, layout, inputs, entropy_BT, normalizer_BT, *cotangents):
+    hidden_BTD, kernel_VD, targets_BT, mask_BT = inputs
     vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
     chunk = _chunk_length(chunk_tokens, targets_BT)
 
-    # Length pressure differentiates this in the cotangents; the logits of a chunk are not kept.
+    # Length pressure differentiates this in the cotangents; a chunk's logits are not kept.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def grads(
         carry_VD, hidden_BCD, targets_BC, entropy_BC, normalizer_BC, d_logprob_BC, d_entropy_BC

@@ -1,8 +1,8 @@
-"""Products of groups by the Pallas "megablox" kernels that come with jax, for TPU.
+"""Grouped matmul by the Pallas "megablox" kernels that come with jax, for TPU.
 
-A tile of rows that two groups share is computed once for each and the rows of the other are masked,
-so groups may begin anywhere. Where they hold many rows they begin at tiles all the same: to share
-costs a tile a group, to pad costs half of one. Few rows, as in decoding, are left unpadded.
+A tile of rows shared by two groups is computed once for each, with the other's rows masked, so
+groups may begin anywhere. Groups with many rows still begin at tiles: sharing costs one tile per
+group, padding half a tile. Few rows, as in decoding, are left unpadded.
 """
 
 import contextlib
@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-_ROWS = (512, 256, 128)  # of a tile; more load less, fewer waste less
+_ROWS = (512, 256, 128)  # of a tile; larger ones load less, smaller ones waste less
 _LANES = 128
 _WIDEST = 2048  # columns of a tile
-_FAST_MEMORY = 13 * 2**20  # bytes for tiles, of the 16 MiB that a kernel of v4 to v5p may take
+_FAST_MEMORY = 13 * 2**20  # bytes for tiles, of the 16 MiB available to a kernel on v4 to v5p
 _INTERPRET = False  # tests run the kernels on CPU this way
 
 
 def row_multiple(num_rows, num_groups):
-    """Rows of a tile, at most an eighth of a group's share; 1 where that is less than a tile."""
+    """Returns the rows of a tile: at most an eighth of a group's share, 1 if below a tile."""
     share = num_rows // num_groups
     if share < _LANES:
         return 1
@@ -28,7 +28,7 @@ def row_multiple(num_rows, num_groups):
 
 
 def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
-    """As `grouped_matmul.grouped_matmul`."""
+    """See `grouped_matmul.grouped_matmul`."""
     M, inner = x_MD.shape
     rows = _tile_rows(M, group_sizes_E.shape[0])
     columns = kernel_EDF.shape[1 if transposed else 2]
@@ -40,7 +40,7 @@ def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
 
 
 def outer(x_MD, grad_MF, group_sizes_E):
-    """As `grouped_matmul.grouped_outer`."""
+    """See `grouped_matmul.grouped_outer`."""
     rows = _tile_rows(x_MD.shape[0], group_sizes_E.shape[0])
     of = functools.partial(_outer_bytes, x_MD.dtype.itemsize)
     tiles = _tiles(rows, x_MD.shape[1], grad_MF.shape[1], of)
@@ -51,13 +51,13 @@ def outer(x_MD, grad_MF, group_sizes_E):
 
 
 def _tile_rows(M, E):
-    """Rows of a tile; where groups are padded to `row_multiple`, that or less."""
+    """Returns the rows of a tile; at most `row_multiple` if groups are padded to it."""
     fit = (rows for rows in _ROWS if M % rows == 0 and 9 * rows * E <= M)
     return next(fit, _LANES)
 
 
 def _tiles(rows, inner, columns, of):
-    """(rows, inner, columns) of the largest tiles whose bytes are few enough."""
+    """Returns (rows, inner, columns) of the largest tiles whose bytes fit."""
     counts = [-(-size // _WIDEST) for size in (inner, columns)]
     while True:
         tiles = rows, *map(_part, (inner, columns), counts)
@@ -67,17 +67,17 @@ def _tiles(rows, inner, columns, of):
 
 
 def _part(size, count):
-    """Columns of one of `count` tiles: all, or whole lanes."""
+    """Returns the columns of one of `count` tiles: all, or whole lanes."""
     return size if count == 1 else -(-size // (count * _LANES)) * _LANES
 
 
 def _matmul_bytes(item, rows, inner, columns):
-    """Two of each tile, one that is loaded while the other is used, and the sums."""
+    """Counts two of each tile (one loads while the other is used) and the sums."""
     return 2 * item * (rows * (inner + columns) + inner * columns) + 4 * rows * columns
 
 
 def _outer_bytes(item, rows, inner, columns):
-    """The same, with inputs once more in float32 as they are masked."""
+    """Counts the same, plus a float32 copy of the inputs as they are masked."""
     inputs = (2 * item + 4) * rows * (inner + columns)
     return inputs + (2 * 4 + 4) * inner * columns
 
@@ -88,7 +88,7 @@ def _padded(x_MD, rows):
 
 @contextlib.contextmanager
 def _settings(x_MD):
-    """Promotion as jax's code expects; float32 factors multiplied with all their bits."""
+    """Sets promotion as jax's code expects; float32 factors keep all their bits."""
     precision = "highest" if x_MD.dtype == jnp.float32 else None
     with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision(precision):
         yield

@@ -1,4 +1,4 @@
-"""Part of a long random draw, without the rest."""
+"""Generates part of a long random draw without the rest."""
 
 import math
 
@@ -11,18 +11,18 @@ _BELOW_ONE = np.nextafter(np.float32(-1), np.float32(0), dtype=np.float32)
 
 
 def normal_slice(key: jax.Array, start: int, shape: tuple[int, ...]) -> jax.Array:
-    """`jax.random.normal(key, (n,))[start : start + size].reshape(shape)` for any large enough n.
+    """Returns `jax.random.normal(key, (n,))[start : start + size].reshape(shape)` for any large n.
 
-    Threefry (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns (key, i) into
-    the bits of number i, so that each device can make its own part of an array:
-    x_i = √2 · erf⁻¹(u_i), with u_i in (−1, 1) from 23 of 32 bits. The numbers are jax's to the last
-    bit, as its tests here make sure. For use under jit, inside `jax.enable_x64(True)`: positions
-    exceed 32 bits.
+    Threefry (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps (key, i) to
+    the bits of number i, so each device can generate its own part of an array: x_i = √2 ·
+    erf⁻¹(u_i), with u_i in (−1, 1) from 23 of 32 bits. The numbers equal jax's to the last bit,
+    which the tests verify. For use under jit, inside `jax.enable_x64(True)`: positions exceed 32
+    bits.
 
     Args:
-      key: of the default implementation, with jax_threefry_partitionable as is the default.
+      key: key of the default implementation, with the default jax_threefry_partitionable.
       start: uint64 position of the first number; may be traced.
-      shape: of the float32 result; positions run through it row by row.
+      shape: shape of the float32 result, filled in row-major order.
     """
     key_words = jax.random.key_data(key)
     position = jnp.full(shape, start, jnp.uint64)

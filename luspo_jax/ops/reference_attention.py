@@ -1,32 +1,34 @@
-"""Attention in plain XLA, for every platform: loops over small pieces, memory linear in the length.
+"""Attention in plain XLA for every platform: loops over small pieces, memory linear in length.
 
-Flash attention's two passes (Dao et al. 2022) without its online softmax: a piece holds few
-queries and all keys before their end. Rows, then causal blocks, then chunks of queries.
+Flash attention's two passes (Dao et al. 2022) without the online softmax: a piece holds few queries
+and all keys up to their end. The loops run over rows, causal blocks, then chunks of queries.
 """
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from luspo_jax.ops.attention_blocks import Inputs, Results
 from luspo_jax.ops.precision import wide, wide_type
 
 NEGATIVE = -1e30  # finite: the exponential of a masked score is exactly zero, never NaN
 
-# Measured on two CPU cores at B 64, T 192, N 8, K 4, H 32: small pieces that stay in the cache
-# beat one batched einsum 4 times forward and 2 times with the backward pass.
+# Measured on two CPU cores at B 64, T 192, N 8, K 4, H 32: small pieces that stay in the cache are
+# 4 times as fast as one batched einsum forward, 2 times with the backward pass.
 _CHUNK = 32  # queries at a time
 _BLOCKS = 8  # static pieces of the causal triangle; keys beyond a piece's end are skipped
-_CACHED_SCORES = 2**18  # scores at a time while whole rows fit
+_CACHED_SCORES = 2**18  # scores at a time, if whole rows fit
 _MOST_SCORES = 2**22  # scores at a time at any length; bounds memory
 
 
 @jax.custom_vjp
 def attention(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT):
-    """Causal attention within segments on one device, as `ops.attention.attention`.
+    """Computes causal attention within segments on one device, as `ops.attention.attention` does.
 
     The backward pass is differentiable in its cotangent, which length pressure needs.
     """
@@ -34,18 +36,18 @@ def attention(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT):
 
 
 def _attention_forward(query_BTNH, key_BSKH, value_BSKH, segment_ids_BT):
-    T = query_BTNH.shape[1]
-    arrays = (query_BTNH, key_BSKH, value_BSKH, tied(segment_ids_BT, query_BTNH))
-    out_BKTGH, lse_BKTG = _forward(*arrays, arrays[-1], causal=True)
+    T, arrays = query_BTNH.shape[1], (query_BTNH, key_BSKH, value_BSKH)
+    tied_BT = tied(segment_ids_BT, query_BTNH)
+    out_BKTGH, lse_BKTG = _forward(Inputs(*arrays, tied_BT, tied_BT), causal=True)
     out_BTNH = _ungrouped(out_BKTGH, T).astype(query_BTNH.dtype)
-    out_BTNH, lse_BKTG = named(out_BTNH, lse_BKTG)
-    return out_BTNH, (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, out_BTNH, lse_BKTG)
+    results = named(Results(out_BTNH, lse_BKTG))
+    return results.out, ((*arrays, segment_ids_BT), results)
 
 
 def _attention_backward(residuals, grad_BTNH):
-    *arrays, segment_ids_BT, out_BTNH, lse_BKTG = tied(residuals, grad_BTNH)
-    segments = (segment_ids_BT, segment_ids_BT)
-    grads = _backward(*arrays, *segments, out_BTNH, lse_BKTG, grad_BTNH, causal=True)
+    (*arrays, segment_ids_BT), results = tied(residuals, grad_BTNH)
+    inputs = Inputs(*arrays, segment_ids_BT, segment_ids_BT)
+    grads = _backward(inputs, results, grad_BTNH, causal=True)
     return *(grad.astype(x.dtype) for grad, x in zip(grads, arrays, strict=True)), None
 
 
@@ -53,95 +55,63 @@ attention.defvjp(_attention_forward, _attention_backward)
 
 
 def tied(tree, to):
-    """The same arrays, made to depend on `to`.
+    """Makes the arrays depend on `to`.
 
-    What depends on less than a loop's turn, as a mask of segments does, jax takes out of the loop
-    when it differentiates: for all chunks at once, which is a T × T array.
+    Without this, jax hoists values that do not depend on the loop's turn, such as a segment mask,
+    out of the loop when it differentiates: for all chunks at once, a T × T array.
     """
     return lax.stop_gradient(lax.optimization_barrier((tree, to))[0])
 
 
-def named(out, lse):
-    """A forward pass's results, named for the remat policies that keep them."""
-    return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+def named(results):
+    """Names the results of a forward pass, for the remat policies that keep them."""
+    out, lse = results
+    return Results(checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse"))
 
 
-def forward_block(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, *, causal):
-    """Attention of some queries over some keys, and what it takes to join it with that over others.
+def forward_block(inputs, *, causal):
+    """Computes attention of queries over a block of keys; see `attention_blocks`.
 
     Args:
-      query_BTNH: queries.
-      key_BSKH: keys.
-      value_BSKH: values.
-      segments_BT: int32 segment ids of the queries.
-      segments_BS: int32 segment ids of the keys.
+      inputs: Inputs.
       causal: whether query t sees keys 0 … t only (S = T then), or all.
 
     Returns:
-      (out_BTNH, lse_BTN): weighted values and log Σ_s exp(score), float32. Where a query sees no
-      key, `out` is finite and `lse` so low that it weighs exactly nothing beside any other.
+      Results, float32.
     """
-    T = query_BTNH.shape[1]
-    out_BKTGH, lse_BKTG = _forward(
-        query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, causal=causal
-    )
-    return _ungrouped(out_BKTGH, T), _ungrouped(lse_BKTG[..., None], T)[..., 0]
+    T = inputs.query.shape[1]
+    out_BKTGH, lse_BKTG = _forward(inputs, causal=causal)
+    return Results(_ungrouped(out_BKTGH, T), _ungrouped(lse_BKTG[..., None], T)[..., 0])
 
 
-def backward_block(
-    query_BTNH,
-    key_BSKH,
-    value_BSKH,
-    segments_BT,
-    segments_BS,
-    out_BTNH,
-    lse_BTN,
-    grad_BTNH,
-    *,
-    causal,
-):
-    """Gradients (dq, dk, dv), float32, by way of these keys.
-
-    Arguments as in `forward_block`; `out_BTNH` and `lse_BTN` are of the queries' attention over
-    all their keys, those of other blocks included, and `grad_BTNH` is the cotangent of `out_BTNH`.
-    """
-    T, S, N = query_BTNH.shape[1], key_BSKH.shape[1], query_BTNH.shape[2]
-    pieces = _pieces(query_BTNH.shape[0], T, S, N, causal)
-    # Padding gets no weight, whatever its scores.
-    widths = ((0, 0), (0, -T % pieces[1]), (0, 0), (0, 0))
-    lse_BTN1 = jnp.pad(lse_BTN[..., None], widths, constant_values=-NEGATIVE)
-    lse_BKTG = _by_kv_head(lse_BTN1, key_BSKH.shape[2], pieces)[..., 0]
-    arrays = (query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
-    return _backward(*arrays, out_BTNH, lse_BKTG, grad_BTNH, causal=causal)
-
-
-def _forward(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, *, causal):
-    B, T, N, _ = query_BTNH.shape
-    pieces = _pieces(B, T, key_BSKH.shape[1], N, causal)
-    arrays = _grouped(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, pieces, causal)
-    return _over_rows(functools.partial(_forward_rows, pieces, causal), arrays, pieces)
-
-
-def _backward(
-    query_BTNH,
-    key_BSKH,
-    value_BSKH,
-    segments_BT,
-    segments_BS,
-    out_BTNH,
-    lse_BKTG,
-    grad_BTNH,
-    *,
-    causal,
-):
-    B, T, N, H = query_BTNH.shape
-    S, K = key_BSKH.shape[1:3]
+def backward_block(inputs, results, grad_BTNH, *, causal):
+    """Returns the gradients (dq, dk, dv), float32, through these keys; see `attention_blocks`."""
+    (B, T, N, _), (S, K) = inputs.query.shape, inputs.key.shape[1:3]
     pieces = _pieces(B, T, S, N, causal)
-    arrays = _grouped(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, pieces, causal)
-    # Σ_s weight · ∂weight of each query, by way of the output (Dao et al. 2022, eq. 4).
-    delta_BTN1 = jnp.sum(wide(out_BTNH) * wide(grad_BTNH), axis=-1, keepdims=True)
+    # Padding gets weight 0, whatever its scores.
+    widths = ((0, 0), (0, -T % pieces[1]), (0, 0), (0, 0))
+    lse_BTN1 = jnp.pad(results.lse[..., None], widths, constant_values=-NEGATIVE)
+    lse_BKTG = _by_kv_head(lse_BTN1, K, pieces)[..., 0]
+    return _backward(inputs, results._replace(lse=lse_BKTG), grad_BTNH, causal=causal)
+
+
+def _forward(inputs, *, causal):
+    """Returns (out, lse) grouped by key head and padded to whole blocks: [B, K, T, G, …]."""
+    B, T, N, _ = inputs.query.shape
+    pieces = _pieces(B, T, inputs.key.shape[1], N, causal)
+    function = functools.partial(_forward_rows, pieces, causal)
+    return _over_rows(function, (_grouped(inputs, pieces, causal),), pieces)
+
+
+def _backward(inputs, results, grad_BTNH, *, causal):
+    """Returns the gradients; `results.lse` is grouped and padded, as `_forward` returns it."""
+    (B, T, N, H), (S, K) = inputs.query.shape, inputs.key.shape[1:3]
+    pieces = _pieces(B, T, S, N, causal)
+    grouped = _grouped(inputs, pieces, causal)
+    # Σ_s weight · ∂weight of each query, through the output (Dao et al. 2022, eq. 4).
+    delta_BTN1 = jnp.sum(wide(results.out) * wide(grad_BTNH), axis=-1, keepdims=True)
     grad_BKTGH, delta_BKTG1 = (_by_kv_head(x, K, pieces) for x in (grad_BTNH, delta_BTN1))
-    arrays = (*arrays, lse_BKTG, delta_BKTG1[..., 0], grad_BKTGH)
+    arrays = (grouped, (results.lse, delta_BKTG1[..., 0], grad_BKTGH))
     dq_BKTGH, dk_BKHS, dv_BKHS = _over_rows(
         functools.partial(_backward_rows, pieces, causal), arrays, pieces
     )
@@ -150,7 +120,7 @@ def _backward(
 
 
 def _pieces(B, T, S, N, causal=True):
-    """(rows, block, chunk): rows at a time, and queries in a block and in a chunk of it."""
+    """Returns (rows, block, chunk): rows at a time, queries per block and per chunk of it."""
     chunk = min(_CHUNK, T)
     while chunk > 1 and N * chunk * S > _MOST_SCORES:
         chunk //= 2
@@ -160,14 +130,15 @@ def _pieces(B, T, S, N, causal=True):
     return rows, block, chunk
 
 
-def _grouped(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, pieces, causal):
-    """Head-major arrays, padded to whole blocks; queries scaled and grouped by their key head."""
+def _grouped(inputs, pieces, causal):
+    """Returns Inputs by head, padded to whole blocks; queries scaled and grouped by key head."""
+    query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS = inputs
     K = key_BSKH.shape[2]
-    if causal:  # keys are cut where queries are
+    if causal:  # keys are cut at the same places as queries
         key_BSKH, value_BSKH, segments_BS = (
             _padded(x, pieces) for x in (key_BSKH, value_BSKH, segments_BS)
         )
-    return (
+    return Inputs(
         _by_kv_head(_scaled(query_BTNH), K, pieces),
         jnp.swapaxes(key_BSKH, 1, 2),
         jnp.swapaxes(value_BSKH, 1, 2),
@@ -198,24 +169,25 @@ def _ungrouped(x_BKTGH, T):
 
 
 def _over_rows(function, arrays, pieces):
-    """function(*arrays) a few rows at a time."""
-    rows, B = pieces[0], arrays[0].shape[0]
+    """Applies function(*arrays) to a few rows at a time."""
+    rows, B = pieces[0], jax.tree.leaves(arrays)[0].shape[0]
     if rows == B:
         return function(*arrays)
-    split = [x.reshape(B // rows, rows, *x.shape[1:]) for x in arrays]
+    split = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), arrays)
     out = lax.map(lambda part: function(*part), split)
     return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), out)
 
 
-def _over_chunks(function, carry, arrays, start, pieces):
-    """Scans `function(carry, first, *chunk)` over the chunks of the block at `start`.
+def _over_chunks(function, carry, queries, start, pieces):
+    """Scans `function(carry, first, queries)` over the chunks of the block at `start`.
 
-    `arrays` and results have queries on axis 2; `first` is the index of a chunk's first query.
+    Arrays of `queries` and of results have queries on axis 2; `first` is the index of a chunk's
+    first query.
     """
     _, block, chunk = pieces
-    arrays = [lax.slice_in_dim(x, start, start + block, axis=2) for x in arrays]
+    queries = jax.tree.map(lambda x: lax.slice_in_dim(x, start, start + block, axis=2), queries)
     if block == chunk:
-        return function(carry, start, *arrays)
+        return function(carry, start, queries)
 
     def split(x):
         x = x.reshape(*x.shape[:2], block // chunk, chunk, *x.shape[3:])
@@ -225,95 +197,94 @@ def _over_chunks(function, carry, arrays, start, pieces):
         x = jnp.moveaxis(x, 0, 2)
         return x.reshape(*x.shape[:2], block, *x.shape[4:])
 
-    firsts = tied(start + chunk * jnp.arange(block // chunk), arrays[0])
+    firsts = tied(start + chunk * jnp.arange(block // chunk), queries[0])
     carry, out = lax.scan(
-        lambda carry, part: function(carry, *part), carry, (firsts, *map(split, arrays))
+        lambda carry, part: function(carry, *part), carry, (firsts, jax.tree.map(split, queries))
     )
     return carry, jax.tree.map(join, out)
 
 
-def _forward_rows(pieces, causal, query_RKTGH, key_RKSH, value_RKSH, segments_RT, segments_RS):
-    """Outputs, and logarithms of the softmax's denominators, of a few rows."""
-    T, S, block = query_RKTGH.shape[2], key_RKSH.shape[2], pieces[1]
+class _Keys(NamedTuple):
+    """The keys that a block of queries may see, of a few rows."""
+
+    key_RKSH: Any
+    value_RKSH: Any
+    segments_RS: Any
+
+
+def _first_keys(inputs, end):
+    return _Keys(inputs.key[:, :, :end], inputs.value[:, :, :end], inputs.key_segments[:, :end])
+
+
+class _Queries(NamedTuple):
+    """What the backward pass reads of queries: of a few rows (C = T), or of a chunk of them."""
+
+    query_RKCGH: Any
+    segments_R1C: Any
+    lse_RKCG: Any
+    delta_RKCG: Any
+    grad_RKCGH: Any
+
+
+def _forward_rows(pieces, causal, inputs):
+    """Returns the outputs of a few rows, and the logarithms of the softmax's denominators."""
+    T, S, block = inputs.query.shape[2], inputs.key.shape[2], pieces[1]
+    queries = (inputs.query, inputs.segments[:, None])
     outs = []
     for start in range(0, T, block):
-        end = start + block if causal else S
-        keys, values, segments = key_RKSH[:, :, :end], value_RKSH[:, :, :end], segments_RS[:, :end]
-
-        def chunk(carry, first, query_RKCGH, segments_R1C, k=keys, v=values, s=segments):
-            scores_RKCGS = _dot(query_RKCGH, k, 4, 3)
-            mask = _mask(segments_R1C, s, first if causal else None)
-            scores_RKCGS = jnp.where(mask, scores_RKCGS, NEGATIVE)
-            top = jnp.max(scores_RKCGS, axis=-1, keepdims=True)
-            weights_RKCGS = jnp.exp(scores_RKCGS - top)
-            total = jnp.sum(weights_RKCGS, axis=-1, keepdims=True)
-            out_RKCGH = _dot(weights_RKCGS.astype(v.dtype), v, 4, 2) / total
-            return carry, (out_RKCGH, (top + jnp.log(total))[..., 0])
-
-        outs.append(
-            _over_chunks(chunk, None, (query_RKTGH, segments_RT[:, None]), start, pieces)[1]
-        )
+        keys = _first_keys(inputs, start + block if causal else S)
+        chunk = functools.partial(_forward_chunk, causal, keys)
+        outs.append(_over_chunks(chunk, None, queries, start, pieces)[1])
     return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*outs, strict=True))
 
 
-def _backward_rows(
-    pieces, causal, query_RKTGH, key_RKSH, value_RKSH, segments_RT, segments_RS, *rest
-):
-    """Gradients of scaled queries [R, K, T, G, H], keys and values [R, K, H, S] of a few rows."""
-    T, block = query_RKTGH.shape[2], pieces[1]
-    R, K, S, H = key_RKSH.shape
-    dkv = [jnp.zeros((R, K, H, S), wide_type(key_RKSH))] * 2
+def _forward_chunk(causal, keys, carry, first, queries):
+    query_RKCGH, segments_R1C = queries
+    scores_RKCGS = _dot(query_RKCGH, keys.key_RKSH, 4, 3)
+    mask = _mask(segments_R1C, keys.segments_RS, first if causal else None)
+    scores_RKCGS = jnp.where(mask, scores_RKCGS, NEGATIVE)
+    top = jnp.max(scores_RKCGS, axis=-1, keepdims=True)
+    weights_RKCGS = jnp.exp(scores_RKCGS - top)
+    total = jnp.sum(weights_RKCGS, axis=-1, keepdims=True)
+    out_RKCGH = _dot(weights_RKCGS.astype(keys.value_RKSH.dtype), keys.value_RKSH, 4, 2) / total
+    return carry, (out_RKCGH, (top + jnp.log(total))[..., 0])
+
+
+def _backward_rows(pieces, causal, inputs, of_queries):
+    """Gradients of a few rows: scaled queries [R, K, T, G, H]; keys, values [R, K, H, S]."""
+    T, block = inputs.query.shape[2], pieces[1]
+    R, K, S, H = inputs.key.shape
+    queries = _Queries(inputs.query, inputs.segments[:, None], *of_queries)
+    dkv = [jnp.zeros((R, K, H, S), wide_type(inputs.key))] * 2
     dqs = []
     for start in range(0, T, block):
         end = start + block if causal else S
-        chunk = functools.partial(
-            _backward_chunk,
-            causal,
-            key_RKSH[:, :, :end],
-            value_RKSH[:, :, :end],
-            segments_RS[:, :end],
-        )
-        dkv_block, dq = _over_chunks(
-            chunk,
-            [x[..., :end] for x in dkv],
-            (query_RKTGH, segments_RT[:, None], *rest),
-            start,
-            pieces,
-        )
+        chunk = functools.partial(_backward_chunk, causal, _first_keys(inputs, end))
+        dkv_block = [x[..., :end] for x in dkv]
+        dkv_block, dq = _over_chunks(chunk, dkv_block, queries, start, pieces)
         dkv = [x.at[..., :end].set(new) for x, new in zip(dkv, dkv_block, strict=True)]
         dqs.append(dq)
     return jnp.concatenate(dqs, axis=2), *dkv
 
 
-# Length pressure differentiates the backward pass in its cotangent. Recomputed, a chunk's weights
-# are not kept for that: those of all chunks would be a T × T array.
+# Length pressure differentiates the backward pass in its cotangent. A chunk's weights are
+# recomputed and not kept for that: those of all chunks would be a T × T array.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
-def _backward_chunk(
-    causal,
-    keys,
-    values,
-    segments_RS,
-    dkv,
-    first,
-    query_RKCGH,
-    segments_R1C,
-    lse_RKCG,
-    delta_RKCG,
-    grad,
-):
+def _backward_chunk(causal, keys, dkv, first, queries):
+    query_RKCGH, segments_R1C, lse_RKCG, delta_RKCG, grad_RKCGH = queries
     dtype = query_RKCGH.dtype
-    scores_RKCGS = _dot(query_RKCGH, keys, 4, 3)
-    mask = _mask(segments_R1C, segments_RS, first if causal else None)
+    scores_RKCGS = _dot(query_RKCGH, keys.key_RKSH, 4, 3)
+    mask = _mask(segments_R1C, keys.segments_RS, first if causal else None)
     weights = jnp.where(mask, jnp.exp(scores_RKCGS - lse_RKCG[..., None]), 0.0)
-    dscores = weights * (_dot(grad, values, 4, 3) - delta_RKCG[..., None])
+    dscores = weights * (_dot(grad_RKCGH, keys.value_RKSH, 4, 3) - delta_RKCG[..., None])
     weights, dscores = weights.astype(dtype), dscores.astype(dtype)
     # As [H, S]: the transposed operand is the small one.
-    dk_RKHS, dv_RKHS = _dot_queries(query_RKCGH, dscores), _dot_queries(grad, weights)
-    return [dkv[0] + dk_RKHS, dkv[1] + dv_RKHS], _dot(dscores, keys, 4, 2)
+    dk_RKHS, dv_RKHS = _dot_queries(query_RKCGH, dscores), _dot_queries(grad_RKCGH, weights)
+    return [dkv[0] + dk_RKHS, dkv[1] + dv_RKHS], _dot(dscores, keys.key_RKSH, 4, 2)
 
 
 def _mask(segments_R1C, segments_RS, first):
-    """[R, 1, C, 1, S]: whether query first + c sees key s; no `first`, no order."""
+    """Returns [R, 1, C, 1, S]: whether query first + c sees key s; no order without `first`."""
     same_RCS = segments_R1C[:, 0, :, None] == segments_RS[:, None, :]
     if first is not None:
         queries_C = first + jnp.arange(segments_R1C.shape[2])

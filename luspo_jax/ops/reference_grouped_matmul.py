@@ -1,6 +1,6 @@
-"""Products of groups in plain XLA: each kernel times all rows, of which its group's are kept.
+"""Grouped matmul in plain XLA: every kernel times all rows, keeping the rows of its group.
 
-E times the multiplications that are needed, one array of [M, F] at a time.
+It does E times the necessary multiplications, one array of [M, F] at a time.
 """
 
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ from luspo_jax.ops.precision import wide_type
 
 
 def row_multiple(num_rows, num_groups):
-    """Groups may begin anywhere."""
+    """Returns 1: groups may begin anywhere."""
     del num_rows, num_groups
     return 1
 
 
 def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
-    """As `grouped_matmul.grouped_matmul`."""
+    """See `grouped_matmul.grouped_matmul`."""
     columns = 1 if transposed else 0
 
     def add(y_MF, group):
@@ -30,7 +30,7 @@ def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
 
 
 def outer(x_MD, grad_MF, group_sizes_E):
-    """As `grouped_matmul.grouped_outer`."""
+    """See `grouped_matmul.grouped_outer`."""
 
     def step(_, group):
         return None, _dot(kept(x_MD, *group), kept(grad_MF, *group), 0, 0)
@@ -39,13 +39,13 @@ def outer(x_MD, grad_MF, group_sizes_E):
 
 
 def bounds(group_sizes_E):
-    """First row of each group, and the row after its last; int32."""
+    """Returns the first row of each group and the row after its last; int32."""
     ends_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
     return ends_E - group_sizes_E, ends_E
 
 
 def kept(x_MD, start, end):
-    """The rows from `start` to before `end`, the others zero."""
+    """Keeps rows from `start` to before `end` and sets the others to zero."""
     rows_M = lax.iota(jnp.int32, x_MD.shape[0])
     return jnp.where(((rows_M >= start) & (rows_M < end))[:, None], x_MD, jnp.zeros_like(x_MD))
 

@@ -1,21 +1,21 @@
-"""Attention over rows that are cut along their length: keys and values travel around a ring.
+"""Attention over rows sharded along their length: keys and values travel around a ring.
 
-Why a ring, and not keys and values gathered whole on every device: at the lengths that make one
-cut a row, memory per device is what bounds a run, and gathered keys and values grow with the whole
-length, as would the sums of their gradients. Here a device holds its own part and the one that has
-just arrived, whatever the number of devices; what travels is the same, and it travels while the
-part that arrived before is being worked on (Liu et al. 2023, arXiv:2310.01889).
+A ring, rather than gathering all keys and values on every device, because at lengths that require
+sharding a row, memory per device is the limit. Gathered keys and values, and the sums of their
+gradients, grow with the whole length. In a ring a device holds its own part and the one that has
+just arrived, whatever the number of devices. The traffic is the same and overlaps with the work on
+the part that arrived before (Liu et al. 2023, arXiv:2310.01889).
 
-A causal row cut into `count` runs of positions would leave the first device idle most of the time.
+A causal row cut into `count` contiguous parts would leave the first device idle most of the time.
 So a row is cut into 2·count chunks, and device i holds chunks i and 2·count − 1 − i, the "ring
-order". A device then has the same work in each turn: in the first its own two chunks (causal, and
-the later one over the earlier), and in each later turn two whole pairs of chunks: its later chunk
-over the earlier of those that arrived, and either its earlier chunk over that same one (they come
-from before it) or its later chunk over the later one (they come from after it). The pairs that lie
-in the future are the others; they are never computed, and no branch is needed.
+order". A device then has the same work in each turn. In the first turn it processes its own two
+chunks (causal, and the later one over the earlier). In each later turn it processes two whole pairs
+of chunks: its later chunk over the earlier one that arrived, and either its earlier chunk over that
+same one (if they come from before it) or its later chunk over the later one (if they come from
+after it). All other pairs are in the future; they are never computed, and no branch is needed.
 
-Parts are joined by their log-sum-exp in float32. The first turn holds each query's own key, so that
-a part in which a query sees nothing weighs exactly nothing.
+Parts are joined by their log-sum-exp in float32. The first turn includes each query's own key, so a
+part in which a query sees nothing gets weight exactly 0.
 """
 
 import functools
@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from luspo_jax.ops.attention_blocks import Inputs, Results
 from luspo_jax.ops.precision import wide, wide_type
 
 
 def ring_order(length: int, count: int) -> np.ndarray:
-    """Which position of a row lies where, when `count` devices share its length.
+    """Returns the position at each index of a row whose length is sharded over `count` devices.
 
     `x_ring = x[ring_order(length, count)]`: the row is 2·count chunks, and part i of the result
     holds chunks i and 2·count − 1 − i. With one device it is the row itself.
@@ -38,7 +39,7 @@ def ring_order(length: int, count: int) -> np.ndarray:
       int64 positions [length].
 
     Raises:
-      ValueError: where 2·count does not divide the length.
+      ValueError: 2·count does not divide the length.
     """
     if count == 1:
         return np.arange(length)
@@ -48,12 +49,12 @@ def ring_order(length: int, count: int) -> np.ndarray:
 
 
 def inverse_ring_order(length: int, count: int) -> np.ndarray:
-    """Where each position went: `x = x_ring[inverse_ring_order(length, count)]`."""
+    """Returns the index of each position: `x = x_ring[inverse_ring_order(length, count)]`."""
     return np.argsort(ring_order(length, count))
 
 
 def check_length(length: int, count: int) -> None:
-    """Refuses a row length that does not make two equal chunks for each of `count` devices."""
+    """Refuses a row length that does not give two equal chunks to each of `count` devices."""
     if length % (2 * count):
         raise ValueError(
             f"rows of {length} tokens cannot be cut over {count} context devices: each holds two "
@@ -62,23 +63,20 @@ def check_length(length: int, count: int) -> None:
         )
 
 
-def forward_ring(block, axis, count, query_BTNH, key_BTKH, value_BTKH, segments_BT):
-    """(out_BTNH, lse_BTN), float32, of this device's queries over the keys of all devices.
+def forward_ring(block, axis, count, inputs):
+    """Returns the Results, float32, of this device's queries over the keys of all devices.
 
     For use inside `shard_map`; arrays are the device's own parts, in ring order.
 
     Args:
-      block: a `forward_block`, as in `reference_attention`.
+      block: the `forward_block` of an implementation.
       axis: name of the mesh axis.
       count: its size.
-      query_BTNH: queries.
-      key_BTKH: keys.
-      value_BTKH: values.
-      segments_BT: int32 segment ids.
+      inputs: Inputs whose queries and keys are at the same positions, of the same segments.
     """
-    index, keys = lax.axis_index(axis), (key_BTKH, value_BTKH, segments_BT)
-    arriving = _passed_on(keys, axis, count)  # on its way while the own keys are read
-    queries = (query_BTNH, segments_BT)
+    index, keys = lax.axis_index(axis), (inputs.key, inputs.value, inputs.segments)
+    arriving = _passed_on(keys, axis, count)  # in transit while the device's own keys are read
+    queries = (inputs.query, inputs.segments)
     own = _attend(block, _both(queries), _both(keys), causal=True)
     early, late = _halves(own, axis=0)
     whole = _attend(block, _late(queries), _early(keys), causal=False)
@@ -91,7 +89,7 @@ def forward_ring(block, axis, count, query_BTNH, key_BTKH, value_BTKH, segments_
         parts = _attend(block, _pairs(before, queries), _pair_keys(before, keys), causal=False)
         first, second = _halves(parts, axis=0)
         late = _joined(late, first)
-        # One of the two takes the second part in, the other nothing.
+        # One of the two adds the second part, the other nothing.
         early = _joined(early, _silenced(second, before))
         late = _joined(late, _silenced(second, ~before))
         return ((early, late), arriving), None
@@ -100,17 +98,15 @@ def forward_ring(block, axis, count, query_BTNH, key_BTKH, value_BTKH, segments_
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), *state)
 
 
-def backward_ring(
-    block, axis, count, query_BTNH, key_BTKH, value_BTKH, segments_BT, out_BTNH, lse_BTN, grad_BTNH
-):
-    """Gradients (dq, dk, dv), float32; those of keys and values travel with them and come home.
+def backward_ring(block, axis, count, inputs, results, grad_BTNH):
+    """Returns gradients (dq, dk, dv), float32; those of keys and values travel around with them.
 
-    Arguments as in `forward_ring`; `block` is a `backward_block`, `out_BTNH` and `lse_BTN` are the
-    ring's, and `grad_BTNH` is the cotangent of `out_BTNH`.
+    Arguments as in `forward_ring`; `block` is a `backward_block`, `results` are the ring's, and
+    `grad_BTNH` is the cotangent of their `out`.
     """
-    index, keys = lax.axis_index(axis), (key_BTKH, value_BTKH, segments_BT)
+    index, keys = lax.axis_index(axis), (inputs.key, inputs.value, inputs.segments)
     arriving = _passed_on(keys, axis, count)
-    queries = (query_BTNH, segments_BT, out_BTNH, lse_BTN, grad_BTNH)
+    queries = (inputs.query, inputs.segments, results, grad_BTNH)
     dq, dk, dv = (
         jnp.concatenate(_halves(x, axis=0), axis=1)
         for x in _pull(block, _both(queries), _both(keys), causal=True)
@@ -141,7 +137,7 @@ def backward_ring(
 
 
 def _passed_on(arrays, axis, count):
-    """What the device before this one holds; the last hands to the first."""
+    """Passes arrays one device on around the ring; the last passes to the first."""
     ring = [(i, (i + 1) % count) for i in range(count)]
     return jax.tree.map(lambda x: lax.ppermute(x, axis, ring), arrays)
 
@@ -150,7 +146,7 @@ def _passed_on(arrays, axis, count):
 
 
 def _halves(tree, axis=1):
-    """Each array's first and second half along an axis, as two trees."""
+    """Splits each array into its first and second half along an axis, as two trees."""
     size = jax.tree.leaves(tree)[0].shape[axis] // 2
     cut = lambda start: jax.tree.map(  # noqa: E731
         lambda x: lax.slice_in_dim(x, start, start + size, axis=axis), tree
@@ -167,7 +163,7 @@ def _late(tree):
 
 
 def _stacked(first, second):
-    """Two halves as twice the rows."""
+    """Stacks two halves as twice the rows."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=0), first, second)
 
 
@@ -180,18 +176,20 @@ def _chosen(early_one, tree):
 
 
 def _pairs(before, queries):
-    """Queries of a turn's two pairs: the later chunk, and the earlier if the keys come from before
-    this device, else the later again."""
+    """Returns the queries of a turn's two pairs: the later chunk, then one chunk by source.
+
+    The second is the earlier chunk if the keys come from before this device, else the later again.
+    """
     return _stacked(_late(queries), _chosen(before, queries))
 
 
 def _pair_keys(before, keys):
-    """Keys of a turn's two pairs: the earlier chunk, and that again if they come from before."""
+    """Returns the keys of the pairs: the earlier chunk, then it again if from before."""
     return _stacked(_early(keys), _chosen(before, keys))
 
 
 def _added(total, part, half):
-    """`total` with `part` added to its half 0 or 1, which may be traced."""
+    """Adds `part` to half 0 or 1 of `total`; `half` may be traced."""
     size = part.shape[1]
     old = lax.dynamic_slice_in_dim(total, half * size, size, axis=1)
     return lax.dynamic_update_slice_in_dim(total, old + part, half * size, axis=1)
@@ -202,27 +200,27 @@ def _added(total, part, half):
 
 def _attend(block, queries, keys, *, causal):
     (query, segments_q), (key, value, segments_k) = queries, keys
-    out, lse = block(query, key, value, segments_q, segments_k, causal=causal)
-    return wide(out), lse
+    out, lse = block(Inputs(query, key, value, segments_q, segments_k), causal=causal)
+    return Results(wide(out), lse)
 
 
 def _pull(block, queries, keys, *, causal):
-    (query, segments_q, *rest), (key, value, segments_k) = queries, keys
-    grads = block(query, key, value, segments_q, segments_k, *rest, causal=causal)
-    return tuple(map(wide, grads))
+    (query, segments_q, results, grad), (key, value, segments_k) = queries, keys
+    inputs = Inputs(query, key, value, segments_q, segments_k)
+    return tuple(map(wide, block(inputs, results, grad, causal=causal)))
 
 
 def _joined(a, b):
-    """Two parts' outputs and log-sum-exps as those of their union of keys."""
+    """Joins the results of two parts into those of the union of their keys."""
     (out_a, lse_a), (out_b, lse_b) = a, b
     top = jnp.maximum(lse_a, lse_b)
     weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
     total = weight_a + weight_b
     out = (out_a * weight_a[..., None] + out_b * weight_b[..., None]) / total[..., None]
-    return out, top + jnp.log(total)
+    return Results(out, top + jnp.log(total))
 
 
 def _silenced(part, kept):
-    """The part, or one that weighs nothing."""
-    out, lse = part
-    return out, jnp.where(kept, lse, jnp.asarray(-jnp.inf, wide_type(lse)))
+    """Returns the part if `kept`, else one with weight 0."""
+    nothing = jnp.asarray(-jnp.inf, wide_type(part.lse))
+    return part._replace(lse=jnp.where(kept, part.lse, nothing))

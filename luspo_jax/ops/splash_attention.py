@@ -1,13 +1,13 @@
 """Attention by the Pallas "splash" kernels that come with jax, for TPU.
 
-They take segment ids and grouped key heads as they are, skip blocks above the diagonal, and keep
-softmax and sums in float32. Forward is jax's public interface. Backward is not: its derivative
-uses the log-sum-exp of its own forward pass, and over a ring it must be that over all devices, so
-`backward_block` calls the function below it, `_splash_attention_bwd` (as of jax 0.10.2), whose
-arguments are queries, keys, values, outputs and log-sum-exps from wherever.
+They take segment ids and grouped key heads directly, skip blocks above the diagonal, and keep
+softmax and sums in float32. Forward uses jax's public interface. Backward cannot: the public
+derivative uses the log-sum-exp of its own forward pass, and a ring needs that over all devices. So
+`backward_block` calls the function below it, `_splash_attention_bwd` (as of jax 0.10.2), which
+takes queries, keys, values, outputs and log-sum-exps from any source.
 
-Outputs and gradients of a block come in the type of the inputs: over a ring, bfloat16 parts are
-rounded once each before they are summed in float32.
+Outputs and gradients of a block have the type of the inputs: over a ring, each bfloat16 part is
+rounded once before the parts are summed in float32.
 """
 
 import functools
@@ -22,46 +22,35 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
 
+from luspo_jax.ops.attention_blocks import Results
 from luspo_jax.ops.precision import wide
 
 _LANES = 128  # lengths are padded to a multiple of this
-_BLOCKS = (512, 256, 128)  # tokens in a tile; larger ones load less and waste more on padding
-_WASTE = 8  # at most 1/8 more tokens than there are, where a smaller tile helps
+_BLOCKS = (512, 256, 128)  # tokens per tile; larger ones load less and waste more on padding
+_WASTE = 8  # at most 1/8 extra tokens, if a smaller tile helps
 _PADDING = -1  # a segment of its own
 _INTERPRET = False  # tests run the kernels on CPU this way
 
 
-def forward_block(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, *, causal):
-    """(out_BTNH, lse_BTN); as in `reference_attention`, `out` in the type of the queries."""
-    T, S, N = query_BTNH.shape[1], key_BSKH.shape[1], query_BTNH.shape[2]
+def forward_block(inputs, *, causal):
+    """Returns Results, `out` in the queries' type."""
+    T, S, N = inputs.query.shape[1], inputs.key.shape[1], inputs.query.shape[2]
     kernel = _kernel(T, S, N, causal)
-    arrays = _by_head(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
-    out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*arrays)
-    return jnp.swapaxes(out_BNTH, 1, 2)[:, :T], jnp.swapaxes(lse_BNT, 1, 2)[:, :T]
+    out_BNTH, (lse_BNT,) = jax.vmap(kernel)(*_by_head(inputs))
+    return Results(*(jnp.swapaxes(x, 1, 2)[:, :T] for x in (out_BNTH, lse_BNT)))
 
 
-def backward_block(
-    query_BTNH,
-    key_BSKH,
-    value_BSKH,
-    segments_BT,
-    segments_BS,
-    out_BTNH,
-    lse_BTN,
-    grad_BTNH,
-    *,
-    causal,
-):
-    """Gradients (dq, dk, dv); as in `reference_attention`, in the type of the inputs but for dq."""
-    T, S, (N, H) = query_BTNH.shape[1], key_BSKH.shape[1], query_BTNH.shape[2:]
+def backward_block(inputs, results, grad_BTNH, *, causal):
+    """Returns gradients (dq, dk, dv), dq in float32 and the others in the inputs' type."""
+    dtype = inputs.query.dtype
+    T, S, (N, H) = inputs.query.shape[1], inputs.key.shape[1], inputs.query.shape[2:]
     kernel = _kernel(T, S, N, causal)
-    arrays = _by_head(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
+    arrays = _by_head(inputs)
     block = _block(T)
     # Padding has no cotangent and, with a log-sum-exp this high, no weight.
-    lse_BNT = jnp.swapaxes(_padded(lse_BTN, block, 1e30), 1, 2)
+    lse_BNT = jnp.swapaxes(_padded(results.lse, block, 1e30), 1, 2)
     out_BNTH, grad_BNTH = (
-        jnp.swapaxes(_padded(x.astype(query_BTNH.dtype), block), 1, 2)
-        for x in (out_BTNH, grad_BTNH)
+        jnp.swapaxes(_padded(x.astype(dtype), block), 1, 2) for x in (results.out, grad_BTNH)
     )
 
     def row(query, key, value, segment_ids, out, lse, grad):
@@ -75,8 +64,9 @@ def backward_block(
     return wide(dq_BTNH)[:, :T] * H**-0.5, dk_BSKH[:, :S], dv_BSKH[:, :S]
 
 
-def _by_head(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
-    """Scaled queries, keys and values by head, and segment ids, padded to whole tiles."""
+def _by_head(inputs):
+    """Returns scaled queries, keys and values by head, and segment ids, padded to whole tiles."""
+    query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS = inputs
     query_BTNH = (wide(query_BTNH) * query_BTNH.shape[-1] ** -0.5).astype(query_BTNH.dtype)
     block_T, block_S = _block(query_BTNH.shape[1]), _block(key_BSKH.shape[1])
     segment_ids = splash.SegmentIds(
@@ -87,7 +77,7 @@ def _by_head(query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
 
 
 def _block(length):
-    """Tokens in a tile."""
+    """Returns the number of tokens per tile."""
     for block in _BLOCKS:
         if -length % block <= length // _WASTE:
             return block
@@ -101,10 +91,10 @@ def _padded(x_BT, block, value=0):
 
 
 class _Causal(masks.CausalMask):
-    """The causal mask, answering all that is asked of its tiles: whether any, and whether all.
+    """The causal mask, with closed-form answers on whether a tile has any entries and has all.
 
-    The kernel works out its own entries; to compare all T² indices for these answers takes the host
-    minutes at T = 131072. A test holds the schedule against that of jax's mask.
+    The kernel computes its own entries; comparing all T² indices for these answers takes the host
+    minutes at T = 131072. A test checks the schedule against that of jax's mask.
     """
 
     def __getitem__(self, index):
@@ -113,7 +103,7 @@ class _Causal(masks.CausalMask):
 
 
 def _kernel(T, S, N, causal):
-    """The kernel for padded lengths; it holds which tiles to skip, worked out on the host."""
+    """Returns the kernel for padded lengths; the host computes which tiles to skip."""
     block_T, block_S = _block(T), _block(S)
     shape = T + -T % block_T, S + -S % block_S
     return _made(shape, block_T, block_S, N, causal, _INTERPRET)

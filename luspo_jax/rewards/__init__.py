@@ -1,6 +1,6 @@
-"""Verifiers, one file each, and the records, the registry and the scorer they share.
+"""Verifiers, one file each, with their shared records, registry and scorer.
 
-Nothing here imports jax: the worker processes import this package.
+Nothing here imports jax, because worker processes import this package.
 """
 
 from luspo_jax.rewards.record import STATUSES, Reward, Sample, Verdict, Verifier

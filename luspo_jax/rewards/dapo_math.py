@@ -1,23 +1,22 @@
 """DAPO's rule for `Answer: …`: the last such line, normalised, must equal the gold string.
 
-The verdicts are those of verl's `math_dapo` (Apache-2.0), whose normalisation is the one given in
-Minerva, arXiv:2206.14858, appendix D.1. String equality, no algebra: `0.5` is not `\\frac12`.
-They differ in two things. What is thought is no answer here: `Answer: …` counts after the last
-`</think>` only, and not at all where a `<think>` is not closed. And Unicode minus signs and
-fullwidth forms are those of ASCII.
+Verdicts follow verl's `math_dapo` (Apache-2.0), which normalises as in Minerva, arXiv:2206.14858,
+appendix D.1. It compares strings, without algebra: `0.5` is not `\\frac12`. There are two
+differences. Reasoning holds no answer: `Answer: …` counts only after the last `</think>`, and never
+if a `<think>` is not closed. Unicode minus signs and fullwidth forms are read as ASCII.
 """
 
 import re
 
-from luspo_jax.rewards.extraction import after_reasoning, plain_signs
+from luspo_jax.rewards.answers.extraction import after_reasoning, plain_signs
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 VERSION = "2"
-WINDOW = 300  # characters at the end of the response that are read
+WINDOW = 300  # characters read at the end of the response
 
 _ANSWER = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 
-# Replaced one after another, in this order: later entries act on what earlier ones leave.
+# Replaced one after another, in this order: later entries act on the output of earlier ones.
 _REPLACED = (
     ("an ", ""),
     ("a ", ""),
@@ -51,7 +50,7 @@ _SHORT_ROOT = re.compile(r"sqrt([^{])")
 
 
 def normalise(answer: str) -> str:
-    """What follows the last "=", without units, markup, spaces and thousands commas."""
+    """Returns the text after the last "=", without units, markup, spaces and thousands commas."""
     answer = answer.rpartition("=")[2]
     for old, new in _REPLACED:
         answer = answer.replace(old, new)
@@ -67,7 +66,7 @@ def normalise(answer: str) -> str:
 
 
 def gold(answer: str) -> str:
-    """The reference answer in the form it is compared in: `033`, as AIME files write it, is 33."""
+    """Returns the reference answer in comparable form: `033`, as AIME files write it, is 33."""
     stripped = answer.strip()
     if re.fullmatch(r"[+-]?[0-9]+", stripped):
         return str(int(stripped))
@@ -75,7 +74,7 @@ def gold(answer: str) -> str:
 
 
 def check(sample: Sample) -> Verdict:
-    """1 where the last `Answer:` line is the gold answer, else 0; unparsed without such a line."""
+    """1 if the last `Answer:` line is the gold answer, else 0; unparsed without such a line."""
     answers = _ANSWER.findall(plain_signs(after_reasoning(sample.response)[-WINDOW:]))
     if not answers:
         return Verdict(0.0, "unparsed", detail=f"no 'Answer:' in the last {WINDOW} characters")
@@ -84,5 +83,5 @@ def check(sample: Sample) -> Verdict:
 
 
 def dapo_math() -> Verifier:
-    """The verifier, ready for use."""
+    """Returns the verifier."""
     return Verifier("dapo_math", VERSION, check)

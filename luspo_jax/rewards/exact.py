@@ -1,19 +1,19 @@
-"""Exact match: the response, or what a pattern finds last in it, must be the reference string."""
+"""Exact match: the response, or the last match of a pattern in it, must equal the reference."""
 
 import functools
 import re
 
-from luspo_jax.rewards.extraction import after_reasoning
+from luspo_jax.rewards.answers.extraction import after_reasoning
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 VERSION = "2"
 
 
 def compiled(option: str, pattern: str) -> re.Pattern:
-    """A regular expression of the user's.
+    """Compiles a user's regular expression.
 
     Raises:
-      ValueError: it is none; the message names the option.
+      ValueError: an invalid expression; the message names the option.
     """
     try:
         return re.compile(pattern, re.DOTALL if option == "fullmatch" else 0)
@@ -22,7 +22,7 @@ def compiled(option: str, pattern: str) -> re.Pattern:
 
 
 def check(sample: Sample, *, pattern: re.Pattern | None) -> Verdict:
-    """1 where the stripped strings are equal, else 0; unparsed where none is found."""
+    """1 if the stripped strings are equal, else 0; unparsed if the pattern does not match."""
     found = after_reasoning(sample.response)
     if not found and sample.response:
         return Verdict(0.0, "unparsed", detail="nothing follows the reasoning")
@@ -36,12 +36,12 @@ def check(sample: Sample, *, pattern: re.Pattern | None) -> Verdict:
 
 
 def exact(pattern: str | None = None) -> Verifier:
-    """The verifier; the answer is the last match's first group (or the match) of `pattern`.
+    """Returns the verifier; the answer is the last match's first group (or the match) of `pattern`.
 
-    With a pattern it is isolated: one of the user's may backtrack for ever.
+    With a pattern it is isolated, because a user's pattern may backtrack for ever.
 
     Raises:
-      ValueError: the pattern is no regular expression.
+      ValueError: the pattern is not a regular expression.
     """
     known = None if pattern is None else compiled("pattern", pattern)
     name = "exact" if pattern is None else f"exact[{pattern}]"

@@ -4,12 +4,12 @@ import functools
 import re
 from fractions import Fraction
 
-from luspo_jax.rewards.extraction import after_reasoning, plain_signs
-from luspo_jax.rewards.plain_numbers import exact_number
+from luspo_jax.rewards.answers.extraction import after_reasoning, plain_signs
+from luspo_jax.rewards.answers.plain_numbers import exact_number
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 VERSION = "2"
-LONGEST = 1_000  # characters after the mark that are read
+LONGEST = 1_000  # characters read after the mark
 
 _NUMERAL = re.compile(
     r"""(?x)
@@ -21,7 +21,7 @@ _NUMERAL = re.compile(
 _DECORATION = re.compile(
     r"\\[(),;!\[\]$]|\$|(?<![\w)])\*+|\*++(?!\s*[\d(])|\\(?:boxed|text\w*)\s{0,4}\{|\}"
 )
-# What makes a number part of a calculation, a ratio, a date or a formula.
+# Text that makes a number part of a calculation, a ratio, a date or a formula.
 _GOES_ON = re.compile(
     r"\s*[-+*/^×·÷:=]+\s*[\d(.]|\s+\.?\d|[.,]\d|\(|[eE][-+]?\d|\s*\\[a-zA-Z]"
     r"|\s*(?i:hundred|thousand|[mb]illion)"
@@ -31,14 +31,14 @@ _UNIT = re.compile(r"\s*(?:\\?%|[A-Za-z][A-Za-z ]*)?\.?\s*")
 
 
 def number(text: str, *, alone: bool = False) -> tuple[str, Fraction] | None:
-    """(as written, value) of the first number in a text, or of that after its last "=".
+    """Returns (as written, value) of the first number in a text, or after its last "=".
 
-    None where there is none, or where it is part of a calculation or of LaTeX. Commas, spaces
-    between thousands, currency signs, boxes and emphasis do not matter.
+    Returns None if there is none, or if it is part of a calculation or of LaTeX. Commas, spaces
+    between thousands, currency signs, boxes and emphasis are ignored.
 
     Args:
       text: a line.
-      alone: whether the number, with its unit, must be all there is.
+      alone: whether nothing but the number and its unit may occur.
     """
     text = _DECORATION.sub("", plain_signs(text[:LONGEST])).rpartition("=")[2].strip()
     match = _NUMERAL.search(text)
@@ -55,13 +55,13 @@ def number(text: str, *, alone: bool = False) -> tuple[str, Fraction] | None:
 
 
 def final_number(text: str, mark: str, **how) -> tuple[str, Fraction] | None:
-    """The number after the last mark, in the same line; None without a mark or a number there."""
+    """Returns the number after the last mark, on the same line; None if either is missing."""
     _, found, tail = text.rpartition(mark)
     return number(tail[: 2 * LONGEST].strip().partition("\n")[0], **how) if found else None
 
 
 def check(sample: Sample, *, mark: str) -> Verdict:
-    """1 where both numbers are equal, else 0. The reference may be a number or a full solution."""
+    """1 if both numbers are equal, else 0. The reference may be a number or a full solution."""
     read = functools.partial(final_number, mark=mark) if mark in sample.answer else number
     gold = read(sample.answer, alone=True)
     if gold is None:
@@ -73,10 +73,10 @@ def check(sample: Sample, *, mark: str) -> Verdict:
 
 
 def gsm8k(mark: str = "####") -> Verifier:
-    """The verifier, for answers announced by `mark`.
+    """Returns the verifier for answers announced by `mark`.
 
     Raises:
-      ValueError: the mark is no text, or empty.
+      ValueError: the mark is not a text, or is empty.
     """
     if not isinstance(mark, str) or not mark:
         raise ValueError(f"mark must be the text before the number, not {mark!r}")

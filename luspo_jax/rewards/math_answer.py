@@ -1,20 +1,20 @@
-"""Mathematical equality of the answer that a response ends on and the reference answer."""
+"""Mathematical equality of a response's final answer and the reference answer."""
 
 import functools
 import re
 
-from luspo_jax.rewards.extraction import after_reasoning, boxed_answer, final_answer
-from luspo_jax.rewards.math_equal import LONGEST, VERSION, equal
+from luspo_jax.rewards.answers.extraction import after_reasoning, boxed_answer, final_answer
+from luspo_jax.rewards.answers.math_equal import LONGEST, VERSION, equal
+from luspo_jax.rewards.answers.symbolic import text_ends_on
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
-from luspo_jax.rewards.symbolic import text_ends_on
 
-# Words before a formula or a number: the text is a sentence, and its answer stands in it.
+# Words before a formula or a number: the text is a sentence that contains its answer.
 _SAYS = re.compile(r"(?<![\\A-Za-z{])(?!and\b|or\b)[A-Za-z']{2,}[\s:]")
 WARM_UP = Sample(r"$\boxed{\frac{x}{2}}$", "0.5x")
 
 
 def check(sample: Sample, *, extract) -> Verdict:
-    """1 where the extracted answer equals the reference, else 0; unparsed where there is none."""
+    """1 if the extracted answer equals the reference, else 0; unparsed if there is none."""
     prediction = extract(sample.response)
     if not prediction:
         return Verdict(0.0, "unparsed", detail="the response states no final answer")
@@ -29,14 +29,14 @@ def check(sample: Sample, *, extract) -> Verdict:
 
 
 def tolerances(precision) -> tuple[float, ...]:
-    """A problem's `precision` as absolute errors: a number, its text, or a list of them."""
+    """Returns a problem's `precision` as absolute errors: a number, its text, or a list of them."""
     if precision is None:
         return ()
     return tuple(float(p) for p in (precision if isinstance(precision, list) else [precision]))
 
 
 def whole(text: str) -> str:
-    """The announced answer, or else the text itself: an answer that was extracted before."""
+    """Returns the announced answer, or else the text itself: an already extracted answer."""
     spoken = after_reasoning(text)
     return final_answer(spoken) or spoken.strip()
 
@@ -45,10 +45,10 @@ EXTRACTIONS = {"final": final_answer, "boxed": boxed_answer, "whole": whole}
 
 
 def math_answer(extract: str = "final") -> Verifier:
-    """The verifier; isolated.
+    """Returns the isolated verifier.
 
     Args:
-      extract: what the answer is: `final`, the one that the response announces, boxed or not;
+      extract: which text is the answer: `final`, the one that the response announces, boxed or not;
         `boxed`, the last box only; `whole`, the response itself.
     """
     if extract not in EXTRACTIONS:

@@ -1,13 +1,13 @@
-"""Multiple choice: the letter that a response states must be the reference letter."""
+"""Multiple choice: the letter that a response states must equal the reference letter."""
 
-from luspo_jax.rewards.choices import chosen, option_meant
+from luspo_jax.rewards.answers.choices import chosen, option_meant
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 VERSION = "2"
 
 
 def check(sample: Sample) -> Verdict:
-    """1 where the letters are equal, else 0; unparsed where the response states no one letter."""
+    """1 if the letters are equal, else 0; unparsed if the response does not state exactly one."""
     gold = option_meant(sample.answer, {})
     if gold is None:
         return Verdict(0.0, "error", detail=f"the reference {sample.answer[:80]!r} is no letter")
@@ -18,5 +18,5 @@ def check(sample: Sample) -> Verdict:
 
 
 def multiple_choice() -> Verifier:
-    """The verifier, ready for use."""
+    """Returns the verifier."""
     return Verifier("multiple_choice", VERSION, check)

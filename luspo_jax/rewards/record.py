@@ -1,4 +1,4 @@
-"""The records of scoring: what a verifier reads, what it says, and the reward they add up to."""
+"""Records of a reward computation: samples, verdicts and the reward they add up to."""
 
 import dataclasses
 import math
@@ -7,20 +7,20 @@ from typing import Any
 
 # From best to worst; a reward carries the worst status among its parts.
 STATUSES = ("ok", "unparsed", "timeout", "error")
-FAILURES = ("timeout", "error")  # there is no verdict
+FAILURES = ("timeout", "error")  # no verdict
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One response to be scored.
+    """One response to score.
 
     Attributes:
       response: the decoded response.
       answer: the reference answer.
-      length: response length in tokens, stop token included; None where unknown.
-      max_length: the largest length the sampler allowed, in tokens; None where unknown.
-      meta: anything else that is known of the problem.
-      problem: the bare problem; empty where unknown.
+      length: response length in tokens, stop token included; None if unknown.
+      max_length: the sampler's length limit, in tokens; None if unknown.
+      meta: other data about the problem.
+      problem: the bare problem; empty if unknown.
     """
 
     response: str
@@ -33,10 +33,10 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one verifier says of one sample.
+    """One verifier's verdict on one sample.
 
     Attributes:
-      value: the score, finite; 0 where the status is timeout or error.
+      value: the score, finite; 0 if the status is timeout or error.
       status: ok; unparsed (no answer was found, or it could not be read); timeout; error.
       prediction: the answer found in the response, as the verifier read it.
       detail: the reason, for a status other than ok.
@@ -61,9 +61,9 @@ class Verifier:
     Attributes:
       id: name of the rule.
       version: changes whenever any verdict can change.
-      check: the rule; it may raise, which its caller records as an error.
-      isolated: whether it can hang or eat memory, and so belongs in a worker process.
-      warm_up: a sample that makes it import what it needs; None where it needs nothing.
+      check: the rule; its caller records an exception as an error.
+      isolated: whether it can hang or fill memory and must run in a worker process.
+      warm_up: a sample that triggers its imports; None if it has none.
     """
 
     id: str
@@ -97,12 +97,12 @@ class Reward:
 
     @property
     def judged(self) -> bool:
-        """Whether there is a verdict; without one the value says nothing of the response."""
+        """Whether there is a verdict; without one the value says nothing about the response."""
         return self.status not in FAILURES
 
 
 def combine(weights: Mapping[str, float], verdicts: Mapping[str, Verdict]) -> Reward:
-    """The reward that a sample's verdicts add up to, in the order of the weights."""
+    """Adds up a sample's verdicts to a reward, in the order of the weights."""
     ordered = {name: verdicts[name] for name in weights}
     details = [f"{name}: {v.detail}" for name, v in ordered.items() if v.detail]
     return Reward(
@@ -115,7 +115,7 @@ def combine(weights: Mapping[str, float], verdicts: Mapping[str, Verdict]) -> Re
 
 
 def run(verifier: Verifier, sample: Sample) -> Verdict:
-    """The verifier's verdict, an exception in it included: value 0 and status error."""
+    """Returns the verifier's verdict; an exception gives value 0 and status error."""
     try:
         return verifier.check(sample)
     except Exception as error:
@@ -123,7 +123,7 @@ def run(verifier: Verifier, sample: Sample) -> Verdict:
 
 
 def failed(error: BaseException) -> Verdict:
-    """The verdict where a verifier raised something."""
+    """Returns the verdict for an exception that a verifier raised."""
     try:
         said = str(error)
     except Exception:

@@ -1,4 +1,4 @@
-"""The rewards by name, and how a weighted list of names becomes verifiers."""
+"""Rewards by name, and verifiers from a weighted list of names."""
 
 import inspect
 import math
@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from luspo_jax.hosts.values import nearest
 from luspo_jax.rewards.boxed_math import boxed_math
 from luspo_jax.rewards.dapo_math import dapo_math
 from luspo_jax.rewards.exact import exact
@@ -16,9 +17,8 @@ from luspo_jax.rewards.multiple_choice import multiple_choice
 from luspo_jax.rewards.overlong import overlong
 from luspo_jax.rewards.record import Reward, Sample, Verifier, combine, run
 from luspo_jax.rewards.user import is_user_reward, user_reward
-from luspo_jax.values import nearest
 
-# Name → function of the reward's options that returns its verifier.
+# Name → function that returns the verifier for the reward's options.
 REWARDS: dict[str, Callable[..., Verifier]] = {
     "boxed_math": boxed_math,
     "dapo_math": dapo_math,
@@ -37,13 +37,13 @@ Options = Mapping[str, Mapping[str, Any]]
 
 
 def verifier(name: str, options: Mapping[str, Any] | None = None) -> Verifier:
-    """The verifier of a registered name, or of a user's `module:function`.
+    """Returns the verifier of a registered name or of a user's `module:function`.
 
     Raises:
-      ValueError: unknown name or option; the message lists the right ones.
+      ValueError: unknown name or option; the message lists the valid ones.
     """
     options = dict(options or {})
-    if "function" in options:  # a user's reward under a short name of its own
+    if "function" in options:  # a user's reward under a short name
         function = options.pop("function")
         if not is_user_reward(function) or options:
             raise ValueError(
@@ -72,11 +72,11 @@ def verifier(name: str, options: Mapping[str, Any] | None = None) -> Verifier:
 
 
 def verifiers(parts: Parts, options: Options | None = None) -> dict[str, Verifier]:
-    """The verifier of each part.
+    """Returns the verifier of each part.
 
     Raises:
-      ValueError: no part at all, a weight that is no finite number, options for a part that is
-        not there, or as `verifier`.
+      ValueError: no parts, a weight that is not a finite number, options for a missing part, or as
+        `verifier`.
     """
     names = list(dict(parts))
     for name, weight in dict(parts).items():
@@ -101,9 +101,9 @@ def score(
     options: Options | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> Reward:
-    """The reward of one response, in this process and without a time limit.
+    """Scores one response, in this process and without a time limit.
 
-    For batches, and for anything that a model wrote, use `Scorer`.
+    For batches, and for any model output, use `Scorer`.
     """
     sample = Sample(response, answer, length, max_length, meta or {})
     checks = verifiers(parts, options)

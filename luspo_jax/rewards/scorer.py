@@ -1,4 +1,4 @@
-"""Scoring a batch: cheap verifiers here, the others in worker processes that can be killed."""
+"""Scores batches: cheap verifiers run in this process, the others in workers that can be killed."""
 
 import collections
 import contextlib
@@ -12,35 +12,35 @@ import time
 import weakref
 from collections.abc import Sequence
 
+from luspo_jax.hosts.workers import WALL_FACTOR, read_frame, write_frame
 from luspo_jax.rewards.record import Reward, Sample, Verdict, combine, run
 from luspo_jax.rewards.registry import Options, Parts, verifiers
-from luspo_jax.rewards.worker import WALL_FACTOR, read_frame, write_frame
 
 _GRACE = 5.0  # seconds past the limit after which a silent worker is killed from outside
-_WINDOW = 1_000  # samples over which the failure rate is taken
+_WINDOW = 1_000  # latest samples that the failure rate covers
 _FEWEST_FAILURES = 10  # fewer than this many failures never stop a run
 
 
 class TooManyFailures(RuntimeError):
-    """So many verdicts are timeouts or errors that the rewards cannot be trusted."""
+    """Too many verdicts are timeouts or errors to trust the rewards."""
 
 
 class Scorer:
     """Scores batches of samples by a weighted sum of verifiers.
 
     Args:
-      parts: name → weight, or pairs of them; a name is in REWARDS or is `module:function`.
+      parts: name → weight, or such pairs; a name is a key of REWARDS or `module:function`.
       options: name → that reward's options.
-      workers: worker processes for isolated verifiers; by default one a core, at most 16.
-      time_limit: seconds of processor time that one verdict of an isolated verifier may take; by
-        the clock, three times as long.
-      max_failure_rate: share of timeouts and errors above which scoring stops, taken over the
-        latest samples.
-      memory_limit: bytes of address space a worker may use; None for no limit.
-      recycle_after: verdicts after which a worker's memory is thrown away.
+      workers: worker processes for isolated verifiers; by default one per core, at most 16.
+      time_limit: seconds of processor time allowed for one verdict of an isolated verifier; the
+        wall-clock limit is three times as long.
+      max_failure_rate: share of timeouts and errors among the latest samples above which scoring
+        stops.
+      memory_limit: bytes of address space per worker; None = no limit.
+      recycle_after: verdicts after which a worker's child process is replaced.
 
     Attributes:
-      labels: name → `id@version` of each verifier, to be written beside every result.
+      labels: name → `id@version` of each verifier, to store with every result.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Scorer:
         self._pool = _Pool(settings, workers or min(16, _cores()))
 
     def score_batch(self, samples: Sequence[Sample]) -> list[Reward]:
-        """The reward of each sample, in order.
+        """Returns the reward of each sample, in order.
 
         Raises:
           TooManyFailures: timeouts and errors exceed the allowed rate.
@@ -103,7 +103,7 @@ class Scorer:
         )
 
     def close(self) -> None:
-        """End the worker processes; the next batch would start new ones."""
+        """Ends the worker processes; the next batch starts new ones."""
         self._pool.close()
 
     def __enter__(self):
@@ -114,12 +114,12 @@ class Scorer:
 
 
 def _cores() -> int:
-    """Cores this process may use."""
+    """Returns the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class _Worker:
-    """One worker process and the task it is on."""
+    """One worker process and its current task."""
 
     def __init__(self, settings: dict):
         environment = os.environ | {
@@ -141,11 +141,11 @@ class _Worker:
         write_frame(self._process.stdin.fileno(), settings)
 
     def fileno(self) -> int:
-        """The descriptor that becomes readable when there is an answer."""
+        """Returns the descriptor that becomes readable when there is an answer."""
         return self._process.stdout.fileno()
 
     def give(self, task: int, payload) -> None:
-        """Hand it a task; the first waits until the process has imported what it needs."""
+        """Sends a task; the first call waits until the process has imported what it needs."""
         if not self._ready:
             self._await_start()
         self.task, self.deadline = task, time.monotonic() + WALL_FACTOR * self._limit + _GRACE
@@ -161,19 +161,19 @@ class _Worker:
         self._ready = True
 
     def take(self) -> Verdict:
-        """The answer to its task; EOFError where the process is gone."""
+        """Returns the answer to the task; raises EOFError if the process is gone."""
         verdict = read_frame(self.fileno())
         self.task, self.deadline = None, float("inf")
         return verdict
 
     def end(self) -> int:
-        """Kill it and everything it started; its exit code."""
+        """Kills the process and everything it started; returns its exit code."""
         self._end()
         return self._process.returncode
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """End a worker with its child: by asking, so that it reaps the child, or else by force."""
+    """Ends a worker with its child: by SIGTERM, so that it reaps the child, or else by force."""
     process.terminate()
     try:
         process.wait(_GRACE)
@@ -186,7 +186,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 class _Pool:
-    """Worker processes, started when there is work for them; each has one task at a time."""
+    """Worker processes, started on demand; each has one task at a time."""
 
     def __init__(self, settings: dict, size: int):
         self._settings, self._size = settings, size
@@ -194,14 +194,14 @@ class _Pool:
         self._lock = threading.Lock()
 
     def run(self, tasks: list) -> list[Verdict]:
-        """The verdict on each task, in order."""
+        """Returns the verdict on each task, in order."""
         if not tasks:
             return []
         with self._lock:
             try:
                 return self._run(tasks)
             except BaseException:
-                self.close()  # a worker may hold an answer that nobody will take
+                self.close()  # a worker may hold an answer that nobody will read
                 raise
 
     def _run(self, tasks: list) -> list[Verdict]:
@@ -221,7 +221,7 @@ class _Pool:
         return verdicts
 
     def _give(self, worker: _Worker, task: int, payload) -> _Worker:
-        """Hand a task to a worker, or to its successor where it has died since its last one."""
+        """Sends a task to a worker, or to its successor if it has died since its last one."""
         try:
             worker.give(task, payload)
         except BrokenPipeError:
@@ -236,7 +236,7 @@ class _Pool:
         return successor
 
     def _answered(self, busy: set[_Worker]) -> list[_Worker]:
-        """The busy workers that have an answer, have died, or are past their deadline."""
+        """Returns the busy workers that have an answer, have died, or are past their deadline."""
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 selector.register(worker, selectors.EVENT_READ)
@@ -252,7 +252,7 @@ class _Pool:
                 return worker.take()
         except EOFError:
             pass
-        except Exception as error:  # something of the verifier's wrote where answers are read
+        except Exception as error:  # the verifier wrote to the answer stream
             self._replace(worker)
             return Verdict(0.0, "error", detail=f"its answer cannot be read: {error}"[:500])
         self._replace(worker)
@@ -261,7 +261,7 @@ class _Pool:
         return Verdict(0.0, "error", detail=f"the worker process died (exit code {worker.end()})")
 
     def close(self) -> None:
-        """End every worker."""
+        """Ends every worker."""
         for worker in self._workers:
             worker.end()
         self._workers.clear()

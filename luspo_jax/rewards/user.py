@@ -1,4 +1,4 @@
-"""A user's own reward: a function named by `module:function` or `path/file.py:function`."""
+"""A user's reward: a function named by `module:function` or `path/file.py:function`."""
 
 import contextlib
 import dataclasses
@@ -13,20 +13,20 @@ import sys
 from luspo_jax.rewards.record import Sample, Verdict, Verifier
 
 _LONGEST = 2_000  # characters of a prediction or a detail
-# Beside the response and the answer, a user's function may ask for these by name.
+# A user's function may take these by name, besides the response and the answer.
 OFFERED = ("length", "max_length", "meta")
 
 
 def is_user_reward(name: str) -> bool:
-    """Whether a reward's name points to a user's function."""
+    """Whether a reward's name refers to a user's function."""
     return isinstance(name, str) and ":" in name
 
 
 def load_function(name: str):
-    """(module, function or another thing to call) that `module:f` or `file.py:f` names.
+    """Imports `module:f` or `file.py:f` and returns (module, the function or other callable).
 
     Raises:
-      ValueError: there is no such module, file or function, or what is there cannot be imported.
+      ValueError: no such module, file or function, or its import fails.
     """
     place, _, attribute = name.rpartition(":")
     module = _load_file(place) if place.endswith(".py") else _load_module(place)
@@ -49,7 +49,7 @@ def _load_module(place: str):
 
 
 def _failure(error: BaseException) -> str:
-    """In one line, why a module cannot be imported."""
+    """Explains in one line why a module cannot be imported."""
     said = " ".join(str(error).split())[:300]
     return f"cannot be imported ({type(error).__name__}: {said})"
 
@@ -73,7 +73,7 @@ def _load_file(place: str):
 
 
 def _accepted(name: str, function) -> tuple[str, ...]:
-    """What a function asks for beside response and answer.
+    """Returns the names a function takes besides response and answer.
 
     Raises:
       ValueError: it cannot be called with these.
@@ -96,12 +96,12 @@ def _accepted(name: str, function) -> tuple[str, ...]:
 
 
 def _sources(function, module) -> bytes:
-    """The text of the files that say what a function does: its own and its module's."""
+    """Returns the source text that defines a function: its own file and its module's."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
     if not (inspect.isroutine(function) or inspect.isclass(function)):
-        function = type(function)  # an object with `__call__`
+        function = type(function)  # an instance with `__call__`
     files = [getattr(module, "__file__", None)]
     with contextlib.suppress(TypeError):  # built in
         files.insert(0, inspect.getsourcefile(function))
@@ -110,7 +110,7 @@ def _sources(function, module) -> bytes:
 
 
 def check(sample: Sample, *, function, accepted: tuple[str, ...]) -> Verdict:
-    """The function's own Verdict, or its number as one."""
+    """Returns the function's own Verdict, or its number as one."""
     extra = {name: getattr(sample, name) for name in accepted}
     result = function(sample.response, sample.answer, **extra)
     if not isinstance(result, Verdict):
@@ -121,7 +121,7 @@ def check(sample: Sample, *, function, accepted: tuple[str, ...]) -> Verdict:
 
 
 def user_reward(function: str) -> Verifier:
-    """The verifier around `f(response, answer, **what it asks for) -> number or Verdict`.
+    """Returns the verifier around `f(response, answer, **names it takes) -> number or Verdict`.
 
     `function` names f: `module:function` or `path/file.py:function`. The verifier's version is the
     first digits of its source files' sha256.

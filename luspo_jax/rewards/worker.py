@@ -1,80 +1,48 @@
 """The process in which a verifier may hang, crash or fill memory without harm to the run.
 
 The process reads its settings and then tasks from standard input, and answers each on standard
-output. It imports what the verifiers need once, then forks a child that does the scoring. The
-kernel ends the child when a task exceeds its limit (alarms left at their default action, which no
-Python code can catch, delay or swallow); the parent notes that and forks the next child, which
-costs milliseconds. When the input closes, both end: nothing outlives the run by more than one
-task's limit.
+output. It imports the verifiers' dependencies once, then forks a child that does the scoring. When
+a task exceeds its limit, the kernel ends the child (alarms keep their default action, which Python
+code cannot catch, delay or swallow); the parent notes that and forks the next child, which costs
+milliseconds. When the input closes, both end: nothing outlives the run by more than one task's
+limit.
 """
 
 import contextlib
 import io
 import os
-import pickle
 import resource
 import signal
-import struct
 import sys
 
+from luspo_jax.hosts.workers import ALARMS, read_frame, set_alarms, write_frame
 from luspo_jax.rewards.record import Sample, Verdict, Verifier, failed, run
 from luspo_jax.rewards.registry import verifiers
 
-_HEADER = struct.Struct(">I")
-_ALARMS = (signal.SIGPROF, signal.SIGALRM)
-WALL_FACTOR = 3  # a task may take so many times its limit by the clock
 _RECYCLE = 75  # exit code of a child that has done its share of tasks
-_LARGEST = 1 << 28  # bytes of a frame; a longer one is none of ours
 _PRINTED = 10_000  # characters that a child may print
 
 
-def write_frame(descriptor: int, payload) -> None:
-    """Send one pickled object."""
-    body = pickle.dumps(payload)
-    view = memoryview(_HEADER.pack(len(body)) + body)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def read_frame(descriptor: int):
-    """The next object; EOFError when the other side has closed."""
-    (size,) = _HEADER.unpack(_read_exactly(descriptor, _HEADER.size))
-    if size > _LARGEST:
-        raise ValueError(f"a frame of {size} bytes")
-    return pickle.loads(_read_exactly(descriptor, size))
-
-
-def _read_exactly(descriptor: int, size: int) -> bytes:
-    chunks = []
-    while size:
-        chunk = os.read(descriptor, min(size, 1 << 20))
-        if not chunk:
-            raise EOFError
-        chunks.append(chunk)
-        size -= len(chunk)
-    return b"".join(chunks)
-
-
 def _serve(tasks: int, verdicts: int, checks, settings) -> None:
-    """Answer up to `recycle_after` tasks. Each answer is disarmed first and small: see below."""
+    """Answers up to `recycle_after` tasks; disarms before each answer, kept small: see below."""
     own = os.getpid()
     for _ in range(settings["recycle_after"]):
         try:
             part, sample = read_frame(tasks)
         except EOFError:
             os._exit(0)
-        _set_alarms(settings["time_limit"])
+        set_alarms(settings["time_limit"])
         verdict = _verdict(checks[part], sample)
         if os.getpid() != own:
             os._exit(0)  # the verifier forked: its copy has no say
         # Disarmed before the answer goes out, so that a task has an answer or a death, never both.
-        _set_alarms(0)
+        set_alarms(0)
         write_frame(verdicts, verdict)
     os._exit(_RECYCLE)
 
 
 def _verdict(check: Verifier, sample: Sample) -> Verdict:
-    """The verdict; SystemExit and its like are errors here, where they would end the process."""
+    """Returns the verdict; SystemExit and its like, which would end the process, become errors."""
     try:
         return run(check, sample)
     except BaseException as error:
@@ -82,7 +50,7 @@ def _verdict(check: Verifier, sample: Sample) -> Verdict:
 
 
 class _Console(io.TextIOBase):
-    """Where verifiers print: the console, as far as `_PRINTED` characters."""
+    """Standard output for verifiers: the console, up to `_PRINTED` characters."""
 
     def __init__(self):
         self._left = _PRINTED
@@ -99,16 +67,9 @@ class _Console(io.TextIOBase):
         return 2
 
 
-def _set_alarms(seconds: float) -> None:
-    # The limit is on processor time, so that a busy machine gives the same rewards as an idle one.
-    # One that sleeps is stopped later, by the clock.
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, WALL_FACTOR * seconds)
-
-
 def _child(tasks: int, verdicts: int, checks, settings) -> None:
     try:
-        for alarm in _ALARMS:
+        for alarm in ALARMS:
             signal.signal(alarm, signal.SIG_DFL)
         limit = settings["memory_limit"]
         if limit is not None:
@@ -123,17 +84,17 @@ def _child(tasks: int, verdicts: int, checks, settings) -> None:
 
 
 def _warm_up(checks) -> None:
-    """Score once before forking, so that every child starts with the imports done."""
+    """Scores once before forking, so that every child starts with the imports done."""
     for check in checks.values():
         if check.warm_up is not None:
             run(check, check.warm_up)
 
 
 def main() -> None:
-    """Fork children until the input closes or one dies of something other than its limit."""
+    """Forks children until the input closes or one dies of something other than its limit."""
     tasks, verdicts = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what a verifier prints must not reach the answers
+    os.dup2(2, 1)  # a verifier's prints must not mix with the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = read_frame(tasks)
     try:
@@ -145,7 +106,7 @@ def main() -> None:
     write_frame(verdicts, None)
     while True:
         code = _fork_and_wait(tasks, verdicts, checks, settings)
-        if -code in _ALARMS:
+        if -code in ALARMS:
             reason = f"stopped at its limit of {settings['time_limit']:g} s"
             write_frame(verdicts, Verdict(0.0, "timeout", detail=reason))
         elif code != _RECYCLE:
@@ -153,12 +114,12 @@ def main() -> None:
 
 
 def _fork_and_wait(tasks: int, verdicts: int, checks, settings) -> int:
-    """The exit code of a child, which SIGTERM takes along and leaves no zombie of."""
-    # Held back until the child's id is known.
+    """Forks a child and returns its exit code; SIGTERM ends the child too and leaves no zombie."""
+    # Blocked until the child's id is known.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pid = os.fork()
     if not pid:
-        os.setpgid(0, 0)  # what it starts ends with it
+        os.setpgid(0, 0)  # its descendants end with it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         _child(tasks, verdicts, checks, settings)
@@ -179,6 +140,6 @@ def _fork_and_wait(tasks: int, verdicts: int, checks, settings) -> int:
 
 
 def _kill_group(pid: int) -> None:
-    """End what a child has started and left behind."""
+    """Kills the processes that a child has left behind."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Time and number of compilations in a stretch of code."""
+"""Measures time and number of compilations in a stretch of code."""
 
 import time
 
@@ -9,7 +9,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileClock:
-    """Context manager: `seconds` of tracing and compiling inside it, `count` programs.
+    """Context manager that measures `seconds` of tracing and compiling, and `count` programs.
 
     Traces nest, so the seconds are those of the union of the reported intervals.
     """

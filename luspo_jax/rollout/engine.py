@@ -1,4 +1,4 @@
-"""Continuous batching: every prompt prefilled once, slots refilled as responses end."""
+"""Continuous batching: every prompt is prefilled once, slots are refilled as responses end."""
 
 import collections
 import math
@@ -8,21 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from luspo_jax.images import batch
 from luspo_jax.models import decoder
-from luspo_jax.rollout import pictures
+from luspo_jax.ops.sizes import rounded_up
 from luspo_jax.rollout import slots as device
 from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.rollout.records import RolloutStats
 from luspo_jax.rollout.sampling import rollout_key
 from luspo_jax.rollout.schedule import (
     SlotTable,
-    bucket,
     padded_prompts,
     prefill_batches,
     queue_of,
 )
-from luspo_jax.sharding import MeshError, rounded_up
-from luspo_jax.types import Images
+from luspo_jax.sharding import MeshError
 
 SMALLEST_PROMPT = 64  # tokens of the shortest prefill program
 SMALLEST_ROOM = 256  # tokens of the shortest cache
@@ -30,58 +29,50 @@ ID_LIMIT = 2**32  # fold_in takes 32 bits
 
 
 class Engine:
-    """Samples responses of one decoder under one Sampling; token in, token out.
+    """Samples responses of one decoder under one Sampling; tokens in, tokens out.
 
-    Compiled programs depend on sizes only and are shared by all engines of a process, so a second
-    call compiles nothing. On a mesh every process samples on devices of its own.
+    Compiled programs depend only on sizes and are shared by all engines of a process, so a second
+    call compiles nothing. On a mesh, every process samples on its own devices.
     """
 
     def __init__(
         self,
-        config,
+        how,
         sampling,
         *,
         num_slots,
         max_prompt_length,
         chunk_length=64,
-        dtype=jnp.float32,
         refill_fraction=1 / 16,
         max_prefill_tokens=16_384,
-        attention="reference",
-        experts="reference",
         record_experts=False,
-        layout=None,
-        vision_attention="reference",
     ):
-        """Check the sizes; nothing is allocated or compiled yet.
+        """Checks the sizes; allocates and compiles nothing yet.
 
         Args:
-          config: the DecoderConfig.
+          how: the Forward for prompts, their images and decode steps. Its layout has table
+            "rollout" over devices of this process, on which `params` are already sharded by
+            `decoder.param_axes`; its dtype is also the cache's.
           sampling: the Sampling.
-          num_slots: rows decoded together. Where a step costs by the row (a CPU), a half to a
-            quarter of the responses of a call wastes least; where it costs by the weights read,
-            as many as memory holds. Rounded up to a multiple of layout.size("batch"); what is
-            added idles only where there are fewer responses.
+          num_slots: rows decoded together. If a step costs by the row (a CPU), a half to a quarter
+            of a call's responses wastes least; if it costs by the weights read, as many as memory
+            holds. Rounded up to a multiple of layout.size("batch"); added slots idle only if there
+            are fewer responses.
           max_prompt_length: the longest prompt accepted.
           chunk_length: most decode steps between two looks from the host.
-          dtype: type of activations and of the cache.
           refill_fraction: share of the slots that must be free before they are refilled.
           max_prefill_tokens: most prompt tokens in one prefill, padded to the longest of the
-            batch, where it holds more than one prompt a device; rounding rows and lengths up to
-            few sizes makes at most four times as many (more of prompts shorter than
-            SMALLEST_PROMPT). On a mesh a device gathers the cache of them all for the moment of a
-            refill: 1.5 · kv_bytes_per_slot(tokens).
-          attention: the implementation of `ops.attention.attention` for prompts.
-          experts: the implementation of `ops.grouped_matmul`, of a mixture of experts.
-          record_experts: responses carry the experts of each of their and the prompt's tokens.
-          layout: a `sharding.Layout` of table "rollout" over devices of this process, on which
-            `params` already lie by `decoder.param_axes`; None for one device.
-          vision_attention: as `attention`, for the patches of an image.
+            batch, if it holds more than one prompt per device; rounding rows and lengths up to few
+            sizes makes at most four times as many (more for prompts shorter than
+            SMALLEST_PROMPT). During a refill on a mesh, each device gathers the cache of them all:
+            1.5 · kv_bytes_per_slot(tokens).
+          record_experts: responses include the expert ids of their and the prompt's tokens.
 
         Raises:
-          ValueError: naming the argument that makes no sense.
-          MeshError: where the layout does not fit this engine or the model.
+          ValueError: naming the invalid argument.
+          MeshError: the layout does not fit this engine or the model.
         """
+        config, layout = how.model, how.layout
         _check_layout(layout, config)
         counts = {
             "num_slots": num_slots,
@@ -104,41 +95,46 @@ class Engine:
                 f"max_prompt_length {max_prompt_length} + max_response_length "
                 f"{sampling.max_response_length} must be <= max_position {config.max_position}"
             )
-        self.config, self.sampling, self.dtype = config, sampling, jnp.dtype(dtype)
         if record_experts and not config.num_experts:
             raise ValueError("record_experts=True needs a mixture of experts")
-        self.attention, self.layout = attention, layout
-        self.vision_attention = vision_attention
-        self.experts, self.record_experts = experts, record_experts
+        self.how, self.sampling, self.record_experts = how, sampling, record_experts
         self.row_multiple = 1 if layout is None else layout.size("batch")
         self.num_slots = -(-num_slots // self.row_multiple) * self.row_multiple
         self.max_prompt_length = max_prompt_length
         self.chunk_length, self.max_prefill_tokens = chunk_length, max_prefill_tokens
         self.leave_at = max(1, math.ceil(refill_fraction * self.num_slots))
 
-    def kv_bytes_per_slot(self, length):
-        """Bytes of cache that a slot of `length` tokens takes on each device that holds it.
+    @property
+    def layout(self):
+        return self.how.layout
 
-        2 · L · K · H · length elements, over the parts that key heads and positions are cut into.
+    @property
+    def dtype(self):
+        return jnp.dtype(self.how.dtype)
+
+    def kv_bytes_per_slot(self, length):
+        """Returns the cache bytes of a slot of `length` tokens on each device that holds it.
+
+        2 · L · K · H · length elements, divided by the shards of key heads and positions.
         """
         heads, positions = (
             1 if self.layout is None else self.layout.size(axis)
             for axis in ("kv_heads", "cache_length")
         )
-        c = self.config
+        c = self.how.model
         per_token = 2 * c.num_layers * (c.num_kv_heads // heads) * c.head_dim * self.dtype.itemsize
         return per_token * -(-length // positions)
 
     def room(self, length):
-        """Positions of the cache that is allocated where a slot needs `length` of them."""
+        """Returns the cache positions to allocate for slots that need `length` of them."""
         positions = 1 if self.layout is None else self.layout.size("cache_length")
-        room = bucket(length, limit=self.max_length, smallest=SMALLEST_ROOM)
+        room = rounded_up(length, SMALLEST_ROOM, self.max_length)
         return -(-room // positions) * positions
 
     def generate(self, params, requests, *, group_size, seed, step=0, progress=None):
-        """`group_size` responses to each of `requests`.
+        """Samples `group_size` responses to each of `requests`.
 
-        The noise of a token is fixed by (seed, step, prompt_id, sample_id, position) alone.
+        The noise of a token depends only on (seed, step, prompt_id, sample_id, position).
 
         Args:
           params: the decoder's parameters.
@@ -153,7 +149,7 @@ class Engine:
 
         Raises:
           ValueError: naming the request or the argument that cannot be served.
-          FloatingPointError: where a log-probability is not finite.
+          FloatingPointError: a log-probability is not finite.
         """
         requests = list(requests)
         _check_call(group_size, seed, step)
@@ -184,9 +180,11 @@ class Engine:
             raise ValueError(
                 f"{name} must hold a list of token ids, not {tokens.dtype}{list(tokens.shape)}"
             )
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(f"{name} has tokens outside [0, vocab_size {self.config.vocab_size})")
-        pictures.check(tokens, request.images, self.config, name)
+        if tokens.min() < 0 or tokens.max() >= self.how.model.vocab_size:
+            raise ValueError(
+                f"{name} has tokens outside [0, vocab_size {self.how.model.vocab_size})"
+            )
+        batch.check(tokens, request.images, self.how.model, name)
 
 
 def _check_layout(layout, config):
@@ -217,14 +215,49 @@ def _check_call(group_size, seed, step):
             raise ValueError(f"{name} must lie in [0, 2**32), not {value}")
 
 
+def prompt_images(requests, config, *, shape, multiple=1):
+    """Returns the PromptImages of a prefill of `requests`, and offsets_P.
+
+    Without any image, the first is None and offsets_P are 0.
+
+    Args:
+      requests: of the prefill, in order.
+      config: the DecoderConfig.
+      shape: (prompts, tokens) to which the prefill is padded.
+      multiple: number of devices that share the images.
+    """
+    offsets_P = np.zeros(shape[0], np.int32)
+    images = [image for request in requests for image in request.images]
+    if not images:
+        return None, offsets_P
+    # Prompts do not share images here: with fewer rows, the last bits of embeddings would differ.
+    stacked = batch.in_slots(
+        [(image.patches(), image.grid_thw) for image in images],
+        config.vision,
+        count=rounded_up(len(images), multiple),
+    )
+    units_PT = np.full(shape, -1, np.int32)
+    positions_PT3 = np.zeros((*shape, 3), np.int32)
+    positions_PT3[:] = np.arange(shape[1], dtype=np.int32)[:, None]
+    first = 0
+    for p, request in enumerate(requests):
+        size, own = len(request.tokens), range(first, first + len(request.images))
+        units_PT[p, :size], positions_PT3[p, :size], after = batch.places(
+            request.tokens, request.images, own, stacked.num_units, config
+        )
+        offsets_P[p] = after - size
+        first += len(own)
+    return device.PromptImages(stacked.images, units_PT, positions_PT3), offsets_P
+
+
 class _Rollout:
-    """One call of `generate`: the loop between host and device."""
+    """One call of `generate`: the loop between host and devices."""
 
     def __init__(self, engine, params, requests, group_size):
         self.engine, self.params = engine, params
         self.requests, self.group_size = requests, group_size
         total = len(requests) * group_size
-        # No more slots than responses, in few sizes.
+        # No more slots than responses, rounded up to few sizes.
         self.num_slots = min(engine.num_slots, rounded_up(max(1, total), engine.row_multiple))
         self.table = SlotTable(self.num_slots, total)
         self.batches = prefill_batches(
@@ -270,43 +303,34 @@ class _Rollout:
             self._fill(free[: len(taken)], taken)
             free = free[len(taken) :]
 
-    def _prefill(self, batch):
-        engine, requests = self.engine, [self.requests[index] for index in batch]
-        length = bucket(
+    def _prefill(self, indices):
+        engine, requests = self.engine, [self.requests[index] for index in indices]
+        length = rounded_up(
             max(len(request.tokens) for request in requests),
-            limit=engine.max_prompt_length,
-            smallest=SMALLEST_PROMPT,
+            SMALLEST_PROMPT,
+            engine.max_prompt_length,
         )
         self._reserve(length + 1)
         multiple = engine.row_multiple
         prompts = padded_prompts(requests, length=length, multiple=multiple)
-        images, offsets_P = pictures.of_prompts(
-            requests, engine.config, length=length, rows=len(prompts[0]), multiple=multiple
+        images, offsets_P = prompt_images(
+            requests, engine.how.model, shape=prompts[0].shape, multiple=multiple
         )
-        if images is not None:
-            patches, units_PT, positions_PT3 = images
-            arrays = Images(patches.patches_ISC, patches.positions_IS2, patches.valid_IS)
-            images = device.PromptImages(arrays, units_PT, positions_PT3)
-        self.pool, experts = device.prefill(
+        self.pool, ids = device.prefill(
             self.params,
             *prompts,
             images,
-            config=engine.config,
-            dtype=engine.dtype,
-            attention=engine.attention,
-            experts=engine.experts,
+            how=engine.how,
             record=engine.record_experts,
-            layout=engine.layout,
-            vision_attention=engine.vision_attention,
         )
         self.offsets_P = offsets_P
-        self.queue = queue_of(batch, self.requests, self.group_size, jax.device_get(experts))
+        self.queue = queue_of(indices, self.requests, self.group_size, jax.device_get(ids))
         self.prefill_calls += 1
         self.prefill_tokens += sum(len(request.tokens) for request in requests)
 
     def _fill(self, free, taken):
         columns = np.zeros((7, self.num_slots), np.int64)
-        columns[0] = self.num_slots  # a slot that does not exist: unused rows
+        columns[0] = self.num_slots  # unused rows point past the last slot
         for i, (slot, (pool_row, occupant)) in enumerate(zip(free, taken, strict=True)):
             limit = occupant.length + self.engine.sampling.max_response_length
             request = occupant.request
@@ -324,19 +348,14 @@ class _Rollout:
         self.slots = device.fill(self.slots, self.pool, refill, self.key, layout=self.engine.layout)
 
     def _reserve(self, length):
-        """Make room for `length` tokens a slot."""
+        """Makes room for `length` tokens per slot."""
         if length <= self.room:
             return
         engine = self.engine
         self.room = engine.room(length)
         if self.slots is None:
             self.slots = device.empty_slots(
-                self.key,
-                num_slots=self.num_slots,
-                length=self.room,
-                config=engine.config,
-                dtype=engine.dtype,
-                layout=engine.layout,
+                self.key, num_slots=self.num_slots, length=self.room, how=engine.how
             )
         else:
             self.slots = device.grow(self.slots, length=self.room, layout=engine.layout)
@@ -352,13 +371,10 @@ class _Rollout:
             self.slots,
             np.int32(max_steps),
             np.int32(leave_at),
-            config=engine.config,
+            how=engine.how,
             sampling=engine.sampling,
             chunk_length=engine.chunk_length,
-            dtype=engine.dtype,
-            experts=engine.experts,
             record=engine.record_experts,
-            layout=engine.layout,
         )
         chunk = jax.device_get(chunk)
         self.decode_steps += int(chunk.steps)

@@ -1,4 +1,4 @@
-"""Weights from where training keeps them to where the rollout reads them."""
+"""Moves weights from their training layout to their rollout layout."""
 
 import dataclasses
 import functools
@@ -14,13 +14,13 @@ from luspo_jax.sharding import Layout
 
 
 def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None, dtype: Any) -> Any:
-    """Weights in the sampler's type, cut as the rollout's table says, on this process's devices.
+    """Casts weights and shards them by the rollout's table over this process's devices.
 
-    Cast and reshard are one program: what travels has the sampler's type, and no device receives
-    more of a parameter than the part that it samples with.
+    Cast and reshard are one program: the sampler's type travels, and no device receives more of a
+    parameter than the shard that it samples with.
 
     Args:
-      params: master weights as training lays them out.
+      params: master weights in the training layout.
       config: of the model.
       layout: the rollout's, over the devices of all processes; None on one device.
       dtype: of the sampler.
@@ -30,7 +30,7 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
         return params if dtype == jnp.float32 else _cast(dtype)(params)
     trained_on = jax.tree.leaves(params)[0].sharding
     if not sharding.same_order(trained_on, layout):
-        # A mesh whose devices were ordered by their links: XLA wants one order in a program.
+        # The devices of the mesh were ordered by their links; XLA wants one order in a program.
         params = _cast(dtype)(params)
         params = jax.device_put(params, sharding.in_order_of(layout, params))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
@@ -41,7 +41,7 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
 def lower_rollout_params(
     params: Any, *, config: DecoderConfig, layout: Layout | None, dtype: Any
 ) -> Any:
-    """The lowered hand-over, for looking at what it moves and holds; `params` may be shapes.
+    """Returns the lowered hand-over, to inspect its traffic and memory; `params` may be shapes.
 
     On one device it is the cast.
     """
@@ -63,8 +63,8 @@ def _moved(dtype, mesh, layout, config):
     halfway = sharding.shardings(axes, between) if even else None
 
     def move(params):
-        # Cast where they lie, so that what travels is in the sampler's type. In one stride from
-        # there XLA may make whole stacks of layers on every device, and cut them then.
+        # Cast before moving, so that the sampler's type travels. Without the stop halfway, XLA may
+        # build whole stacks of layers on every device before it shards them.
         params = sharding.constrain_tree(_cast_all(params, dtype), start)
         return sharding.constrain_tree(params, halfway)
 

@@ -1,9 +1,11 @@
-"""What goes into a rollout and what comes out of it: token ids on the host, no text."""
+"""Records of a rollout: requests, responses with the fields of later stages, and statistics."""
 
 import dataclasses
 from typing import Any
 
 import numpy as np
+
+from luspo_jax.rewards import Reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,9 +13,9 @@ class Request:
     """One prompt to be answered group_size times.
 
     Attributes:
-      prompt_id: names the prompt in the noise law, so the same in every run and on every host.
-      tokens: its token ids, one or more; an image has as many placeholders as tokens.
-      images: its images, each with `patches()` and `grid_thw`, as `images.PreparedImage` has them.
+      prompt_id: keys the prompt's noise; the same in every run and on every host.
+      tokens: token ids, one or more; an image has one placeholder per image token.
+      images: the images, each with `patches()` and `grid_thw`, like `PreparedImage`.
     """
 
     prompt_id: int
@@ -23,15 +25,30 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """One sample.
+    """One response with all its fields: the sampler creates it, stages add to it.
+
+    Unless stated otherwise, arrays have one entry per response token. None means that no stage has
+    set the field yet.
 
     Attributes:
+      prompt_id, sample_id: keys of its noise.
       tokens: int32, the stop token included.
-      logprobs: float32 log-probability of each token at the rollout temperature.
-      stopped: whether a stop token ended it; False where it was cut at the longest length.
-      experts: unsigned ids [tokens, L, K] of the experts that routers chose for each token, in the
-        L layers that have experts; None where they were not recorded.
-      prompt_experts: the same of the prompt's tokens; one array for all samples of a prompt.
+      logprobs: float32 log-probability of each token at the rollout temperature, by the sampler.
+      stopped: whether a stop token ended it; False if it was cut at the length limit.
+      expert_ids: unsigned ids [n, L, K] of the experts that the sampler's routers chose for each
+        token, in the L layers that have experts; None if not recorded.
+      prompt_expert_ids: the same for the prompt's tokens; one array for all samples of a prompt.
+      versions: uint32 number of steps that the policy had taken when it sampled each token.
+      text: the decoded tokens, special tokens left out.
+      reward: the verdict.
+      counted: whether it counts in its group's statistics.
+      trained: bool, the tokens that carry gradient; none in a response that does not count.
+      old_logprobs: float32 under the policy that starts the step, computed by the trainer; the
+        sampler's for tokens that an earlier policy sampled. Unset on tokens not trained on.
+      old_entropy: float32 entropies of the same policy.
+      old_expert_ids: ids [prompt + n, L, K] that the same policy's routers chose in the trainer.
+      ref_logprobs: float32 under the reference policy, as `old_logprobs`.
+      advantage: of the response in its group.
     """
 
     prompt_id: int
@@ -39,17 +56,27 @@ class Response:
     tokens: np.ndarray
     logprobs: np.ndarray
     stopped: bool
-    experts: np.ndarray | None = None
-    prompt_experts: np.ndarray | None = None
+    expert_ids: np.ndarray | None = None
+    prompt_expert_ids: np.ndarray | None = None
+    versions: np.ndarray | None = None
+    text: str | None = None
+    reward: Reward | None = None
+    counted: bool = False
+    trained: np.ndarray | None = None
+    old_logprobs: np.ndarray | None = None
+    old_entropy: np.ndarray | None = None
+    old_expert_ids: np.ndarray | None = None
+    ref_logprobs: np.ndarray | None = None
+    advantage: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutStats:
-    """What a rollout cost.
+    """Costs of a rollout.
 
     Attributes:
       decode_steps: model steps; each adds at most one token to every slot.
-      prefill_tokens: prompt tokens that went through the model, padding aside.
+      prefill_tokens: prompt tokens computed, without padding.
       prefill_calls: prefill programs run.
       generated_tokens: response tokens, stop tokens included.
       slot_utilisation: generated tokens over slots × decode steps.

@@ -1,8 +1,8 @@
-"""Tokens drawn by inverse CDF from uniforms that only (seed, step, prompt, sample, position) fix.
+"""Draws tokens by inverse CDF from uniforms fixed by (seed, step, prompt, sample, position).
 
-Two uniforms a token replace V Gumbels: the first chooses a block of the vocabulary, the second a
-token within it. Both sums are short, so float32 stays accurate at V = 151,936, and the noise of a
-sample depends on no slot, batch, chunk, mesh or restart.
+Two uniforms per token replace V Gumbels: the first chooses a block of the vocabulary, the second a
+token within it. Both sums are short, so float32 stays accurate at V = 151,936, and a sample's noise
+does not depend on slot, batch, chunk, mesh or restart.
 """
 
 import dataclasses
@@ -46,35 +46,35 @@ class Sampling:
 
 
 def rollout_key(seed, step):
-    """fold_in(key(seed), step): the noise of one step of one run."""
+    """Returns fold_in(key(seed), step): the noise of one step of one run."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
 
 
 def row_keys(key, prompt_ids_B, sample_ids_B):
-    """fold_in(fold_in(key, prompt), sample) of each row; `key` is a `rollout_key`."""
+    """Returns fold_in(fold_in(key, prompt), sample) of each row; `key` is a `rollout_key`."""
     by_prompt_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompt_ids_B)
     return jax.vmap(jax.random.fold_in)(by_prompt_B, sample_ids_B)
 
 
 def uniforms(keys_B, positions_B):
-    """Two uniforms in [0, 1) for the token of each row at `positions_B` of its sequence: [B, 2].
+    """Returns two uniforms in [0, 1) for the token of each row at `positions_B`: [B, 2].
 
     They are the two words of fold_in(key, position): Threefry of the position is random bits, and
-    drawing from the folded key as from a key would run the cipher twice.
+    drawing from the folded key would run the cipher twice.
     """
     words_B2 = jax.random.key_data(jax.vmap(jax.random.fold_in)(keys_B, positions_B))
     return (words_B2 >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
 def sample(logits_BV, uniforms_B2, *, sampling):
-    """One token a row and its log-probability.
+    """Draws one token per row, and returns its log-probability.
 
     log p(token) = (logits / temperature)[token] − logsumexp(logits / temperature), over the full
     vocabulary whatever top_p and top_k keep, and at temperature 1 for greedy sampling.
 
     Args:
       logits_BV: float32.
-      uniforms_B2: float32 in [0, 1), of no effect on greedy sampling.
+      uniforms_B2: float32 in [0, 1), without effect on greedy sampling.
       sampling: the Sampling.
 
     Returns:
@@ -101,17 +101,17 @@ def sample(logits_BV, uniforms_B2, *, sampling):
 
 
 def block_size(vocab_size):
-    """Tokens a block: a power of two near √V, so that both levels are short sums."""
+    """Returns the tokens per block: a power of two near √V, so that both levels are short sums."""
     return 1 << math.ceil(math.log2(vocab_size) / 2)
 
 
 def keep(logits_BV, *, top_k=0, top_p=1.0):
-    """Mask [B, V] of the tokens that top-k and then top-p keep, never empty.
+    """Returns the mask [B, V] of the tokens that top-k and then top-p keep, never empty.
 
-    Top-k keeps what is no less likely than the k-th token, ties included. Top-p keeps, among
-    those, tokens from the likeliest down until their mass reaches top_p; of equally likely tokens
-    at the edge, those of lower id. Both edges are found by bisection over the floats, which reads
-    the logits 31 times and sorts nothing.
+    Top-k keeps tokens at least as likely as the k-th, ties included. Among those, top-p keeps
+    tokens from the likeliest down until their mass reaches top_p; of equally likely tokens at the
+    edge, those of lower id. Both edges are found by bisection over the floats, which reads the
+    logits 31 times and sorts nothing.
     """
     order_BV = _ordered(logits_BV)
     kept_BV = jnp.ones(logits_BV.shape, bool)
@@ -139,7 +139,7 @@ def _nucleus(order_BV, weights_BV, top_p):
 
 
 def _edge(order_BV, enough):
-    """The largest int32 e a row for which `enough(order_BV >= e)` holds, built bit by bit."""
+    """Returns each row's largest int32 e with `enough(order_BV >= e)`, built bit by bit."""
 
     def reached(edge_B):
         return enough(order_BV >= edge_B[:, None])
@@ -154,13 +154,13 @@ def _edge(order_BV, enough):
 
 
 def _ordered(array):
-    """int32 in the order of the float32 `array`."""
+    """Returns int32 values in the order of the float32 `array`."""
     bits = jax.lax.bitcast_convert_type(array, jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
 def _blocks(logits_BV):
-    """[B, X, Y]: the vocabulary in X consecutive blocks of Y tokens, padded with −∞."""
+    """Returns [B, X, Y]: the vocabulary in X consecutive blocks of Y tokens, padded with −∞."""
     B, V = logits_BV.shape
     Y = block_size(V)
     padded = jnp.pad(logits_BV, ((0, 0), (0, -V % Y)), constant_values=-jnp.inf)
@@ -172,9 +172,9 @@ def _masses(blocks_BXY, maximum_B):
 
 
 def _inverse_cdf(weights_BX, uniforms_B):
-    """The first index a row at which the running sum passes u times the total.
+    """Returns each row's first index at which the running sum passes u times the total.
 
-    Rounding can choose no index of zero weight, and u close to 1 none past the end.
+    Despite rounding, no index of zero weight is chosen, nor one past the end for u close to 1.
     """
     X = weights_BX.shape[1]
     running_sum = jnp.triu(jnp.ones((X, X), jnp.float32))  # one small matmul, not log X passes

@@ -1,31 +1,20 @@
-"""The host side of a rollout: which prompt is prefilled when, who sits in which slot."""
+"""The host side of a rollout: when each prompt is prefilled, and which response has which slot."""
 
 import collections
 import dataclasses
 
 import numpy as np
 
+from luspo_jax.ops.sizes import rounded_up
 from luspo_jax.rollout.records import Request, Response
-from luspo_jax.sharding import rounded_up
-
-
-def bucket(length, *, limit, smallest):
-    """The least of smallest · {1, 2, 4, …} that reaches `length`, cut at `limit`.
-
-    Few sizes mean few compilations.
-    """
-    size = smallest
-    while size < length:
-        size *= 2
-    return min(size, limit)
 
 
 def prefill_batches(requests, *, group_size, num_slots, max_tokens, multiple=1):
-    """Indices of `requests` in the batches in which to prefill them.
+    """Returns batches of indices of `requests` for prefill.
 
-    Longest prompts first, so that the prompts of a batch need little padding. A batch holds about
-    as many prompts as fill the slots, fewer where its padded tokens would pass `max_tokens`, and
-    no fewer than `multiple`, since it has that many rows in any case.
+    Longest prompts come first, so that the prompts of a batch need little padding. A batch holds
+    about as many prompts as fill the slots, fewer if its padded tokens would exceed `max_tokens`,
+    and no fewer than `multiple`, since it has that many rows in any case.
     """
     most = max(1, num_slots // group_size // multiple)
     most = multiple * (1 << (most.bit_length() - 1))
@@ -40,9 +29,9 @@ def prefill_batches(requests, *, group_size, num_slots, max_tokens, multiple=1):
 
 
 def padded_prompts(requests, *, length, multiple=1):
-    """Left-aligned tokens_PT and lengths_P of `requests`, P rounded up by `rounded_up`.
+    """Returns left-aligned tokens_PT and lengths_P of `requests`, P rounded up by `rounded_up`.
 
-    Rows that pad the batch hold one token.
+    Padding rows hold one token.
     """
     count = rounded_up(len(requests), multiple)
     tokens_PT = np.zeros((count, length), np.int32)
@@ -55,7 +44,7 @@ def padded_prompts(requests, *, length, multiple=1):
 
 @dataclasses.dataclass
 class Occupant:
-    """The response that a slot is producing, and its tokens so far, in pieces."""
+    """The response in a slot, and its tokens so far, in pieces."""
 
     request: Request
     index: int  # of the response in the result
@@ -63,14 +52,14 @@ class Occupant:
     length: int  # of the row, prompt included
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
-    experts: list[np.ndarray] = dataclasses.field(default_factory=list)
-    prompt_experts: np.ndarray | None = None
+    expert_ids: list[np.ndarray] = dataclasses.field(default_factory=list)
+    prompt_expert_ids: np.ndarray | None = None
 
-    def extend(self, tokens, logprobs, experts=None):
-        """Append what one chunk sampled, and where routers sent it.
+    def extend(self, tokens, logprobs, expert_ids=None):
+        """Appends the tokens, log-probs and expert ids of one chunk.
 
         Raises:
-          FloatingPointError: on a log-probability that is not finite.
+          FloatingPointError: a log-probability is not finite.
         """
         if not np.isfinite(logprobs).all():
             raise FloatingPointError(
@@ -79,8 +68,8 @@ class Occupant:
             )
         self.tokens.append(tokens)
         self.logprobs.append(logprobs)
-        if experts is not None:
-            self.experts.append(experts)
+        if expert_ids is not None:
+            self.expert_ids.append(expert_ids)
         self.length += len(tokens)
 
     def response(self, stop_token_ids):
@@ -91,13 +80,13 @@ class Occupant:
             tokens=tokens,
             logprobs=np.concatenate(self.logprobs),
             stopped=int(tokens[-1]) in stop_token_ids,
-            experts=np.concatenate(self.experts) if self.experts else None,
-            prompt_experts=self.prompt_experts,
+            expert_ids=np.concatenate(self.expert_ids) if self.expert_ids else None,
+            prompt_expert_ids=self.prompt_expert_ids,
         )
 
 
 class SlotTable:
-    """Who sits in which slot, and the responses that are done."""
+    """The occupant of each slot, and the finished responses."""
 
     def __init__(self, num_slots, num_responses):
         self.occupants: list[Occupant | None] = [None] * num_slots
@@ -114,18 +103,18 @@ class SlotTable:
         return max(occupant.length for occupant in self.occupants if occupant is not None)
 
     def harvest(self, chunk, stop_token_ids):
-        """Take in a Chunk of numpy arrays; responses that ended leave their slots."""
+        """Takes in a Chunk of NumPy arrays; finished responses leave their slots."""
         tokens_BC = np.ascontiguousarray(chunk.tokens_CB[: chunk.steps].T)
         logprobs_BC = np.ascontiguousarray(chunk.logprobs_CB[: chunk.steps].T)
         for slot, occupant in enumerate(self.occupants):
             if occupant is None:
                 continue
             count = chunk.counts_B[slot]
-            experts = (
-                None if chunk.experts_CBLK is None else chunk.experts_CBLK[:count, slot].copy()
-            )
+            ids_CBLK = chunk.expert_ids_CBLK
             occupant.extend(
-                tokens_BC[slot, :count].copy(), logprobs_BC[slot, :count].copy(), experts
+                tokens_BC[slot, :count].copy(),
+                logprobs_BC[slot, :count].copy(),
+                None if ids_CBLK is None else ids_CBLK[:count, slot].copy(),
             )
             if not chunk.active_B[slot]:
                 self.responses[occupant.index] = occupant.response(stop_token_ids)
@@ -134,14 +123,14 @@ class SlotTable:
         self.generated_tokens += int(chunk.counts_B.sum())
 
 
-def queue_of(batch, requests, group_size, experts_PTLK=None):
-    """(pool row, Occupant) of every sample of the prefilled `batch`, in order."""
+def queue_of(batch, requests, group_size, ids_PTLK=None):
+    """Returns (pool row, Occupant) of every sample of the prefilled `batch`, in order."""
     queue = collections.deque()
     for row, index in enumerate(batch):
         length = len(requests[index].tokens)
-        experts = None if experts_PTLK is None else experts_PTLK[row, :length].copy()
+        ids_TLK = None if ids_PTLK is None else ids_PTLK[row, :length].copy()
         for sample_id in range(group_size):
             occupant = Occupant(requests[index], index * group_size + sample_id, sample_id, length)
-            occupant.prompt_experts = experts
+            occupant.prompt_expert_ids = ids_TLK
             queue.append((row, occupant))
     return queue

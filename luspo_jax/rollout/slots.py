@@ -1,11 +1,11 @@
 """The device side of a rollout: slots, and the compiled programs that fill, grow and advance them.
 
 A slot is one row of the batch: a left-aligned sequence with its own length. Rows never read one
-another, so a finished or empty slot computes what nobody looks at.
+another, so a finished or empty slot computes values that nobody reads.
 
-With a layout, slots and prompts of the pool are spread over "batch", key heads over "kv_heads" and
-the positions of the slots' cache are dealt out over "cache_length"; without one, all is on one
-device. Every program here keeps slots where they are.
+With a layout, slots and prompts of the pool are sharded over "batch", key heads over "kv_heads" and
+the cache positions of slots are dealt out over "cache_length"; without one, all is on one device.
+The programs here never move a slot to another device.
 """
 
 import dataclasses
@@ -33,8 +33,9 @@ class Slots:
       cache: keys and values of the tokens so far.
       hidden_BD: final hidden state of each row's last token, from which the next is sampled.
       keys_B: noise key of each row.
-      lengths_B: int32 tokens in the row, prompt included; the place of the next one.
-      offsets_B: int32, what its rotary position is beyond that: below 0 after images, else 0.
+      lengths_B: int32 tokens in the row, prompt included; the index of the next token.
+      offsets_B: int32 rotary position of the next token minus its index: below 0 after images,
+        else 0.
       limits_B: int32 length at which the response is cut.
       active_B: bool, false in finished and empty slots.
     """
@@ -51,11 +52,11 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptImages:
-    """The images of the prompts of one prefill, and where they stand in them.
+    """The images of the prompts of one prefill, and their places.
 
     Attributes:
       images: in the tower's slots.
-      units_PT: int32 unit that stands in place of a token, −1 for text.
+      units_PT: int32 unit that replaces a token, −1 for text.
       positions_PT3: int32 rotary positions.
     """
 
@@ -76,7 +77,7 @@ class Pool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Refill:
-    """Which prompt of the pool goes into which slot, a row each; rows with slot ≥ B are unused.
+    """Pairs of pool prompt and slot, one per row; rows with slot ≥ B are unused.
 
     The used rows come first.
     """
@@ -93,9 +94,9 @@ class Refill:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Tokens of up to C decode steps; row b holds its counts_B[b] tokens in the first steps.
+    """Tokens of up to C decode steps; row b has counts_B[b] tokens, in the first steps.
 
-    `experts_CBLK` has the experts of each token, None where they are not recorded.
+    `expert_ids_CBLK` holds the expert ids of each token, None if not recorded.
     """
 
     tokens_CB: jax.Array
@@ -103,7 +104,7 @@ class Chunk:
     counts_B: jax.Array
     active_B: jax.Array
     steps: jax.Array
-    experts_CBLK: jax.Array | None = None
+    expert_ids_CBLK: jax.Array | None = None
 
 
 _ROW, _ROWS, _STEPS = ("batch",), ("batch", None), (None, "batch")
@@ -112,7 +113,7 @@ SLOTS_AXES = Slots(decoder.KVCache(CACHE_AXES, CACHE_AXES), _ROWS, *[_ROW] * 5)
 POOL_AXES = Pool(_ROWS, decoder.KVCache(_PROMPT_AXES, _PROMPT_AXES))
 REFILL_AXES = Refill(*[(None,)] * 7)
 CHUNK_AXES = Chunk(_STEPS, _STEPS, _ROW, _ROW, ())
-_EXPERTS = (*_STEPS, None, None)
+_IDS = (*_STEPS, None, None)
 
 
 def _leaves(axes_tree):
@@ -128,46 +129,25 @@ def _placed(tree, axes_tree, layout):
     return jax.tree.unflatten(treedef, placed)
 
 
-@functools.partial(jax.jit, static_argnames=("num_slots", "length", "config", "dtype", "layout"))
-def empty_slots(key, *, num_slots, length, config, dtype, layout=None):
-    """Slots that hold nothing, with room for `length` tokens each."""
+@functools.partial(jax.jit, static_argnames=("num_slots", "length", "how"))
+def empty_slots(key, *, num_slots, length, how):
+    """Returns empty slots with room for `length` tokens each."""
     slots = Slots(
-        cache=decoder.empty_cache(config, num_slots, length, dtype, layout),
-        hidden_BD=jnp.zeros((num_slots, config.embed_dim), dtype),
+        cache=decoder.empty_cache(how, num_slots, length),
+        hidden_BD=jnp.zeros((num_slots, how.model.embed_dim), jnp.dtype(how.dtype)),
         keys_B=jnp.broadcast_to(key, (num_slots,)),
         lengths_B=jnp.zeros(num_slots, jnp.int32),
         offsets_B=jnp.zeros(num_slots, jnp.int32),
         limits_B=jnp.zeros(num_slots, jnp.int32),
         active_B=jnp.zeros(num_slots, bool),
     )
-    return _placed(slots, SLOTS_AXES, layout)
+    return _placed(slots, SLOTS_AXES, how.layout)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "config", "dtype", "attention", "experts", "record", "layout", "vision_attention"
-    ),
-)  # fmt: skip
-def prefill(
-    params,
-    tokens_PT,
-    lengths_P,
-    prompt_images=None,
-    *,
-    config,
-    dtype,
-    attention="reference",
-    experts="reference",
-    record=False,
-    layout=None,
-    vision_attention="reference",
-):
-    """(Pool of the left-aligned prompts `tokens_PT`, their experts [P, T, L, K] with `record`).
-
-    `prompt_images` is None where no prompt has an image; `attention` is of the prompts,
-    `vision_attention` of the patches of an image.
-    """
+@functools.partial(jax.jit, static_argnames=("how", "record"))
+def prefill(params, tokens_PT, lengths_P, prompt_images=None, *, how, record=False):
+    """Returns (Pool of the left-aligned prompts `tokens_PT`, their expert ids [P, T, L, K] with
+    `record`); `prompt_images` is None if no prompt has an image."""
     of_images = {}
     if prompt_images is not None:
         images = prompt_images.images
@@ -176,38 +156,25 @@ def prefill(
             images.patches_ISC,
             images.positions_IS2,
             images.valid_IS,
-            config=config.vision,
-            dtype=dtype,
-            attention=vision_attention,
-            layout=layout,
+            how=how,
         )
         of_images = {
             "units_UD": units_IUD.reshape(-1, units_IUD.shape[-1]),
             "index_BT": prompt_images.units_PT,
             "positions_BT": prompt_images.positions_PT3,
         }
-    hidden_PD, cache, ids = decoder.prefill(
-        params,
-        tokens_PT,
-        lengths_P,
-        config=config,
-        dtype=dtype,
-        attention=attention,
-        experts=experts,
-        layout=layout,
-        **of_images,
-    )
+    hidden_PD, cache, ids = decoder.prefill(params, tokens_PT, lengths_P, how=how, **of_images)
     return Pool(hidden_PD, cache), ids if record else None
 
 
 @functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
 def fill(slots, pool, refill, key, *, layout=None):
-    """Copy prompts of the pool into free slots and start their responses there.
+    """Copies prompts of the pool into free slots and starts their responses there.
 
-    With a layout, every device gathers the prompts of the pool from those it shares the batch
-    with, and copies those that go into its own slots. While it does it holds the pool's P · T
-    padded tokens, 2 L K H / (size("kv_heads") · size("cache_length")) elements each, and a copy of
-    the keys or the values of them.
+    With a layout, every device gathers the pool's prompts from the devices with which it shares the
+    batch, and copies those for its own slots. Meanwhile it holds the pool's P · T padded tokens,
+    2 L K H / (size("kv_heads") · size("cache_length")) elements each, and a copy of their keys or
+    values.
     """
     keys_B = row_keys(key, refill.prompt_ids_B, refill.sample_ids_B)
     if layout is None:
@@ -223,7 +190,7 @@ def fill(slots, pool, refill, key, *, layout=None):
 
 
 def _filled_part(slots, pool, refill, keys_B, layout):
-    """`fill` on one device, with the slots, positions and prompts that it holds."""
+    """Runs `fill` on one device, with its slots, positions and prompts."""
     B, batch = slots.lengths_B.shape[0], layout.axis_names("batch")
     cache = jax.tree.map(lambda x: dealt_positions(x, layout), pool.cache)
     pool = dataclasses.replace(pool, cache=cache)
@@ -243,7 +210,7 @@ def _filled_part(slots, pool, refill, keys_B, layout):
 
 
 def _filled(slots, pool, refill, keys_B):
-    """Slots with the prompts of the used rows of `refill`."""
+    """Returns the slots with the prompts of the used rows of `refill`."""
     B = slots.lengths_B.shape[0]
 
     def copy(i, cache):
@@ -275,10 +242,10 @@ def _filled(slots, pool, refill, keys_B):
 
 
 def grow(slots, *, length, layout=None):
-    """The same slots with room for `length` tokens each; no position changes its device.
+    """Returns the slots with room for `length` tokens each; no position changes its device.
 
-    The slots' arrays are given away: keys go before values come, so that no more than one and a
-    half caches are held at a time.
+    The slots' arrays are freed: keys go before values come, so at most one and a half caches are
+    held at a time.
     """
 
     def grown(array):
@@ -291,7 +258,7 @@ def grow(slots, *, length, layout=None):
 
 @functools.partial(jax.jit, static_argnames=("length", "layout"))
 def grow_array(array, *, length, layout=None):
-    """Keys or values [L, B, K, S, H] with room for `length` tokens a slot."""
+    """Pads keys or values [L, B, K, S, H] to room for `length` tokens per slot."""
     parts = 1 if layout is None else layout.size("cache_length")
 
     def pad(array):
@@ -305,35 +272,20 @@ def grow_array(array, *, length, layout=None):
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "config", "sampling", "chunk_length", "dtype", "experts", "record", "layout"
-    ),
+    static_argnames=("how", "sampling", "chunk_length", "record"),
     donate_argnames="slots",
-)  # fmt: skip
-def decode_chunk(
-    params,
-    slots,
-    max_steps,
-    leave_at,
-    *,
-    config,
-    sampling,
-    chunk_length,
-    dtype,
-    experts="reference",
-    record=False,
-    layout=None,
-):
-    """Up to `max_steps` ≤ chunk_length tokens for every active slot, in one program.
+)
+def decode_chunk(params, slots, max_steps, leave_at, *, how, sampling, chunk_length, record=False):
+    """Decodes up to `max_steps` ≤ chunk_length tokens for every active slot, in one program.
 
-    Leaves as soon as `leave_at` slots are free. The slots are donated: the cache is updated in
-    place. `record` keeps the experts of each token.
+    Stops as soon as `leave_at` slots are free. The slots are donated: the cache is updated in
+    place. `record` keeps each token's expert ids.
 
     Returns:
-      The slots, and the Chunk of what was sampled.
+      The slots, and the Chunk of sampled tokens.
     """
-    B = slots.lengths_B.shape[0]
-    kernel_VD = decoder.head_kernel(params).astype(dtype)
+    B, layout = slots.lengths_B.shape[0], how.layout
+    kernel_VD = decoder.head_kernel(params).astype(jnp.dtype(how.dtype))
     chunk = Chunk(
         tokens_CB=jnp.zeros((chunk_length, B), jnp.int32),
         logprobs_CB=jnp.zeros((chunk_length, B), jnp.float32),
@@ -343,17 +295,14 @@ def decode_chunk(
     )
     chunk_axes = CHUNK_AXES
     if record:
-        shape = (chunk_length, B, config.num_expert_layers, config.experts_per_token)
-        ids = jnp.zeros(shape, id_type(config.num_experts))
-        chunk = dataclasses.replace(chunk, experts_CBLK=ids)
-        chunk_axes = dataclasses.replace(CHUNK_AXES, experts_CBLK=_EXPERTS)
+        shape = (chunk_length, B, how.model.num_expert_layers, how.model.experts_per_token)
+        ids = jnp.zeros(shape, id_type(how.model.num_experts))
+        chunk = dataclasses.replace(chunk, expert_ids_CBLK=ids)
+        chunk_axes = dataclasses.replace(CHUNK_AXES, expert_ids_CBLK=_IDS)
     chunk = _placed(chunk, chunk_axes, layout)
-    # Whole rows of logits on every device, so that a token is drawn as on one.
+    # Whole rows of logits on every device, so that tokens are drawn as on one device.
     draw = sharding.shard_map(
         functools.partial(_draw, sampling=sampling), layout, (_ROWS, _ROW, _ROW), (_ROW, _ROW)
-    )
-    step = functools.partial(
-        _advance, config=config, sampling=sampling, dtype=dtype, experts=experts, layout=layout
     )
 
     def unfinished(carry):
@@ -365,11 +314,11 @@ def decode_chunk(
         logits_BV = jnp.einsum(
             "BD,VD->BV", slots.hidden_BD, kernel_VD, preferred_element_type=jnp.float32
         )
-        # Products where the head's parts lie: gathered are the logits, not the head.
+        # Multiply on the shards of the head: the logits are gathered, not the head.
         logits_BV = sharding.constrain(logits_BV, ("batch", "vocab"), layout)
         tokens_B, logprobs_B = draw(logits_BV, slots.keys_B, slots.lengths_B)
         active_B = slots.active_B
-        slots, ids_BLK = step(slots, tokens_B, params)
+        slots, ids_BLK = _advance(slots, tokens_B, params, how=how, sampling=sampling)
         chunk = _record(chunk, active_B, tokens_B, logprobs_B, ids_BLK)
         return _placed(slots, SLOTS_AXES, layout), _placed(chunk, chunk_axes, layout)
 
@@ -382,10 +331,10 @@ def _draw(logits_BV, keys_B, positions_B, *, sampling):
 
 
 def _record(chunk, active_B, tokens_B, logprobs_B, ids_BLK):
-    experts = chunk.experts_CBLK
+    ids_CBLK = chunk.expert_ids_CBLK
     return dataclasses.replace(
         chunk,
-        experts_CBLK=None if experts is None else experts.at[chunk.steps].set(ids_BLK),
+        expert_ids_CBLK=None if ids_CBLK is None else ids_CBLK.at[chunk.steps].set(ids_BLK),
         tokens_CB=chunk.tokens_CB.at[chunk.steps].set(tokens_B),
         logprobs_CB=chunk.logprobs_CB.at[chunk.steps].set(logprobs_B),
         counts_B=chunk.counts_B + active_B.astype(jnp.int32),
@@ -393,22 +342,19 @@ def _record(chunk, active_B, tokens_B, logprobs_B, ids_BLK):
     )
 
 
-def _advance(slots, tokens_B, params, *, config, sampling, dtype, experts, layout):
-    """(slots, experts of the tokens): appends `tokens_B` to the active rows, and ends those that
-    stop or are full."""
-    # Others decode at position 0 of their own row: it costs least, and a refill writes over it.
+def _advance(slots, tokens_B, params, *, how, sampling):
+    """Returns (slots, the tokens' expert ids): appends `tokens_B` to the active rows, and ends rows
+    that stop or are full."""
+    # Other rows decode at position 0 of their own row: cheapest, and a refill overwrites it.
     positions_B = jnp.where(slots.active_B, slots.lengths_B, 0)
     hidden_BD, cache, ids_BLK = decoder.decode_step(
         params,
         tokens_B,
         positions_B,
         slots.cache,
-        config=config,
-        dtype=dtype,
-        experts=experts,
+        how=how,
         real_B=slots.active_B,
-        positions_B=None if config.vision is None else positions_B + slots.offsets_B,
-        layout=layout,
+        positions_B=None if how.model.vision is None else positions_B + slots.offsets_B,
     )
     lengths_B = slots.lengths_B + slots.active_B.astype(jnp.int32)
     stops = jnp.asarray(sampling.stop_token_ids, jnp.int32)

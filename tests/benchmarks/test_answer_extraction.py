@@ -15,7 +15,7 @@ from luspo_jax.benchmarks.answer_extraction import (
     stated_answer,
     stated_number,
 )
-from luspo_jax.rewards.choices import answer_part, chosen, option_meant
+from luspo_jax.rewards.answers.choices import answer_part, chosen, option_meant
 
 OPTIONS = lettered(["3/11", "8/11", "6/11", "a circle"])
 

@@ -10,7 +10,7 @@ from luspo_jax.benchmarks.registry import benchmarks
 from luspo_jax.benchmarks.visual import VISUAL
 from luspo_jax.datasets import DATASETS, shapes
 from luspo_jax.datasets.table import Table
-from luspo_jax.datasets.templates import SYSTEM_PROMPTS, TEMPLATES
+from luspo_jax.prompts.templates import SYSTEM_PROMPTS, TEMPLATES
 from luspo_jax.rewards import Sample
 from luspo_jax.rewards.registry import verifiers
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from luspo_jax.datasets import DATASETS, DataError, image_source, load
+from luspo_jax.datasets import DATASETS, Columns, DataError, image_source, load
 from luspo_jax.datasets.dapo_math import PREFIX, SUFFIX
 from luspo_jax.datasets.table import Table
 
@@ -78,7 +78,8 @@ def test_the_original_dapo_layout_loses_its_prompt_and_its_copies(tmp_path):
 def test_a_users_own_file_by_its_columns(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text('{"q": "1+1", "a": {"text": "2"}}\n')
-    examples, _ = load("file", tmp_path, problem="q", answer="a.text", data_dir=tmp_path / "b")
+    columns = Columns(problem="q", answer="a.text")
+    examples, _ = load("file", tmp_path, columns=columns, data_dir=tmp_path / "b")
     assert [(e.problem, e.answer) for e in examples] == [("1+1", "2")]
     with pytest.raises(DataError, match=r"no column 'problem'; the columns are: q, a\.text"):
         load("file", path, data_dir=tmp_path / "b")

@@ -11,8 +11,8 @@ import pytest
 
 from luspo_jax.datasets.example import DataError, Example
 from luspo_jax.datasets.images import ImageFiles, open_image, read_bytes, references
-from luspo_jax.datasets.pixels import ImageError
 from luspo_jax.datasets.table import Table, read_examples
+from luspo_jax.images.record import ImageError
 
 TABLE = Table(problem=("q",), answer=("a",), identity=(("id",),), images=("image",))
 

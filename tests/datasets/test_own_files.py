@@ -11,7 +11,6 @@ from luspo_jax import datasets
 from luspo_jax.datasets import DataError
 from luspo_jax.datasets.overlap import overlap
 from luspo_jax.datasets.predictions import read_predictions
-from luspo_jax.datasets.templates import TEMPLATES, template
 
 
 def _jsonl(path, *rows):
@@ -106,18 +105,6 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match=r"data\.cache_dir"):
         _load(path, tmp_path / "cache")
-
-
-def test_a_template_may_name_columns_and_leaves_braces_alone():
-    own = template("{problem}\nHint: {hint}. Write \\boxed{answer}.")
-    assert own.columns == ("hint",)
-    filled = own.fill("What is \\frac{a}{b} + {x}?", {"hint": "{y}"})
-    assert filled == "What is \\frac{a}{b} + {x}?\nHint: {y}. Write \\boxed{answer}."
-    with pytest.raises(DataError, match=r"names the column \{hint\}; there are: \{problem\}"):
-        own.fill("?", {})
-    with pytest.raises(ValueError, match="did you mean 'boxed'"):
-        template("boxd")
-    assert template("boxed") is TEMPLATES["boxed"]
 
 
 def test_signs_tell_short_problems_apart():

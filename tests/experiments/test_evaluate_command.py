@@ -17,17 +17,19 @@ from configs import quickstart
 from experiments.command import UsageError
 from experiments.evaluation import comparison, plan, policy, scoring, session, storage
 from experiments.evaluation.plan import Options
-from luspo_jax import evaluate, prompts
-from luspo_jax import run as runs
-from luspo_jax import workdir as workdirs
+from luspo_jax import prompts
 from luspo_jax.benchmarks import BENCHMARKS, BenchmarkError, Summary, protocol
-from luspo_jax.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.experience import held_out
+from luspo_jax.learner.state import initial_state
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
+from luspo_jax.rewards.answers.math_equal import VERSION
 from luspo_jax.rewards.gsm8k import gsm8k
-from luspo_jax.rewards.math_equal import VERSION
-from luspo_jax.update import initial_state
-from luspo_jax.workdir import WorkdirError
+from luspo_jax.run import workdir as workdirs
+from luspo_jax.run.build import update_rule
+from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.run.model import load_model
+from luspo_jax.run.workdir import WorkdirError
 
 GSM8K = gsm8k().label
 
@@ -96,7 +98,7 @@ def test_every_generation_is_kept(finished):
 
 def test_stopped_evaluation_goes_on_identically(finished, tmp_path, monkeypatch):
     """A crash in the second part; the first one is not sampled again, and all bytes agree."""
-    real, calls = evaluate.respond, []
+    real, calls = held_out.ask, []
 
     def crash(*args, **kwargs):
         calls.append(1)
@@ -104,7 +106,7 @@ def test_stopped_evaluation_goes_on_identically(finished, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "respond", crash)
+    monkeypatch.setattr(held_out, "ask", crash)
     with pytest.raises(KeyboardInterrupt):
         session.run(MODEL, CHOSEN, tmp_path / "out", OPTIONS)
     assert list(_parts(tmp_path / "out")) == ["part_00000.jsonl"]
@@ -283,8 +285,8 @@ def test_model_that_is_not_there_is_named(tmp_path):
 def test_checkpoint_of_a_run_is_a_model(tmp_path):
     """The weights of the step that was asked for, at no more than the run's folder."""
     config = quickstart.get_config()
-    model = runs.load_model(config)
-    rule = runs.update_rule(config, model)
+    model = load_model(config)
+    rule = update_rule(config, model)
     workdirs.Workdir(tmp_path / "run", config, {}).close()
     with pytest.raises(CheckpointError, match="comes with the first checkpoint"):
         policy.load(str(tmp_path / "run"), step="latest", dtype="float32")

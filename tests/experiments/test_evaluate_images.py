@@ -16,9 +16,9 @@ from experiments.evaluation.plan import Options
 from luspo_jax.benchmarks import BENCHMARKS, protocol
 from luspo_jax.benchmarks.visual import VISUAL
 from luspo_jax.datasets import shapes
-from luspo_jax.datasets.templates import LUSPO_VL_SYSTEM_PROMPT
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import decoder_config
+from luspo_jax.prompts.templates import LUSPO_VL_SYSTEM_PROMPT
 from tests import vl_cases
 
 SIX = sorted(VISUAL)

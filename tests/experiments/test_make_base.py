@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from experiments.make_base import load_balance
-from luspo_jax import images
-from luspo_jax.logprobs import RouterPass
+from luspo_jax.images.settings import read_settings
+from luspo_jax.learner.routers import RouterPass
 from luspo_jax.models import decoder_weights
 from luspo_jax.models.decoder_config import read_config
 
@@ -69,7 +69,7 @@ def test_makes_a_model_that_sees(tmp_path):
     config = read_config(tmp_path / "base")
     assert config.vision.full_layers == (1,)
     decoder_weights.load_params(tmp_path / "base", config)
-    patching = images.read_settings(tmp_path / "base").patching
+    patching = read_settings(tmp_path / "base").patching
     assert (patching.patch_size, patching.merge_size) == (14, 2)
     card = (tmp_path / "base" / "README.md").read_text()
     for told in ("--task=shapes", "right, by kind | all", "right with blank images | all", "dots"):

@@ -38,7 +38,7 @@ def test_every_cell_of_an_embedded_base_has_a_valid_configuration():
         base, objective, replay, rate = design.cells()[member.variant.name]
         if design.BASES[base].embedded and member.seed == 0:
             config = spec.config_of(sweep, member)
-            spec.configuration.check(config)
+            spec.checks.check(config)
             assert config.objective.preset == objective
             assert config.train.router_replay == replay
             assert config.train.learning_rate == rate
@@ -120,7 +120,7 @@ def test_tables_and_figures_of_what_is_there(tmp_path):
             ]
             lines = "".join(json_line(row.pop("step"), row) for row in rows)
             (folder / "metrics.jsonl").write_text(lines)
-            mark = spec.configuration.fingerprint(spec.config_of(sweep, member))
+            mark = spec.fields.fingerprint(spec.config_of(sweep, member))
             (folder / "finished.json").write_text(json.dumps({"fingerprint": mark}))
     text = analysis.write(sweep, tmp_path / "runs", tmp_path)
     assert (tmp_path / "results.md").read_text() == text

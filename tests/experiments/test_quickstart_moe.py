@@ -6,26 +6,24 @@ import numpy as np
 import pytest
 
 from configs import quickstart, quickstart_moe
-from luspo_jax import config as configuration
-from luspo_jax import run as runs
 from luspo_jax import train
-from luspo_jax import workdir as workdirs
 from luspo_jax.metrics import read_metrics
+from luspo_jax.run import fields
+from luspo_jax.run import workdir as workdirs
+from luspo_jax.run.build import build, facts
 
 
 def trained(config, folder):
     """The outcome of a run, and the metrics of its steps."""
     config.output.tensorboard = config.output.export = False
-    run = runs.build(config)
-    with contextlib.closing(workdirs.Workdir(folder, config, runs.facts(run))) as workdir:
+    run = build(config)
+    with contextlib.closing(workdirs.Workdir(folder, config, facts(run))) as workdir:
         outcome = train.train(run, workdir)
     return outcome, list(read_metrics(folder / "metrics.jsonl"))
 
 
 def test_it_differs_from_the_quickstart_in_the_model_alone():
-    dense, mixture = (
-        configuration.flat(module.get_config()) for module in (quickstart, quickstart_moe)
-    )
+    dense, mixture = (fields.flat(module.get_config()) for module in (quickstart, quickstart_moe))
     assert {name for name in dense if dense[name] != mixture[name]} == {"model.path"}
 
 

@@ -17,12 +17,21 @@ from experiments.command import UsageError
 from experiments.rehearsal import case as cases
 from experiments.rehearsal import costs, programs, report, resident, search, topologies
 from experiments.rehearsal.costs import Parts, Rows, Work
-from luspo_jax import packing, update
-from luspo_jax import run as runs
-from luspo_jax.config import ConfigError, default_config
+from luspo_jax.experience import stages
+from luspo_jax.experience.groups import Group, Rollouts
+from luspo_jax.hosts.values import ConfigError
+from luspo_jax.learner.policies import PolicyLogprobs, laid_rows
+from luspo_jax.learner.rows import put
+from luspo_jax.learner.state import abstract_state
+from luspo_jax.learner.step import update_step
+from luspo_jax.metrics import StepMetrics
 from luspo_jax.models import decoder
+from luspo_jax.models.experts import id_type
+from luspo_jax.rollout import Response
+from luspo_jax.run.fields import default_config
+from luspo_jax.run.memory import param_bytes
 from luspo_jax.sharding import MESH_AXES, Layout, MeshError
-from luspo_jax.types import TrainBatch
+from tests.row_cases import Prompt
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHIP = topologies.Chip("cpu", 1e9, 0.0, 1e11, 1e10, 1e9, 1e9, 8, (), "made up")
@@ -160,12 +169,11 @@ SMALL = {"data__max_prompt_length": 8, "rollout__max_response_length": 24,
 def test_operations_of_an_update_are_those_of_its_program(remat):
     case = cases.build(tiny(model__remat=remat, **SMALL), machine(1), mean_length=12)
     batch, _ = programs.train_batch(case)
-    packed = batch.rows.packed
     number = jax.ShapeDtypeStruct((), np.float32)
-    state = update.abstract_state(case.rule)
-    traced = update.update_step.trace(state, batch, number, number, rule=case.rule)
-    R, T = packed.tokens_RT.shape
-    at_once = packed.rows_per_microbatch
+    state = abstract_state(case.rule)
+    traced = update_step.trace(state, batch, number, number, rule=case.rule)
+    R, T = batch.rows.tokens_RT.shape
+    at_once = batch.rows.rows_per_microbatch
     # At 32 tokens the reference attention computes whole squares, and the head every chunk.
     rows = Rows(at_once * T, at_once * T * T, at_once * T)
     counted = costs.training(
@@ -192,8 +200,8 @@ def test_operations_of_a_decode_step_are_those_of_its_program():
     from luspo_jax.rollout import slots
 
     traced = slots.decode_chunk.trace(
-        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), config=case.model,
-        sampling=case.engine.sampling, chunk_length=4, dtype=case.engine.dtype,
+        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), how=case.engine.how,
+        sampling=case.engine.sampling, chunk_length=4,
     )  # fmt: skip
     found = products(traced.jaxpr.jaxpr)
     assert found == pytest.approx(step.flops, rel=0.01)
@@ -233,13 +241,13 @@ def test_bytes_of_experts_are_those_of_what_they_are_cut_over():
     model, train, rollout = paper()
     whole = _ATTENTION + 48 * 128 * _EXPERT + _ROUTERS + 2 * _HEAD + _NORMS
     assert whole == 30_532_122_624
-    assert runs.param_bytes(model, None, "float32") == 4 * whole
+    assert param_bytes(model, None, "float32") == 4 * whole
     # In training everything but the norms is cut over all 64 devices, experts or not.
-    assert runs.param_bytes(model, train, "float32") == 4 * ((whole - _NORMS) // 64 + _NORMS)
+    assert param_bytes(model, train, "float32") == 4 * ((whole - _NORMS) // 64 + _NORMS)
     # In the rollout experts alone, over 4; routers stay float32.
     rest = _ATTENTION + 2 * _HEAD + _NORMS
     own = 2 * (48 * 32 * _EXPERT + rest) + 4 * _ROUTERS
-    assert runs.param_bytes(model, rollout, "bfloat16") == own
+    assert param_bytes(model, rollout, "bfloat16") == own
     assert own == pytest.approx(17.6e9, rel=0.01)
     active = costs.matrices(model) + 48 * 8 * _EXPERT + 2 * _HEAD
     assert costs.matrices(model) == _ATTENTION + _ROUTERS
@@ -274,14 +282,13 @@ def test_experts_touched_are_those_of_all_ways_to_draw(assignments, num_experts)
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_operations_of_an_update_with_experts_are_those_of_its_program(remat):
-    config = tiny_experts(model__remat=remat, model__experts="reference", **SMALL)
+    config = tiny_experts(model__remat=remat, model__expert_kernel="reference", **SMALL)
     case = cases.build(config, machine(1), mean_length=12)
     batch, _ = programs.train_batch(case)
-    packed = batch.rows.packed
     number = jax.ShapeDtypeStruct((), np.float32)
-    state = update.abstract_state(case.rule)
-    traced = update.update_step.trace(state, batch, number, number, rule=case.rule)
-    (R, T), at_once = packed.tokens_RT.shape, packed.rows_per_microbatch
+    state = abstract_state(case.rule)
+    traced = update_step.trace(state, batch, number, number, rule=case.rule)
+    (R, T), at_once = batch.rows.tokens_RT.shape, batch.rows.rows_per_microbatch
     rows = Rows(at_once * T, at_once * T * T, at_once * T)
     counted = costs.training(
         case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=64
@@ -300,14 +307,14 @@ def test_operations_of_a_decode_step_with_experts_are_those_of_its_program(slots
     """Of few rows the experts are picked out, of more they are sorted."""
     from luspo_jax.rollout import slots as device
 
-    config = tiny_experts(rollout__num_slots=slots, model__experts="reference", **SMALL)
+    config = tiny_experts(rollout__num_slots=slots, model__expert_kernel="reference", **SMALL)
     case = cases.build(config, machine(1), mean_length=12)
     room = case.rooms(case.engine)[-1]
     step = costs.decode_step(case.model, slots, room, Parts(), 4)
     arrays = programs.rollout_arrays(case, case.engine, slots, 8, 8, room)
     traced = device.decode_chunk.trace(
-        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), config=case.model,
-        sampling=case.engine.sampling, chunk_length=4, dtype=case.engine.dtype,
+        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), how=case.engine.how,
+        sampling=case.engine.sampling, chunk_length=4,
     )  # fmt: skip
     extra = 0
     if slots == 8:
@@ -384,47 +391,142 @@ def test_a_compilers_own_refusal_is_read():
 # ---------------------------------------------------------------- whole rehearsals
 
 
-def test_shapes_are_those_that_a_run_would_bring():
-    case = cases.build(tiny(), machine(), mean_length=100)
-    count = case.sizes.responses_per_minibatch
-    lengths = case.response_lengths[:count]
-    prompts = [np.ones(16, np.int32)] * count
-    rows = packing.padded_rows(
-        prompts, [np.ones(n, np.int32) for n in lengths], length=cases.row_length(case), pad_id=0
+ONE_A_ROW = {"train__packing": False, "train__microbatch_tokens": 0, "train__num_microbatches": 2}
+
+
+def brought(case, prompts, monkeypatch):
+    """(rows of each pass by name, batch of the first update) of a step, by what training calls.
+
+    Responses have the assumed lengths; the log-probs of a pass are left out.
+    """
+    model, passes = case.model, {}
+    kind, shape = np.uint8, (0, 0)
+    if model.num_experts:
+        kind, shape = id_type(model.num_experts), (model.num_expert_layers, model.experts_per_token)
+
+    def response(prompt, sample_id, length):
+        floats = np.zeros(length, np.float32)
+        ids = {}
+        if model.num_experts:
+            ids = {"expert_ids": np.zeros((length, *shape), kind),
+                   "prompt_expert_ids": np.zeros((len(prompt.tokens), *shape), kind)}  # fmt: skip
+        return Response(
+            0, sample_id, np.ones(length, np.int32), floats, True, **ids, counted=True,
+            versions=np.zeros(length, np.uint32), trained=np.ones(length, bool), advantage=0.0,
+        )  # fmt: skip
+
+    def passed(state, one, laid, planner):
+        (name,) = (name for name, known in case.programs.passes().items() if known == one)
+        passes[name] = put(laid_rows(planner, laid[0]), planner.layout)
+        pairs = [pair for part in laid for pair in zip(part.prompts, part.responses, strict=True)]
+        zeros = [np.zeros(len(r.tokens), np.float32) for _, r in pairs]
+        ids = None
+        if one.record_experts:
+            lengths = [len(p.tokens) + len(r.tokens) for p, r in pairs]
+            ids = [np.zeros((n, *shape), kind) for n in lengths]
+        return PolicyLogprobs(zeros, zeros, ids, None)
+
+    size, lengths = case.sizes.group_size, case.response_lengths
+    groups = [
+        Group(
+            prompt,
+            [response(prompt, i, n) for i, n in enumerate(lengths[k * size : (k + 1) * size])],
+        )
+        for k, prompt in enumerate(prompts)
+    ]
+    monkeypatch.setattr(stages, "policy_logprobs", passed)
+    rollouts, width = stages.with_logprobs(
+        Rollouts(groups, 0), None, case.programs, case.planner, StepMetrics()
     )
-    real = packing.packed_batch(
-        TrainBatch(
-            rows, np.zeros(count, np.float32), np.zeros(count, np.int32),
-            np.zeros(rows.tokens_BT.shape, np.float32), None, None,
-            np.zeros(rows.tokens_BT.shape, np.float32),
-        ),
-        cases.plan(case, count),
-    )  # fmt: skip
+    chosen = np.arange(case.sizes.responses_per_minibatch)
+    batch, _ = stages.train_batch(rollouts, case.planner, chosen, width)
+    return passes, put(batch, case.planner.layout)
+
+
+def assert_same_shapes(made, wanted):
+    """Of shapes and arrays: structure, shapes, types, and places where there is a mesh."""
+    assert jax.tree.structure(made) == jax.tree.structure(wanted)
+    for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+
+
+BROUGHT = {
+    "text": (False, {}),
+    "entropies": (False, {"objective__top_entropy_quantile": 0.2}),
+    "a reference": (False, {"objective__kl_coef": 0.1}),
+    "one update": (False, {"train__num_minibatches": 1}),
+    "experts": (True, {}),
+    "experts, a reference, one update": (
+        True, {"objective__kl_coef": 0.1, "train__num_minibatches": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [{}, ONE_A_ROW], ids=["packed", "one a row"])
+@pytest.mark.parametrize("name", BROUGHT)
+def test_shapes_are_those_that_a_run_would_bring(name, rows, monkeypatch):
+    experts, leaves = BROUGHT[name]
+    case = cases.build((tiny_experts if experts else tiny)(**leaves, **rows), machine(),
+                       mean_length=100)  # fmt: skip
+    prompts = [Prompt(np.ones(16, np.int32))] * case.sizes.prompts_per_step
+    passes, real = brought(case, prompts, monkeypatch)
     batch, _ = programs.train_batch(case)
-    assert jax.tree.structure(batch) == jax.tree.structure(real)
+    assert_same_shapes(batch, real)
     for made, wanted in zip(jax.tree.leaves(batch), jax.tree.leaves(real), strict=True):
-        assert made.shape == wanted.shape
-        assert made.dtype == wanted.dtype
-    where = batch.rows.packed.tokens_RT.sharding
-    assert where == update.put_rows(real, case.rule.scoring.layout).rows.packed.tokens_RT.sharding
+        assert made.sharding == wanted.sharding
+    assert list(passes) == list(case.programs.passes())
+    for which, one in case.programs.passes().items():
+        made, _, _ = programs.pass_rows(case, one.record_experts)
+        assert_same_shapes(made, passes[which])
+        assert made.tokens_RT.sharding == passes[which].tokens_RT.sharding
 
 
 def test_rows_of_a_mixture_come_with_recorded_experts():
     case = cases.build(tiny_experts(), machine(), mean_length=100)
-    batch, _ = programs.train_batch(case)
-    packed = batch.rows.packed
-    assert batch.rows.experts is None
-    for recorded in (packed.experts.sampler, packed.experts.old):
-        assert recorded.shape == (*packed.tokens_RT.shape, 2, 2)
+    rows = programs.train_batch(case)[0].rows
+    for recorded in (rows.expert_ids.sampler, rows.expert_ids.old):
+        assert recorded.shape == (*rows.tokens_RT.shape, 2, 2)
         assert recorded.dtype == np.uint8
-        assert recorded.sharding.spec[0] == packed.tokens_RT.sharding.spec[0]
-    rows, _, _ = programs.scored_rows(case)
-    assert rows.packed.experts.old is None
+        assert recorded.sharding.spec[0] == rows.tokens_RT.sharding.spec[0]
+    rows, _, _ = programs.pass_rows(case, True)
+    assert rows.expert_ids.old is None
+
+
+@pytest.mark.parametrize("make", [tiny, tiny_experts])
+def test_one_update_with_a_reference_passes_over_the_responses_once(make):
+    """The reference's pass: log-probs and experts of the old policy are those of the update."""
+    config = make(objective__kl_coef=0.1, train__num_minibatches=1)
+    case = cases.build(config, machine(), mean_length=100)
+    (name,) = case.programs.passes()
+    one = case.programs.passes()[name]
+    assert (name, one.policy, one.record_experts) == ("ref", "ref_params", False)
+    (program,) = (p for p in programs.programs(case) if "log-probs" in p.name)
+    assert program.calls == 1
+    batch, _ = programs.train_batch(case)
+    assert batch.responses.ref_logprobs_BT is not None
+    assert batch.responses.old_logprobs_BT is None
+    if case.model.num_experts:
+        assert batch.rows.expert_ids.sampler is not None
+        assert batch.rows.expert_ids.old is None
+    several = cases.build(make(objective__kl_coef=0.1), machine(), mean_length=100)
+    batch, _ = programs.train_batch(several)
+    assert list(several.programs.passes()) == ["old", "ref"]
+    assert batch.responses.old_logprobs_BT is not None
+    if case.model.num_experts:
+        assert batch.rows.expert_ids.old is not None
+
+
+def test_every_pass_is_among_what_settings_of_training_change():
+    case = cases.build(tiny(objective__kl_coef=0.1), machine(), mean_length=100)
+    names = [p.name for p in programs.programs(case) if "log-probs" in p.name]
+    assert names == ["log-probs", "log-probs (ref)"]
+    assert set(names) < set(search._TRAINING)
+    assert len({search._counted(case, name) for name in names}) == 1
 
 
 def test_a_mixture_is_rehearsed():
     """Experts over 4 of 8 devices, in training and rollout."""
-    config = tiny_experts(model__experts="reference", model__remat="full", **SMALL)
+    config = tiny_experts(model__expert_kernel="reference", model__remat="full", **SMALL)
     config.model.overrides.num_hidden_layers = 1
     config.mesh.expert = config.rollout_mesh.expert = 4
     config.train.microbatch_tokens = 8 * 32
@@ -490,15 +592,15 @@ def test_arguments_are_the_bytes_of_the_arrays_themselves(rehearsed):
     case, found = rehearsed
     size = found["programs"]["update"]["bytes"]
     batch, _ = programs.train_batch(case)
-    rows = batch.rows
+    responses = batch.responses
     read = (
-        update.abstract_state(case.rule), rows.packed, rows.response_mask_BT, batch.advantages_B,
-        batch.old_logprobs_BT, batch.sampler_logprobs_BT,
+        abstract_state(case.rule), batch.rows, responses.starts_B, responses.response_mask_BT,
+        responses.advantages_B, responses.old_logprobs_BT, responses.sampler_logprobs_BT,
     )  # fmt: skip
     assert size["arguments"] == pytest.approx(resident.device_bytes(read), rel=0.01)
-    unread = (rows.tokens_BT, rows.positions_BT, rows.segment_ids_BT)
     beside = size["beside"]["inputs that it does not read"]
-    assert beside == pytest.approx(resident.device_bytes(unread), rel=0.01)
+    rate = 4  # which it reads, and which is no part of state or batch
+    assert beside == resident.device_bytes(responses.group_ids_B) - rate
     cache = resident.cache_bytes(case, 16, 1024, 4) + resident.weights_bytes(case)
     decode = found["programs"]["decode chunk"]["bytes"]["arguments"]
     assert decode == pytest.approx(cache, rel=0.02)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +10,18 @@ import pytest
 
 from experiments.command import UsageError
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import programs, report, resident, rows, search, tower
+from experiments.rehearsal import programs, report, resident, search, tower
 from experiments.rehearsal.costs import Parts
-from luspo_jax import batches, packing, update
-from luspo_jax.images import ImageSettings, PreparedImage
+from luspo_jax.images.preparer import PreparedImage
+from luspo_jax.images.settings import ImageSettings
+from luspo_jax.learner.state import abstract_state
 from luspo_jax.models import vision
+from luspo_jax.models.forward import Forward
 from luspo_jax.prompts import PromptRecord
-from luspo_jax.rollout import pictures, slots
-from luspo_jax.types import Images, TrainBatch
+from luspo_jax.rollout import slots
+from luspo_jax.rollout.engine import prompt_images
 from tests import vl_cases
-from tests.experiments.test_rehearse import machine, products
+from tests.experiments.test_rehearse import assert_same_shapes, brought, machine, products
 
 TEXT = 4  # tokens of a prompt besides its images'
 
@@ -124,48 +125,21 @@ def prompts(case, count):
     return found
 
 
-def responded(case, count):
-    """(prompt of each response, its padded rows) of the first `count` responses."""
-    own = prompts(case, count // case.sizes.group_size)
-    of_rows = [own[i // case.sizes.group_size] for i in range(count)]
-    padded = packing.padded_rows(
-        [prompt.tokens for prompt in of_rows],
-        [np.ones(n, np.int32) for n in case.response_lengths[:count]],
-        length=cases.row_length(case), pad_id=0,
-    )  # fmt: skip
-    positions_BT3 = np.zeros((*padded.tokens_BT.shape, 3), np.int32)
-    return of_rows, dataclasses.replace(padded, positions_BT=positions_BT3)
-
-
-def assert_same_shapes(made, wanted):
-    assert jax.tree.structure(made) == jax.tree.structure(wanted)
-    for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
-        assert one.shape == other.shape
-        assert one.dtype == other.dtype
-
-
 @pytest.mark.parametrize("packed", [True, False])
-def test_rows_are_those_that_a_run_would_bring(folder, packed):
+def test_rows_are_those_that_a_run_would_bring(folder, packed, monkeypatch):
     leaves = {} if packed else {"train__packing": False, "train__microbatch_tokens": 0,
                                 "train__num_microbatches": 2}  # fmt: skip
     case = built(folder, **leaves)
     count = case.sizes.responses_per_minibatch
-    of_rows, padded = responded(case, count)
-    plan = cases.plan(case, count) if packed else None
-    run = types.SimpleNamespace(model=types.SimpleNamespace(config=case.model), rule=case.rule)
-    with_images = batches._with_images(run, of_rows, padded, 2, plan)
-    zeros_B = np.zeros(count, np.float32)
-    zeros_BT = np.zeros(padded.tokens_BT.shape, np.float32)
-    real = TrainBatch(with_images, zeros_B, zeros_B.astype(np.int32), zeros_BT, None, None,
-                      zeros_BT)  # fmt: skip
-    real = packing.packed_batch(real, plan) if packed else real
+    passes, real = brought(case, prompts(case, case.sizes.prompts_per_step), monkeypatch)
     batch, _ = programs.train_batch(case)
     assert_same_shapes(batch, real)
-    placed = update.put_rows(real, case.rule.scoring.layout)
-    made = batch.rows.images.patches_ISC
-    assert made.sharding == placed.rows.images.patches_ISC.sharding
+    made = batch.rows.images.images.patches_ISC
+    assert made.sharding == real.rows.images.images.patches_ISC.sharding
+    assert list(passes) == ["old"]
+    assert_same_shapes(programs.pass_rows(case, False)[0], passes["old"])
     # Several micro-batches, and in each no more images than the prompts of a minibatch.
-    parts = rows.microbatches(case, count)
+    parts = cases.plan(case, count).num_microbatches
     assert parts > 1
     assert len(made) == parts * cases.images_at_once(case, count)
 
@@ -174,11 +148,8 @@ def test_prompts_of_a_prefill_are_those_that_a_run_would_bring(folder):
     case = built(folder)
     P, T = case.prompt_batch(case.engine, 16, case.sizes.group_size)
     arrays = programs.rollout_arrays(case, case.engine, 16, P, T, 48)
-    (patches, units, positions), _ = pictures.of_prompts(
-        prompts(case, P), case.model, length=T, rows=P, multiple=case.engine.row_multiple
-    )
-    real = slots.PromptImages(
-        Images(patches.patches_ISC, patches.positions_IS2, patches.valid_IS), units, positions
+    real, _ = prompt_images(
+        prompts(case, P), case.model, shape=(P, T), multiple=case.engine.row_multiple
     )
     assert_same_shapes(arrays["images"], real)
 
@@ -191,6 +162,7 @@ def test_prompts_of_a_prefill_are_those_that_a_run_would_bring(folder):
 def test_operations_of_the_tower_are_those_of_its_program(folder, full_layers, remat):
     model = cases.architecture(tiny(folder))
     config = dataclasses.replace(model.vision, full_layers=full_layers)
+    how = Forward(dataclasses.replace(model, vision=config), remat=remat)
     I, S = 2, 64
     params = vision.abstract_params(config)
     arrays = tower.shapes(I, tower.Pictures(1, 112, 112, 16, S), config)
@@ -198,7 +170,7 @@ def test_operations_of_the_tower_are_those_of_its_program(folder, full_layers, r
     def units(params, arrays):
         return vision.encode(
             params, arrays.patches_ISC, arrays.positions_IS2, arrays.valid_IS,
-            config=config, remat=remat,
+            how=how,
         )  # fmt: skip
 
     args = (config, I, S, Parts(), 4)
@@ -221,7 +193,7 @@ def test_operations_of_a_prefill_are_those_of_its_program(folder):
     arrays = programs.rollout_arrays(case, engine, 16, P, T, 48)
     traced = slots.prefill.trace(
         arrays["params"], arrays["tokens"], arrays["lengths"], arrays["images"],
-        config=case.model, dtype=engine.dtype,
+        how=engine.how,
     )  # fmt: skip
     program = next(p for p in programs.programs(case) if p.name == "prefill")
     # In the trace both kinds of attention stand in every block of the tower, and the larger is
@@ -292,12 +264,12 @@ def test_arguments_of_a_run_on_images_are_the_bytes_of_its_arrays(rehearsed):
     batch, _ = programs.train_batch(case)
     size = found["programs"]["update"]["bytes"]
     given = size["arguments"] + size["beside"]["inputs that it does not read"]
-    state = update.abstract_state(case.rule)
+    state = abstract_state(case.rule)
     assert given == pytest.approx(resident.device_bytes((state, batch)), rel=0.01)
     # The tower is among the weights, and pixels are cut over the devices.
     of_tower = vision.abstract_params(case.model.vision)
     assert case.num_params > sum(x.size for x in jax.tree.leaves(of_tower))
-    pixels = batch.rows.images.patches_ISC
+    pixels = batch.rows.images.images.patches_ISC
     assert resident.device_bytes(pixels) == 4 * np.prod(pixels.shape) / 8
 
 

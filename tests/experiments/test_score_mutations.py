@@ -12,7 +12,7 @@ from experiments.verdicts.page import write_section
 from experiments.verdicts.rewritings import REWRITINGS, rewritings
 from experiments.verdicts.trials import tables, trials, verdicts, write_mistakes
 from experiments.verdicts.truth import is_constant, same_in_truth
-from luspo_jax.rewards import latex
+from luspo_jax.rewards.answers import latex
 
 GOLDS = (
     "42",

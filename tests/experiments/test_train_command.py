@@ -39,6 +39,7 @@ def run(monkeypatch, capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--config.rollout.group_siz=4"], "did you mean '--config.rollout.group_size'?"),
+        (["--config.model.experts=blocks"], "'model.experts': it is model.expert_kernel now"),
         (["--config.objective.clip_hi=0.1"], "did you mean '--config.objective.clip_high'?"),
         (["--config.rollout.group_size=many"], "rollout.group_size=many"),
         (["--wrkdir=x"], "wrkdir"),
@@ -126,7 +127,7 @@ def test_dry_run_tells_what_would_run(run, tmp_path):
 def test_configurations_are_valid(config):
     import importlib.util
 
-    from luspo_jax.config import check
+    from luspo_jax.run.checks import check
 
     spec = importlib.util.spec_from_file_location("config", config)
     module = importlib.util.module_from_spec(spec)
@@ -136,7 +137,8 @@ def test_configurations_are_valid(config):
 
 def test_reward_of_several_parts_must_say_which_is_accuracy():
     from configs import quickstart_format
-    from luspo_jax.config import ConfigError, check
+    from luspo_jax.hosts.values import ConfigError
+    from luspo_jax.run.checks import check
 
     config = quickstart_format.get_config()
     config.eval.metric = ""

@@ -25,7 +25,7 @@ def test_every_member_has_a_valid_configuration(sweep):
     spec.check(sweep)
     for variant in spec.variants(sweep):
         config = spec.config_of(sweep, spec.Member(variant, 0))
-        spec.configuration.check(config)
+        spec.checks.check(config)
         assert config.data.name == "shapes"
 
 

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from luspo_jax import objectives, packing
+from luspo_jax import objectives
+from luspo_jax.learner.logprobs import LogprobRule, microbatch_logprobs, of_responses
 from luspo_jax.length import enumeration, pressure
 from luspo_jax.length.pressure import Half
-from luspo_jax.logprobs import Scoring, token_logprobs
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
+from tests.row_cases import plan_of, rows_of
 
 MODEL = DecoderConfig(
     model_type="qwen3",
@@ -30,14 +32,17 @@ MODEL = DecoderConfig(
     tie_embeddings=True,
     max_position=64,
 )
-SCORING = Scoring(MODEL, head_chunk_tokens=16, dtype="float64")
+LOGPROBS = LogprobRule(Forward(MODEL, "float64"), head_chunk_tokens=16)
 CHOSEN = tuple((n, objectives.preset(n)) for n in ("grpo", "gspo", "luspo", "dapo"))
 TABLE = enumeration.world(num_prompts=2)
 EDGES = (2, 5)
 
 
-def score(params, rows):
-    return token_logprobs(params, rows, scoring=SCORING)[0]
+def compute(params, rows):
+    """Log-probs of the responses of a piece of a half, one a row."""
+    token_rows, starts_B, mask_BT = rows
+    found = microbatch_logprobs(params, token_rows, rule=LOGPROBS)
+    return of_responses(found.logprobs_RT, starts_B, mask_BT, None)
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def params(x64):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) * 3, params)
 
 
-def _half(seed, *, length=16, order=None, trained=None):
+def _half(seed, *, length=16, order=None, trained=None, num_parts=1):
     """Eight responses to two prompts, right or wrong at random."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, 19, size=3)] * 4 + [rng.integers(1, 19, size=2)] * 4
@@ -54,19 +59,19 @@ def _half(seed, *, length=16, order=None, trained=None):
     rewards = rng.integers(0, 2, size=8).astype(np.float64)
     rewards[[0, 4]], rewards[[1, 5]] = 0, 1
     order = np.arange(8) if order is None else order
-    rows = packing.padded_rows(
-        [prompts[i] for i in order], [responses[i] for i in order], length=length, pad_id=0
-    )
+    pairs = [prompts[i] for i in order], [responses[i] for i in order]
+    plan = plan_of(*pairs, width=length, microbatches=num_parts)
+    mask_BT = plan.place([np.ones(len(r), bool) for r in pairs[1]])
     return Half(
-        rows=rows,
-        response_mask_BT=rows.response_mask_BT,
+        rows=(rows_of(MODEL, plan, *pairs), plan.place_one(plan.firsts_B), mask_BT),
+        response_mask_BT=mask_BT,
         rewards_B=jnp.asarray(rewards[order]),
         group_ids_B=jnp.asarray(np.repeat([0, 1], 4)[order]),
         trained_B=None if trained is None else jnp.asarray(trained),
     )
 
 
-def _measure(params, half_a, half_b, *, by=score, names=("luspo", "dapo"), **options):
+def _measure(params, half_a, half_b, *, by=compute, names=("luspo", "dapo"), **options):
     chosen = [(name, objective) for name, objective in CHOSEN if name in names]
     run = jax.jit(
         lambda p, a, b: pressure.cross_fitted(
@@ -105,7 +110,7 @@ def _measure_table(table, half_a, half_b):
 
 def _direction(params, half, weights_B):
     """∇ Σ a_i log π(y_i) by reverse mode."""
-    return jax.grad(lambda p: jnp.vdot(weights_B, score(p, half.rows).sum(axis=1)))(params)
+    return jax.grad(lambda p: jnp.vdot(weights_B, compute(p, half.rows).sum(axis=1)))(params)
 
 
 def _weights(half, values_B):
@@ -122,7 +127,7 @@ def _loss_gradient(params, half, objective):
     lengths_B = half.response_mask_BT.sum(axis=1)
 
     def loss(p):
-        logprobs_BT = score(p, half.rows)
+        logprobs_BT = compute(p, half.rows)
         batch = objectives.PolicyBatch(
             logprobs_BT=logprobs_BT,
             old_logprobs_BT=jax.lax.stop_gradient(logprobs_BT),
@@ -172,7 +177,7 @@ def test_it_does_not_depend_on_parts_padding_row_order_or_which_half_is_first(pa
     order = np.array([4, 1, 7, 0, 2, 6, 3, 5])
     plain = _measure(params, _half(0), _half(1))
     for other in (
-        _measure(params, _half(0), _half(1), num_parts=4),
+        _measure(params, _half(0, num_parts=4), _half(1, num_parts=4), num_parts=4),
         _measure(params, _half(0, length=21), _half(1, length=21)),
         _measure(params, _half(0, order=order), _half(1, order=order)),
         _measure(params, _half(1), _half(0)),
@@ -250,12 +255,12 @@ def test_extra_terms_of_an_objective_do_not_count(table):
 
 @pytest.mark.parametrize("num_parts", [1, 2])
 def test_the_update_taken_is_scored_along_the_same_direction(params, num_parts):
-    half = _half(3)
     change = jax.tree.map(
         lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape)), params
     )
-    run = jax.jit(lambda p, c, h: pressure.taken(score, p, c, h, num_parts=num_parts))
-    length, reward = run(params, change, half)
+    run = jax.jit(lambda p, c, h: pressure.taken(compute, p, c, h, num_parts=num_parts))
+    length, reward = run(params, change, _half(3, num_parts=num_parts))
+    half = _half(3)
     lengths_B = half.response_mask_BT.sum(axis=1)
     for found, values_B in ((length, lengths_B), (reward, half.rewards_B)):
         expected = _dot(_direction(params, half, _weights(half, values_B)), change)

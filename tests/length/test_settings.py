@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from luspo_jax import config as configuration
-from luspo_jax.config import ConfigError
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.length.settings import LengthSettings
+from luspo_jax.run import checks, fields
 
 FLOATS = [field.name for field in dataclasses.fields(LengthSettings) if field.type is float]
 ODD = [float("nan"), float("inf"), float("-inf")]
@@ -76,17 +76,17 @@ BAD_TOGETHER = [
 ]
 
 
-def _config(fields=()):
-    config = configuration.default_config()
+def _config(leaves=()):
+    config = fields.default_config()
     config.model.path = "embedded:label_sums"
     config.data.name = "label_sums"
     config.reward.parts = {"gsm8k": 1.0}
-    configuration.assign(config, dict(fields))
+    fields.assign(config, dict(leaves))
     return config
 
 
 def test_the_default_is_fine_and_measures_nothing():
-    settings = configuration.build_length(_config())
+    settings = checks.check(_config()).length
     assert settings == LengthSettings()
     assert (settings.every, settings.steer, settings.mitigation) == (0, "none", "none")
 
@@ -101,7 +101,7 @@ def test_bad_values_are_refused_by_name(field, values):
 def test_a_configuration_lists_bad_values(field, values):
     config = _config({f"length.{name}": value for name, value in values.items()})
     with pytest.raises(ConfigError, match=rf"(?s)cannot run.*length\..*{field}"):
-        configuration.check(config)
+        checks.check(config)
 
 
 @pytest.mark.parametrize("value", ODD)
@@ -111,25 +111,25 @@ def test_numbers_that_are_not_finite_are_refused(field, value):
     with pytest.raises(ValueError, match=f"^{field}="):
         LengthSettings(**{field: value})
     with pytest.raises(ConfigError, match=rf"length\.{field}="):
-        configuration.check(_config({f"length.{field}": value}))
+        checks.check(_config({f"length.{field}": value}))
 
 
-@pytest.mark.parametrize(("field", "fields", "message"), BAD_TOGETHER, ids=str)
-def test_values_that_do_not_go_together_are_refused(field, fields, message):
+@pytest.mark.parametrize(("field", "leaves", "message"), BAD_TOGETHER, ids=str)
+def test_values_that_do_not_go_together_are_refused(field, leaves, message):
     with pytest.raises(ConfigError, match=rf"length\.{field}.*{message}"):
-        configuration.check(_config(fields))
+        checks.check(_config(leaves))
 
 
 def test_a_broken_length_section_is_listed_beside_other_problems():
-    fields = {"length.window": 0, "shaping.gfpo_keep": 99, "objective.preset": "luspoo"}
+    leaves = {"length.window": 0, "shaping.gfpo_keep": 99, "objective.preset": "luspoo"}
     with pytest.raises(ConfigError) as caught:
-        configuration.check(_config(fields))
+        checks.check(_config(leaves))
     for named in ("length.window=0", "shaping.gfpo_keep=99", "luspoo"):
         assert named in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "leaves",
     [
         {"length.every": 1, "rollout.group_size": 4},
         {"length.every": 1, "length.objectives": ""},
@@ -148,8 +148,8 @@ def test_a_broken_length_section_is_listed_beside_other_problems():
     ],
     ids=str,
 )
-def test_values_that_go_together_are_accepted(fields):
-    configuration.check(_config(fields))
+def test_values_that_go_together_are_accepted(leaves):
+    checks.check(_config(leaves))
 
 
 def test_bins():

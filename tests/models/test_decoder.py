@@ -12,6 +12,7 @@ import pytest
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig, read_config
 from luspo_jax.models.decoder_weights import load_params, num_params
+from luspo_jax.models.forward import Forward
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -34,6 +35,7 @@ CONFIG = DecoderConfig(
     tie_embeddings=False,
     max_position=64,
 )
+HOW = Forward(CONFIG)
 
 
 @functools.cache
@@ -52,27 +54,27 @@ def _rows(lengths_B, T):
     return positions_BT, (positions_BT < jnp.asarray(lengths_B)[:, None]).astype(jnp.int32)
 
 
-_hidden = jax.jit(decoder.hidden_states, static_argnames=("config", "dtype", "remat", "attention"))
-_prefill = jax.jit(decoder.prefill, static_argnames=("config", "dtype", "attention"))
-_step = jax.jit(decoder.decode_step, static_argnames=("config", "dtype", "attention"))
+_hidden = jax.jit(decoder.hidden_states, static_argnames="how")
+_prefill = jax.jit(decoder.prefill, static_argnames="how")
+_step = jax.jit(decoder.decode_step, static_argnames="how")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "count"))
-def _greedy(params, tokens_BT, lengths_B, *, config, count):
+@functools.partial(jax.jit, static_argnames=("how", "count"))
+def _greedy(params, tokens_BT, lengths_B, *, how, count):
     """Greedy continuations through prefill and decode_step, rows of different length."""
     B, T = tokens_BT.shape
     kernel_VD = decoder.head_kernel(params)
-    hidden_BD, filled, _ = decoder.prefill(params, tokens_BT, lengths_B, config=config)
+    hidden_BD, filled, _ = decoder.prefill(params, tokens_BT, lengths_B, how=how)
     cache = jax.tree.map(
         lambda empty, part: jax.lax.dynamic_update_slice(empty, part, (0,) * 5),
-        decoder.empty_cache(config, B, T + count),
+        decoder.empty_cache(how, B, T + count),
         filled,
     )
 
     def step(state, _):
         hidden_BD, lengths_B, cache = state
         token_B = jnp.argmax(hidden_BD @ kernel_VD.T, axis=-1).astype(jnp.int32)
-        hidden_BD, cache, _ = decoder.decode_step(params, token_B, lengths_B, cache, config=config)
+        hidden_BD, cache, _ = decoder.decode_step(params, token_B, lengths_B, cache, how=how)
         return (hidden_BD, lengths_B + 1, cache), token_B
 
     return jax.lax.scan(step, (hidden_BD, lengths_B, cache), None, length=count)[1].T
@@ -85,13 +87,13 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(variant):
     expected = np.load(GOLDENS / variant / "expected.npz")
     tokens_BT, lengths_B = expected["tokens_BT"], expected["lengths_B"]
     rows = _rows(lengths_B, tokens_BT.shape[1])
-    hidden_BTD = _hidden(params, tokens_BT, *rows, config=config)
+    hidden_BTD = _hidden(params, tokens_BT, *rows, how=Forward(config))
     logits_BTV = np.asarray(hidden_BTD @ decoder.head_kernel(params).T)
     mask_BT = np.asarray(rows[1]) > 0
     error = np.abs(logits_BTV - expected["logits_BTV"])[mask_BT].max()
     assert error <= 2e-5 * np.abs(expected["logits_BTV"]).max()
     count = expected["greedy_BT"].shape[1]
-    greedy_BT = _greedy(params, tokens_BT, lengths_B, config=config, count=count)
+    greedy_BT = _greedy(params, tokens_BT, lengths_B, how=Forward(config), count=count)
     np.testing.assert_array_equal(greedy_BT, expected["greedy_BT"])
 
 
@@ -102,21 +104,21 @@ TOKENS_BT = np.random.default_rng(7).integers(0, 61, (ROWS, LENGTH)).astype(np.i
 
 def test_prefill_and_decode_equal_the_whole_sequence():
     lengths_B, rows_B = np.array([7, 1, 4, 6], np.int32), np.arange(ROWS)
-    whole_BTD = _hidden(_params(), TOKENS_BT, *_rows([LENGTH] * ROWS, LENGTH), config=CONFIG)
-    hidden_BD, cache, _ = _prefill(_params(), TOKENS_BT, lengths_B, config=CONFIG)
+    whole_BTD = _hidden(_params(), TOKENS_BT, *_rows([LENGTH] * ROWS, LENGTH), how=HOW)
+    hidden_BD, cache, _ = _prefill(_params(), TOKENS_BT, lengths_B, how=HOW)
     assert cache.keys_LBKSH.shape == (3, ROWS, 2, LENGTH, 8)
     np.testing.assert_allclose(hidden_BD, whole_BTD[rows_B, lengths_B - 1], atol=3e-6)
     for _ in range(5):
         token_B = TOKENS_BT[rows_B, lengths_B]
-        hidden_BD, cache, _ = _step(_params(), token_B, lengths_B, cache, config=CONFIG)
+        hidden_BD, cache, _ = _step(_params(), token_B, lengths_B, cache, how=HOW)
         np.testing.assert_allclose(hidden_BD, whole_BTD[rows_B, lengths_B], atol=3e-6)
         lengths_B = lengths_B + 1
 
 
 def test_a_step_beyond_the_cache_changes_nothing_in_it():
-    cache = jax.tree.map(lambda x: x + 1, decoder.empty_cache(CONFIG, ROWS, LENGTH))
+    cache = jax.tree.map(lambda x: x + 1, decoder.empty_cache(HOW, ROWS, LENGTH))
     lengths_B = np.array([LENGTH, 2, LENGTH + 3, LENGTH - 1], np.int32)
-    after = _step(_params(), TOKENS_BT[:, 0], lengths_B, cache, config=CONFIG)[1]
+    after = _step(_params(), TOKENS_BT[:, 0], lengths_B, cache, how=HOW)[1]
     for before_LBKSH, after_LBKSH in zip(
         jax.tree.leaves(cache), jax.tree.leaves(after), strict=True
     ):
@@ -129,7 +131,7 @@ PACKED_POSITIONS = np.array([[*range(5), *range(4), 0, 0, 0]] * ROWS, np.int32)
 
 
 def _packed(tokens_BT):
-    hidden_BTD = _hidden(_params(), tokens_BT, PACKED_POSITIONS, PACKED_SEGMENTS, config=CONFIG)
+    hidden_BTD = _hidden(_params(), tokens_BT, PACKED_POSITIONS, PACKED_SEGMENTS, how=HOW)
     return np.asarray(hidden_BTD)
 
 
@@ -139,7 +141,7 @@ def test_packed_segments_equal_separate_rows():
     for row, (start, end) in enumerate(bounds):
         separate_BT[row, : end - start] = TOKENS_BT[0, start:end]
     packed_BTD = _packed(TOKENS_BT)
-    alone_BTD = _hidden(_params(), separate_BT, *_rows([5, 4, 1, 0], LENGTH), config=CONFIG)
+    alone_BTD = _hidden(_params(), separate_BT, *_rows([5, 4, 1, 0], LENGTH), how=HOW)
     for row, (start, end) in enumerate(bounds):
         np.testing.assert_allclose(
             packed_BTD[0, start:end], alone_BTD[row, : end - start], atol=3e-6
@@ -165,7 +167,7 @@ def _gradient(remat):
 
     def loss(params):
         hidden_BTD = decoder.hidden_states(
-            params, tokens_BT, positions_BT, segments_BT, config=CONFIG, remat=remat
+            params, tokens_BT, positions_BT, segments_BT, how=Forward(CONFIG, remat=remat)
         )
         return jnp.sum(jnp.where(segments_BT[..., None] > 0, jnp.square(hidden_BTD), 0.0))
 
@@ -220,8 +222,8 @@ def test_init_is_seeded_and_has_the_abstract_shapes():
 
 def test_bfloat16_activations_stay_close():
     rows = _rows([12, 5, 9, 12], LENGTH)
-    exact = np.asarray(_hidden(_params(), TOKENS_BT, *rows, config=CONFIG))
-    rough = _hidden(_params(), TOKENS_BT, *rows, config=CONFIG, dtype=jnp.bfloat16)
+    exact = np.asarray(_hidden(_params(), TOKENS_BT, *rows, how=HOW))
+    rough = _hidden(_params(), TOKENS_BT, *rows, how=Forward(CONFIG, "bfloat16"))
     assert rough.dtype == jnp.bfloat16
     difference = np.abs(np.asarray(rough, np.float32) - exact)
     assert 0 < difference.mean() < 0.03 * np.abs(exact).mean()
@@ -233,24 +235,21 @@ def test_an_unknown_attention_is_refused():
             _params(),
             jnp.zeros((1, 2), jnp.int32),
             *_rows([2], 2),
-            config=CONFIG,
-            attention="flash",
+            how=Forward(CONFIG, attention="flash"),
         )
 
 
 def test_a_decode_loop_holds_the_cache_once():
     """Donated and carried through a while_loop, the cache is never copied."""
     batch, length = 8, 512
-    cache = decoder.empty_cache(CONFIG, batch, length)
+    cache = decoder.empty_cache(HOW, batch, length)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
 
     @functools.partial(jax.jit, donate_argnums=2)
     def decode(params, tokens_B, cache):
         def body(state):
             lengths_B, hidden_BD, cache = state
-            hidden_BD, cache, _ = decoder.decode_step(
-                params, tokens_B, lengths_B, cache, config=CONFIG
-            )
+            hidden_BD, cache, _ = decoder.decode_step(params, tokens_B, lengths_B, cache, how=HOW)
             return lengths_B + 1, hidden_BD, cache
 
         lengths_B = jnp.zeros(batch, jnp.int32)

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models.decoder_config import (
-    ConfigError,
     DecoderConfig,
     decoder_config,
     hf_config,

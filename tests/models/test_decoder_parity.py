@@ -24,6 +24,7 @@ from test_decoder import _greedy  # noqa: E402
 from luspo_jax.models import decoder  # noqa: E402
 from luspo_jax.models.decoder_config import read_config  # noqa: E402
 from luspo_jax.models.decoder_weights import export, load_params, weight_table  # noqa: E402
+from luspo_jax.models.forward import Forward  # noqa: E402
 from luspo_jax.models.safetensors_folder import WeightsError  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("strict_dtypes")]
@@ -59,7 +60,7 @@ def _batch(config):
 
 
 def _logits(params, batch, config):
-    hidden_BTD = decoder.hidden_states(params, *batch, config=config)
+    hidden_BTD = decoder.hidden_states(params, *batch, how=Forward(config))
     return jnp.einsum("btd,vd->btv", hidden_BTD, decoder.head_kernel(params))
 
 

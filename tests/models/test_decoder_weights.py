@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from luspo_jax.files import PlaceError
+from luspo_jax.hosts.files import PlaceError
 from luspo_jax.models import safetensors_folder
 from luspo_jax.models.decoder import abstract_params, cast, head_kernel
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, hf_config, read_config

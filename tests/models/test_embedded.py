@@ -1,5 +1,6 @@
 """The models inside the package: loadable, small, and with the properties that training needs."""
 
+import functools
 import json
 
 import jax
@@ -7,10 +8,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from luspo_jax import evaluate, images, prompts
+from luspo_jax import prompts
 from luspo_jax.datasets import label_lookup, label_sums, load, shapes
+from luspo_jax.experience import groups, held_out
+from luspo_jax.images.preparer import ImagePreparer
+from luspo_jax.images.settings import read_settings
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import read_config
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.locate import EMBEDDED, embedded_models, model_folder
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Request, Sampling
@@ -63,7 +68,7 @@ def test_folder_is_a_checkpoint(folder):
 def test_image_processor_belongs_to_the_tower(seeing):
     """Drawings keep their size, so that a unit of the tower is a cell of the drawing."""
     folder = model_folder(f"embedded:{seeing}")
-    vision, patching = read_config(folder).vision, images.read_settings(folder).patching
+    vision, patching = read_config(folder).vision, read_settings(folder).patching
     assert (patching.patch_size, patching.merge_size) == (vision.patch_size, vision.merge_size)
     examples, _ = load(seeing, split="test")
     for record in encoded(seeing, folder, [examples[i] for i in range(8)]):
@@ -89,12 +94,12 @@ def test_routers_of_a_mixture_use_all_experts(mixture):
         tokens_BT,
         np.cumsum(ones_BT, axis=1) - 1,
         ones_BT,
-        config=config,
+        how=Forward(config),
     )
     counts_LE = np.stack(
         [
             np.bincount(np.ravel(ids), minlength=config.num_experts)
-            for ids in np.moveaxis(np.asarray(routed.experts), -2, 0)
+            for ids in np.moveaxis(np.asarray(routed.expert_ids), -2, 0)
         ]
     )
     even = tokens_BT.size * config.experts_per_token / config.num_experts
@@ -134,7 +139,7 @@ def encoded(name, folder, examples, *, blank=False):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if name not in SEEING:
         return prompts.encode(examples, prompts.Renderer(tokenizer), max_length=24)[0]
-    with images.ImagePreparer(images.read_settings(folder, blank=blank), workers=1) as preparer:
+    with ImagePreparer(read_settings(folder, blank=blank), workers=1) as preparer:
         renderer = prompts.Renderer(tokenizer, images=preparer)
         return prompts.encode(examples, renderer, max_length=24)[0]
 
@@ -149,18 +154,23 @@ def measured(name, folder, tokenizer, *, num_problems, num_samples, blank=False)
     sampling = Sampling(
         max_response_length=MAX_RESPONSE, stop_token_ids=config.eos_token_ids, temperature=1.0
     )
-    engine = Engine(config, sampling, num_slots=256, max_prompt_length=24, chunk_length=16)
+    engine = Engine(Forward(config), sampling, num_slots=256, max_prompt_length=24, chunk_length=16)
     responses, _ = engine.generate(
         decoder_weights.load_params(folder, config),
         [Request(record.prompt_id, record.tokens, record.images) for record in records],
         group_size=num_samples,
         seed=1,
     )
-    texts = [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses]
     metric, options = REWARDS.get(name, ("gsm8k", {}))
     with Scorer({metric: 1.0}, options={metric: options}) as scorer:
-        rewards = evaluate.score(scorer, records, responses, texts=texts, max_length=MAX_RESPONSE)
-    result = evaluate.summarize(responses, rewards, metric=metric, num_samples=num_samples)
+        found = groups.judged(
+            records,
+            responses,
+            scorer=scorer,
+            decode=functools.partial(tokenizer.decode, skip_special_tokens=True),
+            max_length=MAX_RESPONSE,
+        )
+    result = held_out.summarize(found, metric=metric)
     return result, np.array([len(response.tokens) for response in responses])
 
 

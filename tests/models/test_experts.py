@@ -176,8 +176,8 @@ def test_route_in_numpy(normalise):
     call = jax.jit(functools.partial(route, count=2, normalise=normalise))
     weights, routed, sent = call(x, kernel, real=real)
     probs, ids, expected = _numpy_route(x, kernel, 2, normalise)
-    np.testing.assert_array_equal(routed.experts, ids)
-    assert routed.experts.dtype == np.uint8
+    np.testing.assert_array_equal(routed.expert_ids, ids)
+    assert routed.expert_ids.dtype == np.uint8
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
     np.testing.assert_array_equal(sent, np.where(real[..., None], ids, 6))
     np.testing.assert_array_equal(routed.load_LE, np.bincount(ids[real].ravel(), minlength=6))
@@ -193,7 +193,7 @@ def test_replayed_ids_are_sent_and_weighed_and_the_routers_own_are_recorded():
     weights, routed, sent = call(x, kernel, replayed=replayed)
     probs, ids, _ = _numpy_route(x, kernel, 2, True)
     np.testing.assert_array_equal(sent, replayed)
-    np.testing.assert_array_equal(routed.experts, ids)  # else agreement would be with itself
+    np.testing.assert_array_equal(routed.expert_ids, ids)  # else agreement would be with itself
     expected = np.take_along_axis(probs, replayed.astype(int), -1)
     np.testing.assert_allclose(weights, expected / expected.sum(-1, keepdims=True), rtol=1e-5)
     np.testing.assert_array_equal(routed.load_LE, np.bincount(replayed.ravel(), minlength=6))
@@ -227,8 +227,8 @@ def test_ids_are_recorded_in_the_least_type(E, kind):
     x, kernel = np.eye(D, dtype=np.float32)[:1], np.zeros((D, E), np.float32)
     kernel[0, E - 1] = 5
     _, routed, _ = jax.jit(functools.partial(route, count=1, normalise=True))(x, kernel)
-    assert routed.experts.dtype == kind
-    assert int(routed.experts[0, 0]) == E - 1
+    assert routed.expert_ids.dtype == kind
+    assert int(routed.expert_ids[0, 0]) == E - 1
 
 
 # ---------------------------------------------------------------- meshes

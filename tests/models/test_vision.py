@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 
 from luspo_jax import sharding
-from luspo_jax.models import decoder, image_layout, vision
+from luspo_jax.images.batch import in_slots
+from luspo_jax.images.layout import laid_out, mrope_positions, token_units
+from luspo_jax.models import decoder, vision
 from luspo_jax.models.decoder_config import read_config
 from luspo_jax.models.decoder_weights import load_params
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.vision_config import VisionConfig
 from luspo_jax.ops.attention import ring_order
+from luspo_jax.types import Images
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -42,7 +46,7 @@ class Batch:
     positions_BT3: np.ndarray
     after_B: np.ndarray
     index_BT: np.ndarray
-    patches: image_layout.Patches
+    patches: Images
 
     @property
     def segments_BT(self):
@@ -52,11 +56,10 @@ class Batch:
 def batch_of(rows, config, shape=None, **settings):
     """A Batch of rows (tokens, patches of images, grids), padded on the right with anything.
 
-    `shape` is (rows, tokens a row) to pad to; `settings` are those of `image_layout.stacked`.
+    `shape` is (rows, tokens a row) to pad to; `settings` are those of `images.batch.in_slots`.
     """
     images = [pair for _, patches, grids in rows for pair in zip(patches, grids, strict=True)]
-    stacked = image_layout.stacked(images, config.vision, **settings)
-    units = stacked.valid_IS.shape[1] // config.vision.unit_patches
+    made = in_slots(images, config.vision, **settings)
     shape = shape or (len(rows), max(len(tokens) for tokens, _, _ in rows))
     rows = [*rows, *[(np.array([7], np.int32), [], [])] * (shape[0] - len(rows))]
     tokens_BT, index_BT = np.full(shape, 5, np.int32), np.full(shape, -1, np.int32)
@@ -64,9 +67,9 @@ def batch_of(rows, config, shape=None, **settings):
     for b, (tokens, _, grids) in enumerate(rows):
         own = slice(0, len(tokens))
         tokens_BT[b, own] = tokens
-        positions_BT3[b, own], end = image_layout.mrope_positions(tokens, grids, config)
+        positions_BT3[b, own], end = mrope_positions(tokens, grids, config)
         numbers = range(first, first + len(grids))
-        index_BT[b, own] = image_layout.token_units(tokens, grids, numbers, units, config)
+        index_BT[b, own] = token_units(tokens, grids, numbers, made.num_units, config)
         after.append(end)
         first += len(grids)
     lengths = [len(tokens) for tokens, _, _ in rows]
@@ -76,7 +79,7 @@ def batch_of(rows, config, shape=None, **settings):
         positions_BT3,
         np.array(after, np.int32),
         index_BT,
-        stacked,
+        made.images,
     )
 
 
@@ -84,14 +87,23 @@ def arrays_of(patches):
     return patches.patches_ISC, patches.positions_IS2, patches.valid_IS
 
 
-encode = jax.jit(vision.encode, static_argnames=("config", "dtype", "remat", "attention", "layout"))
+encode = jax.jit(vision.encode, static_argnames="how")
+
+
+def of_tower(config, **settings):
+    """The Forward of a recorded model that has the tower `config`."""
+    model = dataclasses.replace(read_config(GOLDENS / "untied"), vision=config)
+    return Forward(model, **settings)
+
+
+HOW = of_tower(TOWER)
 
 
 def units_of(params, batch, config):
     """Embeddings of all units, flattened; None where there is no image."""
     if not len(batch.patches.valid_IS):
         return None
-    units_IUD = encode(params["vision"], *arrays_of(batch.patches), config=config.vision)
+    units_IUD = encode(params["vision"], *arrays_of(batch.patches), how=Forward(config))
     return units_IUD.reshape(-1, config.embed_dim)
 
 
@@ -103,7 +115,7 @@ def _logits(params, units_UD, arrays, config):
         tokens_BT,
         positions_BT,
         segments_BT,
-        config=config,
+        how=Forward(config),
         units_UD=units_UD,
         index_BT=index_BT,
     )
@@ -121,19 +133,19 @@ def logits_of(params, batch, config):
 def _greedy(params, units_UD, arrays, config, count):
     tokens_BT, lengths_B, positions_BT3, after_B, index_BT = arrays
     B, T = tokens_BT.shape
-    kernel_VD = decoder.head_kernel(params)
+    kernel_VD, how = decoder.head_kernel(params), Forward(config)
     hidden_BD, filled, _ = decoder.prefill(
         params,
         tokens_BT,
         lengths_B,
-        config=config,
+        how=how,
         positions_BT=positions_BT3,
         units_UD=units_UD,
         index_BT=index_BT,
     )
     cache = jax.tree.map(
         lambda empty, part: jax.lax.dynamic_update_slice(empty, part, (0,) * 5),
-        decoder.empty_cache(config, B, T + count),
+        decoder.empty_cache(how, B, T + count),
         filled,
     )
 
@@ -141,7 +153,7 @@ def _greedy(params, units_UD, arrays, config, count):
         hidden_BD, cache = state
         token_B = jnp.argmax(hidden_BD @ kernel_VD.T, axis=-1).astype(jnp.int32)
         hidden_BD, cache, _ = decoder.decode_step(
-            params, token_B, lengths_B + turn, cache, config=config, positions_B=after_B + turn
+            params, token_B, lengths_B + turn, cache, how=how, positions_B=after_B + turn
         )
         return (hidden_BD, cache), token_B
 
@@ -166,9 +178,9 @@ def raster_units(params, rows, config, **settings):
     images = [pair for _, patches, grids in rows for pair in zip(patches, grids, strict=True)]
     if not images:
         return np.zeros((0, config.embed_dim), np.float32)
-    patches = image_layout.stacked(images, config.vision, **settings)
-    units_IUD = np.asarray(encode(params["vision"], *arrays_of(patches), config=config.vision))
-    layouts = [image_layout.laid_out(grid, config.vision) for _, grid in images]
+    patches = in_slots(images, config.vision, **settings).images
+    units_IUD = np.asarray(encode(params["vision"], *arrays_of(patches), how=Forward(config)))
+    layouts = [laid_out(grid, config.vision) for _, grid in images]
     return np.concatenate([units_IUD[row, layout.units_U] for row, layout in enumerate(layouts)])
 
 
@@ -253,29 +265,29 @@ def test_positions_that_do_not_lag_give_other_tokens():
 def test_buckets_order_and_empty_rows_change_nothing():
     images = _images()
     alone = [
-        np.asarray(encode(_params(), *arrays_of(image_layout.stacked([x], TOWER)), config=TOWER))[0]
+        np.asarray(encode(_params(), *arrays_of(in_slots([x], TOWER).images), how=HOW))[0]
         for x in images
     ]
     order = [2, 0, 3, 1]
-    padded = image_layout.stacked([images[i] for i in order], TOWER, windows=16, count=6)
-    together = np.asarray(encode(_params(), *arrays_of(padded), config=TOWER))
+    padded = in_slots([images[i] for i in order], TOWER, windows=16, count=6).images
+    together = np.asarray(encode(_params(), *arrays_of(padded), how=HOW))
     assert together.shape == (6, 16 * TOWER.window_slots // TOWER.unit_patches, TOWER.out_dim)
     assert np.isfinite(together).all()
     for row, i in enumerate(order):
-        units = image_layout.laid_out(images[i][1], TOWER).units_U
+        units = laid_out(images[i][1], TOWER).units_U
         np.testing.assert_allclose(together[row, units], alone[i][units], rtol=2e-5, atol=2e-5)
 
 
 def test_what_lies_in_empty_slots_changes_nothing():
-    patches = image_layout.stacked(_images(), TOWER)
+    patches = in_slots(_images(), TOWER).images
     noise = np.random.default_rng(2).normal(size=patches.patches_ISC.shape).astype(np.float32)
     filled = dataclasses.replace(
         patches, patches_ISC=np.where(patches.valid_IS[..., None], patches.patches_ISC, noise)
     )
-    clean, noisy = (np.asarray(encode(_params(), *arrays_of(x), config=TOWER)) for x in
+    clean, noisy = (np.asarray(encode(_params(), *arrays_of(x), how=HOW)) for x in
                     (patches, filled))  # fmt: skip
     for row, (_, grid) in enumerate(_images()):
-        units = image_layout.laid_out(grid, TOWER).units_U
+        units = laid_out(grid, TOWER).units_U
         np.testing.assert_array_equal(clean[row, units], noisy[row, units])
 
 
@@ -286,8 +298,8 @@ def test_a_window_sees_itself_only_until_a_full_layer():
     other[0] += 1.0
     for full, changed in (((), 4), ((1,), 16)):
         config = dataclasses.replace(TOWER, full_layers=full)
-        both = image_layout.stacked([(patches, grid), (other, grid)], config)
-        one, two = np.asarray(encode(_params(), *arrays_of(both), config=config))
+        both = in_slots([(patches, grid), (other, grid)], config).images
+        one, two = np.asarray(encode(_params(), *arrays_of(both), how=of_tower(config)))
         assert np.sum(np.abs(one - two).max(axis=-1) > 0) == changed
 
 
@@ -298,18 +310,18 @@ def test_compiles_once_a_bucket():
     @jax.jit
     def compiled(params, *arrays):
         traced.append(arrays[0].shape)
-        return vision.encode(params, *arrays, config=config)
+        return vision.encode(params, *arrays, how=of_tower(config))
 
     sizes = np.random.default_rng(0).permutation(144)[:50]
     for size in sizes:
         grid = (1, 2 + 2 * (int(size) // 12), 2 + 2 * (int(size) % 12))
-        compiled(params, *arrays_of(image_layout.stacked(_images([grid], config), config)))
+        compiled(params, *arrays_of(in_slots(_images([grid], config), config).images))
     assert 5 <= len(traced) == len(set(traced)) <= 11  # buckets of 1 to 36 windows
 
 
 @pytest.mark.parametrize("remat", ["full", "attention"])
 def test_remat_changes_no_gradient(remat):
-    arrays = arrays_of(image_layout.stacked(_images(), TOWER))
+    arrays = arrays_of(in_slots(_images(), TOWER).images)
     expected, got = (
         jax.jit(jax.grad(functools.partial(_loss, remat=way)))(_params(), arrays)
         for way in ("none", remat)
@@ -321,9 +333,9 @@ def test_remat_changes_no_gradient(remat):
     )
 
 
-def _loss(params, arrays, remat="none", layout=None):
+def _loss(params, arrays, **settings):
     """A number on which every valid unit bears."""
-    units_IUD = vision.encode(params, *arrays, config=TOWER, remat=remat, layout=layout)
+    units_IUD = vision.encode(params, *arrays, how=of_tower(TOWER, **settings))
     I, U, D = units_IUD.shape
     weights = jnp.cos(jnp.arange(U * D, dtype=jnp.float32)).reshape(1, U, D)
     real = arrays[2].reshape(I, U, -1).any(axis=-1)
@@ -339,7 +351,7 @@ def _loss(params, arrays, remat="none", layout=None):
 )
 def test_gradients_on_a_mesh_are_those_of_one_device(sizes):
     layout = sharding.layout("train", sizes, jax.devices("cpu"))
-    arrays = arrays_of(image_layout.stacked(_images() * 2, TOWER))
+    arrays = arrays_of(in_slots(_images() * 2, TOWER).images)
     value, grads = jax.jit(jax.value_and_grad(_loss))(_params(), arrays)
     places = sharding.shardings(vision.param_axes(TOWER), layout)
     spread = jax.device_put(_params(), places)
@@ -372,18 +384,16 @@ def test_hidden_states_on_a_mesh_are_those_of_one_device():
     positions = np.pad(batch.positions_BT3, (*widths, (0, 0)))
 
     def loss(params, order, layout):
-        units = vision.encode(
-            params["vision"], *arrays_of(batch.patches), config=config.vision, layout=layout
-        )
+        how = Forward(config, layout=layout)
+        units = vision.encode(params["vision"], *arrays_of(batch.patches), how=how)
         hidden = decoder.hidden_states(
             params,
             tokens[:, order],
             positions[:, order],
             segments[:, order],
-            config=config,
+            how=how,
             units_UD=units.reshape(-1, config.embed_dim),
             index_BT=index[:, order],
-            layout=layout,
         )
         weights = jnp.sin(jnp.asarray(order, jnp.float32))[None, :, None]
         return jnp.sum(jnp.where(segments[:, order, None] > 0, hidden * weights, 0.0))
@@ -411,11 +421,11 @@ def test_hidden_states_on_a_mesh_are_those_of_one_device():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    patches = image_layout.stacked(_images(), TOWER)
+    patches = in_slots(_images(), TOWER).images
     with pytest.raises(ValueError, match=r"\[9, 24\] each; the tower takes a multiple of 16 slots"):
         vision.encode(
             _params(), patches.patches_ISC[:, :9], patches.positions_IS2[:, :9],
-            patches.valid_IS[:, :9], config=TOWER,
+            patches.valid_IS[:, :9], how=HOW,
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"takes lengths, .* use 'flash_gpu'"):
-        vision.encode(_params(), *arrays_of(patches), config=TOWER, attention="cudnn")
+        vision.encode(_params(), *arrays_of(patches), how=of_tower(TOWER, vision_attention="cudnn"))

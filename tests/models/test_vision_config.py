@@ -7,7 +7,8 @@ import pathlib
 
 import pytest
 
-from luspo_jax.models.decoder_config import ConfigError, decoder_config, hf_config, read_config
+from luspo_jax.hosts.values import ConfigError
+from luspo_jax.models.decoder_config import decoder_config, hf_config, read_config
 from luspo_jax.models.locate import architecture
 from luspo_jax.models.vision_config import VisionConfig, vision_config
 

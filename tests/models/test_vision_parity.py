@@ -32,6 +32,7 @@ from test_vision import (  # noqa: E402
 from luspo_jax.models import decoder, vision  # noqa: E402
 from luspo_jax.models.decoder_config import read_config  # noqa: E402
 from luspo_jax.models.decoder_weights import export, load_params, weight_table  # noqa: E402
+from luspo_jax.models.forward import Forward  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("strict_dtypes")]
 
@@ -132,14 +133,16 @@ def test_gradients_of_the_tower(checkpoint):
     weights = np.random.default_rng(5).normal(size=(*batch.tokens_BT.shape, config.vocab_size))
     weights = np.where(batch.segments_BT[..., None] > 0, weights, 0).astype(np.float32)
 
+    how = Forward(config)
+
     def loss(params):
-        units = vision.encode(params["vision"], *arrays_of(batch.patches), config=config.vision)
+        units = vision.encode(params["vision"], *arrays_of(batch.patches), how=how)
         hidden_BTD = decoder.hidden_states(
             params,
             batch.tokens_BT,
             batch.positions_BT3,
             batch.segments_BT,
-            config=config,
+            how=how,
             units_UD=units.reshape(-1, config.embed_dim),
             index_BT=batch.index_BT,
         )

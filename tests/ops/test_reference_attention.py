@@ -9,6 +9,7 @@ import pytest
 
 from luspo_jax.ops import reference_attention as module
 from luspo_jax.ops.attention import attention
+from luspo_jax.ops.attention_blocks import Inputs, Results
 from tests.ops import attention_cases as cases
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -152,13 +153,13 @@ def test_a_block_off_the_diagonal_sees_all_keys_of_its_segment(T, S):
     parts = [slice(0, cut), slice(cut, S)]
     forward = jax.jit(functools.partial(module.forward_block, causal=False))
     backward = jax.jit(functools.partial(module.backward_block, causal=False))
-    blocks = [(query, key[:, p], value[:, p], segments_q, segments_k[:, p]) for p in parts]
-    outs, lses = zip(*(forward(*block) for block in blocks), strict=True)
+    blocks = [Inputs(query, key[:, p], value[:, p], segments_q, segments_k[:, p]) for p in parts]
+    outs, lses = zip(*map(forward, blocks), strict=True)
     lse = np.logaddexp(*lses)
     weights = [np.exp(part - lse)[..., None] for part in lses]
     out = sum(w * o for w, o in zip(weights, outs, strict=True))
     assert cases.error([out], [np.asarray(expected)]) < 1e-6
-    grads = [backward(*block, out, lse, grad) for block in blocks]
+    grads = [backward(block, Results(out, lse), grad) for block in blocks]
     dq = grads[0][0] + grads[1][0]
     dk, dv = (np.concatenate([part[i] for part in grads], axis=1) for i in (1, 2))
     assert cases.error([dq, dk, dv], [np.asarray(x) for x in pull(grad)]) < 1e-6

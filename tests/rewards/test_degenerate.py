@@ -5,7 +5,7 @@ import time
 import pytest
 
 from luspo_jax.rewards import REWARDS, Sample, verifier
-from luspo_jax.rewards.extraction import boxed_answer, final_answer
+from luspo_jax.rewards.answers.extraction import boxed_answer, final_answer
 from luspo_jax.rewards.format import FORMATS
 
 LENGTH = 20_000

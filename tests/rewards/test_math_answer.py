@@ -3,7 +3,7 @@
 import pytest
 
 from luspo_jax.rewards import Sample, verifier
-from luspo_jax.rewards.extraction import final_answer
+from luspo_jax.rewards.answers.extraction import final_answer
 
 
 def _verdict(response, answer, extract="final", **meta):

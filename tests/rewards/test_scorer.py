@@ -8,8 +8,8 @@ import time
 import psutil
 import pytest
 
+from luspo_jax.hosts.workers import WALL_FACTOR
 from luspo_jax.rewards import Sample, Scorer, TooManyFailures
-from luspo_jax.rewards.worker import WALL_FACTOR
 
 LIMIT = 1.0
 TRICKS = """

@@ -8,6 +8,7 @@ import numpy as np
 
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Request
 from luspo_jax.rollout import sampling as s
 
@@ -66,7 +67,7 @@ def _logits_BTV(params, tokens_BT, lengths_B, *, model):
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
     hidden_BTD = decoder.hidden_states(
-        params, tokens_BT, positions_BT, segment_ids_BT, config=model
+        params, tokens_BT, positions_BT, segment_ids_BT, how=Forward(model)
     )
     return jnp.einsum("BTD,VD->BTV", hidden_BTD, decoder.head_kernel(params))
 

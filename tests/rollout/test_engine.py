@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Engine, Request, Sampling
 from luspo_jax.rollout import engine as engine_module
 from tests.rollout import rollout_cases as cases
@@ -24,11 +25,10 @@ def small_rooms(monkeypatch):
     monkeypatch.setattr(engine_module, "SMALLEST_PROMPT", 32)
 
 
-def _engine(sampling=None, *, model=MODEL, **kwargs):
+def _engine(sampling=None, *, model=MODEL, dtype="float32", **kwargs):
     sampling = sampling or Sampling(max_response_length=31, stop_token_ids=STOPS)
-    return Engine(
-        model, sampling, **({"num_slots": 6, "max_prompt_length": 17, "chunk_length": 8} | kwargs)
-    )
+    sizes = {"num_slots": 6, "max_prompt_length": 17, "chunk_length": 8} | kwargs
+    return Engine(Forward(model, dtype), sampling, **sizes)
 
 
 def _generate(engine=None, requests=RAGGED, **kwargs):
@@ -160,7 +160,7 @@ def test_top_p_and_top_k_draw_from_what_they_keep():
 
 
 def test_bfloat16_samples_and_scores_in_float32():
-    responses, _ = _generate(_engine(Sampling(10, STOPS), dtype=jnp.bfloat16))
+    responses, _ = _generate(_engine(Sampling(10, STOPS), dtype="bfloat16"))
     logprobs = np.concatenate([r.logprobs for r in responses])
     assert logprobs.dtype == np.float32
     assert (logprobs <= 0).all()
@@ -230,7 +230,11 @@ def test_heavy_tailed_lengths_keep_the_slots_busy():
     """64 responses on 16 slots; lengths lognormal (σ = 1, median 12) cut at 31, 17 % of them."""
     model, params = cases.countdown(31)
     engine = Engine(
-        model, Sampling(31, (0,), temperature=0), num_slots=16, max_prompt_length=1, chunk_length=16
+        Forward(model),
+        Sampling(31, (0,), temperature=0),
+        num_slots=16,
+        max_prompt_length=1,
+        chunk_length=16,
     )
     rng = np.random.default_rng(0)
     ratios = []

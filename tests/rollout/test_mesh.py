@@ -11,6 +11,7 @@ import pytest
 
 from luspo_jax import sharding
 from luspo_jax.models import decoder
+from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Engine, Request, Sampling, slots
 from luspo_jax.rollout import engine as engine_module
 from tests.rollout import rollout_cases as cases
@@ -47,7 +48,7 @@ def _placed(params, model, layout):
 
 def _engine(mesh, kind="qwen3", **kwargs):
     sizes = {"num_slots": 6, "max_prompt_length": 17, "chunk_length": 8} | kwargs
-    return Engine(MODELS[kind], SAMPLING, layout=_layout(mesh), **sizes)
+    return Engine(Forward(MODELS[kind], layout=_layout(mesh)), SAMPLING, **sizes)
 
 
 def _generate(mesh, kind="qwen3", *, params=None, group_size=5, **kwargs):
@@ -141,10 +142,10 @@ def _abstract(tree, axes_tree, layout):
 def _arguments(layout):
     model, key = MODELS["qwen3"], jax.random.key(0)
     params = _abstract(decoder.abstract_params(model), decoder.param_axes(model), layout)
-    sizes = {"num_slots": ROWS, "length": LENGTH, "config": model, "dtype": jnp.float32}
+    sizes = {"num_slots": ROWS, "length": LENGTH, "how": Forward(model)}
     empty = jax.eval_shape(functools.partial(slots.empty_slots, **sizes), key)
     prompts = (np.zeros((PROMPTS, PROMPT_LENGTH), np.int32), np.ones(PROMPTS, np.int32))
-    prefill = functools.partial(slots.prefill, config=model, dtype=jnp.float32)
+    prefill = functools.partial(slots.prefill, how=Forward(model))
     pool, _ = jax.eval_shape(prefill, decoder.abstract_params(model), *prompts)
     pool_axes, slots_axes = slots.POOL_AXES, slots.SLOTS_AXES
     return params, _abstract(empty, slots_axes, layout), _abstract(pool, pool_axes, layout)
@@ -156,8 +157,8 @@ def _compiled(mesh, program):
     params, state, pool = _arguments(layout)
     if program == "decode":
         lowered = slots.decode_chunk.lower(
-            params, state, np.int32(8), np.int32(ROWS), config=MODELS["qwen3"],
-            sampling=SAMPLING, chunk_length=8, dtype=jnp.float32, layout=layout,
+            params, state, np.int32(8), np.int32(ROWS),
+            how=Forward(MODELS["qwen3"], layout=layout), sampling=SAMPLING, chunk_length=8,
         )  # fmt: skip
     elif program == "fill":
         lowered = slots.fill.lower(state, pool, _refill([]), jax.random.key(0), layout=layout)
@@ -272,9 +273,8 @@ def _numbers(tree, seed):
 def _filled(mesh, refill):
     layout, key = _layout(mesh), jax.random.key(3)
     model, parts = MODELS["qwen3"], 1 if mesh is None else _layout(mesh).size("cache_length")
-    state = slots.empty_slots(
-        key, num_slots=ROWS, length=LENGTH, config=model, dtype=jnp.float32, layout=layout
-    )
+    how = Forward(model, layout=layout)
+    state = slots.empty_slots(key, num_slots=ROWS, length=LENGTH, how=how)
     pool = _numbers(_arguments(None)[2], 1)
     if layout is not None:
         axes = (None, "batch", "kv_heads", None, None)
@@ -312,14 +312,15 @@ def test_refills_put_what_one_device_puts(mesh):
 )
 def test_layouts_that_do_not_fit_are_refused_with_their_numbers(sizes, table, message):
     layout = sharding.layout(table, sizes, jax.devices())
+    how = Forward(MODELS["qwen3"], layout=layout)
     with pytest.raises(sharding.MeshError, match=message):
-        Engine(MODELS["qwen3"], SAMPLING, num_slots=6, max_prompt_length=17, layout=layout)
+        Engine(how, SAMPLING, num_slots=6, max_prompt_length=17)
 
 
 def test_a_vocabulary_that_cannot_be_cut_is_refused():
-    layout = _layout("data 4, tensor 2")
+    how = Forward(cases.config(97), layout=_layout("data 4, tensor 2"))
     with pytest.raises(sharding.MeshError, match="vocab_size 97 cannot be cut into 2"):
-        Engine(cases.config(97), SAMPLING, num_slots=6, max_prompt_length=17, layout=layout)
+        Engine(how, SAMPLING, num_slots=6, max_prompt_length=17)
 
 
 def test_prompts_too_long_are_refused_on_a_mesh_too():

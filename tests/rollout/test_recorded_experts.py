@@ -1,23 +1,23 @@
 """The engine with a mixture of experts: what the sampler records is what the trainer routes."""
 
-import dataclasses
 import functools
 import math
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from luspo_jax import packing, sharding
-from luspo_jax.logprobs import Scoring, scored
+from luspo_jax import sharding
+from luspo_jax.learner.logprobs import LogprobRule, microbatch_logprobs
 from luspo_jax.models import decoder, decoder_layers
+from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Engine, Sampling, slots
 from luspo_jax.rollout import engine as engine_module
-from luspo_jax.types import Experts
+from luspo_jax.types import ExpertIds
 from tests.models import expert_cases
 from tests.rollout import rollout_cases as cases
+from tests.row_cases import plan_of, rows_of
 
 SIZES = {"vocab_size": 98, "num_layers": 3}
 MODELS = {
@@ -46,9 +46,10 @@ def _layout(mesh):
     return sharding.layout("rollout", MESHES[mesh], jax.devices()) if mesh else None
 
 
-def _engine(mesh=None, model=MODEL, **kwargs):
+def _engine(mesh=None, model=MODEL, dtype="float32", expert_kernel="reference", **kwargs):
     sizes = {"num_slots": 6, "max_prompt_length": 17, "chunk_length": 8, "record_experts": True}
-    return Engine(model, SAMPLING, layout=_layout(mesh), **(sizes | kwargs))
+    how = Forward(model, dtype, expert_kernel=expert_kernel, layout=_layout(mesh))
+    return Engine(how, SAMPLING, **(sizes | kwargs))
 
 
 @functools.cache
@@ -66,32 +67,24 @@ def _generate(mesh=None, model=MODEL, group_size=4, **kwargs):
     return responses
 
 
-def _rows(responses):
-    """(training rows, recorded ids) of responses."""
-    prompts = {request.prompt_id: request.tokens for request in RAGGED}
-    prompts = [prompts[r.prompt_id] for r in responses]
-    rows = packing.padded_rows(prompts, [r.tokens for r in responses], length=48, pad_id=0)
-    ids = [np.concatenate([r.prompt_experts, r.experts]) for r in responses]
-    recorded = np.zeros((*rows.tokens_BT.shape, *ids[0].shape[1:]), ids[0].dtype)
-    recorded[rows.segment_ids_BT > 0] = np.concatenate(ids)
-    return rows, recorded
+@functools.partial(jax.jit, static_argnames="rule")
+def _logprobs(params, rows, *, rule):
+    return microbatch_logprobs(params, rows, rule=rule)
 
 
-@functools.partial(jax.jit, static_argnames="scoring")
-def _scored(params, rows, *, scoring):
-    return scored(params, rows, scoring=scoring)
-
-
-def _trainers(responses, model=MODEL, **fields):
+def _trainers(responses, model=MODEL, replay="none"):
     """(rows, gap to the sampler's log-probs of each token, recorded ids, the trainer's)."""
-    rows, recorded = _rows(responses)
-    if fields.get("replay", "none") != "none":
-        rows = dataclasses.replace(rows, experts=Experts(sampler=recorded))
-    scoring = Scoring(model, head_chunk_tokens=64, **fields)
-    found = _scored(expert_cases.params(model), rows, scoring=scoring)
-    sampled = packing.place_responses([r.logprobs for r in responses], rows.response_mask_BT)
-    gap = np.abs(np.asarray(found.logprobs_BT) - sampled)[rows.response_mask_BT]
-    return rows, gap, recorded, np.asarray(found.router.experts)
+    prompts = {request.prompt_id: request.tokens for request in RAGGED}
+    prompts, tokens = [prompts[r.prompt_id] for r in responses], [r.tokens for r in responses]
+    plan = plan_of(prompts, tokens, width=48)
+    recorded = plan.lay([np.concatenate([r.prompt_expert_ids, r.expert_ids]) for r in responses])
+    ids = ExpertIds(sampler=recorded) if replay != "none" else None
+    rows = rows_of(model, plan, prompts, tokens, expert_ids=ids)
+    rule = LogprobRule(Forward(model), head_chunk_tokens=64, replay=replay)
+    found = _logprobs(expert_cases.params(model), rows, rule=rule)
+    sampled_RT = plan.place([r.logprobs for r in responses])  # one response a row
+    gap = np.abs(np.asarray(found.logprobs_RT) - sampled_RT)[rows.response_mask_RT]
+    return rows, gap, recorded, np.asarray(found.router.expert_ids)
 
 
 @pytest.mark.parametrize(
@@ -106,13 +99,17 @@ def _trainers(responses, model=MODEL, **fields):
 def test_the_sampler_records_what_the_trainer_routes(name, implementation):
     """Ids exactly, log-probs to rounding: prompts, responses, refilled slots, samples, cut rows."""
     model = MODELS[name]
-    responses = _generate(model=model, experts=implementation)
+    responses = _generate(model=model, expert_kernel=implementation)
     for r in responses:
-        assert r.experts.shape == (len(r.tokens), model.num_expert_layers, model.experts_per_token)
-        assert r.experts.dtype == (np.uint16 if model.num_experts > 256 else np.uint8)
+        assert r.expert_ids.shape == (
+            len(r.tokens),
+            model.num_expert_layers,
+            model.experts_per_token,
+        )
+        assert r.expert_ids.dtype == (np.uint16 if model.num_experts > 256 else np.uint8)
     assert any(len(r.tokens) == SAMPLING.max_response_length for r in responses)
     rows, gap, recorded, trainers = _trainers(responses, model)
-    real = rows.segment_ids_BT > 0
+    real = rows.segment_ids_RT > 0
     np.testing.assert_array_equal(recorded[real], trainers[real])
     assert recorded[real].max() >= model.num_experts * 0.8
     assert gap.max() <= 1e-5
@@ -123,10 +120,10 @@ def test_the_sampler_records_what_the_trainer_routes(name, implementation):
 @pytest.mark.slow
 def test_replay_takes_the_gap_that_another_routing_leaves():
     """Of a sampler that rounds weights and activations: with its experts the trainer is nearer."""
-    responses = _generate(dtype=jnp.bfloat16, group_size=16)
+    responses = _generate(dtype="bfloat16", group_size=16)
     rows, alone, recorded, trainers = _trainers(responses)
     _, replayed, _, _ = _trainers(responses, replay="sampler")
-    differ = (recorded != trainers).any(-1)[rows.segment_ids_BT > 0].mean()
+    differ = (recorded != trainers).any(-1)[rows.segment_ids_RT > 0].mean()
     print(
         f"routed otherwise {differ:.3f} of tokens and layers; mean |gap| {alone.mean():.2e} -> "
         f"{replayed.mean():.2e}, largest {alone.max():.3f} -> {replayed.max():.3f}"
@@ -151,16 +148,16 @@ def test_replay_takes_the_gap_that_another_routing_leaves():
 def test_on_a_mesh_tokens_and_experts_are_those_of_one_device_but_at_ties(mesh, implementation):
     prompts = {request.prompt_id: request for request in RAGGED}
     ties = tokens = 0
-    others = _generate(mesh, experts=implementation)
-    for mine, other in zip(_generate(experts="reference"), others, strict=True):
+    others = _generate(mesh, expert_kernel=implementation)
+    for mine, other in zip(_generate(expert_kernel="reference"), others, strict=True):
         assert (mine.prompt_id, mine.sample_id) == (other.prompt_id, other.sample_id)
-        np.testing.assert_array_equal(mine.prompt_experts, other.prompt_experts)
+        np.testing.assert_array_equal(mine.prompt_expert_ids, other.prompt_expert_ids)
         length = min(len(mine.tokens), len(other.tokens))
         differ = np.flatnonzero(mine.tokens[:length] != other.tokens[:length])
         same = differ[0] if len(differ) else length
         tokens += same
         np.testing.assert_allclose(mine.logprobs[:same], other.logprobs[:same], atol=1e-5)
-        np.testing.assert_array_equal(mine.experts[:same], other.experts[:same])
+        np.testing.assert_array_equal(mine.expert_ids[:same], other.expert_ids[:same])
         if len(differ):
             ties += 1
             logits = cases.teacher_logits(MODEL, expert_cases.params(MODEL), RAGGED, [mine])
@@ -185,7 +182,7 @@ def test_on_a_mesh_tokens_and_experts_are_those_of_one_device_but_at_ties(mesh, 
 def test_a_decode_step_moves_tokens_and_no_expert(mesh):
     layout, rows = _layout(mesh), 16
     axes, key = decoder.param_axes(MODEL), jax.random.key(0)
-    sizes = {"num_slots": rows, "length": 64, "config": MODEL, "dtype": jnp.float32}
+    sizes = {"num_slots": rows, "length": 64, "how": Forward(MODEL)}
     empty = jax.eval_shape(functools.partial(slots.empty_slots, **sizes), key)
 
     def placed(tree, axes):
@@ -198,8 +195,8 @@ def test_a_decode_step_moves_tokens_and_no_expert(mesh):
 
     text = slots.decode_chunk.lower(
         placed(decoder.abstract_params(MODEL), axes), placed(empty, slots.SLOTS_AXES),
-        np.int32(8), np.int32(rows), config=MODEL, sampling=SAMPLING, chunk_length=8,
-        dtype=jnp.float32, record=True, layout=layout,
+        np.int32(8), np.int32(rows), how=Forward(MODEL, layout=layout), sampling=SAMPLING,
+        chunk_length=8, record=True,
     ).compile().as_text()  # fmt: skip
     shapes = re.findall(r"= (.*?) (?:all-|collective-|reduce-scatter)[a-z-]*\(", text)
     moved = [
@@ -239,7 +236,9 @@ def test_slots_without_a_response_send_no_token_to_experts(monkeypatch):
 
 def test_a_dense_model_records_no_experts():
     with pytest.raises(ValueError, match="record_experts=True needs a mixture of experts"):
-        Engine(cases.config(), SAMPLING, num_slots=2, max_prompt_length=9, record_experts=True)
+        Engine(
+            Forward(cases.config()), SAMPLING, num_slots=2, max_prompt_length=9, record_experts=True
+        )
 
 
 def test_experts_that_the_mesh_cannot_cut_are_refused():
@@ -250,6 +249,6 @@ def test_experts_that_the_mesh_cannot_cut_are_refused():
 
 
 def test_an_unknown_product_of_experts_is_refused():
-    engine = _engine(experts="block")
+    engine = _engine(expert_kernel="block")
     with pytest.raises(ValueError, match="implementation 'block' is unknown"):
         engine.generate(expert_cases.params(MODEL), RAGGED[:1], group_size=1, seed=0)

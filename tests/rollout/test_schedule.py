@@ -1,21 +1,9 @@
 """Sizes and batches that the host chooses."""
 
 import numpy as np
-import pytest
 
 from luspo_jax.rollout import Request
 from luspo_jax.rollout import schedule as s
-
-
-@pytest.mark.parametrize(
-    ("length", "size"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (65, 100), (100, 100)]
-)
-def test_buckets(length, size):
-    assert s.bucket(length, limit=100, smallest=16) == size
-
-
-def test_a_limit_below_the_smallest_bucket():
-    assert s.bucket(3, limit=10, smallest=16) == 10
 
 
 def test_prefill_batches_hold_each_prompt_once_longest_first():

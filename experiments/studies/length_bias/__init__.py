@@ -1,1 +1,1 @@
-"""Where does response length go under GSPO and LUSPO, and why."""
+"""How response length changes under GSPO and LUSPO, and why."""

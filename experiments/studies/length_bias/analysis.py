@@ -1,4 +1,4 @@
-"""From the study's runs to its tables, figures and tests."""
+"""Turns the study's runs into its tables, figures and tests."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from experiments.sweeps import report, spec
 from experiments.sweeps.prediction import LENGTH, WINDOW, fit, windows
 from experiments.sweeps.report import Estimate, Result
 from experiments.sweeps.spec import Sweep
-from luspo_jax.files import write_text
+from luspo_jax.hosts.files import write_text
 
 Ran = tuple[Sweep, pathlib.Path]  # a sweep and the folder of its runs
 
@@ -43,7 +43,7 @@ CONTRASTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Everything that was run."""
+    """All runs of the study."""
 
     rates: Mapping[str, Mapping[str, float]]
     main: Mapping[str, Ran]
@@ -52,7 +52,7 @@ class Study:
 
 
 def write(study: Study, workdir: pathlib.Path) -> str:
-    """Writes results.md and the figures; gives the text."""
+    """Writes results.md and the figures; returns the text."""
     results = {task: report.collect(*ran) for task, ran in study.main.items()}
     sections = ["# Results\n", "Made by `study.py`; intervals are 95 %.\n"]
     for task in design.TASKS:
@@ -82,7 +82,7 @@ def write(study: Study, workdir: pathlib.Path) -> str:
 
 
 def _pooled(results: list[Result], outcome: str) -> dict[str, dict[tuple[str, int], float]]:
-    """objective → (where, seed) → value."""
+    """Returns objective → (where, seed) → value."""
     values: dict[str, dict[tuple[str, int], float]] = {}
     for result in results:
         levels = dict(result.member.variant.levels)
@@ -140,7 +140,7 @@ def _environments(ran):
 
 
 def _clipping(results):
-    """Paired within a run: share clipped where A < 0 minus where A > 0."""
+    """Returns clip fraction where A < 0 minus where A > 0, paired within a run."""
     rows = []
     for task, found in results.items():
         positive, negative = _pooled(found, "clipped A>0"), _pooled(found, "clipped A<0")
@@ -161,7 +161,7 @@ def _clipping(results):
 
 
 def _predictions(study):
-    """The table, and the windows by (task, rates) and objective."""
+    """Returns the table, and the windows by (task, rates) and objective."""
     lines = [
         "| task | rates | window | objective | correlation | slope | by ranks | windows |\n",
         "|---|---|---|---|---|---|---|---|\n",
@@ -195,7 +195,7 @@ def _predictions(study):
 
 
 def factorial_figure(study: Study, workdir: pathlib.Path) -> None:
-    """Length and accuracy of the factorial over steps, by clip range, both bases and all seeds."""
+    """Draws the factorial's length and accuracy over steps: by clip range, bases, all seeds."""
     plt = report.pyplot()
     figure, axes = plt.subplots(4, 3, figsize=(12, 13), layout="constrained", sharex=True)
     colors = {"GSPO": "C3", "LUSPO": "C0", "LUSPO/L_ref": "C2"}
@@ -233,7 +233,7 @@ def _curves(sweep, folder, objective, metric):
 
 
 def prediction_figure(points, workdir: pathlib.Path) -> None:
-    """Measured against predicted change of length, a point a window."""
+    """Draws measured against predicted change of length, one point per window."""
     plt = report.pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 9), layout="constrained", squeeze=False)
     for axis, ((task, rates), runs) in zip(axes.flat, points.items(), strict=False):

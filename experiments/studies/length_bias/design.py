@@ -1,11 +1,11 @@
-"""What the study runs: objectives, controls, tasks, bases, and the sweeps made of them."""
+"""Design of the study: objectives, controls, tasks, bases, and their sweeps."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
 
 from experiments.sweeps.spec import Outcome, Sweep
 
-TASKS = ("sums", "lookup")  # longer reasoning helps; it does not
+TASKS = ("sums", "lookup")  # longer reasoning helps in sums, not in lookup
 BASES = ("base 0", "base 1")
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEEDS = (100, 101)
@@ -56,7 +56,7 @@ OUTCOMES = (
 
 
 def factorial(task: str) -> dict[str, dict]:
-    """{GSPO, LUSPO, LUSPO/L_ref} × {tight, wide, none}, and GRPO."""
+    """Returns {GSPO, LUSPO, LUSPO/L_ref} × {tight, wide, none}, and GRPO."""
     weightings = {
         "GSPO": {"objective.preset": "gspo"},
         "LUSPO": {"objective.preset": "luspo"},
@@ -74,8 +74,8 @@ def factorial(task: str) -> dict[str, dict]:
     return settings | {"GRPO": {"objective.preset": "grpo"}}
 
 
-# Controls and extensions: name → (the cell of the factorial that it changes and whose learning
-# rate it takes, fields).
+# Controls and extensions: name → (the factorial's cell that it changes and whose learning rate it
+# uses, fields).
 CONTROLS: Mapping[str, tuple[str, dict]] = {
     "GSPO wide, token mean": ("GSPO wide", {"objective.aggregation": "token-mean"}),
     "GSPO wide, no gradient clip": ("GSPO wide", {"train.max_grad_norm": 0.0}),
@@ -137,7 +137,7 @@ PREDICTED = ("GSPO tight", "LUSPO wide", "GRPO")
 
 
 def base_path(task: str, base: str, bases: pathlib.Path) -> str:
-    """The embedded model, or the one that the study has made."""
+    """Returns the path of the embedded model, or of the one that the study has trained."""
     if base == "base 0":
         return f"embedded:{DATASET[task]}"
     suffix = "skewed" if base == "skewed" else "1"
@@ -156,7 +156,7 @@ def _where(tasks, bases_named, bases):
 
 
 def tuning(task: str, bases: pathlib.Path) -> Sweep:
-    """Every cell of the factorial at every rate, on seeds of its own."""
+    """Returns the sweep of every cell at every rate, on its own seeds."""
     return Sweep(
         base="configs/quickstart.py",
         fixed=TINY_RUN | {"eval.every": 0, "eval.num_problems": 32},
@@ -171,7 +171,7 @@ def tuning(task: str, bases: pathlib.Path) -> Sweep:
 
 
 def main(task: str, rates: Mapping[str, float], bases: pathlib.Path) -> Sweep:
-    """The factorial and the controls on both bases."""
+    """Returns the sweep of the factorial and the controls on both bases."""
     return Sweep(
         base="configs/quickstart.py",
         fixed=TINY_RUN,
@@ -183,7 +183,7 @@ def main(task: str, rates: Mapping[str, float], bases: pathlib.Path) -> Sweep:
 
 
 def environments(rates: Mapping[str, float], bases: pathlib.Path) -> Sweep:
-    """Harsher rewards and another spread of lengths, on the task where length helps."""
+    """Returns the sweep of stricter rewards and another length spread, where length helps."""
     settings = _settings("sums", rates)
     rewards = {
         name: {
@@ -220,9 +220,9 @@ def prediction(
     rate: float | None = None,
     seeds: Sequence[int] = SEEDS,
 ) -> Sweep:
-    """Length pressure of every update taken, all groups, beside a finer held-out length.
+    """Returns the sweep of length pressure per update, on all groups, with finer evaluation.
 
-    At the tuned rates, or all at one `rate`: pressure is a first-order quantity.
+    It uses the tuned rates, or one `rate` for all: pressure is a first-order quantity.
     """
     settings = _settings(task, rates if rate is None else dict.fromkeys(rates, rate))
     measured = {

@@ -1,4 +1,4 @@
-"""Two rewards of the study that are harsher than being right."""
+"""Two rewards of the study that are stricter than correctness."""
 
 import re
 
@@ -7,12 +7,12 @@ _TRACE = re.compile(r"(?:[a-f]\d=\d )*#### \d")
 
 
 def sparse(response: str, answer: str) -> float:
-    """Right, and only problems whose answer is 0 pay: four groups in five carry no signal."""
+    """Rewards right answers of problems whose answer is 0: four groups in five carry no signal."""
     return float(answer == "0" and _said(response) == answer)
 
 
 def strict(response: str, answer: str) -> float:
-    """Right, in the exact form, its labels ascending, and any trace written to the last term."""
+    """Rewards right answers in exact form: labels ascending, any trace up to the last term."""
     if not _TRACE.fullmatch(response) or _said(response) != answer:
         return 0.0
     labels = re.findall(r"([a-f])\d=", response)

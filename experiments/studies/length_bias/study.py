@@ -1,11 +1,10 @@
 """Runs the study: `python -m experiments.studies.length_bias.study --workdir=DIR --parallel=2`.
 
-Makes the bases, tunes learning rates on seeds of their own, runs the factorial, the controls, the
+Trains the bases, tunes learning rates on separate seeds, runs the factorial, the controls, the
 environments and the pressure runs, and writes tables, figures and verdict into the workdir. The
-same command continues. `--publish` also copies tables and figures beside the study's README.
+same command resumes. `--publish` also copies tables and figures beside the study's README.
 """
 
-import json
 import pathlib
 import shutil
 import subprocess
@@ -31,9 +30,10 @@ _BASES = {
 
 
 def main() -> None:
-    """Everything, in order."""
+    """Runs everything, in order."""
     from experiments.studies.length_bias import analysis, design
     from experiments.sweeps import report, runner, tuning
+    from luspo_jax.hosts import files
 
     workdir, parallel = pathlib.Path(_WORKDIR.value).absolute(), _PARALLEL.value
     if _ANALYSE_ONLY.value:
@@ -54,7 +54,7 @@ def main() -> None:
     for task in design.TASKS:
         tuned = run(f"tuning {task}", design.tuning(task, workdir / "bases"))
         rates[task] = tuning.best_rates(*tuned)
-    (workdir / "rates.json").write_text(json.dumps(rates, indent=1) + "\n")
+    files.write_json(workdir / "rates.json", rates)
     bases = workdir / "bases"
     found = analysis.Study(
         rates=rates,
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def make_bases(folder: pathlib.Path) -> None:
-    """The base policies that are not embedded, each made once."""
+    """Trains the base policies that are not embedded, each once."""
     for name, options in _BASES.items():
         if not (folder / name / "README.md").is_file():
             print(f"== base {name}", flush=True)
@@ -95,7 +95,7 @@ def make_bases(folder: pathlib.Path) -> None:
 
 
 def publish(workdir: pathlib.Path) -> None:
-    """Copies what a reader of the repository looks at."""
+    """Copies the results for readers of the repository."""
     here = pathlib.Path(__file__).parent
     for name in ("results.md", "factorial.png", "prediction.png"):
         shutil.copy(workdir / name, here / name)

@@ -1,4 +1,4 @@
-"""From the study's runs to its tables and figures."""
+"""Turns the study's runs into its tables and figures."""
 
 import math
 import pathlib
@@ -10,10 +10,10 @@ from experiments.studies.moe_stability import design
 from experiments.sweeps import report, spec
 from experiments.sweeps.report import Estimate
 from experiments.sweeps.spec import Sweep
-from luspo_jax.files import write_text
+from luspo_jax.hosts.files import write_text
 
 Runs = Mapping[str, Mapping[int, list[dict]]]  # cell → seed → metrics of its steps
-SPIKE = 3.0  # a step's gradient norm over the run's median, beyond which it counts as a spike
+SPIKE = 3.0  # a step's gradient norm over the run's median, above which it is a spike
 
 
 def _mean(metric: str) -> Callable[[list[dict]], float]:
@@ -25,7 +25,7 @@ def _average(values) -> float:
 
 
 def _typical(metric, power=1.0):
-    """The geometric mean over steps: squares of log-ratios have tails that rule any other mean."""
+    """Builds a geometric mean over steps: tails of squared log-ratios dominate other means."""
 
     def measure(rows):
         values = report.series(rows, metric)[1]
@@ -39,18 +39,18 @@ def _drift(metric):
 
 
 def gradient_norms(rows: list[dict]) -> np.ndarray:
-    """Of a run's steps, each the mean over its updates, over the run's median."""
+    """Returns gradient norms by step, each the mean over its updates, over the run's median."""
     norms = report.series(rows, "actor/grad_norm")[1]
     return norms / np.median(norms) if len(norms) else norms
 
 
 def spike_share(rows: list[dict]) -> float:
-    """Share of steps whose gradient norm is more than SPIKE times the run's median."""
+    """Returns the share of steps with a gradient norm more than SPIKE times the run's median."""
     return _average(gradient_norms(rows) > SPIKE)
 
 
 def largest_norm(rows: list[dict]) -> float:
-    """The largest gradient norm of a step over the run's median."""
+    """Returns the largest gradient norm of a step over the run's median."""
     norms = gradient_norms(rows)
     return float(np.max(norms)) if len(norms) else math.nan
 
@@ -65,7 +65,7 @@ DRIFT, SAMPLER_DRIFT = "routing drift old→current", "routing drift sampler→o
 LARGEST, MISMATCH = "max ÷ median norm", "largest sampler mismatch, nats"
 CLIPPED = "clipped share"
 
-# Column → what it is of a run's metrics: means over steps, geometric ones of what is in FACTORS.
+# Column → its function of a run's metrics: means over steps, geometric ones for FACTORS.
 MEASURES: Mapping[str, Callable[[list[dict]], float]] = {
     AREA: _outcome("val-core/*", "auc"),
     LAST: _outcome("val-core/*", "last"),
@@ -86,7 +86,7 @@ COMPARED = (AREA, LAST, TOKEN, SEQUENCE, CLIPPED, LARGEST, DRIFT, MISMATCH)
 
 
 def write(sweep: Sweep, folder: pathlib.Path, workdir: pathlib.Path) -> str:
-    """Writes results.md and the figures; gives the text."""
+    """Writes results.md and the figures; returns the text."""
     runs = finished(sweep, folder)
     sections = [
         "# Results\n\nMade by `study.py`; means over seeds with 95 % intervals, differences paired "
@@ -118,7 +118,7 @@ def write(sweep: Sweep, folder: pathlib.Path, workdir: pathlib.Path) -> str:
 
 
 def finished(sweep: Sweep, folder: pathlib.Path) -> Runs:
-    """The metrics of all runs that have ended."""
+    """Returns the metrics of all finished runs."""
     runs: dict[str, dict[int, list[dict]]] = {}
     for member in spec.members(sweep):
         rows = report.finished_rows(sweep, member.variant, member.seed, folder)
@@ -137,7 +137,7 @@ def _rows(runs):
 
 
 def level(seeds: Mapping[int, list[dict]], name: str) -> str:
-    """A measure's mean over seeds; of what is in FACTORS, the geometric one."""
+    """Returns a measure's mean over seeds; the geometric one for FACTORS."""
     values = [MEASURES[name](rows) for rows in seeds.values()]
     if name not in FACTORS:
         return str(report.estimate(values))
@@ -146,13 +146,13 @@ def level(seeds: Mapping[int, list[dict]], name: str) -> str:
 
 
 def _exponential(found: Estimate) -> list[float]:
-    """The lower end, the mean and the upper end of an estimate of logarithms."""
+    """Returns lower end, mean and upper end of an estimate of logarithms, exponentiated."""
     width = found.half_width
     return [math.exp(found.mean + change) for change in (-width, 0.0, width)]
 
 
 def compared(runs: Runs, this: str, that: str, name: str) -> str:
-    """The paired difference of a measure, or the factor between two positive ones."""
+    """Formats the paired difference of a measure, or the factor between two positive ones."""
     if name not in FACTORS:
         return str(difference(runs, this, that, MEASURES[name]))
     found = difference(runs, this, that, lambda rows: math.log(MEASURES[name](rows)))
@@ -163,7 +163,7 @@ def compared(runs: Runs, this: str, that: str, name: str) -> str:
 
 
 def difference(runs: Runs, this: str, that: str, measure: Callable) -> Estimate:
-    """Mean of this − that over the seeds that both have."""
+    """Estimates the mean of this − that over the seeds in both."""
     ours, theirs = (
         {seed: measure(rows) for seed, rows in runs[cell].items()} for cell in (this, that)
     )
@@ -171,7 +171,7 @@ def difference(runs: Runs, this: str, that: str, measure: Callable) -> Estimate:
 
 
 def comparisons() -> dict[str, list[tuple[str, str, str]]]:
-    """Title → (label, this cell, minus that cell): the questions of the study."""
+    """Returns the study's questions: title → (label, this cell, minus that cell)."""
     named = design.cell_name
     replayed = [
         (
@@ -224,7 +224,7 @@ REPLAY_COLORS = {"none": "C3", "old": "C0", "sampler": "C2"}
 
 
 def ratio_figure(runs: Runs, target: pathlib.Path) -> None:
-    """What the study measures of every cell: a dot a seed, a bar their mean."""
+    """Draws the measures of every cell: a dot per seed, a bar for their mean."""
     shown = (TOKEN, SEQUENCE, DRIFT, MISMATCH, LARGEST, AREA)
     plt = report.pyplot()
     figure, axes = plt.subplots(
@@ -260,7 +260,7 @@ CURVES = (
 
 
 def curves_figure(runs: Runs, target: pathlib.Path) -> None:
-    """The main mixture and the dense control over steps, one row an objective."""
+    """Draws the main mixture and the dense control over steps, one row per objective."""
     plt = report.pyplot()
     objectives = [o for o in design.OBJECTIVES if design.cell_name(design.MAIN, o, "none") in runs]
     figure, axes = plt.subplots(

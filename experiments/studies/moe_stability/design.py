@@ -1,4 +1,4 @@
-"""What the study runs: bases, objectives, replay, and the sweep made of them."""
+"""Design of the study: bases, objectives, replay, and their sweep."""
 
 import dataclasses
 import itertools
@@ -11,14 +11,14 @@ SEEDS = (0, 1, 2)
 STEPS = 12
 RATE, HARSH_RATE = 4e-4, 1.6e-3  # twice and eight times the quickstart's
 
-TOKEN_LEVEL, SEQUENCE_LEVEL = ("grpo",), ("gspo", "luspo")  # what has a ratio
+TOKEN_LEVEL, SEQUENCE_LEVEL = ("grpo",), ("gspo", "luspo")  # unit of the ratio
 OBJECTIVES = (*TOKEN_LEVEL, *SEQUENCE_LEVEL)
 REPLAYS = ("none", "old", "sampler")  # none, R2, R3
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base policy: its name in tables, and the flags of make_base; none of an embedded one."""
+    """A base policy: its name in tables, and its make_base flags; none if embedded."""
 
     name: str
     num_experts: int
@@ -26,13 +26,13 @@ class Base:
     embedded: str = ""
 
     def path(self, bases: pathlib.Path) -> str:
-        """The model's folder, or its name inside the package."""
+        """Returns the model's folder, or its name inside the package."""
         folder = bases / self.name.replace(" ", "_")
         return f"embedded:{self.embedded}" if self.embedded else str(folder)
 
 
 def _mixture(num_experts, count, width):
-    """Experts of a layer and of a token; a token's are 96 wide together, as the embedded one's."""
+    """Returns a mixture; a token's experts are 96 wide together, like the embedded one's."""
     return Base(
         f"E{num_experts} top-{count}",
         num_experts,
@@ -57,7 +57,7 @@ BASES = {
 MAIN = "E8 top-2"
 
 # Far off-policy for a rollout step of 128 responses: eight updates. The sampler computes in
-# bfloat16 and the trainer in float32, so that they do not route alike.
+# bfloat16 and the trainer in float32, so that they route differently.
 OFF_POLICY = {
     "num_steps": STEPS,
     "train.num_minibatches": 4,
@@ -90,7 +90,7 @@ OUTCOMES = (
 
 
 def cells() -> dict[str, tuple[str, str, str, float]]:
-    """Name → (base, objective, replay, learning rate), what is most wanted first."""
+    """Returns name → (base, objective, replay, learning rate), most important first."""
     plain, pair = ("none",), ("grpo", "luspo")
     others = [base for base in BASES if base not in ("dense", MAIN)]
     blocks = (
@@ -106,12 +106,12 @@ def cells() -> dict[str, tuple[str, str, str, float]]:
 
 
 def cell_name(base: str, objective: str, replay: str, rate: float = RATE) -> str:
-    """As it stands in tables."""
+    """Returns the cell's name in tables."""
     return f"{base}, {objective}, {replay}" + ("" if rate == RATE else f", rate {rate:g}")
 
 
 def sweep(bases: pathlib.Path, *, steps: int = STEPS, seeds: tuple[int, ...] = SEEDS) -> Sweep:
-    """Every cell with every seed."""
+    """Returns the sweep of every cell with every seed."""
     return Sweep(
         base="configs/quickstart.py",
         fixed=OFF_POLICY | {"num_steps": steps},
@@ -122,7 +122,7 @@ def sweep(bases: pathlib.Path, *, steps: int = STEPS, seeds: tuple[int, ...] = S
 
 
 def fields(base, objective, replay, rate, bases: pathlib.Path) -> Mapping[str, object]:
-    """What a cell sets in the configuration."""
+    """Returns the configuration fields that a cell sets."""
     return {
         "model.path": BASES[base].path(bases),
         "objective.preset": objective,

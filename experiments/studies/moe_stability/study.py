@@ -1,7 +1,7 @@
 """Runs the study: `python -m experiments.studies.moe_stability.study --workdir=DIR --parallel=2`.
 
-Makes the base policies, runs every cell of the design with every seed, and writes tables and
-figures into the workdir. The same command continues; `--analyse_only` tells of what is there.
+Trains the base policies, runs every cell of the design with every seed, and writes tables and
+figures into the workdir. The same command resumes; `--analyse_only` analyses the finished runs.
 `--publish` also copies tables and figures beside the study's README.
 """
 
@@ -24,7 +24,7 @@ PUBLISHED = ("results.md", "ratios.png", "curves.png")
 
 
 def main() -> None:
-    """Everything, in order."""
+    """Runs everything, in order."""
     from experiments.studies.moe_stability import analysis, design
     from experiments.sweeps import runner
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def make_bases(folder: pathlib.Path, bases, *, smoke: bool = False) -> None:
-    """The base policies that are not embedded, each made once."""
+    """Trains the base policies that are not embedded, each once."""
     short = ("--chain_steps=3", "--mixture_steps=3", "--eval_problems=16") if smoke else ()
     for base in bases:
         path = pathlib.Path(base.path(folder))

@@ -1,1 +1,1 @@
-"""Tables of rehearsals, and what they are worth: predictions beside measurements."""
+"""Tables of rehearsals and their accuracy: predictions beside measurements."""

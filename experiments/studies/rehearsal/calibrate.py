@@ -1,11 +1,12 @@
-"""How good a rehearsal is: its predictions beside measurements, on the CPU devices that are here.
+"""Accuracy of a rehearsal: its predictions beside measurements, on the local CPU devices.
 
 `python -m experiments.studies.rehearsal.calibrate --devices=8 --out=FILE.json`
 
-Every program of a small run is compiled as in a rehearsal, and then runs on arrays of its shapes.
-Bytes: what arrays take on a device, and by how much the process grows while the program runs, all
-devices together, which is held against temporaries and new results. Seconds: the best of three,
-against the roofline of rates measured in the same process (products and additions in float32).
+It compiles every program of a small run as in a rehearsal, and then runs it on arrays of its
+shapes. Bytes: what arrays take on a device, and how much the process grows while the program runs,
+all devices together, compared with temporaries and new results. Seconds: the best of three,
+compared with the roofline of rates measured in the same process (products and additions in
+float32).
 """
 
 import gc
@@ -18,7 +19,7 @@ import time
 from absl import flags
 
 from experiments import command
-from luspo_jax import files
+from luspo_jax.hosts import files
 
 _DEVICES = flags.DEFINE_integer("devices", 1, "Fake CPU devices.", 1)
 _OUT = flags.DEFINE_string("out", None, "File for the table as JSON.")
@@ -55,7 +56,7 @@ _MEAN = 240.0
 
 def configuration():
     """A run of 12 million parameters, with rows of 1,024 tokens."""
-    from luspo_jax.config import default_config
+    from luspo_jax.run.fields import default_config
 
     config = default_config()
     config.model.path = "embedded:label_sums"
@@ -82,7 +83,7 @@ def configuration():
 
 
 def measured(case, program, predicted):
-    """Bytes and seconds of a program on real arrays, beside what was predicted."""
+    """Measures bytes and seconds of a program on real arrays, beside the predictions."""
     import jax
 
     lowered = program.lower()
@@ -99,7 +100,7 @@ def measured(case, program, predicted):
             seconds.append(time.perf_counter() - started)
         grown.append(growth.bytes / count)
         del arguments, results
-    later = grown[1:]  # the first run also brings in code and the libraries' own scratch, once
+    later = grown[1:]  # the first run also loads code and the libraries' own scratch, once
     new = size["temporaries"] + size["outputs"] - size["aliased"]
     return {
         "predicted_argument_bytes": size["arguments"],
@@ -116,7 +117,7 @@ def measured(case, program, predicted):
 
 
 def _arrays(lowered, compiled, case):
-    """Arguments with which a program does all its work, and a device's bytes of those it reads."""
+    """Returns arguments for a program's full work, and a device's bytes of those it reads."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -138,7 +139,7 @@ def _arrays(lowered, compiled, case):
             value = (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
         return jax.device_put(value, where)
 
-    def absent(one):  # a field that holds nothing, or an input that is not read
+    def absent(one):  # an empty field, or an unread input
         return one is None
 
     infos, treedef = jax.tree.flatten_with_path(lowered.args_info, is_leaf=absent)
@@ -151,7 +152,7 @@ def _arrays(lowered, compiled, case):
 
 
 class _Growth:
-    """By how much this process's resident memory grows at most, by a look every 0.5 ms."""
+    """Measures the largest growth of this process's resident memory, sampled every 0.5 ms."""
 
     def __enter__(self):
         self._stop, self._before = threading.Event(), _resident()
@@ -174,7 +175,7 @@ def _resident():
 
 
 def table(found):
-    """The measurements as a Markdown table; MB of one device."""
+    """Formats the measurements as a Markdown table; MB of one device."""
     lines = [
         "| program | arguments, predicted | measured | temporaries and results, predicted "
         "| measured | peak, predicted ÷ measured | roofline | measured | bound |",

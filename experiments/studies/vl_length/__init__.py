@@ -1,1 +1,1 @@
-"""Where does response length go when a vision-language policy is trained?"""
+"""How response length changes when a vision-language policy is trained."""

@@ -1,4 +1,4 @@
-"""From the study's runs to its tables and figures."""
+"""Turns the study's runs into its tables and figures."""
 
 import math
 import pathlib
@@ -11,7 +11,7 @@ from experiments.sweeps import report, spec
 from experiments.sweeps.prediction import WINDOW, fit, windows
 from experiments.sweeps.report import Result
 from experiments.sweeps.spec import Sweep
-from luspo_jax.files import write_text
+from luspo_jax.hosts.files import write_text
 
 # Questions as paired differences: name → (this, minus that).
 CONTRASTS = {
@@ -34,7 +34,7 @@ _COLORS = {"GRPO": "0.45", "GSPO": "C3", "LUSPO": "C0", "LUSPO, blank images": "
 def write(
     rates: Mapping[str, float], sweep: Sweep, folder: pathlib.Path, workdir: pathlib.Path
 ) -> str:
-    """Writes results.md and the figures; gives the text."""
+    """Writes results.md and the figures; returns the text."""
     results = report.collect(sweep, folder)
     sections = [
         "# Results\n\nMade by `study.py`; means over seeds with 95 % intervals, differences "
@@ -61,7 +61,7 @@ def write(
 
 
 def levels(rates: Mapping[str, float], results: list[Result]) -> str:
-    """Every outcome of every cell."""
+    """Formats every outcome of every cell."""
     names = [outcome.name for outcome in design.OUTCOMES]
     values = {name: report.by_variant(results, name) for name in names}
     rows = []
@@ -73,7 +73,7 @@ def levels(rates: Mapping[str, float], results: list[Result]) -> str:
 
 
 def contrasts(results: list[Result]) -> str:
-    """The differences that the study asks about."""
+    """Formats the differences that the study asks about."""
     values = {name: report.by_variant(results, name) for name in COMPARED}
     rows = [
         [label, *(report.paired(values[name][this], values[name][that]) for name in COMPARED)]
@@ -83,7 +83,7 @@ def contrasts(results: list[Result]) -> str:
 
 
 def clipping(results: list[Result]) -> str:
-    """Within each run: the share clipped where A < 0 minus that where A > 0."""
+    """Formats, within each run, the clip fraction where A < 0 minus that where A > 0."""
     positive, negative = (
         report.by_variant(results, name) for name in ("clipped A>0", "clipped A<0")
     )
@@ -101,7 +101,7 @@ def clipping(results: list[Result]) -> str:
 
 
 def predictions(results: list[Result], folder: pathlib.Path) -> str:
-    """Measured on predicted change of held-out length, a row an objective."""
+    """Formats fits of measured on predicted change of held-out length, one row per objective."""
     runs: dict[str, list] = {}
     for result in results:
         if not result.missing:
@@ -133,7 +133,7 @@ def _band(axis, curves, color, label, style="-"):
 
 
 def curves_figure(sweep: Sweep, folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Accuracy and length over steps, and the pressure of the updates, by objective."""
+    """Draws accuracy, length and the updates' pressure over steps, by objective."""
     panels = (
         ("held-out accuracy", "val-core/*", ""),
         ("held-out length", design.LENGTH, "tokens"),
@@ -156,7 +156,7 @@ def curves_figure(sweep: Sweep, folder: pathlib.Path, target: pathlib.Path) -> N
 
 
 def clipping_figure(sweep: Sweep, folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Clipped share by the sign of the advantage over steps, an objective a panel."""
+    """Draws clip fraction by sign of the advantage over steps, one panel per objective."""
     plt = report.pyplot()
     figure, axes = plt.subplots(1, len(SHOWN), figsize=(12, 3.4), layout="constrained", sharey=True)
     for axis, cell in zip(axes, SHOWN, strict=True):

@@ -1,4 +1,4 @@
-"""What the study runs: objectives on drawn images, controls, and the sweeps made of them."""
+"""Design of the study: objectives on drawn images, controls, and their sweeps."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ LENGTH = "val-aux/*/response_length/mean"
 _WIDE = {"objective.clip_low": 2e-3, "objective.clip_high": 2.5e-3}  # LUSPO's own range
 _PUBLISHED = {name: {"objective.preset": name.lower()} for name in ("GRPO", "GSPO", "LUSPO")}
 
-# Cells whose learning rates are tuned: as published, and what separates LUSPO from GSPO.
+# Cells with tuned learning rates: as published, and steps that separate LUSPO from GSPO.
 TUNED = {
     **_PUBLISHED,
     "GSPO wide": {"objective.preset": "gspo", **_WIDE},
@@ -25,7 +25,7 @@ TUNED = {
     },
 }
 
-# Name → (the cell that it changes and whose rate it takes, fields).
+# Name → (the cell that it changes and whose rate it uses, fields).
 CONTROLS = {
     "GSPO, tower frozen": ("GSPO", {"train.freeze_vision": True}),
     "LUSPO, tower frozen": ("LUSPO", {"train.freeze_vision": True}),
@@ -44,7 +44,7 @@ TINY_RUN = {
     "output.checkpoint_every": 0,
     "output.keep_best": 0,
 }
-# Pressure of every update that is taken, by all responses of the rollout that follows it.
+# Pressure of every update taken, by all responses of the next rollout.
 MEASURED = {"length.every": 1, "length.share": 1.0}
 
 OUTCOMES = (
@@ -64,13 +64,13 @@ OUTCOMES = (
 
 
 def cells(rates: Mapping[str, float]) -> dict[str, dict]:
-    """Name → fields, at the learning rates of the tuned cells."""
+    """Returns name → fields, at the learning rates of the tuned cells."""
     found = {name: fields | {"train.learning_rate": rates[name]} for name, fields in TUNED.items()}
     return found | {name: found[cell] | fields for name, (cell, fields) in CONTROLS.items()}
 
 
 def tuning() -> Sweep:
-    """Every tuned cell at every rate, on seeds of its own."""
+    """Returns the sweep of every tuned cell at every rate, on its own seeds."""
     return Sweep(
         base="configs/quickstart_vl.py",
         fixed=TINY_RUN | {"eval.every": 0, "eval.num_problems": 32, "eval.num_samples": 1},
@@ -84,7 +84,7 @@ def tuning() -> Sweep:
 
 
 def main(rates: Mapping[str, float]) -> Sweep:
-    """Every cell with every seed."""
+    """Returns the sweep of every cell with every seed."""
     return Sweep(
         base="configs/quickstart_vl.py",
         fixed=TINY_RUN | MEASURED,

@@ -1,12 +1,10 @@
 """Runs the study: `python -m experiments.studies.vl_length.study --workdir=DIR --parallel=2`.
 
-Tunes a learning rate for each objective on seeds of their own, runs every cell of the design with
-every seed, and writes tables and figures into the workdir. The same command continues;
-`--analyse_only` tells of what is there. `--publish` also copies tables and figures beside the
-study's README.
+Tunes a learning rate for each objective on separate seeds, runs every cell of the design with every
+seed, and writes tables and figures into the workdir. The same command resumes; `--analyse_only`
+analyses the finished runs. `--publish` also copies tables and figures beside the study's README.
 """
 
-import json
 import pathlib
 import shutil
 import sys
@@ -24,9 +22,10 @@ PUBLISHED = ("results.md", "curves.png", "clipping.png")
 
 
 def main() -> None:
-    """Everything, in order."""
+    """Runs everything, in order."""
     from experiments.studies.vl_length import analysis, design
     from experiments.sweeps import runner, tuning
+    from luspo_jax.hosts import files
 
     workdir = pathlib.Path(_WORKDIR.value).absolute()
     failures = {}
@@ -39,7 +38,7 @@ def main() -> None:
         return sweep, folder
 
     rates = tuning.best_rates(*run("tuning", design.tuning()))
-    (workdir / "rates.json").write_text(json.dumps(rates, indent=1) + "\n")
+    files.write_json(workdir / "rates.json", rates)
     print(analysis.write(rates, *run("main", design.main(rates)), workdir))
     if _PUBLISH.value:
         for name in PUBLISHED:

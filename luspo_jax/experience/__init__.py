@@ -1,0 +1,1 @@
+"""From prompts to batches: groups of responses are sampled, rewarded, filtered and measured."""

@@ -1,0 +1,190 @@
+"""The responses of a step in groups, to which every stage adds fields."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from luspo_jax.prompts import PromptRecord
+from luspo_jax.rewards import Sample, Scorer
+from luspo_jax.rewards.answers.extraction import with_opening
+from luspo_jax.rollout import Response
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A prompt and the responses to it."""
+
+    prompt: PromptRecord
+    responses: Sequence[Response]
+
+    def column(self, name: str) -> list[Any]:
+        """Returns a field of each response."""
+        return [getattr(response, name) for response in self.responses]
+
+    @property
+    def counted(self) -> np.ndarray:
+        """Whether each response counts in the group's statistics."""
+        return np.array(self.column("counted"), bool)
+
+    @property
+    def judged(self) -> np.ndarray:
+        """Whether each response has a verdict."""
+        return np.array([reward.judged for reward in self.column("reward")], bool)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each response."""
+        return np.array([len(tokens) for tokens in self.column("tokens")], np.int32)
+
+    def values(self, part: str | None = None) -> np.ndarray:
+        """Returns the reward of each response, or one part of it."""
+        return np.array(
+            [r.value if part is None else r.parts[part] for r in self.column("reward")], np.float32
+        )
+
+    def enriched(self, **columns: Sequence[Any]) -> "Group":
+        """Returns the group with new values in some fields of its responses."""
+        return Group(self.prompt, _enriched(self.responses, columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """The groups that a step trains on, with views of their responses.
+
+    Attributes:
+      groups: the groups.
+      version: number of steps that the policy at the start of this step has taken.
+    """
+
+    groups: Sequence[Group]
+    version: int
+
+    def column(self, name: str) -> list[Any]:
+        """Returns a field of each response."""
+        return [value for group in self.groups for value in group.column(name)]
+
+    @property
+    def responses(self) -> list[Response]:
+        """All responses, group by group."""
+        return [response for group in self.groups for response in group.responses]
+
+    @property
+    def prompts(self) -> list[PromptRecord]:
+        """The prompt of each response."""
+        return [group.prompt for group in self.groups for _ in group.responses]
+
+    @property
+    def rewards_B(self) -> np.ndarray:
+        """float32 reward of each response."""
+        return np.concatenate([group.values() for group in self.groups])
+
+    @property
+    def lengths_B(self) -> np.ndarray:
+        """int32 tokens of each response."""
+        return np.concatenate([group.lengths for group in self.groups])
+
+    @property
+    def judged_B(self) -> np.ndarray:
+        """Whether each response has a verdict."""
+        return np.concatenate([group.judged for group in self.groups])
+
+    @property
+    def counted_B(self) -> np.ndarray:
+        """Whether each response counts in its group's statistics."""
+        return np.array(self.column("counted"), bool)
+
+    @property
+    def trained_B(self) -> np.ndarray:
+        """Whether each response has a token that carries gradient."""
+        return np.array([trained.any() for trained in self.column("trained")], bool)
+
+    @property
+    def fresh_B(self) -> np.ndarray:
+        """Whether the policy that starts the step sampled every token of each response."""
+        return np.array([(v == self.version).all() for v in self.column("versions")], bool)
+
+    @property
+    def advantages_B(self) -> np.ndarray:
+        """float32 advantage of each response."""
+        return np.array(self.column("advantage"), np.float32)
+
+    @property
+    def group_ids_B(self) -> np.ndarray:
+        """int32 group of each response, 0 … P−1."""
+        sizes = [len(group.responses) for group in self.groups]
+        return np.repeat(np.arange(len(self.groups), dtype=np.int32), sizes)
+
+    def enriched(self, **columns: Sequence[Any]) -> "Rollouts":
+        """Returns the rollouts with new values, one per response, in some response fields."""
+        responses = iter(_enriched(self.responses, columns))
+        groups = [
+            Group(group.prompt, [next(responses) for _ in group.responses]) for group in self.groups
+        ]
+        return Rollouts(groups, self.version)
+
+
+def _enriched(responses, columns):
+    return [
+        dataclasses.replace(response, **dict(zip(columns, values, strict=True)))
+        for response, *values in zip(responses, *columns.values(), strict=True)
+    ]
+
+
+def judged(
+    prompts: Sequence[PromptRecord],
+    responses: Sequence[Response],
+    *,
+    scorer: Scorer,
+    decode: Callable[[np.ndarray], str],
+    max_length: int,
+    version: int = 0,
+) -> list[Group]:
+    """Rewards responses and groups them; they come prompt by prompt in equal numbers.
+
+    A `<think>` at the end of the prompt belongs to the response. A response whose verifier failed
+    or timed out has no verdict: it is reported, but neither counts nor carries gradient, so it does
+    not pass for a wrong answer.
+
+    Args:
+      prompts: of the responses.
+      responses: as sampled.
+      scorer: the reward.
+      decode: tokens → text.
+      max_length: the sampler's limit on response length, in tokens.
+      version: of the policy that sampled.
+    """
+    size = len(responses) // max(1, len(prompts))
+    asked = [prompt for prompt in prompts for _ in range(size)]
+    texts = [decode(response.tokens) for response in responses]
+    rewards = scorer.score_batch(
+        [
+            Sample(
+                response=with_opening(prompt.text, text),
+                answer=prompt.example.answer,
+                length=len(response.tokens),
+                max_length=max_length,
+                meta=prompt.example.meta,
+                problem=prompt.example.problem,
+            )
+            for prompt, response, text in zip(asked, responses, texts, strict=True)
+        ]
+    )
+    known = _enriched(
+        responses,
+        {
+            "text": texts,
+            "reward": rewards,
+            "counted": [reward.judged for reward in rewards],
+            "trained": [
+                np.full(len(response.tokens), reward.judged)
+                for response, reward in zip(responses, rewards, strict=True)
+            ],
+            "versions": [np.full(len(r.tokens), version, np.uint32) for r in responses],
+        },
+    )
+    return [
+        Group(prompt, known[index * size : (index + 1) * size])
+        for index, prompt in enumerate(prompts)
+    ]

@@ -1,0 +1,241 @@
+"""Stages of a step between rewards and update; each adds fields to the responses.
+
+All that a step trains on is computed on the host, once, before its first update.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from luspo_jax import objectives
+from luspo_jax.experience.groups import Rollouts
+from luspo_jax.learner.plan import one_a_row
+from luspo_jax.learner.policies import (
+    Laid,
+    PolicyLogprobs,
+    laid,
+    laid_rows,
+    policy_logprobs,
+    sequence_lengths,
+)
+from luspo_jax.learner.programs import StepPrograms
+from luspo_jax.learner.rows import Planner
+from luspo_jax.metrics import StepMetrics, timed
+from luspo_jax.objectives import Objective
+from luspo_jax.types import ResponseRows, TrainBatch, TrainState
+
+
+class MismatchError(RuntimeError):
+    """Sampler and trainer disagree about the probabilities of sampled tokens."""
+
+
+def with_logprobs(
+    rollouts: Rollouts,
+    state: TrainState,
+    programs: StepPrograms,
+    planner: Planner,
+    metrics: StepMetrics,
+    mismatch_limit: float | None = None,
+) -> tuple[Rollouts, int]:
+    """Adds log-probs of the old and the reference policy if the objective reads them.
+
+    Args:
+      rollouts: rewarded responses.
+      state: contains the policies.
+      programs: of the step.
+      planner: of the run.
+      metrics: receives times and the gap between sampler and trainer.
+      mismatch_limit: largest allowed gap, in nats; None does not check.
+
+    Returns:
+      The rollouts, and the length of arrays with one row per response.
+
+    Raises:
+      MismatchError: sampler and trainer disagree.
+    """
+    check = mismatch_limit is not None
+    passes = programs.passes(stale=not rollouts.fresh_B.all(), check=check)
+    plans = laid(planner, rollouts.prompts, rollouts.responses)
+    with timed(metrics, "old_log_prob"):
+        if "old" in passes:
+            found = policy_logprobs(state, passes["old"], plans, planner)
+            gap = largest_gap(rollouts, found)
+            metrics.add("rollout_corr/max_abs_diff", gap)
+            if check:
+                check_gap(gap, mismatch_limit)
+            if passes["old"].kept:
+                keep_entropy = programs.keeps_entropy
+                rollouts = with_old_logprobs(rollouts, found, keep_entropy=keep_entropy)
+                if found.agreement is not None:  # without this pass, the update reports it
+                    metrics.add("router/agreement/sampler_old", found.agreement)
+    with timed(metrics, "ref"):
+        if "ref" in passes:
+            found = policy_logprobs(state, passes["ref"], plans, planner)
+            rollouts = rollouts.enriched(ref_logprobs=found.logprobs)
+    return rollouts, plans[0].plan.width
+
+
+def with_old_logprobs(
+    rollouts: Rollouts, found: PolicyLogprobs, *, keep_entropy: bool = False
+) -> Rollouts:
+    """Adds log-probs of the policy that starts the step, computed by the trainer.
+
+    A token that another policy sampled keeps the sampler's log-prob, which is under that policy;
+    its expert ids are the sampler's, too.
+
+    Args:
+      rollouts: the responses.
+      found: results of that policy's pass.
+      keep_entropy: whether the objective ranks entropies.
+    """
+    responses = rollouts.responses
+    fresh = [versions == rollouts.version for versions in rollouts.column("versions")]
+    columns = {
+        "old_logprobs": [
+            np.where(own, computed, response.logprobs)
+            for own, computed, response in zip(fresh, found.logprobs, responses, strict=True)
+        ]
+    }
+    if keep_entropy:
+        columns["old_entropy"] = found.entropies
+    if found.expert_ids is not None:
+        columns["old_expert_ids"] = [
+            _chosen_ids(*pair) for pair in zip(fresh, found.expert_ids, responses, strict=True)
+        ]
+    return rollouts.enriched(**columns)
+
+
+def _chosen_ids(fresh, computed, response):
+    if fresh.all():
+        return computed
+    of_prompt = np.full(len(computed) - len(fresh), fresh.all())
+    own = np.concatenate([of_prompt, fresh])[:, None, None]
+    sampled = np.concatenate([response.prompt_expert_ids, response.expert_ids])
+    return np.where(own, computed, sampled)
+
+
+def largest_gap(rollouts: Rollouts, found: PolicyLogprobs) -> float:
+    """Returns the largest log-prob difference of a trained token, sampler to trainer, in nats.
+
+    Tokens that another policy sampled are left out.
+    """
+    gaps = [
+        np.abs(computed - r.logprobs)[r.trained & (r.versions == rollouts.version)]
+        for computed, r in zip(found.logprobs, rollouts.responses, strict=True)
+    ]
+    return float(np.max(np.concatenate(gaps), initial=0.0))
+
+
+def check_gap(gap: float, limit: float) -> None:
+    """Refuses to train if sampler and trainer disagree.
+
+    Raises:
+      MismatchError: naming the gap, in nats, and what to do.
+    """
+    if not gap <= limit:
+        raise MismatchError(
+            f"sampler and trainer log-probs of the same tokens differ by up to {gap:.3g} nats at "
+            f"the first step, more than rollout.mismatch_limit={limit:g}: in float32 this is a "
+            "fault; in bfloat16 rounding makes 0.2 to 0.5 and more in large runs: set the limit to "
+            "1, or model.rollout_dtype=float32"
+        )
+
+
+def with_advantages(
+    rollouts: Rollouts, objective: Objective, width: int, penalty_B: np.ndarray | float = 0.0
+) -> Rollouts:
+    """Adds advantages, computed inside each group of responses to one prompt.
+
+    Args:
+      rollouts: with the log-probs that a KL term in the reward reads.
+      objective: defines the advantages.
+      width: tokens of the longest sequence, rounded up to few sizes.
+      penalty_B: float32, subtracted from the reward of each response.
+    """
+    rewards_B = rollouts.rewards_B - np.float32(penalty_B)
+    if objective.kl_in_reward:
+        prompts, responses = rollouts.prompts, rollouts.responses
+        lengths_B = sequence_lengths(prompts, responses)
+        plan = one_a_row(lengths_B, width=width, rows_per_microbatch=len(lengths_B))
+        arrays = (
+            plan.place(rollouts.column(name))
+            for name in ("old_logprobs", "ref_logprobs", "trained")
+        )
+        rewards_B = rewards_B + np.asarray(
+            objectives.reward_adjustment(
+                *arrays, kl_coef=objective.kl_coef, kl_estimator=objective.kl_estimator
+            )
+        )
+    lengths_B = np.where(rollouts.counted_B, rollouts.lengths_B, 0)
+    advantages_B = objectives.advantages(objective, rewards_B, rollouts.group_ids_B, lengths_B)
+    return rollouts.enriched(advantage=np.asarray(advantages_B, np.float32).tolist())
+
+
+def train_batch(
+    rollouts: Rollouts, planner: Planner, chosen: np.ndarray, width: int
+) -> tuple[TrainBatch, dict[str, float]]:
+    """Returns the batch of one optimizer step in NumPy, and metrics of how full its rows are.
+
+    Args:
+      rollouts: with everything that the objective reads.
+      planner: of the run.
+      chosen: indices of the responses; whole groups.
+      width: length of the arrays with one row per response, the same throughout a step.
+    """
+    prompts, responses = (
+        [column[i] for i in chosen] for column in (rollouts.prompts, rollouts.responses)
+    )
+    plan = planner.plan(sequence_lengths(prompts, responses), width)
+    known = {
+        f"{name}_BT": plan.place([getattr(r, name) for r in responses])
+        for name in ("old_logprobs", "old_entropy", "ref_logprobs")
+        if getattr(responses[0], name) is not None
+    }
+    rows = laid_rows(
+        planner,
+        Laid(prompts, responses, plan),
+        old_ids=responses[0].old_expert_ids is not None,
+    )
+    objective_rows = ResponseRows(
+        starts_B=plan.place_one(plan.firsts_B),
+        response_mask_BT=plan.place([r.trained for r in responses]),
+        advantages_B=plan.place_one(rollouts.advantages_B[chosen]),
+        group_ids_B=plan.place_one(rollouts.group_ids_B[chosen]),
+        sampler_logprobs_BT=plan.place([r.logprobs for r in responses]),
+        **known,
+    )
+    return TrainBatch(rows, objective_rows), dict(plan.metrics)
+
+
+def train_batches(
+    rollouts: Rollouts,
+    planner: Planner,
+    width: int,
+    metrics: StepMetrics,
+    *,
+    epochs: int,
+    minibatches: int,
+    key: Sequence[int],
+) -> Iterator[TrainBatch]:
+    """Yields the batches of a step: `epochs` passes over its groups, cut into `minibatches` each.
+
+    Groups come in sampled order in the first pass, and shuffled in later passes.
+
+    Args:
+      rollouts: with everything that the objective reads.
+      planner: of the run.
+      width: from `with_logprobs`.
+      metrics: receives how full rows are.
+      epochs, minibatches: of the step.
+      key: integers that decide the order of later passes.
+    """
+    ids_B = rollouts.group_ids_B
+    for epoch in range(epochs):
+        groups = np.unique(ids_B)
+        if epoch:
+            groups = np.random.default_rng([*key, epoch]).permutation(groups)
+        for part in np.split(groups, minibatches):
+            chosen = np.concatenate([np.flatnonzero(ids_B == group) for group in part])
+            batch, filled = train_batch(rollouts, planner, chosen, width)
+            metrics.update(filled)
+            yield batch

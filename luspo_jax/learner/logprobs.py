@@ -1,0 +1,217 @@
+"""Token log-probs and entropies of training rows: the model, then the chunked head."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from luspo_jax import sharding
+from luspo_jax.learner import rows as training_rows
+from luspo_jax.learner.routers import RouterPass, router_pass
+from luspo_jax.models import decoder, vision
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.experts import check_ids
+from luspo_jax.models.forward import Forward
+from luspo_jax.ops.attention import inverse_ring_order, ring_order
+from luspo_jax.ops.head_logprobs import head_logprobs
+from luspo_jax.sharding import Layout
+from luspo_jax.types import TokenRows
+
+
+@dataclasses.dataclass(frozen=True)
+class LogprobRule:
+    """How log-probabilities are computed; static under jit.
+
+    Attributes:
+      how: the model's forward pass.
+      temperature: of the rollout; any other temperature would make the importance ratio wrong by
+        several nats.
+      head_chunk_tokens: tokens (rows × positions) whose logits exist at once on a device; the head
+        always accumulates in float32.
+      replay: which recorded expert ids replace the routers' choice, a key of REPLAYS; rows without
+        that record are routed by the policy.
+      freeze_vision: no gradient reaches the vision tower.
+    """
+
+    how: Forward
+    temperature: float = 1.0
+    head_chunk_tokens: int = 2048
+    replay: str = "none"
+    freeze_vision: bool = False
+
+
+# Router replay: "old" is R2 and "sampler" R3 of arXiv:2512.01374.
+REPLAYS = ("none", "old", "sampler")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probs ≤ 0 and entropies ≥ 0 of the masked tokens in nats, float32; 0 elsewhere.
+
+    `router` is None without experts.
+    """
+
+    logprobs_RT: jax.Array
+    entropy_RT: jax.Array
+    router: RouterPass | None = None
+
+
+def microbatch_logprobs(
+    params: Mapping[str, Any], rows: TokenRows, *, rule: LogprobRule
+) -> TokenLogprobs:
+    """Computes log-probs and entropies of the masked tokens of one micro-batch; differentiable."""
+    layout = rule.how.layout
+    recorded = {} if rows.expert_ids is None else vars(rows.expert_ids)
+    recorded = {name: ids for name, ids in recorded.items() if ids is not None}
+    for name, ids in recorded.items():
+        check_ids(ids, rows.tokens_RT, rule.how.model, f"expert_ids.{name}")
+    order, back = _ring(rows.tokens_RT.shape[1], layout)
+    replayed = recorded.get(rule.replay)
+    shown = rows.images is not None
+    hidden_RTD, routed = decoder.forward(
+        params,
+        order(rows.tokens_RT),
+        order(rows.positions_RT),
+        order(rows.segment_ids_RT),
+        how=rule.how,
+        replayed_BTLK=None if replayed is None else order(replayed),
+        units_UD=_units(params, rows.images.images, rule) if shown else None,
+        index_BT=order(rows.images.units_RT) if shown else None,
+    )
+    # The state at t−1 predicts token t. Predictions are made at index t−1 and moved to the token
+    # that they predict, by the alignment law of types.py. A segment begins with a prompt, so no
+    # prediction that is used crosses a segment border.
+    logprobs_RT, entropy_RT = head_logprobs(
+        hidden_RTD,
+        decoder.head_kernel(params),
+        order(jnp.roll(rows.tokens_RT, -1, axis=1)),
+        order(_shift_left(rows.response_mask_RT)),
+        temperature=rule.temperature,
+        chunk_tokens=rule.head_chunk_tokens,
+        layout=layout,
+    )
+    real_RT = rows.segment_ids_RT > 0
+    router = None if routed is None else router_pass(routed, back, real_RT, recorded)
+    return TokenLogprobs(_shift_right(back(logprobs_RT)), _shift_right(back(entropy_RT)), router)
+
+
+def _units(params, images, rule):
+    """Returns the embeddings of the images of a micro-batch [U, D]."""
+    tower = params["vision"]
+    units_IUD = vision.encode(
+        jax.lax.stop_gradient(tower) if rule.freeze_vision else tower,
+        images.patches_ISC,
+        images.positions_IS2,
+        images.valid_IS,
+        how=rule.how,
+    )
+    return units_IUD.reshape(-1, units_IUD.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "record_experts"))
+def row_logprobs(
+    params: Any, rows: TokenRows, *, rule: LogprobRule, record_experts: bool = False
+) -> TokenLogprobs:
+    """Computes log-probs of rows without gradients, one micro-batch at a time.
+
+    Log-probs and entropies [R, T] end on every device. With `record_experts`, `router.expert_ids`
+    are [micro-batches, rows, T, L, K]. They take L · K bytes per token (384 in Qwen3-30B-A3B,
+    against 8 for log-prob and entropy), so they stay sharded with the rows, and
+    `routers.sequence_ids` fetches them.
+    """
+
+    def compute(carry, part):
+        found = microbatch_logprobs(params, part, rule=rule)
+        if found.router is not None and not record_experts:
+            router = dataclasses.replace(found.router, expert_ids=None)
+            found = dataclasses.replace(found, router=router)
+        return carry, found
+
+    parts = training_rows.split(rows, rows.num_microbatches, rule.how.layout)
+    step = unless_empty(compute, lambda part: part, rule.how.model)
+    _, result = jax.lax.scan(step, None, parts)
+
+    def whole(x):  # on every process, because the host reads them
+        x = x.reshape(-1, *x.shape[2:])
+        return sharding.constrain(x, (None,) * x.ndim, rule.how.layout)
+
+    router = result.router
+    if router is not None:
+        ids = router.expert_ids
+        sums = dataclasses.replace(router, expert_ids=None)
+        sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+        if ids is not None:
+            axes = (None, "batch", *[None] * (ids.ndim - 2))
+            ids = sharding.constrain(ids, axes, rule.how.layout)
+        router = dataclasses.replace(sums, expert_ids=ids)
+    return TokenLogprobs(whole(result.logprobs_RT), whole(result.entropy_RT), router)
+
+
+def of_responses(
+    values_RT: jax.Array, starts_B: jax.Array, mask_BT: jax.Array, layout: Layout | None
+) -> jax.Array:
+    """Rearranges values of a micro-batch's rows to one row per response, [R, T] -> [B, T'], masked.
+
+    A sequence is one slice: cheaper than an index for every token.
+    """
+    values_RT = sharding.constrain(values_RT, (None, None), layout)
+    width = mask_BT.shape[1]
+    flat = jnp.pad(values_RT.reshape(-1), (0, width))  # a slice may run past the last row
+    values_BT = jax.vmap(lambda start: jax.lax.dynamic_slice(flat, (start,), (width,)))(starts_B)
+    return jnp.where(mask_BT, values_BT, 0.0)
+
+
+def unless_empty(
+    step: Callable[[Any, Any], Any], rows_of: Callable[[Any], TokenRows], model: DecoderConfig
+) -> Callable[[Any, Any], Any]:
+    """Makes a scan's `step` skip micro-batches of which no log-prob is wanted.
+
+    A plan rounds the number of micro-batches up so that few programs are compiled; the added ones
+    are not computed. Results of a skipped micro-batch are zeros, as those of a masked one are.
+    Router metrics count every token: with experts, only a micro-batch without tokens is skipped.
+    """
+
+    def step_or_skip(carry, part):
+        def skip(carry, part):
+            _, result = jax.eval_shape(step, carry, part)
+            return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
+
+        rows = rows_of(part)
+        some = rows.segment_ids_RT > 0 if model.num_experts else rows.response_mask_RT
+        return jax.lax.cond(jnp.any(some), step, skip, carry, part)
+
+    return step_or_skip
+
+
+def _ring(length, layout):
+    """Returns functions that permute [B, T, ...] to ring attention's order, padded, and back.
+
+    The arrays hold one number per token, or the ids of its experts.
+    """
+    count = layout.size("length") if layout else 1
+    if count == 1:
+        return (lambda x_BT: x_BT), (lambda x_BT: x_BT)
+    padded = length + -length % (2 * count)
+    order, inverse = ring_order(padded, count), inverse_ring_order(padded, count)
+
+    def into(x_BT):
+        widths = ((0, 0), (0, padded - length), *[(0, 0)] * (x_BT.ndim - 2))
+        return jnp.pad(x_BT, widths)[:, order]
+
+    def back(x_BT):
+        axes = ("batch", *[None] * (x_BT.ndim - 1))
+        return sharding.constrain(x_BT, axes, layout)[:, inverse][:, :length]
+
+    return into, back
+
+
+def _shift_left(x_BT):
+    return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+
+
+def _shift_right(x_BT):
+    return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))

@@ -1,0 +1,127 @@
+"""One optimizer step: log-probs → objective → gradient over micro-batches → optax."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from luspo_jax import objectives, sharding
+from luspo_jax.learner import optimizer, routers
+from luspo_jax.learner.logprobs import microbatch_logprobs, of_responses, unless_empty
+from luspo_jax.learner.rows import split
+from luspo_jax.learner.state import UpdateRule, param_shardings, state_shardings
+from luspo_jax.ops.precision import wide_type
+from luspo_jax.types import TrainBatch, TrainState
+
+
+@functools.partial(jax.jit, static_argnames=("rule",), donate_argnames=("state",))
+def update_step(
+    state: TrainState,
+    batch: TrainBatch,
+    rate: jax.Array,
+    alpha_shift: jax.Array | float = 0.0,
+    *,
+    rule: UpdateRule,
+) -> tuple[TrainState, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Takes one optimizer step on one minibatch.
+
+    Denominators and length scales come from the whole minibatch before it is cut, and each
+    micro-batch's loss is its sum over them: gradients add up to the gradient of the whole, however
+    it is cut. A non-finite gradient changes only the count of skipped updates.
+
+    Args:
+      state: donated.
+      batch: whole groups; its plan sets the micro-batches, which do not affect the result.
+      rate: float32 scalar, the learning rate.
+      alpha_shift: float32 scalar, added to the exponent of an adaptive length scale.
+      rule: the static part.
+
+    Returns:
+      The new state, and metrics as (sum, count).
+    """
+    objective = rule.objective
+    mask_BT, layout = batch.responses.response_mask_BT, rule.logprobs.how.layout
+    lengths_B = jnp.sum(mask_BT, axis=1, dtype=jnp.int32)
+    length_scale_B = objectives.length_scales(
+        objective, lengths_B, batch.responses.group_ids_B, alpha_shift
+    )
+    denominators = objectives.denominators(objective, mask_BT, batch.responses.old_entropy_BT)
+    balance_LE = None
+    if rule.router_aux_coef:
+        balance_LE = routers.balance_weights(
+            batch.rows, rule.logprobs.how.model, replay=rule.logprobs.replay
+        )
+
+    def loss(params, part):
+        rows, responses, scale_B = part
+        found = microbatch_logprobs(params, rows, rule=rule.logprobs)
+        at = (responses.starts_B, responses.response_mask_BT, layout)
+        total, metrics = objectives.loss(
+            objective,
+            objectives.PolicyBatch(
+                logprobs_BT=of_responses(found.logprobs_RT, *at),
+                old_logprobs_BT=responses.old_logprobs_BT,
+                advantages_B=responses.advantages_B,
+                response_mask_BT=responses.response_mask_BT,
+                length_scale_B=scale_B,
+                entropy_BT=of_responses(found.entropy_RT, *at),
+                ref_logprobs_BT=responses.ref_logprobs_BT,
+                sampler_logprobs_BT=responses.sampler_logprobs_BT,
+            ),
+            denominators,
+            bin_edges=rule.bin_edges,
+        )
+        router = found.router
+        if router is not None:
+            if balance_LE is not None:
+                total = total + rule.router_aux_coef * jnp.sum(balance_LE * router.mass_LE)
+            router = jax.lax.stop_gradient(dataclasses.replace(router, expert_ids=None))
+        return total, (metrics, router)
+
+    def accumulate(grads, part):
+        (_, found), new = jax.value_and_grad(loss, has_aux=True)(state.params, part)
+        grads = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
+        return sharding.constrain_tree(grads, param_shardings(rule.logprobs.how)), found
+
+    # Gradients add up in float32, or in float64 if the master weights are float64.
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), state.params)
+    whole = (batch.rows, batch.responses, length_scale_B)
+    parts = split(whole, batch.rows.num_microbatches, layout)
+    step = unless_empty(accumulate, lambda part: part[0], rule.logprobs.how.model)
+    grads, found = jax.lax.scan(step, zeros, parts)
+    metrics, router = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
+    if router is not None:
+        metrics |= routers.router_metrics(router, balance_LE)
+    return _step(state, grads, rate, metrics, rule)
+
+
+def _step(state, grads, rate, metrics, rule):
+    """Clips and steps; keeps the old state if the gradient is not finite."""
+    grads, norm, clipped = optimizer.clip_by_global_norm(grads, rule.max_grad_norm)
+    finite = jnp.isfinite(norm)
+    params, opt_state = optimizer.apply(
+        rule.optimizer, state.params, grads, state.opt_state, rate=rate
+    )
+    params = {**params, **{name: state.params[name] for name in rule.frozen}}
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    skipped = 1 - finite.astype(jnp.int32)
+    one, taken = jnp.ones((), jnp.float32), finite.astype(jnp.float32)
+    metrics = {
+        **metrics,
+        # The mean is over updates taken: a skipped one is counted, not averaged in.
+        "actor/grad_norm": (jnp.where(finite, norm, 0.0), taken),
+        "actor/grad_clip_rate": (jnp.where(finite, clipped, False).astype(jnp.float32), taken),
+        "actor/skipped_updates": (skipped.astype(jnp.float32), one),
+    }
+    state = dataclasses.replace(
+        state,
+        params=params,
+        opt_state=opt_state,
+        skipped_updates=state.skipped_updates + skipped,
+    )
+    return sharding.constrain_tree(state, state_shardings(state, rule)), metrics

@@ -1,0 +1,39 @@
+"""How a forward pass is computed: one object, from a run's configuration down to the layers."""
+
+import dataclasses
+
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.sharding import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """How a forward pass is computed; static under jit.
+
+    Attributes:
+      model: the decoder's configuration, its vision tower's within.
+      dtype: name of the type of activations, matmuls and the cache; norms, rotation, softmax and
+        routers are float32.
+      attention: an implementation of `ops.attention`, of whole sequences.
+      vision_attention: likewise, of the patches of an image.
+      expert_kernel: an implementation of `ops.grouped_matmul`.
+      remat: what of a layer is kept for the backward pass, a key of `decoder.REMAT`.
+      layout: where parameters, rows, positions and heads lie; None on one device.
+    """
+
+    model: DecoderConfig
+    dtype: str = "float32"
+    attention: str = "reference"
+    vision_attention: str = "reference"
+    expert_kernel: str = "reference"
+    remat: str = "none"
+    layout: Layout | None = None
+
+    def with_reference_kernels(self) -> "Forward":
+        """The same without kernels, whose backward pass may be differentiated."""
+        return dataclasses.replace(
+            self,
+            attention="reference",
+            vision_attention="reference",
+            expert_kernel="reference",
+        )

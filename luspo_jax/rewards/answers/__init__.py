@@ -1,0 +1,1 @@
+"""Reading answers: what a response states, as numbers, sets, formulas or words, and equality."""

@@ -1,0 +1,1 @@
+"""A run from configuration to workdir: fields, checks, built parts, and the results it keeps."""

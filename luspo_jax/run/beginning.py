@@ -1,0 +1,111 @@
+"""The beginning of a run: new, from its own last checkpoint, or from another run's checkpoint."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from luspo_jax import prompts
+from luspo_jax.experience.groups import Group
+from luspo_jax.experience.held_out import Evaluation
+from luspo_jax.experience.stored import from_stored, to_stored
+from luspo_jax.hosts import processes
+from luspo_jax.learner.state import abstract_state, initial_state
+from luspo_jax.length.steering import LengthState
+from luspo_jax.run.build import Run
+from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """What a step hands to the next on the host: surplus groups, and statistics of lengths."""
+
+    surplus: Sequence[Group] = ()
+    length: LengthState = dataclasses.field(default_factory=LengthState)
+
+
+Start = tuple[TrainState, int, list[tuple[int, Evaluation]], Carried]
+
+# Host state that a fork takes from its parent → prefixes of fields and facts whose change prevents
+# it.
+_TAKEN_ALONG = {
+    "stream": ("data.", "seed", "datasets", "template_hash", "model.tokenizer"),
+    "surplus": (
+        "data.", "seed", "datasets", "template_hash", "model.", "reward.", "scorers", "rollout.",
+        "shaping.",
+    ),
+    "length": ("length.", "objective.", "rollout."),
+    "evaluations": (
+        "data.", "datasets", "template_hash", "model.", "reward.", "scorers", "eval.",
+        "rollout.max_response_length",
+    ),
+}  # fmt: skip
+
+
+def begin(run: Run, checkpointer: Checkpointer, fork: Mapping[str, Any] | None = None) -> Start:
+    """Returns state, steps taken, held-out results and carried values: from the latest checkpoint,
+    else from the fork's checkpoint, else new."""
+    latest = checkpointer.latest_step()
+    processes.agree({"the checkpoint to continue from": latest})  # each process looked by itself
+    if latest is not None:
+        return _restored(run, checkpointer, latest)
+    if fork is None:
+        return begin_state(run), 0, [], Carried()
+    folder = pathlib.Path(fork["run"]) / "checkpoints"
+    with contextlib.closing(Checkpointer(folder, read_only=True)) as parent:
+        try:
+            return _restored(run, parent, fork["step"], fork["changed"])
+        except CheckpointError as error:
+            raise CheckpointError(f"--fork={fork['run']}: {error}{_told(fork)}") from error
+
+
+def _restored(run, checkpointer, step, changed=()) -> Start:
+    like = abstract_state(run.rule, marked=run.length.every > 0)
+    state, host, waiting = checkpointer.restore(step, like)
+    kept = {name for name, roots in _TAKEN_ALONG.items() if not _begins(changed, roots)}
+    if "stream" in kept:
+        run.data.stream.set_state(host["stream"])
+    evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
+    stored = from_stored(waiting, host["waiting"]) if "surplus" in kept else []
+    surplus = [
+        dataclasses.replace(group, prompt=prompts.pictured(group.prompt, run.data.renderer))
+        for group in stored
+    ]
+    length = LengthState.from_json(host["length"]) if "length" in kept else LengthState()
+    carried = Carried(surplus, length)
+    return state, step, evaluations if "evaluations" in kept else [], carried
+
+
+def _begins(names, roots):
+    return any(name.startswith(roots) for name in names)
+
+
+def _told(fork):
+    """Names the changed fields, one of which must be set back."""
+    fields = ", ".join(
+        f"{name} ({old!r}, now {new!r})" for name, (old, new) in fork["changed"].items()
+    )
+    return f". Changed are: {fields}; set back what decides these arrays" if fields else ""
+
+
+def begin_state(run: Run) -> TrainState:
+    """Returns the state of a run that has taken no step."""
+    return initial_state(run.initial_params(), run.rule, marked=run.length.every > 0)
+
+
+def host_state(
+    run: Run, evaluations: list[tuple[int, Evaluation]], carried: Carried
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns what decides the next step besides the train state: JSON values, response arrays."""
+    waiting, described = to_stored(carried.surplus)
+    host = {
+        "stream": run.data.stream.get_state(),
+        "evaluations": [(step, dataclasses.asdict(e)) for step, e in evaluations],
+        "waiting": described,
+        "length": carried.length.to_json(),
+    }
+    return host, waiting

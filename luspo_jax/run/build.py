@@ -1,0 +1,315 @@
+"""Builds the parts of a run from its configuration: model, data, sampler, rewards, optimizer."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from luspo_jax import sharding
+from luspo_jax.experience import held_out
+from luspo_jax.experience.held_out import Evaluation
+from luspo_jax.experience.rounds import Asker
+from luspo_jax.experience.shaping import Shaping
+from luspo_jax.hosts.values import ConfigError
+from luspo_jax.learner import optimizer
+from luspo_jax.learner.logprobs import LogprobRule
+from luspo_jax.learner.programs import StepPrograms
+from luspo_jax.learner.rows import Planner
+from luspo_jax.learner.state import UpdateRule
+from luspo_jax.length import laboratory
+from luspo_jax.length.laboratory import Laboratory
+from luspo_jax.length.settings import LengthSettings
+from luspo_jax.models import decoder, decoder_weights, kernels
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
+from luspo_jax.rewards import Scorer
+from luspo_jax.rollout import Engine, Sampling
+from luspo_jax.rollout.handover import rollout_params
+from luspo_jax.run import checks
+from luspo_jax.run.arithmetic import batch_arithmetic
+from luspo_jax.run.data import Data, load_data
+from luspo_jax.run.model import Model, load_model
+from luspo_jax.run.settings import Config, Settings, section
+from luspo_jax.sharding import Layout, MeshError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run that its steps do not change."""
+
+    config: ConfigDict
+    settings: Settings
+    model: Model
+    data: Data
+    scorer: Scorer
+    sampler: Engine
+    held_out_sampler: Engine
+    rule: UpdateRule
+    shaping: Shaping
+    length: LengthSettings
+    laboratory: Laboratory
+    planner: Planner
+    programs: StepPrograms
+    rollout_layout: Layout | None = None
+
+    @property
+    def asker(self) -> Asker:
+        """The Asker, which samples and rewards the responses of a step."""
+        rollout = self.settings.rollout
+        return Asker(
+            stream=self.data.stream,
+            sampler=self.sampler,
+            scorer=self.scorer,
+            decode=self.model.decode,
+            num_prompts=rollout.prompts_per_step,
+            group_size=rollout.group_size,
+            seed=self.settings.seed,
+            shaping=self.shaping,
+            metric=self.metric,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of rollout step `step` (from 0)."""
+        train = self.settings.train
+        return optimizer.learning_rate(
+            step, peak=train.learning_rate, warmup_steps=train.warmup_steps
+        )
+
+    def evaluate(self, params: Any) -> Evaluation:
+        """Measures accuracy and length on the held-out problems, with the same noise every time."""
+        groups = held_out.ask(
+            self.held_out_sampler,
+            self.rollout_params(params),
+            self.data.held_out,
+            self.scorer,
+            decode=self.model.decode,
+            num_samples=self.settings.eval.num_samples,
+            seed=self.settings.eval.seed,
+        )
+        return held_out.summarize(groups, metric=self.metric)
+
+    @property
+    def metric(self) -> str:
+        """The reward part that counts as accuracy."""
+        return self.settings.eval.metric or next(iter(self.settings.reward.parts))  # the only one
+
+    def initial_params(self) -> Any:
+        """Returns the base policy's weights, or random ones if so configured."""
+        model, layout = self.settings.model, self.rule.logprobs.how.layout
+        if model.random_weights:
+            key = jax.random.key(self.settings.seed)
+            return decoder.init_params(key, self.model.config, layout=layout)
+        return decoder_weights.load_params(
+            self.model.folder, self.model.config, dtype=jnp.float32, layout=layout
+        )
+
+    def rollout_params(self, params: Any) -> Any:
+        """Returns the policy's weights as the sampler reads them."""
+        return rollout_params(
+            params,
+            config=self.model.config,
+            layout=self.rollout_layout,
+            dtype=self.settings.model.rollout_dtype,
+        )
+
+
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Run:
+    """Builds everything but the weights.
+
+    Args:
+      config: the configuration.
+      devices: to run on; by default those of all processes.
+
+    Raises:
+      ConfigError, DataError, FileNotFoundError, MeshError, ValueError: naming the field or file.
+    """
+    settings = checks.check(config)
+    model = load_model(settings)
+    _check_model(settings, model.config)
+    layout, rollout_layout = layouts(settings, model.config, devices)
+    rule = update_rule(settings, model, layout)
+    return Run(
+        config=config,
+        settings=settings,
+        model=model,
+        data=load_data(settings, model),
+        scorer=Scorer(
+            settings.reward.parts,
+            options=settings.reward.options,
+            workers=settings.reward.num_workers,
+            time_limit=settings.reward.timeout_s,
+            max_failure_rate=settings.reward.max_failure_rate,
+        ),
+        sampler=sampler(settings, model, settings.rollout, rollout_layout),
+        held_out_sampler=sampler(settings, model, settings.eval, rollout_layout),
+        rule=rule,
+        shaping=settings.shaping,
+        length=settings.length,
+        laboratory=laboratory.laboratory(
+            settings.length,
+            # Length pressure differentiates the backward pass, which kernels do not support.
+            dataclasses.replace(rule.logprobs, how=rule.logprobs.how.with_reference_kernels()),
+            settings.objective,
+            max_response_length=settings.rollout.max_response_length,
+            rows_at_once=batch_arithmetic(settings).responses_per_microbatch,
+        ),
+        planner=planner(settings, model.config, layout),
+        programs=StepPrograms(rule, batch_arithmetic(settings).updates_per_step),
+        rollout_layout=rollout_layout,
+    )
+
+
+def planner(config: Config, model: DecoderConfig, layout: Layout | None) -> Planner:
+    """Returns the planner, which lays responses into training rows."""
+    sizes = batch_arithmetic(config)
+    return Planner(
+        model=model,
+        longest=sizes.tokens_per_row,
+        num_buckets=config.train.num_length_buckets,
+        rows_per_microbatch=sizes.rows_per_microbatch,
+        pack_length=sizes.pack_length,
+        pictured_at_once=sizes.responses_per_minibatch,
+        layout=layout,
+    )
+
+
+def _check_model(config, model):
+    """Refuses a configuration that asks for something that the model lacks."""
+    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    if prompt + response > model.max_position:
+        raise ConfigError(
+            f"rollout.max_response_length={response} and data.max_prompt_length={prompt} make "
+            f"{prompt + response} tokens, and the model of {config.model.path} holds "
+            f"{model.max_position} (max_position_embeddings): lower one of them"
+        )
+    for field in ("router_replay", "router_aux_coef"):
+        value = getattr(config.train, field)
+        if not model.num_experts and value not in ("none", 0):
+            raise ConfigError(
+                f"train.{field}={value} is of a mixture of experts, and the model of "
+                f"{config.model.path} has none: leave it at its default"
+            )
+
+
+def layouts(
+    config: Config, model: DecoderConfig, devices: Sequence[jax.Device] | None = None
+) -> tuple[Layout | None, Layout | None]:
+    """Returns the mesh layouts of training and of rollout over `devices`.
+
+    Raises:
+      MeshError: naming every size that does not fit the devices or the model.
+    """
+    train = sharding.layout("train", section(config, "mesh").sizes, devices)
+    rollout = sharding.layout("rollout", section(config, "rollout_mesh").sizes, devices)
+    arithmetic = batch_arithmetic(config)
+    rows = {arithmetic.row_unit: ("batch", arithmetic.rows_per_microbatch)}
+    sizes = decoder.cut_sizes(model)
+    problems = [
+        *sharding.misfits(train, sizes | rows),
+        *sharding.misfits(rollout, sizes),
+    ]
+    if problems:
+        raise MeshError(
+            "the mesh does not fit:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + f"\n{mesh_advice(config, train)}"
+        )
+    return train, rollout
+
+
+def mesh_advice(config: Config, train: Layout | None) -> str:
+    """Says what to change if a mesh does not fit: for rows, the flag that makes them fit."""
+    rows = batch_arithmetic(config).advice(train.size("batch") if train else 1)
+    return f"{rows}change config.mesh or config.rollout_mesh"
+
+
+def update_rule(config: Config, model: Model, layout: Layout | None = None) -> UpdateRule:
+    """Returns the rule of an optimizer step, which includes the mesh layout of the train state."""
+    return UpdateRule(
+        logprobs=_logprob_rule(config, model.config, layout),
+        objective=section(config, "objective"),
+        optimizer=optimizer.adamw(
+            b1=config.train.b1,
+            b2=config.train.b2,
+            eps=config.train.eps,
+            weight_decay=config.train.weight_decay,
+        ),
+        max_grad_norm=config.train.max_grad_norm,
+        bin_edges=section(config, "length").bins(config.rollout.max_response_length),
+        router_aux_coef=config.train.router_aux_coef,
+        frozen=("vision",) if _freezes(config, model.config) else (),
+    )
+
+
+def _logprob_rule(config, model, layout):
+    return LogprobRule(
+        how=training_forward(config, model, layout),
+        temperature=config.rollout.temperature,
+        head_chunk_tokens=config.model.head_chunk_tokens,
+        replay=config.train.router_replay,
+        freeze_vision=_freezes(config, model),
+    )
+
+
+def _freezes(config, model):
+    return model.vision is not None and config.train.freeze_vision
+
+
+def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> Engine:
+    """Returns the sampler for `asked`: config.rollout (which records expert ids) or config.eval."""
+    return Engine(
+        sampling_forward(config, model.config, sharding.on_own_devices(layout)),
+        Sampling(
+            max_response_length=config.rollout.max_response_length,
+            stop_token_ids=model.stop_token_ids,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+        ),
+        num_slots=asked.num_slots,
+        # No response takes more steps than the length limit.
+        chunk_length=min(config.rollout.chunk_length, config.rollout.max_response_length),
+        max_prompt_length=config.data.max_prompt_length,
+        record_experts=asked is config.rollout and model.config.num_experts > 0,
+    )
+
+
+def training_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
+    """Returns the forward pass of the trainer on this platform."""
+    used = {"dtype": config.model.dtype, "remat": config.model.remat}
+    return _forward(config, model, layout, packed=config.train.packing, **used)
+
+
+def sampling_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
+    """Returns the forward pass of the sampler; rows hold one prompt each."""
+    return _forward(config, model, layout, packed=False, dtype=config.model.rollout_dtype)
+
+
+def _forward(config, model, layout, *, packed, **settings):
+    how = Forward(
+        model,
+        attention=config.model.attention,
+        vision_attention=config.model.attention,
+        expert_kernel=config.model.expert_kernel,
+        layout=layout,
+        **settings,
+    )
+    try:
+        return kernels.resolved(how, packed=packed)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Returns what a run's numbers depend on besides its configuration; fixed for a workdir."""
+    return {
+        "template_hash": run.data.template_hash,
+        "scorers": run.scorer.labels,
+        "datasets": [
+            dataclasses.asdict(report) for report in (*run.data.reports, run.data.held_out_report)
+        ],
+        "parameters": decoder_weights.num_params(run.model.config),
+    }

@@ -1,0 +1,254 @@
+"""Checks that a configuration can run, within its sections and across them."""
+
+import importlib.util
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from luspo_jax import objectives
+from luspo_jax.datasets import DATASETS, DataError
+from luspo_jax.datasets.table import Table
+from luspo_jax.hosts.values import ConfigError, Number, nearest, refusal, shown
+from luspo_jax.length.settings import LengthSettings
+from luspo_jax.rewards import Sample
+from luspo_jax.rewards.record import run as judge
+from luspo_jax.rewards.registry import verifier
+from luspo_jax.run.fields import wrong_fields
+from luspo_jax.run.sections import SOURCE_FIELDS
+from luspo_jax.run.settings import Settings, sections_of
+
+# Beyond it, squares of rewards overflow float32.
+_WEIGHT = Number(-1e15, 1e15)
+
+
+def check(config: ConfigDict) -> Settings:
+    """Checks that a configuration can run, reporting all problems at once; returns its settings.
+
+    Values are checked one by one, then together if each is valid. Reads neither model nor data.
+
+    Raises:
+      ConfigError: naming every unknown field, bad value and size that does not divide.
+    """
+    # Each check relies on what the earlier ones have found valid.
+    for look in (wrong_fields, _wrong_entries, _wrong_together):
+        problems = list(look(config))
+        if len(problems) == 1:
+            raise ConfigError(f"this configuration cannot run: {problems[0]}")
+        if problems:
+            lines = "\n".join(f"  - {problem}" for problem in problems)
+            raise ConfigError(f"this configuration cannot run:\n{lines}")
+    return Settings.of(config)
+
+
+def _wrong_entries(config: ConfigDict) -> Iterator[str]:
+    """Yields problems in the sections whose names the user chooses."""
+    yield from _wrong_rewards(config)
+    yield from _wrong_datasets(config.data)
+    for name, source in config.data.mixture.items():
+        yield from _wrong_source(f"data.mixture.{name}", source)
+
+
+def _wrong_rewards(config: ConfigDict) -> Iterator[str]:
+    parts, options = config.reward.parts, config.reward.options
+    if not parts:
+        yield "reward.parts is empty: name a verifier and its weight, as {'boxed_math': 1.0}"
+        return
+    for name in options:
+        if name not in parts:
+            yield f"reward.options.{name}: no part of the reward; {nearest(name, parts)}"
+    for name, weight in parts.items():
+        problem = refusal(f"reward.parts.{name}", weight, float, _WEIGHT)
+        if problem:
+            yield problem
+        problem = _wrong_part(name, options.get(name, {}), config.rollout.max_response_length)
+        if problem:
+            yield problem
+
+
+def _wrong_part(name, options, longest) -> str | None:
+    """Returns why a verifier cannot be built, or cannot judge the longest response."""
+    field = f"reward.options.{name}"
+    if not isinstance(options, ConfigDict | Mapping):
+        return f"{field}={shown(options)} must be a section: {{'option': value, …}}"
+    options = options.to_dict() if isinstance(options, ConfigDict) else dict(options)
+    try:
+        made = verifier(name, options)
+    except (ValueError, TypeError) as error:
+        return f"{f'{field}={shown(options)}' if options else f'reward.parts.{name}'}: {error}"
+    if made.id != "overlong":
+        return None
+    tried = judge(made, Sample("", "", length=longest, max_length=longest))
+    if tried.status == "error":
+        return f"{field}: {tried.detail} (rollout.max_response_length={longest})"
+    return None
+
+
+def _wrong_datasets(data: ConfigDict) -> Iterator[str]:
+    """Yields problems in the split and options of generated datasets."""
+    held_out, options = data.eval_name or data.name, data.options.to_dict()
+    if data.mixture or isinstance(DATASETS[data.name], Table):
+        if options:
+            yield f"data.options={shown(options)}: only a generated data.name has options"
+    else:
+        wrong = list(_wrong_options(data.name, options))
+        wrong = wrong or list(_wrong_split("data.split", data.name, data.split, options))
+        if wrong:
+            yield from wrong
+            return
+    if not isinstance(DATASETS[held_out], Table):
+        own = options if held_out == data.name else {}
+        yield from _wrong_split("data.eval_split", held_out, data.eval_split, own)
+
+
+def _wrong_options(name: str, options: Mapping[str, Any]) -> Iterator[str]:
+    kinds = {n: p.annotation for n, p in inspect.signature(DATASETS[name]).parameters.items()}
+    del kinds["split"]
+    for option, value in options.items():
+        field, kind = f"data.options.{option}", kinds.get(option)
+        if kind is None:
+            yield f"{field}: {name} has no such option; {nearest(option, kinds)}"
+        elif kind in (bool, int, float, str):
+            problem = refusal(field, value, kind)
+            yield from [problem] if problem else []
+
+
+def _wrong_split(field: str, name: str, split: str, options: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        DATASETS[name](split=split, **options)
+    except (DataError, TypeError, ValueError) as error:
+        yield f"{field}={split!r}{', data.options' if options else ''}: {error}"
+
+
+def _wrong_source(place: str, source: Any) -> Iterator[str]:
+    """Yields problems in one source of a mixture."""
+    if not isinstance(source, ConfigDict | Mapping):
+        yield f"{place}={shown(source)} must be a section: {{'name': …, 'path': …, 'weight': …}}"
+        return
+    for name in source:
+        if name not in SOURCE_FIELDS:
+            yield f"{place}.{name}: no such field; {nearest(name, SOURCE_FIELDS)}"
+        else:
+            problem = refusal(f"{place}.{name}", source[name], *SOURCE_FIELDS[name])
+            if problem:
+                yield problem
+    if "name" not in source:
+        yield f"{place}: it needs a name, one of luspo_jax.datasets.DATASETS"
+
+
+def _wrong_together(config: ConfigDict) -> Iterator[str]:
+    """Yields values that are valid by themselves but conflict, within or across sections."""
+    sound, problems = sections_of(config)
+    yield from problems
+    yield from _wrong_metric(config)
+    yield from _wrong_sizes(config)
+    yield from _wrong_packing(config)
+    if config.train.ref_every > 0 and not _of_objective(config, "kl_coef"):
+        yield "train.ref_every refreshes the reference of a KL term, but objective.kl_coef is 0"
+    wandb = config.output.wandb_project
+    if wandb and importlib.util.find_spec("wandb") is None:
+        yield (
+            f"output.wandb_project={wandb!r}: wandb is not installed: pip install wandb, or leave "
+            "the field empty"
+        )
+    if "objective" in sound:
+        yield from _wrong_group(config, sound["objective"])
+    keep, group_size = config.shaping.gfpo_keep, config.rollout.group_size
+    if "shaping" in sound and keep > group_size:
+        yield f"shaping.gfpo_keep={keep} exceeds rollout.group_size={group_size}"
+    if "length" in sound:
+        yield from _wrong_length(config, sound["length"])
+
+
+def _wrong_metric(config: ConfigDict) -> Iterator[str]:
+    metric, parts = config.eval.metric, ", ".join(config.reward.parts)
+    if not metric and len(config.reward.parts) > 1:
+        yield f"eval.metric is empty: say which of reward.parts counts as accuracy ({parts})"
+    if metric and metric not in config.reward.parts:
+        yield f"eval.metric={metric!r} is not among reward.parts ({parts})"
+
+
+def _wrong_group(config: ConfigDict, objective: objectives.Objective) -> Iterator[str]:
+    try:
+        objectives.validate_group_size(objective, config.rollout.group_size)
+    except ValueError as error:
+        text = str(error).replace("Objective.", "objective.")
+        yield text if text.startswith(("objective.", "rollout.")) else f"objective.{text}"
+
+
+def _wrong_length(config: ConfigDict, length: LengthSettings) -> Iterator[str]:
+    """Yields conflicts of the length instruments and controls with other sections."""
+    unknown = [name for name in length.names if name not in objectives.PRESETS]
+    for name in unknown[:1]:
+        near = nearest(name, objectives.PRESETS)
+        yield f"length.objectives={name!r} names no preset: {near}"
+    group_size, longest = config.rollout.group_size, config.rollout.max_response_length
+    if length.every and group_size < 4:
+        yield (
+            f"length.every={length.every} measures length pressure inside halves of a group: "
+            f"rollout.group_size={group_size} must be at least 4"
+        )
+    steers = length.steer != "none" or length.mitigation == "scale"
+    adaptive = _of_objective(config, "length_scale") == "adaptive"
+    if steers and not adaptive:
+        yield (
+            'length.steer and mitigation="scale" move α of an adaptive scale: set '
+            "objective.length_scale=adaptive"
+        )
+    start = _of_objective(config, "length_alpha")
+    if adaptive and not length.alpha_low <= start <= length.alpha_high:
+        yield (
+            f"length.alpha_low={length.alpha_low:g} and alpha_high={length.alpha_high:g} must "
+            f"enclose objective.length_alpha={start:g}, where α starts"
+        )
+    if length.steer == "band" and length.target_low > longest:
+        yield (
+            f"length.target_low={length.target_low:g} is out of reach: no response is longer than "
+            f"rollout.max_response_length={longest}"
+        )
+
+
+def _of_objective(config, field):
+    """Returns a field of the objective, which may be invalid: the configured or preset value."""
+    value = config.objective[field]
+    preset = objectives.PRESETS.get(config.objective.preset, objectives.Objective())
+    return getattr(preset, field) if value is None else value
+
+
+def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
+    prompts, minibatches = config.rollout.prompts_per_step, config.train.num_minibatches
+    if prompts % minibatches:
+        yield (
+            f"train.num_minibatches={minibatches} does not divide rollout.prompts_per_step="
+            f"{prompts}: minibatches hold whole groups"
+        )
+    else:
+        rows = prompts // minibatches * config.rollout.group_size
+        if rows % config.train.num_microbatches:
+            yield (
+                f"train.num_microbatches={config.train.num_microbatches} does not divide the "
+                f"{rows} responses of a minibatch (rollout.prompts_per_step × rollout.group_size / "
+                "train.num_minibatches)"
+            )
+
+
+def _wrong_packing(config: ConfigDict) -> Iterator[str]:
+    train, prompt, response = (
+        config.train, config.data.max_prompt_length, config.rollout.max_response_length
+    )  # fmt: skip
+    if not train.packing:
+        return
+    longest = prompt + response
+    length = train.pack_length or longest
+    if length < longest:
+        yield (
+            f"train.pack_length={length} is shorter than the longest sequence, "
+            f"data.max_prompt_length + rollout.max_response_length = {prompt} + {response} = "
+            f"{longest}: raise it, or set 0 for that"
+        )
+    elif train.microbatch_tokens < length:
+        yield (
+            f"train.microbatch_tokens={train.microbatch_tokens} holds no packed row of {length} "
+            f"tokens: with train.packing, set it to {length} for each row to be computed at once"
+        )

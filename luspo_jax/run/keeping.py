@@ -1,0 +1,144 @@
+"""Saves the results of a run's steps: checkpoints, metrics, responses, evaluations, the export."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from luspo_jax.experience import measures
+from luspo_jax.experience.groups import Rollouts
+from luspo_jax.experience.held_out import Evaluation
+from luspo_jax.hosts import files, guard, processes
+from luspo_jax.learner.state import parked
+from luspo_jax.metrics import StepMetrics, timed
+from luspo_jax.run import writers
+from luspo_jax.run.beginning import Carried, begin, host_state
+from luspo_jax.run.build import Run
+from luspo_jax.run.checkpoint import Checkpointer
+from luspo_jax.run.export import export_policy
+from luspo_jax.run.workdir import Workdir
+from luspo_jax.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Held-out results of a run as (steps taken, Evaluation), oldest first."""
+
+    evaluations: list[tuple[int, Evaluation]]
+    export: pathlib.Path | None
+
+    @property
+    def base(self) -> Evaluation:
+        """The result before training."""
+        return self.evaluations[0][1]
+
+    @property
+    def final(self) -> Evaluation:
+        """The result after training."""
+        return self.evaluations[-1][1]
+
+
+class Keeper(contextlib.ExitStack):
+    """Saves the results of a run's steps in its workdir; a context manager.
+
+    Args:
+      run: the run; its scorer and data are closed on exit.
+      workdir: of the run.
+    """
+
+    def __init__(self, run: Run, workdir: Workdir):
+        super().__init__()
+        self.run, self.workdir = run, workdir
+        output = run.settings.output
+        self._checkpointer = Checkpointer(
+            workdir.path / "checkpoints", keep_latest=output.keep_latest, keep_best=output.keep_best
+        )
+        self.enter_context(contextlib.closing(self._checkpointer))
+        self.enter_context(run.scorer)
+        self.enter_context(contextlib.closing(run.data))
+        self._evaluations: list[tuple[int, Evaluation]] = []
+        self._start = 0
+
+    def begin(self) -> tuple[TrainState, Carried]:
+        """Restores the state and carried values; evaluates a new run's policy."""
+        run = self.run
+        with guard.phase("restore"):
+            state, start, evaluations, carried = begin(
+                run, self._checkpointer, self.workdir.forked_from
+            )
+            state = parked(state, run.settings.train.offload)
+        silent = None if processes.is_writer() else True  # None: silent if there is no console
+        total = run.settings.num_steps
+        self._bar = self.enter_context(
+            tqdm(total=total, initial=start, unit="step", leave=False, disable=silent)
+        )
+        writer = writers.writer(run, self.workdir, self._bar)
+        self._writer = self.enter_context(contextlib.closing(writer))
+        # A run without a checkpoint starts over, whatever an earlier attempt wrote.
+        self._writer.truncate_after(start if evaluations else start - 1)
+        if not evaluations:
+            with guard.phase("evaluate"):
+                evaluations = [(start, run.evaluate(state.params))]
+            self._writer.write(start, self._held_out_metrics(evaluations[0][1]))
+        self._evaluations, self._start = evaluations, start
+        return state, carried
+
+    def steps(self) -> Iterator[tuple[int, bool]]:
+        """Yields (rollout steps taken, whether it is the first here) for each remaining step."""
+        for step in range(self._start, self.run.settings.num_steps):
+            guard.at_step(step + 1)
+            self.workdir.check_there()
+            yield step, step == self._start
+
+    def keep(
+        self,
+        step: int,
+        state: TrainState,
+        carried: Carried,
+        rollouts: Rollouts,
+        metrics: StepMetrics,
+    ) -> None:
+        """Measures, evaluates, writes and checkpoints after a step, each if due."""
+        run, taken, measured = self.run, step + 1, None
+        metrics.update(measures.metrics(rollouts, correct=run.metric))
+        metrics.update(writers.speed_metrics(metrics, rollouts))
+        output, last = run.settings.output, taken == run.settings.num_steps
+        if last or due(run.settings.eval.every, taken):
+            with timed(metrics, "testing"):
+                measured = run.evaluate(state.params)
+            metrics.update(self._held_out_metrics(measured))
+            self._evaluations.append((taken, measured))
+        if due(output.dump_every, taken):
+            self._writer.write_rollouts(taken, measures.records(rollouts))
+        self._writer.write(taken, {"training/global_step": taken, **metrics.result()})
+        if last or due(output.checkpoint_every, taken):
+            host, waiting = host_state(run, self._evaluations, carried)
+            score = measured.accuracy if measured else None
+            with guard.phase("checkpoint"):
+                self._checkpointer.save(taken, state, host, waiting, metric=score)
+                self.workdir.note_checkpoint(taken)
+        self._bar.update()
+
+    def outcome(self, state: TrainState) -> Outcome:
+        """Returns the held-out results; exports the policy if asked."""
+        run, export = self.run, None
+        if run.settings.output.export:
+            export = self.workdir.path / "export"
+            with guard.phase("export"):
+                export_policy(run.config, run.model, state.params, export, overwrite=files.OWN)
+        return Outcome(self._evaluations, export)
+
+    def _held_out_metrics(self, measured):
+        data = self.run.settings.data
+        name = data.eval_name or data.name
+        return {
+            f"val-{'core' if key.startswith('acc/mean') else 'aux'}/{name}/{key}": value
+            for key, value in measured.metrics.items()
+        }
+
+
+def due(every: int, taken: int) -> bool:
+    """Returns whether an action with this interval in steps is due now; 0 is never."""
+    return every > 0 and taken % every == 0

@@ -1,0 +1,90 @@
+"""Device memory of a run: an estimate of its arrays, and the peak in use."""
+
+import functools
+import math
+import resource
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from luspo_jax import sharding
+from luspo_jax.models import decoder
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.run.arithmetic import batch_arithmetic
+from luspo_jax.run.settings import Config, section
+from luspo_jax.sharding import Layout
+
+
+def memory_estimate(
+    config: Config, model: DecoderConfig, layouts: tuple[Layout | None, Layout | None]
+) -> dict[str, int]:
+    """Estimates the bytes of a step's large arrays on one device, by name.
+
+    Activations are those of one micro-batch at its longest: per token and layer about
+    16·D + 3·F + 4·N·H values without remat, D with it. Experts, which always recompute theirs, add
+    6·D + 7·F for each of a token's K, in one layer. An estimate, not a promise.
+    """
+    sizes = batch_arithmetic(config)
+    compute, sampling = (
+        jnp.dtype(getattr(config.model, name)).itemsize for name in ("dtype", "rollout_dtype")
+    )
+    train, rollout = layouts
+    params = param_bytes(model, train, jnp.float32)
+    tokens = sizes.rows_per_microbatch * sizes.row_length
+    tokens //= _parts(train, "batch", "length")
+    slots = config.rollout.num_slots * sizes.tokens_per_row
+    slots //= _parts(sharding.on_own_devices(rollout), "batch", "cache_length")
+    mlp_dim = model.mlp_dim if model.num_expert_layers < model.num_layers else 0
+    inside = 16 * model.embed_dim + 3 * mlp_dim + 4 * model.num_heads * model.head_dim
+    kept = (
+        model.embed_dim * model.num_layers + inside
+        if config.model.remat != "none"
+        else (inside * model.num_layers)
+    )
+    kept += model.experts_per_token * (6 * model.embed_dim + 7 * model.expert_dim)
+    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    cached //= _parts(rollout, "kv_heads")
+    return {
+        "master weights (float32)": params,
+        "Adam moments (float32)": 2 * params,
+        "gradients (float32)": params,
+        "reference policy": params if section(config, "objective").kl_coef else 0,
+        "policy before a measured update": params if config.length.every else 0,
+        "rollout weights": param_bytes(model, rollout, config.model.rollout_dtype)
+        if sampling != 4 or rollout
+        else 0,
+        "rollout KV cache": sampling * slots * cached,
+        "activations of a micro-batch": compute * tokens * kept,
+        "head logits": 8
+        * config.model.head_chunk_tokens
+        * model.vocab_size
+        // _parts(train, "vocab"),
+    }
+
+
+@functools.cache  # traces the model
+def param_bytes(model: DecoderConfig, layout: Layout | None, dtype: Any) -> int:
+    """Returns the bytes of one device's shard of the parameters in `dtype`; routers ≥ float32.
+
+    Mesh axes differ by parameter: experts are sharded over the expert axis, norms over none.
+    """
+    params = decoder.abstract_params(model, jnp.dtype(dtype))
+    axes = jax.tree.leaves(decoder.param_axes(model), is_leaf=lambda node: isinstance(node, tuple))
+    return sum(
+        math.prod(layout.sharding(names).shard_shape(x.shape) if layout else x.shape)
+        * x.dtype.itemsize
+        for x, names in zip(jax.tree.leaves(params), axes, strict=True)
+    )
+
+
+def _parts(layout, *axes):
+    return math.prod(layout.size(axis) for axis in axes) if layout else 1
+
+
+def peak_memory() -> int:
+    """Returns peak bytes of the accelerator if it counts them, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

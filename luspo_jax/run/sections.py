@@ -1,0 +1,445 @@
+"""The sections of a configuration: every field with its default and the rule for its value.
+
+A section is a dataclass, here or next to what it configures (Objective, Shaping, LengthSettings).
+Its RULES restrict the values of fields beyond their types. `fields.default_config` builds the
+configuration that users and flags set from these declarations; `settings.Settings` has frozen
+sections to read.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from luspo_jax.datasets import DATASETS
+from luspo_jax.hosts.guard import BEAT_S
+from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, check_fields
+from luspo_jax.learner.logprobs import REPLAYS
+from luspo_jax.learner.state import OFFLOADS
+from luspo_jax.models.decoder import REMAT
+from luspo_jax.ops import attention, grouped_matmul
+from luspo_jax.prompts.templates import TEMPLATES
+
+_MOST = 2**31 - 1  # the largest int32
+_SIZE, _COUNT = Number(1, _MOST), Number(0, _MOST)
+_LONGEST = Number(1, 2**24)  # tokens
+_PROCESSES = 1024
+_AXIS = Number(1, 2**16, also=(-1,))
+_SHARE = Number(0, 1)
+_TYPES = OneOf(("bfloat16", "float32"))
+_ATTENTION = OneOf(("auto", *attention.IMPLEMENTATIONS))
+_PRODUCT = OneOf(("auto", *grouped_matmul.IMPLEMENTATIONS))
+_SPLIT = Text("say train, or another split of the dataset")
+
+
+def _open() -> Any:
+    """Returns a section whose field names the user chooses."""
+    return dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The policy: its source and how it is computed."""
+
+    # A folder in Hugging Face format, "embedded:NAME" for a model inside this package, or
+    # "hub:OWNER/NAME" to download one.
+    path: str = ""
+    tokenizer: str = ""  # Folder; empty = the model's.
+    # Comma-separated ids that end a response, besides those in the model's files; "none" if only
+    # the length limit may end one.
+    stop_token_ids: str = ""
+    random_weights: bool = False  # Read config.json only and draw weights from `seed`.
+    overrides: Mapping[str, Any] = _open()  # Fields of config.json, with random_weights only.
+    dtype: str = "float32"  # Compute dtype of training; master weights are float32.
+    rollout_dtype: str = "float32"  # Dtype of sampling: weights, activations and KV cache.
+    remat: str = "none"  # What is stored for the backward pass: a key of decoder.REMAT.
+    attention: str = "auto"  # By platform, or a name of luspo_jax.ops.attention.
+    expert_kernel: str = "auto"  # By platform, or a name of luspo_jax.ops.grouped_matmul.
+    head_chunk_tokens: int = 2048  # Tokens whose logits exist at once on a device.
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "path": Text("name a folder in Hugging Face format, or embedded:NAME"),
+        "dtype": _TYPES,
+        "rollout_dtype": _TYPES,
+        "remat": OneOf(REMAT),
+        "attention": _ATTENTION,
+        "expert_kernel": _PRODUCT,
+        "head_chunk_tokens": _SIZE,
+    }
+
+    def __post_init__(self):
+        check_fields(self, "model.", self._wrong())
+
+    def _wrong(self):
+        ids = [part.strip() for part in self.stop_token_ids.split(",") if part.strip()]
+        if self.stop_token_ids != "none" and not all(part.isdecimal() for part in ids):
+            yield (
+                f"model.stop_token_ids={self.stop_token_ids!r} must be ids joined with commas, as "
+                "0,2, or none"
+            )
+        if self.overrides and not self.random_weights:
+            yield "model.overrides changes the architecture and needs model.random_weights=True"
+
+    @property
+    def own_stop_ids(self) -> tuple[int, ...]:
+        """Returns the ids of `stop_token_ids`; none for "none"."""
+        if self.stop_token_ids == "none":
+            return ()
+        return tuple(int(part) for part in self.stop_token_ids.split(",") if part.strip())
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """The training mesh, over all processes; one size may be -1: all remaining devices."""
+
+    data: int = 1  # Copies of the weights.
+    fsdp: int = -1  # Shards rows and weights alike; weights are gathered a layer at a time.
+    expert: int = 1  # As fsdp, and shards experts.
+    context: int = 1  # Shards the length of a row.
+    tensor: int = 1  # Shards heads, mlp and vocabulary.
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "data": _AXIS,
+        "fsdp": _AXIS,
+        "expert": _AXIS,
+        "context": _AXIS,
+        "tensor": _AXIS,
+    }
+
+    def __post_init__(self):
+        check_fields(self, "mesh.", _wrong_axes("mesh", self.sizes))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis → its size, or -1."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutMeshSettings:
+    """The rollout mesh; each copy of the weights stays within a process."""
+
+    data: int = -1  # Copies of the weights; each samples some of the sequences.
+    expert: int = 1  # Shards experts.
+    context: int = 1  # Shards the KV cache's positions.
+    tensor: int = 1  # Shards heads, mlp and vocabulary.
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "data": _AXIS,
+        "expert": _AXIS,
+        "context": _AXIS,
+        "tensor": _AXIS,
+    }
+
+    def __post_init__(self):
+        check_fields(self, "rollout_mesh.", _wrong_axes("rollout_mesh", self.sizes))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis → its size, or -1."""
+        return dataclasses.asdict(self)
+
+
+def _wrong_axes(mesh, sizes):
+    rest = [f"{mesh}.{axis}" for axis, size in sorted(sizes.items()) if size == -1]
+    if len(rest) > 1:
+        yield (
+            f"{' and '.join(rest)} are -1: one axis may be, for as many devices as the others leave"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Problems for training and evaluation, and how they become prompts."""
+
+    name: str = ""  # One of luspo_jax.datasets.DATASETS.
+    path: str = ""  # Local file of a dataset that is not generated.
+    split: str = "train"  # Of a dataset with several splits.
+    options: Mapping[str, Any] = _open()  # Of a generated dataset.
+    # Several training sources instead of `name`: your name → {name, path, split, weight,
+    # problem_column, answer_column, image_column, image_dir}; weight is a share of the prompts.
+    mixture: Mapping[str, Any] = _open()
+    eval_name: str = ""  # Held-out set; empty = data.name.
+    eval_path: str = ""  # Empty = data.path, if the dataset is the same.
+    eval_split: str = "test"  # Of the held-out set.
+    cache_dir: str = ""  # Folder for built datasets; empty = the user's cache folder.
+    problem_column: str = ""  # Of the user's own jsonl or parquet.
+    answer_column: str = ""  # The same.
+    eval_problem_column: str = ""  # Of the held-out set; empty = as the training set's.
+    eval_answer_column: str = ""  # The same.
+    eval_image_column: str = ""  # The same.
+    drop_bad_rows: bool = False  # Drop and count rows that cannot be used, instead of refusing.
+    # One of luspo_jax.prompts.templates.TEMPLATES, or your own text, such as
+    # "{problem}\nAnswer with a number." It has {problem} once, and other columns as {hint}.
+    template: str = "plain"
+    # Whether such a text is a user message in the tokenizer's chat template, or the whole prompt;
+    # unset = a message if the tokenizer has a chat template.
+    template_chat: bool | None = None
+    system_prompt: str = ""  # For a chat template; empty = the template's own.
+    enable_thinking: bool | None = None  # Passed to the chat template if set.
+    # For models that read images; 0 = as in the model's preprocessor_config.json.
+    min_pixels: int = 0
+    max_pixels: int = 0
+    image_column: str = ""  # Empty = the dataset's; in a file, image or images.
+    image_dir: str = ""  # Folder of images; empty = the data file's.
+    eval_image_dir: str = ""  # The same for a held-out set with its own file.
+    blank_images: bool = False  # Replace images by white ones of equal size, to measure guessing.
+    text_blank: int = 0  # Side of a white image for problems without one; 0 = none.
+    image_workers: int = 0  # Processes that decode images; 0 = one per core, at most 8.
+    max_prompt_length: int = 1024  # Tokens; longer prompts are dropped and counted.
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "name": OneOf(DATASETS),
+        "split": _SPLIT,
+        "eval_name": OneOf(("", *DATASETS)),
+        "eval_split": Text("say test, or another split of the dataset"),
+        "template": OneOf(TEMPLATES, mark="{problem}"),
+        "min_pixels": _COUNT,
+        "max_pixels": _COUNT,
+        "text_blank": Number(0, 2**14),
+        "image_workers": Number(0, _PROCESSES),
+        "max_prompt_length": _LONGEST,
+    }
+
+    def __post_init__(self):
+        check_fields(self, "data.", self._wrong())
+
+    def _wrong(self):
+        template, named = self.template, TEMPLATES.get(self.template)
+        told = self.system_prompt != "" or self.enable_thinking is not None
+        if named is not None and not named.chat and told:
+            yield (
+                f"data.template={template!r} is no chat template: data.system_prompt and "
+                "data.enable_thinking would be ignored; take data.template=chat, or leave them out"
+            )
+        if named is not None and self.template_chat is not None:
+            yield (
+                "data.template_chat is of a template of your own, which holds {problem}: "
+                f"data.template={template} is a named one, which says so itself"
+            )
+        if 0 < self.max_pixels < self.min_pixels:
+            yield f"data.min_pixels={self.min_pixels} exceeds data.max_pixels={self.max_pixels}"
+
+
+# Field of a source in data.mixture → (type, rule for its value).
+SOURCE_FIELDS: dict[str, tuple[type, Rule | None]] = {
+    "name": (str, OneOf(DATASETS)),
+    "path": (str, None),
+    "split": (str, _SPLIT),
+    "weight": (float, Number(0, 1e15, open_low=True)),
+    "problem_column": (str, None),
+    "answer_column": (str, None),
+    "image_dir": (str, None),
+    "image_column": (str, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings:
+    """How responses are rewarded."""
+
+    parts: Mapping[str, float] = _open()  # Verifier → weight.
+    # Verifier → its options, e.g. overlong: {buffer: 4096, factor: 0.3}. Your own reward is any
+    # name with the option function: "module:function" or "file.py:function".
+    options: Mapping[str, Any] = _open()
+    timeout_s: float = 10.0  # Per verification.
+    num_workers: int = 2  # Processes for verifiers that need a hard time limit.
+    max_failure_rate: float = 0.05  # Share of time-outs and errors above which the run stops.
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "timeout_s": Number(0.01, 1e5),
+        "num_workers": Number(1, _PROCESSES),
+        "max_failure_rate": _SHARE,
+    }
+
+    def __post_init__(self):
+        check_fields(self, "reward.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings:
+    """What a step samples, and how."""
+
+    prompts_per_step: int = 16  # Prompts of a step.
+    group_size: int = 8  # Responses per prompt.
+    max_response_length: int = 256  # Tokens.
+    temperature: float = 1.0  # Of sampling, and of the log-probs in training.
+    top_p: float = 1.0  # Mass of the likeliest tokens to keep; 1 = all.
+    top_k: int = 0  # 0 = off.
+    num_slots: int = 128  # Sequences decoded at once.
+    chunk_length: int = 64  # Decode steps between two looks by the host.
+    # Largest |sampler − trainer| log-prob difference of one token allowed at the first step. In
+    # float32 more than 0.05 is a bug; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21
+    # at temperature 1, 0.44 at 0.6) and more in larger runs: set 1 there. Real bugs make nats.
+    mismatch_limit: float = 0.05
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "prompts_per_step": Number(1, 2**20),
+        "group_size": Number(
+            2, 2**16, why="an advantage compares the responses to one prompt with each other"
+        ),
+        "max_response_length": _LONGEST,
+        "temperature": dataclasses.replace(
+            TEMPERATURE, why="colder responses are greedy and carry no gradient"
+        ),
+        "top_p": Number(0, 1, open_low=True),
+        "top_k": _COUNT,
+        "num_slots": _SIZE,
+        "chunk_length": _SIZE,
+        "mismatch_limit": Number(0, 1e30, open_low=True, why="rounding is never 0"),
+    }
+
+    def __post_init__(self):
+        check_fields(self, "rollout.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """The optimizer steps of a rollout step."""
+
+    num_minibatches: int = 1  # Optimizer steps per pass over the rollouts.
+    num_microbatches: int = 1  # Parts of a minibatch, to bound memory.
+    # Pack responses end to end into dense rows; micro-batches then hold as many as fit.
+    packing: bool = False
+    microbatch_tokens: int = 0  # Limit of rows × pack_length of a packed micro-batch.
+    pack_length: int = 0  # Tokens of a packed row; 0 = the longest sequence allowed.
+    num_length_buckets: int = 4  # Possible row lengths of a step: each compiles once.
+    # What moves to host memory during the rollout: a key of learner.state.OFFLOADS.
+    offload: str = "none"
+    # Expert ids that an update uses instead of its routers' choice: those of the trainer's pass
+    # before the step ("old", R2), of the sampler ("sampler", R3), or "none".
+    router_replay: str = "none"
+    freeze_vision: bool = False  # Do not train the vision tower of a vision-language model.
+    router_aux_coef: float = 0.0  # Weight of the load-balancing loss; Qwen's files say 0.001.
+    num_epochs: int = 1  # Passes over the rollouts.
+    learning_rate: float = 1e-6  # After the warm-up.
+    warmup_steps: int = 20  # Rollout steps.
+    b1: float = 0.9  # Of AdamW, as are the next three.
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0 = off.
+    # Interval in rollout steps of π_ref ← ref_decay · π_ref + (1 − ref_decay) · π; 0 = never.
+    ref_every: int = 0
+    ref_decay: float = 0.0
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "num_minibatches": _SIZE,
+        "num_microbatches": _SIZE,
+        "microbatch_tokens": Number(0, 2**28),
+        "pack_length": Number(0, 2**25),
+        "num_length_buckets": _SIZE,
+        "offload": OneOf(OFFLOADS),
+        "router_replay": OneOf(REPLAYS),
+        "router_aux_coef": Number(0, 1e3),
+        "num_epochs": _SIZE,
+        "learning_rate": Number(0, 1, open_low=True),
+        "warmup_steps": _COUNT,
+        "b1": Number(0, 1, open_high=True),
+        "b2": Number(0, 1, open_high=True),
+        "eps": Number(1e-30, 1, why="of AdamW, beside the root of the second moment"),
+        "weight_decay": Number(0, 1e3),
+        "max_grad_norm": Number(0, 1e30),
+        "ref_every": _COUNT,
+        "ref_decay": Number(0, 1, open_high=True),
+    }
+
+    def __post_init__(self):
+        check_fields(self, "train.", self._wrong())
+
+    def _wrong(self):
+        if self.learning_rate * self.weight_decay >= 1:
+            yield (
+                f"train.weight_decay={self.weight_decay} times train.learning_rate="
+                f"{self.learning_rate} must be less than 1: a step would wipe the weights out"
+            )
+        for field in () if self.packing else ("microbatch_tokens", "pack_length"):
+            if getattr(self, field):
+                yield (
+                    f"train.{field}={getattr(self, field)} is of packed rows: set "
+                    "train.packing=True"
+                )
+        if self.packing and self.num_microbatches != 1:
+            yield (
+                f"train.num_microbatches={self.num_microbatches} cannot be set with train.packing: "
+                f"micro-batches are sized by train.microbatch_tokens={self.microbatch_tokens}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """How the policy is measured on held-out problems."""
+
+    every: int = 10  # Rollout steps; 0 = only before and after training.
+    num_problems: int = 500  # Number of held-out problems, the first ones.
+    num_samples: int = 4  # Responses per problem.
+    temperature: float = 1.0  # 0 takes the likeliest token.
+    top_p: float = 1.0  # As in the rollout.
+    top_k: int = 0  # 0 = off.
+    num_slots: int = 256  # Sequences decoded at once.
+    seed: int = 7  # Of the sampling noise; equal for all runs, so that runs compare in pairs.
+    # The reward part that counts as accuracy; may be empty if there is only one.
+    metric: str = ""
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "every": _COUNT,
+        "num_problems": _SIZE,
+        "num_samples": Number(1, 2**16),
+        "temperature": dataclasses.replace(
+            TEMPERATURE, also=(0,), why="0 takes the likeliest token"
+        ),
+        "top_p": Number(0, 1, open_low=True),
+        "top_k": _COUNT,
+        "num_slots": _SIZE,
+        "seed": SEED,
+    }
+
+    def __post_init__(self):
+        check_fields(self, "eval.", self._wrong())
+
+    def _wrong(self):
+        if self.temperature == 0 and self.num_samples > 1:
+            yield (
+                f"eval.num_samples={self.num_samples} must be 1 at eval.temperature=0: greedy "
+                "responses are all alike"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSettings:
+    """What a run writes, and when."""
+
+    checkpoint_every: int = 10  # Rollout steps; 0 = only at the end.
+    keep_latest: int = 2  # Checkpoints.
+    keep_best: int = 1  # By held-out accuracy.
+    dump_every: int = 1  # Rollout steps between dumps of all responses; 0 = never.
+    tensorboard: bool = True  # Write TensorBoard files.
+    wandb_project: str = ""  # Empty = no Weights & Biases.
+    export: bool = True  # Write a Hugging Face folder at the end.
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "checkpoint_every": _COUNT,
+        "keep_latest": _SIZE,
+        "keep_best": _COUNT,
+        "dump_every": _COUNT,
+    }
+
+    def __post_init__(self):
+        check_fields(self, "output.")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsSettings:
+    """Settings of a run of several processes; see luspo_jax.hosts.guard."""
+
+    dead_after_s: float = 30.0  # Seconds without a sign of life after which a process is dead.
+    phase_timeout_s: float = 0.0  # The longest time that a phase may take; 0 = no limit.
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "dead_after_s": Number(
+            3 * BEAT_S, 1e6, why=f"processes give a sign of life every {BEAT_S:g} s"
+        ),
+        "phase_timeout_s": Number(0, 1e6),
+    }
+
+    def __post_init__(self):
+        check_fields(self, "hosts.")

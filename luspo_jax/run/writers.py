@@ -1,0 +1,208 @@
+"""Writes the metrics and responses of a run, and computes the speed of a step."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from luspo_jax.experience.groups import Rollouts
+from luspo_jax.hosts import files, processes
+from luspo_jax.metrics import RolloutRecord, StepMetrics, declared, json_line, lines_and_records
+from luspo_jax.run import fields
+from luspo_jax.run.build import Run
+from luspo_jax.run.memory import peak_memory
+from luspo_jax.run.workdir import Workdir
+
+
+def console_line(step: int, num_steps: int | None, values: Mapping[str, float]) -> str:
+    """Formats a step as one line: reward, length, truncation, clipping, gradient, time."""
+    shown = (
+        ("reward", "reward", "{:.3f}"),
+        ("response_length/mean", "length", "{:.1f}"),
+        ("response_length/clip_ratio", "truncated", "{:.1%}"),
+        ("actor/pg_clipfrac", "clipped", "{:.1%}"),
+        ("actor/entropy", "entropy", "{:.2f}"),
+        ("actor/grad_norm", "|g|", "{:.3g}"),
+        ("timing_s/step", "time", "{:.2f} s"),
+    )
+    of = f"/{num_steps}" if num_steps else ""
+    fields = [f"{label} {form.format(values[n])}" for n, label, form in shown if n in values]
+    accuracies = [n for n in values if n.startswith("val-core/")]
+    fields += [f"{name.removeprefix('val-core/')} {values[name]:.3f}" for name in accuracies]
+    return " | ".join([f"step {step}{of}", *fields])
+
+
+class MetricsWriter:
+    """Writes each step to metrics.jsonl, TensorBoard, the console and, if asked, W&B.
+
+    Args:
+      workdir: folder of the run.
+      tensorboard: whether to write TensorBoard files.
+      wandb_project: project on Weights & Biases; empty for none.
+      config: shown by W&B as the run's configuration.
+      num_steps: steps of the whole run, for the console.
+      console: called with the console line; None for no console.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        tensorboard: bool = True,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+        num_steps: int | None = None,
+        console: Callable[[str], None] | None = print,
+    ):
+        self._workdir = pathlib.Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._num_steps, self._console = num_steps, console
+        self._wants_tensorboard, self._tensorboard, self._purge_step = tensorboard, None, None
+        self._wandb = _wandb_run(self._workdir, wandb_project, config) if wandb_project else None
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The jsonl file."""
+        return self._workdir / "metrics.jsonl"
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the metrics of a step.
+
+        Raises:
+          KeyError: a name that is not declared.
+        """
+        for name in values:
+            declared(name)
+        numbers = {name: float(value) for name, value in values.items()}
+        _append(self.path, json_line(step, numbers))
+        if self._wants_tensorboard:
+            self._write_tensorboard(step, numbers)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        if self._console is not None:
+            self._console(console_line(step, self._num_steps, numbers))
+
+    def _write_tensorboard(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._tensorboard is None:
+            from tensorboardX import SummaryWriter
+
+            folder = self._workdir / "tensorboard"
+            # TensorBoard's own file names tell runs apart only by the second.
+            self._tensorboard = SummaryWriter(
+                str(folder), purge_step=self._purge_step, filename_suffix=f".from_{step}"
+            )
+        for name, value in numbers.items():
+            if math.isfinite(value):
+                self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Deletes everything after a step, as a resumed run must."""
+        if self.path.exists():
+            kept = [
+                line.decode() + "\n"
+                for line, record in lines_and_records(self.path)
+                if record["step"] <= step
+            ]
+            if not self.path.read_bytes().endswith(b"\n") and self._console is not None:
+                self._console(f"{self.path}: its last line was cut off, and is dropped")
+            files.write_text(self.path, "".join(kept))
+        for path in (self._workdir / "rollouts").glob("step_*.jsonl"):
+            number = path.stem.removeprefix("step_")
+            if number.isdecimal() and int(number) > step:  # other files are not ours
+                path.unlink()
+        self._purge_step = step + 1
+
+    def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> pathlib.Path:
+        """Writes a step's responses to rollouts/step_NNNNNN.jsonl, whole or not at all."""
+        path = self._workdir / "rollouts" / f"step_{step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
+        files.write_text(path, "".join(lines))
+        return path
+
+    def close(self) -> None:
+        """Closes the writers."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class SilentWriter:
+    """Replaces MetricsWriter in processes that write nothing."""
+
+    def truncate_after(self, step: int) -> None:
+        """Does nothing."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def _append(path: pathlib.Path, line: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _wandb_run(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | None):
+    """Returns the W&B run of a workdir; a resumed run keeps its W&B run."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise RuntimeError(
+            "W&B was asked for, but wandb is not installed: pip install wandb, or leave "
+            "output.wandb_project empty"
+        ) from error
+    id_file = workdir / "wandb_id"
+    if not id_file.exists():
+        files.write_text(id_file, wandb.util.generate_id())
+    return wandb.init(
+        project=project,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=str(workdir),
+        config=dict(config or {}),
+    )
+
+
+def writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWriter:
+    """Returns the process's writer; times, throughput and memory are those of process 0."""
+    if not processes.is_writer():
+        return SilentWriter()
+    output = run.settings.output
+    return MetricsWriter(
+        workdir.path,
+        tensorboard=output.tensorboard,
+        wandb_project=output.wandb_project,
+        config=fields.flat(run.config),
+        num_steps=run.settings.num_steps,
+        console=bar.write,
+    )
+
+
+def speed_metrics(metrics: StepMetrics, rollouts: Rollouts) -> dict[str, float]:
+    """Returns tokens and seconds of a step, prompts and responses, and the peak memory so far."""
+    seconds = metrics.result()["timing_s/step"]
+    tokens = int(rollouts.lengths_B.sum()) + sum(len(p.tokens) for p in rollouts.prompts)
+    return {
+        "perf/total_num_tokens": tokens,
+        "perf/time_per_step": seconds,
+        "perf/throughput": tokens / seconds / jax.device_count(),
+        "perf/max_memory_allocated_gb": peak_memory() / 1e9,
+    }

@@ -1,0 +1,98 @@
+"""Held-out problems: what is asked, what is kept, and accuracies by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from luspo_jax.experience import held_out
+from tests.experience.experience_cases import FAILED, LATE, Judge, Sampler, prompt
+from tests.experience.experience_cases import group as _group
+
+# Rewards 2, 1 and none; 0, none and none; 3, 3, 3: six judged of nine, two groups to compare.
+GROUPS = [
+    _group(0, [2, 1, FAILED], [2, 4, 100]),
+    _group(1, [0, LATE, FAILED], [8, 100, 100]),
+    _group(2, [3] * 3, [1, 3, 5]),
+]
+
+
+def test_accuracy_is_the_mean_over_problems_of_the_judged_share():
+    measured = held_out.summarize(GROUPS, metric="right")
+    assert measured.accuracy == pytest.approx((2 / 2 + 0 / 1 + 3 / 3) / 3)
+    assert measured.accuracy_ci95[0] < measured.accuracy <= measured.accuracy_ci95[1]
+    assert (measured.unjudged, measured.num_problems) == (3, 3)
+    assert "3 responses without a verdict" in str(measured)
+    # Judged ones by length: {2, 4}, {8} and {1, 3, 5}: shortest 2, 8, 1; middle 4, 3; longest 5.
+    assert measured.accuracy_by_third == pytest.approx((2 / 3, 1.0, 1.0))
+
+
+def test_a_problem_without_any_verdict_is_left_out_of_the_accuracy():
+    groups = [GROUPS[0], _group(1, [FAILED] * 3, [1] * 3)]
+    assert held_out.summarize(groups, metric="right").accuracy == 1.0
+    nothing = held_out.summarize(groups[1:], metric="right")
+    assert math.isnan(nothing.accuracy)
+    assert nothing.unjudged == 3
+
+
+def test_values_go_by_the_last_part_of_their_metric():
+    groups = [_group(0, [1, 0], [2, 6], stopped=[True, False]), _group(1, [1, 1], [4, 4])]
+    measured = held_out.summarize(groups, metric="right")
+    low, high = measured.accuracy_ci95
+    assert measured.metrics == {
+        "acc/mean@2": 0.75,
+        "acc/ci95_low": low,
+        "acc/ci95_high": high,
+        "response_length/mean": 4.0,
+        "response_length/clip_ratio": 0.25,
+        "unjudged": 0,
+    }
+
+
+# --- asking ------------------------------------------------------------------------------------
+
+
+def _ask(sampler, prompts, judge, **options):
+    settings = {"decode": lambda tokens: "y" * len(tokens), "num_samples": 3, "seed": 8}
+    return held_out.ask(sampler, "weights", prompts, judge, **settings, **options)
+
+
+def test_the_noise_is_of_the_seed_the_prompt_and_the_sample_only():
+    """Two policies face the same draws, at whatever step each is asked."""
+    prompts, sampler = [prompt(4), prompt(1)], Sampler(lambda prompt_id, sample: 1 + sample)
+    groups = _ask(sampler, prompts, Judge(lambda sample: float(sample.length > 2)))
+    (call,) = sampler.calls
+    assert (call.params, call.group_size, call.seed, call.step) == ("weights", 3, 8, 0)
+    assert [request.prompt_id for request in call.requests] == [4, 1]
+    assert [group.prompt for group in groups] == prompts
+    assert [group.column("sample_id") for group in groups] == [[0, 1, 2]] * 2
+    np.testing.assert_array_equal(groups[0].values(), [0, 0, 1])
+
+
+def test_progress_is_told_and_the_longest_length_is_the_samplers():
+    told, judge = [], Judge(lambda sample: 1.0)
+    sampler = Sampler(lambda prompt_id, sample: 2)
+    _ask(sampler, [prompt(0)], judge, progress=lambda *counts: told.append(counts))
+    assert told == [(3, 3)]
+    assert {sample.max_length for sample in judge.samples} == {sampler.sampling.max_response_length}
+
+
+def test_without_a_prompt_nothing_is_sampled():
+    sampler = Sampler(lambda prompt_id, sample: 1)
+    assert _ask(sampler, [], Judge(lambda sample: 1.0)) == []
+    assert sampler.calls == []
+
+
+def test_every_response_is_kept_with_its_verdict():
+    groups = [_group(4, [2, FAILED], [2, 3], stopped=[True, False]), _group(6, [0, 1], [1, 1])]
+    found = held_out.kept(groups, "sums", ["right@1"])
+    assert [(r.problem_id, r.sample_id) for r in found] == [(4, 0), (4, 1), (6, 0), (6, 1)]
+    assert [r.verdict for r in found] == [r.reward for g in groups for r in g.responses]
+    assert [r.response for r in found] == ["xx", "xxx", "x", "x"]
+    assert [r.tokens for r in found][:2] == [[0, 1], [0, 1, 2]]
+    assert [r.length for r in found] == [2, 3, 1, 1]
+    assert [r.truncated for r in found] == [False, True, False, False]
+    for record in found:
+        assert (record.benchmark, record.scorers) == ("sums", ["right@1"])
+        assert (record.prompt, record.problem, record.answer) == ("?", "?", "!")
+        assert record.meta == {"level": 3}

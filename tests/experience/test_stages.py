@@ -1,0 +1,287 @@
+"""Stages between rewards and the update, each on responses made by hand."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from luspo_jax.experience import stages
+from luspo_jax.experience.groups import Rollouts
+from luspo_jax.learner.logprobs import LogprobRule
+from luspo_jax.learner.policies import PolicyLogprobs, laid, policy_logprobs
+from luspo_jax.learner.programs import LogprobPass
+from luspo_jax.learner.rows import Planner
+from luspo_jax.models import decoder
+from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
+from luspo_jax.objectives import preset
+from luspo_jax.types import TrainState
+from tests.experience.experience_cases import FAILED, prompt
+from tests.experience.experience_cases import group as _group
+
+MODEL = DecoderConfig(
+    model_type="qwen3", vocab_size=24, num_layers=1, embed_dim=16, mlp_dim=32, num_heads=2,
+    num_kv_heads=1, head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6, qkv_bias=False, qk_norm=True,
+    tie_embeddings=True, max_position=64,
+)  # fmt: skip
+VERSION = 5
+LENGTHS = (4, 2, 3, 1, 6)  # of a group of two and one of three
+LAYOUTS = {
+    "one row at a time": {"rows_per_microbatch": 1},
+    "all at once": {"rows_per_microbatch": 5},
+    "few widths": {"rows_per_microbatch": 5, "num_buckets": 1},
+    "dense": {"rows_per_microbatch": 1, "pack_length": 12},
+}
+
+
+def _rollouts(*, mixed=True):
+    """The policy of the step sampled the first response, an older one the second, and both of the
+    third; of the last, whose verdict failed, nothing is trained on, and of the third not all."""
+    groups = [_group(0, [1, 0], list(LENGTHS[:2])), _group(1, [1, 0, FAILED], list(LENGTHS[2:]))]
+    groups = [
+        dataclasses.replace(group, prompt=prompt(i, tokens))
+        for i, (group, tokens) in enumerate(zip(groups, ([7, 3], [9, 1, 4]), strict=True))
+    ]
+    rng = np.random.default_rng(0)
+    versions = [np.full(n, VERSION, np.uint32) for n in LENGTHS]
+    trained = [np.ones(n, bool) for n in LENGTHS]
+    trained[4] = np.zeros(6, bool)
+    if mixed:
+        versions[1:3] = [np.uint32([4, 4]), np.uint32([3, 5, 5])]
+        trained[2] = np.array([True, False, True])
+    tokens = [rng.integers(MODEL.vocab_size, size=n).astype(np.int32) for n in LENGTHS]
+    return Rollouts(groups, VERSION).enriched(versions=versions, trained=trained, tokens=tokens)
+
+
+def _numbers(start):
+    """A value for each token that says which response and token it is of."""
+    return [np.float32(start + 100 * i + np.arange(n)) for i, n in enumerate(LENGTHS)]
+
+
+def _found(*, experts=None):
+    return PolicyLogprobs(_numbers(1000), _numbers(5000), experts, None)
+
+
+# --- log-probs of the policy that starts the step ----------------------------------------------
+
+
+def test_old_logprobs_are_the_samplers_where_another_policy_sampled():
+    """Token by token: the trainer's where the policy that starts the step sampled."""
+    rollouts = _rollouts()
+    after = stages.with_old_logprobs(rollouts, _found())
+    own, sampled = _numbers(1000), rollouts.column("logprobs")
+    old = after.column("old_logprobs")
+    np.testing.assert_array_equal(old[0], own[0])
+    np.testing.assert_array_equal(old[1], sampled[1])
+    np.testing.assert_array_equal(old[2], [sampled[2][0], own[2][1], own[2][2]])
+    np.testing.assert_array_equal(old[3], own[3])
+    np.testing.assert_array_equal(old[4], own[4])
+    assert {x.dtype for x in old} == {np.dtype(np.float32)}
+    assert after.column("old_entropy") == [None] * 5
+    assert after.column("old_expert_ids") == [None] * 5
+    for before, now in zip(rollouts.column("logprobs"), after.column("logprobs"), strict=True):
+        assert before is now
+
+
+def test_entropies_are_kept_where_the_objective_ranks_them():
+    after = stages.with_old_logprobs(_rollouts(), _found(), keep_entropy=True)
+    for got, expected in zip(after.column("old_entropy"), _numbers(5000), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_old_experts_are_the_samplers_where_another_policy_sampled():
+    """And of a prompt wherever its response is not all of the policy that starts the step."""
+    own = [
+        np.full((size + n, 1, 2), 9, np.uint8)
+        for size, n in zip((2, 2, 3, 3, 3), LENGTHS, strict=True)
+    ]
+    rollouts = _rollouts()
+    rollouts = rollouts.enriched(
+        expert_ids=[np.full((n, 1, 2), 1, np.uint8) for n in LENGTHS],
+        prompt_expert_ids=[np.full((len(p.tokens), 1, 2), 2, np.uint8) for p in rollouts.prompts],
+    )
+    after = stages.with_old_logprobs(rollouts, _found(experts=own))
+    ids = [x[:, 0, 0].tolist() for x in after.column("old_expert_ids")]
+    assert ids == [[9] * 6, [2, 2, 1, 1], [2, 2, 2, 1, 9, 9], [9] * 4, [9] * 9]
+    assert {x.dtype for x in after.column("old_expert_ids")} == {np.dtype(np.uint8)}
+
+
+# --- what sampler and trainer differ in --------------------------------------------------------
+
+
+def test_the_gap_is_of_trained_tokens_that_the_policy_sampled():
+    rollouts = _rollouts()
+    sampled = [x.copy() for x in rollouts.column("logprobs")]
+    assert stages.largest_gap(rollouts, PolicyLogprobs(sampled, [], None, None)) == 0
+    for response, token, counts in ((0, 3, True), (1, 0, False), (2, 0, False), (2, 1, False),
+                                    (2, 2, True), (4, 5, False)):  # fmt: skip
+        found = [x.copy() for x in sampled]
+        found[response][token] += 0.25
+        gap = stages.largest_gap(rollouts, PolicyLogprobs(found, [], None, None))
+        assert gap == pytest.approx(0.25 if counts else 0)
+
+
+def test_without_a_token_to_compare_there_is_no_gap():
+    assert stages.largest_gap(Rollouts(_rollouts().groups, VERSION + 1), _found()) == 0
+
+
+@pytest.mark.parametrize("gap", [0.6, float("nan"), float("inf")])
+def test_a_gap_beyond_the_limit_is_refused(gap):
+    stages.check_gap(0.5, 0.5)
+    with pytest.raises(stages.MismatchError, match=r"nats .*more than rollout.mismatch_limit=0.5"):
+        stages.check_gap(gap, 0.5)
+
+
+# --- advantages --------------------------------------------------------------------------------
+
+
+def test_advantages_are_formed_inside_groups_of_unequal_size():
+    """Of those that count: the failed verdict leaves its group's mean, and has none."""
+    after = stages.with_advantages(_rollouts(), preset("dr_grpo"), 12)
+    np.testing.assert_allclose(after.advantages_B, [0.5, -0.5, 0.5, -0.5, 0])
+    assert after.advantages_B.dtype == np.float32
+    assert all(type(x) is float for x in after.column("advantage"))
+
+
+def test_a_penalty_is_taken_from_each_reward():
+    penalty_B = np.float32([0.2, 0.0, 0.0, 0.4, 7.0])
+    after = stages.with_advantages(_rollouts(), preset("dr_grpo"), 12, penalty_B)
+    np.testing.assert_allclose(after.advantages_B, [0.4, -0.4, 0.7, -0.7, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [9, 12, 64])
+def test_kl_in_the_reward_is_of_trained_tokens_and_not_of_the_width(width):
+    objective = preset("dr_grpo", kl_coef=0.1, kl_placement="reward", kl_estimator="k1")
+    old, ref = ([np.full(n, x, np.float32) for n in LENGTHS] for x in (-1.0, -3.0))
+    rollouts = _rollouts().enriched(old_logprobs=old, ref_logprobs=ref)
+    after = stages.with_advantages(rollouts, objective, width)
+    # 0.1 · 2 a trained token is taken: of 4 and 2, and of 2 and 1.
+    rewards = np.array([1 - 0.8, 0 - 0.4, 1 - 0.4, 0 - 0.2])
+    means = np.repeat([rewards[:2].mean(), rewards[2:].mean()], 2)
+    np.testing.assert_allclose(after.advantages_B, [*(rewards - means), 0], atol=1e-6)
+
+
+# --- batches of an update ----------------------------------------------------------------------
+
+
+def _planner(*, num_buckets=4, rows_per_microbatch=5, **fields):
+    return Planner(MODEL, 16, num_buckets, rows_per_microbatch, **fields)
+
+
+def _full():
+    """With everything that an objective may read."""
+    return _rollouts().enriched(
+        logprobs=_numbers(1000),
+        old_logprobs=_numbers(2000),
+        old_entropy=_numbers(3000),
+        ref_logprobs=_numbers(4000),
+        advantage=[0.5, -0.5, 0.25, -0.25, 0.0],
+    )
+
+
+NAMES = ("sampler_logprobs", "old_logprobs", "old_entropy", "ref_logprobs")
+
+
+def _read(batch):
+    """{tokens that are trained on: what the objective reads of them}.
+
+    Places follow from `starts_B` and the alignment law, not from the plan that put them there.
+    """
+    rows, responses = batch.rows, batch.responses
+    count, width = responses.response_mask_BT.shape
+    at_once = count // rows.num_microbatches
+    parts = rows.tokens_RT.reshape(rows.num_microbatches, -1)
+    masks = rows.response_mask_RT.reshape(rows.num_microbatches, -1)
+    segments = rows.segment_ids_RT.reshape(rows.num_microbatches, -1)
+    found = {}
+    for b in range(count):
+        mask = responses.response_mask_BT[b]
+        if not mask.any():
+            continue
+        flat = responses.starts_B[b] + np.arange(width)[mask]
+        part = b // at_once
+        assert masks[part][flat].all()
+        assert len(set(segments[part][responses.starts_B[b] : flat[-1] + 1])) == 1
+        key = (int(responses.group_ids_B[b]), *parts[part][flat].tolist())
+        values = [getattr(responses, f"{name}_BT")[b][mask].tolist() for name in NAMES]
+        found[key] = float(responses.advantages_B[b]), values
+    assert sum(masks.sum() for masks in masks) == responses.response_mask_BT.sum()
+    return found
+
+
+def _expected(rollouts, chosen):
+    found = {}
+    for i in chosen:
+        r, mask = rollouts.responses[i], rollouts.responses[i].trained
+        if mask.any():
+            key = (int(rollouts.group_ids_B[i]), *r.tokens[mask].tolist())
+            fields = ("logprobs", *NAMES[1:])
+            found[key] = r.advantage, [getattr(r, name)[mask].tolist() for name in fields]
+    return found
+
+
+@pytest.mark.parametrize("chosen", [(0, 1, 2, 3, 4), (2, 3, 4, 0, 1), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_says_of_each_token_what_is_known_of_it(layout, chosen):
+    rollouts = _full()
+    sizes = dict(LAYOUTS[layout])
+    sizes["rows_per_microbatch"] = min(sizes["rows_per_microbatch"], len(chosen))
+    planner = _planner(**sizes)
+    batch, metrics = stages.train_batch(rollouts, planner, np.array(chosen), 12)
+    assert _read(batch) == _expected(rollouts, chosen)
+    assert batch.responses.response_mask_BT.shape[1] == 12
+    assert batch.responses.advantages_B.dtype == np.float32
+    assert bool(metrics) == ("pack_length" in sizes)
+
+
+def test_a_batch_holds_no_more_than_the_stages_have_said():
+    rollouts = _rollouts().enriched(advantage=[0.0] * 5)
+    batch, metrics = stages.train_batch(rollouts, _planner(), np.arange(5), 12)
+    for name in NAMES[1:]:
+        assert getattr(batch.responses, f"{name}_BT") is None
+    assert batch.rows.expert_ids is None
+    assert metrics == {}
+
+
+# --- together with a model ---------------------------------------------------------------------
+
+
+@functools.cache
+def _state():
+    drawn = decoder.init_params(jax.random.key(0), MODEL)
+    return TrainState(jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, drawn), (), jnp.int32(0))
+
+
+def _old_logprobs(planner, order):
+    """{response: its old log-probs}, groups and responses in another order."""
+    rollouts = _rollouts()
+    groups = [rollouts.groups[i] for i in order]
+    groups = [dataclasses.replace(g, responses=g.responses[:: 1 - 2 * order[0]]) for g in groups]
+    rollouts = Rollouts(groups, VERSION)
+    parts = laid(planner, rollouts.prompts, rollouts.responses)
+    one = LogprobPass("params", LogprobRule(Forward(MODEL), head_chunk_tokens=16))
+    found = policy_logprobs(_state(), one, parts, planner)
+    after = stages.with_old_logprobs(rollouts, found, keep_entropy=True)
+    return {
+        (int(i), r.sample_id): (r.old_logprobs, r.old_entropy)
+        for i, r in zip([p.prompt_id for p in after.prompts], after.responses, strict=True)
+    }
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_old_logprobs_do_not_depend_on_order_packing_or_microbatches(layout, order):
+    expected = _old_logprobs(_planner(), (0, 1))
+    found = _old_logprobs(_planner(**LAYOUTS[layout]), order)
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        for got, want in zip(found[key], values, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-5, err_msg=str(key))
+    sampled = _rollouts().column("logprobs")
+    np.testing.assert_array_equal(found[0, 1][0], sampled[1])  # an older policy's
+    assert found[1, 0][0][0] == sampled[2][0]
+    assert found[1, 0][0][1] == 0  # not trained on
+    assert found[0, 0][0].all()
