@@ -51,15 +51,23 @@ class Keeper(contextlib.ExitStack):
     def __init__(self, run: Run, workdir: Workdir):
         super().__init__()
         self.run, self.workdir = run, workdir
-        output = run.settings.output
-        self._checkpointer = Checkpointer(
-            workdir.path / "checkpoints", keep_latest=output.keep_latest, keep_best=output.keep_best
-        )
-        self.enter_context(contextlib.closing(self._checkpointer))
-        self.enter_context(run.scorer)
-        self.enter_context(contextlib.closing(run.data))
         self._evaluations: list[tuple[int, Evaluation]] = []
         self._start = 0
+
+    def __enter__(self) -> "Keeper":
+        """Opens checkpoints, scorer and data; what was opened is closed if one of them fails."""
+        output = self.run.settings.output
+        with contextlib.ExitStack() as stack:
+            self._checkpointer = Checkpointer(
+                self.workdir.path / "checkpoints",
+                keep_latest=output.keep_latest,
+                keep_best=output.keep_best,
+            )
+            stack.enter_context(contextlib.closing(self._checkpointer))
+            stack.enter_context(self.run.scorer)
+            stack.enter_context(contextlib.closing(self.run.data))
+            self.push(stack.pop_all())
+        return self
 
     def begin(self) -> tuple[TrainState, Carried]:
         """Restores the state and carried values; evaluates a new run's policy."""
