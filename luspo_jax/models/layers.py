@@ -56,7 +56,6 @@ def _project_backward(contracted, axes, layout, precision, residuals, grad):
     if layout is not None:
         # Each device computes its own rows and positions: XLA would gather whole rows of
         # activations if their positions are sharded.
-        # their positions are cut.
         rows = ("batch", "length")[:lead]
         inner = tuple(None if axis == "embed" else axis for axis in axes)
         inputs = (*rows, *inner[:contracted]), (*rows, *inner[contracted:])

@@ -40,7 +40,7 @@ class Outcome:
         return self.evaluations[-1][1]
 
 
-class Keeper(contextlib.ExitStack):
+class Keeper:
     """Saves the results of a run's steps in its workdir; a context manager.
 
     Args:
@@ -49,17 +49,28 @@ class Keeper(contextlib.ExitStack):
     """
 
     def __init__(self, run: Run, workdir: Workdir):
-        super().__init__()
         self.run, self.workdir = run, workdir
-        output = run.settings.output
-        self._checkpointer = Checkpointer(
-            workdir.path / "checkpoints", keep_latest=output.keep_latest, keep_best=output.keep_best
-        )
-        self.enter_context(contextlib.closing(self._checkpointer))
-        self.enter_context(run.scorer)
-        self.enter_context(contextlib.closing(run.data))
         self._evaluations: list[tuple[int, Evaluation]] = []
         self._start = 0
+
+    def __enter__(self) -> "Keeper":
+        """Opens checkpoints, scorer and data; what was opened is closed if one of them fails."""
+        output = self.run.settings.output
+        with contextlib.ExitStack() as stack:
+            self._checkpointer = Checkpointer(
+                self.workdir.path / "checkpoints",
+                keep_latest=output.keep_latest,
+                keep_best=output.keep_best,
+            )
+            stack.enter_context(contextlib.closing(self._checkpointer))
+            stack.enter_context(self.run.scorer)
+            stack.enter_context(contextlib.closing(self.run.data))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Closes them, and whatever writes."""
+        self._stack.__exit__(*error)
 
     def begin(self) -> tuple[TrainState, Carried]:
         """Restores the state and carried values; evaluates a new run's policy."""
@@ -71,11 +82,11 @@ class Keeper(contextlib.ExitStack):
             state = parked(state, run.settings.train.offload)
         silent = None if processes.is_writer() else True  # None: silent if there is no console
         total = run.settings.num_steps
-        self._bar = self.enter_context(
+        self._bar = self._stack.enter_context(
             tqdm(total=total, initial=start, unit="step", leave=False, disable=silent)
         )
         writer = writers.writer(run, self.workdir, self._bar)
-        self._writer = self.enter_context(contextlib.closing(writer))
+        self._writer = self._stack.enter_context(contextlib.closing(writer))
         # A run without a checkpoint starts over, whatever an earlier attempt wrote.
         self._writer.truncate_after(start if evaluations else start - 1)
         if not evaluations:
