@@ -110,7 +110,7 @@ VARIANTS = {
         "rms_norm_eps": 1e-5,
         "theta": 5e5,
     },
-    # Rotary positions go beyond the original context: 73 tokens of 16, or of 24.
+    # Rotary positions go beyond the original context: 73 tokens where they began with 16, or 24.
     "llama_3": {
         "kind": "llama",
         "num_attention_heads": 4,
@@ -129,6 +129,7 @@ VARIANTS = {
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "head_dim": 16,
+        "max_position_embeddings": 96,
         "rope": {
             "rope_type": "yarn",
             "factor": 4.0,
@@ -145,6 +146,7 @@ VARIANTS = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "theta": 1e6,
+        "max_position_embeddings": 96,
         "rope": {
             "rope_type": "yarn",
             "factor": 4.0,
@@ -157,6 +159,7 @@ VARIANTS = {
         "num_key_value_heads": 2,
         "head_dim": 16,
         "theta": 1e6,
+        "max_position_embeddings": 48,
         "rope": {
             "rope_type": "yarn",
             "factor": 2.0,

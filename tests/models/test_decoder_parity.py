@@ -74,7 +74,7 @@ def test_logits(checkpoint):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["qwen2_multihead", "qwen3_tied"])
+@pytest.mark.parametrize("variant", ["qwen2_multihead", "qwen3_tied", "llama_3", "qwen2_yarn"])
 def test_logits_far_from_the_start(variant, tmp_path):
     """Positions near 32,768, where a frequency rounded otherwise turns by a visible angle."""
     model = _reference(variant)
@@ -157,7 +157,15 @@ def _by_hub_name(model):
 
 @pytest.mark.parametrize(
     "variant",
-    ["qwen2_tied", "qwen3_bias", "qwen3_odd_sizes", *(v for v in VARIANTS if v.startswith("moe"))],
+    [
+        "qwen2_tied",
+        "qwen3_bias",
+        "qwen3_odd_sizes",
+        "llama_bias_odd_sizes",
+        "llama_3",
+        "llama_yarn",
+        *(v for v in VARIANTS if v.startswith("moe")),
+    ],
 )
 def test_gradients_of_a_logprob_loss(variant, tmp_path):
     model = _reference(variant)
