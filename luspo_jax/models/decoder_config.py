@@ -249,7 +249,7 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     hf = vision_config.flat(hf) if seeing else hf
     _refuse_unimplemented(hf, model_type)
     values = {ours: required(hf, name) for ours, name in _FIELDS.items()}
-    rope_theta, rope_scaling = rope.read(hf)
+    rope_theta, rope_scaling = rope.read(hf, () if seeing else rope.KINDS)
     if model_type == "qwen3_moe":
         _check_type("num_layers", values["num_layers"])
         values |= expert_config.expert_fields(hf, values["num_layers"])

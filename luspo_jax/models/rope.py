@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,8 +146,12 @@ def _yarn(plain, powers, theta, scaling):
     return (divided * (one - kept) + plain * kept).astype(np.float32)
 
 
-def read(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def read(hf: Mapping[str, Any], kinds: Sequence[str] = KINDS) -> tuple[float, RopeScaling | None]:
     """Returns (the rotary base, scaling or None) of a `config.json`, transformers 4 or 5 style.
+
+    Args:
+      hf: its fields.
+      kinds: of scaling that the decoder computes.
 
     Raises:
       ConfigError: naming the field that is missing, unknown, or of a kind that is not computed.
@@ -164,7 +168,7 @@ def read(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         if "rope_theta" in values:
             bases[f"{name}.rope_theta"] = values.pop("rope_theta")
         if kind != "default":
-            scalings[name] = _scaling(name, kind, values, hf)
+            scalings[name] = _scaling(name, kind, values, hf, kinds)
         elif values:
             raise ConfigError(f"{name} holds {values}, which is not implemented; remove it")
     if not bases:
@@ -180,12 +184,12 @@ def read(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     return float(theta) if is_int(theta) else theta, scaling
 
 
-def _scaling(name, kind, values, hf):
-    if kind not in KINDS:
+def _scaling(name, kind, values, hf, kinds):
+    if kind not in kinds:
         raise ConfigError(
-            f"{name} of type {kind!r} is not implemented, only 'default', "
-            f"{', '.join(map(repr, KINDS))}; set it to null and use sequences within the "
-            "original context length"
+            f"{name} of type {kind!r} is not implemented, only "
+            f"{', '.join(map(repr, ('default', *kinds)))}; set it to null and use sequences "
+            "within the original context length"
         )
     fields = _FIELDS[kind]
     missing = [key for key in ("factor", *_REQUIRED[kind]) if key not in values]
