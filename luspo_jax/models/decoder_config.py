@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from luspo_jax.hosts.values import ConfigError
-from luspo_jax.models import expert_config, vision_config
+from luspo_jax.models import expert_config, rope, vision_config
 from luspo_jax.models.expert_config import is_int, required
+from luspo_jax.models.rope import RopeScaling
 from luspo_jax.models.vision_config import VisionConfig
 
 ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -47,6 +49,7 @@ class DecoderConfig:
       qk_norm: queries and keys are RMS-normalised over head_dim before rotation (Qwen3).
       tie_embeddings: the head is the embedding matrix.
       max_position: longest sequence in the weights' training.
+      rope_scaling: how rotary frequencies are stretched; None leaves them plain.
       eos_token_ids: every token that ends a response, sorted.
       dtype: type declared by the checkpoint, or None; the caller chooses the type to load.
       num_experts: experts in every layer but `dense_layers`; 0 = none.
@@ -92,6 +95,7 @@ class DecoderConfig:
     video_token_id: int | None = None
     vision_start_token_id: int | None = None
     vision_end_token_id: int | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         if self.model_type not in ARCHITECTURES:
@@ -156,6 +160,7 @@ _OF_EXPERTS = ("num_experts", "experts_per_token", "expert_dim")  # 0 without ex
 _NUMBERS = ("rope_theta", "rms_norm_eps")
 _SWITCHES = ("qkv_bias", "out_bias", "qk_norm", "tie_embeddings", "norm_topk")
 _BIASED = ("qwen2", "qwen2_5_vl")  # projections always have a bias
+_QWEN3 = ("qwen3", "qwen3_moe")
 _TOKENS = ("bos_token_id", "pad_token_id")
 
 # Our field → its name in config.json. All are required.
@@ -180,6 +185,7 @@ _RULED = {
     "rope_theta",
     "rope_scaling",
     "rope_parameters",
+    "original_max_position_embeddings",
     "torch_dtype",
     "dtype",
     "eos_token_id",
@@ -199,6 +205,8 @@ _ONLY = {
     "is_decoder": False,
     "chunk_size_feed_forward": 0,
     "use_mrope": False,
+    "rope_interleaved": False,
+    "pretraining_tp": 1,
     **expert_config.NEUTRAL,
 }
 
@@ -220,6 +228,8 @@ _INERT = {
     "tokenizer_class",
     "unsloth_fixed",
     "unsloth_version",
+    "is_llama_config",
+    "transformers.js_config",
 }
 
 
@@ -239,7 +249,7 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     hf = vision_config.flat(hf) if seeing else hf
     _refuse_unimplemented(hf, model_type)
     values = {ours: required(hf, name) for ours, name in _FIELDS.items()}
-    qwen3 = model_type in ("qwen3", "qwen3_moe")
+    rope_theta, rope_scaling = rope.read(hf, () if seeing else rope.KINDS)
     if model_type == "qwen3_moe":
         _check_type("num_layers", values["num_layers"])
         values |= expert_config.expert_fields(hf, values["num_layers"])
@@ -247,10 +257,11 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         model_type=model_type,
         head_dim=_head_dim(hf, model_type),
-        rope_theta=_rope_theta(hf),
-        qk_norm=qwen3,
-        qkv_bias=_attention_bias(hf) or not qwen3,
-        out_bias=qwen3 and _attention_bias(hf),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        qk_norm=model_type in _QWEN3,
+        qkv_bias=_attention_bias(hf) or model_type in _BIASED,
+        out_bias=model_type not in _BIASED and _attention_bias(hf),
         eos_token_ids=_token_ids(hf.get("eos_token_id")),
         bos_token_id=hf.get("bos_token_id"),
         pad_token_id=hf.get("pad_token_id"),
@@ -294,11 +305,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         "model_type": config.model_type,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": config.num_layers,
+        **rope.hf_fields(config.rope_theta, config.rope_scaling),
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
@@ -306,6 +313,12 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,
     }
+    if config.model_type != "llama":
+        values |= {
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": config.num_layers,
+        }
     if config.model_type not in _BIASED:
         values["attention_bias"] = config.qkv_bias
     if config.num_experts:
@@ -370,7 +383,7 @@ def _refuse_unimplemented(hf, model_type):
 def _head_dim(hf, model_type):
     if hf.get("head_dim") is not None:
         return hf["head_dim"]
-    if model_type not in _BIASED:  # cannot be derived: Qwen3's differs from D/N by design
+    if model_type in _QWEN3:  # cannot be derived: Qwen3's differs from D/N by design
         return required(hf, "head_dim")
     embed_dim, num_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     _check_type("embed_dim", embed_dim)
@@ -392,38 +405,6 @@ def _attention_bias(hf):
             f"attention_bias = false is not implemented for {hf['model_type']}; remove it"
         )
     return bool(value)
-
-
-def _rope_theta(hf):
-    """Returns the rotary base from `rope_theta` (hub) or `rope_parameters` (transformers 5)."""
-    found = {}
-    if hf.get("rope_theta") is not None:
-        found["rope_theta"] = hf["rope_theta"]
-    for name in ("rope_scaling", "rope_parameters"):
-        values = dict(hf.get(name) or {})
-        kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
-        values.pop("type", None)
-        if kind != "default":
-            raise ConfigError(
-                f"{name} of type {kind!r} is not implemented, only 'default'; set it to null "
-                f"and use sequences within the original context length"
-            )
-        if values.get("partial_rotary_factor") in (1, None):
-            values.pop("partial_rotary_factor", None)
-        if values.get("rope_theta") is not None:
-            found[f"{name}.rope_theta"] = values.pop("rope_theta")
-        values = {key: value for key, value in values.items() if value is not None}
-        if values:
-            raise ConfigError(f"{name} holds {values}, which is not implemented; remove it")
-    if not found:
-        raise ConfigError(
-            "rope_theta is missing (neither rope_theta nor rope_parameters.rope_theta); "
-            "add it to config.json"
-        )
-    if len(set(found.values())) > 1:
-        raise ConfigError(f"{found} contradict each other; keep the right one")
-    theta = next(iter(found.values()))
-    return float(theta) if isinstance(theta, int) else theta
 
 
 def _dtype(hf):

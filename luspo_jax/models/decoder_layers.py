@@ -24,6 +24,7 @@ from luspo_jax.models.layers import (
     rotation_of,
     swiglu,
 )
+from luspo_jax.models.rope import frequencies
 from luspo_jax.ops.precision import wide_type
 
 # Activations that a layer keeps for the backward pass, by name. "none" recomputes nothing; "full"
@@ -244,7 +245,13 @@ class Decoder(nn.Module):
         if images is not None:
             x = replaced(x, *images, layout)
         sections = c.mrope_section if positions.ndim > tokens.ndim else ()
-        rotation = rotation_of(positions, c.head_dim, c.rope_theta, sections)
+        scaling = c.rope_scaling
+        rotation = rotation_of(
+            positions,
+            frequencies(c.head_dim, c.rope_theta, scaling),
+            sections,
+            1.0 if scaling is None else scaling.rotation_factor,
+        )
         kept, routed = [], []
         for stack in c.stacks:
             done = sum(part.load_LE.shape[0] for part in routed)

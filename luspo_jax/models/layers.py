@@ -158,27 +158,19 @@ def replaced(x_BTD, units_UD, index_BT, layout):
     return jnp.where(index_BT[..., None] >= 0, found_BTD, x_BTD)
 
 
-def frequencies(head_dim, theta):
-    """Returns θ^(−2i/H), float32 [H/2], on the host."""
-    # In float32 steps, like the checkpoints' own code: a different rounding of a frequency, by 1e-7
-    # of it, changes the angle by 0.003 at position 32,768.
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # NumPy's float32 power rounds differently from machine to machine.
-    powers = np.power(float(theta), exponents.astype(np.float64)).astype(np.float32)
-    return np.float32(1) / powers
-
-
-def rotation_of(positions, head_dim, theta, sections=()):
-    """Returns (cos, sin) of position · θ^(−2i/H), float32, shape positions.shape + (1, H/2).
+def rotation_of(positions, frequencies, sections=(), factor=1.0):
+    """Returns (cos, sin) of position · frequency, float32, shape positions.shape + (1, H/2).
 
     With `sections`, a token has one position per section, on the last axis of `positions`: the
     first `sections[0]` of the H/2 angles use the first position, and so on (M-RoPE; Wang et al.
-    2024, arXiv:2409.12191).
+    2024, arXiv:2409.12191). `factor` multiplies both (YaRN).
     """
     which = np.repeat(np.arange(len(sections)), sections) if sections else None
     positions = positions.astype(jnp.float32)[..., None, which]
-    angles = positions * along_last_axes(frequencies(head_dim, theta), positions.ndim)
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = positions * along_last_axes(frequencies, positions.ndim)
+    if factor == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * jnp.float32(factor), jnp.sin(angles) * jnp.float32(factor)
 
 
 def rotate(x, rotation):

@@ -20,12 +20,12 @@ from luspo_jax.models.decoder_layers import REMAT, placed
 from luspo_jax.models.layers import (
     add_bias,
     along_last_axes,
-    frequencies,
     project,
     rms_norm,
     rotate,
     swiglu,
 )
+from luspo_jax.models.rope import frequencies
 from luspo_jax.models.vision_config import NORM_EPS, ROPE_THETA
 from luspo_jax.ops.attention import attention as attend
 from luspo_jax.ops.precision import wide, wide_type

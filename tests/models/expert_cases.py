@@ -12,6 +12,7 @@ import numpy as np
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.layers import rms_norm, rotate, rotation_of
+from luspo_jax.models.rope import frequencies
 
 MESHES = {
     "expert 8": {"expert": 8},
@@ -80,7 +81,7 @@ def mixture(ids, x, weights, kernels):
 def plain_forward(tree, tokens_BT, positions_BT, segment_ids_BT, model, replayed_BTLK=None):
     """(hidden states, ids [B, T, L, K], probabilities [B, T, L, E]), layer by layer."""
     x = tree["embedding"][tokens_BT]
-    turn = rotation_of(positions_BT, model.head_dim, model.rope_theta)
+    turn = rotation_of(positions_BT, frequencies(model.head_dim, model.rope_theta))
     places = jnp.arange(tokens_BT.shape[1])
     seen = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     seen = seen & (places[None, :, None] >= places[None, None, :])

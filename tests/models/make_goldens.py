@@ -92,6 +92,81 @@ VARIANTS = {
         "tie_word_embeddings": True,
         "eos_token_id": 7,
     },
+    "llama_tied": {
+        "kind": "llama",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "eos_token_id": [3, 5],
+    },
+    "llama_bias_odd_sizes": {
+        "kind": "llama",
+        "hidden_size": 30,
+        "intermediate_size": 37,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 14,
+        "attention_bias": True,
+        "rms_norm_eps": 1e-5,
+        "theta": 5e5,
+    },
+    # Rotary positions go beyond the original context: 73 tokens where they began with 16, or 24.
+    "llama_3": {
+        "kind": "llama",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "theta": 5e5,
+        "rope": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "llama_yarn": {
+        "kind": "llama",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 96,
+        "rope": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 24,
+            "beta_fast": 8.0,
+            "beta_slow": 2.0,
+            "mscale": 1.5,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+        },
+    },
+    "qwen2_yarn": {
+        "kind": "qwen2",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "theta": 1e6,
+        "max_position_embeddings": 96,
+        "rope": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 24,
+        },
+    },
+    "qwen3_yarn": {
+        "kind": "qwen3",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "theta": 1e6,
+        "max_position_embeddings": 48,
+        "rope": {
+            "rope_type": "yarn",
+            "factor": 2.0,
+            "original_max_position_embeddings": 24,
+            "attention_factor": 1.25,
+        },
+    },
     "moe_normed": {
         "kind": "qwen3_moe",
         "norm_topk_prob": True,
@@ -179,6 +254,7 @@ RECORDED = [
     "moe_bias_odd_sizes",
 ]
 CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
@@ -191,7 +267,8 @@ def reference_model(variant: str, *, seed: int, **sizes):
     fields = COMMON | (MOE if mixture else {}) | VARIANTS[variant] | sizes
     stored = fields.pop("stored", {})
     kind, theta = fields.pop("kind"), fields.pop("theta", 10_000.0)
-    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    rope = {"rope_type": "default"} | fields.pop("rope", {})
+    fields["rope_parameters"] = rope | {"rope_theta": theta}
     config_class, model_class = CLASSES[kind]
     torch.manual_seed(seed)
     model = plainly(model_class(config_class(**fields)).eval())

@@ -12,6 +12,7 @@ from luspo_jax.models.decoder_config import (
     hf_config,
     read_config,
 )
+from luspo_jax.models.rope import RopeScaling
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -64,6 +65,39 @@ def test_qwen2_and_qwen3_switches():
     assert hash(qwen2) == hash(decoder_config(dict(QWEN2)))
 
 
+def test_scaled_rotary_positions_are_read_in_both_spellings_and_written_back():
+    llama = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192}  # fmt: skip
+    old = QWEN3 | {"rope_scaling": {"rope_type": "llama3", **llama}}
+    new = {k: v for k, v in QWEN3.items() if k not in ("rope_theta", "rope_scaling")}
+    new["rope_parameters"] = {"rope_type": "llama3", "rope_theta": QWEN3["rope_theta"], **llama}
+    config = decoder_config(old)
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 8192)
+    assert decoder_config(new) == config
+    assert decoder_config(hf_config(config)) == config
+    # As Qwen2.5 folders say it; without a length of its own, that of the weights is meant.
+    yarn = decoder_config(QWEN3 | {"rope_scaling": {"type": "yarn", "factor": 4}})
+    assert yarn.rope_scaling == RopeScaling("yarn", 4, QWEN3["max_position_embeddings"])
+    assert decoder_config(hf_config(yarn)) == yarn
+    with pytest.raises(ConfigError, match="contradict"):
+        decoder_config(old | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}})
+
+
+def test_llama_is_the_decoder_without_norms_of_queries_and_with_biases_where_it_says_so():
+    llama = {k: v for k, v in QWEN3.items() if k != "head_dim"}
+    llama |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": False,
+              "pretraining_tp": 1, "rope_interleaved": False, "is_llama_config": True}  # fmt: skip
+    config = decoder_config(llama)
+    assert (config.qk_norm, config.qkv_bias, config.out_bias) == (False, False, False)
+    assert config.head_dim == config.embed_dim // config.num_heads
+    biased = decoder_config(llama | {"attention_bias": True})
+    assert (biased.qkv_bias, biased.out_bias) == (True, True)
+    assert decoder_config(hf_config(biased)) == biased
+    for field, value in (("mlp_bias", True), ("rope_interleaved", True), ("pretraining_tp", 2)):
+        with pytest.raises(ConfigError, match=field):
+            decoder_config(llama | {field: value})
+
+
 @pytest.mark.parametrize("spelling", ["rope_theta", "rope_parameters", "rope_scaling", "both"])
 def test_rope_theta_is_read_wherever_it_stands(spelling):
     hf = {key: value for key, value in QWEN3.items() if key not in ("rope_theta", "rope_scaling")}
@@ -89,7 +123,11 @@ def test_dtype_is_read_in_both_spellings():
     [
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"type": "yarn"}}, "of type 'yarn' lacks factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "finetuned": True}}, "finetuned"),
+        ({"rope_scaling": {"type": "yarn", "factor": -4.0}}, "factor must be a positive number"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}, "mrope"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, "dynamic"),

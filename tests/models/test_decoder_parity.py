@@ -34,7 +34,12 @@ SIZES = {"vocab_size": 503, "hidden_size": 96, "intermediate_size": 160, "num_hi
 
 
 # Where 12 leaves too close a call between two tokens.
-SEEDS = {"moe_step_and_mlp_only": 14, "moe_top_1": 15}
+SEEDS = {
+    "llama_yarn": 14,
+    "moe_step_and_mlp_only": 14,
+    "moe_top_1": 15,
+    "qwen3_yarn": 13,
+}
 
 
 @functools.cache
@@ -74,7 +79,7 @@ def test_logits(checkpoint):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["qwen2_multihead", "qwen3_tied"])
+@pytest.mark.parametrize("variant", ["qwen2_multihead", "qwen3_tied", "llama_3", "qwen2_yarn"])
 def test_logits_far_from_the_start(variant, tmp_path):
     """Positions near 32,768, where a frequency rounded otherwise turns by a visible angle."""
     model = _reference(variant)
@@ -97,7 +102,7 @@ def test_greedy_generation(checkpoint):
     tokens_BT = _batch(config)[0]
     expected_BT, closest = reference_greedy(model, tokens_BT, LENGTHS, 64)
     assert closest > 5e-4
-    got_BT = _greedy(params, tokens_BT, np.array(LENGTHS), config=config, count=64)
+    got_BT = _greedy(params, tokens_BT, np.array(LENGTHS), how=Forward(config), count=64)
     np.testing.assert_array_equal(got_BT, expected_BT)
 
 
@@ -157,7 +162,15 @@ def _by_hub_name(model):
 
 @pytest.mark.parametrize(
     "variant",
-    ["qwen2_tied", "qwen3_bias", "qwen3_odd_sizes", *(v for v in VARIANTS if v.startswith("moe"))],
+    [
+        "qwen2_tied",
+        "qwen3_bias",
+        "qwen3_odd_sizes",
+        "llama_bias_odd_sizes",
+        "llama_3",
+        "llama_yarn",
+        *(v for v in VARIANTS if v.startswith("moe")),
+    ],
 )
 def test_gradients_of_a_logprob_loss(variant, tmp_path):
     model = _reference(variant)

@@ -168,8 +168,8 @@ def test_mixtures_that_are_not_implemented_are_refused_by_name(changes, named):
 def test_other_families_of_mixtures_are_told_which_is_implemented(model_type, field):
     with pytest.raises(ConfigError, match=f"model_type '{model_type}' is not .*only qwen3_moe"):
         decoder_config({"model_type": model_type, field: 8})
-    with pytest.raises(ConfigError, match="'llama' is not implemented") as error:
-        decoder_config({"model_type": "llama"})
+    with pytest.raises(ConfigError, match="'gemma' is not implemented") as error:
+        decoder_config({"model_type": "gemma"})
     assert "experts" not in str(error.value)
 
 

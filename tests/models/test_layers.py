@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from luspo_jax.models import layers
+from luspo_jax.models.rope import frequencies
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -73,7 +74,7 @@ def test_recomputed_functions_keep_their_inputs_only():
 
 def test_rotation_turns_pairs_by_position_over_frequency():
     positions_BT = jnp.array([[0, 1, 5]], jnp.int32)
-    rotation = layers.rotation_of(positions_BT, 4, 100.0)
+    rotation = layers.rotation_of(positions_BT, frequencies(4, 100.0))
     x = jnp.asarray(_normal(1, 3, 1, 4))
     got = np.asarray(layers.rotate(x, rotation))[0, :, 0]
     pairs = np.asarray(x)[0, :, 0, :2] + 1j * np.asarray(x)[0, :, 0, 2:]
