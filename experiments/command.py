@@ -49,7 +49,8 @@ def call(main: Callable[[], None], *, required: Sequence[str] = (), positional: 
             raise flags.Error(f"unexpected argument {rest[0]!r}: flags are --name=value")
         for name in required:
             if not getattr(flags.FLAGS, name) and not _is_dry(name):
-                raise flags.Error(f"--{name} is required")
+                alone = ", or its value alone" if name == positional else ""
+                raise flags.Error(f"--{name} is required{alone}")
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         return _refuse(_flag_message(error), 2)
     _expand_home()
@@ -79,7 +80,10 @@ def _expand_home() -> None:
             setattr(flags.FLAGS, name, str(files.local(value)))
 
 
-_PLAIN = {"×": "x", "—": "-", "–": "-", "−": "-", "→": "->", "≤": "<=", "≥": ">=", "·": "*"}
+_PLAIN = {
+    "×": "x", "—": "-", "–": "-", "−": "-", "→": "->", "≤": "<=", "≥": ">=", "·": "*", "│": "|",
+    "┊": ":",
+}  # fmt: skip
 
 
 def say_plainly() -> None:

@@ -30,9 +30,9 @@ _CHARS = flags.DEFINE_integer(
 _LONGEST = flags.DEFINE_integer("longest", 0, "Only the so many longest, longest first.", 0)
 _SHORTEST = flags.DEFINE_integer("shortest", 0, "Only the so many shortest, shortest first.", 0)
 _TRUNCATED = flags.DEFINE_bool("truncated", None, "Only those cut at the limit; --no…: the others.")
-_ADVANTAGE = flags.DEFINE_enum("advantage", "", ["", "pos", "neg", "zero"], "Only of this sign.")
+_ADVANTAGE = flags.DEFINE_enum("advantage", None, ["pos", "neg", "zero"], "Only of this sign.")
 _STATUS = flags.DEFINE_enum(
-    "status", "", ["", "ok", "unparsed", "timeout", "error"], "Only with this status of the reward."
+    "status", None, ["ok", "unparsed", "timeout", "error"], "Only with this status of the reward."
 )
 _BELOW = flags.DEFINE_list("below", [], "Only if reward, or a part of it, is below: NAME:NUMBER,…")
 _ABOVE = flags.DEFINE_list("above", [], "Only if reward, or a part of it, is above: NAME:NUMBER,…")
@@ -94,8 +94,8 @@ def _filters():
     usual = 4096 if _HTML.value else 16
     return Filters(
         truncated=_TRUNCATED.value,
-        advantage=_ADVANTAGE.value,
-        status=_STATUS.value,
+        advantage=_ADVANTAGE.value or "",
+        status=_STATUS.value or "",
         bounds=[
             *(bound(text, above=False) for text in _BELOW.value),
             *(bound(text, above=True) for text in _ABOVE.value),

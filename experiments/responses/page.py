@@ -86,7 +86,8 @@ def write(
         _begin(out, run, steps)
         for number in steps:
             with run.steps[number].open("rb") as file:
-                count += _step(out, view(run, number, file, filters, against=against), chars)
+                step = view(run, number, file, filters, against=against)
+                count += _step(out, step, chars, several=len(steps) > 1)
         out.write("</body>\n</html>\n")
     return count
 
@@ -106,8 +107,9 @@ def _begin(out: TextIO, run: Stored, steps: Sequence[int]) -> None:
         out.write(f"<p>Steps: {links}</p>\n")
 
 
-def _step(out: TextIO, step: StepView, chars: int) -> int:
-    out.write(f'<section id="step-{step.number}">\n<h2>{_safe(step.title)}</h2>\n<table>\n')
+def _step(out: TextIO, step: StepView, chars: int, *, several: bool) -> int:
+    heading = f"<h2>{_safe(step.title)}</h2>\n" if several else ""
+    out.write(f'<section id="step-{step.number}">\n{heading}<table>\n')
     for name, value in step.facts:
         out.write(f'<tr><th scope="row">{_safe(name)}</th><td>{_safe(value)}</td></tr>\n')
     out.write("</table>\n")
@@ -128,7 +130,8 @@ def _group(out: TextIO, group: GroupView, step: StepView, chars: int) -> None:
     answer = "?" if group.answer is None else group.answer
     out.write(
         f'<details{opened}><summary><span class="title">{_safe(group.title)}</span>'
-        f'<span class="verdicts">{verdicts}</span>{facts}</summary>\n<div class="inside">\n'
+        f'<span class="verdicts" aria-hidden="true">{verdicts}</span>{facts}</summary>\n'
+        '<div class="inside">\n'
         f'<div class="name">prompt</div>\n<pre>{_body(group.prompt, chars)}</pre>\n'
         f'<div><span class="name">answer</span> {_safe(answer, PHRASE)}</div>\n'
     )
