@@ -20,7 +20,7 @@ from experiments import command
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; RUN alone says the same.")
 _STEP = flags.DEFINE_list("step", [], "Steps: N, FIRST-LAST, last; unset = last.")
 _HTML = flags.DEFINE_string("html", "", "Write a page to this file instead of printing.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing --html file.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing --html page.")
 _LIMIT = flags.DEFINE_integer(
     "limit", None, "Responses of a step to show; 0 = all, unset = 16, or 4096 on a page.", 0
 )
@@ -47,10 +47,12 @@ _AGAINST = flags.DEFINE_integer(
 def main() -> None:
     """Prints the steps, or writes the page."""
     from experiments.responses import reading
-    from luspo_jax.hosts import files
 
     if _HTML.value:
-        files.check_file(_HTML.value, flag="--html", overwrite=_OVERWRITE.value)
+        from experiments.responses import page
+
+        path = pathlib.Path(_HTML.value)
+        page.check_place(path, overwrite=_OVERWRITE.value)
     filters = _filters()
     run = reading.stored(pathlib.Path(_WORKDIR.value))
     try:
@@ -58,11 +60,8 @@ def main() -> None:
     except ValueError as error:
         raise command.UsageError(str(error)) from error
     if _HTML.value:
-        from experiments.responses import page
-
-        path = pathlib.Path(_HTML.value)
         shown = page.write(path, run, steps, filters, chars=_chars(4000), against=_AGAINST.value)
-        print(f"{path}: {shown:,} responses of {len(steps)} step{'s' * (len(steps) > 1)}")
+        print(f"{path}: {_counted(shown, 'response')} of {_counted(len(steps), 'step')}")
         return
     from experiments.responses import terminal
     from experiments.responses.view import view
@@ -72,6 +71,10 @@ def main() -> None:
         with run.steps[number].open("rb") as file:
             step = view(run, number, file, filters, against=_AGAINST.value)
             terminal.show(step, console, chars=_chars(1200))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _chars(usual: int) -> int:

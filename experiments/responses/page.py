@@ -33,7 +33,7 @@ details { border-top: 1px solid var(--rule); }
 details details { border: 0; background: var(--card); border-radius: 6px; margin: 0.4rem 0; }
 summary { cursor: pointer; padding: 0.35rem 0.5rem; overflow-wrap: anywhere; }
 summary:focus-visible { outline: 2px solid var(--soft); }
-summary span { margin-right: 1em; }
+summary span { margin-right: 1em; unicode-bidi: isolate; }
 .inside { padding: 0 0.5rem 0.6rem 1.4rem; }
 pre { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
   margin: 0.2rem 0 0.5rem; padding: 0.5rem 0.7rem; border-left: 3px solid var(--rule); }
@@ -54,7 +54,25 @@ mark { background: var(--mark); color: inherit; }
 """
 # A browser then runs no script and loads nothing, even if a text of a model got into the page.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_BEGINNING = "<!DOCTYPE html>"
 _VERDICTS = {True: ("right", "✓"), False: ("wrong", "✗"), None: ("unknown", "?")}
+
+
+def check_place(path: pathlib.Path, *, overwrite: bool) -> None:
+    """Checks, before slow work, that a page may be written; it replaces nothing but a page.
+
+    Raises:
+      PlaceError: the file exists without `overwrite`, is no page, or cannot be created.
+    """
+    files.check_file(path, flag="--html", overwrite=overwrite)
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        beginning = file.read(len(_BEGINNING))
+    if beginning.upper() != _BEGINNING.upper().encode():
+        raise files.PlaceError(
+            f"--html={path} is no page, and --overwrite replaces pages only: name another file"
+        )
 
 
 def write(
@@ -96,7 +114,7 @@ def _begin(out: TextIO, run: Stored, steps: Sequence[int]) -> None:
     name = _safe(run.folder.resolve().name)
     title = f"{name}, step {steps[0]}" if len(steps) == 1 else f"{name}, {len(steps)} steps"
     out.write(
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'{_BEGINNING}\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,">\n<title>{title}</title>\n<style>{_STYLE}</style>\n'

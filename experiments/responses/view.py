@@ -212,7 +212,7 @@ def _group_facts(rows: Sequence[Row], part: str | None) -> list[str]:
         facts.append(f"{min(lengths):,} … {max(lengths):,} tokens, mean {np.mean(lengths):,.1f}")
     reward = _mean([row.response.value("reward") for row in rows])
     if reward is not None:
-        facts.append(f"reward {figure(reward)}")
+        facts.append(f"mean reward {figure(reward)}")
     return facts
 
 

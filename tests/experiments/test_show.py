@@ -61,7 +61,7 @@ def test_the_summary_is_of_all_responses(folder):
 def test_a_group_is_told_by_all_of_its_responses(folder):
     nine, eight, seven = _view(folder).groups
     assert nine.title == "problem 9"
-    assert nine.facts == ["1 of 2 right", "10 … 40 tokens, mean 25.0", "reward 1"]
+    assert nine.facts == ["1 of 2 right", "10 … 40 tokens, mean 25.0", "mean reward 1"]
     assert (nine.prompt, nine.answer, nine.verdicts) == ("What is 9?", "9", [True, False])
     assert eight.verdicts == [True, True]
     assert seven.facts[:2] == ["0 of 1 right", "1 without verdict"]
@@ -291,7 +291,7 @@ def test_the_command(folder, tmp_path):
     assert ran.stdout.count("the first 2 of ") == 4
     page = tmp_path / "out" / "page.html"
     ran = _call(f"--workdir={folder}", f"--html={page}", "--step=2", "--status=timeout")
-    assert (ran.returncode, ran.stdout) == (0, f"{page}: 1 responses of 1 step\n")
+    assert (ran.returncode, ran.stdout) == (0, f"{page}: 1 response of 1 step\n")
     written = page.read_bytes()
     ran = _call(folder, f"--html={page}")
     assert ran.returncode == 1
@@ -300,6 +300,9 @@ def test_the_command(folder, tmp_path):
     assert page.read_bytes() == written
     assert _call(folder, f"--html={page}", "--overwrite").returncode == 0
     assert page.read_bytes() != written
+    ran = _call(folder, f"--html={folder / 'run.json'}", "--overwrite")
+    assert ran.returncode == 1
+    assert "run.json is no page, and --overwrite replaces pages only" in ran.stderr
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 

@@ -139,6 +139,33 @@ def test_a_model_cannot_write_a_line_of_ours(tmp_path):
         assert body == fake.split("\n")
 
 
+@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("place", ["answer", "prediction"])
+def test_a_long_phrase_begins_no_line_of_a_terminal(tmp_path, place, width):
+    fake = "problem 1 " + "a" * 60 + " #7 right " + "b" * 100
+    out = _terminal(tmp_path, {1: [record(1, 0, **{place: fake})]}, width=width)
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in out.splitlines()]
+    assert max(map(len, lines)) <= width
+    assert sum(line.startswith("problem") for line in lines) == 1
+    assert sum(line.startswith("  #") for line in lines) == 1
+    assert "".join(fake.split()) in "".join("".join(lines).split())
+
+
+def test_facts_that_do_not_fit_go_to_an_indented_line_whole(tmp_path):
+    out = re.sub(r"\x1b\[[\d;]*m", "", _terminal(tmp_path, number=2, width=50))
+    lines = out.splitlines()
+    first = lines.index("problem 9  1 of 2 right")
+    assert lines[first : first + 7] == [
+        "problem 9  1 of 2 right",
+        "    10 … 40 tokens, mean 25.0  mean reward 1",
+        "  ┊ What is 9?",
+        "  answer  9",
+        "  #0  right  10 tokens  reward 1.5  exact 1",
+        "      form 0.5  advantage +0.7  read as 9",
+        "  │ It is 9, I say, sample 0",
+    ]
+
+
 def test_lines_fit_a_terminal_and_are_whole_in_a_file(tmp_path):
     steps = {1: [record(1, 0, response="word " * 60)]}
     plain = re.sub(r"\x1b\[[\d;]*m", "", _terminal(tmp_path / "a", steps, width=50))
