@@ -109,7 +109,8 @@ def summary(step: Step, part: str | None) -> list[tuple[str, str]]:
     """Returns (name, value) of a step's figures over all of its responses."""
     rows = [row.response for row in step.rows]
     by_group = selection.groups(step.rows)
-    facts = [("responses", f"{len(rows):,} in {len(by_group):,} groups")]
+    plural = "s" * (len(by_group) != 1)
+    facts = [("responses", f"{len(rows):,} in {len(by_group):,} group{plural}")]
     names = dict.fromkeys(name for r in rows for name in r.parts or ())
     means = {n: _mean([r.value(n) for r in rows]) for n in ("reward", *names)}
     if means["reward"] is not None:
