@@ -34,6 +34,7 @@ INSTALL_REQUIRES = [
     "tensorboardX>=2.6",  # TensorBoard files without tensorflow
     "tqdm>=4.66",  # progress bars
     "matplotlib>=3.9",  # figures of runs and studies
+    "rich>=13",  # responses in the terminal: experiments.show (flax needs it too)
 ]
 
 EXTRAS_REQUIRE = {

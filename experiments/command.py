@@ -24,8 +24,13 @@ class UsageError(ValueError):
     """The flags do not determine what to do."""
 
 
-def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
+def call(main: Callable[[], None], *, required: Sequence[str] = (), positional: str = "") -> int:
     """Parses flags, runs `main`, and turns every foreseen failure into one message.
+
+    Args:
+      main: reads the flags.
+      required: flags that must be given.
+      positional: the flag that an argument without a name sets; empty if there is none.
 
     Returns:
       The exit status: 0; 2 for flags and configurations; 1 for anything else foreseen. Unforeseen
@@ -36,12 +41,16 @@ def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="")
         return 0
     try:
-        rest = flags.FLAGS(sys.argv)
-        if len(rest) > 1:
-            raise flags.Error(f"unexpected argument {rest[1]!r}: flags are --name=value")
+        flags.FLAGS.set_gnu_getopt(bool(positional))  # flags may follow the argument
+        rest = flags.FLAGS(sys.argv)[1:]
+        if positional and rest and not getattr(flags.FLAGS, positional):
+            setattr(flags.FLAGS, positional, rest.pop(0))
+        if rest:
+            raise flags.Error(f"unexpected argument {rest[0]!r}: flags are --name=value")
         for name in required:
             if not getattr(flags.FLAGS, name) and not _is_dry(name):
-                raise flags.Error(f"--{name} is required")
+                alone = ", or its value alone" if name == positional else ""
+                raise flags.Error(f"--{name} is required{alone}")
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         return _refuse(_flag_message(error), 2)
     _expand_home()
@@ -71,7 +80,10 @@ def _expand_home() -> None:
             setattr(flags.FLAGS, name, str(files.local(value)))
 
 
-_PLAIN = {"×": "x", "—": "-", "–": "-", "−": "-", "→": "->", "≤": "<=", "≥": ">=", "·": "*"}
+_PLAIN = {
+    "×": "x", "—": "-", "–": "-", "−": "-", "→": "->", "≤": "<=", "≥": ">=", "·": "*", "│": "|",
+    "┊": ":",
+}  # fmt: skip
 
 
 def say_plainly() -> None:

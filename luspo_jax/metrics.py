@@ -263,6 +263,7 @@ class RolloutRecord:
       advantage: the response's advantage.
       length: response tokens, stop token included.
       truncated: whether it was truncated at the limit.
+      images: names of the prompt's images, in order.
     """
 
     prompt_id: int
@@ -278,3 +279,4 @@ class RolloutRecord:
     advantage: float
     length: int
     truncated: bool
+    images: list[str] = dataclasses.field(default_factory=list)

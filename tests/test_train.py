@@ -10,6 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import quickstart
+from experiments.responses import reading
+from experiments.responses.selection import Filters
+from experiments.responses.view import view
 from luspo_jax import datasets, objectives, train
 from luspo_jax.experience import stages
 from luspo_jax.hosts.files import PlaceError
@@ -180,6 +183,22 @@ def test_run_leaves_all_artefacts(finished, config):
     base = load_file(pathlib.Path(config.model.path) / "model.safetensors")
     assert any(np.any(weights[name] != base[name]) for name in base)
     assert json.loads((finished / "run.json").read_text())["config"]["objective.preset"] == "luspo"
+
+
+def test_its_responses_can_be_shown(finished):
+    run = reading.stored(finished)
+    assert list(run.steps) == [1, 2, 3, 4]
+    with run.steps[4].open("rb") as file:
+        shown = view(run, 4, file, Filters(limit=5))
+        groups = list(shown.groups)
+    (row,) = (row for row in read_metrics(finished / "metrics.jsonl") if row["step"] == 4)
+    facts = dict(shown.facts)
+    assert not shown.notes
+    assert facts["responses"] == "16 in 4 groups"
+    assert facts["reward"].startswith(f"mean {row['reward']:.4g} (digits ")
+    assert facts["length"].startswith(f"mean {row['response_length/mean']:.1f}, ")
+    assert facts["held out"] == f"label_sums/acc/mean@2 {row['val-core/label_sums/acc/mean@2']:.1%}"
+    assert [len(group.responses) for group in groups] == [4, 1]
 
 
 def test_sampler_and_trainer_agree(finished):

@@ -66,6 +66,13 @@ class ImageFiles:
             raise ImageError("missing", str(error)) from error
 
 
+def image_name(reference: Reference) -> str:
+    """Names the image of a reference: its path, else its row and what holds or draws it."""
+    if "path" in reference:
+        return reference["path"]
+    return f"{reference.get('column') or reference.get('generated')}, row {reference['row']}"
+
+
 def references(name: str, cell: Any, number: int, place: str) -> list[Reference]:
     """Returns references to the images of one cell: none, one image, or a list of them.
 

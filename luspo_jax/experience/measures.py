@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from luspo_jax.datasets.images import image_name
 from luspo_jax.experience.groups import Rollouts
 from luspo_jax.length import coupling
 from luspo_jax.metrics import RolloutRecord
+from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Reward
 
 
@@ -28,7 +30,13 @@ def records(rollouts: Rollouts) -> Iterator[RolloutRecord]:
             advantage=float(response.advantage),
             length=len(response.tokens),
             truncated=not response.stopped,
+            images=_image_names(prompt),
         )
+
+
+def _image_names(prompt: PromptRecord) -> list[str]:
+    """Names the images that the model saw: none for a model that reads text."""
+    return [image_name(each) for each in prompt.example.meta["images"]] if prompt.images else []
 
 
 def metrics(rollouts: Rollouts, *, correct: str) -> dict[str, float]:

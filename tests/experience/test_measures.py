@@ -1,5 +1,6 @@
 """Metrics and records of a step, by hand, where some responses have no verdict."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -98,3 +99,16 @@ def test_a_record_holds_all_that_is_read_of_a_response():
     assert [r.advantage for r in found] == [0.5, 0.0, -1.0]
     assert [r.response for r in found] == ["xx", "xxx", "x"]
     assert {(r.prompt, r.answer) for r in found} == {("?", "!")}
+
+
+def test_records_name_the_images_that_the_model_saw():
+    references = [{"row": 4, "path": "figures/a.png"}, {"row": 4, "column": "image.1"}]
+    group = _group(5, [1, 0])
+    example = dataclasses.replace(group.prompt.example, meta={"images": references})
+    blind = dataclasses.replace(group.prompt, example=example)
+    seen = dataclasses.replace(blind, images=(object(), object()))
+    for prompt, names in ((seen, ["figures/a.png", "image.1, row 4"]), (blind, [])):
+        rollouts = Rollouts([dataclasses.replace(group, prompt=prompt)], 0)
+        records = list(measures.records(rollouts.enriched(advantage=[0.7, -0.7])))
+        assert [record.images for record in records] == [names, names]
+        assert [record.advantage for record in records] == [0.7, -0.7]

@@ -25,6 +25,7 @@ FOLDERS = {
 }  # fmt: skip
 FILES = {
     "rehearse": [QUICKSTART, "--topology=local", "--json={place}"],
+    "show": ["somewhere", "--html={place}"],
     "bench.rl_step": ["--json={place}"],
     "bench.instruments": ["--json={place}"],
     "bench.length_scale": ["--json={place}", "--small"],
