@@ -138,7 +138,12 @@ def _byte_level(own):
     if "merges" not in own:
         raise WeightsError("tokenizer.ggml.merges is missing: take a file that has them")
     merges = [tuple(merge.split(" ", 1)) for merge in own["merges"]]
-    model = models.BPE(_vocabulary(own), merges, ignore_merges=cut.whole_words)
+    try:
+        model = models.BPE(_vocabulary(own), merges, ignore_merges=cut.whole_words)
+    except Exception as error:  # the package raises no kind of its own
+        raise WeightsError(
+            f"tokenizer.ggml.merges do not fit its tokens ({error}): make the file again"
+        ) from None
     backend = Tokenizer(model)
     if cut.nfc:
         backend.normalizer = normalizers.NFC()
