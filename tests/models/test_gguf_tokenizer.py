@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from luspo_jax.models import gguf_tokenizer
 from luspo_jax.models.safetensors_folder import WeightsError
 from tests.models import gguf_vocabularies as vocabularies
+from tests.models.reference_bpe import EXPRESSIONS, ReferenceBpe
 
 TEXTS = [
     "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72",
@@ -41,6 +42,23 @@ def _pieces(tokenizer, text):
 def test_digits(pre, expected):
     """The vocabulary can merge 1, 2, 3, and a space with 1: only GPT-2's rule allows the last."""
     assert _pieces(_made(vocabularies.byte_level(pre)), " 1234 1") == expected
+
+
+@pytest.mark.parametrize("pre", sorted(EXPRESSIONS))
+def test_ids_are_those_of_plain_python(pre):
+    values = vocabularies.byte_level(pre)
+    ours, theirs = _made(values), ReferenceBpe(values)
+    parts = ["the", "th", "ab", "12", "345", "½", "Ⅷ", "٣", "é", "e\u0301", "日", "😀", "'S", "'ll"]
+    parts += [" ", "  ", "\n", "\r\n", "\t", "\u3000", ".", "$", "<|im_end|>", "<think>", "in", "a"]
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(parts, 12)) for _ in range(500)]
+    for text in [*TEXTS, *texts]:
+        assert ours(text, add_special_tokens=False).input_ids == theirs(text), text
+
+
+def test_every_rule_is_compared():
+    for pre, rule in gguf_tokenizer.CUTS.items():
+        assert any(gguf_tokenizer.CUTS[name] == rule for name in EXPRESSIONS), pre
 
 
 @pytest.mark.parametrize("pre", sorted(gguf_tokenizer.CUTS))
