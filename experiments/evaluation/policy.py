@@ -49,8 +49,8 @@ def load(path: str, *, step: str, dtype: str, tensor: int = 1) -> Policy:
     """Loads the policy at a path, as given to `--model`.
 
     Args:
-      path: a folder with config.json and safetensors, embedded:NAME, hub:OWNER/NAME, or the workdir
-        of a run.
+      path: a folder with config.json and safetensors, embedded:NAME, gguf:FILE, hub:OWNER/NAME, or
+        the workdir of a run.
       step: latest, best or a number; for a run only.
       dtype: float32 or bfloat16.
       tensor: devices that share one copy of the weights; there are as many copies as fit.

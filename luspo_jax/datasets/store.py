@@ -8,13 +8,13 @@ import io
 import itertools
 import json
 import operator
-import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from luspo_jax.datasets.example import DataError, Example, Report
+from luspo_jax.hosts import files
 
 _FORMAT = "2.0.0"
 # Examples per record: TFDS takes 0.06 ms to write a record and 0.14 ms to read one, whatever its
@@ -78,8 +78,7 @@ def file_sha256(path: pathlib.Path) -> str:
 
 def default_data_dir() -> pathlib.Path:
     """Returns the default folder of built datasets."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(cache) / "luspo_jax" / "datasets"
+    return files.user_cache() / "datasets"
 
 
 def build_once(

@@ -210,6 +210,12 @@ def take_lock(folder: str | os.PathLike, *, flag: str = "--workdir", wait: bool 
     return lock
 
 
+def user_cache() -> pathlib.Path:
+    """Returns the folder for what can be made again: $XDG_CACHE_HOME/luspo_jax, else ~/.cache/…."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(cache) / "luspo_jax"
+
+
 def local(path: str | os.PathLike) -> pathlib.Path:
     """Returns the path with a leading `~` replaced by the home folder."""
     return pathlib.Path(os.path.expanduser(path))

@@ -1,4 +1,4 @@
-"""Locates a model's folder: on disk, inside this package, or on the Hugging Face hub."""
+"""Locates a model's folder: on disk, in this package, on the Hugging Face hub, of a GGUF file."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ from luspo_jax.hosts import files
 
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
 ARCHITECTURES = pathlib.Path(__file__).parent / "architectures"
-_OWNER = "Qwen"  # hub owner of all ARCHITECTURES
+_SEPARATOR = "--"  # OWNER--NAME.json, as in the hub's cache; no id on the hub contains it
 
 
 def embedded_models() -> list[str]:
@@ -17,10 +17,14 @@ def embedded_models() -> list[str]:
 
 
 def model_folder(path: str) -> pathlib.Path:
-    """Returns the folder of "embedded:NAME", "hub:OWNER/NAME[@REVISION]" (downloads) or a path.
+    """Returns the folder of "embedded:NAME", "hub:OWNER/NAME[@REVISION]" or "gguf:FILE", or a path.
+
+    A hub id is downloaded. Of a GGUF file (or an installed package that contains one) a folder is
+    made in the user's cache, the first time.
 
     Raises:
       FileNotFoundError: names what is missing and what is available.
+      PlaceError, WeightsError: of a GGUF file, as `gguf_folder.cached_folder`.
     """
     if path.startswith("embedded:"):
         name = path.removeprefix("embedded:")
@@ -31,18 +35,22 @@ def model_folder(path: str) -> pathlib.Path:
         return EMBEDDED / name
     if path.startswith("hub:"):
         return _download(path.removeprefix("hub:"))
+    if path.startswith("gguf:"):
+        from luspo_jax.models import gguf_folder  # with jax, which a folder does not need
+
+        return gguf_folder.cached_folder(path.removeprefix("gguf:"))
     folder = files.local(path)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no model folder at {folder}: give a folder in Hugging Face format, embedded:NAME, "
-            "or hub:OWNER/NAME to download one"
+            "gguf:FILE, or hub:OWNER/NAME to download one"
         )
     return folder
 
 
 def shipped_architectures() -> list[str]:
     """Returns the hub ids of the models whose sizes are known without a network."""
-    return sorted(f"{_OWNER}/{path.stem}" for path in ARCHITECTURES.glob("*.json"))
+    return sorted(path.stem.replace(_SEPARATOR, "/", 1) for path in ARCHITECTURES.glob("*.json"))
 
 
 def architecture(path: str) -> dict[str, Any]:
@@ -65,7 +73,7 @@ def architecture(path: str) -> dict[str, Any]:
                 f"{', '.join(shipped_architectures())}. Download its config.json and name the "
                 "folder that holds it"
             )
-        file = ARCHITECTURES / f"{name.partition('/')[2]}.json"
+        file = ARCHITECTURES / f"{name.replace('/', _SEPARATOR)}.json"
     else:
         file = model_folder(path) / "config.json"
     if not file.is_file():

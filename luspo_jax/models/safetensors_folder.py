@@ -29,6 +29,9 @@ _READABLE = {code for code, _ in TYPES.values()} | {"F64"}
 
 
 _SHOWN = 8  # names listed of each kind in an error
+# Read from memory maps of files before they are dropped. Pages that were read count as memory of
+# this process while their map lives, so that one map would make a model take twice its size.
+_MAPPED_BYTES = 64 * 2**20
 _EXPERT = re.compile(r"(.*\.layers)\.(\d+)(\..*experts)\.(\d+)(\..*)")
 
 
@@ -161,16 +164,23 @@ def reader(stored: dict[str, Stored]) -> Iterator[Callable[..., np.ndarray]]:
     """Yields a function (name, a slice of each dimension) -> array, for the tensors of a folder.
 
     `name` is a key of `stored`, which may differ from the name in the file. Files are memory-mapped
-    and stay open until the block ends.
+    until the block ends, anew after every 64 MiB.
     """
     with contextlib.ExitStack() as stack:
-        handles = {}
+        handles, mapped = {}, 0
 
         def read(name: str, slices: tuple[slice, ...]) -> np.ndarray:
+            nonlocal mapped
+            if mapped > _MAPPED_BYTES:
+                stack.close()
+                handles.clear()
+                mapped = 0
             file, name = stored[name].file, stored[name].name
             if file not in handles:
                 handles[file] = stack.enter_context(opened(file))
-            return read_slice(handles[file], name, slices)
+            array = read_slice(handles[file], name, slices)
+            mapped += array.nbytes
+            return array
 
         yield read
 

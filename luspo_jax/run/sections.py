@@ -40,8 +40,8 @@ def _open() -> Any:
 class ModelSettings:
     """The policy: its source and how it is computed."""
 
-    # A folder in Hugging Face format, "embedded:NAME" for a model inside this package, or
-    # "hub:OWNER/NAME" to download one.
+    # A folder in Hugging Face format, "embedded:NAME" for a model inside this package,
+    # "gguf:FILE" to read a GGUF file, or "hub:OWNER/NAME" to download one.
     path: str = ""
     tokenizer: str = ""  # Folder; empty = the model's.
     # Comma-separated ids that end a response, besides those in the model's files; "none" if only

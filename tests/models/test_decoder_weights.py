@@ -1,5 +1,6 @@
 """Checkpoint folders read and written, and every way in which one can be wrong."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -7,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +96,39 @@ def test_export_and_load_are_inverse(tmp_path, config, max_shard_bytes):
     sharded = max_shard_bytes < 5_000_000_000
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file() == sharded
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_more_of_a_file_is_mapped_than_is_allowed(folder, monkeypatch):
+    """Pages of a map stay in memory as long as it does."""
+    stored = safetensors_folder.contents(folder)
+    read, live = Counter(), set()
+    opened, read_slice = safetensors_folder.opened, safetensors_folder.read_slice
+
+    @contextlib.contextmanager
+    def counted(file):
+        with opened(file) as handle:
+            live.add(id(handle))
+            read[id(handle)] = 0
+            yield handle
+            live.remove(id(handle))
+
+    def sliced(handle, name, slices):
+        assert read[id(handle)] <= limit
+        array = read_slice(handle, name, slices)
+        read[id(handle)] += array.nbytes
+        assert live == {id(handle)}
+        return array
+
+    expected = load_params(folder, CONFIG)
+    limit = 3000
+    monkeypatch.setattr(safetensors_folder, "_MAPPED_BYTES", limit)
+    monkeypatch.setattr(safetensors_folder, "opened", counted)
+    monkeypatch.setattr(safetensors_folder, "read_slice", sliced)
+    with safetensors_folder.reader(stored) as read_one:
+        for name, tensor in stored.items():
+            assert read_one(name, tuple(slice(0, n) for n in tensor.shape)).shape == tensor.shape
+    assert not live
+    jax.tree.map(np.testing.assert_array_equal, load_params(folder, CONFIG), expected)
 
 
 def test_shards_keep_to_their_size_and_the_index_tells_the_total(tmp_path):

@@ -1,5 +1,6 @@
 """The rollout on a mesh: the tokens of one device, a share of the memory, no weight gathered."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -12,17 +13,21 @@ import pytest
 from luspo_jax import sharding
 from luspo_jax.models import decoder
 from luspo_jax.models.forward import Forward
+from luspo_jax.models.rope import RopeScaling
 from luspo_jax.rollout import Engine, Request, Sampling, slots
 from luspo_jax.rollout import engine as engine_module
 from tests.rollout import rollout_cases as cases
 
-MODELS = {kind: cases.config(98, model_type=kind) for kind in ("qwen2", "qwen3")}
+MODELS = {kind: cases.config(98, model_type=kind) for kind in ("llama", "qwen2", "qwen3")}
+# Positions up to 48, of which the scaling takes 16 to be the original ones.
+MODELS["llama"] = dataclasses.replace(MODELS["llama"], rope_scaling=RopeScaling("llama3", 8.0, 16))
+SPLIT_THRICE = "data 2, tensor 2, context 2"
 RAGGED = cases.requests_of([3, 17, 1, 9, 12, 5], 98)
 SAMPLING = Sampling(31, (0, 11, 50))
 MESHES = {
     "data 8": {"data": 8},
     "data 4, tensor 2": {"data": 4, "tensor": 2},
-    "data 2, tensor 2, context 2": {"data": 2, "tensor": 2, "context": 2},
+    SPLIT_THRICE: {"data": 2, "tensor": 2, "context": 2},
     "data 2, context 4": {"data": 2, "context": 4},
 }
 
@@ -68,7 +73,7 @@ def _one_device(kind):
 
 @pytest.mark.parametrize(
     ("mesh", "kind"),
-    [*((mesh, "qwen3") for mesh in MESHES), ("data 2, tensor 2, context 2", "qwen2")],
+    [*((mesh, "qwen3") for mesh in MESHES), (SPLIT_THRICE, "qwen2"), (SPLIT_THRICE, "llama")],
 )
 def test_tokens_are_those_of_one_device_but_at_ties(mesh, kind):
     """Refills (30 responses on few slots), a cache that grows, ragged prompts, stop tokens."""
