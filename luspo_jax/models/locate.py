@@ -8,7 +8,7 @@ from luspo_jax.hosts import files
 
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
 ARCHITECTURES = pathlib.Path(__file__).parent / "architectures"
-_OWNER = "Qwen"  # hub owner of all ARCHITECTURES
+_SEPARATOR = "--"  # OWNER--NAME.json, as in the hub's cache; no id on the hub contains it
 
 
 def embedded_models() -> list[str]:
@@ -42,7 +42,7 @@ def model_folder(path: str) -> pathlib.Path:
 
 def shipped_architectures() -> list[str]:
     """Returns the hub ids of the models whose sizes are known without a network."""
-    return sorted(f"{_OWNER}/{path.stem}" for path in ARCHITECTURES.glob("*.json"))
+    return sorted(path.stem.replace(_SEPARATOR, "/", 1) for path in ARCHITECTURES.glob("*.json"))
 
 
 def architecture(path: str) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def architecture(path: str) -> dict[str, Any]:
                 f"{', '.join(shipped_architectures())}. Download its config.json and name the "
                 "folder that holds it"
             )
-        file = ARCHITECTURES / f"{name.partition('/')[2]}.json"
+        file = ARCHITECTURES / f"{name.replace('/', _SEPARATOR)}.json"
     else:
         file = model_folder(path) / "config.json"
     if not file.is_file():
