@@ -81,25 +81,25 @@ def opened(response, answer):
     return float(response.startswith("<think>\n") and not response.startswith("<think>\n<think>"))
 
 
-def _groups(folder):
-    """The responses of WRITTEN to one problem, with their verdicts."""
+def _groups(folder, written, form="boxed"):
+    """Responses to one problem, of (text, whether it ends, …), with their verdicts."""
     config = fields.default_config()
     config.model.path, config.model.random_weights = str(folder), True
     model = load_model(config)
     asked = encode([Example(0, "2+2?", "4")], Renderer(model.tokenizer, "r1"), max_length=256)[0]
     responses = []
-    for index, (text, ended, *_) in enumerate(WRITTEN):
+    for index, (text, ended, *_) in enumerate(written):
         tokens = model.tokenizer.encode(text + r1.END * ended, add_special_tokens=False)
         assert (tokens[-1] in model.stop_token_ids) == ended
         logprobs = np.zeros(len(tokens), np.float32)
         responses.append(Response(0, index, np.array(tokens, np.int32), logprobs, stopped=ended))
-    parts, options = {"boxed_math": 1.0, "format": 0.5}, {"format": {"name": "boxed"}}
+    parts, options = {"boxed_math": 1.0, "format": 0.5}, {"format": {"name": form}}
     with Scorer(parts, options=options, workers=1) as scorer:
         return judged(asked, responses, scorer=scorer, decode=model.decode, max_length=64)
 
 
 def test_an_answer_is_what_follows_the_closing_tag(folder):
-    (group,) = _groups(folder)
+    (group,) = _groups(folder, WRITTEN)
     for response, (text, ended, right, form, status) in zip(group.responses, WRITTEN, strict=True):
         assert response.text == text  # without the opening, and without the stop token
         assert response.stopped == ended
@@ -107,8 +107,16 @@ def test_an_answer_is_what_follows_the_closing_tag(folder):
         assert response.reward.status == status, text
 
 
+def test_a_form_that_describes_the_reasoning_sees_it_opened_once(folder):
+    """The LUSPO paper's form asks for one `<think>` at the beginning: the prompt's."""
+    answer = "</think> <answer> The answer is $\\boxed{4}$ </answer>"
+    written = [(f" So.\n{answer}", True), (f"<think> So.\n{answer}", True), (f"\n{answer}", True)]
+    (group,) = _groups(folder, written, "luspo_vl")
+    assert [response.reward.parts["format"] for response in group.responses] == [1, 0, 0]
+
+
 def test_what_is_stored_is_judged_alike_again(folder):
-    groups = _groups(folder)
+    groups = _groups(folder, WRITTEN)
     records = held_out.kept(groups, "aime24_boxed", ())
     assert records[0].prompt.endswith(r1.OPEN)
     with BENCHMARKS["aime24_boxed"].judge(workers=1, time_limit=5.0) as judge:
