@@ -3,15 +3,18 @@
 Command : bash launch/one_host.sh --config=configs/deepseek_r1_distill_qwen_1_5b_dapo17k.py \
             --workdir=runs/r1_1_5b
           GSPO or GRPO instead: --config.objective.preset=gspo (or grpo)
-Hardware: one host of 8 GPUs with 80 GB each, or TPU v5p:2x2x4 by launch/tpu_vm.sh; 16 rows are
-          computed at once, so 1, 2, 4, 8 or 16 devices.
+Hardware: one host of 8 GPUs with 80 GB each, or TPU v5p:2x2x4 by launch/tpu_vm.sh. 16 rows are
+          computed at once, so 1, 2, 4, 8 or 16 devices (fewer than 8 were not rehearsed).
 Memory  : weights and Adam's moments are 21.3 GB, a full response takes 0.26 GB of cache; a
           checkpoint is 21.3 GB and three are kept.
-Time    : TIME
-Rehearse: REHEARSE
+Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
+          takes at least 1.3 min on h100:1x8 (expected 2.3; 18 of 78 GB a device in use at most) and
+          at least 59.7 s on v5p:2x2x4 (expected 1.8 min; 29 GB); decoding is most of it.
+Rehearse: `python -m experiments.rehearse --config=configs/deepseek_r1_distill_qwen_1_5b_dapo17k.py
+          --topology=h100:1x8`, or --topology=v5p:2x2x4
 Result  : not run here. Published for the model as it is, avg@64 at 32,768 tokens: AIME24 28.9,
-          MATH500 83.9 (DeepSeek-R1's README). In this stage of 8,192 tokens DeepScaleR, GRPO on
-          other data, went from 22.9 to 33 on AIME24, and responses from 5,500 tokens to 3,500.
+          MATH500 83.9 (DeepSeek-R1's README). In DeepScaleR's stage of 8,192 tokens, GRPO on
+          other data, responses went from 5,500 tokens to 3,500.
 Evaluate: python -m experiments.evaluate --model=runs/r1_1_5b --benchmarks=aime24_boxed,math500 \
             --template=r1 --protocol=deepseek_r1 --data=DIR --workdir=OUT
 
@@ -24,7 +27,7 @@ tokens, reward 1 for a right answer and 0 for everything else. From DeepSeek-R1'
 prompt, no system prompt, top-p 0.95 in evaluation. As in the LUSPO paper's runs: objective, clip
 range, data, warm-up, weight decay and gradient clipping. Ours: no KL term (DeepScaleR's is
 --config.objective.kl_coef=0.001, with GRPO), AIME24 avg@16 at the training's length, and three
-passes over the data, as DeepScaleR's first stage made over its own 40,000 problems. Its second
+passes over the data, as DeepScaleR's first stage made over its own 40,000 problems. The second
 stage begins from this one's export: --config.model.path=runs/r1_1_5b/export
 --config.rollout.max_response_length=16384 --config.train.microbatch_tokens=278528.
 """
