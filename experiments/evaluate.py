@@ -23,7 +23,7 @@ _STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run: latest, best
 _BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Names, joined by commas.")
 _DATA = flags.DEFINE_string("data", "", "Folder with one entry a benchmark, or name=path,…")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of generations and results.")
-_PROTOCOL = flags.DEFINE_string("protocol", "dapo", "dapo, greedy, luspo, open_r1 or qwen3.")
+_PROTOCOL = flags.DEFINE_string("protocol", "dapo", "A name of docs/evaluation.md.")
 _N = flags.DEFINE_integer("n", None, "Responses a problem; unset = the protocol's.")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "In place of the protocol's.")
 _TOP_P = flags.DEFINE_float("top_p", None, "In place of the protocol's.")

@@ -76,11 +76,10 @@ def main() -> None:
     if _SEARCH.value:
         report["search"] = search.search(case, report, say=say)
     print(reports.text(report))
-    contents = {
-        _JSON: json.dumps(report, indent=2, allow_nan=False) + "\n",
-        _MARKDOWN: reports.text(report) + "\n",
-    }
-    for flag, content in contents.items():
+    for flag, content in (  # A flag cannot be the key of a dict.
+        (_JSON, json.dumps(report, indent=2, allow_nan=False) + "\n"),
+        (_MARKDOWN, reports.text(report) + "\n"),
+    ):
         if flag.value:
             files.write_new(flag.value, content, flag=f"--{flag.name}", overwrite=_OVERWRITE.value)
     if _SEARCH.value:

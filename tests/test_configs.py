@@ -25,12 +25,14 @@ from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.build import build, layouts, mesh_advice
 from luspo_jax.run.memory import memory_estimate
 from luspo_jax.sharding import MeshError
+from tests import reasoning_cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 PAPER = ("qwen2_5_7b_dapo17k", "qwen3_30b_a3b_dapo17k")
 VISUAL = "qwen2_5_vl_7b_virl39k"
 SMALL = ("qwen3_0_6b_gsm8k", "qwen3_1_7b_dapo17k")
+REASONING = ("deepseek_r1_distill_qwen_1_5b_dapo17k", "deepseek_r1_distill_qwen_7b_dapo17k")
 
 
 def _module(name):
@@ -55,7 +57,7 @@ def test_each_can_run_and_says_how(name):
     assert _module(name).get_config() is not config
 
 
-@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL])
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING])
 def test_headers_are_honest_and_their_recipe_exists(name):
     text = _module(name).__doc__
     assert "not run" in text
@@ -72,6 +74,8 @@ def test_headers_are_honest_and_their_recipe_exists(name):
         (PAPER[0], {"h100:1x8": "h100", "v5p:2x2x4": "v5p"}),
         (PAPER[1], {"h100:4x8": "h100_moe", "v5p:4x4x4": "v5p_moe"}),
         (VISUAL, {"h100:1x8": "h100_vl", "v5p:2x2x4": "v5p_vl"}),
+        (REASONING[0], {"h100:1x8": "h100_r1_1_5b", "v5p:2x2x4": "v5p_r1_1_5b"}),
+        (REASONING[1], {"h100:1x8": "h100_r1_7b", "v5p:2x2x4": "v5p_r1_7b"}),
     ],
 )
 def test_rehearsed_times_of_a_header_are_those_of_the_study(config, tables):
@@ -79,9 +83,9 @@ def test_rehearsed_times_of_a_header_are_those_of_the_study(config, tables):
     for machine, name in tables.items():
         table = (ROOT / f"experiments/studies/rehearsal/{name}.md").read_text()
         bound, expected = re.search(
-            r"\*\*step\*\* \| \*\*([\d.]+) min\*\* \| \*\*([\d.]+) min", table
+            r"\*\*step\*\* \| \*\*([\d.]+ (?:min|s))\*\* \| \*\*([\d.]+) min", table
         ).groups()
-        assert f"at least {bound} min on {machine} (expected {expected}" in text
+        assert f"at least {bound} on {machine} (expected {expected}" in text
 
 
 # ALGORITHMS of the paper, §5.1: typed here from its table, not read from the configuration.
@@ -159,7 +163,48 @@ def test_constants_of_the_run_on_images_are_those_of_the_paper():
     assert config.data.max_prompt_length >= 1280 + 512
 
 
-@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL])
+# run_deepscaler_1.5b_8k.sh of DeepScaleR, and DeepSeek-R1's README: typed here from them.
+REASONING_TABLE = {
+    "rollout.prompts_per_step": 128,
+    "rollout.group_size": 8,
+    "data.max_prompt_length": 1024,
+    "rollout.max_response_length": 8192,
+    "rollout.temperature": 0.6,
+    "rollout.top_p": 1.0,
+    "train.learning_rate": 1e-6,
+    "eval.temperature": 0.6,
+    "eval.top_p": 0.95,
+    "data.template": "r1",
+    "data.system_prompt": "",
+    "eval.metric": "boxed_math",
+}
+
+
+@pytest.mark.parametrize("name", REASONING)
+def test_constants_on_reasoning_models_are_those_of_their_sources(name):
+    config = _config(name)
+    found = fields.flat(config)
+    assert {field: found[field] for field in REASONING_TABLE} == REASONING_TABLE
+    assert config.reward.parts.to_dict() == {"boxed_math": 1.0}
+    sizes = batch_arithmetic(config)
+    assert (sizes.responses_per_minibatch, sizes.updates_per_step) == (64 * 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        ("<think>\n It is \\boxed{33}", 0.0),  # cut off while it reasons
+        ("<think>\n So.\n</think>\n\nIt is \\boxed{33}.", 1.0),
+        ("<think>\n So.\n</think>\n\nAnswer: 33", 0.0),  # not in the form that was asked for
+    ],
+)
+def test_reward_on_reasoning_models_is_the_boxed_answer_after_the_reasoning(response, value):
+    config = _config(REASONING[0]).reward
+    scored = score(config.parts.to_dict(), response, "33", options=config.options.to_dict())
+    assert scored.value == value
+
+
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING])
 @pytest.mark.parametrize(
     ("preset", "ratio", "scale", "low", "high"),
     [
@@ -255,6 +300,8 @@ TOPOLOGIES = [
     (VISUAL, 8, {}, {"fsdp": 8}, 32),
     (VISUAL, 16, {}, {"fsdp": 16}, 32),
     *((name, n, {}, {"fsdp": n}, 8) for name in SMALL for n in (1, 2, 4, 8)),
+    *((name, n, {}, {"fsdp": n}, 16) for name in REASONING for n in (4, 8, 16)),
+    *((REASONING[0], n, {}, {"fsdp": n}, 16) for n in (1, 2)),
 ]
 
 
@@ -319,7 +366,7 @@ def _rehearsals(name):
         yield math.prod(int(size) for size in machine.split("x")), config
 
 
-@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL])
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING])
 def test_a_rehearsal_that_a_header_prints_fits_its_machine_as_printed(name):
     rehearsals = list(_rehearsals(name))
     assert rehearsals
@@ -350,19 +397,20 @@ def test_sixteen_devices_need_what_the_header_says():
     ]
 
 
-@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL])
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING])
 def test_sequences_fit_the_model(name):
     config = _config(name)
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     assert longest <= architecture(config.model.path)["max_position_embeddings"]
     assert config.train.microbatch_tokens % longest == 0
     assert longest % 128 == 0  # blocks of the attention kernels
-    assert config.reward.options.overlong.buffer * 8 == config.rollout.max_response_length
+    if "overlong" in config.reward.parts:
+        assert config.reward.options.overlong.buffer * 8 == config.rollout.max_response_length
     assert config.eval.every % config.output.checkpoint_every == 0  # else the best are not kept
 
 
 def test_headers_state_the_memory_that_the_sizes_give():
-    for name in (*PAPER, VISUAL, *SMALL):
+    for name in (*PAPER, VISUAL, *SMALL, *REASONING):
         config, text = _config(name), " ".join(_module(name).__doc__.split())
         model = decoder_config(architecture(config.model.path))
         memory = memory_estimate(config, model, (None, None))
@@ -425,14 +473,20 @@ def test_data_that_is_not_there_is_told_with_where_it_comes_from(shared_data, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [PAPER[0], *SMALL])
+@pytest.mark.parametrize("name", [PAPER[0], *SMALL, REASONING[0]])
 def test_runs_are_built_from_real_tokenizers_and_data(name, shared_data, tmp_path):
     """All but the weights: prompts fit, rewards are read, meshes are laid out."""
     qwen, math_eval = shared_data / "qwen", shared_data / "math_eval"
     config = _config(name)
-    tokenizer = "Qwen2.5-VL-7B-Instruct" if "qwen2_5" in name else "Qwen3-1.7B"
+    tokenizer, user = qwen / "Qwen3-1.7B", "<|im_start|>user"
+    if "qwen2_5" in name:
+        tokenizer = qwen / "Qwen2.5-VL-7B-Instruct"
+    if name in REASONING:
+        (tokenizer := tmp_path / "tokenizer").mkdir()
+        reasoning_cases.write_qwens(tokenizer, qwen / "Qwen3-1.7B")
+        user = reasoning_cases.USER
     (tmp_path / "config.json").write_text(json.dumps(architecture(config.model.path)))
-    config.model.path, config.model.tokenizer = str(tmp_path), str(qwen / tokenizer)
+    config.model.path, config.model.tokenizer = str(tmp_path), str(tokenizer)
     config.data.cache_dir = str(tmp_path / "data")
     if config.data.name == "gsm8k":
         config.data.path = str(math_eval / "gsm8k" / "train.jsonl")
@@ -447,4 +501,4 @@ def test_runs_are_built_from_real_tokenizers_and_data(name, shared_data, tmp_pat
     assert run.rule.logprobs.how.layout.size("batch") == 8
     prompts = run.data.stream.next_prompts(256)
     assert run.data.stream.dropped == 0
-    assert all("<|im_start|>user" in prompt.text for prompt in prompts)
+    assert all(user in prompt.text for prompt in prompts)

@@ -185,7 +185,7 @@ def data_paths(text: str, chosen: Sequence[Benchmark]) -> dict[str, pathlib.Path
     given, folder = _named_paths("data", text, chosen)
     for entry in chosen:
         if not entry.generated and entry.name not in given:
-            given[entry.name] = _inside(folder, entry.name)
+            given[entry.name] = _inside(folder, entry)
     return given
 
 
@@ -211,11 +211,12 @@ def _named_paths(
     return given, folders[0] if folders else None
 
 
-def _inside(folder: pathlib.Path | None, name: str) -> pathlib.Path:
-    """Returns the benchmark's own folder or file in the folder of all."""
+def _inside(folder: pathlib.Path | None, entry: Benchmark) -> pathlib.Path:
+    """Returns the benchmark's own folder or file, or its dataset's, in the folder of all."""
+    name, stems = entry.name, dict.fromkeys((entry.name, entry.dataset))
     if folder is None:
         raise UsageError(f"--benchmarks={name} needs its file: --data=FOLDER or --data={name}=FILE")
-    candidates = [folder / name, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)]
+    candidates = [folder / f"{stem}{suffix}" for stem in stems for suffix in ("", *SUFFIXES)]
     found = [path for path in candidates if path.exists()]
     if not found:
         raise UsageError(

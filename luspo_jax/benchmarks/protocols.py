@@ -48,12 +48,14 @@ class Protocol:
 
 
 # DAPO, arXiv:2503.14476, section 4.1; LUSPO (arXiv:2602.05261) states a length of 32,768 and is
-# assumed to sample alike. Qwen3: its model card for thinking mode. open_r1: its README. Greedy
-# draws one response, since every further one would be the same.
+# assumed to sample alike. DeepSeek-R1 and its distilled models: their README. Qwen3: its model card
+# for thinking mode. open_r1: its README. Greedy draws one response, since every further one would
+# be the same.
 PROTOCOLS = {
     preset.name: preset
     for preset in (
         Protocol("dapo", 1.0, 0.7, 0, 20_480, 32),
+        Protocol("deepseek_r1", 0.6, 0.95, 0, 32_768, 64),
         Protocol("greedy", 0.0, 1.0, 0, 32_768, 1),
         Protocol("luspo", 1.0, 0.7, 0, 32_768, 32),
         Protocol("open_r1", 0.6, 0.95, 0, 32_768, 64),

@@ -87,8 +87,8 @@ def _contest(name: str) -> Benchmark:
     return Benchmark(name, name, {"dapo_math": 1.0}, "dapo")
 
 
-def _boxed(name: str, **fields) -> Benchmark:
-    return Benchmark(name, name, {"boxed_math": 1.0}, "boxed", **fields)
+def _boxed(name: str, dataset: str = "", **fields) -> Benchmark:
+    return Benchmark(name, dataset or name, {"boxed_math": 1.0}, "boxed", **fields)
 
 
 def _embedded(name: str) -> Benchmark:
@@ -111,6 +111,10 @@ BENCHMARKS = {
         _contest("aime24"),
         _contest("aime25"),
         _contest("amc23"),
+        # The same problems for models that box their answers, as DeepSeek-R1's.
+        _boxed("aime24_boxed", "aime24"),
+        _boxed("aime25_boxed", "aime25"),
+        _boxed("amc23_boxed", "amc23"),
         _boxed("gsm8k"),
         # Tasks for the models inside the package, to try a command out.
         _embedded("label_lookup"),

@@ -69,6 +69,11 @@ TEMPLATES = {
     "chat": Template("{problem}", chat=True),
     "dapo": Template(f"{PREFIX}{{problem}}{SUFFIX}", chat=True),
     "plain": Template("{problem}", chat=False),
+    # As DeepSeek-R1's README recommends, without a system message.
+    "r1": Template(
+        "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        chat=True,
+    ),
 }
 
 # The system message of arXiv:2602.05261, figure 3; the format "luspo_vl" checks its requirements.

@@ -1,6 +1,7 @@
 """The model of a configuration: architecture, folder and tokenizer."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -12,6 +13,10 @@ from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_
 from luspo_jax.models.locate import model_folder
 from luspo_jax.run.settings import Config, section
 
+# By these the answer is found: they stay in the text where a tokenizer counts them as special.
+_TAGS = ("<think>", "</think>")
+_PROBE = "If a + b = 4,\nthen 2 a is 8 - 2 b."
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -22,8 +27,20 @@ class Model:
     tokenizer: Any
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Decodes response tokens, without special tokens."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        """Decodes response tokens, without special tokens but with the tags of reasoning."""
+        hidden = self._hidden
+        if hidden is None:
+            return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return self.tokenizer.decode([t for t in tokens.tolist() if t not in hidden])
+
+    @functools.cached_property
+    def _hidden(self) -> frozenset[int] | None:
+        """Special tokens other than the tags; None if no tag is special."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special = {str(token): index for index, token in added.items() if token.special}
+        if special.keys().isdisjoint(_TAGS):
+            return None
+        return frozenset(index for text, index in special.items() if text not in _TAGS)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -59,6 +76,7 @@ def load_model(config: Config) -> Model:
             f"no tokenizer could be read from {source} ({str(error).splitlines()[0][:200]}): put "
             "tokenizer files there, or name another folder in model.tokenizer"
         ) from error
+    _check_spaces(tokenizer, source)
     model = _with_stops(settings, Model(folder, architecture, tokenizer))
     if len(tokenizer) > architecture.vocab_size:
         raise ConfigError(
@@ -66,6 +84,32 @@ def load_model(config: Config) -> Model:
             f"vocabulary of {architecture.vocab_size}: they do not belong together"
         )
     return model
+
+
+def _check_spaces(tokenizer, source):
+    """Refuses a tokenizer that loses spaces which its own tokenizer.json keeps.
+
+    Early transformers 5 gave every file that calls itself LlamaTokenizerFast, as DeepSeek's do,
+    Llama's way with spaces, without a warning (huggingface/transformers issue 45488).
+    """
+
+    def kept(ids_of, text_of):
+        # The tokenizer of a small task may know none of these characters; Llama's adds a space.
+        return text_of(ids_of(_PROBE, add_special_tokens=False)).strip() == _PROBE
+
+    file = source / "tokenizer.json"
+    if kept(tokenizer.encode, tokenizer.decode) or not file.is_file():
+        return
+    import tokenizers
+
+    own = tokenizers.Tokenizer.from_file(str(file))
+    if kept(lambda text, **how: own.encode(text, **how).ids, own.decode):
+        raise ConfigError(
+            f"the tokenizer of {source} was read as a {type(tokenizer).__name__}, which loses "
+            "spaces that its tokenizer.json keeps: pip install -U transformers, or set "
+            '"tokenizer_class": "PreTrainedTokenizerFast" in a copy of its tokenizer_config.json '
+            "and name that folder in model.tokenizer"
+        )
 
 
 def _with_stops(settings, model):

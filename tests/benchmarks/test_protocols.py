@@ -10,6 +10,7 @@ from luspo_jax.benchmarks import PROTOCOLS, BenchmarkError, protocol
 def test_presets_are_those_of_their_papers():
     expected = {
         "dapo": (1.0, 0.7, 0, 20_480),
+        "deepseek_r1": (0.6, 0.95, 0, 32_768),
         "luspo": (1.0, 0.7, 0, 32_768),
         "qwen3": (0.6, 0.95, 20, 32_768),
         "open_r1": (0.6, 0.95, 0, 32_768),

@@ -262,6 +262,12 @@ def test_data_is_looked_for_by_name(tmp_path):
         "aime24": tmp_path / "aime24",
         "math500": tmp_path / "math500.jsonl",
     }
+    # The same problems asked in another way: their own place first, then the dataset's.
+    boxed = [BENCHMARKS["aime24_boxed"]]
+    assert plan.data_paths(str(tmp_path), boxed) == {"aime24_boxed": tmp_path / "aime24"}
+    (tmp_path / "aime24_boxed.jsonl").touch()
+    own = tmp_path / "aime24_boxed.jsonl"
+    assert plan.data_paths(str(tmp_path), boxed) == {"aime24_boxed": own}
     named = plan.data_paths("aime24=x.jsonl,math500=y", chosen)
     assert named == {"aime24": pathlib.Path("x.jsonl"), "math500": pathlib.Path("y")}
     for text, message in (

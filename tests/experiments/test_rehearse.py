@@ -642,3 +642,16 @@ def test_the_launcher_refuses_in_a_line():
     assert done.returncode == 2
     assert "does not exist; valid: v5p:2x2x1" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_launcher_writes_its_report_into_both_files(tmp_path):
+    files = {"json": tmp_path / "found.json", "markdown": tmp_path / "found.md"}
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.rehearse", "--config=configs/quickstart.py",
+         "--topology=local", *(f"--{flag}={file}" for flag, file in files.items())],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(files["json"].read_text())["fits"] is True
+    assert files["markdown"].read_text() in done.stdout

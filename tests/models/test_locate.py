@@ -7,7 +7,12 @@ import pytest
 
 from luspo_jax.models.decoder_config import decoder_config
 from luspo_jax.models.decoder_weights import num_params
-from luspo_jax.models.locate import architecture, model_folder, shipped_architectures
+from luspo_jax.models.locate import (
+    ARCHITECTURES,
+    architecture,
+    model_folder,
+    shipped_architectures,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +53,34 @@ def test_base_and_instruct_differ_in_what_the_readme_says():
     base, instruct = (architecture(f"hub:Qwen/Qwen2.5-7B{x}") for x in ("", "-Instruct"))
     changed = {name: base[name] for name in base if base[name] != instruct[name]}
     assert changed == {"eos_token_id": 151643, "max_position_embeddings": 131072}
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes", "parameters"),
+    [("1.5B", 679, 1_777_088_000), ("7B", 680, 7_615_616_512)],
+)
+def test_distilled_models_are_the_files_of_the_hub(size, num_bytes, parameters):
+    """The hub lists the sizes of its files; ours have the same text and indentation."""
+    file = ARCHITECTURES / f"deepseek-ai--DeepSeek-R1-Distill-Qwen-{size}.json"
+    assert file.stat().st_size == num_bytes
+    values = architecture(f"hub:deepseek-ai/DeepSeek-R1-Distill-Qwen-{size}")
+    config = decoder_config(values)
+    assert num_params(config) == parameters
+    assert config.rope_theta == 10_000.0
+    assert not config.tie_embeddings
+    assert config.qkv_bias
+    assert config.eos_token_ids == (151_643,)
+
+
+def test_distilled_models_have_the_fields_of_their_larger_sibling(shared_data):
+    name = "DeepSeek-R1-Distill-Qwen-32B.config.json"
+    sibling = json.loads((shared_data / "qwen" / "configs" / name).read_text())
+    for size in ("1.5B", "7B"):
+        values = architecture(f"hub:deepseek-ai/DeepSeek-R1-Distill-Qwen-{size}")
+        assert values.keys() - sibling.keys() == {"use_mrope"}
+        assert sibling.keys() <= values.keys()
+        alike = {name for name in sibling if sibling[name] == values[name]}
+        assert {"bos_token_id", "eos_token_id", "tie_word_embeddings", "model_type"} <= alike
 
 
 def test_mixture_of_experts_is_read_as_it_is():

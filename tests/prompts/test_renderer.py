@@ -12,6 +12,7 @@ from luspo_jax.datasets.shapes import Shapes
 from luspo_jax.prompts import PromptRecord, Refusal, Renderer, encode, outcomes, with_images
 from luspo_jax.prompts.templates import LUSPO_VL_SYSTEM_PROMPT, TEMPLATES, Template
 from luspo_jax.rewards.format import luspo_vl
+from tests import reasoning_cases as r1
 from tests.prompts.prompt_cases import (
     EXAMPLES,
     PLAIN,
@@ -266,3 +267,26 @@ def test_a_real_file_of_embedded_images(shared_data, qwen_vl, preparer):
         tokens = sum(image.num_tokens for image in record.images)
         assert (record.tokens == 151_655).sum() == tokens > 4
         assert record.images[0].patches().shape == (4 * record.images[0].num_tokens, 1_176)
+
+
+def test_a_template_that_opens_the_reasoning_begins_once_and_ends_in_it(tmp_path):
+    """A tokenizer that adds a begin token, and a chat template that writes one: one is enough."""
+    import transformers
+
+    ids = r1.write_model(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    renderer = Renderer(tokenizer, "r1")
+    (record,), _ = encode([Example(0, "1+1?", "2")], renderer, max_length=256)
+    assert record.text == (
+        f"{r1.BEGIN}{r1.USER}1+1?\nPlease reason step by step, and put your final answer within "
+        f"\\boxed{{}}.{r1.OPEN}"
+    )
+    tokens = record.tokens.tolist()
+    assert tokens[0] == ids[r1.BEGIN]
+    assert tokens.count(ids[r1.BEGIN]) == 1
+    assert tokens[-3:-1] == [ids[r1.ASSISTANT], ids[r1.THINK]]
+    assert tokenizer.decode(tokens) == record.text
+    # By itself the tokenizer adds the second one, which is what plain prompts need.
+    assert tokenizer(record.text)["input_ids"][:2] == [ids[r1.BEGIN]] * 2
+    plain = Renderer(tokenizer, "plain").tokens(["1+1?"])[0].tolist()
+    assert plain.count(ids[r1.BEGIN]) == 1
