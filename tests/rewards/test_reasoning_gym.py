@@ -1,0 +1,213 @@
+"""Scores of reasoning-gym's own scorers, through the workers, and the answers that reach them."""
+
+import json
+
+import pytest
+
+from luspo_jax.rewards import Sample, Scorer, gym_tasks
+from luspo_jax.rewards.reasoning_gym import EVALUATED, EXTRACTIONS, may_call
+
+SOME = ["chain_sum", "countdown", "letter_counting", "spell_backward"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "answer"),
+    [
+        ("answer_tag", "so <answer> 5 </answer>", " 5 "),
+        ("answer_tag", "<answer>4</answer> no, <answer>5</answer>.", "5"),
+        ("answer_tag", "in <answer> tags: <answer>5</answer>", "5"),
+        ("answer_tag", "<answer>a\nb</answer>", "a\nb"),
+        ("answer_tag", "<answer>5", None),
+        ("answer_tag", "5</answer>", None),
+        ("answer_tag", "</answer><answer>", None),
+        ("answer_tag", "5", None),
+        ("boxed", r"so \boxed{5} and \boxed{6}", "6"),
+        ("boxed", "5", None),
+        ("last_line", "so\n\n 5 \n\n", "5"),
+        ("last_number", "3-4 is -1", "-1"),
+        ("last_number", "3-4", "4"),
+        ("last_number", "it costs $1,234.50.", "1234.50"),
+        ("last_number", "1,2", "2"),
+        ("last_number", "is −7", "-7"),
+        ("last_number", "none", None),
+        ("full", "a\nb", "a\nb"),
+    ],
+)
+def test_extraction(name, text, answer):
+    find, _ = EXTRACTIONS[name]
+    found = find(text)
+    assert (found and found.strip()) == (answer and answer.strip())
+
+
+@pytest.mark.parametrize(
+    ("text", "functions", "may"),
+    [
+        ("(1 + 2) * (3 - 4)", (), False),
+        ("[[1, 2], [3, 4]]", (), False),
+        ("[('Q', '_'), ('_', 'Q')]", (), False),
+        ("2*(3)", (), False),
+        ("2(3)", (), False),  # a number cannot be called
+        ("open(0)", (), True),
+        ("exp (x)", ("exp",), False),
+        ("x.exp(2)", ("exp",), True),
+        ("sin(x)*exp(2*x) + C", ("sin", "exp"), False),
+        ("__import__('os').system('x')", ("sin",), True),
+        ("(eval)(1)", (), True),
+        ("[eval][0](1)", (), True),
+        ("{0: eval}.pop(0)", (), True),
+        ("eval\n(1)", (), True),
+        ("eval\\\n(1)", (), True),
+        ("eval#\n(1)", (), True),
+        ("ｅval(1)", (), True),
+        ("(lambda: 1)()", (), True),
+        ("'x'.upper()", (), True),
+        ("[x for x in (1, 2)]", (), True),  # refused too, though harmless
+    ],
+)
+def test_what_could_call_something(text, functions, may):
+    assert may_call(text, frozenset(functions)) == may
+
+
+@pytest.fixture(scope="module")
+def gym():
+    return pytest.importorskip("reasoning_gym", reason="needs the extra [tasks]")
+
+
+def _sample(task, number, response, options=None):
+    entry = gym_tasks.item(task, options or {}, number)
+    meta = {"task": task, "options": options or {}, "number": number, "source": task}
+    meta = json.loads(json.dumps(meta))  # as a checkpoint and a stored generation have it
+    answer = str(entry["answer"])
+    return Sample(response(answer), answer, meta=meta, problem=entry["question"])
+
+
+def _tagged(answer):
+    return f"<think><answer>17</answer></think>so <answer>{answer}</answer>"
+
+
+def _score(samples, part="reasoning_gym", **options):
+    with Scorer(
+        {part: 1.0}, options={part: options}, workers=1, time_limit=20.0, max_failure_rate=1.0
+    ) as scorer:
+        return scorer.score_batch(samples)
+
+
+def test_right_and_wrong_answers(gym):
+    right = [_sample(task, 7, _tagged) for task in SOME]
+    wrong = [_sample(task, 7, lambda answer: _tagged("no")) for task in SOME]
+    rewards = _score([*right, *wrong])
+    assert [r.value for r in rewards[:4]] == [1.0] * 4
+    assert all(r.value < 0.5 for r in rewards[4:])
+    assert {r.status for r in rewards} == {"ok"}
+    assert rewards[0].prediction == right[0].answer
+
+
+def test_partial_credit_is_kept_and_does_not_solve(gym):
+    sample = _sample("spell_backward", 7, lambda answer: _tagged(answer[:-1] + "#"))
+    (part,), (solved,) = _score([sample]), _score([sample], "reasoning_gym_solved")
+    assert 0.5 < part.value < 1.0
+    assert (solved.value, solved.status) == (0.0, "ok")
+    full = _sample("spell_backward", 7, _tagged)
+    assert _score([full], "reasoning_gym_solved")[0].value == 1.0
+
+
+def test_another_right_answer_is_right(gym):
+    """Countdown's reference is one of many solutions."""
+    sample = _sample("countdown", 7, lambda answer: _tagged(f"(({answer}))"))
+    assert _score([sample])[0].value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("extract", "response"),
+    [("boxed", "\\boxed{%s}"), ("last_line", "so\n%s"), ("last_number", "%s"), ("full", "%s")],
+)
+def test_other_places_of_the_answer(gym, extract, response):
+    sample = _sample("chain_sum", 7, lambda answer: response % answer)
+    assert _score([sample], extract=extract)[0].value == 1.0
+    (missing,) = _score([sample])
+    assert (missing.value, missing.status) == (0.0, "unparsed")
+    assert "no <answer>" in missing.detail
+
+
+def test_reasoning_is_no_answer(gym):
+    sample = _sample("chain_sum", 7, lambda answer: f"<think><answer>{answer}</answer>")
+    (reward,) = _score([sample])
+    assert (reward.value, reward.status, reward.prediction) == (0.0, "unparsed", None)
+
+
+def test_answers_that_could_run_code_are_not_run(gym, tmp_path):
+    canary = tmp_path / "canary"
+    code = f"open({str(canary)!r}, 'w')"
+    samples = [_sample(task, 7, lambda _: f"<answer>{code}</answer>") for task in EVALUATED]
+    samples = [sample for sample in samples if sample.meta["task"] not in gym_tasks.HASH_SEEDED]
+    rewards = _score(samples)
+    assert {reward.status for reward in rewards} == {"unparsed"}
+    assert {reward.value for reward in rewards} == {0.0}
+    assert not canary.exists()
+
+
+def test_the_same_answers_would_run_code_in_the_package(gym, tmp_path):
+    """What the rule above is for: it can be dropped when this fails."""
+    canary = tmp_path / "canary"
+    entry = gym_tasks.item("string_insertion", {}, 7)
+    gym_tasks.grade("string_insertion", {}, entry, f"open({str(canary)!r}, 'w')")
+    assert canary.exists()
+
+
+def test_problems_of_another_dataset_are_errors(gym):
+    (reward,) = _score([Sample("<answer>1</answer>", "1")])
+    assert reward.status == "error"
+    assert "none of data.name=reasoning_gym" in reward.detail
+
+
+def test_an_item_of_another_version_is_an_error(gym):
+    import dataclasses
+
+    sample = _sample("chain_sum", 7, _tagged)
+    other = dataclasses.replace(sample, problem=sample.problem + " ")
+    (reward,) = _score([other])
+    assert reward.status == "error"
+    assert "task 'chain_sum'" in reward.detail
+    assert "another version" in reward.detail
+
+
+def test_a_scorer_that_raises_names_its_task(gym, monkeypatch):
+    from luspo_jax.rewards import reasoning_gym
+
+    def broken(*_):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(gym_tasks, "grade", broken)
+    verdict = reasoning_gym.check(
+        _sample("chain_sum", 7, _tagged), extract="answer_tag", solved=False
+    )
+    assert verdict.status == "error"
+    assert verdict.detail == "task 'chain_sum': ZeroDivisionError: by zero"
+
+
+def test_a_power_tower_is_stopped(gym):
+    sample = _sample("countdown", 7, lambda _: "<answer>9**9**9**9</answer>")
+    with Scorer({"reasoning_gym": 1.0}, workers=1, time_limit=1.0, max_failure_rate=1.0) as scorer:
+        (reward,) = scorer.score_batch([sample])
+        assert reward.status == "timeout"
+        (reward,) = scorer.score_batch([_sample("countdown", 7, _tagged)])
+    assert reward.value == 1.0
+
+
+def test_the_label_names_the_packages_version(gym):
+    with Scorer({"reasoning_gym": 1.0}) as scorer:
+        label = scorer.labels["reasoning_gym"]
+    assert label == f"reasoning_gym[answer_tag]@1+{gym_tasks.version()}"
+
+
+def test_an_unknown_extraction_is_refused(gym):
+    with pytest.raises(
+        ValueError, match="unknown extraction 'tag'; known: answer_tag, boxed, full"
+    ):
+        Scorer({"reasoning_gym": 1.0}, options={"reasoning_gym": {"extract": "tag"}})
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(gym_tasks, "PACKAGE", "no-such-package")
+    with pytest.raises(ValueError, match=r"reward 'reasoning_gym': .*luspo_jax\[tasks\]"):
+        Scorer({"reasoning_gym": 1.0})
