@@ -78,7 +78,8 @@ def _wrong_scorers(config: ConfigDict) -> Iterator[str]:
         return
     fields = {"data.name": data.name}
     if data.mixture:
-        named = {k: s.get("name") for k, s in data.mixture.items() if isinstance(s, Mapping)}
+        mixture = data.mixture.to_dict()
+        named = {k: s.get("name") for k, s in mixture.items() if isinstance(s, Mapping)}
         fields = {f"data.mixture.{key}.name": name for key, name in named.items()}
     fields["data.eval_name"] = data.eval_name or data.name
     for scorer in scorers:

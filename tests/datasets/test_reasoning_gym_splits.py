@@ -15,7 +15,10 @@ from luspo_jax.prompts import PromptStream, Renderer
 rg = pytest.importorskip("reasoning_gym", reason="needs the extra [tasks]")
 
 SUMS = {"task": "chain_sum", "max_terms": 3}
-GOLDEN = ["", ""]  # the first of train, the first of test
+GOLDEN = [  # the first of train, the first of test
+    "State the final answer to the following arithmetic problem: 670 - 291 - 288 =",
+    "State the final answer to the following arithmetic problem: 6965 + 2741 =",
+]
 
 
 def test_random_access():
@@ -159,8 +162,8 @@ def test_an_unknown_split_is_refused():
 
 
 def test_a_task_with_too_few_questions_says_so():
-    one = {"task": "gcd", "min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 1}
-    question = rg.create_dataset("gcd", **{k: v for k, v in one.items() if k != "task"})[0]
-    other = {"train": "test", "test": "train"}[split_of(question["question"])]
-    with pytest.raises(DataError, match=r"'gcd'.*64 draws gave no question of.*too few different"):
-        reasoning_gym(other, **one)[0]
+    one = {"min_n": 7, "max_n": 7}
+    (question,) = {e["question"] for e in rg.create_dataset("count_primes", **one, size=9)}
+    other = {"train": "test", "test": "train"}[split_of(question)]
+    with pytest.raises(DataError, match=r"'count_primes'.*64 draws.*too few different questions"):
+        reasoning_gym(other, task="count_primes", **one)[0]

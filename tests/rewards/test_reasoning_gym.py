@@ -1,11 +1,13 @@
 """Scores of reasoning-gym's own scorers, through the workers, and the answers that reach them."""
 
+import dataclasses
 import json
 
 import pytest
 
 from luspo_jax.rewards import Sample, Scorer, gym_tasks
-from luspo_jax.rewards.reasoning_gym import EVALUATED, EXTRACTIONS, may_call
+from luspo_jax.rewards.reasoning_gym import EVALUATED, EXTRACTIONS, may_call, reasoning_gym
+from luspo_jax.rewards.record import run
 
 SOME = ["chain_sum", "countdown", "letter_counting", "spell_backward"]
 
@@ -21,7 +23,8 @@ SOME = ["chain_sum", "countdown", "letter_counting", "spell_backward"]
         ("answer_tag", "5</answer>", None),
         ("answer_tag", "</answer><answer>", None),
         ("answer_tag", "5", None),
-        ("boxed", r"so \boxed{5} and \boxed{6}", "6"),
+        ("boxed", r"\boxed{5} is wrong, so \boxed{6}", "6"),
+        ("boxed", r"so \boxed{5} and \boxed{6}", "5,6"),  # as of mathematical answers
         ("boxed", "5", None),
         ("last_line", "so\n\n 5 \n\n", "5"),
         ("last_number", "3-4 is -1", "-1"),
@@ -85,36 +88,36 @@ def _tagged(answer):
     return f"<think><answer>17</answer></think>so <answer>{answer}</answer>"
 
 
-def _score(samples, part="reasoning_gym", **options):
-    with Scorer(
-        {part: 1.0}, options={part: options}, workers=1, time_limit=20.0, max_failure_rate=1.0
-    ) as scorer:
-        return scorer.score_batch(samples)
+def _verdict(sample, solved=False, **options):
+    """As a worker has it, without one."""
+    return run(reasoning_gym(**options, solved=solved), sample)
 
 
-def test_right_and_wrong_answers(gym):
+def test_right_and_wrong_answers_in_workers(gym):
     right = [_sample(task, 7, _tagged) for task in SOME]
     wrong = [_sample(task, 7, lambda answer: _tagged("no")) for task in SOME]
-    rewards = _score([*right, *wrong])
+    with Scorer({"reasoning_gym": 1.0}, workers=1, time_limit=60.0, max_failure_rate=1.0) as scorer:
+        rewards = scorer.score_batch([*right, *wrong])
     assert [r.value for r in rewards[:4]] == [1.0] * 4
     assert all(r.value < 0.5 for r in rewards[4:])
     assert {r.status for r in rewards} == {"ok"}
     assert rewards[0].prediction == right[0].answer
+    assert [_verdict(sample).value for sample in right + wrong] == [r.value for r in rewards]
 
 
 def test_partial_credit_is_kept_and_does_not_solve(gym):
     sample = _sample("spell_backward", 7, lambda answer: _tagged(answer[:-1] + "#"))
-    (part,), (solved,) = _score([sample]), _score([sample], "reasoning_gym_solved")
+    part, solved = _verdict(sample), _verdict(sample, solved=True)
     assert 0.5 < part.value < 1.0
     assert (solved.value, solved.status) == (0.0, "ok")
     full = _sample("spell_backward", 7, _tagged)
-    assert _score([full], "reasoning_gym_solved")[0].value == 1.0
+    assert _verdict(full, solved=True).value == 1.0
 
 
 def test_another_right_answer_is_right(gym):
     """Countdown's reference is one of many solutions."""
     sample = _sample("countdown", 7, lambda answer: _tagged(f"(({answer}))"))
-    assert _score([sample])[0].value == 1.0
+    assert _verdict(sample).value == 1.0
 
 
 @pytest.mark.parametrize(
@@ -123,26 +126,24 @@ def test_another_right_answer_is_right(gym):
 )
 def test_other_places_of_the_answer(gym, extract, response):
     sample = _sample("chain_sum", 7, lambda answer: response % answer)
-    assert _score([sample], extract=extract)[0].value == 1.0
-    (missing,) = _score([sample])
+    assert _verdict(sample, extract=extract).value == 1.0
+    missing = _verdict(sample)
     assert (missing.value, missing.status) == (0.0, "unparsed")
     assert "no <answer>" in missing.detail
 
 
 def test_reasoning_is_no_answer(gym):
     sample = _sample("chain_sum", 7, lambda answer: f"<think><answer>{answer}</answer>")
-    (reward,) = _score([sample])
-    assert (reward.value, reward.status, reward.prediction) == (0.0, "unparsed", None)
+    verdict = _verdict(sample)
+    assert (verdict.value, verdict.status, verdict.prediction) == (0.0, "unparsed", None)
 
 
-def test_answers_that_could_run_code_are_not_run(gym, tmp_path):
+@pytest.mark.parametrize("task", EVALUATED)
+def test_answers_that_could_run_code_are_not_run(gym, tmp_path, task):
     canary = tmp_path / "canary"
-    code = f"open({str(canary)!r}, 'w')"
-    samples = [_sample(task, 7, lambda _: f"<answer>{code}</answer>") for task in EVALUATED]
-    samples = [sample for sample in samples if sample.meta["task"] not in gym_tasks.HASH_SEEDED]
-    rewards = _score(samples)
-    assert {reward.status for reward in rewards} == {"unparsed"}
-    assert {reward.value for reward in rewards} == {0.0}
+    verdict = _verdict(_sample(task, 7, lambda _: f"<answer>open({str(canary)!r}, 'w')</answer>"))
+    assert (verdict.value, verdict.status) == (0.0, "unparsed")
+    assert "could call something" in verdict.detail
     assert not canary.exists()
 
 
@@ -155,32 +156,26 @@ def test_the_same_answers_would_run_code_in_the_package(gym, tmp_path):
 
 
 def test_problems_of_another_dataset_are_errors(gym):
-    (reward,) = _score([Sample("<answer>1</answer>", "1")])
-    assert reward.status == "error"
-    assert "none of data.name=reasoning_gym" in reward.detail
+    verdict = _verdict(Sample("<answer>1</answer>", "1"))
+    assert verdict.status == "error"
+    assert "none of data.name=reasoning_gym" in verdict.detail
 
 
 def test_an_item_of_another_version_is_an_error(gym):
-    import dataclasses
-
     sample = _sample("chain_sum", 7, _tagged)
     other = dataclasses.replace(sample, problem=sample.problem + " ")
-    (reward,) = _score([other])
-    assert reward.status == "error"
-    assert "task 'chain_sum'" in reward.detail
-    assert "another version" in reward.detail
+    verdict = _verdict(other)
+    assert verdict.status == "error"
+    assert "task 'chain_sum'" in verdict.detail
+    assert "another version" in verdict.detail
 
 
 def test_a_scorer_that_raises_names_its_task(gym, monkeypatch):
-    from luspo_jax.rewards import reasoning_gym
-
     def broken(*_):
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr(gym_tasks, "grade", broken)
-    verdict = reasoning_gym.check(
-        _sample("chain_sum", 7, _tagged), extract="answer_tag", solved=False
-    )
+    verdict = _verdict(_sample("chain_sum", 7, _tagged))
     assert verdict.status == "error"
     assert verdict.detail == "task 'chain_sum': ZeroDivisionError: by zero"
 
