@@ -109,11 +109,32 @@ def check(sample: Sample, *, extract: str, solved: bool) -> Verdict:
         if task in EVALUATED and may_call(prediction, EVALUATED[task]):
             detail = f"task {task!r} would run the answer as code, and it could call something"
             return Verdict(0.0, "unparsed", prediction, detail)
-        score = gym_tasks.grade(task, options, entry, prediction)
+        score = _grade(task, options, entry, prediction)
     except Exception as error:
-        detail = f"task {task!r}: {type(error).__name__}: {error}"
-        return Verdict(0.0, "error", prediction, detail[:500])
+        return Verdict(0.0, "error", prediction, _said(task, error))
+    if isinstance(score, Exception):
+        return Verdict(0.0, "unparsed", prediction, _said(task, score))
     return Verdict(float(score >= _FULL) if solved else score, prediction=prediction)
+
+
+def _grade(task, options, entry, prediction) -> float | Exception:
+    """Returns the score, or what the task's scorer raised because of this answer.
+
+    Some scorers raise on an answer of another form, such as a word for a number. If the reference
+    can be scored, the answer is at fault, and it must not leave the loss: most early ones are such.
+
+    Raises:
+      Exception: what the scorer raises for the reference too.
+    """
+    try:
+        return gym_tasks.grade(task, options, entry, prediction)
+    except Exception as error:
+        gym_tasks.grade(task, options, entry, str(entry["answer"]))
+        return error
+
+
+def _said(task, error) -> str:
+    return f"task {task!r}: {type(error).__name__}: {error}"[:500]
 
 
 @functools.lru_cache(maxsize=64)

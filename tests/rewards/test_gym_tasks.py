@@ -15,7 +15,7 @@ from luspo_jax.rewards import gym_tasks  # noqa: E402
 from luspo_jax.rewards.gym_tasks import TaskError  # noqa: E402
 from luspo_jax.rewards.reasoning_gym import EVALUATED  # noqa: E402
 
-SOME = ["chain_sum", "countdown", "gsm_symbolic", "letter_counting", "spell_backward", "acre"]
+SOME = ["chain_sum", "countdown", "gsm_symbolic", "letter_counting", "survo", "acre"]
 NUMBERS = (1, 500, 3_000_000_019)
 
 
@@ -79,6 +79,7 @@ def test_lists_stand_for_tuples_as_json_has_them():
     [
         ("chain_sums", {}, r"^\.task='chain_sums' does not exist: did you mean 'chain_sum'\?"),
         ("composite", {}, r"^\.task='composite' does not exist"),
+        ("codeio", {}, r"^\.task='codeio' cannot be used: .*that no seed fixes \(reasoning-gym"),
         (3, {}, r"^\.task=3 does not exist"),
         ("chain_sum", {"min_term": 2}, r"^\.min_term: .*no such option; did you mean 'min_terms'"),
         ("chain_sum", {"seed": 2}, r"^\.seed: .*no such option"),
@@ -127,7 +128,7 @@ def _digests(hash_seed, tasks):
         "import hashlib, json, sys; from luspo_jax.rewards import gym_tasks\n"
         "for task in json.loads(sys.argv[1]):\n"
         "    drawn = []\n"
-        "    for number in (11, 4_000_000_007, 12_345_678):\n"
+        "    for number in (11, 4_000_000_007, 12_345_678, *range(100, 140)):\n"
         "        try: drawn.append(gym_tasks.item(task, {}, number))\n"
         "        except Exception as error: drawn.append({'question': repr(error), 'answer': ''})\n"
         "    text = json.dumps([[e['question'], str(e['answer'])] for e in drawn])\n"

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
 
 import pytest
 
+from luspo_jax.datasets.reasoning_gym import reasoning_gym as data
 from luspo_jax.rewards import Sample, Scorer, gym_tasks
 from luspo_jax.rewards.reasoning_gym import EVALUATED, EXTRACTIONS, may_call, reasoning_gym
 from luspo_jax.rewards.record import run
@@ -178,6 +180,40 @@ def test_a_scorer_that_raises_names_its_task(gym, monkeypatch):
     verdict = _verdict(_sample("chain_sum", 7, _tagged))
     assert verdict.status == "error"
     assert verdict.detail == "task 'chain_sum': ZeroDivisionError: by zero"
+
+
+def test_an_answer_that_the_scorer_cannot_read_is_wrong(gym):
+    """Not an error: it would leave the loss, and stop a run whose policy cannot answer yet."""
+    verdict = _verdict(_sample("prime_factorization", 7, lambda _: _tagged("two and three")))
+    assert (verdict.value, verdict.status) == (0.0, "unparsed")
+    assert verdict.detail.startswith("task 'prime_factorization': ValueError: invalid literal")
+    assert _verdict(_sample("prime_factorization", 7, _tagged)).value == 1.0
+
+
+# Tasks whose items have no reference, only a scorer.
+WITHOUT_REFERENCE = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", gym_tasks.names() if find_spec("reasoning_gym") else [])
+def test_every_scorer_tells_the_reference_from_other_answers(gym, task, monkeypatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # in this process, items are what they are
+    samples = [_of(example, example.answer) for example in data("train", task=task)[:3]]
+    right = [_verdict(sample, extract="full") for sample in samples]
+    assert {verdict.status for verdict in right} == {"ok"}
+    assert (min(v.value for v in right) == 1.0) == (task not in WITHOUT_REFERENCE)
+    wrong = [
+        _verdict(dataclasses.replace(sample, response=text), extract="full")
+        for sample in samples
+        for text in ("neither", "[[1]]", "170.5")
+    ]
+    assert {verdict.status for verdict in wrong} <= {"ok", "unparsed"}
+    assert min(verdict.value for verdict in wrong) < 0.5
+
+
+def _of(example, response):
+    meta = json.loads(json.dumps(example.meta))
+    return Sample(response, example.answer, meta=meta, problem=example.problem)
 
 
 def test_a_power_tower_is_stopped(gym):
