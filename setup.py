@@ -51,7 +51,7 @@ EXTRAS_REQUIRE = {
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
     "notebooks": ["jupyterlab", "ipykernel", "nbclient", "nbstripout", "pandas"],
     "wandb": ["wandb"],
-    # About a hundred generated tasks with their scorers. One version: the next may draw other items.
+    # Generated tasks with their scorers. One version: the next may draw other items.
     "tasks": ["reasoning-gym==0.1.25"],
 }
 

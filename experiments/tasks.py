@@ -4,7 +4,7 @@
     python -m experiments.tasks --task=countdown --options="{'level': 2}"
     python -m experiments.tasks --write=docs/tasks.md
 
-The last measures every task and writes the tables of docs/tasks.md, in about three minutes.
+The last measures every task and writes the tables of docs/tasks.md: minutes.
 """
 
 import ast
@@ -29,7 +29,7 @@ _OPTIONS = flags.DEFINE_string("options", "{}", "Its options, as {'level': 2}.")
 _SHOW = flags.DEFINE_integer("show", 3, "Items shown.", 1)
 _WRITE = flags.DEFINE_string("write", "", "Write the tables into this Markdown file.")
 
-_DRAWN, _SECONDS = 200, 2.0  # items drawn of each task, and processor time spent on them at most
+_DRAWN, _SECONDS = 100, 0.5  # items drawn of each task, and processor time spent on them at most
 _COMMAND = "    python -m experiments.tasks --write=docs/tasks.md"
 _SPLITS = ("chain_sum", "countdown", "letter_counting", "spell_backward", "coin_flip")
 _ASKED = 500  # problems of each split that are compared
@@ -87,10 +87,14 @@ def all_tasks() -> str:
         high = str(max(map(len, steps)) - 1) if steps else "–"
         share = f"{found.different} of {found.drawn}"
         rows.append(
-            [group(name), f"`{name}`", high, found.words, f"{found.milliseconds:.2g}", share]
+            [group(name), _marked(name), high, found.words, f"{found.milliseconds:.2g}", share]
         )
     head = ["group", "task", "highest level", "words", "ms an item", "different questions"]
     return table(head, rows)
+
+
+def _marked(task: str) -> str:
+    return f"`{task}`{' *' if task in gym_tasks.HASH_SEEDED else ''}"
 
 
 def shared(task: str) -> tuple[int, int, int]:
@@ -177,7 +181,9 @@ questions, compared by `luspo_jax.datasets.overlap`."""
 _ALL_TEXT = f"""\
 Under default options: the highest `level` of the curriculum, words of a question (median),
 processor time to draw an item, and different questions among {_DRAWN} items (fewer where they took
-longer than {_SECONDS:g} seconds). The test split draws four items for each of its problems."""
+longer than {_SECONDS:g} seconds). The test split draws four items for each of its problems.
+
+\\* its items follow the order of Python's sets: start commands with `PYTHONHASHSEED=0`."""
 
 if __name__ == "__main__":
     sys.exit(command.call(main))

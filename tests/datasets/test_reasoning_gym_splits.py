@@ -77,16 +77,26 @@ def test_near_seeds_of_the_package_share_items_and_ours_do_not():
 
 
 def test_another_seed_draws_other_items():
-    one, other = (reasoning_gym("train", task="countdown", size=50, seed=s) for s in (0, 1))
+    long = {"task": "chain_sum", "min_terms": 6}  # so long that none is drawn twice
+    one, other = (reasoning_gym("train", **long, size=50, seed=s) for s in (0, 1))
     assert {e.problem for e in one}.isdisjoint(e.problem for e in other)
     # And a larger size the same ones first.
-    larger = reasoning_gym("train", task="countdown", size=51, seed=0)
+    larger = reasoning_gym("train", **long, size=51, seed=0)
     assert list(one) == larger[:50]
 
 
 def test_a_split_is_a_matter_of_the_question():
     assert {split_of(e.problem) for e in reasoning_gym("test", **SUMS, size=50)} == {"test"}
     assert {split_of(e.problem) for e in reasoning_gym("train", **SUMS, size=50)} == {"train"}
+
+
+def test_a_template_of_ones_own_names_the_task_beside_the_problem():
+    tokenizer = AutoTokenizer.from_pretrained("luspo_jax/models/embedded/label_sums")
+    example = reasoning_gym("train", task="chain_sum")[0]
+    renderer = Renderer(tokenizer, "{problem} One number, please ({task}, {source}): {")
+    (prompt,) = PromptStream([example], renderer, max_length=1000, seed=0).next_prompts(1)
+    assert prompt.text == f"{example.problem} One number, please (chain_sum, chain_sum): {{"
+    assert (renderer.columns, example.id) == (("task", "source"), prompt.prompt_id)
 
 
 def test_tasks_are_mixed_by_weight():
