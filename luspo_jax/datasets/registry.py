@@ -88,7 +88,10 @@ def load(
     entry, columns = _entry(name), columns or Columns()
     if not isinstance(entry, Table):
         if path or columns.problem or columns.answer or columns.image:
-            raise DataError(f"dataset {name!r} is generated: it takes no path and no columns")
+            given = f" (path {path!r})" if path else ""
+            raise DataError(
+                f"dataset {name!r} is generated: it takes no path and no columns{given}"
+            )
         try:
             inspect.signature(entry).bind(split=split, **options)
         except TypeError as error:
