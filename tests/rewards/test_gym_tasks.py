@@ -128,7 +128,7 @@ def _digests(hash_seed, tasks):
         "import hashlib, json, sys; from luspo_jax.rewards import gym_tasks\n"
         "for task in json.loads(sys.argv[1]):\n"
         "    drawn = []\n"
-        "    for number in (11, 4_000_000_007, 12_345_678, *range(100, 140)):\n"
+        "    for number in (11, 4_000_000_007, 12_345_678, *range(100, 110)):\n"
         "        try: drawn.append(gym_tasks.item(task, {}, number))\n"
         "        except Exception as error: drawn.append({'question': repr(error), 'answer': ''})\n"
         "    text = json.dumps([[e['question'], str(e['answer'])] for e in drawn])\n"
