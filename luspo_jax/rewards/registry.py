@@ -15,6 +15,7 @@ from luspo_jax.rewards.gsm8k import gsm8k
 from luspo_jax.rewards.math_answer import math_answer
 from luspo_jax.rewards.multiple_choice import multiple_choice
 from luspo_jax.rewards.overlong import overlong
+from luspo_jax.rewards.reasoning_gym import reasoning_gym, reasoning_gym_solved
 from luspo_jax.rewards.record import Reward, Sample, Verifier, combine, run
 from luspo_jax.rewards.user import is_user_reward, user_reward
 
@@ -28,6 +29,8 @@ REWARDS: dict[str, Callable[..., Verifier]] = {
     "math_answer": math_answer,
     "multiple_choice": multiple_choice,
     "overlong": overlong,
+    "reasoning_gym": reasoning_gym,
+    "reasoning_gym_solved": reasoning_gym_solved,
     # For configurations whose keys cannot hold dots: options {"user": {"function": "file.py:f"}}.
     "user": user_reward,
 }

@@ -19,6 +19,9 @@ from luspo_jax.run.fields import wrong_fields
 from luspo_jax.run.sections import SOURCE_FIELDS
 from luspo_jax.run.settings import Settings, sections_of
 
+# Reward → the dataset whose items it scores.
+_OWN_DATASET = dict.fromkeys(("reasoning_gym", "reasoning_gym_solved"), "reasoning_gym")
+
 # Beyond it, squares of rewards overflow float32.
 _WEIGHT = Number(-1e15, 1e15)
 
@@ -45,6 +48,7 @@ def check(config: ConfigDict) -> Settings:
 def _wrong_entries(config: ConfigDict) -> Iterator[str]:
     """Yields problems in the sections whose names the user chooses."""
     yield from _wrong_rewards(config)
+    yield from _wrong_scorers(config)
     yield from _wrong_datasets(config.data)
     for name, source in config.data.mixture.items():
         yield from _wrong_source(f"data.mixture.{name}", source)
@@ -65,6 +69,27 @@ def _wrong_rewards(config: ConfigDict) -> Iterator[str]:
         problem = _wrong_part(name, options.get(name, {}), config.rollout.max_response_length)
         if problem:
             yield problem
+
+
+def _wrong_scorers(config: ConfigDict) -> Iterator[str]:
+    """Yields rewards that score the items of one dataset, where the problems are of another."""
+    data, scorers = config.data, [name for name in config.reward.parts if name in _OWN_DATASET]
+    if not scorers:
+        return
+    fields = {"data.name": data.name}
+    if data.mixture:
+        mixture = data.mixture.to_dict()
+        named = {k: s.get("name") for k, s in mixture.items() if isinstance(s, Mapping)}
+        fields = {f"data.mixture.{key}.name": name for key, name in named.items()}
+    fields["data.eval_name"] = data.eval_name or data.name
+    for scorer in scorers:
+        owner = _OWN_DATASET[scorer]
+        for field, name in fields.items():
+            if name != owner:
+                yield (
+                    f"reward.parts.{scorer}: it scores the items of data.name={owner} alone, and "
+                    f"{field}={name!r}"
+                )
 
 
 def _wrong_part(name, options, longest) -> str | None:
@@ -88,25 +113,40 @@ def _wrong_part(name, options, longest) -> str | None:
 def _wrong_datasets(data: ConfigDict) -> Iterator[str]:
     """Yields problems in the split and options of generated datasets."""
     held_out, options = data.eval_name or data.name, data.options.to_dict()
+    own = data.eval_options.to_dict()
     if data.mixture or isinstance(DATASETS[data.name], Table):
         if options:
             yield f"data.options={shown(options)}: only a generated data.name has options"
     else:
-        wrong = list(_wrong_options(data.name, options))
-        wrong = wrong or list(_wrong_split("data.split", data.name, data.split, options))
+        wrong = list(_wrong_generator("data.", data.name, data.split, options))
         if wrong:
             yield from wrong
             return
-    if not isinstance(DATASETS[held_out], Table):
+    if isinstance(DATASETS[held_out], Table):
+        if own:
+            yield f"data.eval_options={shown(own)}: only a generated held-out set has options"
+    elif own:
+        yield from _wrong_generator("data.eval_", held_out, data.eval_split, own)
+    else:
         own = options if held_out == data.name else {}
-        yield from _wrong_split("data.eval_split", held_out, data.eval_split, own)
+        yield from _wrong_split("data.eval_", held_out, data.eval_split, own)
 
 
-def _wrong_options(name: str, options: Mapping[str, Any]) -> Iterator[str]:
-    kinds = {n: p.annotation for n, p in inspect.signature(DATASETS[name]).parameters.items()}
-    del kinds["split"]
+def _wrong_generator(
+    prefix: str, name: str, split: str, options: Mapping[str, Any]
+) -> Iterator[str]:
+    wrong = list(_wrong_options(f"{prefix}options", name, options))
+    yield from wrong or _wrong_split(prefix, name, split, options)
+
+
+def _wrong_options(place: str, name: str, options: Mapping[str, Any]) -> Iterator[str]:
+    parameters = dict(inspect.signature(DATASETS[name]).parameters)
+    del parameters["split"]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return  # a task's own, which the dataset checks
+    kinds = {n: p.annotation for n, p in parameters.items()}
     for option, value in options.items():
-        field, kind = f"data.options.{option}", kinds.get(option)
+        field, kind = f"{place}.{option}", kinds.get(option)
         if kind is None:
             yield f"{field}: {name} has no such option; {nearest(option, kinds)}"
         elif kind in (bool, int, float, str):
@@ -114,11 +154,15 @@ def _wrong_options(name: str, options: Mapping[str, Any]) -> Iterator[str]:
             yield from [problem] if problem else []
 
 
-def _wrong_split(field: str, name: str, split: str, options: Mapping[str, Any]) -> Iterator[str]:
+def _wrong_split(prefix: str, name: str, split: str, options: Mapping[str, Any]) -> Iterator[str]:
     try:
         DATASETS[name](split=split, **options)
     except (DataError, TypeError, ValueError) as error:
-        yield f"{field}={split!r}{', data.options' if options else ''}: {error}"
+        if str(error).startswith("options"):  # the dataset names the option
+            yield f"{prefix}{error}"
+        else:
+            told = f", {prefix}options" if options else ""
+            yield f"{prefix}split={split!r}{told}: {error}"
 
 
 def _wrong_source(place: str, source: Any) -> Iterator[str]:
@@ -135,6 +179,11 @@ def _wrong_source(place: str, source: Any) -> Iterator[str]:
                 yield problem
     if "name" not in source:
         yield f"{place}: it needs a name, one of luspo_jax.datasets.DATASETS"
+    elif source["name"] == "reasoning_gym":
+        yield (
+            f"{place}.name=reasoning_gym: a source of a mixture has no options, which choose the "
+            "task; mix its tasks by weight in data.options.tasks"
+        )
 
 
 def _wrong_together(config: ConfigDict) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -210,6 +211,13 @@ def held_out_place(data):
     return name, data.path, data.image_dir
 
 
+def held_out_options(data) -> Mapping[str, Any]:
+    """Returns the options of a generated held-out set: its own, or those of the same dataset."""
+    if data.eval_options:
+        return data.eval_options
+    return data.options if held_out_place(data)[0] == data.name else {}
+
+
 def _files(name, path, split, image_dir):
     return ImageFiles(datasets.image_source(name, path or None, split), image_dir or None)
 
@@ -226,7 +234,7 @@ def _held_out_set(data, keep):
         data.eval_split,
         columns=_columns(vars(data), keep, "eval_", default),
         **_shared(data),
-        **(data.options if same else {}),
+        **held_out_options(data),
     )
 
 

@@ -54,7 +54,8 @@ def _plain_type(field: dataclasses.Field) -> type:
 
 # Sections whose field names the user chooses.
 OPEN_SECTIONS = (
-    "model.overrides.", "data.mixture.", "data.options.", "reward.parts.", "reward.options.",
+    "model.overrides.", "data.mixture.", "data.options.", "data.eval_options.", "reward.parts.",
+    "reward.options.",
 )  # fmt: skip
 
 

@@ -159,6 +159,8 @@ class DataSettings:
     # problem_column, answer_column, image_column, image_dir}; weight is a share of the prompts.
     mixture: Mapping[str, Any] = _open()
     eval_name: str = ""  # Held-out set; empty = data.name.
+    # Of a generated held-out set; empty = data.options, if the dataset is the same.
+    eval_options: Mapping[str, Any] = _open()
     eval_path: str = ""  # Empty = data.path, if the dataset is the same.
     eval_split: str = "test"  # Of the held-out set.
     cache_dir: str = ""  # Folder for built datasets; empty = the user's cache folder.

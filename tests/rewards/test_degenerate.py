@@ -42,6 +42,8 @@ OPTIONS = {
     "overlong": [{"buffer": 5}],
     "format": [{"name": name} for name in FORMATS],
     "user": [],  # the user's own
+    "reasoning_gym": [],  # isolated, and of an extra
+    "reasoning_gym_solved": [],
 }
 
 
