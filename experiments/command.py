@@ -158,7 +158,7 @@ def description(run: Any) -> str:
         f"held out  : {run.data.held_out_report}"
         + (" — THE TRAINING SET ITSELF" if run.data.held_out_report in run.data.reports else ""),
         *([f"overlap   : {overlap}"] if overlap else []),
-        f"prompts   : {len(run.data.stream):,} to train on ({run.data.stream.survey(_SURVEYED)}, "
+        f"prompts   : {len(run.data.stream):,} to train on ({run.data.stream.survey(*_SURVEY)}, "
         f"at data.max_prompt_length={run.config.data.max_prompt_length}), "
         f"{len(run.data.held_out):,} held out{_refused(run.data.refused)}; template "
         f"{run.data.template_hash}",
@@ -170,7 +170,8 @@ def description(run: Any) -> str:
     return "\n".join(["configuration", *lines])
 
 
-_SURVEYED = 10_000  # training problems that --dry_run checks for refused prompts
+# Training problems that are checked for refused prompts, and after how many seconds no more are.
+_SURVEY = 10_000, 20.0
 
 
 def _refused(counts: Mapping[str, int]) -> str:

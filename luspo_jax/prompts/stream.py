@@ -5,6 +5,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -139,17 +141,26 @@ class PromptStream:
                 raise DataError(self._no_prompts(looked_at))
         return found[self._process_index :: self._process_count]
 
-    def survey(self, limit: int) -> Survey:
-        """Surveys up to `limit` problems without moving the stream."""
+    def survey(self, limit: int, seconds: float = math.inf) -> Survey:
+        """Surveys up to `limit` problems, or as many as fit in the time, without moving the stream.
+
+        The problems of some generated tasks take long to draw. Places are looked at in a random
+        order, so that those of a survey that ends early are spread evenly too.
+        """
         total = len(self._examples)
         places = np.linspace(0, total, min(limit, total), endpoint=False).astype(int)
+        places = np.random.default_rng(0).permutation(places)
         refused: collections.Counter[str] = collections.Counter()
+        looked_at, end = 0, time.monotonic() + seconds
         starts = range(0, len(places), _AT_ONCE)
         for start in tqdm(starts, "prompts", disable=None, delay=1, unit=" batches"):
             examples = [self._examples[int(place)] for place in places[start : start + _AT_ONCE]]
             found = outcomes(examples, self._renderer, max_length=self._max_length)
             refused.update(x.reason for x in found if isinstance(x, Refusal))
-        return Survey(total, len(places), refused)
+            looked_at += len(examples)
+            if time.monotonic() > end:
+                break
+        return Survey(total, looked_at, refused)
 
     def _outcomes(self, examples) -> list[PromptRecord | Refusal]:
         own = outcomes(examples, self._renderer, max_length=self._max_length)

@@ -171,3 +171,17 @@ def test_a_stream_that_refuses_everything_says_why(renderer):
         DataError, match=r"no prompts: of 2, 1 are longer .*=64 tokens.*1 × corrupt.*bad.png"
     ):
         _stream(examples, renderer).next_prompts(1)
+
+
+def test_a_survey_looks_at_a_sample_and_ends_in_time():
+    examples = [Example(n, "x" * (90 if n < 1_000 else 9), "") for n in range(2_000)]
+    stream = _stream(examples)
+    before = stream.get_state()
+    whole = stream.survey(10_000)
+    assert (whole.total, whole.looked_at, whole.refused) == (2_000, 2_000, {"too_long": 1_000})
+    assert stream.survey(100).looked_at == 100
+    short = stream.survey(10_000, seconds=0)
+    assert 0 < short.looked_at < 2_000
+    assert 0.3 < short.refused["too_long"] / short.looked_at < 0.7  # spread over the problems
+    assert stream.get_state() == before
+    assert str(short).endswith(f"of {short.looked_at} looked at too long")
