@@ -81,11 +81,17 @@ class Marking:
 
 @dataclasses.dataclass(frozen=True)
 class Marked:
-    """Demonstrations in tokens, and the number left out or cut as too long."""
+    """Demonstrations in tokens, the number left out or cut as too long, and the rows of both."""
 
     kept: list[Demonstration]
     dropped: int = 0
     cut: int = 0
+    long: tuple[int, ...] = ()
+
+
+def named_rows(rows: Sequence[Any]) -> str:
+    """Lists the first rows of many, for a message."""
+    return ", ".join(f"{row}" for row in rows[:_NAMED]) + " …" * (len(rows) > _NAMED)
 
 
 def demonstrations(examples: Sequence[Example], how: Marking, source: str = "") -> Marked:
@@ -117,18 +123,17 @@ def demonstrations(examples: Sequence[Example], how: Marking, source: str = "") 
             cut += found.cut
             kept.append(found)
     if long and how.too_long == "refuse":
-        named = ", ".join(f"row {row} ({length})" for row, length in long[:_NAMED])
+        named = named_rows([f"row {row} ({length})" for row, length in long])
         raise DataError(
             f"{source}: {len(long):,} demonstrations are longer than data.max_length="
-            f"{how.max_length} tokens: {named}{' …' * (len(long) > _NAMED)}; raise it, or leave "
-            "them out with data.too_long=drop"
+            f"{how.max_length} tokens: {named}; raise it, or leave them out with data.too_long=drop"
         )
     if not kept:
         raise DataError(
             f"{source}: all {len(examples):,} demonstrations are longer than data.max_length="
             f"{how.max_length} tokens"
         )
-    return Marked(kept, dropped, cut)
+    return Marked(kept, dropped, cut, tuple(row for row, _ in long))
 
 
 def _shortened(found: Demonstration, length: int) -> Demonstration | None:

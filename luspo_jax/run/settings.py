@@ -106,10 +106,10 @@ SECTIONS, RULES = sections(Settings), rules(Settings)
 
 
 def kind_of(names: Iterable[str]) -> type:
-    """Returns Settings or SftSettings: which of them has fields of these (dotted) names."""
+    """Returns Settings or SftSettings: whose fields these (dotted) names are, or nearly are."""
     roots = {name.partition(".")[0] for name in names}
     known = {kind: {field.name for field in dataclasses.fields(kind)} for kind in KINDS}
-    return max(KINDS, key=lambda kind: len(roots & known[kind]) - len(roots - known[kind]))
+    return min(KINDS, key=lambda kind: len(roots ^ known[kind]))
 
 
 KINDS = (Settings, SftSettings)

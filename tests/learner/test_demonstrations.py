@@ -177,7 +177,7 @@ def test_held_out_losses_are_sums_over_trained_tokens(params64, layout, count):
     np.testing.assert_array_equal(counts_N, [d.trained.sum() for d in shown])
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2}, {"data": 2}])
+@pytest.mark.parametrize("sizes", [{"fsdp": 2}, {"data": 2}, {"context": 2}, {"tensor": 2}])
 def test_two_devices_take_the_step_of_one(sizes):
     params = decoder.init_params(jax.random.key(0), MODEL)
     shown = _shown(weighted=True)

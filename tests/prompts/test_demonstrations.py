@@ -160,6 +160,7 @@ def test_too_long_is_left_out_cut_or_refused():
 
     dropped = marked("drop")
     assert ([len(x.tokens) for x in dropped.kept], dropped.dropped, dropped.cut) == ([8, 10], 2, 0)
+    assert dropped.long == (6, 12)
     cut = marked("cut")
     assert ([len(x.tokens) for x in cut.kept], cut.dropped, cut.cut) == ([8, 10, 10], 1, 1)
     assert _shown(cut.kept[2]) == "\x01qqqqqq[aaa]"  # no end is taught that is none

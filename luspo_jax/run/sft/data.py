@@ -14,6 +14,7 @@ from luspo_jax.prompts.demonstrations import (
     Marking,
     demonstrations,
     length_counts,
+    named_rows,
 )
 from luspo_jax.run.model import Model
 from luspo_jax.run.sft.sections import DemonstrationSettings, SftSettings
@@ -57,7 +58,7 @@ def load_data(settings: SftSettings, model: Model) -> SftData:
         measured = demonstrations(wanted, how, reports[-1].source)
     described = {"training": _described(reports[0], trained)}
     if measured.kept:
-        described["held out"] = _described(reports[-1], measured)
+        described["held out"] = _described(reports[-1], measured) + _shared(trained, measured)
     asked = measured.kept[: evaluation.num_generations]
     return SftData(
         DemonstrationStream(trained.kept, seed=settings.seed),
@@ -124,6 +125,13 @@ def _read(field, path, columns, data):
         raise DataError(f"data.{field}: {error}") from None
 
 
+def _shared(trained: Marked, measured: Marked) -> str:
+    """Says how many held-out prompts are trained on: their figures flatter."""
+    known = {one.prompt.tokens.tobytes() for one in trained.kept}
+    count = sum(one.prompt.tokens.tobytes() in known for one in measured.kept)
+    return f"; PROMPTS OF {count:,} OF THEM ARE TRAINED ON" * bool(count)
+
+
 def _described(report: Report, marked: Marked) -> str:
     counts = length_counts(marked.kept)
     answers = sum(one.answer_length for one in marked.kept) / len(marked.kept)
@@ -134,4 +142,5 @@ def _described(report: Report, marked: Marked) -> str:
     )
     text += f"; {marked.dropped:,} too long, left out" * bool(marked.dropped)
     text += f"; {marked.cut:,} too long, cut" * bool(marked.cut)
+    text += f" (rows {named_rows(marked.long)})" * bool(marked.long)
     return text + f"; {report.unusable:,} unusable rows left out" * bool(report.unusable)

@@ -188,13 +188,14 @@ def test_packed_rows_and_two_devices_train_alike(finished, config, tmp_path):
     workdir.close()
     metrics, _, weights = _results(tmp_path / "run")
     for a, b in zip(metrics, expected[0], strict=True):
-        for name in ("sft/loss", "held_out/loss", "actor/grad_norm"):
-            assert a.get(name) == pytest.approx(b.get(name), rel=1e-4), name
+        for name in {"sft/loss", "held_out/loss", "actor/grad_norm"} & b.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
     for name, tensor in weights.items():
         scale = np.abs(expected[2][name]).max()
         assert np.abs(tensor - expected[2][name]).max() <= 2e-3 * scale, name
 
 
+@pytest.mark.slow
 def test_rl_begins_from_the_export(finished, config, tmp_path):
     config = fields.default_config()
     config.num_steps = 1
@@ -230,6 +231,20 @@ def test_nothing_held_out(config, tmp_path):
     outcome = _train(config, tmp_path / "run")
     assert "nothing is held out" in str(outcome.final)
     assert not (tmp_path / "run" / "answers").exists()
+
+
+def test_what_is_left_out_and_what_is_on_both_sides_is_said(config, rows, tmp_path):
+    long = {"prompt": "a1b0?", "response": "0" * 30}
+    (tmp_path / "other.jsonl").write_text(
+        "".join([rows.read_text().splitlines(keepends=True)[0], json.dumps(long) + "\n"])
+    )
+    config.data.held_out_path, config.data.held_out_fraction = str(tmp_path / "other.jsonl"), 0.0
+    told = build(config, jax.devices()[:1]).data.described
+    assert "too long" not in told["training"]
+    assert told["held out"].startswith("1 demonstrations of other.jsonl (2 rows)")
+    assert told["held out"].endswith(
+        "; 1 too long, left out (rows 2); PROMPTS OF 1 OF THEM ARE TRAINED ON"
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,8 +286,7 @@ def test_unknown_fields_are_refused_with_the_nearest(config):
         config.train.batchsize = 3
     with pytest.raises(ConfigError, match=r"train\.batchsize: did you mean 'train\.batch_size'"):
         build(config)
-    del config.train["batchsize"]
     with config.unlocked():
-        del config.train["batch_size"]
+        del config.train["batchsize"], config.train["batch_size"]
     with pytest.raises(ConfigError, match=r"missing train\.batch_size: .*default_sft_config"):
         build(config)
