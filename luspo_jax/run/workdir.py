@@ -255,6 +255,11 @@ def fork(
             raise WorkdirError(f"--fork={parent}: the run in --workdir={workdir} began {began}")
         return stored
     stored = read_manifest(parent)
+    if kind_of(stored["config"]) is not kind_of(config):
+        raise WorkdirError(
+            f"--fork={parent} holds a supervised run: begin from its export, "
+            f"--config.model.path={parent / 'export'}"
+        )
     there = sorted(checkpoints(parent))
     if not there:
         raise WorkdirError(f"--fork={parent} holds no checkpoint yet: wait for its first one")

@@ -25,7 +25,7 @@ def test_dry_run_tells_what_would_run(tmp_path):
     ran = _sft("--dry_run", "--config.seed=3")
     assert ran.returncode == 0, ran.stderr[-2000:]
     for told in (
-        "seed = 3", "112,864 parameters", "13,672 demonstrations of generator (train)",
+        "seed = 3", "112,864 parameters", "13,677 demonstrations of generator (train)",
         "200 steps × 64 demonstrations = 0.94 epochs", "256 prompts answered", "memory    : about",
         "negative log-likelihood of answers, token-mean",
     ):  # fmt: skip

@@ -78,31 +78,39 @@ def _stepped(params, rule, planner, shown):
     return jax.device_get(state.opt_state[0].mu), metrics
 
 
-def _token_losses(params, one):
-    """−log p of each token after the first: one sequence, all its logits, log_softmax."""
-    tokens = jnp.asarray(one.tokens)[None]
-    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+@jax.jit
+def _token_losses(params, tokens_NT):
+    """−log p [N, T − 1] of each token after the first: all logits, log_softmax.
+
+    Rows are padded at their ends, which nothing before them sees.
+    """
+    ones_NT = jnp.ones_like(tokens_NT)
+    places_NT = jnp.cumsum(ones_NT, axis=1) - 1
     hidden, _ = decoder.forward(
-        params, tokens, places, jnp.ones_like(places), how=Forward(MODEL, "float64")
+        params, tokens_NT, places_NT, ones_NT, how=Forward(MODEL, "float64")
     )
-    logits = hidden[0] @ decoder.head_kernel(params).T
-    logprobs = jax.nn.log_softmax(logits[:-1])
-    return -logprobs[jnp.arange(len(one.tokens) - 1), one.tokens[1:]]
+    logprobs = jax.nn.log_softmax(hidden[:, :-1] @ decoder.head_kernel(params).T)
+    return -jnp.take_along_axis(logprobs, tokens_NT[:, 1:, None], axis=2)[..., 0]
+
+
+def _padded(rows):
+    """[N, T]: values of unequal length, zeros after them."""
+    return np.array([np.pad(row, (0, LONGEST - len(row))) for row in rows])
 
 
 def _plain_loss(params, shown, aggregation):
     """The objective by its definition."""
-    trained = [np.asarray(one.trained[1:], np.float64) for one in shown]
-    weights = [m if d.weights is None else m * d.weights[1:] for d, m in zip(shown, trained)]  # noqa: B905
-    mean = sum(w.sum() for w in weights) / sum(m.sum() for m in trained)
-    sums = [
-        (_token_losses(params, one) * w / mean).sum() for one, w in zip(shown, weights, strict=True)
-    ]
+    trained_NT = _padded([one.trained.astype(float) for one in shown])[:, 1:]
+    weights_NT = trained_NT
+    if shown[0].weights is not None:
+        weights_NT = trained_NT * _padded([one.weights for one in shown])[:, 1:]
+        weights_NT = weights_NT / (weights_NT.sum() / trained_NT.sum())
+    sums_N = (_token_losses(params, _padded([one.tokens for one in shown])) * weights_NT).sum(1)
     if aggregation == "token-mean":
-        return sum(sums) / sum(m.sum() for m in trained)
+        return sums_N.sum() / trained_NT.sum()
     if aggregation == "seq-mean-token-mean":
-        sums = [s / m.sum() for s, m in zip(sums, trained, strict=True)]
-    return sum(sums) / len(sums)
+        sums_N = sums_N / trained_NT.sum(1)
+    return sums_N.mean()
 
 
 def _assert_near(got, expected, tolerance):
@@ -172,8 +180,9 @@ def test_held_out_losses_are_sums_over_trained_tokens(params64, layout, count):
     rule = _rule()
     one = LogprobPass("params", rule.logprobs)
     sums_N, counts_N = losses(one, planner, initial_state(params64, rule), shown, at_once=6)
-    expected = [(_token_losses(params64, d) * d.trained[1:]).sum() for d in shown]
-    np.testing.assert_allclose(sums_N, expected, rtol=1e-6)
+    tokens_NT, trained_NT = _padded([d.tokens for d in shown]), _padded([d.trained for d in shown])
+    expected_N = (_token_losses(params64, tokens_NT) * trained_NT[:, 1:]).sum(1)
+    np.testing.assert_allclose(sums_N, expected_N, rtol=1e-6)
     np.testing.assert_array_equal(counts_N, [d.trained.sum() for d in shown])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments import figures
 from experiments.evaluation.policy import stored_policy
 from luspo_jax import train
 from luspo_jax.datasets import DataError
@@ -20,7 +21,7 @@ from luspo_jax.run import build as rl
 from luspo_jax.run import fields
 from luspo_jax.run.sft.build import build, facts
 from luspo_jax.run.sft.loop import fine_tune
-from luspo_jax.run.workdir import Workdir, WorkdirError, stored_config
+from luspo_jax.run.workdir import Workdir, WorkdirError, fork, stored_config
 
 MODEL = DecoderConfig(
     model_type="qwen3", vocab_size=32, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=2,
@@ -224,6 +225,16 @@ def test_a_checkpoint_is_read_as_that_of_rl(finished):
     exported = decoder_weights.load_params(finished / "export", MODEL, dtype=np.float32)
     jax.tree.map(np.testing.assert_array_equal, stored.params, exported)
     assert stored_policy(finished, "best").step in (2, 4)
+
+
+def test_rl_does_not_fork_from_it_and_it_is_drawn(finished, tmp_path):
+    with pytest.raises(WorkdirError, match=r"holds a supervised run: .*model\.path=.*/export"):
+        fork(tmp_path / "rl", finished, None, fields.default_config(), {})
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("metrics.jsonl", "run.json"):
+        (copy / name).write_bytes((finished / name).read_bytes())
+    assert figures.run_figure(copy).stat().st_size > 20_000
 
 
 def test_nothing_held_out(config, tmp_path):
