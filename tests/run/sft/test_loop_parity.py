@@ -100,6 +100,7 @@ def test_held_out_loss_is_that_of_transformers(turns, packing, model_folder, tmp
     config.data.messages_column, config.data.turns = "messages", turns
     config.data.max_length, config.data.too_long = 60, "refuse"
     config.train.batch_size, config.train.learning_rate = 8, 1e-2
+    config.train.warmup_steps = 0
     config.train.packing = packing
     config.train.microbatch_tokens = 120 if packing else 0
     config.eval.num_generations = 0
