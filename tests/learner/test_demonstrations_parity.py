@@ -48,7 +48,7 @@ def test_loss_and_gradient_are_those_of_transformers(pack_length, tmp_path):
         tokens = torch.tensor(one.tokens)[None].long()
         loss = theirs(input_ids=tokens, labels=labels).loss * one.trained.sum() / count
         loss.backward()
-        total += float(loss)
+        total += loss.item()
     assert metrics["sft/loss"] == pytest.approx(total, rel=1e-5)
     ours = load_file(tmp_path / "grads" / "model.safetensors")
     named = dict(theirs.named_parameters())
