@@ -20,7 +20,7 @@ from luspo_jax.models.forward import Forward
 from tests.models import expert_cases
 
 MODEL = DecoderConfig(
-    model_type="qwen3", vocab_size=19, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4,
+    model_type="qwen3", vocab_size=20, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4,
     num_kv_heads=2, head_dim=4, rope_theta=1e4, rms_norm_eps=1e-6, qkv_bias=False, qk_norm=True,
     tie_embeddings=True, max_position=64,
 )  # fmt: skip
