@@ -1,5 +1,7 @@
 """Flags for runs of several processes, and the watchdog of each process."""
 
+import pathlib
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,13 +25,15 @@ _DISTRIBUTED = flags.DEFINE_enum(
 _NAMES = ("coordinator", "num_processes", "process_id", "distributed")
 
 
-def call(main: Callable[[], None], *, required: Sequence[str] = ()) -> int:
+def call(
+    main: Callable[[], None], *, required: Sequence[str] = (), config: str = "default_config"
+) -> int:
     """As `command.call`; a process of several runs in a worker, which is watched from here."""
     if guard.guarded():
-        guard.work(lambda: command.call(main, required=required))
+        guard.work(lambda: command.call(main, required=required, config=config))
     if any(argument.lstrip("-").split("=")[0] in _NAMES for argument in sys.argv[1:]):
         return guard.watch([sys.executable, *sys.orig_argv[1:]])
-    return command.call(main, required=required)
+    return command.call(main, required=required, config=config)
 
 
 def arguments() -> dict[str, Any] | None:
@@ -66,6 +70,36 @@ def arguments() -> dict[str, Any] | None:
         "num_processes": given["num_processes"],
         "process_id": given["process_id"],
     }
+
+
+def join(config: Any, arguments: dict[str, Any], workdir: str | None) -> None:
+    """Brings this process together with the others, and makes sure that they run the same.
+
+    Args:
+      config: of the run.
+      arguments: from `arguments`.
+      workdir: where the processes tell what they do; None for a dry run.
+    """
+    from luspo_jax.hosts import processes
+    from luspo_jax.run import fields
+    from luspo_jax.run import workdir as workdirs
+
+    processes.start(
+        arguments,
+        workdir,
+        dead_after_s=config.hosts.dead_after_s,
+        phase_timeout_s=config.hosts.phase_timeout_s,
+    )
+    print(processes.describe(arguments), flush=True)
+    root = pathlib.Path(processes.__file__).parents[2]
+    processes.agree(
+        {
+            **{f"--config.{name}": value for name, value in fields.flat(config).items()},
+            "python": platform.python_version(),
+            **workdirs.package_versions(),
+            **processes.source_hashes(root / "luspo_jax", root / "experiments"),
+        }
+    )
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:

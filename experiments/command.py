@@ -24,13 +24,20 @@ class UsageError(ValueError):
     """The flags do not determine what to do."""
 
 
-def call(main: Callable[[], None], *, required: Sequence[str] = (), positional: str = "") -> int:
+def call(
+    main: Callable[[], None],
+    *,
+    required: Sequence[str] = (),
+    positional: str = "",
+    config: str = "default_config",
+) -> int:
     """Parses flags, runs `main`, and turns every foreseen failure into one message.
 
     Args:
       main: reads the flags.
       required: flags that must be given.
       positional: the flag that an argument without a name sets; empty if there is none.
+      config: function of `run.fields` that knows the fields of --config.
 
     Returns:
       The exit status: 0; 2 for flags and configurations; 1 for anything else foreseen. Unforeseen
@@ -52,7 +59,7 @@ def call(main: Callable[[], None], *, required: Sequence[str] = (), positional: 
                 alone = ", or its value alone" if name == positional else ""
                 raise flags.Error(f"--{name} is required{alone}")
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        return _refuse(_flag_message(error), 2)
+        return _refuse(_flag_message(error, config), 2)
     _expand_home()
     # A warning is a line for the user, without its location in our code.
     warnings.showwarning = lambda message, *_, **__: sys.stderr.write(f"warning: {message}\n")
@@ -151,7 +158,7 @@ def description(run: Any) -> str:
         *(f"  {name} = {value}" for name, value in shown.items()),
         f"objective : {_objective(run)}",
         f"device(s) : {jax.device_count()} × {jax.devices()[0].device_kind}; training "
-        f"{_mesh(layouts[0])}; rollout {_mesh(layouts[1])}; attention {how.attention}",
+        f"{mesh_sizes(layouts[0])}; rollout {mesh_sizes(layouts[1])}; attention {how.attention}",
         f"model     : {run.model.folder.name}, {decoder_weights.num_params(model):,} parameters"
         + ("" if run.model.stop_token_ids else "; NO TOKEN ENDS A RESPONSE: all are cut"),
         *(f"training  : {report}" for report in run.data.reports),
@@ -195,7 +202,7 @@ def _objective(run: Any) -> str:
     )
 
 
-def _mesh(layout: Any) -> str:
+def mesh_sizes(layout: Any) -> str:
     """Formats the sizes of a mesh that are not 1."""
     if layout is None:
         return "on one"
@@ -206,19 +213,19 @@ def _is_dry(name: str) -> bool:
     return name == "workdir" and bool(getattr(flags.FLAGS, "dry_run", False))
 
 
-def _flag_message(error: BaseException) -> str:
+def _flag_message(error: BaseException, config: str) -> str:
     """Describes the error in the flags, with the nearest valid field for an unknown one."""
-    unknown = _unknown_field()
+    unknown = _unknown_field(config)
     if unknown is not None:
         return unknown
     return str(error).replace("\\n", " ").strip("\"'") or type(error).__name__
 
 
-def _unknown_field() -> str | None:
+def _unknown_field(config: str) -> str | None:
     """The first --config.a.b that cannot be set so, in words."""
     from luspo_jax.run import fields
 
-    names = fields.flat(fields.default_config())
+    names = fields.flat(getattr(fields, config)())
     for argument in sys.argv[1:]:
         name, equals, value = argument.lstrip("-").partition("=")
         if not name.removeprefix("no").startswith("config."):

@@ -19,10 +19,22 @@ _PANELS = (
     ),
     ("Held-out accuracy", "accuracy", (("val-core/*", "held out"),)),
 )
+_SUPERVISED = (
+    ("Loss", "nats", (("sft/loss", "training"), ("held_out/loss", "held out"))),
+    (
+        "Length of answers",
+        "tokens",
+        (("answers/length/mean", "held out"), ("answers/reference_length/mean", "demonstrated")),
+    ),
+    ("Answers equal to the demonstrated", "share", (("answers/exact", "held out"),)),
+)
 
 
 def run_figure(workdir: pathlib.Path) -> pathlib.Path:
-    """Draws reward, length and held-out accuracy over steps to `summary.png` in the workdir."""
+    """Draws reward, length and held-out accuracy over steps to `summary.png` in the workdir.
+
+    Of a supervised run: losses, the length of answers, and how many are the demonstrated ones.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,16 +48,18 @@ def run_figure(workdir: pathlib.Path) -> pathlib.Path:
     if not source.is_file() or not (workdir / "run.json").exists():
         raise FileNotFoundError(f"no metrics at {source}: is {workdir} the --workdir of a run?")
     rows = list(read_metrics(source))
-    figure, axes = plt.subplots(1, len(_PANELS), figsize=(13, 3.6), layout="constrained")
-    for axis, (title, unit, lines) in zip(axes, _PANELS, strict=True):
+    supervised = any("sft/loss" in row for row in rows)
+    panels = _SUPERVISED if supervised else _PANELS
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
+    for axis, (title, unit, lines) in zip(axes, panels, strict=True):
         for name, label in lines:
             steps, values = _series(rows, name)
             if len(steps):
-                sparse = "*" in name
+                sparse = "*" in name or name.startswith(("held_out/", "answers/"))
                 axis.plot(steps, values, marker="o" if sparse else None, ms=4, lw=1.5, label=label)
-        axis.set(title=title, xlabel="rollout step", ylabel=unit)
+        axis.set(title=title, xlabel="step" if supervised else "rollout step", ylabel=unit)
         axis.grid(alpha=0.3)
-        if len(lines) > 1:
+        if len(lines) > 1 and axis.lines:
             axis.legend(frameon=False, fontsize=8)
     axes[-1].set_ylim(0, 1)
     figure.suptitle(workdir.name, fontsize=10)

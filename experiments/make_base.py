@@ -32,14 +32,17 @@ from luspo_jax.experience import groups as experience
 from luspo_jax.experience import held_out
 from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import read_settings
-from luspo_jax.learner import logprobs, optimizer
-from luspo_jax.learner.plan import one_a_row
-from luspo_jax.learner.routers import RouterPass
-from luspo_jax.learner.rows import Planner, token_rows
+from luspo_jax.learner import optimizer
+from luspo_jax.learner.demonstrations import nll_objective, update
+from luspo_jax.learner.logprobs import LogprobRule
+from luspo_jax.learner.programs import StepPrograms
+from luspo_jax.learner.rows import Planner
+from luspo_jax.learner.state import UpdateRule, initial_state
 from luspo_jax.models import char_tokenizer, decoder, decoder_weights, kernels
 from luspo_jax.models.decoder_config import DecoderConfig, hf_config
 from luspo_jax.models.forward import Forward
 from luspo_jax.models.safetensors_folder import WeightsError
+from luspo_jax.prompts.demonstrations import Demonstration
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Engine, Request, Sampling
 
@@ -76,19 +79,15 @@ def encoded(examples, tokenizer, folder, *, blank=False) -> list[prompts.PromptR
         return prompts.encode(examples, renderer, max_length=models.MAX_POSITION)[0]
 
 
-def demonstrations(records, tokenizer, rng, config, *, plain):
-    """(rows, weights_RT) of one step: problems, each with one response, and the loss weights."""
-    chosen = [records[int(i)] for i in rng.integers(len(records), size=ROWS.value)]
-    texts = [task().demonstrate(record.example, rng, plain=plain) for record in chosen]
-    responses = [np.array([*tokenizer.encode(text), char_tokenizer.END_ID]) for text in texts]
-    lengths_B = np.array([len(p.tokens) + len(r) for p, r in zip(chosen, responses, strict=True)])
-    width = -(-int(lengths_B.max()) // 16) * 16  # few lengths: each compiles once
-    plan = one_a_row(lengths_B, width=width, rows_per_microbatch=len(chosen))
-    masks = [np.ones(len(r), bool) for r in responses]
-    rows = token_rows(Planner(config, width, 1, len(chosen)), plan, chosen, responses, masks)
-    looked_up_RT = task().looked_up(rows.tokens_RT, vocabulary())
-    weights_RT = np.where(looked_up_RT, RESULT_WEIGHT.value, 1.0) * rows.response_mask_RT
-    return rows, weights_RT.astype(np.float32)
+def demonstration(record, tokenizer, rng, *, plain) -> Demonstration:
+    """Draws a response to a problem, with the loss weights of its tokens."""
+    text = task().demonstrate(record.example, rng, plain=plain)
+    response = np.array([*tokenizer.encode(text), char_tokenizer.END_ID], np.int32)
+    tokens = np.concatenate([record.tokens, response])
+    trained = np.arange(len(tokens)) >= len(record.tokens)
+    (looked_up,) = task().looked_up(tokens[None], vocabulary())
+    weights = np.where(looked_up, RESULT_WEIGHT.value, 1.0).astype(np.float32)
+    return Demonstration(record, tokens, trained, weights=weights)
 
 
 def vocabulary() -> list[str]:
@@ -96,83 +95,59 @@ def vocabulary() -> list[str]:
     return char_tokenizer.vocabulary(task().characters, images=task().images)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "adam"), donate_argnums=(0, 1))
-def train_step(params, opt_state, rows, weights_RT, rate, *, config, adam):
-    """One step of Adam on Σ w · (−log p) / Σ w, and with experts on their balance.
-
-    Returns params, opt_state, the first term, and the largest excess of an expert's load over an
-    even one.
-    """
-
-    def loss(params):
-        rule = logprobs.LogprobRule(forward(config), head_chunk_tokens=weights_RT.size)
-        found = logprobs.microbatch_logprobs(params, rows, rule=rule)
-        value = -(weights_RT * found.logprobs_RT).sum() / weights_RT.sum()
-        if found.router is None:
-            return value, (value, 0.0)
-        balance, excess = load_balance(found.router)
-        return value + models.BALANCE.value * balance, (value, excess)
-
-    (_, measured), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    grads, _, _ = optimizer.clip_by_global_norm(grads, 1.0)
-    params, opt_state = optimizer.apply(adam, params, grads, opt_state, rate=rate)
-    return params, opt_state, *measured
-
-
 def forward(config: DecoderConfig) -> Forward:
     """How the model is computed: with the grouped product of experts of this platform."""
     return kernels.resolved(Forward(config, expert_kernel="auto"))
 
 
-def load_balance(router: RouterPass) -> tuple[jax.Array, jax.Array]:
-    """(mean over layers of E · Σ_e f_e · P_e, the fullest expert's load over an even one's − 1).
-
-    f_e is the share of tokens sent to expert e, a constant to the gradient; P_e is the router's
-    mean probability. The first value is K if either is even (Switch Transformer, arXiv:2101.03961,
-    equations 4–6).
-    """
-    share_LE = jax.lax.stop_gradient(router.load_LE) / router.tokens
-    mean_LE = router.mass_LE / router.tokens
-    num_experts = share_LE.shape[1]
-    loss = num_experts * (share_LE * mean_LE).sum(axis=1).mean()
-    return loss, (share_LE / share_LE.mean(axis=1, keepdims=True)).max() - 1
-
-
 class WarmStart:
-    """Adam on demonstrations, one call of `phase` after another."""
+    """Supervised steps on demonstrations, one call of `phase` after another.
+
+    The step is that of `experiments.sft`. With experts, the loss has their balance as a term.
+    """
 
     def __init__(self, records, tokenizer, config):
-        self._records, self._tokenizer, self._config = records, tokenizer, config
-        self._adam = optimizer.adamw(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0)
+        self._records, self._tokenizer = records, tokenizer
+        rows, longest = ROWS.value, models.MAX_POSITION
+        # Rows of few lengths, 16, 32, …: each compiles once.
+        self._planner = Planner(config, longest, longest // 16, rows, pictured_at_once=rows)
+        rule = UpdateRule(
+            LogprobRule(forward(config), head_chunk_tokens=rows * longest),
+            nll_objective(),
+            optimizer.adamw(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0),
+            max_grad_norm=1.0,
+            router_aux_coef=models.BALANCE.value if config.num_experts else 0.0,
+        )
+        self._programs = StepPrograms(rule, 1)
         self._rng = np.random.default_rng(SEED.value)
-        self.params = decoder.init_params(jax.random.key(SEED.value), config)
-        self._opt_state = self._adam.init(self.params)
+        self._state = initial_state(decoder.init_params(jax.random.key(SEED.value), config), rule)
         self.step = 0
 
+    @property
+    def params(self):
+        """The weights so far."""
+        return self._state.params
+
     def phase(self, num_steps: int, *, plain: bool, until: float = 0.0, decay: bool = False):
-        """Takes `num_steps` steps, fewer once the loss is below `until`; returns the last loss."""
+        """Takes `num_steps` steps, fewer once the loss is below `until`."""
         for index in range(num_steps):
-            rows, weights_RT = demonstrations(
-                self._records, self._tokenizer, self._rng, self._config, plain=plain
-            )
             rate = RATE.value * min(1.0, (self.step + 1) / 20)
             rate *= 1.0 - 0.9 * index / num_steps if decay else 1.0
-            self.params, self._opt_state, loss, excess = train_step(
-                self.params,
-                self._opt_state,
-                rows,
-                weights_RT,
-                np.float32(rate),
-                config=self._config,
-                adam=self._adam,
+            chosen = self._rng.integers(len(self._records), size=ROWS.value)
+            drawn = [
+                demonstration(self._records[int(i)], self._tokenizer, self._rng, plain=plain)
+                for i in chosen
+            ]
+            self._state, metrics = update(
+                self._programs, self._planner, self._state, drawn, rate=rate
             )
             self.step += 1
             if self.step % 50 == 0:
-                load = f"  fullest expert +{float(excess):.0%}" if models.EXPERTS.value else ""
-                print(f"step {self.step:4d}  loss {float(loss):.4f}{load}", flush=True)
-            if loss < until:
+                excess = metrics.get("router/max_violation/worst_layer")
+                load = "" if excess is None else f"  fullest expert +{excess:.0%}"
+                print(f"step {self.step:4d}  loss {metrics['sft/loss']:.4f}{load}", flush=True)
+            if metrics["sft/loss"] < until:
                 break
-        return float(loss)
 
 
 def measure(params, config, tokenizer, folder) -> dict[str, str]:

@@ -10,8 +10,6 @@ On several hosts: the same command on each, with `--coordinator=HOST:PORT --num_
 The workdir must be on shared storage; its folder `processes` shows what each process is doing.
 """
 
-import pathlib
-import platform
 import sys
 
 from absl import flags
@@ -39,7 +37,7 @@ def main() -> None:
     if _FORK_STEP.value is not None and not _FORK.value:
         raise command.UsageError("--fork_step is of --fork: name the workdir to begin from")
     if several is not None:
-        _join(config, several)
+        cluster.join(config, several, None if _DRY_RUN.value else _WORKDIR.value)
     with guard.phase("build"):
         run = build(config)
         workdirs.check_processes(config)
@@ -66,30 +64,6 @@ def _begins(fork) -> str:
     """Describes the start of a fork, and what it changes."""
     changed = ", ".join(f"{name} {old!r} → {new!r}" for name, (old, new) in fork["changed"].items())
     return f"fork      : of {fork['run']} at step {fork['step']}; changed: {changed or 'nothing'}"
-
-
-def _join(config, arguments) -> None:
-    """Brings this process together with the others, and makes sure that they run the same."""
-    from luspo_jax.hosts import processes
-    from luspo_jax.run import fields
-    from luspo_jax.run import workdir as workdirs
-
-    processes.start(
-        arguments,
-        None if _DRY_RUN.value else _WORKDIR.value,
-        dead_after_s=config.hosts.dead_after_s,
-        phase_timeout_s=config.hosts.phase_timeout_s,
-    )
-    print(processes.describe(arguments), flush=True)
-    root = pathlib.Path(processes.__file__).parents[2]
-    processes.agree(
-        {
-            **{f"--config.{name}": value for name, value in fields.flat(config).items()},
-            "python": platform.python_version(),
-            **workdirs.package_versions(),
-            **processes.source_hashes(root / "luspo_jax", root / "experiments"),
-        }
-    )
 
 
 if __name__ == "__main__":

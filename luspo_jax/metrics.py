@@ -70,6 +70,17 @@ _DECLARED = [
     Metric("prompts/dropped", "last", "prompts", "prompts dropped as longer than the limit"),
     Metric("prompts/refused/*", "last", "prompts", "prompts passed over for what their images are"),
     Metric("completions/clipped_ratio", "mean", "", "as response_length/clip_ratio, TRL's name"),
+    Metric("sft/loss", "mean", "", "negative log-likelihood by train.aggregation; a mean: nats"),
+    Metric("sft/tokens", "sum", "tokens", "tokens of the step's demonstrations"),
+    Metric("sft/trained_tokens", "sum", "tokens", "those of them that are trained on"),
+    Metric("held_out/loss", "last", "nats", "mean −log p of a trained token, held out"),
+    Metric("held_out/perplexity", "last", "", "exp of that"),
+    Metric("held_out/sequence_loss", "last", "nats", "mean over demonstrations of their means"),
+    Metric("answers/length/mean", "last", "tokens", "length of answers to held-out prompts"),
+    Metric("answers/length/std", "last", "tokens", "standard deviation of that"),
+    Metric("answers/reference_length/mean", "last", "tokens", "length of the demonstrated answers"),
+    Metric("answers/clip_ratio", "last", "", "share of these answers cut at the limit"),
+    Metric("answers/exact", "last", "", "share of these answers equal to the demonstrated one"),
     Metric("actor/pg_loss", "mean", "", "value of the surrogate; its gradient is what counts"),
     Metric("actor/loss", "mean", "", "the whole loss, KL and entropy terms included"),
     Metric("actor/pg_clipfrac", "mean", "", "share of tokens or sequences that are clipped"),
@@ -247,6 +258,31 @@ def lines_and_records(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any
                 "delete that line to go on without its figures"
             ) from error
         yield line, record
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerRecord:
+    """An answer to a held-out prompt, written for reading.
+
+    Attributes:
+      prompt_id, sample_id: identify the answer.
+      prompt, response, reference: the texts; the reference is the demonstrated answer.
+      tokens: response token ids.
+      length, reference_length: tokens, stop token included.
+      truncated: whether it was cut at the limit.
+      exact: whether it is the reference, character by character.
+    """
+
+    prompt_id: int
+    sample_id: int
+    prompt: str
+    response: str
+    reference: str
+    tokens: list[int]
+    length: int
+    reference_length: int
+    truncated: bool
+    exact: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,21 +117,24 @@ class ResponseRows:
       response_mask_BT: bool, the tokens that are trained on.
       advantages_B: float32 advantage of each response.
       group_ids_B: int32, equal for the responses of one prompt.
-      sampler_logprobs_BT: float32, computed by the sampler.
+      sampler_logprobs_BT: float32, computed by the sampler; None for demonstrations, which it did
+        not sample.
       old_logprobs_BT: float32 under the policy that starts the step; None if it equals the policy
         being updated (one minibatch, one epoch), which saves the extra pass.
       old_entropy_BT: float32 entropies of the same policy; None unless the objective ranks them.
       ref_logprobs_BT: float32 under the reference policy; None without a KL term.
+      token_weights_BT: float32 factor on each token's loss; None for 1.
     """
 
     starts_B: jax.Array
     response_mask_BT: jax.Array
     advantages_B: jax.Array
     group_ids_B: jax.Array
-    sampler_logprobs_BT: jax.Array
+    sampler_logprobs_BT: jax.Array | None
     old_logprobs_BT: jax.Array | None = None
     old_entropy_BT: jax.Array | None = None
     ref_logprobs_BT: jax.Array | None = None
+    token_weights_BT: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

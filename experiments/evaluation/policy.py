@@ -19,8 +19,11 @@ from luspo_jax.run import fields
 from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.build import update_rule
 from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.run.checks import check_sft
 from luspo_jax.run.model import Model, load_model
-from luspo_jax.run.settings import section
+from luspo_jax.run.settings import kind_of, section
+from luspo_jax.run.sft import build as sft
+from luspo_jax.run.sft.sections import SftSettings
 from luspo_jax.sharding import Layout, MeshError
 
 
@@ -78,7 +81,8 @@ def _of_run(workdir: pathlib.Path, step: str, dtype: str, layout: Layout | None)
     _check(stored.model, layout)
     name, data = f"{workdir} step {stored.step}", stored.config.data
     policy = _policy(name, stored.model, stored.params, dtype, layout)
-    return dataclasses.replace(policy, pixels=(data.min_pixels, data.max_pixels))
+    pixels = tuple(getattr(data, f"{name}_pixels", 0) for name in ("min", "max"))
+    return dataclasses.replace(policy, pixels=pixels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +116,16 @@ def stored_policy(workdir: pathlib.Path, step: str, *, spread: bool = False) -> 
         cut = sharding.layout("train", {"fsdp": -1}) if spread else None
         if sharding.misfits(cut, {"hidden_size": ("embed", model.config.embed_dim)}):
             cut = sharding.layout("train", {"data": -1})
-        rule = update_rule(config, model, cut)
-        like = abstract_state(rule, marked=section(config, "length").every > 0)
-        state, _, _ = checkpointer.restore(number, like)
+        state, _, _ = checkpointer.restore(number, _abstract_state(config, model, cut))
     return StoredPolicy(config, model, state.params, number)
+
+
+def _abstract_state(config, model, layout):
+    """Returns the shapes of a run's state, of either kind."""
+    if kind_of(config) is SftSettings:
+        return abstract_state(sft.update_rule(check_sft(config), model, layout))
+    rule = update_rule(config, model, layout)
+    return abstract_state(rule, marked=section(config, "length").every > 0)
 
 
 def _check(model, layout):

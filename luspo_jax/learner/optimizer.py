@@ -1,6 +1,7 @@
 """AdamW from optax, a warm-up counted in rollout steps, and clipping by global norm."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -27,6 +28,46 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int) -> float:
     if warmup_steps <= 0:
         return peak
     return peak * min(1.0, (step + 1) / warmup_steps)
+
+
+def constant(share: float, *, final: float) -> float:
+    """1."""
+    return 1.0
+
+
+def linear(share: float, *, final: float) -> float:
+    """1 − (1 − final) · share."""
+    return 1 - (1 - final) * share
+
+
+def cosine(share: float, *, final: float) -> float:
+    """final + (1 − final) · (1 + cos(π · share)) / 2."""
+    return final + (1 - final) * (1 + math.cos(math.pi * share)) / 2
+
+
+# Factor on the learning rate once `share` of the steps after the warm-up are taken.
+SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine}
+
+
+def scheduled_rate(
+    step: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    num_steps: int,
+    schedule: str = "constant",
+    final: float = 0.0,
+) -> float:
+    """Returns the rate of step `step` (from 0): the warm-up's, and after it times a schedule.
+
+    The last of `num_steps` has the rate final · peak, with a schedule that falls.
+    """
+    rate = learning_rate(step, peak=peak, warmup_steps=warmup_steps)
+    first = max(warmup_steps - 1, 0)  # the step that reaches the peak
+    if step <= first:
+        return rate
+    share = min(1.0, (step - first) / max(1, num_steps - 1 - first))
+    return rate * SCHEDULES[schedule](share, final=final)
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array, jax.Array]:

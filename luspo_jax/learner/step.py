@@ -68,6 +68,7 @@ def update_step(
                 entropy_BT=of_responses(found.entropy_RT, *at),
                 ref_logprobs_BT=responses.ref_logprobs_BT,
                 sampler_logprobs_BT=responses.sampler_logprobs_BT,
+                token_weights_BT=responses.token_weights_BT,
             ),
             denominators,
             bin_edges=rule.bin_edges,

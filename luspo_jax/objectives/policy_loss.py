@@ -45,6 +45,7 @@ class PolicyBatch:
       entropy_BT: the policy's entropy at each token; needed for an entropy bonus or quantile.
       ref_logprobs_BT: log-probs of the reference policy; needed for a KL in the loss.
       sampler_logprobs_BT: log-probs from the sampler; needed for a correction.
+      token_weights_BT: factor on each token's policy loss; None for 1. Denominators count tokens.
     """
 
     logprobs_BT: jax.Array
@@ -55,6 +56,7 @@ class PolicyBatch:
     entropy_BT: jax.Array | None = None
     ref_logprobs_BT: jax.Array | None = None
     sampler_logprobs_BT: jax.Array | None = None
+    token_weights_BT: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -280,6 +282,8 @@ def _policy_weight(
             )
         entropy_BT = jax.lax.stop_gradient(rows.entropy_BT)
         weight_BU = jnp.where(entropy_BT >= denominators.entropy_threshold, weight_BU, 0)
+    if rows.token_weights_BT is not None:
+        weight_BU = weight_BU * rows.token_weights_BT
     return weight_BU, pairs
 
 
@@ -322,6 +326,7 @@ def _clean(batch: PolicyBatch) -> PolicyBatch:
         entropy_BT=tokens(batch.entropy_BT),
         ref_logprobs_BT=constants(batch.ref_logprobs_BT),
         sampler_logprobs_BT=constants(batch.sampler_logprobs_BT),
+        token_weights_BT=constants(batch.token_weights_BT),
     )
 
 

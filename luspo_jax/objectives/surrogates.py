@@ -245,6 +245,16 @@ def minirl(
     return Surrogate(loss_BT, high_BU, low_BU, _never(low_BU))
 
 
+def nll(advantages_B1: jax.Array, logprobs_BT: jax.Array) -> Surrogate:
+    """−A·log π: with A = 1 the negative log-likelihood of demonstrations (supervised fine-tuning).
+
+    No ratio enters and nothing is clipped: with A from rewards it is REINFORCE, right only on
+    responses that the policy itself sampled.
+    """
+    loss_BT = -advantages_B1 * logprobs_BT
+    return Surrogate(loss_BT, _never(loss_BT), _never(loss_BT), _never(loss_BT))
+
+
 SURROGATES = {
     "unclipped": unclipped,
     "clip": clip,
@@ -255,6 +265,7 @@ SURROGATES = {
     "dppo-tv": dppo_tv,
     "dppo-kl": dppo_kl,
     "minirl": minirl,
+    "nll": nll,
 }
 
 # The ratios that a surrogate allows, if not all of them, and why.
@@ -269,4 +280,5 @@ SURROGATE_RATIOS = {
         "ratios is past any bound",
     ),
     "minirl": (("token", "sequence"), "the ratio's gradient is stopped"),
+    "nll": (("token",), "it has no ratio; metrics are those of single tokens"),
 }

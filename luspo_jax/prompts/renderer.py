@@ -143,13 +143,27 @@ class Renderer:
         messages = [{"role": "user", "content": _content(pieces)}]
         if self.system_prompt:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return self.chat_text(messages)
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], *, asks: bool = True) -> str:
+        """Returns the text of chat messages; `asks` opens the assistant's next turn after them."""
         thinking = self.enable_thinking
         return self.tokenizer.apply_chat_template(
-            messages,
+            list(messages),
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=asks,
             **({} if thinking is None else {"enable_thinking": thinking}),
         )
+
+    def messages(self, problem: str) -> list[dict[str, str]]:
+        """Returns the messages, without an answer, in which a chat template puts a problem."""
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return [*system, {"role": "user", "content": self._template.fill(problem)}]
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts go through the tokenizer's chat template."""
+        return self._template.chat
 
     def _pieces(self, message: str, num_images: int) -> list[str]:
         """Returns the text before, between and after the images."""

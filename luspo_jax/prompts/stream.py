@@ -85,7 +85,7 @@ class PromptStream:
         self._process_index, self._process_count = process_index, process_count
         mixed = isinstance(examples, Mixture)
         sizes, weights = (examples.sizes, examples.weights) if mixed else ((len(examples),), (1.0,))
-        self._order = _draw_order(sizes, weights, seed, shuffle)
+        self._order = draw_order(sizes, weights, seed, shuffle)
         self._position = 0
         self._gather = gather
         self.dropped = 0
@@ -210,7 +210,7 @@ class PromptStream:
         self.refused = collections.Counter(state.get("refused", {}))
 
 
-def _draw_order(sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool):
+def draw_order(sizes: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool):
     """Returns the endless sequence of places in the dataset, with random access."""
     import grain  # here, as code that only renders prompts need not wait for it
 

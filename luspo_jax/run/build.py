@@ -1,7 +1,7 @@
 """Builds the parts of a run from its configuration: model, data, sampler, rewards, optimizer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -202,10 +202,35 @@ def layouts(
     Raises:
       MeshError: naming every size that does not fit the devices or the model.
     """
-    train = sharding.layout("train", section(config, "mesh").sizes, devices)
-    rollout = sharding.layout("rollout", section(config, "rollout_mesh").sizes, devices)
     arithmetic = batch_arithmetic(config)
     rows = {arithmetic.row_unit: ("batch", arithmetic.rows_per_microbatch)}
+    return fitting_layouts(
+        config, model, rows, devices, advice=lambda train: mesh_advice(config, train)
+    )
+
+
+def fitting_layouts(
+    config: Config,
+    model: DecoderConfig,
+    rows: Mapping[str, tuple[str, int]],
+    devices: Sequence[jax.Device] | None,
+    *,
+    advice: Callable[[Layout | None], str],
+) -> tuple[Layout | None, Layout | None]:
+    """Returns the layouts of `config.mesh` and `config.rollout_mesh`, if they fit.
+
+    Args:
+      config: of any kind of run.
+      model: its architecture.
+      rows: what a micro-batch's rows are called → (axis, number).
+      devices: to run on; None for those of all processes.
+      advice: layout of training → what to change if something does not fit.
+
+    Raises:
+      MeshError: naming every size that does not fit the devices or the model.
+    """
+    train = sharding.layout("train", section(config, "mesh").sizes, devices)
+    rollout = sharding.layout("rollout", section(config, "rollout_mesh").sizes, devices)
     sizes = decoder.cut_sizes(model)
     problems = [
         *sharding.misfits(train, sizes | rows),
@@ -215,7 +240,7 @@ def layouts(
         raise MeshError(
             "the mesh does not fit:\n"
             + "\n".join(f"  - {problem}" for problem in problems)
-            + f"\n{mesh_advice(config, train)}"
+            + f"\n{advice(train)}"
         )
     return train, rollout
 

@@ -1,8 +1,9 @@
 """Checks that a configuration can run, within its sections and across them."""
 
+import functools
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -18,6 +19,7 @@ from luspo_jax.rewards.registry import verifier
 from luspo_jax.run.fields import wrong_fields
 from luspo_jax.run.sections import SOURCE_FIELDS
 from luspo_jax.run.settings import Settings, sections_of
+from luspo_jax.run.sft.sections import SftSettings
 
 # Reward → the dataset whose items it scores.
 _OWN_DATASET = dict.fromkeys(("reasoning_gym", "reasoning_gym_solved"), "reasoning_gym")
@@ -34,15 +36,45 @@ def check(config: ConfigDict) -> Settings:
     Raises:
       ConfigError: naming every unknown field, bad value and size that does not divide.
     """
-    # Each check relies on what the earlier ones have found valid.
-    for look in (wrong_fields, _wrong_entries, _wrong_together):
+    refuse(config, (wrong_fields, _wrong_entries, _wrong_together))
+    return Settings.of(config)
+
+
+def check_sft(config: ConfigDict) -> SftSettings:
+    """Does the same for a configuration of supervised fine-tuning."""
+    refuse(config, (functools.partial(wrong_fields, kind=SftSettings), _wrong_sft))
+    return SftSettings(**sections_of(config, SftSettings)[0])
+
+
+def refuse(config: ConfigDict, looks: Sequence[Callable[[ConfigDict], Iterable[str]]]) -> None:
+    """Refuses a configuration in which a check finds problems.
+
+    Args:
+      config: to check.
+      looks: the checks; each relies on what the earlier ones have found valid.
+
+    Raises:
+      ConfigError: with all problems that the first such check finds.
+    """
+    for look in looks:
         problems = list(look(config))
         if len(problems) == 1:
             raise ConfigError(f"this configuration cannot run: {problems[0]}")
         if problems:
             lines = "\n".join(f"  - {problem}" for problem in problems)
             raise ConfigError(f"this configuration cannot run:\n{lines}")
-    return Settings.of(config)
+
+
+def _wrong_sft(config: ConfigDict) -> Iterator[str]:
+    """Yields values of supervised fine-tuning that conflict, within or across sections."""
+    built, problems = sections_of(config, SftSettings)
+    yield from problems
+    yield from _wrong_wandb(config)
+    if not problems:
+        try:
+            SftSettings(**built)
+        except ConfigError as error:
+            yield from error.args
 
 
 def _wrong_entries(config: ConfigDict) -> Iterator[str]:
@@ -195,12 +227,7 @@ def _wrong_together(config: ConfigDict) -> Iterator[str]:
     yield from _wrong_packing(config)
     if config.train.ref_every > 0 and not _of_objective(config, "kl_coef"):
         yield "train.ref_every refreshes the reference of a KL term, but objective.kl_coef is 0"
-    wandb = config.output.wandb_project
-    if wandb and importlib.util.find_spec("wandb") is None:
-        yield (
-            f"output.wandb_project={wandb!r}: wandb is not installed: pip install wandb, or leave "
-            "the field empty"
-        )
+    yield from _wrong_wandb(config)
     if "objective" in sound:
         yield from _wrong_group(config, sound["objective"])
     keep, group_size = config.shaping.gfpo_keep, config.rollout.group_size
@@ -208,6 +235,15 @@ def _wrong_together(config: ConfigDict) -> Iterator[str]:
         yield f"shaping.gfpo_keep={keep} exceeds rollout.group_size={group_size}"
     if "length" in sound:
         yield from _wrong_length(config, sound["length"])
+
+
+def _wrong_wandb(config: ConfigDict) -> Iterator[str]:
+    wandb = config.output.wandb_project
+    if wandb and importlib.util.find_spec("wandb") is None:
+        yield (
+            f"output.wandb_project={wandb!r}: wandb is not installed: pip install wandb, or leave "
+            "the field empty"
+        )
 
 
 def _wrong_metric(config: ConfigDict) -> Iterator[str]:

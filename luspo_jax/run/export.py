@@ -39,9 +39,9 @@ def export_policy(
             for name in vision_weights.COPIED_FILES:  # without them the export cannot read images
                 if (model.folder / name).is_file():
                     shutil.copyfile(model.folder / name, folder / name)
-        if model.config.vision is not None:
-            data = config.data
-            write_limits(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+        if model.config.vision is not None:  # fine-tuning on text has no limits of its own
+            least, most = (getattr(config.data, f"{name}_pixels", 0) for name in ("min", "max"))
+            write_limits(folder, min_pixels=least, max_pixels=most)
 
     decoder_weights.export(
         folder,

@@ -12,13 +12,17 @@ from ml_collections.config_dict import placeholder
 
 from luspo_jax.hosts.values import nearest, refusal, shown
 from luspo_jax.objectives import Objective
-from luspo_jax.run.settings import RULES, Settings
+from luspo_jax.run.settings import Settings, kind_of, rules
+from luspo_jax.run.sft.sections import SftSettings
 
 
-def default_config() -> ConfigDict:
-    """Returns a new configuration with every field at its default; `configs/` fill it in."""
+def default_config(kind: type = Settings) -> ConfigDict:
+    """Returns a new configuration with every field at its default; `configs/` fill it in.
+
+    `kind` is Settings, or SftSettings for supervised fine-tuning (`default_sft_config`).
+    """
     config = ConfigDict()
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(kind):
         if field.type is Objective:
             config[field.name] = _unset_objective()
         elif dataclasses.is_dataclass(field.type):
@@ -29,6 +33,11 @@ def default_config() -> ConfigDict:
             config[field.name] = field.default
     config.lock()
     return config
+
+
+def default_sft_config() -> ConfigDict:
+    """Returns a new configuration of supervised fine-tuning, every field at its default."""
+    return default_config(SftSettings)
 
 
 def _unset_objective():
@@ -63,9 +72,9 @@ OPEN_SECTIONS = (
 RENAMED = {"model.experts": "model.expert_kernel"}
 
 
-def wrong_fields(config: Mapping[str, Any]) -> Iterator[str]:
+def wrong_fields(config: Mapping[str, Any], kind: type = Settings) -> Iterator[str]:
     """Yields a line for each field that is unknown, missing, of another type or out of range."""
-    yield from _wrong_fields(config, _known(), "")
+    yield from _wrong_fields(config, _known(kind), _rules(kind))
 
 
 def instead_of(field: str, names: Iterable[str]) -> str:
@@ -73,17 +82,18 @@ def instead_of(field: str, names: Iterable[str]) -> str:
     return f"it is {RENAMED[field]} now" if field in RENAMED else nearest(field, names)
 
 
-_known = functools.cache(default_config)  # never handed out
+_known, _rules = functools.cache(default_config), functools.cache(rules)  # never handed out
 
 
-def _wrong_fields(config, known, prefix):
+def _wrong_fields(config, known, ruled, prefix=""):
     for key in config:
         if key not in known:
             field, names = f"{prefix}{key}", [f"{prefix}{name}" for name in known]
             yield f"unknown field {field}: {instead_of(field, names)}"
     missing = [f"{prefix}{key}" for key in known if key not in config]
     if missing:
-        yield f"missing {', '.join(missing)}: start from luspo_jax.run.fields.default_config()"
+        begin = "default_sft_config" if "rollout.group_size" not in ruled else "default_config"
+        yield f"missing {', '.join(missing)}: start from luspo_jax.run.fields.{begin}()"
     for key in config:
         if key not in known:
             continue
@@ -92,9 +102,9 @@ def _wrong_fields(config, known, prefix):
             if not isinstance(config[key], ConfigDict | Mapping):
                 yield f"{field}={shown(config[key])} must be a section: {{'name': value, …}}"
             elif f"{field}." not in OPEN_SECTIONS:
-                yield from _wrong_fields(config[key], known[key], f"{field}.")
+                yield from _wrong_fields(config[key], known[key], ruled, f"{field}.")
         elif config[key] is not None or known[key] is not None:  # None where the default is unset
-            problem = refusal(field, config[key], kind, RULES.get(field))
+            problem = refusal(field, config[key], kind, ruled.get(field))
             yield from [problem] if problem else []
 
 
@@ -104,6 +114,7 @@ _FREE_TO_CHANGE = (
     "output.",
     "hosts.",
     "eval.num_slots",
+    "eval.chunk_length",
     "rollout.num_slots",
     "rollout.chunk_length",
     "mesh.",
@@ -154,7 +165,8 @@ def _renamed(leaves):
 
 def changes(old: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """Returns field → (old, new) where `config` differs, and may not, from a run's flat fields."""
-    new, defaults = (json.loads(json.dumps(flat(c))) for c in (config, default_config()))
+    known = default_config(kind_of(config))
+    new, defaults = (json.loads(json.dumps(flat(c))) for c in (config, known))
     old = defaults | _renamed(old)  # fields that are newer than the run have their defaults
     return {
         name: (old.get(name), new.get(name))

@@ -26,15 +26,40 @@ def memory_estimate(
     6·D + 7·F for each of a token's K, in one layer. An estimate, not a promise.
     """
     sizes = batch_arithmetic(config)
-    compute, sampling = (
-        jnp.dtype(getattr(config.model, name)).itemsize for name in ("dtype", "rollout_dtype")
-    )
+    sampling = jnp.dtype(config.model.rollout_dtype).itemsize
     train, rollout = layouts
     params = param_bytes(model, train, jnp.float32)
-    tokens = sizes.rows_per_microbatch * sizes.row_length
-    tokens //= _parts(train, "batch", "length")
     slots = config.rollout.num_slots * sizes.tokens_per_row
     slots //= _parts(sharding.on_own_devices(rollout), "batch", "cache_length")
+    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    cached //= _parts(rollout, "kv_heads")
+    return {
+        **state_memory(model, train),
+        "reference policy": params if section(config, "objective").kl_coef else 0,
+        "policy before a measured update": params if config.length.every else 0,
+        "rollout weights": param_bytes(model, rollout, config.model.rollout_dtype)
+        if sampling != 4 or rollout
+        else 0,
+        "rollout KV cache": sampling * slots * cached,
+        **pass_memory(config, model, train, sizes.rows_per_microbatch * sizes.row_length),
+    }
+
+
+def state_memory(model: DecoderConfig, layout: Layout | None) -> dict[str, int]:
+    """Returns the bytes of weights, moments and gradients on one device, by name."""
+    params = param_bytes(model, layout, jnp.float32)
+    return {
+        "master weights (float32)": params,
+        "Adam moments (float32)": 2 * params,
+        "gradients (float32)": params,
+    }
+
+
+def pass_memory(
+    config: Config, model: DecoderConfig, layout: Layout | None, tokens: int
+) -> dict[str, int]:
+    """Estimates the bytes that a micro-batch of so many tokens takes on one device, by name."""
+    tokens //= _parts(layout, "batch", "length")
     mlp_dim = model.mlp_dim if model.num_expert_layers < model.num_layers else 0
     inside = 16 * model.embed_dim + 3 * mlp_dim + 4 * model.num_heads * model.head_dim
     kept = (
@@ -43,23 +68,10 @@ def memory_estimate(
         else (inside * model.num_layers)
     )
     kept += model.experts_per_token * (6 * model.embed_dim + 7 * model.expert_dim)
-    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    cached //= _parts(rollout, "kv_heads")
+    logits = 8 * config.model.head_chunk_tokens * model.vocab_size // _parts(layout, "vocab")
     return {
-        "master weights (float32)": params,
-        "Adam moments (float32)": 2 * params,
-        "gradients (float32)": params,
-        "reference policy": params if section(config, "objective").kl_coef else 0,
-        "policy before a measured update": params if config.length.every else 0,
-        "rollout weights": param_bytes(model, rollout, config.model.rollout_dtype)
-        if sampling != 4 or rollout
-        else 0,
-        "rollout KV cache": sampling * slots * cached,
-        "activations of a micro-batch": compute * tokens * kept,
-        "head logits": 8
-        * config.model.head_chunk_tokens
-        * model.vocab_size
-        // _parts(train, "vocab"),
+        "activations of a micro-batch": jnp.dtype(config.model.dtype).itemsize * tokens * kept,
+        "head logits": logits,
     }
 
 

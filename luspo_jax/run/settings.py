@@ -1,6 +1,7 @@
 """A whole configuration as one frozen object, and single sections of it."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
@@ -31,6 +32,7 @@ from luspo_jax.run.sections import (
     RolloutSettings,
     TrainSettings,
 )
+from luspo_jax.run.sft.sections import SftSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,57 +76,79 @@ class Settings:
         return cls(**built)
 
 
-# Both are read alike: `config.rollout.group_size`.
-Config = ConfigDict | Settings
-
-SECTIONS: dict[str, type] = {
-    field.name: field.type
-    for field in dataclasses.fields(Settings)
-    if dataclasses.is_dataclass(field.type)
-}
-
-# Field → rule for its value, besides its type. Every numeric field is here, except those of
-# Objective and LengthSettings, which check their own.
-RULES: dict[str, Rule] = {
-    **Settings.RULES,
-    **{f"shaping.{name}": rule for name, rule in shaping.RULES.items()},
-    **{
-        f"{section}.{name}": rule
-        for section, kind in SECTIONS.items()
-        for name, rule in getattr(kind, "RULES", {}).items()
-    },
-}
+# All are read alike: `config.rollout.group_size`.
+Config = ConfigDict | Settings | SftSettings
 
 
-def sections_of(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
+def sections(kind: type) -> dict[str, type]:
+    """Returns the sections of a kind of configuration, Settings or SftSettings, by name."""
+    return {
+        field.name: field.type
+        for field in dataclasses.fields(kind)
+        if dataclasses.is_dataclass(field.type)
+    }
+
+
+def rules(kind: type) -> dict[str, Rule]:
+    """Returns field → rule for its value, besides its type.
+
+    Every numeric field has one, except those of Objective and LengthSettings, which check their
+    own.
+    """
+    found = dict(kind.RULES)
+    for name, section in sections(kind).items():
+        of_section = shaping.RULES if section is Shaping else getattr(section, "RULES", {})
+        found |= {f"{name}.{field}": rule for field, rule in of_section.items()}
+    return found
+
+
+SECTIONS, RULES = sections(Settings), rules(Settings)
+
+
+def kind_of(names: Iterable[str]) -> type:
+    """Returns Settings or SftSettings: whose fields these (dotted) names are, or nearly are."""
+    roots = {name.partition(".")[0] for name in names}
+    known = {kind: {field.name for field in dataclasses.fields(kind)} for kind in KINDS}
+    return min(KINDS, key=lambda kind: len(roots ^ known[kind]))
+
+
+KINDS = (Settings, SftSettings)
+
+
+def sections_of(config: ConfigDict, kind: type = Settings) -> tuple[dict[str, Any], list[str]]:
     """Returns (name → field or section, for the valid ones; problems of the others)."""
     built, problems = {}, []
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(kind):
         try:
-            built[field.name] = section(config, field.name)
+            built[field.name] = section(config, field.name, kind)
         except ValueError as error:
             problems += error.args
     return built, problems
 
 
-def section(config: Config, name: str) -> Any:
+def section(config: Config, name: str, kind: type = Settings) -> Any:
     """Returns one section as its dataclass, or a top-level field, whatever the others hold.
+
+    Args:
+      config: a ConfigDict, or settings, whose own section is returned.
+      name: of the section.
+      kind: of a ConfigDict: Settings or SftSettings.
 
     Raises:
       ConfigError: with the problems inside it, one per argument.
     """
-    if isinstance(config, Settings):
+    if isinstance(config, KINDS):
         return getattr(config, name)
-    value = config[name]
-    if name not in SECTIONS:
-        problem = refused_field(Settings, name, value)
+    value, known = config[name], sections(kind)
+    if name not in known:
+        problem = refused_field(kind, name, value)
         if problem:
             raise ConfigError(problem)
         return value
     if not isinstance(value, ConfigDict):
         raise ConfigError(f"{name}={shown(value)} must be a section: {{'name': value, …}}")
     try:
-        return _objective(config) if name == "objective" else SECTIONS[name](**value.to_dict())
+        return _objective(config) if name == "objective" else known[name](**value.to_dict())
     except ConfigError:
         raise
     except ValueError as error:  # from a class that does not know the name of its section

@@ -15,7 +15,7 @@ from luspo_jax.hosts.files import PlaceError
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.run import fields
-from luspo_jax.run.settings import Config
+from luspo_jax.run.settings import Config, kind_of
 
 _PACKAGES = ("luspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 _NOTE = ".checkpointed"  # step of the last checkpoint written
@@ -185,7 +185,8 @@ def stored_config(workdir: str | os.PathLike) -> ConfigDict:
     Raises:
       WorkdirError: there is none, or this version cannot read it.
     """
-    stored, config = read_manifest(workdir), fields.default_config()
+    stored = read_manifest(workdir)
+    config = fields.default_config(kind_of(stored["config"]))
     try:
         fields.assign(config, stored["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -254,6 +255,11 @@ def fork(
             raise WorkdirError(f"--fork={parent}: the run in --workdir={workdir} began {began}")
         return stored
     stored = read_manifest(parent)
+    if kind_of(stored["config"]) is not kind_of(config):
+        raise WorkdirError(
+            f"--fork={parent} holds a supervised run: begin from its export, "
+            f"--config.model.path={parent / 'export'}"
+        )
     there = sorted(checkpoints(parent))
     if not there:
         raise WorkdirError(f"--fork={parent} holds no checkpoint yet: wait for its first one")

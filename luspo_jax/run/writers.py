@@ -13,23 +13,36 @@ from tqdm import tqdm
 
 from luspo_jax.experience.groups import Rollouts
 from luspo_jax.hosts import files, processes
-from luspo_jax.metrics import RolloutRecord, StepMetrics, declared, json_line, lines_and_records
+from luspo_jax.metrics import (
+    AnswerRecord,
+    RolloutRecord,
+    StepMetrics,
+    declared,
+    json_line,
+    lines_and_records,
+)
 from luspo_jax.run import fields
 from luspo_jax.run.build import Run
 from luspo_jax.run.memory import peak_memory
+from luspo_jax.run.sft.build import SftRun
 from luspo_jax.run.workdir import Workdir
+
+ROLLOUTS, ANSWERS = "rollouts", "answers"  # folders: of training, and to held-out prompts
 
 
 def console_line(step: int, num_steps: int | None, values: Mapping[str, float]) -> str:
     """Formats a step as one line: reward, length, truncation, clipping, gradient, time."""
     shown = (
         ("reward", "reward", "{:.3f}"),
+        ("sft/loss", "loss", "{:.4f}"),
         ("response_length/mean", "length", "{:.1f}"),
         ("response_length/clip_ratio", "truncated", "{:.1%}"),
         ("actor/pg_clipfrac", "clipped", "{:.1%}"),
         ("actor/entropy", "entropy", "{:.2f}"),
         ("actor/grad_norm", "|g|", "{:.3g}"),
         ("timing_s/step", "time", "{:.2f} s"),
+        ("held_out/loss", "held out", "{:.4f} nats a token"),
+        ("answers/length/mean", "answers", "{:.1f} tokens"),
     )
     of = f"/{num_steps}" if num_steps else ""
     fields = [f"{label} {form.format(values[n])}" for n, label, form in shown if n in values]
@@ -113,15 +126,18 @@ class MetricsWriter:
             if not self.path.read_bytes().endswith(b"\n") and self._console is not None:
                 self._console(f"{self.path}: its last line was cut off, and is dropped")
             files.write_text(self.path, "".join(kept))
-        for path in (self._workdir / "rollouts").glob("step_*.jsonl"):
+        folders = (self._workdir / folder for folder in (ROLLOUTS, ANSWERS))
+        for path in (path for folder in folders for path in folder.glob("step_*.jsonl")):
             number = path.stem.removeprefix("step_")
             if number.isdecimal() and int(number) > step:  # other files are not ours
                 path.unlink()
         self._purge_step = step + 1
 
-    def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> pathlib.Path:
-        """Writes a step's responses to rollouts/step_NNNNNN.jsonl, whole or not at all."""
-        path = self._workdir / "rollouts" / f"step_{step:06d}.jsonl"
+    def write_rollouts(
+        self, step: int, records: Iterable[RolloutRecord | AnswerRecord], folder: str = ROLLOUTS
+    ) -> pathlib.Path:
+        """Writes a step's responses to FOLDER/step_NNNNNN.jsonl, whole or not at all."""
+        path = self._workdir / folder / f"step_{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records)
         files.write_text(path, "".join(lines))
@@ -144,7 +160,9 @@ class SilentWriter:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Does nothing."""
 
-    def write_rollouts(self, step: int, records: Iterable["RolloutRecord"]) -> None:
+    def write_rollouts(
+        self, step: int, records: Iterable[RolloutRecord | AnswerRecord], folder: str = ROLLOUTS
+    ) -> None:
         """Does nothing."""
 
     def close(self) -> None:
@@ -181,7 +199,7 @@ def _wandb_run(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | 
     )
 
 
-def writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWriter:
+def writer(run: Run | SftRun, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWriter:
     """Returns the process's writer; times, throughput and memory are those of process 0."""
     if not processes.is_writer():
         return SilentWriter()
@@ -198,8 +216,13 @@ def writer(run: Run, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWrite
 
 def speed_metrics(metrics: StepMetrics, rollouts: Rollouts) -> dict[str, float]:
     """Returns tokens and seconds of a step, prompts and responses, and the peak memory so far."""
-    seconds = metrics.result()["timing_s/step"]
     tokens = int(rollouts.lengths_B.sum()) + sum(len(p.tokens) for p in rollouts.prompts)
+    return token_speed(metrics, tokens)
+
+
+def token_speed(metrics: StepMetrics, tokens: int) -> dict[str, float]:
+    """Returns the speed of a step of so many tokens, and the peak memory so far."""
+    seconds = metrics.result()["timing_s/step"]
     return {
         "perf/total_num_tokens": tokens,
         "perf/time_per_step": seconds,

@@ -5,15 +5,10 @@ import pathlib
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from experiments.make_base import load_balance
 from luspo_jax.images.settings import read_settings
-from luspo_jax.learner.routers import RouterPass
 from luspo_jax.models import decoder_weights
 from luspo_jax.models.decoder_config import read_config
 
@@ -94,31 +89,3 @@ def test_bad_input_is_refused_in_one_line(arguments, message, tmp_path):
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
     assert not any(tmp_path.iterdir())
-
-
-def test_balance_is_the_switch_loss():
-    """Against a transcription: mean over layers of E Σ_e (assignments to e / N) · (mean p_e)."""
-    rng = np.random.default_rng(0)
-    num_layers, tokens, num_experts, count = 2, 50, 4, 2
-    logits_LNE = rng.normal(size=(num_layers, tokens, num_experts)).astype(np.float32)
-    ids_LNK = np.argsort(-logits_LNE, axis=-1)[..., :count]
-    load_LE = np.stack([np.bincount(ids.ravel(), minlength=num_experts) for ids in ids_LNK])
-
-    def balance(logits_LNE):
-        mass_LE = jax.nn.softmax(logits_LNE).sum(axis=1)
-        router = RouterPass(None, jnp.float32(load_LE), mass_LE, jnp.float32(tokens), {})
-        return load_balance(router)
-
-    (value, excess), pull = jax.vjp(balance, logits_LNE)
-    probs_LNE = np.exp(logits_LNE) / np.exp(logits_LNE).sum(axis=-1, keepdims=True)
-    expected = sum(
-        num_experts * (load_LE[layer, e] / tokens) * probs_LNE[layer, :, e].mean() / num_layers
-        for layer in range(num_layers)
-        for e in range(num_experts)
-    )
-    assert float(value) == pytest.approx(expected, rel=1e-6)
-    assert float(excess) == pytest.approx(load_LE.max() / (tokens * count / num_experts) - 1)
-    # A step against the gradient takes probability from the fullest expert.
-    (gradient_LNE,) = pull((jnp.float32(1), jnp.float32(0)))
-    fullest = np.argmax(load_LE[0])
-    assert np.asarray(gradient_LNE)[0, :, fullest].sum() > 0

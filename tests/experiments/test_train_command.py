@@ -146,7 +146,7 @@ def test_reward_of_several_parts_must_say_which_is_accuracy():
         check(config)
 
 
-@pytest.mark.parametrize("launcher", ["train", "evaluate", "sweep"])
+@pytest.mark.parametrize("launcher", ["train", "evaluate", "sft", "sweep"])
 def test_help_says_what_it_is_and_lists_the_flags(launcher):
     ran = subprocess.run(
         [sys.executable, "-m", f"experiments.{launcher}", "--help"],

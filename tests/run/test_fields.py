@@ -14,8 +14,9 @@ from luspo_jax.datasets import DataError
 from luspo_jax.hosts.values import ConfigError, Number
 from luspo_jax.run import checks, fields
 from luspo_jax.run.build import build, facts
-from luspo_jax.run.fields import OPEN_SECTIONS, RULES, default_config
+from luspo_jax.run.fields import OPEN_SECTIONS, default_config
 from luspo_jax.run.model import load_model
+from luspo_jax.run.settings import RULES
 from luspo_jax.run.workdir import Workdir
 
 SENSELESS = (

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: its configuration, data, loop and results."""

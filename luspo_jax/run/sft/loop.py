@@ -1,0 +1,188 @@
+"""Supervised fine-tuning: raises the likelihood of demonstrated answers, token by token.
+
+The step is RL's with A = 1 (`learner.demonstrations`), and the checkpoint contains everything that
+decides the next one, so a killed run resumes bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from luspo_jax.hosts import files, guard, processes
+from luspo_jax.learner import demonstrations
+from luspo_jax.learner.state import abstract_state, initial_state
+from luspo_jax.metrics import StepMetrics, timed
+from luspo_jax.run import writers
+from luspo_jax.run.checkpoint import Checkpointer
+from luspo_jax.run.export import export_policy
+from luspo_jax.run.keeping import due
+from luspo_jax.run.sft.build import SftRun
+from luspo_jax.run.sft.measure import HeldOut, measure
+from luspo_jax.run.workdir import Workdir
+from luspo_jax.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class SftOutcome:
+    """Held-out figures of a run as (steps taken, figures), oldest first, and the export."""
+
+    evaluations: list[tuple[int, HeldOut]]
+    export: pathlib.Path | None
+
+    @property
+    def base(self) -> HeldOut:
+        """The figures before training."""
+        return self.evaluations[0][1]
+
+    @property
+    def final(self) -> HeldOut:
+        """The figures after training."""
+        return self.evaluations[-1][1]
+
+
+def fine_tune(run: SftRun, workdir: Workdir) -> SftOutcome:
+    """Trains from the workdir's last checkpoint to `config.num_steps` optimizer steps.
+
+    Raises:
+      WorkdirError: the workdir was deleted or moved meanwhile.
+    """
+    try:
+        with _Keeper(run, workdir) as keeper:
+            state = keeper.begin()
+            for step in keeper.steps():
+                metrics = StepMetrics()
+                state = take_step(run, state, step, metrics)
+                keeper.keep(step, state, metrics)
+            return keeper.outcome(state)
+    except Exception:
+        workdir.check_there()  # a missing workdir explains the failure better
+        raise
+
+
+def take_step(run: SftRun, state: TrainState, step: int, metrics: StepMetrics) -> TrainState:
+    """Takes one optimizer step on the next demonstrations.
+
+    Args:
+      run: the part that steps do not change; its stream moves on.
+      state: donated.
+      step: steps taken before this one.
+      metrics: receives the step's metrics.
+    """
+    with timed(metrics, "step"), timed(metrics, "update_actor"):
+        state, measured = demonstrations.update(
+            run.programs,
+            run.planner,
+            state,
+            run.data.stream.take(run.settings.train.batch_size),
+            rate=run.learning_rate(step),
+        )
+    metrics.update(measured)
+    metrics.add("training/epoch", run.data.stream.epoch)
+    metrics.update(writers.token_speed(metrics, measured["sft/tokens"]))
+    return state
+
+
+class _Keeper:
+    """Saves the results of a run's steps in its workdir; a context manager."""
+
+    def __init__(self, run: SftRun, workdir: Workdir):
+        self.run, self.workdir = run, workdir
+        self._evaluations: list[tuple[int, HeldOut]] = []
+        self._start = 0
+
+    def __enter__(self) -> "_Keeper":
+        output = self.run.settings.output
+        with contextlib.ExitStack() as stack:
+            self._checkpointer = Checkpointer(
+                self.workdir.path / "checkpoints",
+                keep_latest=output.keep_latest,
+                keep_best=output.keep_best,
+            )
+            stack.enter_context(contextlib.closing(self._checkpointer))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+
+    def begin(self) -> TrainState:
+        """Restores the state, or starts a new run and measures its policy."""
+        run = self.run
+        with guard.phase("restore"):
+            state, start = self._begin()
+        silent = None if processes.is_writer() else True  # None: silent if there is no console
+        self._bar = self._stack.enter_context(
+            tqdm(
+                total=run.settings.num_steps,
+                initial=start,
+                unit="step",
+                leave=False,
+                disable=silent,
+            )
+        )
+        writer = writers.writer(run, self.workdir, self._bar)
+        self._writer = self._stack.enter_context(contextlib.closing(writer))
+        # A run without a checkpoint starts over, whatever an earlier attempt wrote.
+        self._writer.truncate_after(start if self._evaluations else start - 1)
+        if not self._evaluations:
+            self._writer.write(start, self._measured(start, state).metrics)
+        self._start = start
+        return state
+
+    def _begin(self):
+        latest = self._checkpointer.latest_step()
+        processes.agree({"the checkpoint to continue from": latest})
+        if latest is None:
+            return initial_state(self.run.initial_params(), self.run.rule), 0
+        state, host, _ = self._checkpointer.restore(latest, abstract_state(self.run.rule))
+        self.run.data.stream.set_state(host["stream"])
+        self._evaluations = [(step, HeldOut(**values)) for step, values in host["evaluations"]]
+        return state, latest
+
+    def steps(self) -> Iterator[int]:
+        """Yields the steps taken before each remaining one."""
+        for step in range(self._start, self.run.settings.num_steps):
+            guard.at_step(step + 1)
+            self.workdir.check_there()
+            yield step
+
+    def keep(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
+        """Measures, writes and checkpoints after a step, each if due."""
+        settings, taken, measured = self.run.settings, step + 1, None
+        last = taken == settings.num_steps
+        if last or due(settings.eval.every, taken):
+            with timed(metrics, "testing"):
+                measured = self._measured(taken, state)
+            metrics.update(measured.metrics)
+        self._writer.write(taken, {"training/global_step": taken, **metrics.result()})
+        if last or due(settings.output.checkpoint_every, taken):
+            host = {
+                "stream": self.run.data.stream.get_state(),
+                "evaluations": [(n, dataclasses.asdict(found)) for n, found in self._evaluations],
+            }
+            # The best is the largest.
+            score = -measured.loss if measured and measured.loss is not None else None
+            with guard.phase("checkpoint"):
+                self._checkpointer.save(taken, state, host, metric=score)
+                self.workdir.note_checkpoint(taken)
+        self._bar.update()
+
+    def _measured(self, taken: int, state: TrainState) -> HeldOut:
+        with guard.phase("evaluate"):
+            found, records = measure(self.run, state)
+        self._evaluations.append((taken, found))
+        if records:
+            self._writer.write_rollouts(taken, records, writers.ANSWERS)
+        return found
+
+    def outcome(self, state: TrainState) -> SftOutcome:
+        """Returns the held-out figures; exports the policy if asked."""
+        run, export = self.run, None
+        if run.settings.output.export:
+            export = self.workdir.path / "export"
+            with guard.phase("export"):
+                export_policy(run.config, run.model, state.params, export, overwrite=files.OWN)
+        return SftOutcome(self._evaluations, export)
