@@ -32,6 +32,8 @@ def get_config():
     config.rollout.group_size = 8
     config.rollout.max_response_length = 32
     config.rollout.num_slots = 48
+    # At 1.0 this small model, stored in four bits, is right on 9 % of the problems, at 0.7 on TODO.
+    config.rollout.temperature = 0.7
     config.rollout.chunk_length = 8
     config.objective.preset = "luspo"
     config.train.num_minibatches = 1
@@ -43,5 +45,6 @@ def get_config():
     config.eval.every = 15
     config.eval.num_problems = 400
     config.eval.num_samples = 1
+    config.eval.temperature = 0.7
     config.output.checkpoint_every = 10
     return config
