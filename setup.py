@@ -47,6 +47,8 @@ EXTRAS_REQUIRE = {
         "import-linter>=2.1",  # the one-way imports of CONTRIBUTING.md
         "ruff>=0.9",  # format and lint, as a test
         "psutil>=5.9",  # tests that kill runs look for what they leave behind
+        "gguf>=0.17",  # the extras gguf and tasks: what they bring is tested
+        "reasoning-gym==0.1.25",
     ],
     # Comparison with other implementations; torch is never a runtime dependency.
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
