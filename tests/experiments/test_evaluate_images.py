@@ -288,7 +288,10 @@ def test_a_problem_of_steps_is_asked_whole_or_not_at_all(model, options, shared_
         ({"image_dir": "wemath=x"}, "--image_dir names wemath, which --benchmarks=shapes does not"),
         ({"min_pixels": 10**6, "max_pixels": 10**5}, "min_pixels=1000000 must be positive and at"),
         ({"max_pixels": 100}, "min_pixels=784 must be positive and at most max_pixels=100"),
-        ({"template": "nonsense"}, r"--template: unknown template 'nonsense'.*known: answer_tag, boxed"),
+        (
+            {"template": "nonsense"},
+            r"--template: unknown template 'nonsense'.*known: answer_tag, boxed",
+        ),
     ],
 )
 def test_mistakes_are_named(model, fields, message):
