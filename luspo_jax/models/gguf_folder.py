@@ -5,12 +5,14 @@ the file means, and nothing is quantised again.
 """
 
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
 import os
 import pathlib
 import re
+import shutil
 from typing import Any, Literal
 
 import numpy as np
@@ -72,6 +74,8 @@ def cached_folder(name: str) -> pathlib.Path:
         # Of the processes of one machine the first makes it and the others wait.
         with files.locked(cache, flag="cache (XDG_CACHE_HOME)", wait=True):
             if not _is_whole(folder):
+                for left in cache.glob(f".{glob.escape(folder.name)}.partial-*"):
+                    shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
                 write_folder(path, folder, overwrite=files.OWN)
     return folder
 

@@ -201,6 +201,18 @@ def test_a_damaged_folder_is_made_anew(tmp_path):
     assert [path.name for path in folder.parent.iterdir() if path.name != ".lock"] == [folder.name]
 
 
+def test_what_a_killed_process_left_in_the_cache_is_deleted(tmp_path):
+    cases.small_file(tmp_path / "a.gguf", cases.config("qwen3"))
+    folder = locate.model_folder(f"gguf:{tmp_path / 'a.gguf'}")
+    half = folder.rename(folder.with_name(f".{folder.name}.partial-1"))
+    others = folder.with_name(".another-model-1.partial-1")
+    others.mkdir()
+    assert locate.model_folder(f"gguf:{tmp_path / 'a.gguf'}") == folder
+    assert (folder / "model.safetensors").is_file()
+    assert not half.exists()
+    assert others.is_dir()
+
+
 def test_an_installed_package_is_a_name(tmp_path, monkeypatch):
     package = tmp_path / "site" / "small_model_package"
     package.mkdir(parents=True)
