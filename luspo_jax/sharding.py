@@ -42,6 +42,7 @@ TABLES = {
         "batch": ("data", "fsdp", "expert"),
         "length": (),
         "cache_length": ("context",),
+        "pages": ("data", "fsdp", "expert", "context"),
         "embed": (),
     },
 }

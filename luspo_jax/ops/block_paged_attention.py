@@ -1,0 +1,113 @@
+"""Paged attention for CPUs: a few rows and a run of pages at a time, which stay near the core.
+
+Pages that several rows share are first read once for all of these rows: a matrix of their queries
+in place of one vector each. Sort the rows by length: a block reads as far as its longest.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from luspo_jax.ops.pages import read
+from luspo_jax.ops.paged_attention import NEGATIVE, partial, scaled_groups
+
+# Measured on two AVX-512 cores at B 128, K 3, G 3, H 64, L 30, 230 entries a row: 4 to 8 rows by 128
+# entries run at the bandwidth of memory; 16 entries at a time are half as fast.
+_ROWS = 8
+_ENTRIES = 64
+
+
+def attend(query_BNH, pages, layer, tables_BM, lengths_B, shared=None):
+    """Attention over the first `lengths_B` entries; see `paged_attention.IMPLEMENTATIONS`."""
+    B, N, H = query_BNH.shape
+    K, S = pages.keys.shape[0], pages.size
+    query_BKGH = scaled_groups(query_BNH, K)
+    state = (
+        jnp.full((B, K, N // K), NEGATIVE, jnp.float32),
+        jnp.zeros((B, K, N // K), jnp.float32),
+        jnp.zeros((B, K, N // K, H), jnp.float32),
+    )
+    if shared is not None:
+        state = _over_groups(query_BKGH, pages, layer, shared, state)
+        tables_BM, lengths_B = shared.tables_BM, lengths_B - shared.skipped_B * S
+    return partial(query_BNH, *_over_rows(query_BKGH, pages, layer, tables_BM, lengths_B, state))
+
+
+def _over_rows(query_BKGH, pages, layer, tables_BM, lengths_B, state):
+    """Adds each row's own pages, a block of rows after the other."""
+    B = query_BKGH.shape[0]
+    R = min(_ROWS, B)
+    rest = -B % R
+    arrays = (query_BKGH, tables_BM, lengths_B, *state)
+    split = [
+        jnp.pad(x, [(0, rest)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, R, *x.shape[1:])
+        for x in arrays
+    ]
+
+    def block(parts):
+        query_RKGH, tables_RM, lengths_R, *state = parts
+        return _walked(query_RKGH, pages, layer, tables_RM, lengths_R, tuple(state))
+
+    joined = lax.map(block, tuple(split))
+    return tuple(x.reshape(-1, *x.shape[2:])[:B] for x in joined)
+
+
+def _over_groups(query_BKGH, pages, layer, shared, state):
+    """Adds the pages that rows share, a group after the other."""
+    B, K, G, H = query_BKGH.shape
+    members = shared.members_BG.shape[1]
+
+    def group(i, state):
+        rows_M = lax.dynamic_index_in_dim(shared.members_BG, i, keepdims=False)
+        query_KMGH = jnp.take(query_BKGH, rows_M, axis=0, mode="clip").swapaxes(0, 1)
+        query_1KGH = query_KMGH.reshape(1, K, members * G, H)
+        nothing = tuple(
+            jnp.full((1, K, members * G, *x.shape[3:]), fill, jnp.float32)
+            for x, fill in zip(state, (NEGATIVE, 0.0, 0.0), strict=True)
+        )
+        tables_1M = lax.dynamic_slice_in_dim(shared.group_tables_BM, i, 1)
+        entries_1 = lax.dynamic_slice_in_dim(shared.group_pages_B, i, 1) * pages.size
+        found = _walked(query_1KGH, pages, layer, tables_1M, entries_1, nothing)
+        return tuple(
+            x.at[rows_M].set(
+                new[0].reshape(K, members, G, *x.shape[3:]).swapaxes(0, 1), mode="drop"
+            )
+            for x, new in zip(state, found, strict=True)
+        )
+
+    return lax.fori_loop(0, jnp.sum(shared.group_pages_B > 0), group, state)
+
+
+def _walked(query_RKGH, pages, layer, tables_RM, lengths_R, state):
+    """Adds entries 0 … lengths of a few rows to their sums, a run of pages after the other."""
+    S = pages.size
+    run = max(1, min(_ENTRIES // S, tables_RM.shape[1]))
+    tables_RM = jnp.pad(tables_RM, ((0, 0), (0, -tables_RM.shape[1] % run)))
+    query_KRGH = query_RKGH.swapaxes(0, 1)
+
+    def step(i, state):
+        top, total, weighted = state
+        tables_Rr = lax.dynamic_slice_in_dim(tables_RM, i * run, run, axis=1)
+        keys_KRSH, values_KRSH = (read(x, layer, tables_Rr) for x in pages)
+        scores = jnp.einsum(
+            "KRGH,KRSH->RKGS", query_KRGH, keys_KRSH, preferred_element_type=jnp.float32
+        )
+        seen_RS = i * run * S + jnp.arange(run * S)[None] < lengths_R[:, None]
+        scores = jnp.where(seen_RS[:, None, None], scores, NEGATIVE)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        # A row that has seen nothing yet has top −1e30 and weights 1: they are multiplied by 0 once
+        # it sees something, and masked until then.
+        weights = jnp.where(seen_RS[:, None, None], jnp.exp(scores - new_top[..., None]), 0.0)
+        kept = jnp.exp(top - new_top)
+        values = jnp.einsum(
+            "RKGS,KRSH->RKGH",
+            weights.astype(values_KRSH.dtype),
+            values_KRSH,
+            preferred_element_type=jnp.float32,
+        )
+        total = total * kept + jnp.sum(weights, axis=-1)
+        return new_top, total, weighted * kept[..., None] + values
+
+    steps = -(-jnp.max(lengths_R) // (run * S))
+    return lax.fori_loop(0, steps, step, state)
+
+

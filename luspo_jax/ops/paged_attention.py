@@ -1,0 +1,209 @@
+"""Attention of one query a row over the pages that hold the row's keys and values.
+
+| name | platform | what it is |
+|---|---|---|
+| reference | all | gathers every page that a table can name; for tests, and what others do not fit |
+| blocks | CPU | a few rows and pages at a time; pages that rows share are read once for all of them |
+| gpu | GPU | the Pallas kernel that comes with jax: it reads live pages only |
+| tpu | TPU | the Pallas kernel that comes with jax: it reads live pages only |
+"""
+
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from luspo_jax.ops.pages import PAGES_AXES, Pages, append, places, position_part
+from luspo_jax.sharding import shard_map
+
+# Modules with attend(query_BNH, pages, layer, tables_BM, lengths_B, shared) -> Partial.
+IMPLEMENTATIONS = {
+    "reference": "reference_paged_attention",
+    "blocks": "block_paged_attention",
+    "gpu": "gpu_paged_attention",
+    "tpu": "tpu_paged_attention",
+}
+
+
+class Partial(NamedTuple):
+    """Attention over some of a row's keys, in a form that joins with others.
+
+    Attributes:
+      out: Σ softmax · value over these keys, [B, N, H], float32.
+      lse: log Σ exp(score), [B, N], float32; very low where a row sees no key.
+    """
+
+    out: Any
+    lse: Any
+
+
+class Shared(NamedTuple):
+    """Which rows begin with the same full pages, for implementations that read them once.
+
+    Rows are those of one device along "batch", and the arrays have its part: `groups` is cut like
+    rows. Without it a row's pages are read for that row alone.
+
+    Attributes:
+      skipped_B: int32, pages at the start of a row's table that its group reads for it.
+      tables_BM: int32, the tables without these pages.
+      members_BG: int32, rows of each group, as numbers on the device; past the end where there are
+        fewer. Groups come first; there are at most as many as rows.
+      group_tables_BM: int32, the shared pages of each group.
+      group_pages_B: int32, their number; 0 past the last group.
+    """
+
+    skipped_B: Any
+    tables_BM: Any
+    members_BG: Any
+    group_tables_BM: Any
+    group_pages_B: Any
+
+
+SHARED_AXES = Shared(("batch",), *[("batch", None)] * 3, ("batch",))
+_PAGES = Pages(PAGES_AXES, PAGES_AXES)
+
+
+def append_and_attend(
+    query_BNH,
+    new,
+    pages,
+    layer,
+    *,
+    tables_BM,
+    positions_B,
+    shared=None,
+    implementation,
+    layout=None,
+):
+    """Writes one key and value a row into its page and attends to the entries up to them.
+
+      softmax(q·k / √H) v over the row's entries 0 … position; scores and sums are float32.
+
+    With a layout, rows are sharded over "batch", heads over "heads" and "kv_heads", and pages as
+    `ops.pages` says; where positions are dealt out, each device attends to its own and the softmax
+    is joined by its log-sum-exp.
+
+    Args:
+      query_BNH: one rotated query a row; query head n reads key head n // (N / K).
+      new: Pages of one entry a row: rotated keys and values, [B, K, H] each.
+      pages: the pool; written in place if donated or not used afterwards.
+      layer: int32 scalar.
+      tables_BM: int32 page numbers of each row. All must name pages of the pool; those after the
+        row's last entry are not read.
+      positions_B: int32, position of the new entry in its row.
+      shared: Shared, or None.
+      implementation: a key of IMPLEMENTATIONS, from `resolve`.
+      layout: the rollout's, or None for one device.
+
+    Returns:
+      Weighted values [B, N, H] in the type of the queries; the pool.
+
+    Raises:
+      ValueError: an unknown implementation; the message lists the known ones.
+    """
+    module = _module(implementation)
+    function = functools.partial(_append_and_attend, module, layout)
+    query_axes, row_axes = ("batch", "heads", None), ("batch", "kv_heads", None)
+    arrays = [query_BNH, Pages(*new), pages, jnp.asarray(layer), tables_BM, positions_B]
+    axes = [query_axes, Pages(row_axes, row_axes), _PAGES, (), ("batch", None), ("batch",)]
+    if shared is not None:
+        arrays.append(shared)
+        axes.append(SHARED_AXES)
+    return shard_map(function, layout, axes, (query_axes, _PAGES))(*arrays)
+
+
+def _append_and_attend(
+    module, layout, query, new, pages, layer, tables_BM, positions_B, shared=None
+):
+    part, parts = position_part(layout)
+    pages_B, places_B = places(
+        tables_BM, positions_B, pages.size, pages.keys.shape[2], part, parts
+    )
+    pages = append(pages, new, layer, pages_B, places_B)
+    lengths_B = (positions_B - part) // parts + 1  # ≥ 0: positions ≥ 0 and part < parts
+    found = module.attend(query, pages, layer, tables_BM, lengths_B, shared)
+    if parts > 1:
+        found = _joined(found, layout.axis_names("cache_length"))
+    return found.out.astype(query.dtype), pages
+
+
+def _joined(found, axis):
+    """Joins the parts of all devices: Σ_c e^(lse_c − m) out_c / Σ_c e^(lse_c − m)."""
+    weight = jnp.exp(found.lse - lax.pmax(found.lse, axis))[..., None]
+    total = lax.psum(weight, axis)
+    return found._replace(out=lax.psum(weight * found.out, axis) / total)
+
+
+def resolve(implementation: str, *, platform: str, page_size: int, head_dim: int, dtype) -> str:
+    """Resolves "auto" to an implementation, and refuses one that does not fit.
+
+    "auto" is blocks on CPU, gpu on GPU and tpu on TPU where these fit, else the reference.
+
+    Args:
+      implementation: "auto" or a key of IMPLEMENTATIONS.
+      platform: of the devices ("cpu", "tpu", "gpu", "cuda", "rocm").
+      page_size: tokens of a page.
+      head_dim: H.
+      dtype: of keys and values.
+
+    Raises:
+      ValueError: what the implementation cannot do, and what to set instead.
+    """
+    needs = {
+        "platform": platform,
+        "page_size": page_size,
+        "head_dim": head_dim,
+        "dtype": jnp.dtype(dtype).name,
+    }
+    if implementation == "auto":
+        fit = (name for name in ("blocks", "gpu", "tpu") if not _unfit(name, **needs))
+        return next(fit, "reference")
+    _module(implementation)
+    reason = _unfit(implementation, **needs)
+    if reason:
+        raise ValueError(
+            f"paged attention {implementation!r} {reason}; here {resolve('auto', **needs)!r} does "
+            "(or 'auto')"
+        )
+    return implementation
+
+
+_PLATFORMS = {"blocks": ("cpu",), "gpu": ("gpu", "cuda", "rocm"), "tpu": ("tpu",)}
+
+
+def _unfit(name, *, platform, page_size, head_dim, dtype):
+    """Returns why an implementation does not fit; None if it does."""
+    if name == "reference":
+        return None
+    if platform not in _PLATFORMS[name]:
+        return f"runs on {' or '.join(_PLATFORMS[name])}, not on {platform}"
+    return None
+
+
+def _module(implementation):
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"paged attention {implementation!r} is unknown; "
+            f"use 'auto' or one of {sorted(IMPLEMENTATIONS)}"
+        )
+    return importlib.import_module(f"luspo_jax.ops.{IMPLEMENTATIONS[implementation]}")
+
+
+def partial(query_BNH, lse_top, total, weighted):
+    """Returns the Partial of sums over exp(score − top): of them, and of values with them."""
+    B, N, H = query_BNH.shape
+    out = weighted / jnp.where(total > 0, total, 1.0)[..., None]
+    lse = jnp.where(total > 0, lse_top + jnp.log(jnp.where(total > 0, total, 1.0)), NEGATIVE)
+    return Partial(out.reshape(B, N, H), lse.reshape(B, N))
+
+
+NEGATIVE = -1e30  # finite: the exponential of a masked score is exactly zero, never NaN
+
+
+def scaled_groups(query_BNH, num_kv_heads):
+    """Returns queries over √H, grouped by their key head: [B, K, G, H]."""
+    B, N, H = query_BNH.shape
+    query = query_BNH.astype(jnp.float32) * jnp.float32(H**-0.5)
+    return query.astype(query_BNH.dtype).reshape(B, num_kv_heads, N // num_kv_heads, H)
