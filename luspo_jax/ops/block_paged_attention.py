@@ -7,8 +7,8 @@ in place of one vector each. Sort the rows by length: a block reads as far as it
 import jax.numpy as jnp
 from jax import lax
 
-from luspo_jax.ops.pages import read
 from luspo_jax.ops.paged_attention import NEGATIVE, partial, scaled_groups
+from luspo_jax.ops.pages import read
 
 # Measured on two AVX-512 cores at B 128, K 3, G 3, H 64, L 30, 230 entries a row: 4 to 8 rows by 128
 # entries run at the bandwidth of memory; 16 entries at a time are half as fast.
@@ -109,5 +109,3 @@ def _walked(query_RKGH, pages, layer, tables_RM, lengths_R, state):
 
     steps = -(-jnp.max(lengths_R) // (run * S))
     return lax.fori_loop(0, steps, step, state)
-
-

@@ -104,9 +104,7 @@ def _over_pages(implementation, query, pages, layer, runs, part, parts):
         found = block(inputs, causal=False)
         return joined(state, Results(found.out.astype(jnp.float32), found.lse))
 
-    nothing = Results(
-        jnp.zeros(query.shape, jnp.float32), jnp.full((R, T, N), _LOW, jnp.float32)
-    )
+    nothing = Results(jnp.zeros(query.shape, jnp.float32), jnp.full((R, T, N), _LOW, jnp.float32))
     turns = -(-jnp.max(lengths_R) // (width * S))
     return lax.fori_loop(0, turns, turn, nothing)
 

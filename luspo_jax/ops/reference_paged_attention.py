@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from luspo_jax.ops.pages import read
 from luspo_jax.ops.paged_attention import NEGATIVE, partial, scaled_groups
+from luspo_jax.ops.pages import read
 
 
 def attend(query_BNH, pages, layer, tables_BM, lengths_B, shared=None):
@@ -17,9 +17,7 @@ def attend(query_BNH, pages, layer, tables_BM, lengths_B, shared=None):
     seen_BS = jnp.arange(scores_BKGS.shape[-1])[None] < lengths_B[:, None]
     scores_BKGS = jnp.where(seen_BS[:, None, None], scores_BKGS, NEGATIVE)
     top_BKG = jnp.max(scores_BKGS, axis=-1)
-    weights_BKGS = jnp.where(
-        seen_BS[:, None, None], jnp.exp(scores_BKGS - top_BKG[..., None]), 0.0
-    )
+    weights_BKGS = jnp.where(seen_BS[:, None, None], jnp.exp(scores_BKGS - top_BKG[..., None]), 0.0)
     weighted_BKGH = jnp.einsum(
         "BKGS,KBSH->BKGH",
         weights_BKGS.astype(values_KBSH.dtype),

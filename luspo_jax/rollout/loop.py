@@ -208,9 +208,7 @@ class Loop:
 
     def _images(self, taken, rows, length):
         placed = {
-            part * rows + i: job
-            for part, jobs in enumerate(taken)
-            for i, job in enumerate(jobs)
+            part * rows + i: job for part, jobs in enumerate(taken) for i, job in enumerate(jobs)
         }
         engine = self.engine
         return run_images(
