@@ -66,7 +66,7 @@ def write_and_attend(query_RTNH, new, pages, layer, *, runs, implementation, lay
 
 
 def _write_and_attend(implementation, layout, query, new, pages, layer, runs):
-    R, T = query.shape[:2]
+    T = query.shape[1]
     part, parts = position_part(layout)
     written = jnp.arange(T)[None] < runs.counts_R[:, None]
     segments_RT = written.astype(jnp.int32)

@@ -66,16 +66,18 @@ def test_a_prompt_waits_for_rows_with_its_pages_and_its_rest():
 
 
 def test_the_youngest_gives_its_pages_back_and_is_read_again_with_its_tokens():
-    shard = _shard([5, 5], pages=6, group_size=1)
+    shard = _shard([5, 5], pages=5, group_size=1)
     shard.admit()
     _read_all(shard)
     for sample in shard.decoding:
         sample.extend(np.array([7, 8, 9]), np.zeros(3))
     first, second = shard.admitted
-    assert shard.most_steps(8, False) == 5
-    shard.grow(5, False)
-    assert shard.most_steps(8, False) == 5  # the longest response ends there
+    assert shard.pool.in_use == 2
+    assert shard.most_steps(8, False) == 1  # one page more each; two would be four
+    shard.grow(1, False)
+    assert shard.pool.in_use == 4
     shard.make_room()
+    assert shard.pool.in_use == 3  # its prompt's page is still there
     assert shard.admitted == [first]
     assert list(shard.waiting) == [second]
     assert second.table == []
@@ -115,8 +117,8 @@ def test_groups_stay_together_and_devices_get_as_many_each():
     requests = [Request(i, (0,) * n) for i, n in enumerate([5, 100, 7, 90])]
     samples = s.samples_of(requests, 3, 8)
     parts = s.dealt(samples, 3, 2)
-    assert [[x.request.prompt_id for x in part] for part in parts] == [[1] * 3 + [2] * 3,
-                                                                       [3] * 3 + [0] * 3]  # fmt: skip
+    dealt = [[x.request.prompt_id for x in part] for part in parts]
+    assert dealt == [[1, 1, 1, 2, 2, 2], [3, 3, 3, 0, 0, 0]]
     parts = s.dealt(samples[:9], 3, 2)
     assert [len(part) for part in parts] == [5, 4]
     assert sorted(x.index for part in parts for x in part) == list(range(9))
