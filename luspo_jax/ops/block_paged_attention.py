@@ -10,7 +10,7 @@ from jax import lax
 from luspo_jax.ops.paged_attention import NEGATIVE, partial, scaled_groups
 from luspo_jax.ops.pages import read
 
-# Measured on two AVX-512 cores at B 128, K 3, G 3, H 64, L 30, 230 entries a row: 8 rows by one page
+# Measured on two AVX-512 cores at B 128, K 3, G 3, H 64, L 30, 230 entries a row: 8 rows by a page
 # of 64 entries; of several smaller pages at a time, a run takes half as long again.
 _ROWS = 8
 _ENTRIES = 64
