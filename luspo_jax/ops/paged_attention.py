@@ -4,8 +4,8 @@
 |---|---|---|
 | reference | all | gathers every page that a table can name; for tests, and what others do not fit |
 | blocks | CPU | a few rows and pages at a time; pages that rows share are read once for all of them |
-| gpu | GPU | the Pallas kernel that comes with jax: it reads live pages only |
-| tpu | TPU | the Pallas kernel that comes with jax: it reads live pages only |
+| gpu | GPU | a Pallas kernel that reads live entries only |
+| tpu | TPU | the Pallas kernel that comes with jax: it reads live pages, in blocks; bfloat16 |
 """
 
 import functools
@@ -118,9 +118,7 @@ def _append_and_attend(
     module, layout, query, new, pages, layer, tables_BM, positions_B, shared=None
 ):
     part, parts = position_part(layout)
-    pages_B, places_B = places(
-        tables_BM, positions_B, pages.size, pages.keys.shape[2], part, parts
-    )
+    pages_B, places_B = places(tables_BM, positions_B, pages.size, pages.keys.shape[2], part, parts)
     pages = append(pages, new, layer, pages_B, places_B)
     lengths_B = (positions_B - part) // parts + 1  # ≥ 0: positions ≥ 0 and part < parts
     found = module.attend(query, pages, layer, tables_BM, lengths_B, shared)
@@ -179,6 +177,16 @@ def _unfit(name, *, platform, page_size, head_dim, dtype):
         return None
     if platform not in _PLATFORMS[name]:
         return f"runs on {' or '.join(_PLATFORMS[name])}, not on {platform}"
+    if name == "gpu" and dtype not in ("bfloat16", "float16", "float32"):
+        return f"takes bfloat16, float16 or float32, not {dtype}"
+    if name == "gpu" and head_dim > 256:
+        return f"takes heads of up to 256, not {head_dim}"
+    if name == "tpu" and dtype != "bfloat16":
+        return f"multiplies in bfloat16, and keys and values are {dtype}"
+    if name == "tpu" and head_dim % 128:
+        return f"takes heads of a multiple of 128, not {head_dim}: it would copy the pool"
+    if name == "tpu" and page_size % 8:
+        return f"takes pages of a multiple of 8 tokens, not {page_size}"
     return None
 
 

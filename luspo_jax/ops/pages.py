@@ -23,6 +23,9 @@ class Pages(NamedTuple):
     Key heads come first and layers before pages, so that a kernel which takes [K, pages, S, H]
     reads any layer in place: page p of layer l is page l · P + p of [K, L · P, S, H].
 
+    All of it must be finite, pages that nobody has too: begin with zeros. Attention reads past a
+    row's end and gives what it finds there the weight 0, and 0 · NaN would be NaN.
+
     Attributes:
       keys: rotated keys, [K, L, P, S, H].
       values: values, likewise.
