@@ -14,23 +14,24 @@ import numpy as np
 
 from luspo_jax import sharding
 from luspo_jax.models import vision
-from luspo_jax.models.decoder_layers import REMAT, Decoder, KVCache
+from luspo_jax.models.decoder_layers import REMAT, Decoder
 from luspo_jax.models.experts import EXPERT_AXES, ROUTER_AXES, Routed, check_ids
 from luspo_jax.models.forward import Forward
 from luspo_jax.ops.attention import attention as attend
-from luspo_jax.ops.decode_attention import CACHE_AXES, append_and_attend
 from luspo_jax.ops.normal_slice import normal_slice
+from luspo_jax.ops.paged_attention import append_and_attend
+from luspo_jax.ops.paged_prefill import write_and_attend
+from luspo_jax.ops.pages import PAGES_AXES, Pages
 from luspo_jax.sharding import constrain
 
 __all__ = [
     "REMAT",
-    "KVCache",
     "Routed",
     "abstract_params",
     "cast",
     "cut_sizes",
     "decode_step",
-    "empty_cache",
+    "empty_pages",
     "forward",
     "head_kernel",
     "hidden_states",
@@ -43,7 +44,7 @@ INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
 _MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by their last key
 
 
-def _attend_sequence(query, key, value, cache, layer, segment_ids_BT, *, how, keep):
+def _attend_sequence(query, key, value, pages, layer, segment_ids_BT, *, how):
     out = attend(
         query,
         key,
@@ -52,20 +53,31 @@ def _attend_sequence(query, key, value, cache, layer, segment_ids_BT, *, how, ke
         implementation=how.attention,
         layout=how.layout,
     )
-    kept = (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)) if keep else None
-    return out, cache, kept
+    return out, pages
 
 
-def _attend_cache(query, key, value, cache, layer, lengths_B, *, layout):
-    out, keys, values = append_and_attend(
+def _attend_runs(query, key, value, pages, layer, runs, *, how):
+    return write_and_attend(
         query,
-        (key, value),
-        (cache.keys_LBKSH, cache.values_LBKSH),
+        Pages(key, value),
+        pages,
         layer,
-        positions_B=lengths_B,
-        layout=layout,
+        runs=runs,
+        implementation=how.attention,
+        layout=how.layout,
     )
-    return out, KVCache(keys, values), None
+
+
+def _attend_pages(query, key, value, pages, layer, places, *, how):
+    return append_and_attend(
+        query,
+        Pages(key, value),
+        pages,
+        layer,
+        places=places,
+        implementation=how.paged_attention,
+        layout=how.layout,
+    )
 
 
 def hidden_states(params, tokens_BT, positions_BT, segment_ids_BT, *, how, **images):
@@ -100,12 +112,12 @@ def forward(
       index_BT: int32 row of `units_UD` that stands in place of a token's embedding, −1 where the
         token's own does (`images.layout.token_units`).
     """
-    decoder = Decoder(how, functools.partial(_attend_sequence, how=how, keep=False))
+    decoder = Decoder(how, functools.partial(_attend_sequence, how=how))
     replayed = None
     if replayed_BTLK is not None:
         check_ids(replayed_BTLK, tokens_BT, how.model, "replayed_BTLK")
         replayed = jnp.moveaxis(replayed_BTLK, -2, 0)
-    hidden_BTD, _, _, routed = decoder.apply(
+    hidden_BTD, _, routed = decoder.apply(
         {"params": params},
         tokens_BT,
         positions_BT,
@@ -119,69 +131,62 @@ def forward(
 
 def prefill(
     params,
-    tokens_BT,
-    lengths_B,
+    tokens_RT,
+    positions_RT,
+    pages,
+    runs,
     *,
     how,
-    positions_BT=None,
     units_UD=None,
-    index_BT=None,
+    index_RT=None,
 ):
-    """Returns (hidden state of each row's last token [B, D], KV cache of length T, expert ids).
+    """Reads a run of tokens a row into pages: (updated pages, expert ids).
 
-    Rows are left-aligned with `lengths_B` ≥ 1. Tokens after a row's length are ignored; decoding
-    overwrites their cache entries as it advances. `positions_BT`, `units_UD` and `index_BT` are as
-    in `forward`; by default positions count from 0. Under a layout rows are sharded over "batch"
-    and key heads over "kv_heads"; positions are on every device. The ids are [B, T, L, K], None
-    without experts.
-    """
-    (B, T), layout = tokens_BT.shape, how.layout
-    tokens_BT = sharding.constrain(tokens_BT, ("batch", None), layout)
-    places_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    positions_BT = places_BT if positions_BT is None else positions_BT
-    segment_ids_BT = (places_BT < lengths_B[:, None]).astype(jnp.int32)
-    decoder = Decoder(how, functools.partial(_attend_sequence, how=how, keep=True))
-    hidden_BD, _, kept, routed = decoder.apply(
-        {"params": params},
-        tokens_BT,
-        positions_BT,
-        segment_ids_BT,
-        last_B=lengths_B - 1,
-        real=segment_ids_BT > 0,
-        images=None if units_UD is None else (units_UD, index_BT),
-    )
-    axes = (*CACHE_AXES[:3], None, None)
-    cache = KVCache(*(sharding.constrain(x, axes, layout) for x in kept))
-    hidden_BD = sharding.constrain(hidden_BD, ("batch", None), layout)
-    return hidden_BD, cache, _ids(routed, layout)
+    Under a layout rows are sharded over "batch" and pages as `ops.pages` says. The ids are
+    [R, T, L, K], None without experts. Donate the pages: they are updated in place.
 
-
-def decode_step(
-    params,
-    tokens_B,
-    lengths_B,
-    cache,
-    *,
-    how,
-    real_B=None,
-    positions_B=None,
-):
-    """Decodes one more token per row: (hidden state [B, D], updated cache, expert ids).
-
-    Token b sits at position `lengths_B[b]`, where its key and value are written, and sees the
-    entries up to and including its own. Its rotary position is that, or `positions_B[b]`, which
-    lags behind after images. Attention is what `ops.decode_attention` takes on the platform,
-    whatever `how` names for whole sequences; under a layout the cache lies as `append_and_attend`
-    says. The ids are [B, L, K], None where there are no experts; rows that are not `real_B` (None:
-    all are) go to none. Donate the cache: it is updated in place.
+    Args:
+      params: of the decoder.
+      tokens_RT: int32 token ids, left-aligned.
+      positions_RT: int32 rotary positions, [R, T, 3] where images give tokens three.
+      pages: the pool.
+      runs: `paged_prefill.Runs`; tokens after a row's count are ignored.
+      how: the Forward.
+      units_UD: as in `forward`.
+      index_RT: as `index_BT` in `forward`.
     """
     layout = how.layout
-    decoder = Decoder(how, functools.partial(_attend_cache, layout=layout))
-    positions_B = lengths_B if positions_B is None else positions_B
-    hidden_BD, cache, _, routed = decoder.apply(
-        {"params": params}, tokens_B, positions_B, lengths_B, cache, real=real_B
+    tokens_RT = sharding.constrain(tokens_RT, ("batch", None), layout)
+    real_RT = jnp.arange(tokens_RT.shape[1])[None] < runs.counts_R[:, None]
+    decoder = Decoder(how, functools.partial(_attend_runs, how=how))
+    _, pages, routed = decoder.apply(
+        {"params": params},
+        tokens_RT,
+        positions_RT,
+        runs,
+        pages,
+        last_B=jnp.zeros_like(runs.counts_R),  # nothing reads it: one position is the least
+        real=real_RT,
+        images=None if units_UD is None else (units_UD, index_RT),
     )
-    return sharding.constrain(hidden_BD, ("batch", None), layout), cache, _ids(routed, layout)
+    return pages, _ids(routed, layout)
+
+
+def decode_step(params, tokens_B, pages, places, *, how, positions_B=None):
+    """Reads one more token per row: (hidden state [B, D], updated pages, expert ids).
+
+    Token b sits at position `places.positions_B[b]`, where its key and value are written, and sees
+    the entries up to and including its own. Its rotary position is that, or `positions_B[b]`, which
+    lags behind after images. The ids are [B, L, K], None without experts; rows that are not
+    `places.real_B` go to none. Donate the pages: they are updated in place.
+    """
+    layout = how.layout
+    decoder = Decoder(how, functools.partial(_attend_pages, how=how))
+    rotary_B = places.positions_B if positions_B is None else positions_B
+    hidden_BD, pages, routed = decoder.apply(
+        {"params": params}, tokens_B, rotary_B, places, pages, real=places.real_B
+    )
+    return sharding.constrain(hidden_BD, ("batch", None), layout), pages, _ids(routed, layout)
 
 
 def _ids(routed, layout):
@@ -191,12 +196,12 @@ def _ids(routed, layout):
     return sharding.constrain(routed.expert_ids, axes, layout)
 
 
-def empty_cache(how, batch, length):
-    """A zero KVCache for `batch` rows of up to `length` tokens."""
+def empty_pages(how, num_pages, page_size):
+    """A pool of zero pages: `num_pages` of `page_size` tokens, all devices together."""
     c = how.model
-    shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
+    shape = (c.num_kv_heads, c.num_layers, num_pages, page_size, c.head_dim)
     zeros = (jnp.zeros(shape, jnp.dtype(how.dtype)) for _ in range(2))
-    return KVCache(*(sharding.constrain(x, CACHE_AXES, how.layout) for x in zeros))
+    return Pages(*(sharding.constrain(x, PAGES_AXES, how.layout) for x in zeros))
 
 
 def head_kernel(params):
@@ -248,7 +253,7 @@ def _normal_part(key, start, shape, axes, layout):
 def abstract_params(config, dtype=jnp.float32):
     """Shapes and types of the parameters, routers float32 at least; nothing is allocated."""
     how = Forward(config)
-    attend_fn = functools.partial(_attend_sequence, how=how, keep=False)
+    attend_fn = functools.partial(_attend_sequence, how=how)
     init = Decoder(how, attend_fn, param_dtype=dtype).init
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tree = jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT, tokens_BT)["params"]

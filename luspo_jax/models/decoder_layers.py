@@ -49,15 +49,6 @@ REMAT = {
 _zeros = nn.initializers.zeros
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """The rotated keys and values of every layer: [L, B, K, S, H] each."""
-
-    keys_LBKSH: jax.Array
-    values_LBKSH: jax.Array
-
-
 class RMSNorm(nn.Module):
     """`rms_norm` with a learnt scale."""
 
@@ -94,8 +85,8 @@ class Projection(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention; `attend_fn` determines what the queries see.
 
-    attend_fn(query, key, value, cache, layer, context) -> (out, cache, kept) also decides where the
-    new keys and values are stored.
+    attend_fn(query, key, value, pages, layer, context) -> (out, pages) also decides where the new
+    keys and values are stored.
     """
 
     how: Forward
@@ -103,7 +94,7 @@ class Attention(nn.Module):
     attend_fn: Any
 
     @nn.compact
-    def __call__(self, x, cache, layer, rotation, context):
+    def __call__(self, x, pages, layer, rotation, context):
         c, layout = self.how.model, self.how.layout
         heads, kv_heads = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
 
@@ -118,12 +109,12 @@ class Attention(nn.Module):
             query = RMSNorm(c, self.param_dtype, name="query_norm")(query)
             key = RMSNorm(c, self.param_dtype, name="key_norm")(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
-        out, cache, kept = self.attend_fn(query, key, value, cache, layer, context)
+        out, pages = self.attend_fn(query, key, value, pages, layer, context)
         axes = ("heads", "head_dim", "embed")
         merge = Projection(
             axes, (c.embed_dim,), self.param_dtype, layout, c.out_bias, 2, name="out"
         )
-        return merge(out), cache, kept
+        return merge(out), pages
 
 
 class MLP(nn.Module):
@@ -195,11 +186,11 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, replayed, rotation, context, real):
-        x, cache = carry
+        x, pages = carry
         c, dtype, layout = self.how.model, self.param_dtype, self.how.layout
         normed = RMSNorm(c, dtype, name="attention_norm")(x)
         attention = Attention(self.how, dtype, self.attend_fn, name="attention")
-        out, cache, kept = attention(normed, cache, layer, rotation, context)
+        out, pages = attention(normed, pages, layer, rotation, context)
         x = placed(x + out, layout)
         normed = RMSNorm(c, dtype, name="mlp_norm")(x)
         routed = None
@@ -208,7 +199,7 @@ class Layer(nn.Module):
         else:
             out = MLP(self.how, dtype, name="mlp")(normed)
         x = placed(x + out, layout)
-        return (x, cache), (kept, routed)
+        return (x, pages), routed
 
 
 def placed(x, layout):
@@ -230,7 +221,7 @@ class Decoder(nn.Module):
         tokens,
         positions,
         context,
-        cache=None,
+        pages=None,
         last_B=None,
         real=None,
         replayed=None,
@@ -252,7 +243,7 @@ class Decoder(nn.Module):
             sections,
             1.0 if scaling is None else scaling.rotation_factor,
         )
-        kept, routed = [], []
+        routed = []
         for stack in c.stacks:
             done = sum(part.load_LE.shape[0] for part in routed)
             own = None
@@ -260,16 +251,13 @@ class Decoder(nn.Module):
                 own = replayed[done : done + stack.count]
             layers = jnp.arange(stack.start, stack.start + stack.count)
             scanned = self._scanned(stack)
-            (x, cache), (of_attention, of_experts) = scanned(
-                (x, cache), layers, own, rotation, context, real
-            )
-            kept.append(of_attention)
-            routed += [of_experts] if stack.experts else []
+            (x, pages), found = scanned((x, pages), layers, own, rotation, context, real)
+            routed += [found] if stack.experts else []
         if last_B is not None:
             x = jnp.take_along_axis(x, last_B[:, None, None], axis=1, mode="clip")[:, 0]
             x = placed(x, layout)
         x = RMSNorm(c, self.param_dtype, name="final_norm")(x)
-        return x, cache, _joined(kept), self._recorded(routed)
+        return x, pages, self._recorded(routed)
 
     def _scanned(self, stack):
         body = Layer

@@ -13,6 +13,7 @@ attention a ring (`ring_attention`).
 
 import functools
 import importlib
+from typing import Any
 
 import jax
 
@@ -238,7 +239,7 @@ _by_parts.defvjp(_parts_forward, _parts_backward)
 
 
 def _own_forward(implementation, layout, causal, inputs):
-    block, (axis, count) = _blocks(implementation).forward_block, _ring(layout)
+    block, (axis, count) = blocks(implementation).forward_block, _ring(layout)
     if causal and count > 1:
         results = forward_ring(block, axis, count, inputs)
     else:
@@ -247,7 +248,7 @@ def _own_forward(implementation, layout, causal, inputs):
 
 
 def _own_backward(implementation, layout, causal, inputs, results, grad):
-    block, (axis, count) = _blocks(implementation).backward_block, _ring(layout)
+    block, (axis, count) = blocks(implementation).backward_block, _ring(layout)
     if causal and count > 1:
         grads = backward_ring(block, axis, count, inputs, results, grad)
     else:
@@ -257,7 +258,8 @@ def _own_backward(implementation, layout, causal, inputs, results, grad):
     return tuple(grad.astype(x.dtype) for grad, x in zip(grads, inputs[:3], strict=True))
 
 
-def _blocks(implementation):
+def blocks(implementation: str) -> Any:
+    """Returns the module of an implementation; its functions are those of `attention_blocks`."""
     return importlib.import_module(f"luspo_jax.ops.{IMPLEMENTATIONS[implementation]}")
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from luspo_jax.ops.pages import PAGES_AXES, Pages, append, places, position_part
+from luspo_jax.ops.pages import PAGES_AXES, Pages, append, position_part
 from luspo_jax.sharding import shard_map
 
 # Modules with attend(query_BNH, pages, layer, tables_BM, lengths_B, shared) -> Partial.
@@ -61,22 +61,29 @@ class Shared(NamedTuple):
     group_pages_B: Any
 
 
+class Places(NamedTuple):
+    """Where each row's new entry goes and which entries the row sees.
+
+    Attributes:
+      tables_BM: int32 page numbers of each row. All must name pages of the pool; those after the
+        row's last entry are not read.
+      positions_B: int32, position of the new entry; the row sees entries 0 … position.
+      real_B: bool; other rows write nothing, and their output means nothing.
+      shared: Shared, or None.
+    """
+
+    tables_BM: Any
+    positions_B: Any
+    real_B: Any
+    shared: Any = None
+
+
 SHARED_AXES = Shared(("batch",), *[("batch", None)] * 3, ("batch",))
+PLACES_AXES = Places(("batch", None), ("batch",), ("batch",), SHARED_AXES)
 _PAGES = Pages(PAGES_AXES, PAGES_AXES)
 
 
-def append_and_attend(
-    query_BNH,
-    new,
-    pages,
-    layer,
-    *,
-    tables_BM,
-    positions_B,
-    shared=None,
-    implementation,
-    layout=None,
-):
+def append_and_attend(query_BNH, new, pages, layer, *, places, implementation, layout=None):
     """Writes one key and value a row into its page and attends to the entries up to them.
 
       softmax(q·k / √H) v over the row's entries 0 … position; scores and sums are float32.
@@ -90,10 +97,7 @@ def append_and_attend(
       new: Pages of one entry a row: rotated keys and values, [B, K, H] each.
       pages: the pool; written in place if donated or not used afterwards.
       layer: int32 scalar.
-      tables_BM: int32 page numbers of each row. All must name pages of the pool; those after the
-        row's last entry are not read.
-      positions_B: int32, position of the new entry in its row.
-      shared: Shared, or None.
+      places: Places.
       implementation: a key of IMPLEMENTATIONS, from `resolve`.
       layout: the rollout's, or None for one device.
 
@@ -103,31 +107,41 @@ def append_and_attend(
     Raises:
       ValueError: an unknown implementation; the message lists the known ones.
     """
-    module = _module(implementation)
-    function = functools.partial(_append_and_attend, module, layout)
-    query_axes, row_axes = ("batch", "heads", None), ("batch", "kv_heads", None)
-    arrays = [query_BNH, Pages(*new), pages, jnp.asarray(layer), tables_BM, positions_B]
-    axes = [query_axes, Pages(row_axes, row_axes), _PAGES, (), ("batch", None), ("batch",)]
+    shared = places.shared
+    arrays = [query_BNH, Pages(*new), pages, jnp.asarray(layer), *places[:3]]
+    row_axes = ("batch", "kv_heads", None)
+    axes = [("batch", "heads", None), Pages(row_axes, row_axes), _PAGES, (), *PLACES_AXES[:3]]
     if shared is not None:
         arrays.append(shared)
         axes.append(SHARED_AXES)
-    return shard_map(function, layout, axes, (query_axes, _PAGES))(*arrays)
+    function = functools.partial(_append_and_attend, _module(implementation), layout)
+    return shard_map(function, layout, axes, (axes[0], _PAGES))(*arrays)
 
 
-def _append_and_attend(
-    module, layout, query, new, pages, layer, tables_BM, positions_B, shared=None
-):
+def _append_and_attend(module, layout, query, new, pages, layer, *places):
+    where = Places(*places)
     part, parts = position_part(layout)
-    pages_B, places_B = places(tables_BM, positions_B, pages.size, pages.keys.shape[2], part, parts)
+    pages_B, places_B = entry_of(where, pages, part, parts)
     pages = append(pages, new, layer, pages_B, places_B)
-    lengths_B = (positions_B - part) // parts + 1  # ≥ 0: positions ≥ 0 and part < parts
-    found = module.attend(query, pages, layer, tables_BM, lengths_B, shared)
+    # ≥ 0: positions ≥ 0 and part < parts.
+    lengths_B = (where.positions_B - part) // parts + 1
+    found = module.attend(query, pages, layer, where.tables_BM, lengths_B, where.shared)
     if parts > 1:
-        found = _joined(found, layout.axis_names("cache_length"))
+        found = joined(found, layout.axis_names("cache_length"))
     return found.out.astype(query.dtype), pages
 
 
-def _joined(found, axis):
+def entry_of(where, pages, part=0, parts=1):
+    """Returns (page, place in it) of each row's new entry; pages past the end where it is another
+    device's or none."""
+    local_B = where.positions_B // parts
+    at_B1 = (local_B // pages.size)[:, None]
+    pages_B = jnp.take_along_axis(where.tables_BM, at_B1, axis=1, mode="clip")[:, 0]
+    own_B = where.real_B & (where.positions_B % parts == part)
+    return jnp.where(own_B, pages_B, pages.keys.shape[2]), local_B % pages.size
+
+
+def joined(found, axis):
     """Joins the parts of all devices: Σ_c e^(lse_c − m) out_c / Σ_c e^(lse_c − m)."""
     weight = jnp.exp(found.lse - lax.pmax(found.lse, axis))[..., None]
     total = lax.psum(weight, axis)

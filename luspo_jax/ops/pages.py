@@ -46,15 +46,6 @@ def one_layer(array, layer, tables):
     return array.reshape(K, L * P, *rest), tables + layer * P
 
 
-def places(tables_BM, positions_B, size, num_pages, part=0, parts=1):
-    """Returns (page, place within it) of one position a row; pages past the end for those of
-    other devices."""
-    own_B = positions_B % parts == part
-    local_B = positions_B // parts
-    pages_B = jnp.take_along_axis(tables_BM, (local_B // size)[:, None], axis=1, mode="clip")[:, 0]
-    return jnp.where(own_B, pages_B, num_pages), local_B % size
-
-
 def append(pages, new, layer, pages_B, places_B):
     """Writes one key and value a row, [B, K, H] each; rows whose page is past the end are dropped."""
 
@@ -91,3 +82,27 @@ def position_part(layout):
     if layout is None or layout.size("cache_length") == 1:
         return 0, 1
     return lax.axis_index(layout.axis_names("cache_length")), layout.size("cache_length")
+
+
+def write_runs(pages, new, layer, pages_RN, part=0, parts=1):
+    """Writes a run of tokens of each row into whole pages.
+
+    Args:
+      pages: the pool.
+      new: Pages of [R, T, K, H] each; T tokens are N pages of S · parts.
+      layer: int32 scalar.
+      pages_RN: int32 page of each of them; past the end where it is not to be written.
+      part: index of this device along "cache_length".
+      parts: number of devices along it.
+    """
+
+    def written(array, new_RTKH):
+        K, _, _, S, H = array.shape
+        R, N = pages_RN.shape
+        by_page = new_RTKH.reshape(R, N, S, parts, K, H)
+        own_RNSKH = lax.dynamic_index_in_dim(by_page, part, 3, keepdims=False)
+        own_KRNSH = jnp.moveaxis(own_RNSKH, 3, 0).astype(array.dtype)
+        heads_K11 = jnp.arange(K)[:, None, None]
+        return array.at[heads_K11, layer, pages_RN[None]].set(own_KRNSH, mode="drop")
+
+    return Pages(written(pages.keys, new.keys), written(pages.values, new.values))

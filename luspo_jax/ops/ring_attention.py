@@ -80,7 +80,7 @@ def forward_ring(block, axis, count, inputs):
     own = _attend(block, _both(queries), _both(keys), causal=True)
     early, late = _halves(own, axis=0)
     whole = _attend(block, _late(queries), _early(keys), causal=False)
-    state = early, _joined(late, whole)
+    state = early, joined(late, whole)
 
     def turn(state, step):
         (early, late), keys = state
@@ -88,10 +88,10 @@ def forward_ring(block, axis, count, inputs):
         before = step <= index  # the keys come from a device before this one
         parts = _attend(block, _pairs(before, queries), _pair_keys(before, keys), causal=False)
         first, second = _halves(parts, axis=0)
-        late = _joined(late, first)
+        late = joined(late, first)
         # One of the two adds the second part, the other nothing.
-        early = _joined(early, _silenced(second, before))
-        late = _joined(late, _silenced(second, ~before))
+        early = joined(early, _silenced(second, before))
+        late = joined(late, _silenced(second, ~before))
         return ((early, late), arriving), None
 
     (state, _), _ = lax.scan(turn, (state, arriving), jnp.arange(1, count))
@@ -210,7 +210,7 @@ def _pull(block, queries, keys, *, causal):
     return tuple(map(wide, block(inputs, results, grad, causal=causal)))
 
 
-def _joined(a, b):
+def joined(a, b):
     """Joins the results of two parts into those of the union of their keys."""
     (out_a, lse_a), (out_b, lse_b) = a, b
     top = jnp.maximum(lse_a, lse_b)

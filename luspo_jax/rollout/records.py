@@ -16,11 +16,13 @@ class Request:
       prompt_id: keys the prompt's noise; the same in every run and on every host.
       tokens: token ids, one or more; an image has one placeholder per image token.
       images: the images, each with `patches()` and `grid_thw`, like `PreparedImage`.
+      limit: tokens after which its responses are cut, if fewer than the sampling's; None for those.
     """
 
     prompt_id: int
     tokens: tuple[int, ...] | np.ndarray
     images: tuple[Any, ...] = ()
+    limit: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +77,19 @@ class RolloutStats:
     """Costs of a rollout.
 
     Attributes:
-      decode_steps: model steps; each adds at most one token to every slot.
-      prefill_tokens: prompt tokens computed, without padding.
+      decode_steps: model steps; each adds at most one token to every row.
+      prefill_tokens: prompt tokens computed, without padding; what all prompts begin with once a
+        device, and no last tokens, which decoding reads.
+      recomputed_tokens: tokens of preempted responses that were computed again.
       prefill_calls: prefill programs run.
       generated_tokens: response tokens, stop tokens included.
-      slot_utilisation: generated tokens over slots × decode steps.
+      slot_utilisation: generated tokens over rows of decode steps.
+      preemptions: responses that gave their pages back before they ended.
+      page_size: tokens of a page on one device.
+      pages_total: pages of the pools of all devices along "batch".
+      pages_peak: the most in use at a time.
+      pages_in_use: pages in use after each chunk, before those of ended responses are freed.
+      cache_bytes: bytes of the pool on one device.
       compilations: programs compiled or read from the compile cache.
       compile_seconds: time spent on tracing and compiling them.
       seconds: wall time without compile_seconds.
@@ -93,3 +103,10 @@ class RolloutStats:
     compilations: int
     compile_seconds: float
     seconds: float
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    page_size: int = 0
+    pages_total: int = 0
+    pages_peak: int = 0
+    pages_in_use: tuple[int, ...] = ()
+    cache_bytes: int = 0

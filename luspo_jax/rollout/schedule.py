@@ -1,62 +1,131 @@
-"""The host side of a rollout: when each prompt is prefilled, and which response has which slot."""
+"""The host side of a rollout: which responses have pages, which are read, decoded or wait.
+
+Nothing here knows a device or a token's meaning; it is about counts, so it is the same in every run
+of the same requests.
+"""
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
-from luspo_jax.ops.sizes import rounded_up
+from luspo_jax.rollout.pool import PagePool
 from luspo_jax.rollout.records import Request, Response
 
 
-def prefill_batches(requests, *, group_size, num_slots, max_tokens, multiple=1):
-    """Returns batches of indices of `requests` for prefill.
+@dataclasses.dataclass(eq=False)
+class Job:
+    """Tokens to be read into pages, run after run.
 
-    Longest prompts come first, so that the prompts of a batch need little padding. A batch holds
-    about as many prompts as fill the slots, fewer if its padded tokens would exceed `max_tokens`,
-    and no fewer than `multiple`, since it has that many rows in any case.
+    Attributes:
+      request: the prompt that the tokens begin with.
+      tokens: int32, from position 0 up to the last to be read.
+      table: pages of these positions.
+      at: position that is read next, where a page begins; `len(tokens)` if done.
+      after: a job that must be done before.
+      again: whether the tokens were in pages before.
+      ids: expert ids of the tokens read, in pieces, if recorded.
     """
-    most = max(1, num_slots // group_size // multiple)
-    most = multiple * (1 << (most.bit_length() - 1))
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
-    batches = []
-    while order:
-        longest = len(requests[order[0]].tokens)
-        count = min(most, max(multiple, max_tokens // longest))
-        batches.append(order[:count])
-        order = order[count:]
-    return batches
-
-
-def padded_prompts(requests, *, length, multiple=1):
-    """Returns left-aligned tokens_PT and lengths_P of `requests`, P rounded up by `rounded_up`.
-
-    Padding rows hold one token.
-    """
-    count = rounded_up(len(requests), multiple)
-    tokens_PT = np.zeros((count, length), np.int32)
-    lengths_P = np.ones(count, np.int32)
-    for row, request in enumerate(requests):
-        tokens_PT[row, : len(request.tokens)] = request.tokens
-        lengths_P[row] = len(request.tokens)
-    return tokens_PT, lengths_P
-
-
-@dataclasses.dataclass
-class Occupant:
-    """The response in a slot, and its tokens so far, in pieces."""
 
     request: Request
-    index: int  # of the response in the result
+    tokens: np.ndarray
+    table: list[int]
+    at: int
+    after: "Job | None" = None
+    again: bool = False
+    ids: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens not read yet."""
+        return len(self.tokens) - self.at
+
+    @property
+    def least(self) -> int:
+        """Tokens that the next run must have: what is left of a prompt with images is one run."""
+        return max(0, len(self.request.tokens) - 1 - self.at) if self.request.images else 0
+
+    @property
+    def done(self) -> bool:
+        """Whether all is read, of earlier jobs too."""
+        return self.remaining == 0 and (self.after is None or self.after.done)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a run of it may be read now."""
+        return self.remaining > 0 and (self.after is None or self.after.done)
+
+
+@dataclasses.dataclass(eq=False)
+class Prompt:
+    """The pages of a prompt but for its last token, which every response reads itself.
+
+    Attributes:
+      job: reads them.
+      pages: full ones, shared by the responses.
+      rest: the page of what fills none; copied for each response, the last one takes it.
+      users: responses that have pages now.
+      waiting: responses that have none yet, or none any more.
+    """
+
+    job: Job
+    pages: list[int]
+    rest: int | None
+    users: int = 0
+    waiting: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Sample:
+    """A response on its way, its tokens in pieces.
+
+    Attributes:
+      request: its prompt.
+      index: of the response in the result.
+      sample_id: of its noise.
+      limit: tokens, the prompt's included, at which it is cut.
+      length: tokens so far, the prompt's included.
+      drawn: whether the response has ended and its last token is still to be read.
+      table: its pages; while it waits, none.
+      prompt: its Prompt while it has pages.
+      job: reads what the prompt's pages lack, if any.
+      turn: the count of admissions when it was admitted; the youngest has the largest.
+      started: whether it is decoded.
+    """
+
+    request: Request
+    index: int
     sample_id: int
-    length: int  # of the row, prompt included
+    limit: int
+    length: int
+    drawn: bool = False
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
     expert_ids: list[np.ndarray] = dataclasses.field(default_factory=list)
-    prompt_expert_ids: np.ndarray | None = None
+    table: list[int] = dataclasses.field(default_factory=list)
+    prompt: Prompt | None = None
+    job: Job | None = None
+    turn: int = -1
+    started: bool = False
+
+    @property
+    def position(self) -> int:
+        """Position of the token that it reads next: its last."""
+        return self.length - 1
+
+    @property
+    def last_token(self) -> int:
+        """The token that it reads next."""
+        return int(self.tokens[-1][-1] if self.tokens else self.request.tokens[-1])
+
+    def reads(self, steps: int, record: bool) -> int:
+        """Returns the most tokens that it reads in `steps` steps."""
+        rest = 1 if self.drawn else self.limit - self.length + int(record)
+        return min(steps, rest)
 
     def extend(self, tokens, logprobs, expert_ids=None):
-        """Appends the tokens, log-probs and expert ids of one chunk.
+        """Appends the tokens and log-probs of one chunk, and the expert ids of what it read.
 
         Raises:
           FloatingPointError: a log-probability is not finite.
@@ -66,71 +135,302 @@ class Occupant:
                 f"prompt_id {self.request.prompt_id}, sample_id {self.sample_id}: the sampler's "
                 "log-probabilities are not finite; look for NaN or Inf in params"
             )
-        self.tokens.append(tokens)
-        self.logprobs.append(logprobs)
+        if len(tokens):
+            self.tokens.append(tokens)
+            self.logprobs.append(logprobs)
         if expert_ids is not None:
             self.expert_ids.append(expert_ids)
         self.length += len(tokens)
 
-    def response(self, stop_token_ids):
+    def response(self, stop_token_ids, prompt_ids_TLK=None) -> Response:
+        """Returns the Response; `prompt_ids_TLK` has the expert ids of the prompt, if recorded."""
         tokens = np.concatenate(self.tokens)
+        # The first token that a response reads is its prompt's last.
+        own = None if prompt_ids_TLK is None else np.concatenate(self.expert_ids)[1:]
         return Response(
             prompt_id=self.request.prompt_id,
             sample_id=self.sample_id,
             tokens=tokens,
             logprobs=np.concatenate(self.logprobs),
             stopped=int(tokens[-1]) in stop_token_ids,
-            expert_ids=np.concatenate(self.expert_ids) if self.expert_ids else None,
-            prompt_expert_ids=self.prompt_expert_ids,
+            expert_ids=own,
+            prompt_expert_ids=prompt_ids_TLK,
         )
 
 
-class SlotTable:
-    """The occupant of each slot, and the finished responses."""
+def samples_of(requests: Sequence[Request], group_size: int, longest: int) -> list[Sample]:
+    """Returns the samples of all requests, request-major; a response has `longest` tokens at most,
+    or its request's limit."""
+    return [
+        Sample(
+            request,
+            index * group_size + sample_id,
+            sample_id,
+            len(request.tokens) + min(longest, request.limit or longest),
+            len(request.tokens),
+        )
+        for index, request in enumerate(requests)
+        for sample_id in range(group_size)
+    ]
 
-    def __init__(self, num_slots, num_responses):
-        self.occupants: list[Occupant | None] = [None] * num_slots
-        self.responses: list[Response | None] = [None] * num_responses
-        self.finished = 0
-        self.generated_tokens = 0
+
+def dealt(samples: Sequence[Sample], group_size: int, parts: int) -> list[list[Sample]]:
+    """Deals samples to `parts` devices: as many to each, groups together, longest prompts first.
+
+    Prompts of a prefill then need little padding.
+    """
+    groups = [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
+    groups.sort(key=lambda group: -len(group[0].request.tokens))
+    if len(groups) % parts == 0:  # devices side by side read prompts of about one length
+        return [[s for group in groups[part::parts] for s in group] for part in range(parts)]
+    flat = [sample for group in groups for sample in group]
+    size = -(-len(flat) // parts)
+    return [flat[part * size : (part + 1) * size] for part in range(parts)]
+
+
+def common_prefix(requests: Sequence[Request], image_token: int | None, unit: int) -> np.ndarray:
+    """Returns the tokens that all prompts begin with, whole units of them, before any image.
+
+    At least the last token of every prompt is left out.
+    """
+    if len(requests) < 2:
+        return np.zeros(0, np.int32)
+    first = np.asarray(requests[0].tokens)
+    size = min(len(request.tokens) for request in requests) - 1
+    for request in requests[1:]:
+        tokens = np.asarray(request.tokens)
+        differ = np.flatnonzero(tokens[:size] != first[:size])
+        size = int(differ[0]) if len(differ) else size
+    if image_token is not None:
+        images = np.flatnonzero(first[:size] == image_token)
+        size = int(images[0]) if len(images) else size
+    return first[: size - size % unit].astype(np.int32)
+
+
+class Shard:
+    """The responses of one device along "batch", their pages, and who is next.
+
+    A response is admitted while a row and pages are free. If pages run out, the youngest gives its
+    own back and waits at the head of the queue, with the tokens it has.
+    """
+
+    def __init__(self, samples, pool: PagePool, *, page_tokens: int, rows: int, root: np.ndarray):
+        """
+        Args:
+          samples: in the order in which they are admitted.
+          pool: its pages.
+          page_tokens: tokens of a page.
+          rows: most responses with pages.
+          root: tokens that all prompts begin with, whole pages.
+        """
+        self.pool, self.page_tokens, self.rows = pool, page_tokens, rows
+        self.waiting = collections.deque(samples)
+        self.admitted: list[Sample] = []
+        self.jobs: list[Job] = []
+        self.prompts: dict[int, Prompt] = {}
+        self.turns = self.preemptions = 0
+        self.crowded = False  # nobody is admitted between a preemption and an end
+        self.root = None
+        if len(root) and samples:
+            table = pool.take(len(root) // page_tokens)
+            self.root = Job(Request(0, root), root, table, 0)
+            self.jobs.append(self.root)
 
     @property
-    def free(self):
-        return [slot for slot, occupant in enumerate(self.occupants) if occupant is None]
+    def decoding(self) -> list[Sample]:
+        """Responses that are decoded."""
+        return [sample for sample in self.admitted if sample.started]
 
     @property
-    def longest(self):
-        return max(occupant.length for occupant in self.occupants if occupant is not None)
+    def free_rows(self) -> int:
+        """Rows without a response."""
+        return self.rows - len(self.admitted)
 
-    def harvest(self, chunk, stop_token_ids):
-        """Takes in a Chunk of NumPy arrays; finished responses leave their slots."""
-        tokens_BC = np.ascontiguousarray(chunk.tokens_CB[: chunk.steps].T)
-        logprobs_BC = np.ascontiguousarray(chunk.logprobs_CB[: chunk.steps].T)
-        for slot, occupant in enumerate(self.occupants):
-            if occupant is None:
-                continue
-            count = chunk.counts_B[slot]
-            ids_CBLK = chunk.expert_ids_CBLK
-            occupant.extend(
-                tokens_BC[slot, :count].copy(),
-                logprobs_BC[slot, :count].copy(),
-                None if ids_CBLK is None else ids_CBLK[:count, slot].copy(),
+    # ------------------------------------------------------------ admission
+
+    def admit(self) -> None:
+        """Admits responses in order while a row and pages are free."""
+        while self.waiting and self.free_rows > 0 and not (self.crowded and self.admitted):
+            sample = self.waiting[0]
+            # Room for those that are decoded to grow a little, else they would be preempted soon.
+            kept = len(self.admitted) // 4
+            if self._pages_of(sample) + kept > self.pool.free:
+                if self._drop_idle_prompts(but=sample.request.prompt_id):
+                    continue
+                return
+            self._assign(self.waiting.popleft())
+
+    def _pages_of(self, sample):
+        """Pages to take when `sample` is admitted."""
+        prompt = self.prompts.get(sample.request.prompt_id)
+        read = len(sample.request.tokens) - 1
+        count = 0
+        if prompt is None:
+            count = -(-read // self.page_tokens) - len(self._root_pages())
+        full = read - read % self.page_tokens
+        return count + -(-(sample.position - full) // self.page_tokens)
+
+    def _root_pages(self):
+        return self.root.table if self.root else []
+
+    def _assign(self, sample):
+        prompt = self.prompts.get(sample.request.prompt_id) or self._new_prompt(sample.request)
+        prompt.users += 1
+        prompt.waiting -= 1
+        full = len(prompt.pages) * self.page_tokens
+        self.pool.share(prompt.pages)
+        own = self.pool.take(-(-(sample.position - full) // self.page_tokens))
+        sample.prompt, sample.table, sample.job = prompt, [*prompt.pages, *own], None
+        sample.turn, self.turns = self.turns, self.turns + 1
+        self.admitted.append(sample)
+        if own and (sample.tokens or prompt.rest is None):
+            tokens = np.concatenate([np.asarray(sample.request.tokens), *sample.tokens])
+            sample.job = Job(
+                sample.request,
+                tokens[: sample.position].astype(np.int32),
+                sample.table,
+                full,
+                after=prompt.job,
+                again=True,
             )
-            if not chunk.active_B[slot]:
-                self.responses[occupant.index] = occupant.response(stop_token_ids)
-                self.occupants[slot] = None
-                self.finished += 1
-        self.generated_tokens += int(chunk.counts_B.sum())
+            self.jobs.append(sample.job)
 
+    def _new_prompt(self, request):
+        read = len(request.tokens) - 1
+        root = self._root_pages()
+        self.pool.share(root)
+        full = [*root, *self.pool.take(read // self.page_tokens - len(root))]
+        rest = self.pool.take(1)[0] if read % self.page_tokens else None
+        table = full if rest is None else [*full, rest]
+        at = len(root) * self.page_tokens
+        tokens = np.asarray(request.tokens)[:read].astype(np.int32)
+        job = Job(request, tokens, table, at, self.root)
+        if job.remaining:
+            self.jobs.append(job)
+        waiting = sum(s.request.prompt_id == request.prompt_id for s in self.waiting)
+        prompt = Prompt(job, full, rest, waiting=waiting + 1)
+        self.prompts[request.prompt_id] = prompt
+        return prompt
 
-def queue_of(batch, requests, group_size, ids_PTLK=None):
-    """Returns (pool row, Occupant) of every sample of the prefilled `batch`, in order."""
-    queue = collections.deque()
-    for row, index in enumerate(batch):
-        length = len(requests[index].tokens)
-        ids_TLK = None if ids_PTLK is None else ids_PTLK[row, :length].copy()
-        for sample_id in range(group_size):
-            occupant = Occupant(requests[index], index * group_size + sample_id, sample_id, length)
-            occupant.prompt_expert_ids = ids_TLK
-            queue.append((row, occupant))
-    return queue
+    def start(self) -> list[tuple[int, int]]:
+        """Starts the responses whose prompt, and own tokens, are read.
+
+        Returns:
+          (source, target) of pages that must be copied before anything else is done.
+        """
+        copies = []
+        self.jobs = [job for job in self.jobs if not job.done]
+        for sample in self.admitted:
+            prompt = sample.prompt
+            if sample.started or not (sample.job or prompt.job).done:
+                continue
+            sample.started = True
+            if sample.job is None and len(sample.table) > len(prompt.pages):
+                if self._needs_rest(prompt, sample):
+                    copies.append((prompt.rest, sample.table[-1]))
+                else:  # the last one takes the page itself
+                    self.pool.give_back(sample.table[-1:])
+                    sample.table[-1], prompt.rest = prompt.rest, None
+            sample.job = None
+        return copies
+
+    def _needs_rest(self, prompt, but):
+        """Whether another response is still to begin with the prompt's last page."""
+        return prompt.waiting > 0 or any(
+            s.prompt is prompt and not s.started and s.job is None and s is not but
+            for s in self.admitted
+        )
+
+    # ------------------------------------------------------------ pages for the next steps
+
+    def most_steps(self, steps: int, record: bool) -> int:
+        """Returns the most steps, up to `steps`, for which there are pages."""
+        low, high = 0, steps
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._growth(middle, record) <= self.pool.free:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def grow(self, steps: int, record: bool) -> None:
+        """Takes the pages that all started responses need for `steps` steps."""
+        for sample in self.decoding:
+            sample.table += self.pool.take(self._own_growth(sample, steps, record))
+
+    def _growth(self, steps, record):
+        return sum(self._own_growth(sample, steps, record) for sample in self.decoding)
+
+    def _own_growth(self, sample, steps, record):
+        end = sample.position + sample.reads(steps, record)
+        return max(0, -(-end // self.page_tokens) - len(sample.table))
+
+    def make_room(self) -> None:
+        """Frees pages: of prompts that nobody reads now, else of the youngest response.
+
+        Raises:
+          RuntimeError: only one response has pages.
+        """
+        if self._drop_idle_prompts():
+            return
+        if len(self.admitted) < 2:
+            raise RuntimeError("one response alone does not fit into the pool of pages")
+        youngest = max(self.admitted, key=lambda sample: sample.turn)
+        self._leave(youngest)
+        youngest.prompt.waiting += 1
+        youngest.started, youngest.prompt = False, None
+        self.waiting.appendleft(youngest)
+        self.preemptions, self.crowded = self.preemptions + 1, True
+
+    def _drop_idle_prompts(self, but=None):
+        """Frees the prompts without users; returns whether there were any."""
+        idle = [i for i, prompt in self.prompts.items() if not prompt.users and i != but]
+        for prompt_id in idle:
+            self._release(prompt_id)
+        return bool(idle)
+
+    def _release(self, prompt_id):
+        prompt = self.prompts.pop(prompt_id)
+        if prompt.job in self.jobs:
+            self.jobs.remove(prompt.job)
+        self.pool.give_back(prompt.pages)
+        if prompt.rest is not None:
+            self.pool.give_back([prompt.rest])
+
+    def _leave(self, sample):
+        self.admitted.remove(sample)
+        if sample.job in self.jobs:
+            self.jobs.remove(sample.job)
+        sample.job = None
+        self.pool.give_back(sample.table)
+        sample.table = []
+        sample.prompt.users -= 1
+
+    # ------------------------------------------------------------ after a chunk
+
+    def finish(self, sample: Sample) -> None:
+        """Takes the pages of a response that has ended."""
+        self._leave(sample)
+        self.crowded, prompt = False, sample.prompt
+        if not prompt.users and not prompt.waiting:
+            self._release(sample.request.prompt_id)
+
+    def steal(self, other: "Shard") -> None:
+        """Takes the last waiting response of `other`, which has no row for it.
+
+        Only one that has no tokens: the pages of others are on their device more likely.
+        """
+        sample = other.waiting[-1]
+        if sample.tokens:
+            return
+        other.waiting.pop()
+        left = other.prompts.get(sample.request.prompt_id)
+        if left is not None:
+            left.waiting -= 1
+            if not left.users and not left.waiting:
+                other._release(sample.request.prompt_id)
+        own = self.prompts.get(sample.request.prompt_id)
+        if own is not None:
+            own.waiting += 1
+        self.waiting.append(sample)

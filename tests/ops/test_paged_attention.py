@@ -19,7 +19,7 @@ from luspo_jax import sharding
 from luspo_jax.ops import gpu_paged_attention, pages, tpu_paged_attention
 from luspo_jax.ops.paged_attention import (
     IMPLEMENTATIONS,
-    SHARED_AXES,
+    Places,
     Shared,
     _module,
     append_and_attend,
@@ -292,6 +292,21 @@ def _mesh_case(layout, dtype, positions, *, H=64, S=8, K=2, G=2):
     return query, Pages(*new), Pages(*pool), Pages(*after), tables, rows
 
 
+def _on_mesh(layout, name, query, new, pool, places):
+    """Returns the output, float32, and the pool after."""
+    pool = Pages(*(sharding.put(x, PAGES_AXES, layout) for x in pool))
+    function = functools.partial(append_and_attend, implementation=name, layout=layout)
+    run = jax.jit(function, donate_argnums=2)
+    out, written = run(query, new, pool, np.int32(LAYER), places=places)
+    assert all(x.is_deleted() for x in pool)
+    assert all(x.sharding.is_equivalent_to(layout.sharding(PAGES_AXES), 5) for x in written)
+    return np.asarray(out.astype(jnp.float32)), written
+
+
+def _dtype_and_tolerance(name):
+    return (jnp.bfloat16, 0.03) if name == "tpu" else (jnp.float32, 2e-6)
+
+
 POSITIONS = (0, 1, 7, 8, 23, 47, 40, 15)  # the first of parts, of pages, and of a row
 
 
@@ -299,27 +314,33 @@ POSITIONS = (0, 1, 7, 8, 23, 47, 40, 15)  # the first of parts, of pages, and of
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_mesh_writes_one_entry_a_row_and_attends_as_one_device(sizes, name):
     layout = sharding.layout("rollout", sizes, jax.devices())
-    dtype = jnp.bfloat16 if name == "tpu" else jnp.float32
+    dtype, tolerance = _dtype_and_tolerance(name)
     query, new, pool, after, tables, rows = _mesh_case(layout, dtype, POSITIONS)
-    pool = Pages(*(sharding.put(x, PAGES_AXES, layout) for x in pool))
-    positions = np.array(POSITIONS, np.int32)
-    function = functools.partial(append_and_attend, implementation=name, layout=layout)
-    run = jax.jit(function, donate_argnums=2)
-    out, written = run(query, new, pool, np.int32(LAYER), tables_BM=tables, positions_B=positions)
-    assert all(x.is_deleted() for x in pool)
+    places = Places(tables, np.array(POSITIONS, np.int32), np.ones(8, bool))
+    out, written = _on_mesh(layout, name, query, new, pool, places)
     for got, want in zip(written, after, strict=True):
-        assert got.sharding.is_equivalent_to(layout.sharding(PAGES_AXES), 5)
         np.testing.assert_array_equal(got, want)
     plain, _ = _plain(query, *zip(*rows, strict=True))
-    got = np.asarray(out.astype(jnp.float32))
-    np.testing.assert_allclose(got, plain, atol=0.03 if name == "tpu" else 2e-6)
+    np.testing.assert_allclose(out, plain, atol=tolerance)
+
+
+def test_rows_that_are_not_real_write_nothing():
+    layout = sharding.layout("rollout", {"data": 2, "context": 4}, jax.devices())
+    query, new, pool, _, tables, rows = _mesh_case(layout, jnp.float32, POSITIONS)
+    real, none = np.arange(8) % 3 != 1, np.zeros(8, bool)
+    places = Places(tables, np.array(POSITIONS, np.int32), none)
+    _, written = _on_mesh(layout, "reference", query, new, pool, places)
+    jax.tree.map(np.testing.assert_array_equal, written, pool)
+    out, _ = _on_mesh(layout, "reference", query, new, pool, places._replace(real_B=real))
+    plain, _ = _plain(query, *zip(*rows, strict=True))
+    np.testing.assert_allclose(out[real], plain[real], atol=2e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_of_rows_are_cut_over_a_mesh_like_the_rows(name):
     """Pairs of rows share their first page; members are numbers of a row on its own device."""
     layout = sharding.layout("rollout", {"data": 4, "tensor": 2}, jax.devices())
-    dtype = jnp.bfloat16 if name == "tpu" else jnp.float32
+    dtype, tolerance = _dtype_and_tolerance(name)
     positions = np.full(8, 11, np.int32)
     query, new, pool, _, tables, rows = _mesh_case(layout, dtype, positions)
     for b in range(1, 8, 2):
@@ -333,31 +354,21 @@ def test_groups_of_rows_are_cut_over_a_mesh_like_the_rows(name):
         group_tables_BM=tables * first[:, None].astype(np.int32),
         group_pages_B=first.astype(np.int32),
     )
-    pool = Pages(*(sharding.put(x, PAGES_AXES, layout) for x in pool))
-    shared = Shared(*map(functools.partial(sharding.put, layout=layout), shared, SHARED_AXES))
-    run = jax.jit(functools.partial(append_and_attend, implementation=name, layout=layout))
-    out, _ = run(
-        query, new, pool, np.int32(LAYER), tables_BM=tables, positions_B=positions, shared=shared
-    )
+    places = Places(tables, positions, np.ones(8, bool), shared)
+    out, _ = _on_mesh(layout, name, query, new, pool, places)
     plain, _ = _plain(query, *zip(*rows, strict=True))
-    got = np.asarray(out.astype(jnp.float32))
-    np.testing.assert_allclose(got, plain, atol=0.03 if name == "tpu" else 2e-6)
+    np.testing.assert_allclose(out, plain, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_without_entries_weigh_nothing_beside_any_score(name):
-    """Scores of −3600 in the only part with entries."""
+    """Scores of −3600 in the only part with entries, and huge values in the others."""
     layout = sharding.layout("rollout", {"context": 8}, jax.devices())
-    dtype = jnp.bfloat16 if name == "tpu" else jnp.float32
-    query, _, pool, *_ = _mesh_case(layout, dtype, (0,) * 8)
-    new = Pages(*(jnp.full((8, 2, 64), x, dtype) for x in (-15.0, 2.5)))
-    pool = Pages(*(sharding.put(x, PAGES_AXES, layout) for x in pool))
-    run = jax.jit(functools.partial(append_and_attend, implementation=name, layout=layout))
-    tables, positions = np.ones((8, 1), np.int32) * np.arange(1, 9, dtype=np.int32)[:, None], 0
-    out, _ = run(
-        jnp.full_like(query, 30.0), new, pool, np.int32(LAYER), tables_BM=tables,
-        positions_B=np.full(8, positions, np.int32),
-    )  # fmt: skip
+    query, _, pool, *_ = _mesh_case(layout, _dtype_and_tolerance(name)[0], (0,) * 8)
+    new = Pages(*(jnp.full((8, 2, 64), x, query.dtype) for x in (-15.0, 2.5)))
+    tables = np.arange(1, 9, dtype=np.int32)[:, None]
+    places = Places(tables, np.zeros(8, np.int32), np.ones(8, bool))
+    out, _ = _on_mesh(layout, name, jnp.full_like(query, 30.0), new, pool, places)
     np.testing.assert_array_equal(out, np.full(out.shape, 2.5))
 
 
@@ -408,14 +419,12 @@ def test_what_does_not_fit_is_refused(name, platform, changed, message):
 # Compiled for machines that are not here.
 
 
-def _all_layers(query, new, pool, tables, positions, *, name):
+def _all_layers(query, new, pool, places, *, name):
     """One step over all layers, their pool in the carry as in a decoder."""
 
     def layer(index, carry):
         query, pool = carry
-        return append_and_attend(
-            query, new, pool, index, tables_BM=tables, positions_B=positions, implementation=name
-        )
+        return append_and_attend(query, new, pool, index, places=places, implementation=name)
 
     return jax.lax.fori_loop(0, pool.keys.shape[1], layer, (query, pool))
 
@@ -433,9 +442,10 @@ def temporaries(machine, name, *, K=4, N=28, H=128, L=28, S=128, B=64, M=260, to
         return jax.ShapeDtypeStruct(dims, dtype, sharding=device)
 
     pool = Pages(*[shape(K, L, B * tokens // S, S, H)] * 2)
-    rows = shape(B, M, dtype=jnp.int32), shape(B, dtype=jnp.int32)
+    ints, booleans = jnp.int32, jnp.bool_
+    places = Places(shape(B, M, dtype=ints), shape(B, dtype=ints), shape(B, dtype=booleans))
     step = jax.jit(functools.partial(_all_layers, name=name), donate_argnums=2)
-    compiled = step.lower(shape(B, N, H), Pages(*[shape(B, K, H)] * 2), pool, *rows).compile()
+    compiled = step.lower(shape(B, N, H), Pages(*[shape(B, K, H)] * 2), pool, places).compile()
     assert "paged_attention" in compiled.as_text()
     size = sum(x.size * x.dtype.itemsize for x in pool)
     memory = compiled.memory_analysis()
