@@ -150,7 +150,10 @@ def description(run: Any) -> str:
 
     how, model = run.rule.logprobs.how, run.model.config
     layouts = how.layout, run.rollout_layout
-    memory = memory_estimate(run.config, model, layouts)
+    arithmetic, sampler = batch_arithmetic(run.config), run.sampler
+    responses = -(-arithmetic.responses_per_step // jax.process_count())
+    pages = sampler.pages_of(sampler.cache.gb * 1e9, responses)
+    memory = memory_estimate(run.config, model, layouts, pages * sampler.page_bytes)
     leaves = fields.flat(run.config)
     shown = {k: v for k, v in leaves.items() if v is not None and v != ""}
     overlap = run.data.overlap()
@@ -170,7 +173,11 @@ def description(run: Any) -> str:
         f"{len(run.data.held_out):,} held out{_refused(run.data.refused)}; template "
         f"{run.data.template_hash}",
         f"rewards   : {', '.join(run.scorer.labels.values())}",
-        f"batch     : {batch_arithmetic(run.config)}",
+        f"batch     : {arithmetic}",
+        f"pages     : {pages - 1:,} of {sampler.page_tokens} tokens in "
+        f"{pages * sampler.page_bytes / 1e9:.2f} GB a device, {sampler.how.paged_attention} "
+        f"attention; up to {sampler.most_rows(responses)} responses at a time, "
+        f"{(pages - 1) * sampler.page_tokens / sampler.most_rows(responses):,.0f} tokens each",
         f"memory    : about {sum(memory.values()) / 1e9:.2f} GB a device: "
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size),
     ]

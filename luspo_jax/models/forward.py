@@ -16,7 +16,8 @@ class Forward:
         routers are float32.
       attention: an implementation of `ops.attention`, of whole sequences.
       vision_attention: likewise, of the patches of an image.
-      paged_attention: an implementation of `ops.paged_attention`, of a token over pages.
+      paged_attention: an implementation of `ops.paged_attention`, of a token over pages; the engine
+        decides on "auto", as it knows the pages.
       expert_kernel: an implementation of `ops.grouped_matmul`.
       remat: what of a layer is kept for the backward pass, a key of `decoder.REMAT`.
       layout: where parameters, rows, positions and heads lie; None on one device.
@@ -26,7 +27,7 @@ class Forward:
     dtype: str = "float32"
     attention: str = "reference"
     vision_attention: str = "reference"
-    paged_attention: str = "reference"
+    paged_attention: str = "auto"
     expert_kernel: str = "reference"
     remat: str = "none"
     layout: Layout | None = None

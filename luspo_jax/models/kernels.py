@@ -30,6 +30,7 @@ def resolved(how: Forward, *, packed: bool = False) -> Forward:
             **needs,
         ),
         vision_attention=_vision_attention(how, needs),
+        paged_attention="reference" if how.attention == "reference" else "auto",
         expert_kernel=_checked(
             "expert_kernel", grouped_matmul.resolve, how.expert_kernel, platform=needs["platform"]
         ),

@@ -19,6 +19,7 @@ from luspo_jax.rollout.loop import Loop
 from luspo_jax.rollout.sampling import Sampling, rollout_key
 from luspo_jax.sharding import MeshError, available_devices
 
+PREFILL_TOKENS = 8_192  # of one prefill, by default
 ID_LIMIT = 2**32  # fold_in takes 32 bits
 FEWEST_ROWS = 8  # rows of the smallest decode program where a step costs by the row
 
@@ -39,7 +40,7 @@ class Engine:
         num_slots: int,
         max_prompt_length: int,
         chunk_length: int = 64,
-        max_prefill_tokens: int = 8_192,
+        max_prefill_tokens: int = PREFILL_TOKENS,
         record_experts: bool = False,
         cache: Cache = Cache(),  # noqa: B008  (frozen)
     ):
@@ -134,6 +135,17 @@ class Engine:
         heads = self.layout.size("kv_heads") if self.layout else 1
         return page_bytes(self.how.model, self.dtype, self.page_size, heads)
 
+    @property
+    def least_bytes(self) -> int:
+        """Bytes on a device of the smallest pool: the longest response, page 0, and the rest of a
+        prompt beside its last response."""
+        return (self.table_width + 2) * self.page_bytes
+
+    def take_room(self, room: float) -> None:
+        """Sets the pool to `room` bytes on a device, or to the smallest if that is more."""
+        gb = max(room, self.least_bytes) / 1e9
+        self.cache = dataclasses.replace(self.cache, gb=gb)
+
     def most_rows(self, responses: int) -> int:
         """Rows of each device along "batch" for so many responses."""
         return min(self.num_slots, rounded_up(max(1, responses), self.row_multiple)) // (
@@ -154,18 +166,20 @@ class Engine:
         Raises:
           ValueError: it cannot hold the longest response; says what is needed.
         """
-        # Page 0, and the rest of a prompt beside its last response.
-        least = self.table_width + 2
         most = 1 + self.most_rows(responses) * (self.table_width + 1)
-        if room < least * self.page_bytes:
+        if round(room) < self.least_bytes:
             raise ValueError(
                 f"cache_gb={room / 1e9:.6g} is too small: one response of max_prompt_length "
                 f"{self.max_prompt_length} + max_response_length "
-                f"{self.sampling.max_response_length} tokens needs {least} pages of "
-                f"{self.page_size} tokens on a device, "
-                f"cache_gb={_ceil(least * self.page_bytes / 1e9):g}"
+                f"{self.sampling.max_response_length} tokens needs "
+                f"{self.table_width + 2} pages of {self.page_size} tokens on a device, "
+                f"cache_gb={_ceil(self.least_bytes / 1e9):g}"
             )
-        return int(min(most, room // self.page_bytes))
+        return int(min(most, round(room) // self.page_bytes))
+
+    def pool_bytes(self, responses: int) -> int:
+        """Bytes of the pool of pages on a device, for so many responses."""
+        return self.pages_of(self.cache.gb * 1e9, responses) * self.page_bytes
 
     def generate(self, params, requests, *, group_size, seed, step=0, progress=None):
         """Samples `group_size` responses to each of `requests`.
@@ -197,7 +211,7 @@ class Engine:
             raise ValueError(f"prompt_id must be distinct; these repeat: {twice[:10]}")
         if self.cache.gb is None:
             # Asked once: a pool of another size would be another program.
-            self.cache = Cache(bytes_left(self.device) / 1e9, self.cache.page_size)
+            self.take_room(bytes_left(self.device))
         started = time.perf_counter()
         with CompileClock() as clock:
             loop = Loop(self, params, requests, group_size, rollout_key(seed, step))

@@ -26,11 +26,12 @@ from luspo_jax.models import decoder, decoder_weights, kernels
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
 from luspo_jax.rewards import Scorer
-from luspo_jax.rollout import Engine, Sampling
+from luspo_jax.rollout import Cache, Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.run import checks
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.data import Data, load_data
+from luspo_jax.run.memory import device_memory, room_for_pages
 from luspo_jax.run.model import Model, load_model
 from luspo_jax.run.settings import Config, Settings, section
 from luspo_jax.sharding import Layout, MeshError
@@ -143,8 +144,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
             time_limit=settings.reward.timeout_s,
             max_failure_rate=settings.reward.max_failure_rate,
         ),
-        sampler=sampler(settings, model, settings.rollout, rollout_layout),
-        held_out_sampler=sampler(settings, model, settings.eval, rollout_layout),
+        sampler=sampler(settings, model, settings.rollout, (layout, rollout_layout)),
+        held_out_sampler=sampler(settings, model, settings.eval, (layout, rollout_layout)),
         rule=rule,
         shaping=settings.shaping,
         length=settings.length,
@@ -283,10 +284,25 @@ def _freezes(config, model):
     return model.vision is not None and config.train.freeze_vision
 
 
-def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> Engine:
-    """Returns the sampler for `asked`: config.rollout (which records expert ids) or config.eval."""
-    return Engine(
-        sampling_forward(config, model.config, sharding.on_own_devices(layout)),
+def sampler(
+    config: Config,
+    model: Model,
+    asked: Any,
+    layouts: tuple[Layout | None, Layout | None],
+    memory: float | None = None,
+) -> Engine:
+    """Returns the sampler for `asked`: config.rollout (which records expert ids) or config.eval.
+
+    Args:
+      config: of the run.
+      model: its Model.
+      asked: the section.
+      layouts: of training and of the rollout.
+      memory: bytes of a device; by default those of the device at hand.
+    """
+    chosen = config.rollout
+    engine = Engine(
+        sampling_forward(config, model.config, sharding.on_own_devices(layouts[1])),
         Sampling(
             max_response_length=config.rollout.max_response_length,
             stop_token_ids=model.stop_token_ids,
@@ -296,10 +312,15 @@ def sampler(config: Config, model: Model, asked: Any, layout: Layout | None) -> 
         ),
         num_slots=asked.num_slots,
         # No response takes more steps than the length limit.
-        chunk_length=min(config.rollout.chunk_length, config.rollout.max_response_length),
+        chunk_length=min(chosen.chunk_length, chosen.max_response_length),
         max_prompt_length=config.data.max_prompt_length,
         record_experts=asked is config.rollout and model.config.num_experts > 0,
+        cache=Cache(chosen.cache_gb or None, chosen.page_size),
     )
+    if not chosen.cache_gb:
+        memory = device_memory(engine.device) if memory is None else memory
+        engine.take_room(room_for_pages(config, model.config, layouts, memory))
+    return engine
 
 
 def training_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:

@@ -116,6 +116,8 @@ _FREE_TO_CHANGE = (
     "eval.num_slots",
     "eval.chunk_length",
     "rollout.num_slots",
+    "rollout.cache_gb",
+    "rollout.page_size",
     "rollout.chunk_length",
     "mesh.",
     "rollout_mesh.",

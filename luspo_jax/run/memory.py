@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import resource
 from typing import Any
 
@@ -9,40 +10,93 @@ import jax
 import jax.numpy as jnp
 
 from luspo_jax import sharding
+from luspo_jax.learner.state import OFFLOADS
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.rollout.engine import PREFILL_TOKENS
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.settings import Config, section
 from luspo_jax.sharding import Layout
 
 
 def memory_estimate(
-    config: Config, model: DecoderConfig, layouts: tuple[Layout | None, Layout | None]
+    config: Config,
+    model: DecoderConfig,
+    layouts: tuple[Layout | None, Layout | None],
+    pages: int,
 ) -> dict[str, int]:
     """Estimates the bytes of a step's large arrays on one device, by name.
 
     Activations are those of one micro-batch at its longest: per token and layer about
     16·D + 3·F + 4·N·H values without remat, D with it. Experts, which always recompute theirs, add
     6·D + 7·F for each of a token's K, in one layer. An estimate, not a promise.
+
+    Args:
+      config: of the run.
+      model: its decoder.
+      layouts: of training and of the rollout.
+      pages: bytes of the rollout's pool of pages on a device.
     """
     sizes = batch_arithmetic(config)
-    sampling = jnp.dtype(config.model.rollout_dtype).itemsize
     train, rollout = layouts
     params = param_bytes(model, train, jnp.float32)
-    slots = config.rollout.num_slots * sizes.tokens_per_row
-    slots //= _parts(sharding.on_own_devices(rollout), "batch", "cache_length")
-    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    cached //= _parts(rollout, "kv_heads")
     return {
         **state_memory(model, train),
         "reference policy": params if section(config, "objective").kl_coef else 0,
         "policy before a measured update": params if config.length.every else 0,
-        "rollout weights": param_bytes(model, rollout, config.model.rollout_dtype)
-        if sampling != 4 or rollout
-        else 0,
-        "rollout KV cache": sampling * slots * cached,
+        "rollout weights": _rollout_weights(config, model, rollout),
+        "rollout pages": pages,
         **pass_memory(config, model, train, sizes.rows_per_microbatch * sizes.row_length),
     }
+
+
+def device_memory(device: jax.Device) -> float:
+    """Returns the bytes of a device; of a CPU, an equal part of the machine's for each."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine / jax.local_device_count()
+
+
+def room_for_pages(
+    config: Config,
+    model: DecoderConfig,
+    layouts: tuple[Layout | None, Layout | None],
+    memory: float,
+) -> float:
+    """Returns the bytes of a device of `memory` bytes that a rollout can use for pages.
+
+    A tenth is the compiler's and jax's. Of the rest, the train state that is not offloaded, the
+    sampler's weights, a prefill's activations and the logits of a decode step are subtracted. It
+    depends on nothing but these numbers, so a resumed run has the same pages.
+    """
+    train, rollout = layouts
+    own = sharding.on_own_devices(rollout)
+    params = param_bytes(model, train, jnp.float32)
+    held = {
+        "params": params,
+        "opt_state": 2 * params,
+        "ref_params": params if section(config, "objective").kl_coef else 0,
+        "marked_params": params if config.length.every else 0,
+    }
+    gone = OFFLOADS[config.train.offload]
+    state = sum(size for name, size in held.items() if name not in gone)
+    width = jnp.dtype(config.model.rollout_dtype).itemsize
+    mlp_dim = max(model.mlp_dim, model.experts_per_token * model.expert_dim)
+    values = 16 * model.embed_dim + 3 * mlp_dim + 4 * model.num_heads * model.head_dim
+    prefill = PREFILL_TOKENS // _parts(own, "batch") * values * width
+    rows = config.rollout.num_slots // _parts(own, "batch")
+    logits = 4 * 4 * rows * model.vocab_size
+    weights = _rollout_weights(config, model, rollout)
+    return max(0.0, 0.9 * memory - state - weights - prefill - logits)
+
+
+def _rollout_weights(config, model, rollout):
+    """Bytes of the sampler's weights on a device; 0 if it reads the master weights."""
+    if rollout is None and jnp.dtype(config.model.rollout_dtype) == jnp.float32:
+        return 0
+    return param_bytes(model, rollout, config.model.rollout_dtype)
 
 
 def state_memory(model: DecoderConfig, layout: Layout | None) -> dict[str, int]:

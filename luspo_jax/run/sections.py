@@ -267,7 +267,10 @@ class RolloutSettings:
     temperature: float = 1.0  # Of sampling, and of the log-probs in training.
     top_p: float = 1.0  # Mass of the likeliest tokens to keep; 1 = all.
     top_k: int = 0  # 0 = off.
-    num_slots: int = 128  # Sequences decoded at once.
+    num_slots: int = 128  # Most sequences decoded at once; pages limit them too.
+    # Gigabytes (10^9 bytes) of keys and values on a device; 0 = what training and weights leave.
+    cache_gb: float = 0.0
+    page_size: int = 0  # Tokens of a page of them on a device; 0 = the platform's.
     chunk_length: int = 64  # Decode steps between two looks by the host.
     # Largest |sampler − trainer| log-prob difference of one token allowed at the first step. In
     # float32 more than 0.05 is a bug; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21
@@ -286,6 +289,8 @@ class RolloutSettings:
         "top_p": Number(0, 1, open_low=True),
         "top_k": _COUNT,
         "num_slots": _SIZE,
+        "cache_gb": Number(0, 1e6),
+        "page_size": _COUNT,
         "chunk_length": _SIZE,
         "mismatch_limit": Number(0, 1e30, open_low=True, why="rounding is never 0"),
     }
