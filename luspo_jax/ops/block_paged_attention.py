@@ -87,7 +87,7 @@ def _walked(query_RKGH, pages, layer, tables_RM, lengths_R, state):
     def step(i, state):
         top, total, weighted = state
         tables_Rr = lax.dynamic_slice_in_dim(tables_RM, i * run, run, axis=1)
-        keys_KRSH, values_KRSH = (read(x, layer, tables_Rr) for x in pages)
+        keys_KRSH, values_KRSH = (read(x, layer, tables_Rr, query_RKGH.dtype) for x in pages)
         scores = jnp.einsum(
             "KRGH,KRSH->RKGS", query_KRGH, keys_KRSH, preferred_element_type=jnp.float32
         )
@@ -109,5 +109,3 @@ def _walked(query_RKGH, pages, layer, tables_RM, lengths_R, state):
 
     steps = -(-jnp.max(lengths_R) // (run * S))
     return lax.fori_loop(0, steps, step, state)
-
-

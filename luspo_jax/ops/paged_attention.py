@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from luspo_jax.ops.pages import PAGES_AXES, Pages, append, position_part
+from luspo_jax.ops.pages import Pages, append, pages_axes, position_part
 from luspo_jax.sharding import shard_map
 
 # Modules with attend(query_BNH, pages, layer, tables_BM, lengths_B, shared) -> Partial.
@@ -80,7 +80,6 @@ class Places(NamedTuple):
 
 SHARED_AXES = Shared(("batch",), *[("batch", None)] * 3, ("batch",))
 PLACES_AXES = Places(("batch", None), ("batch",), ("batch",), SHARED_AXES)
-_PAGES = Pages(PAGES_AXES, PAGES_AXES)
 
 
 def append_and_attend(query_BNH, new, pages, layer, *, places, implementation, layout=None):
@@ -110,12 +109,13 @@ def append_and_attend(query_BNH, new, pages, layer, *, places, implementation, l
     shared = places.shared
     arrays = [query_BNH, Pages(*new), pages, jnp.asarray(layer), *places[:3]]
     row_axes = ("batch", "kv_heads", None)
-    axes = [("batch", "heads", None), Pages(row_axes, row_axes), _PAGES, (), *PLACES_AXES[:3]]
+    query_axes, pool_axes = ("batch", "heads", None), pages_axes(pages.keys.dtype)
+    axes = [query_axes, Pages(row_axes, row_axes), pool_axes, (), *PLACES_AXES[:3]]
     if shared is not None:
         arrays.append(shared)
         axes.append(SHARED_AXES)
     function = functools.partial(_append_and_attend, _module(implementation), layout)
-    return shard_map(function, layout, axes, (axes[0], _PAGES))(*arrays)
+    return shard_map(function, layout, axes, (query_axes, pool_axes))(*arrays)
 
 
 def _append_and_attend(module, layout, query, new, pages, layer, *places):
@@ -191,10 +191,12 @@ def _unfit(name, *, platform, page_size, head_dim, dtype):
         return None
     if platform not in _PLATFORMS[name]:
         return f"runs on {' or '.join(_PLATFORMS[name])}, not on {platform}"
-    if name == "gpu" and dtype not in ("bfloat16", "float16", "float32"):
-        return f"takes bfloat16, float16 or float32, not {dtype}"
+    if name == "gpu" and dtype not in ("bfloat16", "float16", "float32", "int8"):
+        return f"takes bfloat16, float16, float32 or int8, not {dtype}"
     if name == "gpu" and head_dim > 256:
         return f"takes heads of up to 256, not {head_dim}"
+    if name == "tpu" and dtype == "int8":
+        return "takes the scales of int8 only as wide as the heads, in float32: a copy of the pool"
     if name == "tpu" and dtype != "bfloat16":
         return f"multiplies in bfloat16, and keys and values are {dtype}"
     if name == "tpu" and head_dim % 128:
