@@ -10,7 +10,7 @@ def attend(query_BNH, pages, layer, tables_BM, lengths_B, shared=None):
     """Attention over the first `lengths_B` entries; see `paged_attention.IMPLEMENTATIONS`."""
     del shared  # the tables name these pages too
     query_BKGH = scaled_groups(query_BNH, pages.keys.shape[0])
-    keys_KBSH, values_KBSH = (read(x, layer, tables_BM) for x in pages)
+    keys_KBSH, values_KBSH = (read(x, layer, tables_BM, query_BNH.dtype) for x in pages)
     scores_BKGS = jnp.einsum(
         "BKGH,KBSH->BKGS", query_BKGH, keys_KBSH, preferred_element_type=jnp.float32
     )
