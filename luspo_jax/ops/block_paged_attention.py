@@ -7,11 +7,11 @@ in place of one vector each. Sort the rows by length: a block reads as far as it
 import jax.numpy as jnp
 from jax import lax
 
-from luspo_jax.ops.pages import read
 from luspo_jax.ops.paged_attention import NEGATIVE, partial, scaled_groups
+from luspo_jax.ops.pages import read
 
-# Measured on two AVX-512 cores at B 128, K 3, G 3, H 64, L 30, 230 entries a row: 4 to 8 rows by 128
-# entries run at the bandwidth of memory; 16 entries at a time are half as fast.
+# Measured on two AVX-512 cores at B 128, K 3, G 3, H 64, L 30, 230 entries a row: 8 rows by a page
+# of 64 entries; of several smaller pages at a time, a run takes half as long again.
 _ROWS = 8
 _ENTRIES = 64
 
@@ -53,7 +53,7 @@ def _over_rows(query_BKGH, pages, layer, tables_BM, lengths_B, state):
 
 def _over_groups(query_BKGH, pages, layer, shared, state):
     """Adds the pages that rows share, a group after the other."""
-    B, K, G, H = query_BKGH.shape
+    _, K, G, H = query_BKGH.shape
     members = shared.members_BG.shape[1]
 
     def group(i, state):

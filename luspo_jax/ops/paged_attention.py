@@ -2,8 +2,8 @@
 
 | name | platform | what it is |
 |---|---|---|
-| reference | all | gathers every page that a table can name; for tests, and what others do not fit |
-| blocks | CPU | a few rows and pages at a time; pages that rows share are read once for all of them |
+| reference | all | gathers every page that a table can name; for tests, and where others fail |
+| blocks | CPU | a few rows and pages at a time; pages that rows share are read once for all |
 | gpu | GPU | a Pallas kernel that reads live entries only |
 | tpu | TPU | the Pallas kernel that comes with jax: it reads live pages, in blocks; bfloat16 |
 """

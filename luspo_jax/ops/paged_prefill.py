@@ -66,7 +66,7 @@ def write_and_attend(query_RTNH, new, pages, layer, *, runs, implementation, lay
 
 
 def _write_and_attend(implementation, layout, query, new, pages, layer, runs):
-    R, T = query.shape[:2]
+    T = query.shape[1]
     part, parts = position_part(layout)
     written = jnp.arange(T)[None] < runs.counts_R[:, None]
     segments_RT = written.astype(jnp.int32)
@@ -74,10 +74,6 @@ def _write_and_attend(implementation, layout, query, new, pages, layer, runs):
     own = Inputs(query, *as_stored(new, pages), segments_RT, segments_RT)
     found = attention.blocks(implementation).forward_block(own, causal=True)
     found = Results(found.out.astype(jnp.float32), found.lse)
-    before = _over_pages(implementation, query, pages, layer, runs, part, parts)
-    if parts > 1:
-        before = _of_all(before, layout.axis_names("cache_length"))
-    out = joined(found, before).out.astype(query.dtype)
     tokens = pages.size * parts
     new = Pages(*(jnp.pad(x, ((0, 0), (0, -T % tokens), (0, 0), (0, 0))) for x in new))
     # A page of the run after its last token is not the row's, or not yet.
@@ -85,7 +81,12 @@ def _write_and_attend(implementation, layout, query, new, pages, layer, runs):
     turn_1N = jnp.arange(-(-T // tokens))[None]
     at_RN = jnp.take_along_axis(runs.tables_RM, first_R1 + turn_1N, axis=1, mode="clip")
     at_RN = jnp.where(turn_1N * tokens < runs.counts_R[:, None], at_RN, pages.keys.shape[2])
-    return out, write_runs(pages, new, layer, at_RN, part, parts)
+    pages = write_runs(pages, new, layer, at_RN, part, parts)
+    # Read after it is written: else the pool is copied for the one or the other.
+    before = _over_pages(implementation, query, pages, layer, runs, part, parts)
+    if parts > 1:
+        before = _of_all(before, layout.axis_names("cache_length"))
+    return joined(found, before).out.astype(query.dtype), pages
 
 
 def _over_pages(implementation, query, pages, layer, runs, part, parts):

@@ -5,8 +5,8 @@ sequence has a row of page numbers, its block table; several sequences may name 
 their tokens are the same. Page 0 belongs to nobody: rows that are idle write there.
 
 Over a layout, each device along "pages" has a pool of its own, and page numbers are those of that
-pool. Where "cache_length" deals out positions, device c of C holds the tokens t with t mod C = c, at
-place t // C of the same table: a page number then stands for S · C tokens, S on each device.
+pool. Where "cache_length" deals out positions, device c of C holds the tokens t with t mod C = c,
+at place t // C of the same table: a page number then stands for S · C tokens, S on each device.
 """
 
 from typing import Any, NamedTuple
@@ -127,7 +127,7 @@ def _written(pages, new, at):
 
 
 def append(pages, new, layer, pages_B, places_B):
-    """Writes a key and value a row, [B, K, H] each; rows whose page is past the end are dropped."""
+    """Writes one key and value a row, [B, K, H] each; drops those whose page is past the end."""
 
     def at(array, new_BK):
         # One vector [H] an index: of matrices, XLA on TPU would transpose the whole pool.

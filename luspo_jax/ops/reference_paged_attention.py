@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from luspo_jax.ops.pages import read
 from luspo_jax.ops.paged_attention import NEGATIVE, partial, scaled_groups
+from luspo_jax.ops.pages import read
 
 
 def attend(query_BNH, pages, layer, tables_BM, lengths_B, shared=None):

@@ -30,7 +30,9 @@ class Cache:
         if self.gb is not None and not self.gb > 0:
             raise ValueError(f"cache_gb must be > 0, not {self.gb}")
         if self.page_size < 0:
-            raise ValueError(f"page_size must be >= 0 (0 takes the platform's), not {self.page_size}")
+            raise ValueError(
+                f"page_size must be >= 0 (0 takes the platform's), not {self.page_size}"
+            )
 
 
 def page_bytes(model: DecoderConfig, dtype, page_size: int, heads: int = 1) -> int:

@@ -120,6 +120,11 @@ class Engine:
         return jnp.dtype(self.how.dtype)
 
     @property
+    def pools(self) -> int:
+        """Parts of the pool: one for each device along "batch" and along positions."""
+        return self.layout.size("pages") if self.layout else 1
+
+    @property
     def page_tokens(self) -> int:
         """Tokens that a page number stands for, on all devices that share positions."""
         return self.page_size * (self.layout.size("cache_length") if self.layout else 1)

@@ -54,7 +54,7 @@ class Loop:
         engine, total = self.engine, len(self.responses)
         if total and self.pages is None:
             self.pages = programs.empty_pages(
-                num_pages=self.num_pages * engine.row_multiple,
+                num_pages=self.num_pages * engine.pools,
                 page_size=engine.page_size,
                 how=engine.how,
             )
@@ -208,9 +208,7 @@ class Loop:
 
     def _images(self, taken, rows, length):
         placed = {
-            part * rows + i: job
-            for part, jobs in enumerate(taken)
-            for i, job in enumerate(jobs)
+            part * rows + i: job for part, jobs in enumerate(taken) for i, job in enumerate(jobs)
         }
         engine = self.engine
         return run_images(

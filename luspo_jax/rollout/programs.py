@@ -252,5 +252,3 @@ def _placed(tree, axes_tree, layout):
     axes = jax.tree.leaves(axes_tree, is_leaf=lambda node: type(node) is tuple)
     placed = [sharding.constrain(x, names, layout) for x, names in zip(leaves, axes, strict=True)]
     return jax.tree.unflatten(treedef, placed)
-
-
