@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import time
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,13 +52,21 @@ class Sampled:
 class Engine:
     """The engine of a run with the default configuration, and the model of a Work."""
 
-    def __init__(self, work: Work, *, dtype: str, fields_set: Mapping[str, Any]):
+    def __init__(
+        self,
+        work: Work,
+        *,
+        dtype: str = "float32",
+        fields_set: Mapping[str, Any] = types.MappingProxyType({}),
+        params: Any = None,
+    ):
         """Loads the weights.
 
         Args:
           work: what to sample.
           dtype: of weights and cache.
           fields_set: other fields of the configuration, by name.
+          params: weights of another Engine of the same model; None to load them.
         """
         config = fields.default_config()
         config.reward.parts = {"exact": 1.0}
@@ -77,7 +86,7 @@ class Engine:
         model = load_model(settings)
         self._work, self.model = work, model.config
         self.engine = build.sampler(settings, model, settings.rollout, None)
-        self._params = jax.device_put(
+        self.params = params or jax.device_put(
             decoder_weights.load_params(model.folder, model.config, dtype=self.engine.dtype)
         )
         self._requests = [
@@ -85,12 +94,16 @@ class Engine:
             for i, (tokens, limit) in enumerate(zip(work.prompts, work.limits, strict=True))
         ]
 
+    def generate(self, seed: int):
+        """Returns the Responses and RolloutStats."""
+        return self.engine.generate(
+            self.params, self._requests, group_size=self._work.group, seed=seed
+        )
+
     def sample(self, seed: int) -> Sampled:
         """Samples everything once."""
         used, started = time.process_time(), time.perf_counter()
-        responses, stats = self.engine.generate(
-            self._params, self._requests, group_size=self._work.group, seed=seed
-        )
+        responses, stats = self.generate(seed)
         seconds = time.perf_counter() - started
         cores = (time.process_time() - used) / seconds
         lengths = [len(response.tokens) for response in responses]
