@@ -29,8 +29,8 @@ def ratio(
     """Returns tokens a second of `ours` over those of `other`, in words and as numbers."""
     numbers = paired([turn.rate for turn in taken[ours]], [turn.rate for turn in taken[other]])
     line = (
-        f"tokens/s of {ours} over {other}: median {numbers['median']:.3f} "
-        f"(min {numbers['min']:.3f}, max {numbers['max']:.3f})"
+        f"tokens/s of {ours} over {other} (time per token of {other} over {ours}): median "
+        f"{numbers['median']:.3f} (min {numbers['min']:.3f}, max {numbers['max']:.3f})"
     )
     if numbers["ci95_low"] is not None:
         line += (
@@ -69,7 +69,7 @@ def _pages(work, stats, sampled, read, entry, prompts):
         f"  in whole pages of {stats.page_size}: {read.pages / 1e6:.3f} MB = "
         f"{read.pages / read.live:.3f} × live; a prompt's full pages once: "
         f"{read.pages_once / 1e6:.3f} MB = {read.pages_once / read.live_once:.3f} × live once",
-        f"  pages in use: {cache_traffic.timeline(stats.live_pages)}; peak {stats.pages_peak} of "
+        f"  pages in use: {cache_traffic.timeline(stats.pages_in_use)}; peak {stats.pages_peak} of "
         f"{stats.pages_total} = {held / 1e6:.1f} MB; {stats.preemptions} preemptions",
     ]
     if not stats.preemptions and sampled.lengths and work.responses == len(sampled.lengths):
