@@ -181,47 +181,51 @@ def measure(say=print) -> dict:
 
     environment = report.environment()
     say(report.environment_lines(environment))
-    widths, batches = ([int(x) for x in flag.value] for flag in (_WIDTHS, _BATCHES))
-    cost = step_seconds(sorted({b * w for b in batches for w in (1, *widths)}))
-    say("rows   milliseconds a step")
-    for rows, seconds in cost.items():
-        say(f"{rows:4}   {seconds * 1e3:8.2f}")
     real, name = sampling_work.real_problems(pathlib.Path(_DATA.value), _PROMPTS.value)
-    kinds = {name: real}
-    if name == "GSM8K":
-        kinds["chain_sum"] = sampling_work.sums(_PROMPTS.value)
-    results = []
+    kinds = {name: real, "chain_sum": sampling_work.sums(_PROMPTS.value)}
+    found = []
     for kind, problems in kinds.items():
         for temperature in map(float, _TEMPERATURES.value):
-            results += replayed(kind, problems, temperature, widths, batches, cost, say)
-    return {"environment": environment, "step_seconds": cost, "results": results}
+            found += replayed(kind, problems, temperature, say)
+    batches = [int(x) for x in _BATCHES.value]
+    widths = sorted({1, *(replay["width"] for replay in found)})
+    cost = step_seconds(sorted({b * w for b in batches for w in widths}))
+    say("\nrows   milliseconds a step")
+    for rows, seconds in cost.items():
+        say(f"{rows:4}   {seconds * 1e3:8.2f}")
+    say(f"\nspeed-up (packed, padded) by rows: {', '.join(map(str, batches))}")
+    for replay in found:
+        gains = Gains(**replay["gains"])
+        ups = {batch: speed_ups(gains, batch, replay["width"], cost) for batch in batches}
+        replay["speed_up"] = ups
+        shown = "   ".join(f"{up['packed']:.2f}, {up['padded']:.2f}" for up in ups.values())
+        say(f"{_named(replay)}   {shown}")
+    return {"environment": environment, "step_seconds": cost, "replays": found}
 
 
-def replayed(kind, problems, temperature, widths, batches, cost, say) -> list[dict]:
-    """Replays responses to one kind of problem at one temperature."""
+def replayed(kind: str, problems: Sequence[str], temperature: float, say) -> list[dict]:
+    """Replays responses to one kind of problem at one temperature, with every draft."""
     pairs = sampled(problems, temperature)
-    lengths = [len(response) for _, response in pairs]
-    say(
-        f"\n{kind}, temperature {temperature:g}: {len(pairs)} responses, mean "
-        f"{statistics.fmean(lengths):.0f} tokens\n"
-        f"{'n':>2}{'w':>3}{'gain':>7}{'width':>7}   speed-up (packed, padded) by rows: "
-        + ", ".join(map(str, batches))
-    )
-    results = []
+    mean = statistics.fmean(len(response) for _, response in pairs)
+    say(f"{kind}, temperature {temperature:g}: {len(pairs)} responses, mean {mean:.0f} tokens")
+    found = []
     for ngram in map(int, _NGRAMS.value):
-        for width in widths:
+        for width in map(int, _WIDTHS.value):
             gains = total([simulated(*pair, ngram=ngram, width=width) for pair in pairs])
-            ups = {batch: speed_ups(gains, batch, width, cost) for batch in batches}
-            shown = "  ".join(f"{up['packed']:.2f}, {up['padded']:.2f}" for up in ups.values())
-            say(f"{ngram:2}{width:3}{gains.gain:7.3f}{gains.width:7.3f}   {shown}")
-            results.append(
-                {
-                    "problems": kind, "temperature": temperature, "ngram": ngram, "width": width,
-                    "gain": gains.gain, "positions": gains.width, "tokens": gains.tokens,
-                    "speed_up": ups,
-                }
-            )  # fmt: skip
-    return results
+            replay = {"problems": kind, "temperature": temperature, "ngram": ngram, "width": width}
+            found.append(replay | {"gains": dataclasses.asdict(gains)})
+            say(
+                f"{_named(replay)}   {gains.gain:.3f} tokens a verification over {gains.width:.3f}; "
+                f"{gains.drafts / gains.verifications:.1%} have a draft"
+            )
+    return found
+
+
+def _named(replay):
+    return (
+        f"{replay['problems']:9} temperature {replay['temperature']:<3g} n {replay['ngram']} "
+        f"w {replay['width']}"
+    )
 
 
 def main() -> None:
