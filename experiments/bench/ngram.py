@@ -215,7 +215,7 @@ def replayed(kind: str, problems: Sequence[str], temperature: float, say) -> lis
             replay = {"problems": kind, "temperature": temperature, "ngram": ngram, "width": width}
             found.append(replay | {"gains": dataclasses.asdict(gains)})
             say(
-                f"{_named(replay)}   {gains.gain:.3f} tokens a verification over {gains.width:.3f}; "
+                f"{_named(replay)}   {gains.gain:.3f} tokens a step over {gains.width:.3f}; "
                 f"{gains.drafts / gains.verifications:.1%} have a draft"
             )
     return found
