@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.bench import cache_traffic
 from experiments.bench.report import paired
-from experiments.bench.sampling_sides import PAGED, Engine, Sampled
+from experiments.bench.sampling_sides import Engine, Sampled
 from experiments.bench.sampling_work import Work
 
 
@@ -44,7 +44,7 @@ def cache(work: Work, side: Engine, sampled: Sampled) -> tuple[str, dict[str, An
     """Returns what a rollout of ours held and read, in words and as numbers."""
     stats = sampled.stats
     entry = cache_traffic.entry_bytes(side.model, side.engine.dtype.itemsize)
-    page = stats.page_size if PAGED else 1
+    page = stats.page_size
     prompts = [len(tokens) for tokens in work.prompts]
     read = cache_traffic.traffic(
         prompts, sampled.lengths, page=page, steps=stats.decode_steps, entry=entry
@@ -53,9 +53,8 @@ def cache(work: Work, side: Engine, sampled: Sampled) -> tuple[str, dict[str, An
         f"  {stats.decode_steps:,} decode steps, {sampled.tokens / stats.decode_steps:.1f} tokens "
         f"each; {stats.prefill_tokens:,} prompt tokens in {stats.prefill_calls} prefills",
         f"  a step: {read.live / 1e6:.3f} MB live ({read.live_once / 1e6:.3f} with prompts once)",
+        *_pages(work, stats, sampled, read, entry, prompts),
     ]
-    if PAGED:
-        lines += _pages(work, stats, sampled, read, entry, prompts)
     return "\n".join(lines), {
         "bytes_a_step": dataclasses.asdict(read),
         "entry_bytes": entry,

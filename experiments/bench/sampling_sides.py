@@ -20,8 +20,6 @@ from luspo_jax.run import build, checks, fields
 from luspo_jax.run.model import load_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Whether the engine is the one of pages; each use of it goes once it is merged.
-PAGED = "limit" in {field.name for field in dataclasses.fields(Request)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,19 +79,18 @@ class Engine:
             "rollout.max_response_length": work.longest_response,
             "rollout.temperature": 1.0,
             "rollout.mismatch_limit": 1e3,  # nothing is trained here
-            "rollout.num_slots": work.responses if PAGED else min(work.responses, 64),
+            "rollout.num_slots": work.responses,
         }
         fields.assign(config, chosen | dict(fields_set))
         settings = checks.check(config)
         model = load_model(settings)
         self._work, self.model = work, model.config
-        layouts = (None, None) if PAGED else None
-        self.engine = build.sampler(settings, model, settings.rollout, layouts)
+        self.engine = build.sampler(settings, model, settings.rollout, (None, None))
         self.params = params or jax.device_put(
             decoder_weights.load_params(model.folder, model.config, dtype=self.engine.dtype)
         )
         self._requests = [
-            _request(i, tokens, limit, work)
+            Request(i, np.asarray(tokens, np.int32), limit=limit)
             for i, (tokens, limit) in enumerate(zip(work.prompts, work.limits, strict=True))
         ]
 
@@ -111,15 +108,6 @@ class Engine:
         cores = (time.process_time() - used) / seconds
         lengths = [len(response.tokens) for response in responses]
         return Sampled(seconds - stats.compile_seconds, cores, lengths, stats)
-
-
-def _request(prompt_id, tokens, limit, work):
-    tokens = np.asarray(tokens, np.int32)
-    if PAGED:
-        return Request(prompt_id, tokens, limit=limit)
-    if limit != work.longest_response:
-        raise ValueError("this engine has one limit for all responses")
-    return Request(prompt_id, tokens)
 
 
 class Peer:

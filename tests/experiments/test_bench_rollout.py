@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import cache_traffic, ngram, sampling_peer, sampling_report, sampling_work
-from experiments.bench.sampling_sides import PAGED, Engine, Peer, Sampled, check_lengths
+from experiments.bench.sampling_sides import Engine, Peer, Sampled, check_lengths
 from experiments.bench.workload import Workload
 from luspo_jax.hosts.values import ConfigError
 
@@ -35,7 +35,6 @@ def test_ours_samples_every_forced_length(work):
     json.dumps(record, allow_nan=False)
 
 
-@pytest.mark.skipif(not PAGED, reason="the engine has one limit for all responses")
 def test_ours_samples_lengths_by_prompt(work):
     work = dataclasses.replace(work, limits=(1, 6, 3))
     check_lengths(work, Engine(work).sample(0), "luspo_jax")
