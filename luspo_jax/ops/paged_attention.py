@@ -129,8 +129,8 @@ def _append_and_attend(module, layout, query, new, pages, layer, *places):
     part, parts = position_part(layout)
     pages_B, places_B = entry_of(where, pages, part, parts)
     pages = append(pages, new, layer, pages_B, places_B)
-    # ≥ 0: positions ≥ 0 and part < parts.
-    lengths_B = (where.positions_B - part) // parts + 1
+    # ≥ 0: positions ≥ 0 and part < parts. Rows that are not real read nothing.
+    lengths_B = jnp.where(where.real_B, (where.positions_B - part) // parts + 1, 0)
     found = module.attend(query, pages, layer, where.tables_BM, lengths_B, where.shared)
     if parts > 1:
         found = joined(found, layout.axis_names("cache_length"))

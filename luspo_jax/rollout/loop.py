@@ -57,6 +57,7 @@ class Loop:
                 num_pages=self.num_pages * engine.pools,
                 page_size=engine.page_size,
                 how=engine.how,
+                dtype=engine.cache_dtype.name,
             )
         while self.finished < total:
             self._admit()

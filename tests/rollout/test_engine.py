@@ -9,6 +9,7 @@ import pytest
 
 from luspo_jax.models.forward import Forward
 from luspo_jax.rollout import Cache, Engine, Request, Sampling, loop, schedule
+from luspo_jax.rollout import engine as engine_module
 from tests.rollout import rollout_cases as cases
 
 MODEL = cases.config()
@@ -197,6 +198,52 @@ def test_what_all_prompts_begin_with_is_read_once():
     ):
         expected = cases.log_softmax(logits)[np.arange(len(logits)), response.tokens]
         np.testing.assert_allclose(response.logprobs, expected, atol=1e-5)
+
+
+def test_int8_pages_are_near_and_alike_for_every_kernel_and_preemption():
+    def sampled(kernel, pages=None):
+        engine = Engine(
+            Forward(MODEL, paged_attention=kernel), Sampling(31, STOPS), num_slots=12,
+            max_prompt_length=17, chunk_length=8, cache=Cache(None, 4, "int8"),
+        )  # fmt: skip
+        if pages is not None:
+            engine.take_room(engine.least_bytes + pages * engine.page_bytes)
+        # Two layers, two heads, keys and values, four tokens: eight numbers and a scale each.
+        assert engine.page_bytes == 2 * 2 * 2 * 4 * (8 + 4)
+        return engine.generate(PARAMS, RAGGED, group_size=3, seed=5, step=2)
+
+    base, _ = sampled("reference")
+    gaps = []
+    for response, logits in zip(
+        base, cases.teacher_logits(MODEL, PARAMS, RAGGED, base), strict=True
+    ):
+        expected = cases.log_softmax(logits)[np.arange(len(logits)), response.tokens]
+        gaps.append(np.abs(response.logprobs - expected))
+    gaps = np.concatenate(gaps)
+    assert 1e-4 < gaps.mean() < 0.1  # rounded, and no other model
+    for kernel, pages in (("blocks", None), ("blocks", 3)):
+        others, stats = sampled(kernel, pages)
+        assert (stats.preemptions > 0) == (pages is not None)
+        same = [a.tokens.tolist() == b.tokens.tolist() for a, b in zip(base, others, strict=True)]
+        assert np.mean(same) >= 0.8  # a rounding of int8 may go the other way
+        for a, b, alike in zip(base, others, same, strict=True):
+            if alike:
+                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        (Cache(None, 12), "page_size=12: the paged attention of tpu, 'tpu', does not take"),
+        (Cache(None, 0, "int8"), "cache_dtype='int8': no kernel of tpu"),
+    ],
+)
+def test_what_the_platforms_kernel_does_not_take_is_refused(cache, message):
+    how = Forward(dataclasses.replace(MODEL, head_dim=128), "bfloat16")
+    assert engine_module._kernel(how, Cache(), "tpu") == "tpu"
+    assert engine_module._kernel(how, Cache(None, 12), "cpu") == "blocks"
+    with pytest.raises(ValueError, match=message):
+        engine_module._kernel(how, cache, "tpu")
 
 
 def test_a_request_may_have_a_limit_of_its_own():
