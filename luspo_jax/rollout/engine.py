@@ -273,8 +273,8 @@ def _kernel(how, cache, platform):
     if size == "reference":
         raise ValueError(f"cache_dtype={cache.dtype!r}: no kernel of {platform} reads such pages")
     raise ValueError(
-        f"page_size={cache.page_size}: the paged attention of {platform}, {better!r}, does not take "
-        f"such pages; it takes {usual}"
+        f"page_size={cache.page_size}: the paged attention of {platform}, {better!r}, takes no "
+        f"such pages; it takes those of {usual} tokens"
     )
 
 

@@ -234,7 +234,7 @@ def test_int8_pages_are_near_and_alike_for_every_kernel_and_preemption():
 @pytest.mark.parametrize(
     ("cache", "message"),
     [
-        (Cache(None, 12), "page_size=12: the paged attention of tpu, 'tpu', does not take"),
+        (Cache(None, 12), "page_size=12: the paged attention of tpu, 'tpu', takes no"),
         (Cache(None, 0, "int8"), "cache_dtype='int8': no kernel of tpu"),
     ],
 )
