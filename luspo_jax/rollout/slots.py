@@ -285,7 +285,6 @@ def decode_chunk(params, slots, max_steps, leave_at, *, how, sampling, chunk_len
       The slots, and the Chunk of sampled tokens.
     """
     B, layout = slots.lengths_B.shape[0], how.layout
-    kernel_VD = decoder.head_kernel(params).astype(jnp.dtype(how.dtype))
     chunk = Chunk(
         tokens_CB=jnp.zeros((chunk_length, B), jnp.int32),
         logprobs_CB=jnp.zeros((chunk_length, B), jnp.float32),
@@ -311,11 +310,7 @@ def decode_chunk(params, slots, max_steps, leave_at, *, how, sampling, chunk_len
 
     def body(carry):
         slots, chunk = carry
-        logits_BV = jnp.einsum(
-            "BD,VD->BV", slots.hidden_BD, kernel_VD, preferred_element_type=jnp.float32
-        )
-        # Multiply on the shards of the head: the logits are gathered, not the head.
-        logits_BV = sharding.constrain(logits_BV, ("batch", "vocab"), layout)
+        logits_BV = decoder.logits(params, slots.hidden_BD, how=how)
         tokens_B, logprobs_B = draw(logits_BV, slots.keys_B, slots.lengths_B)
         active_B = slots.active_B
         slots, ids_BLK = _advance(slots, tokens_B, params, how=how, sampling=sampling)

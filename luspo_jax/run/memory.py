@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from luspo_jax import sharding
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.quantised import activation_type
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.settings import Config, section
 from luspo_jax.sharding import Layout
@@ -26,7 +27,7 @@ def memory_estimate(
     6·D + 7·F for each of a token's K, in one layer. An estimate, not a promise.
     """
     sizes = batch_arithmetic(config)
-    sampling = jnp.dtype(config.model.rollout_dtype).itemsize
+    sampling = jnp.dtype(activation_type(config.model.rollout_dtype)).itemsize
     train, rollout = layouts
     params = param_bytes(model, train, jnp.float32)
     slots = config.rollout.num_slots * sizes.tokens_per_row
@@ -77,12 +78,15 @@ def pass_memory(
 
 @functools.cache  # traces the model
 def param_bytes(model: DecoderConfig, layout: Layout | None, dtype: Any) -> int:
-    """Returns the bytes of one device's shard of the parameters in `dtype`; routers ≥ float32.
+    """Returns the bytes of one device's shard of the parameters in `dtype`, as `decoder.cast` makes
+    them.
 
     Mesh axes differ by parameter: experts are sharded over the expert axis, norms over none.
     """
     params = decoder.abstract_params(model, jnp.dtype(dtype))
-    axes = jax.tree.leaves(decoder.param_axes(model), is_leaf=lambda node: isinstance(node, tuple))
+    axes = jax.tree.leaves(
+        decoder.param_axes(model, dtype), is_leaf=lambda node: isinstance(node, tuple)
+    )
     return sum(
         math.prod(layout.sharding(names).shard_shape(x.shape) if layout else x.shape)
         * x.dtype.itemsize
