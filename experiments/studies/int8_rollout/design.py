@@ -26,9 +26,9 @@ OUTCOMES = (
     Outcome("reward", "reward", "mean"),
     Outcome("last length", "response_length/mean"),
     Outcome("last entropy", "actor/entropy"),
-    Outcome("k3 KL(sampler, trainer)", "rollout_corr/k3_kl", "mean"),
     Outcome("largest gap, first step", "rollout_corr/max_abs_diff", "first"),
     Outcome("largest gap of the run", "rollout_corr/max_abs_diff", "max"),
+    Outcome("k3 KL(sampler, trainer)", "rollout_corr/k3_kl", "mean"),
 )
 
 

@@ -5,6 +5,7 @@ same command resumes; `--analyse_only` analyses the finished runs. `--publish` a
 and figure beside the study's README.
 """
 
+import dataclasses
 import pathlib
 import shutil
 import sys
@@ -56,13 +57,29 @@ def write(sweep, workdir: pathlib.Path, failures: Mapping[str, str]) -> str:
     text = "# Results\n\nMade by `study.py`; means over seeds with 95 % intervals, differences "
     text += "paired by seed.\n"
     for title, one in sections.items():
-        text += f"\n## {title}\n\n" + report.markdown_table(*report.table(one, results))
+        shown = dataclasses.replace(one, outcomes=design.OUTCOMES[:-1])
+        text += f"\n## {title}\n\n" + report.markdown_table(*report.table(shown, results))
+    text += "\n## Sampler against trainer, mean over steps and seeds\n\n"
+    text += mismatch_table(sweep, results)
     missing = [f"- {r.member.name}: {r.missing}\n" for r in results if r.missing]
     text += "".join(["\n## Not finished\n\n", *missing] if missing else [])
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(workdir / "results.md", text)
     report.curves_figure(sweep, workdir)
     return text
+
+
+def mismatch_table(sweep, results) -> str:
+    """Returns the table of the last outcome, whose values are too small for the others' digits."""
+    from experiments.sweeps import report
+
+    name = sweep.outcomes[-1].name
+    found = report.by_variant(results, name)
+    rows = [
+        [variant, f"{sum(seeds.values()) / len(seeds):.2g}" if seeds else "–"]
+        for variant, seeds in found.items()
+    ]
+    return report.markdown_table(["cell", f"{name}, nats"], rows)
 
 
 if __name__ == "__main__":
