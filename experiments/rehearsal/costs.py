@@ -303,32 +303,67 @@ def optimizer(params: float) -> Work:
     return Work(0, 9 * params, 0)
 
 
-def prefill(model: DecoderConfig, prompts: int, length: int, part: Parts, width: int) -> Work:
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The sampler's matrices.
+
+    Attributes:
+      width: bytes of an entry.
+      copied: whether a layer's experts are first written out in the activations' type.
+    """
+
+    width: int
+    copied: bool = False
+
+
+def prefill(
+    model: DecoderConfig,
+    prompts: int,
+    length: int,
+    part: Parts,
+    width: int,
+    kernels: Kernels | None = None,
+) -> Work:
     """Counts the forward pass over a batch of prompts on a rollout's mesh; the cache is written."""
     rows = Rows(prompts * length, causal_pairs(prompts, length), 0)
     written = rows.tokens / part.batch * kv_bytes(model, width) / part.tensor
-    return forward(model, rows, dataclasses.replace(part, length=1), width) + Work(0, written, 0)
+    work = forward(model, rows, dataclasses.replace(part, length=1), width)
+    kernels = kernels or Kernels(width)
+    experts = expert_matrices(model) / (part.experts * part.tensor)
+    narrower = (width - kernels.width) * (matrices(model) / part.tensor + experts)
+    copies = 2 * width * experts if kernels.copied else 0.0
+    return work + Work(0, written - narrower + copies, 0)
 
 
-def decode_step(model: DecoderConfig, slots: int, room: int, part: Parts, width: int) -> Work:
+def decode_step(
+    model: DecoderConfig,
+    slots: int,
+    room: int,
+    part: Parts,
+    width: int,
+    kernels: Kernels | None = None,
+) -> Work:
     """Counts one token for every slot of a host.
 
     The whole cache is read, and all weights but those of experts without tokens. `room` is the
     allocated length of the cache, which is read however short the rows are.
     """
+    kernels = kernels or Kernels(width)
     rows, t = slots / part.batch, part.tensor
     weights = matrices(model) + head(model)
     seen = room / part.length
     flops = 2 * rows * weights / t
     flops += 4 * model.num_heads * model.head_dim * model.num_layers * rows * seen / t
-    memory = width * weights / t + rows * seen * kv_bytes(model, width) / t
+    memory = kernels.width * weights / t + rows * seen * kv_bytes(model, width) / t
     memory += 4 * 4 * rows * model.vocab_size
     reduced = model.num_layers + _dense_layers(model)
-    links = 2 * reduced * width * rows * model.embed_dim * others(t)
+    # Products with scales are summed in float32.
+    summed = width if kernels.width == width else 4
+    links = 2 * reduced * summed * rows * model.embed_dim * others(t)
     links += 4 * rows * model.vocab_size * others(t)
     sums = 2 * 4 * model.num_heads * (model.head_dim + 1) / t * model.num_layers * rows
     own = Work(flops, memory, links + sums * others(part.length))
-    return own + _decoding_experts(model, rows, part, width)
+    return own + _decoding_experts(model, rows, part, width, kernels)
 
 
 def touched(assignments: float, num_experts: int) -> float:
@@ -336,7 +371,7 @@ def touched(assignments: float, num_experts: int) -> float:
     return num_experts * (1 - (1 - 1 / num_experts) ** assignments)
 
 
-def _decoding_experts(model, rows, part, width):
+def _decoding_experts(model, rows, part, width, kernels):
     """Counts experts of all layers, one token for each of `rows` rows of a device."""
     if not model.num_experts:
         return Work()
@@ -348,7 +383,10 @@ def _decoding_experts(model, rows, part, width):
     seen = rows * X
     links = seen * ((width + 4) * model.embed_dim + 8 * model.experts_per_token) * others(X)
     links += 2 * 4 * seen * model.embed_dim * others(t)
-    one = Work(2 * assigned * kernel, width * read * kernel, links)
+    memory = kernels.width * read * kernel
+    if kernels.copied and not few:
+        memory = ((kernels.width + width) * E / X + width * read) * kernel
+    one = Work(2 * assigned * kernel, memory, links)
     return one * model.num_expert_layers
 
 

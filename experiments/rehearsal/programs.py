@@ -20,6 +20,7 @@ from experiments.rehearsal.costs import Rows, Work
 from experiments.rehearsal.resident import (
     cache_bytes,
     device_bytes,
+    kernels,
     parked,
     state_bytes,
     weights_bytes,
@@ -150,14 +151,13 @@ def _hand_over(case):
     def move():
         grid = rollout.mesh.devices.reshape(train.mesh.devices.shape)
         again = Layout(Mesh(grid, MESH_AXES), "train")
-        leaves, treedef = jax.tree.flatten(case.state.params)
+        leaves, treedef = jax.tree.flatten(decoder.abstract_params(case.model, dtype))
         axes = jax.tree.leaves(
-            decoder.param_axes(case.model), is_leaf=lambda node: isinstance(node, tuple)
+            decoder.param_axes(case.model, dtype), is_leaf=lambda node: isinstance(node, tuple)
         )
-        kinds = jax.tree.leaves(decoder.abstract_params(case.model, dtype))
         made = [
-            jax.ShapeDtypeStruct(x.shape, kind.dtype, sharding=again.sharding(names))
-            for x, kind, names in zip(leaves, kinds, axes, strict=True)
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=again.sharding(names))
+            for x, names in zip(leaves, axes, strict=True)
         ]
         return handover.lower_rollout_params(jax.tree.unflatten(treedef, made), **args)
 
@@ -230,10 +230,10 @@ def _sampler(case, engine, prompts, group_size, suffix):
         )  # fmt: skip
 
     steps = decoding(case, engine, prompts, group_size)
-    one_step = costs.decode_step(case.model, count, room, part, width)
+    one_step = costs.decode_step(case.model, count, room, part, width, kernels(case))
     chunk = engine.chunk_length
     prefills = -(-prompts // P)
-    prefilling = costs.prefill(case.model, P, T, part, width)
+    prefilling = costs.prefill(case.model, P, T, part, width, kernels(case))
     if pictures := case.lengths.images:
         images = case.prefilled_images(P, engine.row_multiple)
         whole = dataclasses.replace(part, length=1)
@@ -282,7 +282,9 @@ def rollout_arrays(
     """Abstract inputs of the rollout's programs."""
     model, how = case.model, engine.how
     key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
-    params = case.on_host(decoder.abstract_params(model, engine.dtype), decoder.param_axes(model))
+    dtype = jnp.dtype(case.config.model.rollout_dtype)
+    axes = decoder.param_axes(model, dtype)
+    params = case.on_host(decoder.abstract_params(model, dtype), axes)
     held = jax.eval_shape(
         functools.partial(slots.empty_slots, num_slots=count, length=room, how=how), key
     )

@@ -156,7 +156,14 @@ def seconds(case: Case, program: Program, by: costs.Rates) -> float:
     return sum(
         steps
         * by.roofline(
-            costs.decode_step(case.model, count, room, case.rollout_parts, engine.dtype.itemsize)
+            costs.decode_step(
+                case.model,
+                count,
+                room,
+                case.rollout_parts,
+                engine.dtype.itemsize,
+                resident.kernels(case),
+            )
         )
         for room, steps in sampled.by_room.items()
     )

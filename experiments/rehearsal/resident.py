@@ -48,6 +48,13 @@ def weights_bytes(case: Case) -> float:
     return param_bytes(case.model, case.engine.layout, dtype)
 
 
+def kernels(case: Case) -> costs.Kernels:
+    """Returns what the sampler's matrices take to read."""
+    dtype = jnp.dtype(case.config.model.rollout_dtype)
+    copied = dtype == jnp.int8 and case.engine.how.expert_kernel == "megablox"
+    return costs.Kernels(dtype.itemsize, copied)
+
+
 def cache_bytes(case: Case, count: int, room: int, width: int) -> float:
     """Returns the bytes on a device of the cache of `count` slots of a host."""
     part = case.rollout_parts

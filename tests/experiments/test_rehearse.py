@@ -254,6 +254,45 @@ def test_bytes_of_experts_are_those_of_what_they_are_cut_over():
     assert active == pytest.approx(3.35e9, rel=0.01)  # its "A3B"
 
 
+def test_bytes_of_int8_weights_count_their_scales():
+    model, train, rollout = paper()
+    scales = 48 * ((32 + 2 * 4) * 128 + 2048 + 128 * (2 * 768 + 2048)) + 151_936
+    matrices = _ATTENTION + 48 * 128 * _EXPERT + _HEAD
+    rest = 2 * (_HEAD + _NORMS) + 4 * _ROUTERS
+    assert param_bytes(model, None, "int8") == matrices + 4 * scales + rest
+    spread = 48 * 128 * (_EXPERT + 4 * (2 * 768 + 2048))  # over four devices' experts
+    own = matrices + 4 * scales + rest - spread * 3 // 4
+    assert param_bytes(model, rollout, "int8") == own
+    # Rows of the embedding travel with all axes but tensor; scales along it alone.
+    assert param_bytes(model, train, "int8") < param_bytes(model, train, "bfloat16")
+
+
+def test_a_decode_step_with_int8_weights_reads_fewer_bytes():
+    """Half of the matrices' and none of the cache's."""
+    model, _, rollout = paper()
+    part, dense = costs.parts(rollout), costs.matrices(model) + costs.head(model)
+    narrow, copied = costs.Kernels(1), costs.Kernels(1, copied=True)
+    wide = costs.decode_step(model, 64, 4096, part, 2)
+    step = costs.decode_step(model, 64, 4096, part, 2, narrow)
+    experts = costs.expert_matrices(model) / 4
+    reached = costs.touched(64 * 8, 128) / 128 * experts
+    assert wide.memory - step.memory == pytest.approx(dense + reached)
+    assert step.flops == wide.flops
+    # Where a layer's experts are cast before their product, all are read, written and read.
+    slow = costs.decode_step(model, 64, 4096, part, 2, copied)
+    assert slow.memory - step.memory == pytest.approx(3 * experts + 2 * reached - reached)
+
+
+def test_the_programs_of_int8_weights_compile_on_a_mesh():
+    config = tiny_experts(
+        **SMALL, model__rollout_dtype="int8", mesh__expert=2, rollout_mesh__expert=2
+    )
+    case = cases.build(config, machine(4), mean_length=12)
+    for program in programs.programs(case):
+        if program.name.startswith(("hand-over", "prefill", "decode")):
+            assert "s8[" in program.lower().compile().as_text()
+
+
 def test_experts_over_devices_are_exchanged_and_others_gathered():
     model, together, _ = paper((1, 4, 8, 2, 1))
     _, alone, _ = paper((1, 32, 1, 2, 1))
