@@ -48,14 +48,15 @@ def weights_bytes(case: Case) -> float:
     return param_bytes(case.model, case.engine.layout, dtype)
 
 
-def cache_bytes(case: Case, count: int, room: int, width: int) -> float:
-    """Returns the bytes on a device of the cache of `count` slots of a host."""
-    part = case.rollout_parts
-    whole = count * room * costs.kv_bytes(case.model, width)
-    return whole / (part.batch * part.length * part.tensor)
+def kernels(case: Case) -> costs.Kernels:
+    """Returns what the sampler's matrices take to read."""
+    dtype = jnp.dtype(case.config.model.rollout_dtype)
+    copied = dtype == jnp.int8 and case.engine.how.expert_kernel == "megablox"
+    return costs.Kernels(dtype.itemsize, copied)
 
 
-def growing_bytes(case: Case, count: int, rooms: list[int], width: int) -> float:
-    """Returns the bytes on a device while the cache last grows: half of the old one remains."""
-    old = cache_bytes(case, count, rooms[-2], width) / 2 if len(rooms) > 1 else 0.0
-    return cache_bytes(case, count, rooms[-1], width) + old
+def pool_bytes(case: Case, held_out: bool = False) -> float:
+    """Returns the bytes on a device of the pool of pages, of a step or a held-out evaluation."""
+    if held_out:
+        return case.tested.pages * case.held_out.page_bytes
+    return case.sampled.pages * case.engine.page_bytes
