@@ -45,7 +45,6 @@ def get_config():
     config.reward.options = {}
     config.rollout.max_response_length = 8192
     config.rollout.temperature = 0.6
-    config.rollout.num_slots = 256  # Per process: 32 per GPU on 8 GPUs, 64 per chip on v5p hosts.
     config.train.num_minibatches = 2  # 64 prompts each.
     config.train.microbatch_tokens = 16 * (1024 + 8192)  # Two rows per device on 8, one on 16.
     config.eval.metric = "boxed_math"
@@ -53,6 +52,5 @@ def get_config():
     config.eval.num_samples = 16
     config.eval.temperature = 0.6
     config.eval.top_p = 0.95
-    config.eval.num_slots = 256
     config.output.checkpoint_every = 10
     return config

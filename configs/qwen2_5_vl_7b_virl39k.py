@@ -64,7 +64,7 @@ def get_config():
     config.rollout.group_size = 8
     config.rollout.max_response_length = 4096
     config.rollout.temperature = 1.0
-    config.rollout.num_slots = 512  # Per process: 64 per GPU on 8 GPUs.
+    config.rollout.num_slots = 1024  # Per process: all responses of a step, as pages last.
     config.rollout.chunk_length = 128
     # As in configs/qwen2_5_7b_dapo17k.py: wide, so that it catches faults and not rounding.
     config.rollout.mismatch_limit = 1.0
@@ -85,6 +85,6 @@ def get_config():
     config.eval.num_samples = 1
     config.eval.temperature = 1.0
     config.eval.top_p = 0.7
-    config.eval.num_slots = 512
+    config.eval.num_slots = 1024
     config.output.checkpoint_every = 5
     return config

@@ -30,11 +30,11 @@ def get_config():
     config.reward.options.overlong.buffer = 512
     config.rollout.prompts_per_step = 32
     config.rollout.max_response_length = 4096
-    config.rollout.num_slots = 32
+    config.rollout.num_slots = 256  # All responses of a step, as pages last.
     config.rollout.chunk_length = 64
     config.train.num_minibatches = 4
     config.train.microbatch_tokens = 8 * (1024 + 4096)
     config.eval.num_samples = 8
-    config.eval.num_slots = 32
+    config.eval.num_slots = 256
     config.output.checkpoint_every = 10
     return config

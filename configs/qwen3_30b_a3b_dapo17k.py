@@ -37,7 +37,5 @@ def get_config():
     config.model.path = "hub:Qwen/Qwen3-30B-A3B-Instruct-2507"
     config.mesh.expert = 8
     config.rollout_mesh.expert = 8  # The devices of a host; 4 on hosts of 4.
-    config.rollout.num_slots = 48  # Per process: 6 per GPU on 8 GPUs, 12 per chip on v5p hosts.
-    config.eval.num_slots = 48
     config.train.microbatch_tokens = 32 * (2048 + 32768)  # One row per device, on 32.
     return config

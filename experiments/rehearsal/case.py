@@ -140,21 +140,25 @@ class Case:
         images = self.lengths.images
         return rounded_up(prompts * images.count, multiple) if images else 0
 
+    def responses(self, held_out: bool = False) -> int:
+        """Returns the most responses of a step, or of a held-out evaluation, on one host."""
+        if held_out:
+            return self.share(self.config.eval.num_problems) * self.config.eval.num_samples
+        rollout = self.config.rollout
+        return self.share(rollout.prompts_per_step) * rollout.group_size
+
     @functools.cached_property
     def sampled(self) -> playing.Played:
         """The rollout of a step on one host."""
-        rollout = self.config.rollout
-        return self._played(self.engine, rollout.prompts_per_step, rollout.group_size)
+        return self._played(self.engine, self.responses(), self.config.rollout.group_size)
 
     @functools.cached_property
     def tested(self) -> playing.Played:
         """The rollout of a held-out evaluation on one host."""
-        held_out = self.config.eval
-        return self._played(self.held_out, held_out.num_problems, held_out.num_samples)
+        return self._played(self.held_out, self.responses(True), self.config.eval.num_samples)
 
-    def _played(self, engine, total, group_size):
-        prompts = self.share(total)
-        lengths = costs.power_lengths(self.lengths.mean, self.lengths.longest, prompts * group_size)
+    def _played(self, engine, count, group_size):
+        lengths = costs.power_lengths(self.lengths.mean, self.lengths.longest, count)
         order = np.random.default_rng(0).permutation(lengths)
         return playing.played(engine, self.lengths.prompt, order, group_size)
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from luspo_jax.ops.paged_prefill import Runs
+from luspo_jax.ops.sizes import rounded_up
 from luspo_jax.rollout import Engine, Request
 from luspo_jax.rollout.loop import Loop
 from luspo_jax.rollout.programs import Chunk, Rows
@@ -91,15 +92,12 @@ def played(engine: Engine, prompt: int, lengths: Sequence[int], group_size: int)
 
     Args:
       engine: of the host; its pool has a size.
-      prompt: tokens of every prompt; no two begin with the same.
+      prompt: tokens of every prompt; no two begin with the same. Pixels change nothing here.
       lengths: of the responses, a prompt's side by side.
       group_size: of each prompt.
     """
     engine = copy.copy(engine)
     engine.sampling = dataclasses.replace(engine.sampling, stop_token_ids=(_STOP,))
-    # Pixels change nothing here.
-    model = dataclasses.replace(engine.how.model, vision=None)
-    engine.how = dataclasses.replace(engine.how, model=model)
     requests = []
     for number in range(len(lengths) // group_size):
         tokens = np.full(prompt, _OTHER, np.int32)
@@ -129,10 +127,11 @@ def played(engine: Engine, prompt: int, lengths: Sequence[int], group_size: int)
 
 def _inputs(engine, loop, device):
     """Abstract inputs of the largest programs that any lengths can lead to."""
-    parts, request = engine.row_multiple, Request(0, np.zeros(engine.max_prompt_length, np.int32))
-    longest = Job(request, np.zeros(engine.max_length - 1, np.int32), [], 0)
-    T = loop.run_length([longest])
-    R = parts * max(1, engine.max_prefill_tokens // (T * parts))
+    parts, prompt = engine.row_multiple, np.zeros(engine.max_prompt_length, np.int32)
+    pictured = engine.how.model.vision is not None
+    request = Request(0, prompt, images=(None,) if pictured else ())
+    T = loop.run_length([Job(request, np.zeros(engine.max_length - 1, np.int32), [], 0)])
+    R = parts * rounded_up(max(1, engine.max_prefill_tokens // (T * parts)), 1)
     numbers = jax.ShapeDtypeStruct((R,), np.int32)
     tables = jax.ShapeDtypeStruct((R, engine.table_width), np.int32)
     runs = Runs(tables, numbers, numbers), (jax.ShapeDtypeStruct((R, T), np.int32), numbers)

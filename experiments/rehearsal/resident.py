@@ -57,6 +57,5 @@ def kernels(case: Case) -> costs.Kernels:
 
 def pool_bytes(case: Case, held_out: bool = False) -> float:
     """Returns the bytes on a device of the pool of pages, of a step or a held-out evaluation."""
-    if held_out:
-        return case.tested.pages * case.held_out.page_bytes
-    return case.sampled.pages * case.engine.page_bytes
+    engine = case.held_out if held_out else case.engine
+    return engine.pool_bytes(case.responses(held_out))

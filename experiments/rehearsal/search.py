@@ -213,7 +213,7 @@ def _rollout(case, found):
     options: list[Changes] = [{}]
     experts = _expert_axes(case, config.rollout_mesh)
     now, tested = config.rollout.num_slots, config.eval.num_slots
-    wanted = case.share(config.rollout.prompts_per_step) * config.rollout.group_size
+    wanted = case.responses()
     for tensor, expert, waits in itertools.product(
         (1, 2, 4, 8), experts, (config.train.offload, offload)
     ):
@@ -279,11 +279,11 @@ def _counted(case, name):
     if name.startswith("hand-over"):
         return held
     held_out = name.endswith(programs.HELD_OUT)
-    engine, play = (case.held_out, case.tested) if held_out else (case.engine, case.sampled)
+    engine = case.held_out if held_out else case.engine
+    rows = engine.most_rows(case.responses(held_out))
     if name.startswith("copy"):
-        passing = play.inputs["copy pages"][0].shape[0] / engine.row_multiple * engine.page_bytes
+        passing = rows * engine.page_bytes
     elif name.startswith("decode"):
-        rows = play.chunks[0].rows / engine.row_multiple
         passing = 4 * 4 * rows * case.model.vocab_size
     else:
         passing = 0.0
