@@ -4,7 +4,7 @@ Command : bash launch/one_host.sh --config=configs/qwen3_0_6b_gsm8k.py --workdir
           (on a TPU VM of one host, a v5e-8 in a notebook, or 8 GPUs, the same)
 Hardware: one GPU of 24 GB or more, 8 GPUs, or the 8 chips of a v5e-8 (16 GB each); 8 rows are
           computed at once, so 1, 2, 4 or 8 devices.
-Memory  : weights and Adam's moments are 7.2 GB, a full response takes 0.18 GB of cache; a
+Memory  : weights and Adam's moments are 7.2 GB; keys and values take 115 kB a token; a
           checkpoint is 7.2 GB and three are kept.
 Time    : rehearsed, not run: a step takes at least 7 s on one H100 (expected 13). `python -m
           experiments.rehearse --config=configs/qwen3_0_6b_gsm8k.py --topology=h100:1x1`

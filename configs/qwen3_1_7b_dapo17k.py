@@ -4,7 +4,7 @@ Command : bash launch/one_host.sh --config=configs/qwen3_1_7b_dapo17k.py --workd
           (on a TPU VM of one host, a v5e-8 in a notebook, or 8 GPUs, the same)
 Hardware: one GPU of 80 GB, 8 GPUs, or the 8 chips of a v5e-8 (16 GB each); 8 rows are computed at
           once, so 1, 2, 4 or 8 devices.
-Memory  : weights and Adam's moments are 20.6 GB, a full response takes 0.59 GB of cache; a
+Memory  : weights and Adam's moments are 20.6 GB; keys and values take 115 kB a token; a
           checkpoint is 20.6 GB and three are kept.
 Time    : rehearsed, not run: responses of 1,024 tokens on average, a step takes at least 1.3 min
           on one H100 (expected 2.2) and on a v5e-8 (expected 2.1). `python -m
