@@ -5,7 +5,7 @@ Command : bash launch/one_host.sh --config=configs/deepseek_r1_distill_qwen_1_5b
           GSPO or GRPO instead: --config.objective.preset=gspo (or grpo)
 Hardware: one host of 8 GPUs with 80 GB each, or TPU v5p:2x2x4 by launch/tpu_vm.sh. 16 rows are
           computed at once, so 1, 2, 4, 8 or 16 devices (fewer than 8 were not rehearsed).
-Memory  : weights and Adam's moments are 21.3 GB, a full response takes 0.26 GB of cache; a
+Memory  : weights and Adam's moments are 21.3 GB; keys and values take 29 kB a token; a
           checkpoint is 21.3 GB and three are kept.
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
           takes at least 1.3 min on h100:1x8 (expected 2.3; 18 of 78 GB a device in use at most) and
@@ -45,7 +45,6 @@ def get_config():
     config.reward.options = {}
     config.rollout.max_response_length = 8192
     config.rollout.temperature = 0.6
-    config.rollout.num_slots = 256  # Per process: 32 per GPU on 8 GPUs, 64 per chip on v5p hosts.
     config.train.num_minibatches = 2  # 64 prompts each.
     config.train.microbatch_tokens = 16 * (1024 + 8192)  # Two rows per device on 8, one on 16.
     config.eval.metric = "boxed_math"
@@ -53,6 +52,5 @@ def get_config():
     config.eval.num_samples = 16
     config.eval.temperature = 0.6
     config.eval.top_p = 0.95
-    config.eval.num_slots = 256
     config.output.checkpoint_every = 10
     return config

@@ -5,7 +5,7 @@ Command : bash launch/one_host.sh --config=configs/deepseek_r1_distill_qwen_7b_d
           GSPO or GRPO instead: --config.objective.preset=gspo (or grpo)
 Hardware: one host of 8 GPUs with 80 GB each, or TPU v5p:2x2x4 by launch/tpu_vm.sh. 16 rows are
           computed at once, so 4, 8 or 16 devices.
-Memory  : weights and Adam's moments are 91 GB, a full response takes 0.53 GB of cache; a
+Memory  : weights and Adam's moments are 91 GB; keys and values take 57 kB a token; a
           checkpoint is 91 GB and three are kept.
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
           takes at least 4.0 min on h100:1x8 (expected 7.0; 51 of 78 GB a device in use at most) and

@@ -9,9 +9,8 @@ Hardware: one host of 8 GPUs with 80 GB each, as in the paper (8 H800).
           --config.train.microbatch_tokens=557056, or two devices a row --config.mesh.context=2.
           131,072 tokens, prompt included, on v5p:4x4x4: --config.rollout.max_response_length=129024
           --config.mesh.context=4 --config.train.microbatch_tokens=2097152
-          --config.rollout.num_slots=16 --config.eval.num_slots=16
-Memory  : weights and Adam's moments are 91 GB, 11.4 GB on each of 8 GPUs; a response of 32,768
-          tokens takes 2.0 GB of cache; a checkpoint is 91 GB and three are kept.
+Memory  : weights and Adam's moments are 91 GB, 11.4 GB on each of 8 GPUs; keys and values
+          take 57 kB a token; a checkpoint is 91 GB and three are kept.
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
           takes at least 13.4 min on h100:1x8 (expected 22.5; 50 of 78 GB a device in use at most)
           and at least 10.7 min on v5p:2x2x4 (expected 18.6; 68 GB); decoding is most of it.
@@ -55,7 +54,7 @@ def get_config():
     config.rollout.group_size = 8
     config.rollout.max_response_length = 32768
     config.rollout.temperature = 1.0
-    config.rollout.num_slots = 64  # Per process: 8 per GPU on 8 GPUs, 16 per chip on v5p hosts.
+    config.rollout.num_slots = 1024  # Per process: all responses of a step, as pages last.
     config.rollout.chunk_length = 128
     # The largest of some million differences in bfloat16, not measured at this size (0.2 to 0.5 at
     # 135M): wide, so that it catches faults (a forgotten temperature is several nats) and not
@@ -76,6 +75,6 @@ def get_config():
     config.eval.num_samples = 32
     config.eval.temperature = 1.0
     config.eval.top_p = 0.7
-    config.eval.num_slots = 64
+    config.eval.num_slots = 1024
     config.output.checkpoint_every = 5
     return config

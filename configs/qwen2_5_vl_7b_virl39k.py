@@ -11,8 +11,8 @@ Data    : `hf download TIGER-Lab/ViRL39K --repo-type dataset --local-dir data/vi
           --config.data.path=FILE --config.data.image_dir=FOLDER. Geometry3K comes by itself.
 Hardware: one host of 8 GPUs with 80 GB each, as in the paper (8 H800).
           TPU v5p:2x2x4, 16 chips on 4 hosts, by launch/tpu_vm.sh: as it is.
-Memory  : weights and Adam's moments are 100 GB, 12.4 GB on each of 8 GPUs; a sequence of 6,144
-          tokens takes 0.35 GB of cache; a checkpoint is 100 GB and three are kept.
+Memory  : weights and Adam's moments are 100 GB, 12.4 GB on each of 8 GPUs; keys and values
+          take 57 kB a token; a checkpoint is 100 GB and three are kept.
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 1,000, an
           image of 1,225 tokens in each prompt, a step takes at least 1.5 min on h100:1x8 (expected
           3.0; 59 of 78 GB a device in use at most) and at least 1.6 min on v5p:2x2x4 (expected
@@ -64,7 +64,7 @@ def get_config():
     config.rollout.group_size = 8
     config.rollout.max_response_length = 4096
     config.rollout.temperature = 1.0
-    config.rollout.num_slots = 512  # Per process: 64 per GPU on 8 GPUs.
+    config.rollout.num_slots = 1024  # Per process: all responses of a step, as pages last.
     config.rollout.chunk_length = 128
     # As in configs/qwen2_5_7b_dapo17k.py: wide, so that it catches faults and not rounding.
     config.rollout.mismatch_limit = 1.0
@@ -85,6 +85,6 @@ def get_config():
     config.eval.num_samples = 1
     config.eval.temperature = 1.0
     config.eval.top_p = 0.7
-    config.eval.num_slots = 512
+    config.eval.num_slots = 1024
     config.output.checkpoint_every = 5
     return config

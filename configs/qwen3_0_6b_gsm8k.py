@@ -2,10 +2,9 @@
 
 Command : bash launch/one_host.sh --config=configs/qwen3_0_6b_gsm8k.py --workdir=runs/gsm8k
           (on a TPU VM of one host, a v5e-8 in a notebook, or 8 GPUs, the same)
-Hardware: one GPU of 40 GB or more (24 GB with --config.rollout.num_slots=16
-          --config.eval.num_slots=16), 8 GPUs, or the 8 chips of a v5e-8 (16 GB each); 8 rows are
+Hardware: one GPU of 24 GB or more, 8 GPUs, or the 8 chips of a v5e-8 (16 GB each); 8 rows are
           computed at once, so 1, 2, 4 or 8 devices.
-Memory  : weights and Adam's moments are 7.2 GB, a full response takes 0.18 GB of cache; a
+Memory  : weights and Adam's moments are 7.2 GB; keys and values take 115 kB a token; a
           checkpoint is 7.2 GB and three are kept.
 Time    : rehearsed, not run: a step takes at least 7 s on one H100 (expected 13). `python -m
           experiments.rehearse --config=configs/qwen3_0_6b_gsm8k.py --topology=h100:1x1`
@@ -41,7 +40,7 @@ def get_config():
     config.rollout.prompts_per_step = 32
     config.rollout.group_size = 8
     config.rollout.max_response_length = 1024
-    config.rollout.num_slots = 64
+    config.rollout.num_slots = 256  # All responses of a step, as pages last.
     config.rollout.mismatch_limit = 1.0  # As in configs/qwen2_5_7b_dapo17k.py.
     config.objective.preset = "luspo"
     config.train.num_minibatches = 4
@@ -54,6 +53,6 @@ def get_config():
     config.eval.every = 20
     config.eval.num_problems = 500
     config.eval.num_samples = 1
-    config.eval.num_slots = 64
+    config.eval.num_slots = 256
     config.output.checkpoint_every = 20
     return config

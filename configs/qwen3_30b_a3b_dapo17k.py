@@ -9,8 +9,8 @@ Hardware: 4 hosts of 8 GPUs with 80 GB each, as in the paper (4×8 H800); the 8 
           the experts, in training and rollout.
           TPU v5p:4x4x4, 64 chips on 16 hosts of 4, by launch/tpu_vm.sh, two chips a row:
           --config.mesh.context=2 --config.rollout_mesh.expert=4
-Memory  : weights and Adam's moments are 366 GB, 11.5 GB on each of 32 GPUs; a sequence of 34,816
-          tokens takes 3.42 GB of cache; a checkpoint is 366 GB and three are kept. The experts of
+Memory  : weights and Adam's moments are 366 GB, 11.5 GB on each of 32 GPUs; keys and values
+          take 98 kB a token; a checkpoint is 366 GB and three are kept. The experts of
           each token are recorded: 384 bytes, 1.6 GB of a step's responses at mean length 4,000 in
           the memory of every host, and where a step passes over them before its updates as much
           again (`python -m experiments.bench.expert_memory`; padded rows took 13.7 GB each).
@@ -37,7 +37,5 @@ def get_config():
     config.model.path = "hub:Qwen/Qwen3-30B-A3B-Instruct-2507"
     config.mesh.expert = 8
     config.rollout_mesh.expert = 8  # The devices of a host; 4 on hosts of 4.
-    config.rollout.num_slots = 48  # Per process: 6 per GPU on 8 GPUs, 12 per chip on v5p hosts.
-    config.eval.num_slots = 48
     config.train.microbatch_tokens = 32 * (2048 + 32768)  # One row per device, on 32.
     return config

@@ -20,6 +20,7 @@ from luspo_jax.models.forward import Forward
 from luspo_jax.models.locate import architecture
 from luspo_jax.prompts.templates import LUSPO_VL_SYSTEM_PROMPT
 from luspo_jax.rewards.registry import score
+from luspo_jax.rollout.cache import page_bytes
 from luspo_jax.run import checks, fields
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.build import build, layouts, mesh_advice
@@ -416,7 +417,7 @@ def test_headers_state_the_memory_that_the_sizes_give():
     for name in (*PAPER, VISUAL, *SMALL, *REASONING):
         config, text = _config(name), " ".join(_module(name).__doc__.split())
         model = decoder_config(architecture(config.model.path))
-        memory = memory_estimate(config, model, (None, None))
+        memory = memory_estimate(config, model, (None, None), 0)
         state = memory["master weights (float32)"] + memory["Adam moments (float32)"]
         if model.num_experts:
             recorded = model.num_expert_layers * model.experts_per_token
@@ -425,8 +426,8 @@ def test_headers_state_the_memory_that_the_sizes_give():
             assert f"padded rows took {rows:.1f} GB each" in text
         written = f"{state / 1e9:.0f}" if state > 5e10 else f"{state / 1e9:.1f}"
         assert f"weights and Adam's moments are {written} GB" in text
-        slot = memory["rollout KV cache"] / config.rollout.num_slots / 1e9
-        assert (f"takes {slot:.1f} GB of cache" in text) or (f"{slot:.2f} GB of cache" in text)
+        token = page_bytes(model, config.model.rollout_dtype, 1) / 1e3
+        assert f"keys and values take {token:.0f} kB a token" in text
 
 
 def test_experts_of_the_paper_run_are_read():

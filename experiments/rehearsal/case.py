@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.command import UsageError
-from experiments.rehearsal import costs, tower
+from experiments.rehearsal import costs, playing, tower
 from experiments.rehearsal.topologies import Topology
 from luspo_jax.learner.plan import Plan
 from luspo_jax.learner.programs import StepPrograms
@@ -20,9 +20,7 @@ from luspo_jax.learner.state import UpdateRule, abstract_state
 from luspo_jax.models import locate
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config
 from luspo_jax.ops.sizes import rounded_up
-from luspo_jax.rollout import Engine, Request
-from luspo_jax.rollout.engine import SMALLEST_PROMPT
-from luspo_jax.rollout.schedule import prefill_batches
+from luspo_jax.rollout import Engine
 from luspo_jax.run import checks
 from luspo_jax.run.arithmetic import BatchArithmetic, batch_arithmetic
 from luspo_jax.run.build import layouts, planner, sampler, update_rule
@@ -116,7 +114,7 @@ class Case:
         layout = self.engine.layout
         single = jax.sharding.SingleDeviceSharding(self.topology.devices[0])
         leaves, treedef = jax.tree.flatten(tree)
-        axes = jax.tree.leaves(axes_tree, is_leaf=lambda node: isinstance(node, tuple))
+        axes = jax.tree.leaves(axes_tree, is_leaf=lambda node: type(node) is tuple)
         placed = [
             jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=layout.sharding(names) if layout else single
@@ -137,36 +135,32 @@ class Case:
         """Returns the largest number of `total` prompts on one host."""
         return -(-total // self.topology.hosts)
 
-    def prompt_batch(self, engine: Engine, prompts: int, group_size: int) -> tuple[int, int]:
-        """Returns (P, T) of the largest prefill of `prompts` longest prompts."""
-        longest = np.zeros(self.config.data.max_prompt_length, np.int32)
-        slots = self.slots(engine, prompts * group_size)
-        batches = prefill_batches(
-            [Request(i, longest) for i in range(prompts)],
-            group_size=group_size,
-            num_slots=slots,
-            max_tokens=engine.max_prefill_tokens,
-            multiple=engine.row_multiple,
-        )
-        length = rounded_up(len(longest), SMALLEST_PROMPT, engine.max_prompt_length)
-        return rounded_up(len(batches[0]), engine.row_multiple), length
-
     def prefilled_images(self, prompts: int, multiple: int) -> int:
         """Returns the image rows of a prefill of `prompts` prompts on `multiple` devices."""
         images = self.lengths.images
         return rounded_up(prompts * images.count, multiple) if images else 0
 
-    def slots(self, engine: Engine, responses: int) -> int:
-        """Returns the slots a host decodes: as configured, or one per response if fewer."""
-        return min(engine.num_slots, rounded_up(max(1, responses), engine.row_multiple))
+    def responses(self, held_out: bool = False) -> int:
+        """Returns the most responses of a step, or of a held-out evaluation, on one host."""
+        if held_out:
+            return self.share(self.config.eval.num_problems) * self.config.eval.num_samples
+        rollout = self.config.rollout
+        return self.share(rollout.prompts_per_step) * rollout.group_size
 
-    def rooms(self, engine: Engine) -> list[int]:
-        """Returns the cache lengths allocated one after another, up to the longest response."""
-        rooms = [engine.room(self.config.data.max_prompt_length + 1)]
-        most = engine.room(self.config.data.max_prompt_length + self.lengths.longest)
-        while rooms[-1] < most:
-            rooms.append(engine.room(rooms[-1] + 1))
-        return rooms
+    @functools.cached_property
+    def sampled(self) -> playing.Played:
+        """The rollout of a step on one host."""
+        return self._played(self.engine, self.responses(), self.config.rollout.group_size)
+
+    @functools.cached_property
+    def tested(self) -> playing.Played:
+        """The rollout of a held-out evaluation on one host."""
+        return self._played(self.held_out, self.responses(True), self.config.eval.num_samples)
+
+    def _played(self, engine, count, group_size):
+        lengths = costs.power_lengths(self.lengths.mean, self.lengths.longest, count)
+        order = np.random.default_rng(0).permutation(lengths)
+        return playing.played(engine, self.lengths.prompt, order, group_size)
 
 
 def architecture(config: ConfigDict) -> DecoderConfig:
@@ -231,8 +225,8 @@ def build(
             model=model.config,
             rule=update_rule(config, model, laid[0]),
             layouts=laid,
-            engine=sampler(config, model, config.rollout, laid[1]),
-            held_out=sampler(config, model, config.eval, laid[1]),
+            engine=sampler(config, model, config.rollout, laid, topology.chip.usable),
+            held_out=sampler(config, model, config.eval, laid, topology.chip.usable),
         )
 
 

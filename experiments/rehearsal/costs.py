@@ -24,16 +24,17 @@ is the bytes that a device receives: (k − 1)/k of the result of an all-gather 
 input of a reduce-scatter, twice that for an all-reduce; a ring passes keys and values on k − 1
 times. With experts over X devices, every assignment's row travels there and back, in buffers larger
 than an even load fills. The load is assumed even: one round of exchange, and padding is sent like
-other tokens. A decode step reads the experts that its assignments reach, each equally likely: E·(1
-− (1 − 1/E)ⁿ) for n assignments. Without an expert axis, few rows have theirs picked out (read,
-written, read).
+other tokens. A decode step reads live keys and values, and for each row half of what a kernel loads
+in one piece, as a row rarely ends where a page does; and the experts that its assignments reach,
+each equally likely: E·(1 − (1 − 1/E)ⁿ) for n assignments. Without an expert axis, few rows have
+theirs picked out (read, written, read). Devices decode in step, so the fullest decides.
 
-Left out: norms, rotations, element-wise work that compilers fuse, latencies, sampling.
+Left out: norms, rotations, element-wise work that compilers fuse, latencies, sampling, block
+tables, partial sums of a kernel.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class Parts:
 
     Attributes:
       batch: rows.
-      length: positions of a row in training, or of the cache in the rollout.
+      length: positions of a row in training, or of a page in the rollout.
       embed: devices over which weights are sharded and gathered.
       tensor: heads, mlp and vocabulary.
       copies: devices that hold the same part of the weights and sum gradients.
@@ -308,7 +309,7 @@ class Kernels:
     """The sampler's matrices.
 
     Attributes:
-      width: bytes of an entry.
+      width: bytes of an entry; of int8, each output channel has a float32 scale besides.
       copied: whether a layer's experts are first written out in the activations' type.
     """
 
@@ -316,45 +317,72 @@ class Kernels:
     copied: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Input of one prefill of a host.
+
+    Attributes:
+      rows: of all devices, one run each.
+      length: tokens of a run, padding included.
+      before: entries of its row that a run reads from pages, a whole page at a time.
+    """
+
+    rows: int
+    length: int
+    before: int = 0
+
+
 def prefill(
-    model: DecoderConfig,
-    prompts: int,
-    length: int,
-    part: Parts,
-    width: int,
-    kernels: Kernels | None = None,
+    model: DecoderConfig, runs: Runs, part: Parts, width: int, kernels: Kernels | None = None
 ) -> Work:
-    """Counts the forward pass over a batch of prompts on a rollout's mesh; the cache is written."""
-    rows = Rows(prompts * length, causal_pairs(prompts, length), 0)
-    written = rows.tokens / part.batch * kv_bytes(model, width) / part.tensor
-    work = forward(model, rows, dataclasses.replace(part, length=1), width)
+    """Counts the forward pass over runs of prompts on a rollout's mesh; pages are written, and read
+    where a run is not the first of its row."""
     kernels = kernels or Kernels(width)
+    rows = Rows(runs.rows * runs.length, causal_pairs(runs.rows, runs.length), 0)
+    # Every device along positions computes all of a run, and attends to its part of the pages.
+    work = forward(model, rows, dataclasses.replace(part, length=1), width)
     experts = expert_matrices(model) / (part.experts * part.tensor)
-    narrower = (width - kernels.width) * (matrices(model) / part.tensor + experts)
-    copies = 2 * width * experts if kernels.copied else 0.0
-    return work + Work(0, written - narrower + copies, 0)
+    memory = rows.tokens / part.batch * kv_bytes(model, width) / part.tensor / part.length
+    memory -= (width - kernels.width) * (matrices(model) / part.tensor + experts)
+    memory += 2 * width * experts if kernels.copied else 0.0
+    seen = runs.rows / part.batch * runs.before / part.length
+    memory += seen * kv_bytes(model, width) / part.tensor
+    flops = 4 * model.num_heads * model.head_dim * model.num_layers * seen * runs.length
+    return work + Work(flops / part.tensor, memory, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Input of one decode step of a host.
+
+    Attributes:
+      rows: of the program, all devices.
+      live: those that draw or read a token.
+      entries: keys that a device's live rows read; where positions are dealt out, its part is one
+        of `Parts.length`.
+    """
+
+    rows: float
+    live: float
+    entries: float
 
 
 def decode_step(
-    model: DecoderConfig,
-    slots: int,
-    room: int,
-    part: Parts,
-    width: int,
-    kernels: Kernels | None = None,
+    model: DecoderConfig, step: Step, part: Parts, width: int, kernels: Kernels | None = None
 ) -> Work:
-    """Counts one token for every slot of a host.
+    """Counts one token for every row of a host.
 
-    The whole cache is read, and all weights but those of experts without tokens. `room` is the
-    allocated length of the cache, which is read however short the rows are.
+    All weights are read but those of experts without tokens, and of pages what `step.entries` says.
     """
     kernels = kernels or Kernels(width)
-    rows, t = slots / part.batch, part.tensor
+    rows, t = step.rows / part.batch, part.tensor
     weights = matrices(model) + head(model)
-    seen = room / part.length
+    seen = step.entries / part.length
     flops = 2 * rows * weights / t
-    flops += 4 * model.num_heads * model.head_dim * model.num_layers * rows * seen / t
-    memory = kernels.width * weights / t + rows * seen * kv_bytes(model, width) / t
+    flops += 4 * model.num_heads * model.head_dim * model.num_layers * seen / t
+    memory = kernels.width * weights / t + seen * kv_bytes(model, width) / t
+    if kernels.width == 1:
+        memory += 4 * channels(model) / t
     memory += 4 * 4 * rows * model.vocab_size
     reduced = model.num_layers + _dense_layers(model)
     # Products with scales are summed in float32.
@@ -363,7 +391,14 @@ def decode_step(
     links += 4 * rows * model.vocab_size * others(t)
     sums = 2 * 4 * model.num_heads * (model.head_dim + 1) / t * model.num_layers * rows
     own = Work(flops, memory, links + sums * others(part.length))
-    return own + _decoding_experts(model, rows, part, width, kernels)
+    return own + _decoding_experts(model, step, part, width, kernels)
+
+
+def channels(model: DecoderConfig) -> int:
+    """Counts output channels of the head and of all layers' matrices but routers and experts."""
+    attention = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim + model.embed_dim
+    mlps = _dense_layers(model) * (2 * model.mlp_dim + model.embed_dim)
+    return model.num_layers * attention + mlps + model.vocab_size
 
 
 def touched(assignments: float, num_experts: int) -> float:
@@ -371,14 +406,16 @@ def touched(assignments: float, num_experts: int) -> float:
     return num_experts * (1 - (1 - 1 / num_experts) ** assignments)
 
 
-def _decoding_experts(model, rows, part, width, kernels):
-    """Counts experts of all layers, one token for each of `rows` rows of a device."""
+def _decoding_experts(model, step, part, width, kernels):
+    """Counts experts of all layers; rows without work go to none."""
     if not model.num_experts:
         return Work()
     E, X, t = model.num_experts, part.experts, part.tensor
+    rows, live = step.rows / part.batch, step.live / part.batch
     assigned, kernel = rows * model.experts_per_token, 3 * model.embed_dim * model.expert_dim / t
     few = X == 1 and 2 * assigned <= E
-    read = 3 * assigned if few else touched(assigned * X, E) / X
+    real = live * model.experts_per_token
+    read = 3 * assigned if few else touched(real * X, E) / X
     # All devices along the axis process all rows; their results are summed in float32.
     seen = rows * X
     links = seen * ((width + 4) * model.embed_dim + 8 * model.experts_per_token) * others(X)
@@ -386,17 +423,13 @@ def _decoding_experts(model, rows, part, width, kernels):
     memory = kernels.width * read * kernel
     if kernels.copied and not few:
         memory = ((kernels.width + width) * E / X + width * read) * kernel
-    one = Work(2 * assigned * kernel, memory, links)
+    one = Work(2 * (assigned if few else real) * kernel, memory, links)
     return one * model.num_expert_layers
 
 
-def fill(
-    model: DecoderConfig, prompts: int, length: int, slots: int, part: Parts, width: int
-) -> Work:
-    """Counts filling slots: every device gathers the prompt pool, and copies one to each slot."""
-    a_token = kv_bytes(model, width) / (part.tensor * part.length)
-    copied = slots / part.batch * length * a_token
-    return Work(0, 2 * copied, prompts * length * a_token * others(part.batch))
+def copy_pages(pages: int, page_bytes: int) -> Work:
+    """Counts copying a device's pages: each is read and written."""
+    return Work(0, 2 * pages * page_bytes, 0)
 
 
 def hand_over(own: float, cast: float, wanted: float) -> Work:
@@ -422,47 +455,6 @@ def power_lengths(mean: float, longest: int, count: int) -> list[int]:
         max(1, round(longest * ((i + 0.5) / count) ** power)) if i < count - 1 else longest
         for i in range(count)
     ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """Continuous batching of a set of lengths.
-
-    Attributes:
-      steps: decode steps until the last response ends.
-      by_room: steps at each allocated cache length.
-      utilisation: share of slot-steps that produce a token.
-    """
-
-    steps: int
-    by_room: Mapping[int, int]
-    utilisation: float
-
-
-def decoding(lengths: list[int], prompt: int, slots: int, rooms: list[int]) -> Decoding:
-    """Simulates responses that fill slots as they come free; caches grow as the longest does.
-
-    Args:
-      lengths: of the responses, in the order in which they start.
-      prompt: tokens before each.
-      slots: decoded together.
-      rooms: allocated cache lengths, ascending; the last holds the longest.
-    """
-    free = [0] * min(slots, len(lengths))
-    starts = []
-    for length in lengths:
-        slot = min(range(len(free)), key=free.__getitem__)
-        starts.append(free[slot])
-        free[slot] += length
-    steps = max(free)
-    reached = [0]  # step at which each room but the first is first needed
-    for room in rooms[:-1]:
-        needed = room - prompt
-        times = [s + max(0, needed) for s, n in zip(starts, lengths, strict=True) if n > needed]
-        reached.append(min(times, default=steps))
-    reached.append(steps)
-    by_room = {room: max(0, reached[i + 1] - reached[i]) for i, room in enumerate(rooms)}
-    return Decoding(steps, by_room, sum(lengths) / (steps * len(free)))
 
 
 def _touched(model):

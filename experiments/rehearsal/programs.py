@@ -10,15 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rehearsal import case as cases
 from experiments.rehearsal import costs, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.costs import Rows, Work
+from experiments.rehearsal.playing import Played
 from experiments.rehearsal.resident import (
-    cache_bytes,
     device_bytes,
     kernels,
     parked,
@@ -30,7 +29,9 @@ from luspo_jax.learner import rows as training_rows
 from luspo_jax.learner.rows import abstract_token_rows
 from luspo_jax.length import laboratory
 from luspo_jax.models import decoder
-from luspo_jax.rollout import handover, slots
+from luspo_jax.ops.pages import pages_axes
+from luspo_jax.rollout import handover
+from luspo_jax.rollout import programs as rollout_programs
 from luspo_jax.rollout.sampling import rollout_key
 from luspo_jax.run.memory import param_bytes
 from luspo_jax.run.settings import section
@@ -173,134 +174,110 @@ def _hand_over(case):
 
 
 def _rollout(case):
-    config = case.config
-    sampled = _sampler(
-        case,
-        case.engine,
-        case.share(config.rollout.prompts_per_step),
-        config.rollout.group_size,
-        "",
-    )
-    tested = _sampler(
-        case, case.held_out, case.share(config.eval.num_problems), config.eval.num_samples,
-        " (held out)",
-    )  # fmt: skip
-    return [*sampled, *[p for p in tested if not p.name.startswith(("prefill", "fill"))]]
+    tested = _sampler(case, case.held_out, case.tested, HELD_OUT)
+    return [
+        *_sampler(case, case.engine, case.sampled, ""),
+        *[p for p in tested if p.name.startswith("decode chunk")],
+    ]
 
 
-def _sampler(case, engine, prompts, group_size, suffix):
-    """Returns prefill, fill, grow and decode of one host."""
-    count = case.slots(engine, prompts * group_size)
-    rooms = case.rooms(engine)
-    room, before = rooms[-1], rooms[-2] if len(rooms) > 1 else rooms[-1]
-    P, T = case.prompt_batch(engine, prompts, group_size)
-    width = engine.dtype.itemsize
-    part = case.rollout_parts
-    kept, on_rollout = parked(case), weights_bytes(case)
-    pool = P * T * costs.kv_bytes(case.model, width) / (part.batch * part.tensor)
-    held = {**kept, "pool of prompts": pool}
-    cache = cache_bytes(case, count, room, width)
-    arrays = functools.cache(functools.partial(rollout_arrays, case, engine, count, P, T))
+HELD_OUT = " (held out)"
+
+
+def _sampler(case, engine, play, suffix):
+    """Returns prefill, copy pages and decode of one host."""
+    beside = parked(case)
+    arrays = functools.cache(functools.partial(rollout_arrays, case, engine, play))
 
     def prefill():
-        a = arrays(room)
-        return slots.prefill.lower(
+        a = arrays()
+        return rollout_programs.prefill.lower(
             a["params"],
-            a["tokens"],
-            a["lengths"],
+            a["pages"],
+            *a["prefill"],
             a["images"],
             how=engine.how,
             record=engine.record_experts,
         )
 
-    def fill():
-        a = arrays(room)
-        return slots.fill.lower(a["slots"], a["pool"], a["refill"], a["key"], layout=engine.layout)
-
-    def grow():
-        keys = arrays(before)["slots"].cache.keys_LBKSH
-        return slots.grow_array.lower(keys, length=room, layout=engine.layout)
+    def copy_pages():
+        a = arrays()
+        return rollout_programs.copy_pages.lower(a["pages"], *a["copy pages"], layout=engine.layout)
 
     def decode():
-        a = arrays(room)
-        return slots.decode_chunk.lower(
-            a["params"], a["slots"], jnp.int32(1), jnp.int32(1), how=engine.how,
-            sampling=engine.sampling, chunk_length=engine.chunk_length,
-            record=engine.record_experts,
+        a = arrays()
+        return rollout_programs.decode_chunk.lower(
+            a["params"], a["pages"], a["decode chunk"], how=engine.how, sampling=engine.sampling,
+            chunk_length=engine.chunk_length, record=engine.record_experts,
         )  # fmt: skip
 
-    steps = decoding(case, engine, prompts, group_size)
-    one_step = costs.decode_step(case.model, count, room, part, width, kernels(case))
-    chunk = engine.chunk_length
-    prefills = -(-prompts // P)
-    prefilling = costs.prefill(case.model, P, T, part, width, kernels(case))
-    if pictures := case.lengths.images:
-        images = case.prefilled_images(P, engine.row_multiple)
-        whole = dataclasses.replace(part, length=1)
-        prefilling += tower.forward(case.model.vision, images, pictures.slots, whole, width)
-    beside_fill = {**kept, "rollout weights": on_rollout}
-    found = [
+    R, T = play.inputs["prefill"][1][0].shape
+    copied = play.inputs["copy pages"][0].shape[0] // engine.row_multiple
+    one_step = sum((chunk_work(case, engine, one) for one in play.chunks), Work()) * (
+        1 / play.steps
+    )
+    held = {**beside, "rollout weights": weights_bytes(case)}
+    return [
         Program(
-            f"prefill{suffix}", prefill, prefilling, prefills,
-            {**held, "KV cache": cache},
+            f"prefill{suffix}",
+            prefill,
+            prefill_work(case, engine, costs.Runs(R, T)),
+            sum(one.calls for one in play.prefills),
+            beside,
         ),
         Program(
-            f"fill{suffix}", fill, costs.fill(case.model, P, T, count, part, width),
-            max(1, math.ceil(prompts * group_size / count)), beside_fill,
+            f"copy pages{suffix}",
+            copy_pages,
+            costs.copy_pages(copied, engine.page_bytes),
+            play.copies / copied,
+            held,
         ),
-    ]  # fmt: skip
-    if before < room:
-        # Keys, and then values; beside the values lie the keys that have grown.
-        growth = Work(0, (cache + cache_bytes(case, count, before, width)) / 2, 0)
-        beside = {**held, "rollout weights": on_rollout, "keys": cache / 2}
-        found.append(Program(f"grow{suffix}", grow, growth, 2, beside))
-    found.append(
         Program(
             f"decode chunk{suffix}",
             decode,
-            one_step * chunk,
-            steps.steps / chunk,
-            held,
-        )
+            one_step * engine.chunk_length,
+            play.steps / engine.chunk_length,
+            beside,
+        ),
+    ]
+
+
+def prefill_work(case: Case, engine: Any, runs: costs.Runs) -> Work:
+    """Returns the work of one prefill; with images, one prompt a row."""
+    part, width = case.rollout_parts, engine.dtype.itemsize
+    work = costs.prefill(case.model, runs, part, width, kernels(case))
+    if pictures := case.lengths.images:
+        images = case.prefilled_images(runs.rows, engine.row_multiple)
+        whole = dataclasses.replace(part, length=1)
+        work += tower.forward(case.model.vision, images, pictures.slots, whole, width)
+    return work
+
+
+def chunk_work(case: Case, engine: Any, chunk: Any) -> Work:
+    """Returns the work of the decode steps of a chunk."""
+    step = costs.Step(chunk.rows, chunk.live, chunk.entries / chunk.steps)
+    one = costs.decode_step(
+        case.model, step, case.rollout_parts, engine.dtype.itemsize, kernels(case)
     )
-    return found
+    return one * chunk.steps
 
 
-def decoding(case: Case, engine: Any, prompts: int, group_size: int) -> costs.Decoding:
-    """Simulates the decode steps of one host for its share of the responses."""
-    wanted = prompts * group_size
-    lengths = costs.power_lengths(case.lengths.mean, case.lengths.longest, wanted)
-    order = np.random.default_rng(0).permutation(lengths).tolist()
-    return costs.decoding(
-        order, case.lengths.prompt, case.slots(engine, wanted), case.rooms(engine)
-    )
-
-
-def rollout_arrays(
-    case: Case, engine: Any, count: int, prompts: int, length: int, room: int
-) -> dict[str, Any]:
+def rollout_arrays(case: Case, engine: Any, play: Played) -> dict[str, Any]:
     """Abstract inputs of the rollout's programs."""
     model, how = case.model, engine.how
-    key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
     dtype = jnp.dtype(case.config.model.rollout_dtype)
-    axes = decoder.param_axes(model, dtype)
-    params = case.on_host(decoder.abstract_params(model, dtype), axes)
-    held = jax.eval_shape(
-        functools.partial(slots.empty_slots, num_slots=count, length=room, how=how), key
+    params = case.on_host(decoder.abstract_params(model, dtype), decoder.param_axes(model, dtype))
+    empty = functools.partial(
+        decoder.empty_pages, how, play.pages * engine.pools, engine.page_size, engine.cache_dtype
     )
-    tokens = jax.ShapeDtypeStruct((prompts, length), jnp.int32)
-    lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32)
-    pool, _ = jax.eval_shape(functools.partial(slots.prefill, how=how), params, tokens, lengths)
-    signed, unsigned = (jax.ShapeDtypeStruct((count,), kind) for kind in (jnp.int32, jnp.uint32))
+    _, tokens = play.inputs["prefill"]
+    key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
     return {
+        **play.inputs,
         "params": params,
-        "slots": case.on_host(held, slots.SLOTS_AXES),
-        "pool": case.on_host(pool, slots.POOL_AXES),
-        "refill": slots.Refill(*[signed] * 5, *[unsigned] * 2),
-        "key": key,
-        "tokens": tokens,
-        "lengths": lengths,
-        "images": _prompt_images(case, engine, prompts, length),
+        "pages": case.on_host(jax.eval_shape(empty), pages_axes(engine.cache_dtype)),
+        "decode chunk": dataclasses.replace(play.inputs["decode chunk"], key=key),
+        "images": _prompt_images(case, engine, *tokens[0].shape),
     }
 
 
@@ -310,7 +287,7 @@ def _prompt_images(case, engine, prompts, length):
     if pictures is None:
         return None
     images = case.prefilled_images(prompts, engine.row_multiple)
-    return slots.PromptImages(
+    return rollout_programs.PromptImages(
         tower.shapes(images, pictures, case.model.vision),
         jax.ShapeDtypeStruct((prompts, length), jnp.int32),
         jax.ShapeDtypeStruct((prompts, length, 3), jnp.int32),

@@ -18,7 +18,6 @@ from luspo_jax.learner.state import OFFLOADS
 # decoding libraries reach 60 to 80 % of the memory bandwidth.
 EXPECTED = {"compute": 0.4, "memory": 0.65, "interconnect": 0.65}
 _HOST_LINK = 25e9  # bytes per second between a device and its host's memory, for offloading
-_HELD_OUT = "(held out)"
 
 
 def rehearse(
@@ -60,7 +59,8 @@ def rehearse(
 def _attention(case):
     """Implementations by what they work on."""
     sampling = case.engine.how
-    found = {"training": case.rule.logprobs.how.attention, "prefill": sampling.attention}
+    found = {"training": case.rule.logprobs.how.attention, "prefill": sampling.attention,
+             "decoding": sampling.paged_attention}  # fmt: skip
     return found | ({"images": sampling.vision_attention} if case.model.vision else {})
 
 
@@ -115,7 +115,7 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
     held_out = [0.0, 0.0]
     for program in found:
         both = [seconds(case, program, by) for by in (peak, expected)]
-        if program.name.endswith(_HELD_OUT):
+        if program.name.endswith(programs.HELD_OUT):
             held_out = [a + b for a, b in zip(held_out, both, strict=True)]
         else:
             phases[program.name] = both
@@ -124,10 +124,6 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
         phases["offload and back"] = [2 * moved / _HOST_LINK] * 2
     total = [sum(both[i] for both in phases.values()) for i in (0, 1)]
     tokens = sum(case.response_lengths)
-    sampled = programs.decoding(
-        case, case.engine, case.share(case.config.rollout.prompts_per_step),
-        case.config.rollout.group_size,
-    )  # fmt: skip
     return {
         "phases": {name: {"roofline_s": a, "expected_s": b} for name, (a, b) in phases.items()},
         "roofline_s": total[0],
@@ -136,68 +132,50 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
         "expected_shares_of_peak": EXPECTED,
         "response_tokens": tokens,
         "expected_tokens_a_second": tokens / total[1],
-        "decode_steps": sampled.steps,
-        "slot_utilisation": sampled.utilisation,
+        "decode_steps": case.sampled.steps,
+        "slot_utilisation": case.sampled.utilisation,
+        "preemptions": case.sampled.preemptions,
+        "recomputed_tokens": case.sampled.recomputed,
     }
 
 
 def seconds(case: Case, program: Program, by: costs.Rates) -> float:
-    """Returns seconds of all calls in a step; decode steps depend on the cache allocated then."""
-    if not program.name.startswith("decode chunk"):
-        return program.calls * by.roofline(program.work)
-    held_out = program.name.endswith(_HELD_OUT)
-    section = case.config.eval if held_out else case.config.rollout
-    engine = case.held_out if held_out else case.engine
-    total = section.num_problems if held_out else section.prompts_per_step
-    group = section.num_samples if held_out else section.group_size
-    prompts = case.share(total)
-    sampled = programs.decoding(case, engine, prompts, group)
-    count = case.slots(engine, prompts * group)
-    return sum(
-        steps
-        * by.roofline(
-            costs.decode_step(
-                case.model,
-                count,
-                room,
-                case.rollout_parts,
-                engine.dtype.itemsize,
-                resident.kernels(case),
+    """Returns seconds of all calls in a step: prefills and decode steps as they were played."""
+    kind = program.name.removesuffix(programs.HELD_OUT)
+    held_out = kind != program.name
+    engine, play = (case.held_out, case.tested) if held_out else (case.engine, case.sampled)
+    if kind == "decode chunk":
+        return sum(by.roofline(programs.chunk_work(case, engine, chunk)) for chunk in play.chunks)
+    if kind == "prefill":
+        return sum(
+            one.calls
+            * by.roofline(
+                programs.prefill_work(case, engine, costs.Runs(one.rows, one.length, one.before))
             )
+            for one in play.prefills
         )
-        for room, steps in sampled.by_room.items()
-    )
+    return program.calls * by.roofline(program.work)
 
 
 def capacity(case: Case, records: dict[str, Any]) -> dict[str, Any]:
-    """Returns how many sequences of full length fit on a host, by the memory left for the cache.
+    """Returns what the pool of pages holds, and how much memory is left beside it while decoding.
 
-    While decoding, the cache shares memory with the sampler's weights, the resident train state,
-    and the decode program's temporaries; while it grows, also with half of the old cache.
+    Tokens are of one device along "batch", in the pages of all that share its positions.
     """
-    engine, width = case.engine, case.engine.dtype.itemsize
-    rooms, batch = case.rooms(engine), case.rollout_parts.batch
+    engine, play, parts = case.engine, case.sampled, case.engine.row_multiple
+    tokens = (play.pages - 1) * engine.page_tokens
+    longest = case.config.data.max_prompt_length + case.lengths.longest
     decode = records["decode chunk"]
-    count = case.slots(
-        engine, case.share(case.config.rollout.prompts_per_step) * case.config.rollout.group_size
-    )
-    a_slot = resident.cache_bytes(case, batch, rooms[-1], width)  # one on every device
-    before = resident.cache_bytes(case, batch, rooms[-2], width) if len(rooms) > 1 else 0.0
-    beside = sum(decode["bytes"]["beside"].values()) + resident.weights_bytes(case)
-    # The program's memory besides weights and cache; unknown for a refused program.
-    rest = 0.0 if decode["compiler_error"] else decode["bytes"]["temporaries"]
-    free = case.topology.chip.usable - beside
-    grown = a_slot + before / 2  # keys grow before values do
-    decoding, growing = ((free - r) / s for r, s in ((rest, a_slot), (0, grown)))
-    found = {"while decoding": max(0, int(decoding)) * batch, "while growing": max(
-        0, int(growing)) * batch}  # fmt: skip
     return {
-        "live_sequences_a_host": min(found.values()),
-        **found,
-        "asked_for": count,
-        "cache_tokens": rooms[-1],
-        "cache_bytes_a_sequence": costs.kv_bytes(case.model, width) * rooms[-1],
-        "free_bytes_a_device": free,
+        "pages_a_device": play.pages,
+        "page_tokens": engine.page_tokens,
+        "pool_bytes": resident.pool_bytes(case),
+        "pool_tokens": tokens,
+        "token_bytes": engine.page_bytes / engine.page_size,
+        "rows_a_host": play.chunks[0].rows,
+        "full_length_responses_a_host": tokens // longest * parts,
+        "peak_share": play.peak / (parts * (play.pages - 1)),
+        "free_bytes_a_device": decode["usable_bytes"] - decode["peak_bytes"],
     }
 
 
@@ -264,7 +242,7 @@ def text(report: dict[str, Any]) -> str:
             f"**{report['topology']['name']}**, {report['topology']['devices']} devices of "
             f"{report['topology']['hosts']} host(s); {report['meshes']}; attention "
             f"{report['attention']['training']} (training), {report['attention']['prefill']} "
-            f"(prompts{_of_images(report)}).",
+            f"(prompts{_of_images(report)}), {report['attention']['decoding']} (decoding).",
             "",
             f"{report['parameters']:,} parameters; {report['batch']}. Assumed: prompts of "
             f"{report['lengths']['prompt']:,} tokens, responses of "
@@ -280,13 +258,17 @@ def text(report: dict[str, Any]) -> str:
             f"| **step** | **{_time(taken['roofline_s'])}** | **{_time(taken['expected_s'])}** |",
             "",
             f"Decoding takes {taken['decode_steps']:,} steps at {taken['slot_utilisation']:.0%} of "
-            f"the slots; a step makes {taken['response_tokens']:,} tokens, "
+            f"the rows; a step makes {taken['response_tokens']:,} tokens, "
             f"{taken['expected_tokens_a_second']:,.0f} a second as expected. A held-out evaluation "
             f"takes {_time(taken['held_out_evaluation']['expected_s'])} more.",
             "",
-            f"Live sequences of {live['cache_tokens']:,} tokens that a host has room for: "
-            f"{live['while decoding']} while decoding, {live['while growing']} while its cache "
-            f"grows; asked for {live['asked_for']}.",
+            f"The pool of a device has {live['pages_a_device']:,} pages of "
+            f"{live['page_tokens']} tokens, {_gb(live['pool_bytes'])} GB: "
+            f"{live['pool_tokens']:,} tokens, or {live['full_length_responses_a_host']:,} of the "
+            f"longest responses on a host, which decodes up to {live['rows_a_host']:,} responses "
+            f"at a time. At most {live['peak_share']:.0%} of the pages are in use; "
+            f"{taken['preemptions']:,} responses are preempted and "
+            f"{taken['recomputed_tokens']:,} tokens read again.",
             "",
             f"Rehearsed in {report['seconds']:.0f} s, with at most "
             f"{report['host_peak_bytes'] / 1e9:.1f} GB of host memory.",

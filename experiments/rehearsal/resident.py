@@ -55,14 +55,7 @@ def kernels(case: Case) -> costs.Kernels:
     return costs.Kernels(dtype.itemsize, copied)
 
 
-def cache_bytes(case: Case, count: int, room: int, width: int) -> float:
-    """Returns the bytes on a device of the cache of `count` slots of a host."""
-    part = case.rollout_parts
-    whole = count * room * costs.kv_bytes(case.model, width)
-    return whole / (part.batch * part.length * part.tensor)
-
-
-def growing_bytes(case: Case, count: int, rooms: list[int], width: int) -> float:
-    """Returns the bytes on a device while the cache last grows: half of the old one remains."""
-    old = cache_bytes(case, count, rooms[-2], width) / 2 if len(rooms) > 1 else 0.0
-    return cache_bytes(case, count, rooms[-1], width) + old
+def pool_bytes(case: Case, held_out: bool = False) -> float:
+    """Returns the bytes on a device of the pool of pages, of a step or a held-out evaluation."""
+    engine = case.held_out if held_out else case.engine
+    return engine.pool_bytes(case.responses(held_out))

@@ -5,6 +5,7 @@ current settings correct the bytes. Only the most promising settings are compile
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,7 +100,7 @@ def search(
     changes: Changes = {}
     for part, options in (
         (_TRAINING, list(_training(case))),
-        (("grow", "decode chunk"), list(_rollout(case, found))),
+        (("prefill", "decode chunk"), list(_rollout(case, found))),
     ):
         best = _best(case, found, part, options, tried, say)
         if best is None:
@@ -206,11 +207,13 @@ def _expert_axes(case, mesh):
 
 
 def _rollout(case, found):
-    """Yields options: slots, offloading to host memory, devices that share the weights."""
+    """Yields options: rows and pages, offloading to host memory, devices that share the weights."""
     config = case.config
     offload = "both" if case.rule.objective.kl_coef else "optimizer"
     options: list[Changes] = [{}]
     experts = _expert_axes(case, config.rollout_mesh)
+    now, tested = config.rollout.num_slots, config.eval.num_slots
+    wanted = case.responses()
     for tensor, expert, waits in itertools.product(
         (1, 2, 4, 8), experts, (config.train.offload, offload)
     ):
@@ -220,30 +223,30 @@ def _rollout(case, found):
             other = changed(case, option)
         except ValueError:
             continue
-        live = _live(case, other, found)
-        now, batch = config.rollout.num_slots, other.rollout_parts.batch
-        slots = {live, live * 3 // 4, now, now // 2 // batch * batch, batch}
-        tested = config.eval.num_slots
+        batch = other.engine.row_multiple
+        slots = {wanted, now, now // 2 // batch * batch, batch}
+        sized = [{}] + [{"rollout.cache_gb": gb} for gb in _rooms(other, found)]
         options += [
-            option | {"rollout.num_slots": n, "eval.num_slots": min(n, tested)}
+            option | room | {"rollout.num_slots": n, "eval.num_slots": min(n, tested)}
             for n in sorted(slots)
-            if 0 < n <= max(now, live)
+            if 0 < n <= max(now, wanted)
+            for room in sized
         ]
     return _valid(case, options)
 
 
-def _live(case, other, found):
-    """Returns the slots of a host that fit the settings of `other`, in whole rows of its mesh."""
-    width, rooms = other.engine.dtype.itemsize, other.rooms(other.engine)
-    batch = other.rollout_parts.batch
-    one = found["programs"]["decode chunk"]
-    beside = sum(resident.parked(other).values()) + resident.weights_bytes(other)
-    free = other.topology.chip.usable - beside - one["bytes"]["beside"]["pool of prompts"]
-    rest = 0 if one["compiler_error"] else one["bytes"]["temporaries"]
-    growing = free / resident.growing_bytes(other, batch, rooms, width)
-    decoding = (free - rest) / resident.cache_bytes(other, batch, rooms[-1], width)
-    wanted = other.share(other.config.rollout.prompts_per_step) * other.config.rollout.group_size
-    return min(max(0, int(min(growing, decoding))) * batch, wanted)
+def _rooms(other, found):
+    """Returns gigabytes of a device for pages: all that should be left, and parts of it."""
+    least = max(other.engine.least_bytes, other.held_out.least_bytes)
+    passing = [
+        one["bytes"]["temporaries"]
+        for name, one in found["programs"].items()
+        if name.startswith(("prefill", "copy", "decode")) and not one["compiler_error"]
+    ]
+    free = other.topology.chip.usable - sum(resident.parked(other).values())
+    free -= resident.weights_bytes(other) + max(passing, default=0)
+    rooms = {math.floor(free * share / 1e6) / 1e3 for share in (1, 0.75, 0.5, 0.25)}
+    return sorted(gb for gb in rooms | {math.ceil(least / 1e6) / 1e3} if gb * 1e9 >= least)
 
 
 def _speed(case, name):
@@ -272,21 +275,19 @@ def _counted(case, name):
     """Counts bytes of a program's large arrays by hand, including what is resident beside it."""
     if name in _TRAINING:
         return _counted_training(case, name)
-    width, engine = case.engine.dtype.itemsize, case.engine
-    section = case.config.rollout
-    if "(held out)" in name:
-        engine, section = case.held_out, case.config.eval
-    total = section.num_problems if section is case.config.eval else section.prompts_per_step
-    group = section.num_samples if section is case.config.eval else section.group_size
-    count = case.slots(engine, case.share(total) * group)
-    rooms = case.rooms(engine)
+    held = resident.weights_bytes(case) + sum(resident.parked(case).values())
     if name.startswith("hand-over"):
-        cache = 0.0
-    elif name.startswith("grow"):
-        cache = resident.growing_bytes(case, count, rooms, width)
+        return held
+    held_out = name.endswith(programs.HELD_OUT)
+    engine = case.held_out if held_out else case.engine
+    rows = engine.most_rows(case.responses(held_out))
+    if name.startswith("copy"):
+        passing = rows * engine.page_bytes
+    elif name.startswith("decode"):
+        passing = 4 * 4 * rows * case.model.vocab_size
     else:
-        cache = resident.cache_bytes(case, count, rooms[-1], width)
-    return cache + resident.weights_bytes(case) + sum(resident.parked(case).values())
+        passing = 0.0
+    return held + resident.pool_bytes(case, held_out) + passing
 
 
 def _counted_training(case, name):

@@ -19,10 +19,13 @@ _FEWEST_STEPS = 8  # a chunk shorter than this, for want of pages, preempts
 
 
 class Loop:
-    """Samples the responses to some requests with an Engine."""
+    """Samples the responses to some requests with an Engine.
 
-    def __init__(self, engine, params, requests, group_size, key):
-        self.engine, self.params, self.key = engine, params, key
+    `device` has the functions of `programs`: a rehearsal gives others, which only count.
+    """
+
+    def __init__(self, engine, params, requests, group_size, key, device=programs):
+        self.engine, self.params, self.key, self.device = engine, params, key, device
         total = len(requests) * group_size
         parts, unit = engine.row_multiple, engine.page_tokens
         self.counts = engine.row_counts(total)
@@ -53,7 +56,7 @@ class Loop:
         """Samples until all responses have ended."""
         engine, total = self.engine, len(self.responses)
         if total and self.pages is None:
-            self.pages = programs.empty_pages(
+            self.pages = self.device.empty_pages(
                 num_pages=self.num_pages * engine.pools,
                 page_size=engine.page_size,
                 how=engine.how,
@@ -124,7 +127,7 @@ class Loop:
         for row, pairs in enumerate(found):
             for i, (source, target) in enumerate(pairs):
                 sources[row, i], targets[row, i] = source, target
-        self.pages = programs.copy_pages(
+        self.pages = self.device.copy_pages(
             self.pages, sources.reshape(-1), targets.reshape(-1), layout=self.engine.layout
         )
 
@@ -139,7 +142,7 @@ class Loop:
         """Reads one run of as many jobs as one prefill takes."""
         engine, parts = self.engine, self.engine.row_multiple
         ready = [[job for job in shard.jobs if job.ready] for shard in self.shards]
-        length = self._run_length([jobs[0] for jobs in ready if jobs])
+        length = self.run_length([jobs[0] for jobs in ready if jobs])
         most = max(1, engine.max_prefill_tokens // (length * parts))
         taken = [[j for j in jobs if j.least <= length][:most] for jobs in ready]
         rows = rounded_up(max(map(len, taken)), 1)
@@ -147,7 +150,7 @@ class Loop:
         images = None
         if engine.how.model.vision is not None:
             images = self._images(taken, rows, length)
-        self.pages, ids = programs.prefill(
+        self.pages, ids = self.device.prefill(
             self.params,
             self.pages,
             runs,
@@ -169,7 +172,7 @@ class Loop:
                     self.prefill_tokens += count
                 job.at += count
 
-    def _run_length(self, jobs):
+    def run_length(self, jobs):
         """Tokens of the rows of a prefill that begins with these jobs."""
         unit, engine = self.engine.page_tokens, self.engine
         smallest = -(-SMALLEST_RUN // unit) * unit
@@ -233,7 +236,7 @@ class Loop:
         order = [self._ordered(shard) for shard in self.shards]
         idle = rows * len(order) - sum(map(len, decoding))
         chunk_rows = self._rows(order, rows, steps, idle + self._leave_after(decoding, rows))
-        self.pages, chunk = programs.decode_chunk(
+        self.pages, chunk = self.device.decode_chunk(
             self.params,
             self.pages,
             chunk_rows,

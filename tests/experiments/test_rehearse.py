@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from configs import qwen3_30b_a3b_dapo17k
 from experiments.command import UsageError
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs, report, resident, search, topologies
+from experiments.rehearsal import costs, playing, programs, report, resident, search, topologies
 from experiments.rehearsal.costs import Parts, Rows, Work
 from luspo_jax.experience import stages
 from luspo_jax.experience.groups import Group, Rollouts
@@ -27,7 +27,10 @@ from luspo_jax.learner.step import update_step
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.models import decoder
 from luspo_jax.models.experts import id_type
-from luspo_jax.rollout import Response
+from luspo_jax.models.forward import Forward
+from luspo_jax.rollout import Cache, Engine, Request, Response, Sampling
+from luspo_jax.rollout import programs as rollout_programs
+from luspo_jax.rollout.cache import page_bytes
 from luspo_jax.run.fields import default_config
 from luspo_jax.run.memory import param_bytes
 from luspo_jax.sharding import MESH_AXES, Layout, MeshError
@@ -50,8 +53,8 @@ def tiny(**leaves):
     config.rollout.prompts_per_step = 16
     config.rollout.max_response_length = 1008
     config.model.overrides.max_position_embeddings = 1024
-    config.rollout.num_slots = 16
-    config.eval.num_slots = 16
+    config.rollout.num_slots = 128
+    config.eval.num_slots = 128
     config.train.num_minibatches = 2
     config.train.packing = True
     config.train.microbatch_tokens = 8 * 1024
@@ -190,21 +193,53 @@ def test_operations_of_an_update_are_those_of_its_program(remat):
     )
 
 
+def traced_step(case):
+    """(products of a decode step of the reference, which reads all that tables name; its Step)."""
+    play, engine = case.sampled, case.engine
+    arrays = programs.rollout_arrays(case, engine, play)
+    rows = arrays["decode chunk"]
+    rows = dataclasses.replace(rows, places=rows.places._replace(shared=None))
+    traced = rollout_programs.decode_chunk.trace(
+        arrays["params"], arrays["pages"], rows, sampling=engine.sampling, chunk_length=4,
+        how=dataclasses.replace(engine.how, paged_attention="reference"),
+    )  # fmt: skip
+    count = len(rows.tokens_B)
+    whole = count * engine.table_width * engine.page_tokens
+    return products(traced.jaxpr.jaxpr), costs.Step(count, count, whole)
+
+
 def test_operations_of_a_decode_step_are_those_of_its_program():
     case = cases.build(tiny(**SMALL), machine(1), mean_length=12)
-    program = next(p for p in programs.programs(case) if p.name == "decode chunk")
-    count, room = case.slots(case.engine, 128), case.rooms(case.engine)[-1]
-    step = costs.decode_step(case.model, count, room, Parts(), 4)
-    assert program.work.flops == pytest.approx(step.flops * case.engine.chunk_length)
-    arrays = programs.rollout_arrays(case, case.engine, count, 8, 8, room)
-    from luspo_jax.rollout import slots
+    found, step = traced_step(case)
+    assert found == pytest.approx(costs.decode_step(case.model, step, Parts(), 4).flops, rel=0.01)
 
-    traced = slots.decode_chunk.trace(
-        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), how=case.engine.how,
-        sampling=case.engine.sampling, chunk_length=4,
-    )  # fmt: skip
-    found = products(traced.jaxpr.jaxpr)
-    assert found == pytest.approx(step.flops, rel=0.01)
+
+def test_a_decode_program_does_the_work_of_the_steps_that_were_played():
+    case = cases.build(tiny(**SMALL), machine(1), mean_length=12)
+    program = next(p for p in programs.programs(case) if p.name == "decode chunk")
+    width, page = costs.kv_bytes(case.model, 4), case.engine.page_size
+    weights = 4 * (costs.matrices(case.model) + costs.head(case.model))
+    logits = 16 * case.model.vocab_size
+    entries = sum(8 * n + n * (n - 1) / 2 + n * page / 2 for n in case.response_lengths)
+    rows = sum(chunk.steps * chunk.rows for chunk in case.sampled.chunks)
+    wanted = case.sampled.steps * weights + entries * width + rows * logits
+    assert program.work.memory * program.calls == pytest.approx(wanted)
+    # A second of each resource is as long as the steps take one by one.
+    rates = costs.Rates(1e30, 1.0, 1e30)
+    assert report.seconds(case, program, rates) == pytest.approx(wanted)
+
+
+def test_narrow_weights_are_read_with_their_scales():
+    model, _, rollout = paper()
+    part = costs.parts(rollout, length="cache_length")
+    step = costs.Step(64, 16, 1e5)
+    wide = costs.decode_step(model, step, part, 2)
+    narrow = costs.decode_step(model, step, part, 2, costs.Kernels(1))
+    reached = costs.touched(16 / 4 * 8 * 4, 128) / 4 * 48 * _EXPERT
+    scales = 48 * (128 * (32 + 2 * 4) + 2048) + 151_936
+    saved = _ATTENTION + _ROUTERS + _HEAD + reached - 4 * scales
+    assert wide.memory - narrow.memory == pytest.approx(saved)
+    assert wide.flops == narrow.flops
 
 
 EXPERTS = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8,
@@ -272,14 +307,16 @@ def test_a_decode_step_with_int8_weights_reads_fewer_bytes():
     model, _, rollout = paper()
     part, dense = costs.parts(rollout), costs.matrices(model) + costs.head(model)
     narrow, copied = costs.Kernels(1), costs.Kernels(1, copied=True)
-    wide = costs.decode_step(model, 64, 4096, part, 2)
-    step = costs.decode_step(model, 64, 4096, part, 2, narrow)
+    asked = costs.Step(64, 64, 64 * 4096)
+    wide = costs.decode_step(model, asked, part, 2)
+    step = costs.decode_step(model, asked, part, 2, narrow)
     experts = costs.expert_matrices(model) / 4
     reached = costs.touched(64 * 8, 128) / 128 * experts
-    assert wide.memory - step.memory == pytest.approx(dense + reached)
+    scales = 4 * costs.channels(model)
+    assert wide.memory - step.memory == pytest.approx(dense + reached - scales)
     assert step.flops == wide.flops
     # Where a layer's experts are cast before their product, all are read, written and read.
-    slow = costs.decode_step(model, 64, 4096, part, 2, copied)
+    slow = costs.decode_step(model, asked, part, 2, copied)
     assert slow.memory - step.memory == pytest.approx(3 * experts + 2 * reached - reached)
 
 
@@ -344,21 +381,15 @@ def test_operations_of_an_update_with_experts_are_those_of_its_program(remat):
 @pytest.mark.parametrize("slots", [2, 8])
 def test_operations_of_a_decode_step_with_experts_are_those_of_its_program(slots):
     """Of few rows the experts are picked out, of more they are sorted."""
-    from luspo_jax.rollout import slots as device
-
     config = tiny_experts(rollout__num_slots=slots, model__expert_kernel="reference", **SMALL)
     case = cases.build(config, machine(1), mean_length=12)
-    room = case.rooms(case.engine)[-1]
-    step = costs.decode_step(case.model, slots, room, Parts(), 4)
-    arrays = programs.rollout_arrays(case, case.engine, slots, 8, 8, room)
-    traced = device.decode_chunk.trace(
-        arrays["params"], arrays["slots"], np.int32(1), np.int32(1), how=case.engine.how,
-        sampling=case.engine.sampling, chunk_length=4,
-    )  # fmt: skip
+    found, step = traced_step(case)
+    assert step.rows == slots
     extra = 0
     if slots == 8:
         extra = 7 * 2 * slots * 2 * 3 * 64 * 32 * case.model.num_layers
-    assert products(traced.jaxpr.jaxpr) == pytest.approx(step.flops + extra, rel=0.01)
+    counted = costs.decode_step(case.model, step, Parts(), 4).flops
+    assert found == pytest.approx(counted + extra, rel=0.01)
 
 
 def test_mesh_sizes_divide_the_work():
@@ -382,23 +413,41 @@ def test_matrices_are_those_of_the_parameters():
     assert costs.matrices(model) == sum(kernels)
 
 
-@pytest.mark.parametrize(("slots", "rooms"), [(3, [8, 16, 40]), (5, [40]), (1, [10, 20, 40])])
-def test_decoding_is_what_playing_it_step_by_step_gives(slots, rooms):
-    lengths, prompt = [30, 2, 9, 17, 4, 1, 25, 3], 5
-    waiting, live, steps, by_room = list(lengths), [], 0, dict.fromkeys(rooms, 0)
-    room = rooms[0]
-    while waiting or live:
-        while waiting and len(live) < slots:
-            live.append([waiting.pop(0), 0])
-        longest = max(done for _, done in live) + prompt + 1
-        room = max(room, next(r for r in rooms if r >= longest))
-        by_room[room] += 1
-        live = [[n, done + 1] for n, done in live if done + 1 < n]
-        steps += 1
-    found = costs.decoding(lengths, prompt, slots, rooms)
-    assert found.steps == steps
-    assert found.by_room == by_room
-    assert found.utilisation == pytest.approx(sum(lengths) / (steps * slots))
+def test_a_played_rollout_is_what_the_engine_does():
+    """The engine's statistics, from the lengths of the responses that it drew."""
+    config = cases.architecture(tiny())
+    params = decoder.init_params(jax.random.key(0), config)
+    how = Forward(config, attention="reference")
+    sampling = Sampling(max_response_length=200, stop_token_ids=(3,))
+    for pages in (400, 40):
+        engine = Engine(
+            how, sampling, num_slots=24, max_prompt_length=21, chunk_length=8,
+            max_prefill_tokens=256, cache=Cache(pages * page_bytes(config, "float32", 8) / 1e9, 8),
+        )  # fmt: skip
+        requests = [Request(i, np.r_[i, np.arange(20)]) for i in range(12)]
+        responses, stats = engine.generate(params, requests, group_size=4, seed=0)
+        play = playing.played(engine, 21, [len(r.tokens) for r in responses], 4)
+        assert (stats.preemptions > 0) == (pages == 40)
+        assert play.preemptions == stats.preemptions
+        assert play.recomputed == stats.recomputed_tokens
+        assert play.steps == stats.decode_steps
+        assert play.peak == stats.pages_peak
+        assert play.utilisation == stats.slot_utilisation
+        assert sum(one.calls for one in play.prefills) == stats.prefill_calls
+        # On one device every token but the last is read once, whatever waits or comes back.
+        entries = sum(sum(range(21, 21 + len(r.tokens))) for r in responses)
+        entries += 8 / 2 * sum(len(r.tokens) for r in responses)
+        assert sum(chunk.entries for chunk in play.chunks) == entries
+
+
+def test_the_fullest_device_decides():
+    case = cases.build(tiny(), machine(2), mean_length=100)
+    lengths = [40] * 8 + [10] * 8  # a prompt's on either device
+    play = playing.played(case.engine, 16, lengths, 8)
+    assert play.steps == 40
+    half = case.engine.page_size / 2
+    assert sum(c.entries for c in play.chunks) == 8 * sum(16 + half + j for j in range(40))
+    assert sum(c.steps * c.live for c in play.chunks) == sum(lengths)
 
 
 def test_assumed_lengths_have_their_mean_and_their_longest():
@@ -582,7 +631,7 @@ def test_a_mixture_is_rehearsed():
     rows = resident.device_bytes(programs.train_batch(case)[0])
     assert arguments["update"] == pytest.approx(state + rows, rel=0.01)
     assert arguments["hand-over"] == pytest.approx(state / 3, rel=0.01)
-    decode = resident.cache_bytes(case, 16, 32, 4) + resident.weights_bytes(case)
+    decode = resident.pool_bytes(case) + resident.weights_bytes(case)
     assert arguments["decode chunk"] == pytest.approx(decode, rel=0.05)
 
 
@@ -612,8 +661,8 @@ def test_a_rehearsal_reports_every_program(rehearsed):
     _, found = rehearsed
     assert found["fits"]
     assert list(found["programs"]) == [
-        "hand-over", "prefill", "fill", "grow", "decode chunk", "grow (held out)",
-        "decode chunk (held out)", "log-probs", "update",
+        "hand-over", "prefill", "copy pages", "decode chunk", "decode chunk (held out)",
+        "log-probs", "update",
     ]  # fmt: skip
     for one in found["programs"].values():
         assert set(one) == FIELDS
@@ -621,10 +670,11 @@ def test_a_rehearsal_reports_every_program(rehearsed):
         assert one["peak_bytes"] > 0
     again = json.loads(json.dumps(found, allow_nan=False))
     assert again["step"]["expected_s"] > again["step"]["roofline_s"] > 0
-    assert again["capacity"]["asked_for"] == 16
+    assert again["capacity"]["rows_a_host"] == 128
     text = report.text(found)
     assert "| update |" in text
-    assert "while its cache grows" in text
+    assert "The pool of a device has" in text
+    assert "blocks (decoding)" in text
 
 
 def test_arguments_are_the_bytes_of_the_arrays_themselves(rehearsed):
@@ -640,16 +690,20 @@ def test_arguments_are_the_bytes_of_the_arrays_themselves(rehearsed):
     beside = size["beside"]["inputs that it does not read"]
     rate = 4  # which it reads, and which is no part of state or batch
     assert beside == resident.device_bytes(responses.group_ids_B) - rate
-    cache = resident.cache_bytes(case, 16, 1024, 4) + resident.weights_bytes(case)
+    pool = case.sampled.pages * 2 * 2 * 2 * case.engine.page_size * case.model.head_dim * 4
+    assert resident.pool_bytes(case) == pool * case.model.num_kv_heads / 2
     decode = found["programs"]["decode chunk"]["bytes"]["arguments"]
-    assert decode == pytest.approx(cache, rel=0.02)
+    assert decode == pytest.approx(pool + resident.weights_bytes(case), rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["update", "grow"])
+@pytest.mark.parametrize("name", ["update", "prefill"])
 def test_what_is_too_large_is_named_with_a_change_that_fits(rehearsed, name):
     case, found = rehearsed
     memory = 0.75 * found["programs"][name]["peak_bytes"]
-    small = cases.build(case.config, machine(memory=memory), mean_length=100)
+    # The same pool, asked for: without, it would be as large as what the machine has left.
+    pool = {"rollout__cache_gb": resident.pool_bytes(case) / 1e9}
+    small = cases.build(tiny(**pool), machine(memory=memory), mean_length=100)
+    assert resident.pool_bytes(small) == resident.pool_bytes(case)
     records = {key: resized(one, memory) for key, one in found["programs"].items()}
     found = {**found, "programs": records}
     assert not records[name]["fits"]

@@ -18,8 +18,10 @@ from luspo_jax.learner.state import abstract_state
 from luspo_jax.models import vision
 from luspo_jax.models.forward import Forward
 from luspo_jax.prompts import PromptRecord
-from luspo_jax.rollout import slots
-from luspo_jax.rollout.engine import prompt_images
+from luspo_jax.rollout import Request
+from luspo_jax.rollout import programs as rollout_programs
+from luspo_jax.rollout.loop import run_images
+from luspo_jax.rollout.schedule import Job
 from tests import vl_cases
 from tests.experiments.test_rehearse import assert_same_shapes, brought, machine, products
 
@@ -146,11 +148,14 @@ def test_rows_are_those_that_a_run_would_bring(folder, packed, monkeypatch):
 
 def test_prompts_of_a_prefill_are_those_that_a_run_would_bring(folder):
     case = built(folder)
-    P, T = case.prompt_batch(case.engine, 16, case.sizes.group_size)
-    arrays = programs.rollout_arrays(case, case.engine, 16, P, T, 48)
-    real, _ = prompt_images(
-        prompts(case, P), case.model, shape=(P, T), multiple=case.engine.row_multiple
-    )
+    engine = case.engine
+    arrays = programs.rollout_arrays(case, engine, case.sampled)
+    R, T = arrays["prefill"][1][0].shape
+    placed = {}
+    for row, prompt in enumerate(prompts(case, R)):
+        request = Request(row, prompt.tokens, images=prompt.images)
+        placed[row] = Job(request, prompt.tokens[:-1], [], 0)
+    real = run_images(placed, case.model, shape=(R, T), multiple=engine.row_multiple)
     assert_same_shapes(arrays["images"], real)
 
 
@@ -189,23 +194,26 @@ def test_operations_of_the_tower_are_those_of_its_program(folder, full_layers, r
 def test_operations_of_a_prefill_are_those_of_its_program(folder):
     case = built(folder, devices=1)
     engine = case.engine
-    P, T = case.prompt_batch(engine, 16, case.sizes.group_size)
-    arrays = programs.rollout_arrays(case, engine, 16, P, T, 48)
-    traced = slots.prefill.trace(
-        arrays["params"], arrays["tokens"], arrays["lengths"], arrays["images"],
+    arrays = programs.rollout_arrays(case, engine, case.sampled)
+    traced = rollout_programs.prefill.trace(
+        arrays["params"], arrays["pages"], *arrays["prefill"], arrays["images"],
         how=engine.how,
     )  # fmt: skip
     program = next(p for p in programs.programs(case) if p.name == "prefill")
     # In the trace both kinds of attention stand in every block of the tower, and the larger is
-    # counted; the decoder's reference computes whole squares of such short rows.
+    # counted; the decoder's reference computes 32 queries at a time with all keys up to their end,
+    # and a turn over pages stands there for what may come before a run.
     model, assumed = case.model, case.lengths.images
-    images = arrays["images"].images.valid_IS.shape[0]
-    assert images == P
+    (R, T), images = arrays["prefill"][1][0].shape, arrays["images"].images.valid_IS.shape[0]
+    assert images == R
     of_blocks = dataclasses.replace(model.vision, full_layers=(0, 1))
     args = (images, assumed.slots, Parts(), 4)
     extra = tower.forward(of_blocks, *args).flops - tower.forward(model.vision, *args).flops
-    square = 4 * model.num_heads * model.head_dim * model.num_layers
-    extra += square * P * (T * T - T * (T + 1) / 2)
+    pair = 4 * model.num_heads * model.head_dim * model.num_layers
+    assert T % 32 == 0
+    extra += pair * R * (sum(32 * end for end in range(32, T + 1, 32)) - T * (T + 1) / 2)
+    pages = min(512 // engine.page_size, engine.table_width)
+    extra += pair * R * T * pages * engine.page_size
     assert products(traced.jaxpr.jaxpr) == pytest.approx(program.work.flops + extra, rel=1e-3)
 
 
