@@ -128,7 +128,8 @@ def _assert_same_results(got, expected):
 
 def without_sampler_counts(results):
     """How slots are filled differs with their number and place; nothing else may."""
-    names = ("decode_steps", "slot_utilisation", "prefill_calls", "pages_peak")
+    names = ("decode_steps", "slot_utilisation", "prefill_calls", "prefill_tokens", "pages_peak",
+             "preemptions", "recomputed_tokens")  # fmt: skip
     counts = [f"rollout/{name}" for name in names]
     rows = [{k: v for k, v in row.items() if k not in counts} for row in results[0]]
     return rows, *results[1:]
@@ -595,6 +596,19 @@ def test_arithmetic_says_how_rows_are_packed(config):
     assert "micro-batches of 4 packed rows × 24 tokens" in str(sizes)
     assert (sizes.rows_per_microbatch, sizes.pack_length) == (4, 24)
     assert sizes.responses_per_microbatch == 4
+
+
+def test_a_run_with_few_pages_is_that_with_many(finished, config, tmp_path):
+    config.rollout.page_size = 4
+    sampler = build(config).sampler
+    config.rollout.cache_gb = (sampler.least_bytes + 3 * sampler.page_bytes) / 1e9
+    run = build(config)
+    workdir = workdirs.Workdir(tmp_path / "run", config, facts(run))
+    train.train(run, workdir)
+    workdir.close()
+    got, expected = _results(tmp_path / "run"), _results(finished)
+    assert sum(row.get("rollout/preemptions", 0) for row in got[0]) > 10
+    assert_near_results(without_sampler_counts(got), without_sampler_counts(expected))
 
 
 def test_a_run_on_a_mesh_is_that_of_one_device(finished, config, tmp_path):

@@ -121,7 +121,7 @@ class Loop:
         most = max(map(len, found))
         if not most:
             return
-        size, past = rounded_up(most, 1, self.counts[0]), self.num_pages
+        size, past = min(self.counts[0], _power_of_4(most)), self.num_pages
         sources = np.zeros((len(found), size), np.int32)
         targets = np.full((len(found), size), past, np.int32)
         for row, pairs in enumerate(found):
@@ -145,7 +145,8 @@ class Loop:
         length = self.run_length([jobs[0] for jobs in ready if jobs])
         most = max(1, engine.max_prefill_tokens // (length * parts))
         taken = [[j for j in jobs if j.least <= length][:most] for jobs in ready]
-        rows = rounded_up(max(map(len, taken)), 1)
+        # Where a program costs more to compile than its padding to compute: one a length.
+        rows = rounded_up(max(map(len, taken)), 1) if engine.by_row else most
         runs, tokens = self._runs(taken, rows, length)
         images = None
         if engine.how.model.vision is not None:
@@ -180,7 +181,9 @@ class Loop:
         wanted = min(longest, max(job.remaining for job in jobs))
         wanted = max(wanted, *(job.least for job in jobs)) if jobs else wanted
         most = -(-max(engine.max_length, wanted) // unit) * unit
-        return min(most, smallest * bucket_count(-(-wanted // smallest)))
+        if engine.by_row:
+            return min(most, smallest * bucket_count(-(-wanted // smallest)))
+        return rounded_up(wanted, smallest, most)
 
     def _runs(self, taken, rows, length):
         """Returns (Runs, (tokens_RT, offsets_R)) of the next run of each job."""
@@ -349,6 +352,14 @@ class Loop:
             found = np.concatenate([*(found or []), sample.expert_ids[0][:1]])
             self.prompt_ids[prompt_id] = found
         return found
+
+
+def _power_of_4(count):
+    """The least of 1, 4, 16, … that reaches `count`: few programs, and little is copied in vain."""
+    size = 1
+    while size < count:
+        size *= 4
+    return size
 
 
 def _shared(order, rows, tables_BM, width):

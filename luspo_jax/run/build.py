@@ -300,10 +300,26 @@ def sampler(
       asked: the section.
       layouts: of training and of the rollout.
       memory: bytes of a device; by default those of the device at hand.
+
+    Raises:
+      ConfigError: pages that are too few for one response, or that the platform's kernel refuses.
     """
+    try:
+        engine = _sampler(config, model, asked, layouts[1])
+    except ValueError as error:
+        if str(error).startswith(("cache_gb", "page_size", "cache_dtype")):
+            raise ConfigError(f"rollout.{error}") from None
+        raise
+    if not config.rollout.cache_gb:
+        memory = device_memory(engine.device) if memory is None else memory
+        engine.take_room(room_for_pages(config, model.config, layouts, memory))
+    return engine
+
+
+def _sampler(config, model, asked, layout):
     chosen = config.rollout
-    engine = Engine(
-        sampling_forward(config, model.config, sharding.on_own_devices(layouts[1])),
+    return Engine(
+        sampling_forward(config, model.config, sharding.on_own_devices(layout)),
         Sampling(
             max_response_length=config.rollout.max_response_length,
             stop_token_ids=model.stop_token_ids,
@@ -318,10 +334,6 @@ def sampler(
         record_experts=asked is config.rollout and model.config.num_experts > 0,
         cache=Cache(chosen.cache_gb or None, chosen.page_size, chosen.cache_dtype),
     )
-    if not chosen.cache_gb:
-        memory = device_memory(engine.device) if memory is None else memory
-        engine.take_room(room_for_pages(config, model.config, layouts, memory))
-    return engine
 
 
 def training_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:

@@ -1,0 +1,75 @@
+"""What of a device's memory the rollout's pages get."""
+
+import pytest
+
+from configs import quickstart
+from luspo_jax.hosts.values import ConfigError
+from luspo_jax.run import build, checks
+from luspo_jax.run.memory import room_for_pages
+from luspo_jax.run.model import load_model
+
+NOWHERE = (None, None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(checks.check(quickstart.get_config()))
+
+
+def _room(model, memory, **fields):
+    config = quickstart.get_config()
+    with config.unlocked():
+        for name, value in fields.items():
+            section, field = name.split("__")
+            config[section][field] = value
+    return room_for_pages(checks.check(config), model.config, NOWHERE, memory)
+
+
+def test_pages_get_what_weights_and_state_leave(model):
+    room = _room(model, 1e9)
+    assert 0.5e9 < room < 0.9e9
+    assert _room(model, 2e9) - room == pytest.approx(0.9e9)
+    # Adam's two moments; a copy of the weights in two bytes; one more for the marked policy.
+    one = 4 * sum(x.size for x in _leaves(model))
+    assert _room(model, 1e9, train__offload="optimizer") - room == pytest.approx(2 * one)
+    assert room - _room(model, 1e9, length__every=1) == pytest.approx(one)
+    assert _room(model, 1e3) == 0
+
+
+def _leaves(model):
+    import jax
+
+    from luspo_jax.models import decoder
+
+    return jax.tree.leaves(decoder.abstract_params(model.config))
+
+
+def _sampler(model, memory=None, **fields):
+    config = quickstart.get_config()
+    for name, value in fields.items():
+        config.rollout[name] = value
+    settings = checks.check(config)
+    return build.sampler(settings, model, settings.rollout, NOWHERE, memory)
+
+
+def test_the_pool_is_what_is_asked_for_and_never_more_than_can_be_used(model):
+    asked = _sampler(model, cache_gb=0.001)
+    assert asked.pool_bytes(128) == asked.pages_of(1e6, 128) * asked.page_bytes <= 1e6
+    most = _sampler(model, memory=1e9)
+    # 128 rows of 56 tokens: a page each, and the rest of a prompt; page 0.
+    assert most.pages_of(most.cache.gb * 1e9, 128) == 1 + 128 * 2
+    little = _sampler(model, memory=1e3)  # at least one response
+    assert little.pages_of(little.cache.gb * 1e9, 128) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cache_gb": 1e-6}, r"rollout\.cache_gb=1e-06 is too small: .*cache_gb=0\.000148"),
+        ({"page_size": -1}, r"rollout\.page_size=-1"),
+        ({"cache_dtype": "int4"}, r"rollout\.cache_dtype='int4'.*int8"),
+    ],
+)
+def test_pages_that_cannot_be_are_refused_by_name(model, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        _sampler(model, **fields)
