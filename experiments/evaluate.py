@@ -55,7 +55,10 @@ _REFUSALS = flags.DEFINE_enum(
 )  # fmt: skip
 _THINKING = flags.DEFINE_bool("enable_thinking", None, "Passed to the chat template if set.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of sampling.")
-_SLOTS = flags.DEFINE_integer("num_slots", 64, "Responses decoded together.", 1)
+_SLOTS = flags.DEFINE_integer("num_slots", 64, "Most responses decoded together.", 1)
+_CACHE_GB = flags.DEFINE_float(
+    "cache_gb", 0.0, "Of keys and values on a device; 0 = half of what it has left.", 0.0
+)
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share one copy of the weights.", 1)
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 0, "Problems between two saves; 0 = chosen.", 0)
 _CACHE = flags.DEFINE_string("cache_dir", "", "For built datasets; empty = the user's cache.")
@@ -171,6 +174,7 @@ def _options():
         dtype=_DTYPE.value,
         tensor=_TENSOR.value,
         num_slots=_SLOTS.value,
+        cache_gb=_CACHE_GB.value,
         save_every=_SAVE_EVERY.value,
         workers=_WORKERS.value,
         timeout_s=_TIMEOUT.value,

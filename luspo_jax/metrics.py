@@ -125,9 +125,14 @@ _DECLARED = [
     Metric("router/aux_loss", "mean", "", "load-balancing loss before its coefficient; even: K"),
     Metric("rollout/decode_steps", "sum", "steps", "decode steps of the sampler"),
     Metric("rollout/prefill_tokens", "sum", "tokens", "prompt tokens prefilled"),
+    Metric(
+        "rollout/recomputed_tokens", "sum", "tokens", "tokens of preempted responses read again"
+    ),
+    Metric("rollout/preemptions", "sum", "", "responses that gave their pages back for a while"),
+    Metric("rollout/pages_peak", "mean", "", "most of the pages in use at a time, as a share"),
     Metric("rollout/prefill_calls", "sum", "calls", "prefill calls of the sampler"),
     Metric("rollout/generated_tokens", "sum", "tokens", "tokens sampled"),
-    Metric("rollout/slot_utilisation", "mean", "", "share of slot steps that made a token"),
+    Metric("rollout/slot_utilisation", "mean", "", "share of decoded rows that made a token"),
     Metric("shaping/sampled_reward", "mean", "", "mean judged reward before any group is left out"),
     Metric("shaping/*", "sum", "", "rounds, groups or responses of the step's data shaping"),
     Metric("packing/padding", "mean", "", "share of the computed tokens that is padding"),

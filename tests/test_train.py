@@ -127,7 +127,8 @@ def _assert_same_results(got, expected):
 
 def without_sampler_counts(results):
     """How slots are filled differs with their number and place; nothing else may."""
-    counts = ("rollout/decode_steps", "rollout/slot_utilisation", "rollout/prefill_calls")
+    names = ("decode_steps", "slot_utilisation", "prefill_calls", "pages_peak")
+    counts = [f"rollout/{name}" for name in names]
     rows = [{k: v for k, v in row.items() if k not in counts} for row in results[0]]
     return rows, *results[1:]
 

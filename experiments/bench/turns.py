@@ -43,6 +43,11 @@ def order(sides: Sequence[str], *, warmup: int, steps: int) -> list[Turn]:
     return turns
 
 
+def rest(seconds: float = PAUSE) -> None:
+    """Pauses between turns."""
+    time.sleep(seconds)
+
+
 def take(
     turns: Sequence[Turn],
     step: Callable[[], dict[str, float]],
@@ -62,7 +67,7 @@ def take(
       pause: seconds of rest before each step.
     """
     for turn in turns:
-        time.sleep(pause)
+        rest(pause)
         used, started = time.process_time(), time.perf_counter()
         phases = step() if turn.side == OURS else (yield)
         seconds = time.perf_counter() - started

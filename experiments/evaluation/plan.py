@@ -46,7 +46,8 @@ class Options:
       refusals: problems that cannot be asked: "stop", or "skip" them and report it.
       id_columns, prediction_column: columns of a file of predictions.
       dtype: of weights, activations and cache.
-      num_slots: responses decoded together.
+      num_slots: most responses decoded together.
+      cache_gb: gigabytes of keys and values on a device; 0 for half of what it has left.
       tensor: devices that share one copy of the weights.
       save_every: problems between two saves; 0 for as many as fill the slots four times.
       workers, timeout_s: of the scorer; as many processes read images.
@@ -72,6 +73,7 @@ class Options:
     enable_thinking: bool | None = None
     dtype: str = "float32"
     num_slots: int = 64
+    cache_gb: float = 0.0
     tensor: int = 1
     save_every: int = 0
     workers: int = 2

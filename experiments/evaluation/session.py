@@ -21,7 +21,7 @@ from luspo_jax.datasets import Example, Report
 from luspo_jax.experience import held_out
 from luspo_jax.models import kernels
 from luspo_jax.models.forward import Forward
-from luspo_jax.rollout import Engine, Sampling
+from luspo_jax.rollout import Cache, Engine, Sampling
 
 _PACKAGES = ("luspo_jax", "jax", "transformers", "math-verify")
 _FILLS = 4  # a part's responses over slots, so that few slots idle at its end
@@ -71,6 +71,7 @@ def _engine(policy: Policy, task: Task, options: Options) -> Engine:
         Sampling(stop_token_ids=policy.model.stop_token_ids, **chosen.sampling),
         num_slots=options.num_slots,
         max_prompt_length=task.longest_prompt,
+        cache=Cache(options.cache_gb or None),
     )
 
 

@@ -111,10 +111,12 @@ def rounds(asker: Asker, weights: Any, step: int, metrics: StepMetrics) -> Itera
 
 
 def _metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
-    """Sums the statistics of the processes' samplers; averages slot utilisation."""
-    names = ("decode_steps", "prefill_tokens", "prefill_calls", "generated_tokens")
+    """Sums the statistics of the processes' samplers; averages shares."""
+    names = ("decode_steps", "prefill_tokens", "prefill_calls", "generated_tokens",
+             "recomputed_tokens", "preemptions")  # fmt: skip
     return {
         **{f"rollout/{name}": sum(getattr(s, name) for s in stats) for name in names},
+        "rollout/pages_peak": sum(s.pages_peak / max(1, s.pages_total) for s in stats) / len(stats),
         "rollout/slot_utilisation": sum(s.slot_utilisation for s in stats) / len(stats),
     }
 

@@ -21,7 +21,7 @@ from luspo_jax.ops.attention import attention as attend
 from luspo_jax.ops.normal_slice import normal_slice
 from luspo_jax.ops.paged_attention import append_and_attend
 from luspo_jax.ops.paged_prefill import write_and_attend
-from luspo_jax.ops.pages import PAGES_AXES, Pages
+from luspo_jax.ops.pages import Pages, pages_axes, zeros
 from luspo_jax.sharding import constrain
 
 __all__ = [
@@ -196,12 +196,18 @@ def _ids(routed, layout):
     return sharding.constrain(routed.expert_ids, axes, layout)
 
 
-def empty_pages(how, num_pages, page_size):
-    """A pool of zero pages: `num_pages` of `page_size` tokens, all devices together."""
+def empty_pages(how, num_pages, page_size, dtype=None):
+    """A pool of zero pages: `num_pages` of `page_size` tokens, all devices together.
+
+    Keys and values have `dtype`, by default that of the forward pass; int8 has scales.
+    """
     c = how.model
+    dtype = jnp.dtype(dtype or how.dtype)
     shape = (c.num_kv_heads, c.num_layers, num_pages, page_size, c.head_dim)
-    zeros = (jnp.zeros(shape, jnp.dtype(how.dtype)) for _ in range(2))
-    return Pages(*(sharding.constrain(x, PAGES_AXES, how.layout) for x in zeros))
+    leaves, treedef = jax.tree.flatten(zeros(shape, dtype))
+    axes = jax.tree.leaves(pages_axes(dtype), is_leaf=lambda node: type(node) is tuple)
+    placed = [constrain(x, names, how.layout) for x, names in zip(leaves, axes, strict=True)]
+    return jax.tree.unflatten(treedef, placed)
 
 
 def head_kernel(params):

@@ -7,25 +7,20 @@ in place of one vector each. Sort the rows by length: a block reads as far as it
 import jax.numpy as jnp
 from jax import lax
 
+from luspo_jax.ops.paged_attention import NEGATIVE, most_groups, partial, scaled_groups
 from luspo_jax.ops.pages import read
-from luspo_jax.ops.paged_attention import NEGATIVE, partial, scaled_groups
 
-# Measured on two AVX-512 cores at B 128, K 3, G 3, H 64, L 30, 230 entries a row: 4 to 8 rows by 128
-# entries run at the bandwidth of memory; 16 entries at a time are half as fast.
+# Measured on two AVX-512 cores at B 128, K 3, G 3, H 64, L 30, 230 entries a row: 8 rows by a page
+# of 64 entries; of several smaller pages at a time, a run takes half as long again.
 _ROWS = 8
 _ENTRIES = 64
 
 
 def attend(query_BNH, pages, layer, tables_BM, lengths_B, shared=None):
     """Attention over the first `lengths_B` entries; see `paged_attention.IMPLEMENTATIONS`."""
-    B, N, H = query_BNH.shape
-    K, S = pages.keys.shape[0], pages.size
-    query_BKGH = scaled_groups(query_BNH, K)
-    state = (
-        jnp.full((B, K, N // K), NEGATIVE, jnp.float32),
-        jnp.zeros((B, K, N // K), jnp.float32),
-        jnp.zeros((B, K, N // K, H), jnp.float32),
-    )
+    S = pages.size
+    query_BKGH = scaled_groups(query_BNH, pages.keys.shape[0])
+    state = _nothing(query_BKGH)
     if shared is not None:
         state = _over_groups(query_BKGH, pages, layer, shared, state)
         tables_BM, lengths_B = shared.tables_BM, lengths_B - shared.skipped_B * S
@@ -52,29 +47,37 @@ def _over_rows(query_BKGH, pages, layer, tables_BM, lengths_B, state):
 
 
 def _over_groups(query_BKGH, pages, layer, shared, state):
-    """Adds the pages that rows share, a group after the other."""
+    """Adds the pages that rows share: to a group, its members' queries are one row's."""
     B, K, G, H = query_BKGH.shape
-    members = shared.members_BG.shape[1]
+    W = shared.members_BW.shape[1]
+    Q = most_groups(B, W)
 
-    def group(i, state):
-        rows_M = lax.dynamic_index_in_dim(shared.members_BG, i, keepdims=False)
-        query_KMGH = jnp.take(query_BKGH, rows_M, axis=0, mode="clip").swapaxes(0, 1)
-        query_1KGH = query_KMGH.reshape(1, K, members * G, H)
-        nothing = tuple(
-            jnp.full((1, K, members * G, *x.shape[3:]), fill, jnp.float32)
-            for x, fill in zip(state, (NEGATIVE, 0.0, 0.0), strict=True)
-        )
-        tables_1M = lax.dynamic_slice_in_dim(shared.group_tables_BM, i, 1)
-        entries_1 = lax.dynamic_slice_in_dim(shared.group_pages_B, i, 1) * pages.size
-        found = _walked(query_1KGH, pages, layer, tables_1M, entries_1, nothing)
-        return tuple(
-            x.at[rows_M].set(
-                new[0].reshape(K, members, G, *x.shape[3:]).swapaxes(0, 1), mode="drop"
-            )
-            for x, new in zip(state, found, strict=True)
-        )
+    def added(state):
+        query_QWKGH = jnp.take(query_BKGH, shared.members_BW[:Q], axis=0, mode="clip")
+        query_QKGH = query_QWKGH.swapaxes(1, 2).reshape(Q, K, W * G, H)
+        tables_QM, entries_Q = shared.group_tables_BM[:Q], shared.group_pages_B[:Q] * pages.size
+        found = _over_rows(query_QKGH, pages, layer, tables_QM, entries_Q, _nothing(query_QKGH))
+        here_B = shared.places_B >= 0
 
-    return lax.fori_loop(0, jnp.sum(shared.group_pages_B > 0), group, state)
+        def of_rows(x_QKG, own_BKG):
+            tail = x_QKG.shape[3:]
+            by_row = x_QKG.reshape(Q, K, W, G, *tail).swapaxes(1, 2).reshape(Q * W, K, G, *tail)
+            taken = jnp.take(by_row, shared.places_B, axis=0, mode="clip")
+            return jnp.where(here_B.reshape(B, *[1] * (taken.ndim - 1)), taken, own_BKG)
+
+        return tuple(of_rows(x, own) for x, own in zip(found, state, strict=True))
+
+    return lax.cond(jnp.any(shared.group_pages_B > 0), added, lambda state: state, state)
+
+
+def _nothing(query_RKGH):
+    """The sums before anything is added: largest score, Σ exp, Σ exp · value."""
+    R, K, G, H = query_RKGH.shape
+    return (
+        jnp.full((R, K, G), NEGATIVE, jnp.float32),
+        jnp.zeros((R, K, G), jnp.float32),
+        jnp.zeros((R, K, G, H), jnp.float32),
+    )
 
 
 def _walked(query_RKGH, pages, layer, tables_RM, lengths_R, state):
@@ -87,7 +90,7 @@ def _walked(query_RKGH, pages, layer, tables_RM, lengths_R, state):
     def step(i, state):
         top, total, weighted = state
         tables_Rr = lax.dynamic_slice_in_dim(tables_RM, i * run, run, axis=1)
-        keys_KRSH, values_KRSH = (read(x, layer, tables_Rr) for x in pages)
+        keys_KRSH, values_KRSH = (read(x, layer, tables_Rr, query_RKGH.dtype) for x in pages)
         scores = jnp.einsum(
             "KRGH,KRSH->RKGS", query_KRGH, keys_KRSH, preferred_element_type=jnp.float32
         )
@@ -109,5 +112,3 @@ def _walked(query_RKGH, pages, layer, tables_RM, lengths_R, state):
 
     steps = -(-jnp.max(lengths_R) // (run * S))
     return lax.fori_loop(0, steps, step, state)
-
-

@@ -5,6 +5,7 @@ There are four differences. A row's entries are dealt out to programs tile by ti
 row in a long table keeps all of its programs busy (there, each has a fixed stretch of the table).
 It returns the log-sum-exp. Programs' sums are joined in float32 (there, in the queries' type).
 Entries past a row's length are not loaded, whatever they are, and neither are pages past it.
+Numbers in int8 are multiplied as they are, and scores and weights by the scales of their entries.
 
 Written without access to a GPU: compiled for one and run on CPU by Pallas' interpreter. Tile sizes
 and the number of programs are not tuned.
@@ -19,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from luspo_jax.ops.paged_attention import NEGATIVE, partial, scaled_groups
-from luspo_jax.ops.pages import one_layer
+from luspo_jax.ops.pages import Scaled, one_layer
 
 _ENTRIES = 64  # per tile
 _LEAST = 16  # smallest side of a tile that tensor cores accept
@@ -35,6 +36,7 @@ def attend(query_BNH, pages, layer, tables_BM, lengths_B, shared=None):
     """Attention over the first `lengths_B` entries; see `paged_attention.IMPLEMENTATIONS`."""
     del shared  # the tables name these pages too
     (B, N, H), K = query_BNH.shape, pages.keys.shape[0]
+    _refuse_wrapped_addresses(pages.keys)
     keys, tables_BM = one_layer(pages.keys, layer, tables_BM)
     values, _ = one_layer(pages.values, layer, tables_BM)
     splits = _splits(B * K, tables_BM.shape[1] * pages.size)
@@ -46,11 +48,26 @@ def attend(query_BNH, pages, layer, tables_BM, lengths_B, shared=None):
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         interpret=_INTERPRET,
         name="paged_attention",
-    )(scaled_groups(query_BNH, K).astype(keys.dtype), keys, values, tables_BM, lengths_B)
+    )(_typed(scaled_groups(query_BNH, K), keys), keys, values, tables_BM, lengths_B)
     new_top = jnp.max(top, axis=0)
     kept = jnp.exp(top - new_top[None])
     total, weighted = jnp.sum(kept * total, axis=0), jnp.sum(kept[..., None] * weighted, axis=0)
     return partial(query_BNH, new_top, total, weighted)
+
+
+def _typed(query, keys):
+    """Returns the queries in the type of the keys, or as they are beside int8, which holds less."""
+    return query if isinstance(keys, Scaled) else query.astype(keys.dtype)
+
+
+def _refuse_wrapped_addresses(keys):
+    """Pallas counts elements in 32 bits, with a sign, up to arrays of 4 GiB (jax 0.10.2)."""
+    size = math.prod(keys.shape)
+    if keys.dtype.itemsize == 1 and 2**31 <= size <= 2**32:
+        raise ValueError(
+            f"int8 keys of {size} elements cannot be addressed on GPU: take a pool whose keys have "
+            "fewer than 2 GiB or more than 4 GiB (rollout.cache_gb)"
+        )
 
 
 def _splits(rows, entries):
@@ -86,15 +103,16 @@ def _kernel(
         # Pallas' interpreter takes slices or arrays of indices, not both in one load.
         each = (numbers[:, None], (entries % S)[:, None], jnp.arange(wide_H)[None])
         here = (k, *(jnp.broadcast_to(x, (_ENTRIES, wide_H)) for x in each))
-        mask = seen[:, None] & columns[None]
-        key = plgpu.load(keys_ref.at[here], mask=mask, other=0.0)
-        value = plgpu.load(values_ref.at[here], mask=mask, other=0.0)
-        scores = jnp.where(seen[None], _dot(query, key.T) * _LOG2E, NEGATIVE)
+        of_entry, mask = (k, numbers, entries % S), seen[:, None] & columns[None]
+        key, key_scales = _loaded(keys_ref, here, mask, of_entry, seen, query.dtype)
+        value, value_scales = _loaded(values_ref, here, mask, of_entry, seen, query.dtype)
+        scores = jnp.where(seen[None], _dot(query, key.T) * key_scales * _LOG2E, NEGATIVE)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         kept = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - new_top[:, None])  # a tile sees one entry at least
         total = total * kept + jnp.sum(weights, axis=-1)
-        return new_top, total, weighted * kept[:, None] + _dot(weights.astype(value.dtype), value)
+        weights = (weights * value_scales).astype(value.dtype)
+        return new_top, total, weighted * kept[:, None] + _dot(weights, value)
 
     tiles = pl.cdiv(length, _ENTRIES)
     start = (
@@ -110,6 +128,15 @@ def _kernel(
     plgpu.store(
         weighted_ref.at[(*here, all_columns)], weighted, mask=heads[:, None] & columns[None]
     )
+
+
+def _loaded(ref, here, mask, of_entry, seen, dtype):
+    """Returns keys or values of a tile in a type, and the scales of its entries [1, entries]."""
+    if not isinstance(ref, Scaled):
+        return plgpu.load(ref.at[here], mask=mask, other=0.0), 1.0
+    numbers = plgpu.load(ref.numbers.at[here], mask=mask, other=0)
+    scales = plgpu.load(ref.scales.at[of_entry], mask=seen, other=0.0)
+    return numbers.astype(dtype), scales[None]
 
 
 def _dot(a, b):

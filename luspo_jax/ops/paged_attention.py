@@ -2,8 +2,8 @@
 
 | name | platform | what it is |
 |---|---|---|
-| reference | all | gathers every page that a table can name; for tests, and what others do not fit |
-| blocks | CPU | a few rows and pages at a time; pages that rows share are read once for all of them |
+| reference | all | gathers every page that a table can name; for tests, and where others fail |
+| blocks | CPU | a few rows and pages at a time; pages that rows share are read once for all |
 | gpu | GPU | a Pallas kernel that reads live entries only |
 | tpu | TPU | the Pallas kernel that comes with jax: it reads live pages, in blocks; bfloat16 |
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from luspo_jax.ops.pages import PAGES_AXES, Pages, append, position_part
+from luspo_jax.ops.pages import Pages, append, pages_axes, position_part
 from luspo_jax.sharding import shard_map
 
 # Modules with attend(query_BNH, pages, layer, tables_BM, lengths_B, shared) -> Partial.
@@ -40,25 +40,30 @@ class Partial(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Which rows begin with the same full pages, for implementations that read them once.
+    """Rows that begin with the same full pages, for implementations that read them once.
 
-    Rows are those of one device along "batch", and the arrays have its part: `groups` is cut like
-    rows. Without it a row's pages are read for that row alone.
+    Arrays are cut like rows over "batch", rows are those of one device, and groups stand first.
 
     Attributes:
       skipped_B: int32, pages at the start of a row's table that its group reads for it.
       tables_BM: int32, the tables without these pages.
-      members_BG: int32, rows of each group, as numbers on the device; past the end where there are
-        fewer. Groups come first; there are at most as many as rows.
+      members_BW: int32, the up to W rows of each group; any row where there are fewer.
+      places_B: int32, W · group + member of each row; less than 0 if it is in none.
       group_tables_BM: int32, the shared pages of each group.
       group_pages_B: int32, their number; 0 past the last group.
     """
 
     skipped_B: Any
     tables_BM: Any
-    members_BG: Any
+    members_BW: Any
+    places_B: Any
     group_tables_BM: Any
     group_pages_B: Any
+
+
+def most_groups(rows: int, width: int) -> int:
+    """Most groups of a device: twice as many as full ones have room."""
+    return min(rows, 2 * -(-rows // width))
 
 
 class Places(NamedTuple):
@@ -78,9 +83,9 @@ class Places(NamedTuple):
     shared: Any = None
 
 
-SHARED_AXES = Shared(("batch",), *[("batch", None)] * 3, ("batch",))
-PLACES_AXES = Places(("batch", None), ("batch",), ("batch",), SHARED_AXES)
-_PAGES = Pages(PAGES_AXES, PAGES_AXES)
+_ROW, _TABLE = ("batch",), ("batch", None)
+SHARED_AXES = Shared(_ROW, _TABLE, _TABLE, _ROW, _TABLE, _ROW)
+PLACES_AXES = Places(_TABLE, _ROW, _ROW, SHARED_AXES)
 
 
 def append_and_attend(query_BNH, new, pages, layer, *, places, implementation, layout=None):
@@ -110,12 +115,13 @@ def append_and_attend(query_BNH, new, pages, layer, *, places, implementation, l
     shared = places.shared
     arrays = [query_BNH, Pages(*new), pages, jnp.asarray(layer), *places[:3]]
     row_axes = ("batch", "kv_heads", None)
-    axes = [("batch", "heads", None), Pages(row_axes, row_axes), _PAGES, (), *PLACES_AXES[:3]]
+    query_axes, pool_axes = ("batch", "heads", None), pages_axes(pages.keys.dtype)
+    axes = [query_axes, Pages(row_axes, row_axes), pool_axes, (), *PLACES_AXES[:3]]
     if shared is not None:
         arrays.append(shared)
         axes.append(SHARED_AXES)
     function = functools.partial(_append_and_attend, _module(implementation), layout)
-    return shard_map(function, layout, axes, (axes[0], _PAGES))(*arrays)
+    return shard_map(function, layout, axes, (query_axes, pool_axes))(*arrays)
 
 
 def _append_and_attend(module, layout, query, new, pages, layer, *places):
@@ -123,8 +129,8 @@ def _append_and_attend(module, layout, query, new, pages, layer, *places):
     part, parts = position_part(layout)
     pages_B, places_B = entry_of(where, pages, part, parts)
     pages = append(pages, new, layer, pages_B, places_B)
-    # ≥ 0: positions ≥ 0 and part < parts.
-    lengths_B = (where.positions_B - part) // parts + 1
+    # ≥ 0: positions ≥ 0 and part < parts. Rows that are not real read nothing.
+    lengths_B = jnp.where(where.real_B, (where.positions_B - part) // parts + 1, 0)
     found = module.attend(query, pages, layer, where.tables_BM, lengths_B, where.shared)
     if parts > 1:
         found = joined(found, layout.axis_names("cache_length"))
@@ -191,10 +197,12 @@ def _unfit(name, *, platform, page_size, head_dim, dtype):
         return None
     if platform not in _PLATFORMS[name]:
         return f"runs on {' or '.join(_PLATFORMS[name])}, not on {platform}"
-    if name == "gpu" and dtype not in ("bfloat16", "float16", "float32"):
-        return f"takes bfloat16, float16 or float32, not {dtype}"
+    if name == "gpu" and dtype not in ("bfloat16", "float16", "float32", "int8"):
+        return f"takes bfloat16, float16, float32 or int8, not {dtype}"
     if name == "gpu" and head_dim > 256:
         return f"takes heads of up to 256, not {head_dim}"
+    if name == "tpu" and dtype == "int8":
+        return "takes the scales of int8 only as wide as the heads, in float32: a copy of the pool"
     if name == "tpu" and dtype != "bfloat16":
         return f"multiplies in bfloat16, and keys and values are {dtype}"
     if name == "tpu" and head_dim % 128:

@@ -14,7 +14,7 @@ from jax import lax
 
 from luspo_jax.ops import attention
 from luspo_jax.ops.attention_blocks import Inputs, Results
-from luspo_jax.ops.pages import PAGES_AXES, Pages, position_part, read, write_runs
+from luspo_jax.ops.pages import Pages, as_stored, pages_axes, position_part, read, write_runs
 from luspo_jax.ops.ring_attention import joined
 from luspo_jax.sharding import shard_map
 
@@ -40,7 +40,6 @@ class Runs(NamedTuple):
 
 
 RUNS_AXES = Runs(("batch", None), ("batch",), ("batch",))
-_PAGES = Pages(PAGES_AXES, PAGES_AXES)
 
 
 def write_and_attend(query_RTNH, new, pages, layer, *, runs, implementation, layout=None):
@@ -60,23 +59,21 @@ def write_and_attend(query_RTNH, new, pages, layer, *, runs, implementation, lay
     """
     function = functools.partial(_write_and_attend, implementation, layout)
     query_axes, key_axes = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-    axes = [query_axes, Pages(key_axes, key_axes), _PAGES, (), RUNS_AXES]
+    pool_axes = pages_axes(pages.keys.dtype)
+    axes = [query_axes, Pages(key_axes, key_axes), pool_axes, (), RUNS_AXES]
     arrays = (query_RTNH, Pages(*new), pages, jnp.asarray(layer), runs)
-    return shard_map(function, layout, axes, (query_axes, _PAGES))(*arrays)
+    return shard_map(function, layout, axes, (query_axes, pool_axes))(*arrays)
 
 
 def _write_and_attend(implementation, layout, query, new, pages, layer, runs):
-    R, T = query.shape[:2]
+    T = query.shape[1]
     part, parts = position_part(layout)
     written = jnp.arange(T)[None] < runs.counts_R[:, None]
     segments_RT = written.astype(jnp.int32)
-    own = Inputs(query, new.keys, new.values, segments_RT, segments_RT)
+    # As they will be read: a token that is decoded sees the same as one that is read again.
+    own = Inputs(query, *as_stored(new, pages), segments_RT, segments_RT)
     found = attention.blocks(implementation).forward_block(own, causal=True)
     found = Results(found.out.astype(jnp.float32), found.lse)
-    before = _over_pages(implementation, query, pages, layer, runs, part, parts)
-    if parts > 1:
-        before = _of_all(before, layout.axis_names("cache_length"))
-    out = joined(found, before).out.astype(query.dtype)
     tokens = pages.size * parts
     new = Pages(*(jnp.pad(x, ((0, 0), (0, -T % tokens), (0, 0), (0, 0))) for x in new))
     # A page of the run after its last token is not the row's, or not yet.
@@ -84,7 +81,12 @@ def _write_and_attend(implementation, layout, query, new, pages, layer, runs):
     turn_1N = jnp.arange(-(-T // tokens))[None]
     at_RN = jnp.take_along_axis(runs.tables_RM, first_R1 + turn_1N, axis=1, mode="clip")
     at_RN = jnp.where(turn_1N * tokens < runs.counts_R[:, None], at_RN, pages.keys.shape[2])
-    return out, write_runs(pages, new, layer, at_RN, part, parts)
+    pages = write_runs(pages, new, layer, at_RN, part, parts)
+    # Read after it is written: else the pool is copied for the one or the other.
+    before = _over_pages(implementation, query, pages, layer, runs, part, parts)
+    if parts > 1:
+        before = _of_all(before, layout.axis_names("cache_length"))
+    return joined(found, before).out.astype(query.dtype), pages
 
 
 def _over_pages(implementation, query, pages, layer, runs, part, parts):
@@ -98,15 +100,13 @@ def _over_pages(implementation, query, pages, layer, runs, part, parts):
 
     def turn(i, state):
         tables = lax.dynamic_slice_in_dim(tables_RM, i * width, width, axis=1)
-        keys, values = (jnp.moveaxis(read(x, layer, tables), 0, 2) for x in pages)
+        keys, values = (jnp.moveaxis(read(x, layer, tables, query.dtype), 0, 2) for x in pages)
         there_RS = i * width * S + jnp.arange(width * S)[None] < lengths_R[:, None]
         inputs = Inputs(query, keys, values, segments_RT, there_RS.astype(jnp.int32))
         found = block(inputs, causal=False)
         return joined(state, Results(found.out.astype(jnp.float32), found.lse))
 
-    nothing = Results(
-        jnp.zeros(query.shape, jnp.float32), jnp.full((R, T, N), _LOW, jnp.float32)
-    )
+    nothing = Results(jnp.zeros(query.shape, jnp.float32), jnp.full((R, T, N), _LOW, jnp.float32))
     turns = -(-jnp.max(lengths_R) // (width * S))
     return lax.fori_loop(0, turns, turn, nothing)
 

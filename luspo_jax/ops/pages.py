@@ -5,16 +5,39 @@ sequence has a row of page numbers, its block table; several sequences may name 
 their tokens are the same. Page 0 belongs to nobody: rows that are idle write there.
 
 Over a layout, each device along "pages" has a pool of its own, and page numbers are those of that
-pool. Where "cache_length" deals out positions, device c of C holds the tokens t with t mod C = c, at
-place t // C of the same table: a page number then stands for S · C tokens, S on each device.
+pool. Where "cache_length" deals out positions, device c of C holds the tokens t with t mod C = c,
+at place t // C of the same table: a page number then stands for S · C tokens, S on each device.
 """
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 PAGES_AXES = ("kv_heads", None, "pages", None, None)  # of keys and values, [K, L, P, S, H]
+
+
+class Scaled(NamedTuple):
+    """Keys or values in int8: numbers times a scale for each vector of H; or the axes of either.
+
+    Attributes:
+      numbers: int8, [K, L, P, S, H].
+      scales: float32, [K, L, P, S].
+    """
+
+    numbers: Any
+    scales: Any
+
+    @property
+    def shape(self):
+        """Shape of the numbers."""
+        return self.numbers.shape
+
+    @property
+    def dtype(self):
+        """Type of the numbers."""
+        return self.numbers.dtype
 
 
 class Pages(NamedTuple):
@@ -27,7 +50,7 @@ class Pages(NamedTuple):
     row's end and gives what it finds there the weight 0, and 0 · NaN would be NaN.
 
     Attributes:
-      keys: rotated keys, [K, L, P, S, H].
+      keys: rotated keys, [K, L, P, S, H], or Scaled.
       values: values, likewise.
     """
 
@@ -40,22 +63,79 @@ class Pages(NamedTuple):
         return self.keys.shape[3]
 
 
+def pages_axes(dtype):
+    """Returns the Pages of logical axes of a pool in a type."""
+    axes = Scaled(PAGES_AXES, PAGES_AXES[:4]) if dtype == jnp.int8 else PAGES_AXES
+    return Pages(axes, axes)
+
+
+def zeros(shape, dtype):
+    """Returns Pages of zeros of a shape [K, L, P, S, H]; int8 ones are Scaled."""
+
+    def half():
+        array = jnp.zeros(shape, dtype)
+        return Scaled(array, jnp.zeros(shape[:4], jnp.float32)) if dtype == jnp.int8 else array
+
+    return Pages(half(), half())
+
+
+def scaled(x):
+    """Returns the Scaled of vectors [..., H]: the largest entry of each is 127 scales.
+
+    A number differs from its entry by at most half a scale.
+    """
+    x = x.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(x), axis=-1) / 127
+    numbers = jnp.round(x / jnp.where(scales > 0, scales, 1.0)[..., None])
+    return Scaled(numbers.astype(jnp.int8), scales)
+
+
+def as_stored(new, pages):
+    """Returns keys and values as a pool gives them back: those for int8 rounded."""
+    if not isinstance(pages.keys, Scaled):
+        return new
+
+    def back(x):
+        numbers, scales = scaled(x)
+        return (numbers.astype(jnp.float32) * scales[..., None]).astype(x.dtype)
+
+    return Pages(*map(back, new))
+
+
 def one_layer(array, layer, tables):
     """Returns (array [K, L · P, …], tables into it) of one layer; nothing is copied."""
-    K, L, P, *rest = array.shape
-    return array.reshape(K, L * P, *rest), tables + layer * P
+    K, L, P = array.shape[:3]
+    flat = jax.tree.map(lambda x: x.reshape(K, L * P, *x.shape[3:]), array)
+    return flat, tables + layer * P
+
+
+def _stored(array, new):
+    """Yields (array of the pool, what is new for it): two pairs for Scaled, else one."""
+    if isinstance(array, Scaled):
+        return zip(array, scaled(new), strict=True)
+    return ((array, new.astype(array.dtype)),)
+
+
+def _written(pages, new, at):
+    """Returns the pool with `at(array, new)` in place of each array of it."""
+
+    def written(array, new):
+        arrays = [at(*pair) for pair in _stored(array, new)]
+        return Scaled(*arrays) if isinstance(array, Scaled) else arrays[0]
+
+    return Pages(written(pages.keys, new.keys), written(pages.values, new.values))
 
 
 def append(pages, new, layer, pages_B, places_B):
-    """Writes one key and value a row, [B, K, H] each; rows whose page is past the end are dropped."""
+    """Writes one key and value a row, [B, K, H] each; drops those whose page is past the end."""
 
-    def written(array, new_BKH):
+    def at(array, new_BK):
         # One vector [H] an index: of matrices, XLA on TPU would transpose the whole pool.
         heads_K1 = jnp.arange(array.shape[0])[:, None]
-        at = array.at[heads_K1, layer, pages_B[None], places_B[None]]
-        return at.set(jnp.swapaxes(new_BKH, 0, 1).astype(array.dtype), mode="drop")
+        here = array.at[heads_K1, layer, pages_B[None], places_B[None]]
+        return here.set(jnp.swapaxes(new_BK, 0, 1), mode="drop")
 
-    return Pages(written(pages.keys, new.keys), written(pages.values, new.values))
+    return _written(pages, new, at)
 
 
 def copied(pages, sources_N, targets_N):
@@ -64,17 +144,27 @@ def copied(pages, sources_N, targets_N):
     def copy(array):
         return array.at[:, :, targets_N].set(array[:, :, sources_N], mode="drop")
 
-    return Pages(*map(copy, pages))
+    return jax.tree.map(copy, pages)
 
 
-def read(array, layer, tables_RM):
-    """Returns the keys or values that tables name, in their order: [K, R, M · S, H]."""
-    (K, L, P, S, H), (R, M) = array.shape, tables_RM.shape
-    # One page of one head an index: whole heads an index are half as fast on CPUs.
-    heads_K11 = jnp.arange(K)[:, None, None] * (L * P)
-    flat = array.reshape(K * L * P, S, H)
-    found = jnp.take(flat, heads_K11 + layer * P + tables_RM[None], axis=0, mode="clip")
-    return found.reshape(K, R, M * S, H)
+def read(array, layer, tables_RM, dtype):
+    """Returns the keys or values that tables name, in their order: [K, R, M · S, H].
+
+    They have the type of the pool; of int8 they have `dtype`.
+    """
+    (K, L, P, S), (R, M) = array.shape[:4], tables_RM.shape
+
+    def found(array):
+        # One page of one head an index: whole heads an index are half as fast on CPUs.
+        heads_K11 = jnp.arange(K)[:, None, None] * (L * P)
+        flat = array.reshape(K * L * P, S, *array.shape[4:])
+        found = jnp.take(flat, heads_K11 + layer * P + tables_RM[None], axis=0, mode="clip")
+        return found.reshape(K, R, M * S, *array.shape[4:])
+
+    if isinstance(array, Scaled):
+        numbers, scales = map(found, array)
+        return (numbers.astype(jnp.float32) * scales[..., None]).astype(dtype)
+    return found(array)
 
 
 def position_part(layout):
@@ -96,13 +186,13 @@ def write_runs(pages, new, layer, pages_RN, part=0, parts=1):
       parts: number of devices along it.
     """
 
-    def written(array, new_RTKH):
-        K, _, _, S, H = array.shape
+    def at(array, new_RTK):
+        K, S = array.shape[0], array.shape[3]
         R, N = pages_RN.shape
-        by_page = new_RTKH.reshape(R, N, S, parts, K, H)
-        own_RNSKH = lax.dynamic_index_in_dim(by_page, part, 3, keepdims=False)
-        own_KRNSH = jnp.moveaxis(own_RNSKH, 3, 0).astype(array.dtype)
+        by_page = new_RTK.reshape(R, N, S, parts, K, *array.shape[4:])
+        own_RNSK = lax.dynamic_index_in_dim(by_page, part, 3, keepdims=False)
         heads_K11 = jnp.arange(K)[:, None, None]
-        return array.at[heads_K11, layer, pages_RN[None]].set(own_KRNSH, mode="drop")
+        here = array.at[heads_K11, layer, pages_RN[None]]
+        return here.set(jnp.moveaxis(own_RNSK, 3, 0), mode="drop")
 
-    return Pages(written(pages.keys, new.keys), written(pages.values, new.values))
+    return _written(pages, new, at)

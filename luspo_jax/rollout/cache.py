@@ -21,22 +21,29 @@ class Cache:
       gb: gigabytes (10⁹ bytes) on a device; None for half of what it has left at the first call.
         Never more is taken than all rows at their longest can use.
       page_size: tokens of a page on a device; 0 for the platform's.
+      dtype: of keys and values; empty for that of the forward pass, or "int8": a scale for each
+        vector of a head.
     """
 
     gb: float | None = None
     page_size: int = 0
+    dtype: str = ""
 
     def __post_init__(self):
         if self.gb is not None and not self.gb > 0:
             raise ValueError(f"cache_gb must be > 0, not {self.gb}")
         if self.page_size < 0:
-            raise ValueError(f"page_size must be >= 0 (0 takes the platform's), not {self.page_size}")
+            raise ValueError(
+                f"page_size must be >= 0 (0 takes the platform's), not {self.page_size}"
+            )
 
 
 def page_bytes(model: DecoderConfig, dtype, page_size: int, heads: int = 1) -> int:
-    """Returns the bytes of a page on a device: 2 · L · K / heads · S · H elements."""
-    own_heads = model.num_kv_heads // heads
-    return 2 * model.num_layers * own_heads * page_size * model.head_dim * np.dtype(dtype).itemsize
+    """Returns the bytes of a page on a device: 2 · L · K / heads · S vectors of H elements, those
+    of int8 with a float32 scale each."""
+    vectors = 2 * model.num_layers * (model.num_kv_heads // heads) * page_size
+    dtype = np.dtype(dtype)
+    return vectors * (model.head_dim * dtype.itemsize + (4 if dtype == np.int8 else 0))
 
 
 def bytes_left(device) -> float:

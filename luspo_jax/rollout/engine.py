@@ -93,14 +93,7 @@ class Engine:
         self.device = (layout.mesh.devices.flat[0]) if layout else available_devices()[0]
         platform = self.device.platform
         self.page_size = cache.page_size or PAGE_SIZES.get(platform, 64)
-        kernel = paged_attention.resolve(
-            how.paged_attention,
-            platform=platform,
-            page_size=self.page_size,
-            head_dim=config.head_dim,
-            dtype=how.dtype,
-        )
-        self.how = dataclasses.replace(how, paged_attention=kernel)
+        self.how = dataclasses.replace(how, paged_attention=_kernel(how, cache, platform))
         self.sampling, self.record_experts, self.cache = sampling, record_experts, cache
         self.row_multiple = 1 if layout is None else layout.size("batch")
         self.num_slots = -(-num_slots // self.row_multiple) * self.row_multiple
@@ -120,6 +113,11 @@ class Engine:
         return jnp.dtype(self.how.dtype)
 
     @property
+    def pools(self) -> int:
+        """Parts of the pool: one for each device along "batch" and along positions."""
+        return self.layout.size("pages") if self.layout else 1
+
+    @property
     def page_tokens(self) -> int:
         """Tokens that a page number stands for, on all devices that share positions."""
         return self.page_size * (self.layout.size("cache_length") if self.layout else 1)
@@ -133,7 +131,12 @@ class Engine:
     def page_bytes(self) -> int:
         """Bytes of a page on each device that holds it."""
         heads = self.layout.size("kv_heads") if self.layout else 1
-        return page_bytes(self.how.model, self.dtype, self.page_size, heads)
+        return page_bytes(self.how.model, self.cache_dtype, self.page_size, heads)
+
+    @property
+    def cache_dtype(self):
+        """Type of keys and values in pages."""
+        return jnp.dtype(self.cache.dtype or self.how.dtype)
 
     @property
     def least_bytes(self) -> int:
@@ -155,10 +158,12 @@ class Engine:
     def row_counts(self, responses: int) -> list[int]:
         """Rows of a device for which decode programs are compiled, the most first."""
         most = self.most_rows(responses)
-        counts = [most]
-        while self.by_row and counts[-1] > FEWEST_ROWS:
-            counts.append(max(FEWEST_ROWS, (counts[-1] + 1) // 2))
-        return counts
+        if not self.by_row:
+            return [most]
+        # 8, 16, 32, 48, 64, 96, 128, …: of many rows, at most a third stand idle.
+        powers = [FEWEST_ROWS << i for i in range(most.bit_length())]
+        counts = {most, *powers, *(n * 3 // 4 for n in powers if n > 4 * FEWEST_ROWS)}
+        return sorted((n for n in counts if n <= most), reverse=True)
 
     def pages_of(self, room: float, responses: int) -> int:
         """Returns the pages on a device of a pool of `room` bytes, never more than can be used.
@@ -241,6 +246,36 @@ class Engine:
         batch.check(tokens, request.images, self.how.model, name)
         if self.how.model.vision is not None and tokens[-1] == self.how.model.image_token_id:
             raise ValueError(f"{name} ends with an image; a response follows text")
+
+
+def _kernel(how, cache, platform):
+    """Returns the paged attention of an engine.
+
+    Raises:
+      ValueError: a page size or a type that the platform's kernel refuses, or a named kernel that
+        does not fit.
+    """
+    usual = PAGE_SIZES.get(platform, 64)
+    needs = {"platform": platform, "head_dim": how.model.head_dim}
+    found = paged_attention.resolve(
+        how.paged_attention,
+        page_size=cache.page_size or usual,
+        dtype=cache.dtype or how.dtype,
+        **needs,
+    )
+    if how.paged_attention != "auto" or found != "reference":
+        return found
+    # The reference reads every page of a table: not what was meant by another size or type.
+    better = paged_attention.resolve("auto", page_size=usual, dtype=how.dtype, **needs)
+    if better == "reference":
+        return found
+    size = paged_attention.resolve("auto", page_size=usual, dtype=cache.dtype or how.dtype, **needs)
+    if size == "reference":
+        raise ValueError(f"cache_dtype={cache.dtype!r}: no kernel of {platform} reads such pages")
+    raise ValueError(
+        f"page_size={cache.page_size}: the paged attention of {platform}, {better!r}, takes no "
+        f"such pages; it takes those of {usual} tokens"
+    )
 
 
 def _check_layout(layout, config):

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 
 from luspo_jax.images import batch
-from luspo_jax.ops.paged_attention import Places, Shared
+from luspo_jax.ops.paged_attention import Places, Shared, most_groups
 from luspo_jax.ops.paged_prefill import Runs
-from luspo_jax.ops.sizes import rounded_up
+from luspo_jax.ops.sizes import bucket_count, rounded_up
 from luspo_jax.rollout import programs
 from luspo_jax.rollout.pool import PagePool
 from luspo_jax.rollout.records import RolloutStats
@@ -57,9 +57,10 @@ class Loop:
         engine, total = self.engine, len(self.responses)
         if total and self.pages is None:
             self.pages = self.device.empty_pages(
-                num_pages=self.num_pages * engine.row_multiple,
+                num_pages=self.num_pages * engine.pools,
                 page_size=engine.page_size,
                 how=engine.how,
+                dtype=engine.cache_dtype.name,
             )
         while self.finished < total:
             self._admit()
@@ -179,7 +180,7 @@ class Loop:
         wanted = min(longest, max(job.remaining for job in jobs))
         wanted = max(wanted, *(job.least for job in jobs)) if jobs else wanted
         most = -(-max(engine.max_length, wanted) // unit) * unit
-        return rounded_up(wanted, smallest, most)
+        return min(most, smallest * bucket_count(-(-wanted // smallest)))
 
     def _runs(self, taken, rows, length):
         """Returns (Runs, (tokens_RT, offsets_R)) of the next run of each job."""
@@ -274,11 +275,8 @@ class Loop:
         return count
 
     def _ordered(self, shard):
-        """The responses of a device by the pages that are theirs alone, longest first."""
-        return sorted(
-            shard.decoding,
-            key=lambda s: (len(s.prompt.pages) * shard.page_tokens - s.length, s.index),
-        )
+        """The responses of a device, longest first: neighbours are of about one length."""
+        return sorted(shard.decoding, key=lambda sample: (-sample.length, sample.index))
 
     def _rows(self, order, rows, steps, leave_at):
         engine, count = self.engine, rows * len(order)
@@ -303,7 +301,7 @@ class Loop:
                     column[row] = value
         shared = None
         if engine.how.paged_attention == "blocks":
-            shared = _shared(order, rows, tables_BM, self.group_size)
+            shared = _shared(order, rows, tables_BM, min(self.group_size, rows))
         return programs.Rows(
             places=Places(tables_BM, positions_B, real_B, shared),
             key=self.key,
@@ -353,27 +351,28 @@ class Loop:
         return found
 
 
-def _shared(order, rows, tables_BM, group_size):
-    """Returns the Shared of rows: those of one prompt are a group."""
-    count, width = tables_BM.shape
+def _shared(order, rows, tables_BM, width):
+    """Returns the Shared of rows: those of a prompt are a group."""
+    count, pages_M = tables_BM.shape
     skipped_B, own_BM = np.zeros(count, np.int32), tables_BM.copy()
-    members_BG = np.full((count, group_size), rows, np.int32)
-    group_tables_BM = np.zeros((count, width), np.int32)
+    members_BW, places_B = np.zeros((count, width), np.int32), np.full(count, -1, np.int32)
     group_pages_B = np.zeros(count, np.int32)
+    group_tables_BM = np.zeros((count, pages_M), np.int32)
     for part, samples in enumerate(order):
-        groups = {}
+        members, first = {}, part * rows
         for row, sample in enumerate(samples):
-            groups.setdefault(sample.prompt, []).append(row)
-        alike = [(p, found) for p, found in groups.items() if p.pages and len(found) > 1]
-        for group, (prompt, found) in enumerate(alike, start=part * rows):
-            pages = len(prompt.pages)
-            members_BG[group, : len(found)] = found
-            group_tables_BM[group, :pages] = prompt.pages
-            group_pages_B[group] = pages
-            for row in found:
-                skipped_B[part * rows + row] = pages
-                own_BM[part * rows + row, : width - pages] = tables_BM[part * rows + row, pages:]
-    return Shared(skipped_B, own_BM, members_BG, group_tables_BM, group_pages_B)
+            if sample.prompt.pages:
+                members.setdefault(sample.prompt, []).append(row)
+        groups = [found for found in members.items() if len(found[1]) > 1]
+        groups.sort(key=lambda found: -len(found[0].pages) * (len(found[1]) - 1))
+        for group, (prompt, found) in enumerate(groups[: most_groups(rows, width)]):
+            pages, own = len(prompt.pages), first + np.array(found)
+            members_BW[first + group, : len(found)] = found
+            places_B[own] = group * width + np.arange(len(found))
+            group_tables_BM[first + group, :pages] = prompt.pages
+            group_pages_B[first + group] = skipped_B[own] = pages
+            own_BM[own, : pages_M - pages] = tables_BM[own, pages:]
+    return Shared(skipped_B, own_BM, members_BW, places_B, group_tables_BM, group_pages_B)
 
 
 def run_images(placed: dict[int, Job], config, *, shape, multiple=1):

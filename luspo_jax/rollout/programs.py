@@ -19,7 +19,7 @@ from luspo_jax import sharding
 from luspo_jax.models import decoder, vision
 from luspo_jax.models.experts import id_type
 from luspo_jax.ops.paged_attention import PLACES_AXES, Places
-from luspo_jax.ops.pages import PAGES_AXES, Pages, copied
+from luspo_jax.ops.pages import copied, pages_axes
 from luspo_jax.rollout.sampling import row_keys, sample, uniforms
 from luspo_jax.types import Images
 
@@ -91,14 +91,13 @@ class Chunk:
 
 _ROW, _ROWS, _STEPS = ("batch",), ("batch", None), (None, "batch")
 _IDS = (*_STEPS, None, None)
-_PAGES = Pages(PAGES_AXES, PAGES_AXES)
 CHUNK_AXES = Chunk(_STEPS, _STEPS, _ROW, _ROW, _ROW, ())
 
 
-@functools.partial(jax.jit, static_argnames=("num_pages", "page_size", "how"))
-def empty_pages(*, num_pages, page_size, how):
-    """Returns a pool of `num_pages` on all devices together."""
-    return decoder.empty_pages(how, num_pages, page_size)
+@functools.partial(jax.jit, static_argnames=("num_pages", "page_size", "how", "dtype"))
+def empty_pages(*, num_pages, page_size, how, dtype=None):
+    """Returns a pool of `num_pages` on all devices together, in `dtype` or the forward pass's."""
+    return decoder.empty_pages(how, num_pages, page_size, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("how", "record"), donate_argnames="pages")
@@ -147,8 +146,9 @@ def copy_pages(pages, sources_N, targets_N, *, layout=None):
 
     Targets past the end are dropped.
     """
-    axes = (_PAGES, _ROW, _ROW)
-    return Pages(*sharding.shard_map(copied, layout, axes, _PAGES)(pages, sources_N, targets_N))
+    pool_axes = pages_axes(pages.keys.dtype)
+    copy = sharding.shard_map(copied, layout, (pool_axes, _ROW, _ROW), pool_axes)
+    return copy(pages, sources_N, targets_N)
 
 
 @functools.partial(
@@ -186,6 +186,7 @@ def decode_chunk(params, pages, rows, *, how, sampling, chunk_length, record=Fal
     draw = sharding.shard_map(
         functools.partial(_draw, sampling=sampling), layout, (_ROWS, _ROW, _ROW), (_ROW, _ROW)
     )
+    pool_axes = pages_axes(pages.keys.dtype)
     stops = jnp.asarray(sampling.stop_token_ids, jnp.int32)
     fixed = [None if x is None else _placed(x, axes, layout) for x, axes in
              zip(rows.places, PLACES_AXES, strict=True)]  # fmt: skip
@@ -217,7 +218,7 @@ def decode_chunk(params, pages, rows, *, how, sampling, chunk_length, record=Fal
         going_B = draws_B if record else draws_B & ~ends_B
         chunk = _record(chunk, (new_B, logprobs_B, draws_B, going_B), ids_BLK)
         carry = pages, jnp.where(draws_B, new_B, tokens_B), drawn_B | ends_B, chunk
-        axes = _PAGES, _ROW, _ROW, chunk_axes
+        axes = pool_axes, _ROW, _ROW, chunk_axes
         return tuple(_placed(x, of, layout) for x, of in zip(carry, axes, strict=True))
 
     carry = (pages, rows.tokens_B, rows.drawn_B, _placed(chunk, chunk_axes, layout))
@@ -252,5 +253,3 @@ def _placed(tree, axes_tree, layout):
     axes = jax.tree.leaves(axes_tree, is_leaf=lambda node: type(node) is tuple)
     placed = [sharding.constrain(x, names, layout) for x, names in zip(leaves, axes, strict=True)]
     return jax.tree.unflatten(treedef, placed)
-
-

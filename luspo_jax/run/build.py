@@ -315,7 +315,7 @@ def sampler(
         chunk_length=min(chosen.chunk_length, chosen.max_response_length),
         max_prompt_length=config.data.max_prompt_length,
         record_experts=asked is config.rollout and model.config.num_experts > 0,
-        cache=Cache(chosen.cache_gb or None, chosen.page_size),
+        cache=Cache(chosen.cache_gb or None, chosen.page_size, chosen.cache_dtype),
     )
     if not chosen.cache_gb:
         memory = device_memory(engine.device) if memory is None else memory

@@ -271,6 +271,7 @@ class RolloutSettings:
     # Gigabytes (10^9 bytes) of keys and values on a device; 0 = what training and weights leave.
     cache_gb: float = 0.0
     page_size: int = 0  # Tokens of a page of them on a device; 0 = the platform's.
+    cache_dtype: str = ""  # Dtype of them: empty = model.rollout_dtype's, or int8.
     chunk_length: int = 64  # Decode steps between two looks by the host.
     # Largest |sampler − trainer| log-prob difference of one token allowed at the first step. In
     # float32 more than 0.05 is a bug; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21
@@ -291,6 +292,7 @@ class RolloutSettings:
         "num_slots": _SIZE,
         "cache_gb": Number(0, 1e6),
         "page_size": _COUNT,
+        "cache_dtype": OneOf(("", "int8")),
         "chunk_length": _SIZE,
         "mismatch_limit": Number(0, 1e30, open_low=True, why="rounding is never 0"),
     }

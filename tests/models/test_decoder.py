@@ -13,6 +13,8 @@ from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig, read_config
 from luspo_jax.models.decoder_weights import load_params, num_params
 from luspo_jax.models.forward import Forward
+from luspo_jax.ops.paged_attention import Places
+from tests.models import paged_cases
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -36,6 +38,8 @@ CONFIG = DecoderConfig(
     max_position=64,
 )
 HOW = Forward(CONFIG)
+PAGED = paged_cases.on_pages(HOW)
+PAGED_BLOCKS = dataclasses.replace(HOW, paged_attention="blocks")
 
 
 @functools.cache
@@ -55,29 +59,9 @@ def _rows(lengths_B, T):
 
 
 _hidden = jax.jit(decoder.hidden_states, static_argnames="how")
-_prefill = jax.jit(decoder.prefill, static_argnames="how")
-_step = jax.jit(decoder.decode_step, static_argnames="how")
-
-
-@functools.partial(jax.jit, static_argnames=("how", "count"))
-def _greedy(params, tokens_BT, lengths_B, *, how, count):
-    """Greedy continuations through prefill and decode_step, rows of different length."""
-    B, T = tokens_BT.shape
-    kernel_VD = decoder.head_kernel(params)
-    hidden_BD, filled, _ = decoder.prefill(params, tokens_BT, lengths_B, how=how)
-    cache = jax.tree.map(
-        lambda empty, part: jax.lax.dynamic_update_slice(empty, part, (0,) * 5),
-        decoder.empty_cache(how, B, T + count),
-        filled,
-    )
-
-    def step(state, _):
-        hidden_BD, lengths_B, cache = state
-        token_B = jnp.argmax(hidden_BD @ kernel_VD.T, axis=-1).astype(jnp.int32)
-        hidden_BD, cache, _ = decoder.decode_step(params, token_B, lengths_B, cache, how=how)
-        return (hidden_BD, lengths_B + 1, cache), token_B
-
-    return jax.lax.scan(step, (hidden_BD, lengths_B, cache), None, length=count)[1].T
+_greedy = jax.jit(paged_cases.greedy, static_argnames=("how", "count"))
+_read = jax.jit(paged_cases.read, static_argnames="how")
+_step = jax.jit(paged_cases.step, static_argnames="how")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -102,28 +86,33 @@ ROWS, LENGTH = 4, 12
 TOKENS_BT = np.random.default_rng(7).integers(0, 61, (ROWS, LENGTH)).astype(np.int32)
 
 
-def test_prefill_and_decode_equal_the_whole_sequence():
-    lengths_B, rows_B = np.array([7, 1, 4, 6], np.int32), np.arange(ROWS)
+def test_reading_runs_and_tokens_equals_the_whole_sequence():
+    lengths_B, rows_B, how = np.array([7, 1, 4, 6], np.int32), np.arange(ROWS), PAGED
     whole_BTD = _hidden(_params(), TOKENS_BT, *_rows([LENGTH] * ROWS, LENGTH), how=HOW)
-    hidden_BD, cache, _ = _prefill(_params(), TOKENS_BT, lengths_B, how=HOW)
-    assert cache.keys_LBKSH.shape == (3, ROWS, 2, LENGTH, 8)
-    np.testing.assert_allclose(hidden_BD, whole_BTD[rows_B, lengths_B - 1], atol=3e-6)
-    for _ in range(5):
-        token_B = TOKENS_BT[rows_B, lengths_B]
-        hidden_BD, cache, _ = _step(_params(), token_B, lengths_B, cache, how=HOW)
-        np.testing.assert_allclose(hidden_BD, whole_BTD[rows_B, lengths_B], atol=3e-6)
+    pages, tables_BM = paged_cases.opened(how, ROWS, LENGTH)
+    assert pages.keys.shape == (2, 3, ROWS * LENGTH // paged_cases.SIZE + 1, paged_cases.SIZE, 8)
+    pages = _read(_params(), TOKENS_BT, lengths_B, pages, tables_BM, how=how)
+    for _ in range(6):
+        at_B = lengths_B - 1
+        hidden_BD, pages = _step(
+            _params(), TOKENS_BT[rows_B, at_B], at_B, pages, tables_BM, how=how
+        )
+        np.testing.assert_allclose(hidden_BD, whole_BTD[rows_B, at_B], atol=3e-6)
         lengths_B = lengths_B + 1
 
 
-def test_a_step_beyond_the_cache_changes_nothing_in_it():
-    cache = jax.tree.map(lambda x: x + 1, decoder.empty_cache(HOW, ROWS, LENGTH))
-    lengths_B = np.array([LENGTH, 2, LENGTH + 3, LENGTH - 1], np.int32)
-    after = _step(_params(), TOKENS_BT[:, 0], lengths_B, cache, how=HOW)[1]
-    for before_LBKSH, after_LBKSH in zip(
-        jax.tree.leaves(cache), jax.tree.leaves(after), strict=True
-    ):
-        changed_BS = np.asarray(after_LBKSH != before_LBKSH).any(axis=(0, 2, 4))
-        np.testing.assert_array_equal(np.argwhere(changed_BS), [[1, 2], [3, LENGTH - 1]])
+def test_a_step_writes_one_entry_a_row_and_none_for_idle_rows():
+    pages, tables_BM = paged_cases.opened(PAGED, ROWS, LENGTH)
+    before = jax.tree.map(lambda x: x + 1, pages)
+    at_B, real_B = np.array([5, 2, 0, LENGTH - 1], np.int32), np.array([True, True, False, True])
+    places = Places(tables_BM, at_B, real_B)
+    after = decoder.decode_step(_params(), TOKENS_BT[:, 0], before, places, how=PAGED)[1]
+    expected = sorted(
+        (int(tables_BM[row, at_B[row] // 4]), at_B[row] % 4) for row in np.flatnonzero(real_B)
+    )
+    for old, new in zip(before, after, strict=True):
+        changed_PS = np.asarray(old != new).any(axis=(0, 1, 4))
+        assert sorted(map(tuple, np.argwhere(changed_PS))) == expected
 
 
 PACKED_SEGMENTS = np.array([[1] * 5 + [2] * 4 + [3] + [0] * 2] * ROWS, np.int32)
@@ -239,23 +228,23 @@ def test_an_unknown_attention_is_refused():
         )
 
 
-def test_a_decode_loop_holds_the_cache_once():
-    """Donated and carried through a while_loop, the cache is never copied."""
+def test_a_decode_loop_holds_the_pages_once():
+    """Donated and carried through a while_loop, the pool is never copied."""
     batch, length = 8, 512
-    cache = decoder.empty_cache(HOW, batch, length)
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    pages, tables_BM = paged_cases.opened(PAGED, batch, length)
+    pool_bytes = sum(leaf.nbytes for leaf in pages)
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def decode(params, tokens_B, cache):
+    def decode(params, tokens_B, pages):
         def body(state):
-            lengths_B, hidden_BD, cache = state
-            hidden_BD, cache, _ = decoder.decode_step(params, tokens_B, lengths_B, cache, how=HOW)
-            return lengths_B + 1, hidden_BD, cache
+            at_B, _, pages = state
+            return at_B + 1, *paged_cases.step(
+                params, tokens_B, at_B, pages, tables_BM, how=PAGED_BLOCKS
+            )
 
-        lengths_B = jnp.zeros(batch, jnp.int32)
-        hidden_BD = jnp.zeros((batch, CONFIG.embed_dim))
-        return jax.lax.while_loop(lambda s: s[0][0] < length, body, (lengths_B, hidden_BD, cache))
+        at_B, hidden_BD = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, CONFIG.embed_dim))
+        return jax.lax.while_loop(lambda s: s[0][0] < length, body, (at_B, hidden_BD, pages))
 
-    memory = decode.lower(_params(), jnp.zeros(batch, jnp.int32), cache).compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < 0.75 * cache_bytes
+    memory = decode.lower(_params(), jnp.zeros(batch, jnp.int32), pages).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= pool_bytes
+    assert memory.temp_size_in_bytes < 0.2 * pool_bytes

@@ -19,6 +19,7 @@ from luspo_jax.models.forward import Forward
 from luspo_jax.models.vision_config import VisionConfig
 from luspo_jax.ops.attention import ring_order
 from luspo_jax.types import Images
+from tests.models import paged_cases
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -132,33 +133,17 @@ def logits_of(params, batch, config):
 @functools.partial(jax.jit, static_argnames=("config", "count"))
 def _greedy(params, units_UD, arrays, config, count):
     tokens_BT, lengths_B, positions_BT3, after_B, index_BT = arrays
-    B, T = tokens_BT.shape
-    kernel_VD, how = decoder.head_kernel(params), Forward(config)
-    hidden_BD, filled, _ = decoder.prefill(
+    return paged_cases.greedy(
         params,
         tokens_BT,
         lengths_B,
-        how=how,
+        how=Forward(config),
+        count=count,
+        after_B=after_B,
         positions_BT=positions_BT3,
         units_UD=units_UD,
-        index_BT=index_BT,
+        index_RT=index_BT,
     )
-    cache = jax.tree.map(
-        lambda empty, part: jax.lax.dynamic_update_slice(empty, part, (0,) * 5),
-        decoder.empty_cache(how, B, T + count),
-        filled,
-    )
-
-    def step(state, turn):
-        hidden_BD, cache = state
-        token_B = jnp.argmax(hidden_BD @ kernel_VD.T, axis=-1).astype(jnp.int32)
-        hidden_BD, cache, _ = decoder.decode_step(
-            params, token_B, lengths_B + turn, cache, how=how, positions_B=after_B + turn
-        )
-        return (hidden_BD, cache), token_B
-
-    turns = jnp.arange(count, dtype=jnp.int32)
-    return jax.lax.scan(step, (hidden_BD, cache), turns)[1].T
 
 
 def greedy_of(params, batch, config, count):

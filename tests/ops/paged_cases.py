@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from luspo_jax.ops import pages
 from luspo_jax.ops.paged_attention import Places, _module, append_and_attend
-from luspo_jax.ops.pages import Pages
+from luspo_jax.ops.pages import Pages, Scaled
 
 LAYER, LAYERS = 1, 3
 GARBAGE = 1e30  # finite, and far larger than any key or value
@@ -44,7 +45,7 @@ def rows_of(lengths, *, K=2, G=3, H=64, S=16, dtype=jnp.float32, garbage=GARBAGE
     rng = np.random.default_rng(sum(lengths) + K + G + H + S)
     B, used = len(lengths), [-(-length // S) for length in lengths]
     P, M = sum(used) + 4, max(1, *used) + more
-    query = rounded(rng.normal(size=(B, K * G, H)), dtype)
+    query = jnp.asarray(rng.normal(size=(B, K * G, H)), query_type(dtype))
     pool = garbage * rng.choice([-1.0, 1.0], size=(2, K, LAYERS, P, S, H))
     tables = rng.integers(0, P, size=(B, M)).astype(np.int32)
     numbers = iter(rng.permutation(np.arange(1, P)))
@@ -53,14 +54,35 @@ def rows_of(lengths, *, K=2, G=3, H=64, S=16, dtype=jnp.float32, garbage=GARBAGE
         tables[b, : used[b]] = [next(numbers) for _ in range(used[b])]
         for t in range(lengths[b]):
             pool[:, :, LAYER, tables[b, t // S], t % S] = row[:, :, t]
-    query, *pool = (jnp.asarray(x, dtype) for x in (query, *pool))
     keys, values = zip(*rows, strict=True)
-    return Rows(query, keys, values, Pages(*pool), tables, np.array(lengths, np.int32))
+    lengths = np.array(lengths, np.int32)
+    return Rows(query, keys, values, pool_of(*pool, dtype), tables, lengths)
+
+
+def query_type(dtype):
+    """Returns the type of queries over a pool of a type."""
+    return jnp.float32 if dtype == jnp.int8 else dtype
+
+
+def pool_of(keys, values, dtype):
+    """Returns Pages of a type that hold arrays, numbers of int8 as numpy rounds them."""
+
+    def half(array):
+        if dtype != jnp.int8:
+            return jnp.asarray(array, dtype)
+        scales = np.abs(array).max(axis=-1) / 127
+        numbers = np.rint(array / np.where(scales > 0, scales, 1)[..., None])
+        return Scaled(jnp.asarray(numbers, jnp.int8), jnp.asarray(scales, jnp.float32))
+
+    return Pages(half(keys), half(values))
 
 
 def rounded(array, dtype):
-    """Returns the nearest numbers of a type, as float32."""
-    return np.array(jnp.asarray(array, dtype).astype(jnp.float32))
+    """Returns what a pool of a type holds of an array [..., H], as float32."""
+    held = pool_of(array, array, dtype).keys
+    if isinstance(held, Scaled):
+        return np.asarray(held.numbers, np.float32) * np.asarray(held.scales)[..., None]
+    return np.array(held.astype(jnp.float32))
 
 
 def plain(query, keys, values):
@@ -105,7 +127,9 @@ def _all_layers(query, new, pool, places, *, name):
     return jax.lax.fori_loop(0, pool.keys.shape[1], layer, (query, pool))
 
 
-def temporaries(machine, name, *, K=4, N=28, H=128, L=28, S=128, B=64, M=260, tokens=4000):
+def temporaries(
+    machine, name, *, K=4, N=28, H=128, L=28, S=128, B=64, M=260, tokens=4000, dtype="bfloat16"
+):
     """Returns (bytes beside the arguments, bytes of the pool) of a step compiled for a machine.
 
     Defaults are the sizes of Qwen2.5-7B, 64 rows that may be 33,280 tokens long.
@@ -117,13 +141,14 @@ def temporaries(machine, name, *, K=4, N=28, H=128, L=28, S=128, B=64, M=260, to
     def shape(*dims, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=device)
 
-    pool = Pages(*[shape(K, L, B * tokens // S, S, H)] * 2)
+    empty = functools.partial(pages.zeros, (K, L, B * tokens // S, S, H), jnp.dtype(dtype))
+    pool = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), jax.eval_shape(empty))
     ints, booleans = jnp.int32, jnp.bool_
     places = Places(shape(B, M, dtype=ints), shape(B, dtype=ints), shape(B, dtype=booleans))
     step = jax.jit(functools.partial(_all_layers, name=name), donate_argnums=2)
     compiled = step.lower(shape(B, N, H), Pages(*[shape(B, K, H)] * 2), pool, places).compile()
     assert "paged_attention" in compiled.as_text()
-    size = sum(x.size * x.dtype.itemsize for x in pool)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size  # the pool that is returned is the one given
     return memory.temp_size_in_bytes, size

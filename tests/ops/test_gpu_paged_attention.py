@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from luspo_jax.ops import gpu_paged_attention as module
-from luspo_jax.ops.pages import Pages
+from luspo_jax.ops import pages
 from tests.ops import paged_cases as cases
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -46,12 +46,29 @@ def test_the_gpu_does_not_even_load_what_lies_past_a_row():
     cases.assert_plain(rows, cases.attended("gpu", rows))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_pool_whose_addresses_would_wrap_is_refused():
+    """Numbers of int8 between 2 and 4 GiB; scales and other types never come near."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+
+    def attended(P):
+        pool = jax.eval_shape(lambda: pages.zeros((2, 28, P, 64, 128), jnp.int8))
+        query = shape((5, 4, 128), dtype=jnp.bfloat16)
+        return jax.eval_shape(module.attend, query, pool, shape(()), shape((5, 40)), shape((5,)))
+
+    for P in (4600, 9500):
+        assert attended(P).out.shape == (5, 4, 128)
+    for P in (4700, 9300):
+        with pytest.raises(ValueError, match=r"cannot be addressed .* fewer than 2 GiB or more"):
+            attended(P)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
 @pytest.mark.parametrize(("G", "H", "S"), [(7, 128, 64), (1, 80, 48), (3, 64, 16)])
 def test_it_lowers_for_cuda(G, H, S, dtype):
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    pool = Pages(*[shape((2, 3, 9, S, H), dtype=dtype)] * 2)
-    arrays = shape((5, 2 * G, H), dtype=dtype), pool, shape(()), shape((5, 40)), shape((5,))
+    pool = jax.eval_shape(lambda: pages.zeros((2, 3, 9, S, H), dtype))
+    query = shape((5, 2 * G, H), dtype=jnp.bfloat16 if dtype == jnp.int8 else dtype)
+    arrays = query, pool, shape(()), shape((5, 40)), shape((5,))
     export = jax.export.export(
         jax.jit(module.attend), platforms=["cuda"], disabled_checks=[_TRITON]
     )
@@ -72,9 +89,10 @@ def test_no_pool_is_copied_on_a_card():
             ("h100:1x1", "gpu", {}),
             ("h100:1x1", "gpu", cases.PAGES_OF_64),
             ("h100:1x1", "gpu", {"H": 64, "S": 16, "M": 2080}),
+            ("h100:1x1", "gpu", {"dtype": "int8", "tokens": 8000}),
             ("a100-80g:1x1", "gpu", {}),
         ],
         JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", CUDA_VISIBLE_DEVICES="-1", JAX_PLATFORMS="cpu,cuda",
     )  # fmt: skip
-    assert [round(pool) for _, pool in found] == [14000, 14000, 7000, 14000]
+    assert [round(pool) for _, pool in found] == [14000, 14000, 7000, 14438, 14000]
     assert max(temporary for temporary, _ in found) < 16  # measured 14.3: sums of 16 programs a row

@@ -24,7 +24,7 @@ from tests.ops import paged_cases as cases
 
 NAMES = sorted(IMPLEMENTATIONS)
 DTYPES = [(name, jnp.bfloat16) for name in NAMES] + [
-    (name, jnp.float32) for name in NAMES if name != "tpu"
+    (name, dtype) for dtype in (jnp.float32, jnp.int8) for name in NAMES if name != "tpu"
 ]
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -55,10 +55,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("lengths", "sizes"), CASES.values(), ids=CASES)
-def test_values_match_a_plain_computation(name, dtype, lengths, sizes):
-    rows = cases.rows_of(lengths, dtype=dtype, **sizes)
+def test_values_match_a_plain_computation(name, lengths, sizes):
+    rows = cases.rows_of(lengths, dtype=_dtype_and_tolerance(name)[0], **sizes)
+    cases.assert_plain(rows, cases.attended(name, rows))
+
+
+@pytest.mark.parametrize(("name", "dtype"), DTYPES, ids=str)
+def test_values_match_in_every_type(name, dtype):
+    rows = cases.rows_of(cases.S16, K=1, G=7, H=128, dtype=dtype)
     cases.assert_plain(rows, cases.attended(name, rows))
 
 
@@ -76,7 +82,12 @@ def _with_shared(dtype):
     taken = {1, 2, 3}
     B, M = rows.tables.shape
     P, S = rows.pool.keys.shape[2:4]
-    pool = [np.array(x.astype(jnp.float32)) for x in rows.pool]
+    tables = np.arange(P, dtype=np.int32)[None]
+    held = [
+        [pages.read(x, layer, tables, jnp.float32) for layer in range(cases.LAYERS)]
+        for x in rows.pool
+    ]
+    pool = [np.stack(x, axis=1).reshape(x[0].shape[0], cases.LAYERS, P, S, -1) for x in held]
     pool = [np.concatenate([x, x, x], axis=2) for x in pool]  # own pages are P … 3 P
     tables = rows.tables + P
     keys, values = list(rows.keys), list(rows.values)
@@ -87,11 +98,12 @@ def _with_shared(dtype):
                 rng.normal(size=(x.shape[0], S, x.shape[4])), dtype
             )
     skipped, own = np.zeros(B, np.int32), tables.copy()
-    members = np.full((B, 3), B, np.int32)
+    members, places = np.zeros((B, 3), np.int32), np.full(B, -1, np.int32)
     group_tables, group_pages = np.zeros((B, M), np.int32), np.zeros(B, np.int32)
     for g, (group, prefix) in enumerate(zip(groups, prefixes, strict=True)):
         count = len(prefix)
         members[g, : len(group)] = group
+        places[list(group)] = 3 * g + np.arange(len(group))
         group_tables[g, :count], group_pages[g] = prefix, count
         for b in group:
             tables[b, :count] = prefix
@@ -101,8 +113,8 @@ def _with_shared(dtype):
                 for x, row in zip(pool, (keys, values), strict=True):
                     row[b] = row[b].copy()
                     row[b][:, t] = x[:, cases.LAYER, tables[b, t // S], t % S]
-    pool = Pages(*(jnp.asarray(x, dtype) for x in pool))
-    shared = Shared(skipped, own, members, group_tables, group_pages)
+    pool = cases.pool_of(*pool, dtype)
+    shared = Shared(skipped, own, members, places, group_tables, group_pages)
     return cases.Rows(rows.query, keys, values, pool, tables, rows.lengths), shared
 
 
@@ -133,6 +145,34 @@ def test_an_entry_past_the_pool_is_written_nowhere():
         want = np.array(before)
         want[:, cases.LAYER, 1, 3], want[:, cases.LAYER, 2, 15] = entry[0], entry[2]
         np.testing.assert_array_equal(got, want)
+
+
+def test_int8_is_within_half_a_scale_and_zeros_are_zeros():
+    x = np.random.default_rng(0).normal(size=(5, 3, 64)).astype(np.float32)
+    x[2, 1] = 0
+    found = jax.jit(pages.scaled)(jnp.asarray(x))
+    assert found.numbers.dtype == jnp.int8
+    np.testing.assert_allclose(found.scales, np.abs(x).max(axis=-1) / 127, rtol=1e-6)
+    error = np.abs(np.asarray(found.numbers, np.float64) * np.asarray(found.scales)[..., None] - x)
+    assert np.all(error <= np.asarray(found.scales)[..., None] * 0.5001)
+    assert np.max(np.abs(np.asarray(found.numbers, int))) == 127
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_runs_fill_whole_pages_in_int8(parts):
+    """Two rows of two pages on each device; one page of the second row is nobody's."""
+    rng = np.random.default_rng(0)
+    new = rng.normal(size=(2, 2, 16 * parts, 3, 64)).astype(np.float32)
+    numbers = np.array([[4, 1], [3, 6]], np.int32)  # 6 is past the end
+    for part in range(parts):
+        pool = pages.zeros((3, 2, 6, 8, 64), jnp.int8)
+        written = pages.write_runs(pool, Pages(*new), 1, numbers, part, parts)
+        for half, rows in zip(written, new, strict=True):
+            got = pages.read(half, 1, numbers[:, :1], jnp.float32)
+            want = cases.rounded(np.moveaxis(rows[:, part::parts][:, :8], 2, 0), jnp.int8)
+            np.testing.assert_allclose(got, want, atol=1e-6)
+            assert not np.any(np.asarray(half.numbers[:, 0]))
+            assert not np.any(np.asarray(half.numbers[:, 1, [0, 2, 5]]))
 
 
 def test_copied_pages_and_those_past_the_pool():
@@ -179,19 +219,20 @@ def _mesh_case(layout, dtype, positions, *, H=64, S=8, K=2, G=2):
             if t < positions[b]:
                 pool[:, :, cases.LAYER, *here] = row[:, :, t]
     new = np.stack([row[:, :, -1] for row in rows], axis=1)
-    arrays = (jnp.asarray(x, dtype) for x in (query, new, pool, after))
-    query, new, pool, after = arrays
-    return query, Pages(*new), Pages(*pool), Pages(*after), tables, rows
+    query, *new = (jnp.asarray(x, cases.query_type(dtype)) for x in (query, *new))
+    pool, after = (cases.pool_of(*x, dtype) for x in (pool, after))
+    return query, Pages(*new), pool, after, tables, rows
 
 
 def _on_mesh(layout, name, query, new, pool, places):
     """Returns the output, float32, and the pool after."""
-    pool = Pages(*(sharding.put(x, PAGES_AXES, layout) for x in pool))
+    pool = jax.tree.map(lambda x: sharding.put(x, PAGES_AXES[: x.ndim], layout), pool)
     function = functools.partial(append_and_attend, implementation=name, layout=layout)
     run = jax.jit(function, donate_argnums=2)
     out, written = run(query, new, pool, np.int32(cases.LAYER), places=places)
-    assert all(x.is_deleted() for x in pool)
-    assert all(x.sharding.is_equivalent_to(layout.sharding(PAGES_AXES), 5) for x in written)
+    assert all(x.is_deleted() for x in jax.tree.leaves(pool))
+    for x in jax.tree.leaves(written):
+        assert x.sharding.is_equivalent_to(layout.sharding(PAGES_AXES[: x.ndim]), x.ndim)
     return np.asarray(out.astype(jnp.float32)), written
 
 
@@ -210,10 +251,22 @@ def test_a_mesh_writes_one_entry_a_row_and_attends_as_one_device(sizes, name):
     query, new, pool, after, tables, rows = _mesh_case(layout, dtype, POSITIONS)
     places = Places(tables, np.array(POSITIONS, np.int32), np.ones(8, bool))
     out, written = _on_mesh(layout, name, query, new, pool, places)
-    for got, want in zip(written, after, strict=True):
-        np.testing.assert_array_equal(got, want)
+    jax.tree.map(np.testing.assert_array_equal, written, after)
     plain, _ = cases.plain(query, *zip(*rows, strict=True))
     np.testing.assert_allclose(out, plain, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["blocks", "gpu"])
+def test_a_mesh_over_int8(name):
+    layout = sharding.layout("rollout", MESHES[1], jax.devices())
+    query, new, pool, after, tables, rows = _mesh_case(layout, jnp.int8, POSITIONS)
+    places = Places(tables, np.array(POSITIONS, np.int32), np.ones(8, bool))
+    out, written = _on_mesh(layout, name, query, new, pool, places)
+    for got, want in zip(written, after, strict=True):
+        np.testing.assert_array_equal(got.numbers, want.numbers)
+        np.testing.assert_allclose(got.scales, want.scales, rtol=1e-6)
+    plain, _ = cases.plain(query, *zip(*rows, strict=True))
+    np.testing.assert_allclose(out, plain, atol=2e-6)
 
 
 def test_rows_that_are_not_real_write_nothing():
@@ -242,7 +295,8 @@ def test_groups_of_rows_are_cut_over_a_mesh_like_the_rows(name):
     shared = Shared(
         skipped_B=np.ones(8, np.int32),
         tables_BM=np.roll(tables, -1, axis=1),
-        members_BG=np.where(first[:, None], [[0, 1]], 2).astype(np.int32),
+        members_BW=np.tile(np.arange(2, dtype=np.int32), (8, 1)),
+        places_B=np.arange(8, dtype=np.int32) % 2,
         group_tables_BM=tables * first[:, None].astype(np.int32),
         group_pages_B=first.astype(np.int32),
     )
@@ -278,6 +332,9 @@ _FITS = {"page_size": 64, "head_dim": 128, "dtype": jnp.bfloat16}
         ("cuda", {"dtype": jnp.float32, "head_dim": 80, "page_size": 48}, "gpu"),
         ("cuda", {"dtype": jnp.float64}, "reference"),
         ("cuda", {"head_dim": 512}, "reference"),
+        ("cuda", {"dtype": jnp.int8}, "gpu"),
+        ("cpu", {"dtype": jnp.int8}, "blocks"),
+        ("tpu", {"dtype": jnp.int8}, "reference"),
         ("tpu", {}, "tpu"),
         ("tpu", {"head_dim": 256, "page_size": 8}, "tpu"),
         ("tpu", {"dtype": jnp.float32}, "reference"),
@@ -295,9 +352,15 @@ def test_auto_is_what_fits(platform, changed, name):
     [
         ("blocks", "tpu", {}, "'blocks' runs on cpu, not on tpu; here 'tpu' does"),
         ("gpu", "cpu", {}, "'gpu' runs on gpu or cuda or rocm, not on cpu; here 'blocks' does"),
-        ("gpu", "cuda", {"dtype": jnp.float64}, "takes bfloat16, float16 or float32, not float64"),
+        (
+            "gpu",
+            "cuda",
+            {"dtype": jnp.float64},
+            "takes bfloat16, float16, float32 or int8, not float64",
+        ),
         ("gpu", "cuda", {"head_dim": 512}, "takes heads of up to 256, not 512; here 'reference'"),
         ("tpu", "tpu", {"dtype": jnp.float32}, "bfloat16, and keys and values are float32; here"),
+        ("tpu", "tpu", {"dtype": jnp.int8}, "'tpu' takes the scales of int8 only as wide as the"),
         ("tpu", "tpu", {"head_dim": 64}, "takes heads of a multiple of 128, not 64: it would copy"),
         ("tpu", "tpu", {"page_size": 12}, "takes pages of a multiple of 8 tokens, not 12"),
         ("ragged", "tpu", {}, r"'ragged' is unknown; use 'auto' or one of \['blocks', 'gpu'"),

@@ -42,4 +42,4 @@ def test_no_pool_is_copied_on_a_chip():
         TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu",
     )  # fmt: skip
     assert [round(pool) for _, pool in found] == [14000] * 5
-    assert max(temporary for temporary, _ in found) < 40
+    assert max(temporary for temporary, _ in found) < 28  # measured 24.6 with 512 rows, else 4.5

@@ -14,8 +14,11 @@ from luspo_jax import sharding
 from luspo_jax.models import decoder
 from luspo_jax.models.forward import Forward
 from luspo_jax.models.rope import RopeScaling
-from luspo_jax.rollout import Engine, Request, Sampling, slots
-from luspo_jax.rollout import engine as engine_module
+from luspo_jax.ops import paged_prefill
+from luspo_jax.ops.paged_attention import Places
+from luspo_jax.ops.paged_prefill import Runs
+from luspo_jax.ops.pages import PAGES_AXES, Pages
+from luspo_jax.rollout import Cache, Engine, Request, Sampling, loop, programs
 from tests.rollout import rollout_cases as cases
 
 MODELS = {kind: cases.config(98, model_type=kind) for kind in ("llama", "qwen2", "qwen3")}
@@ -33,10 +36,11 @@ MESHES = {
 
 
 @pytest.fixture(autouse=True)
-def small_rooms(monkeypatch):
-    """Caches that start short, so that they also grow."""
-    monkeypatch.setattr(engine_module, "SMALLEST_ROOM", 32)
-    monkeypatch.setattr(engine_module, "SMALLEST_PROMPT", 32)
+def short_runs(monkeypatch):
+    """Runs of few pages, so that long prompts are read in several."""
+    monkeypatch.setattr(loop, "SMALLEST_RUN", 4)
+    monkeypatch.setattr(loop, "LONGEST_RUN", 8)
+    monkeypatch.setattr(paged_prefill, "_BEFORE", 16)
 
 
 def _layout(mesh):
@@ -52,8 +56,13 @@ def _placed(params, model, layout):
 
 
 def _engine(mesh, kind="qwen3", **kwargs):
-    sizes = {"num_slots": 6, "max_prompt_length": 17, "chunk_length": 8} | kwargs
-    return Engine(Forward(MODELS[kind], layout=_layout(mesh)), SAMPLING, **sizes)
+    """`pages` beyond those of the longest response on each device."""
+    pages = kwargs.pop("pages", None)
+    sizes = {"num_slots": 6, "max_prompt_length": 17, "chunk_length": 8, "cache": Cache(None, 2)}
+    engine = Engine(Forward(MODELS[kind], layout=_layout(mesh)), SAMPLING, **(sizes | kwargs))
+    if pages is not None:
+        engine.take_room(engine.least_bytes + pages * engine.page_bytes)
+    return engine
 
 
 def _generate(mesh, kind="qwen3", *, params=None, group_size=5, **kwargs):
@@ -76,8 +85,9 @@ def _one_device(kind):
     [*((mesh, "qwen3") for mesh in MESHES), (SPLIT_THRICE, "qwen2"), (SPLIT_THRICE, "llama")],
 )
 def test_tokens_are_those_of_one_device_but_at_ties(mesh, kind):
-    """Refills (30 responses on few slots), a cache that grows, ragged prompts, stop tokens."""
-    others, stats = _generate(mesh, kind)
+    """Refills (30 responses on few rows), preemption, ragged prompts, stop tokens."""
+    others, stats = _generate(mesh, kind, pages=3, num_slots=24)
+    assert stats.preemptions > 0
     assert stats.generated_tokens > 300
     prompts = {request.prompt_id: request for request in RAGGED}
     model, params = MODELS[kind], cases.random_params(MODELS[kind])
@@ -121,6 +131,7 @@ def test_few_responses_leave_slots_idle_and_the_statistics_say_so():
     tokens = sum(len(r.tokens) for r in responses)
     assert stats.generated_tokens == tokens
     np.testing.assert_allclose(stats.slot_utilisation, tokens / (8 * stats.decode_steps))
+    assert stats.preemptions == 0
     assert engine.generate(params, [], group_size=1, seed=5)[0] == []
 
 
@@ -131,45 +142,60 @@ def test_a_second_call_on_a_mesh_compiles_nothing():
 
 # Where things lie.
 
-LENGTH, ROWS, PROMPTS, PROMPT_LENGTH = 64, 16, 8, 18
+LENGTH, ROWS, RUNS, RUN, SIZE = 1024, 16, 8, 16, 4
 
 
 def _abstract(tree, axes_tree, layout):
     """Shapes, types and, with a layout, shardings."""
     leaves, treedef = jax.tree.flatten(tree)
-    axes = jax.tree.leaves(axes_tree, is_leaf=lambda node: isinstance(node, tuple))
+    axes = jax.tree.leaves(axes_tree, is_leaf=lambda node: type(node) is tuple)
     of = [None if layout is None else layout.sharding(a) for a in axes]
     return treedef.unflatten(
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, of, strict=True)
     )
 
 
+def _parts(layout, axis):
+    return 1 if layout is None else layout.size(axis)
+
+
 def _arguments(layout):
-    model, key = MODELS["qwen3"], jax.random.key(0)
+    """(params, pages, rows, runs, tokens) for ROWS rows of LENGTH tokens."""
+    model = MODELS["qwen3"]
     params = _abstract(decoder.abstract_params(model), decoder.param_axes(model), layout)
-    sizes = {"num_slots": ROWS, "length": LENGTH, "how": Forward(model)}
-    empty = jax.eval_shape(functools.partial(slots.empty_slots, **sizes), key)
-    prompts = (np.zeros((PROMPTS, PROMPT_LENGTH), np.int32), np.ones(PROMPTS, np.int32))
-    prefill = functools.partial(slots.prefill, how=Forward(model))
-    pool, _ = jax.eval_shape(prefill, decoder.abstract_params(model), *prompts)
-    pool_axes, slots_axes = slots.POOL_AXES, slots.SLOTS_AXES
-    return params, _abstract(empty, slots_axes, layout), _abstract(pool, pool_axes, layout)
+    count = ROWS * LENGTH // SIZE  # as many on all devices together as one device needs
+    pages = jax.eval_shape(
+        functools.partial(programs.empty_pages, how=Forward(model), num_pages=count, page_size=SIZE)
+    )
+    pages = _abstract(pages, Pages(PAGES_AXES, PAGES_AXES), layout)
+    width = LENGTH // SIZE // _parts(layout, "cache_length")
+
+    def whole(count, *shape, kind=np.int32):
+        return np.zeros((count, *shape), kind)
+
+    places = Places(whole(ROWS, width), whole(ROWS), whole(ROWS, kind=bool))
+    ids = [whole(ROWS, kind=np.uint32)] * 2
+    rows = programs.Rows(
+        whole(ROWS), places, whole(ROWS), whole(ROWS), whole(ROWS, kind=bool), *ids,
+        jax.random.key(0), np.int32(8), np.int32(ROWS),
+    )  # fmt: skip
+    runs = Runs(whole(RUNS, width), whole(RUNS), whole(RUNS))
+    return params, pages, rows, runs, (whole(RUNS, RUN), whole(RUNS))
 
 
 @functools.cache
 def _compiled(mesh, program):
     layout = _layout(mesh)
-    params, state, pool = _arguments(layout)
+    how = Forward(MODELS["qwen3"], layout=layout, paged_attention="blocks")
+    params, pages, rows, runs, tokens = _arguments(layout)
     if program == "decode":
-        lowered = slots.decode_chunk.lower(
-            params, state, np.int32(8), np.int32(ROWS),
-            how=Forward(MODELS["qwen3"], layout=layout), sampling=SAMPLING, chunk_length=8,
-        )  # fmt: skip
-    elif program == "fill":
-        lowered = slots.fill.lower(state, pool, _refill([]), jax.random.key(0), layout=layout)
+        sizes = {"sampling": SAMPLING, "chunk_length": 8}
+        lowered = programs.decode_chunk.lower(params, pages, rows, how=how, **sizes)
+    elif program == "prefill":
+        lowered = programs.prefill.lower(params, pages, runs, tokens, how=how)
     else:
-        keys = state.cache.keys_LBKSH
-        lowered = slots.grow_array.lower(keys, length=2 * LENGTH, layout=layout)
+        some = np.zeros(8, np.int32)
+        lowered = programs.copy_pages.lower(pages, some, some, layout=layout)
     return lowered.compile()
 
 
@@ -189,7 +215,7 @@ def _elements(model):
 
 
 @pytest.mark.parametrize("mesh", list(MESHES))
-def test_a_decode_step_moves_no_cache_and_no_weight(mesh):
+def test_a_decode_step_moves_no_page_and_no_weight(mesh):
     moved = _moved(_compiled(mesh, "decode"))
     layout, model = _layout(mesh), MODELS["qwen3"]
     rows = ROWS // layout.size("batch")
@@ -200,7 +226,7 @@ def test_a_decode_step_moves_no_cache_and_no_weight(mesh):
     assert moved
     assert max(moved) <= most
     if mesh == "data 8":
-        assert max(moved) == 1  # how many slots are free
+        assert max(moved) == 1  # how many rows are without work
 
 
 def test_what_moves_is_found_in_the_text():
@@ -211,98 +237,30 @@ def test_what_moves_is_found_in_the_text():
     assert _moved(gathered) == [8 * 32]
 
 
-@pytest.mark.parametrize("program", ["decode", "fill", "grow"])
-def test_no_device_holds_the_whole_length(program):
-    """Of the arrays with a length of cache, none is longer than this device's part."""
-    mesh = "data 2, context 4"
-    parts, text = _layout(mesh).size("cache_length"), _compiled(mesh, program).as_text()
-    shapes = {
-        tuple(int(n) for n in shape.split(",")) for shape in re.findall(r"f32\[(\d[\d,]*)\]", text)
-    }
-    longest = (2 if program == "grow" else 1) * LENGTH // parts
-    prompts = -(-PROMPT_LENGTH // parts) * parts if program == "fill" else 0
-    layers, kv_heads, head = 2, 2, 8
-    caches = {shape for shape in shapes if len(shape) == 5 and shape[-1] == head}
-    assert (layers, ROWS // 2, kv_heads, longest, head) in caches
-    assert max(shape[3] for shape in caches) == max(longest, prompts)
-
-
 @pytest.mark.parametrize("mesh", [None, *MESHES])
-def test_the_cache_is_a_share_on_every_device_and_updated_in_place(mesh):
+@pytest.mark.parametrize("program", ["decode", "prefill", "copy"])
+def test_the_pool_is_a_share_on_every_device_and_updated_in_place(mesh, program):
     layout = _layout(mesh)
-    engine = _engine(mesh, num_slots=ROWS)
-    share = engine.kv_bytes_per_slot(LENGTH) * ROWS // engine.row_multiple
-    assert share * (1 if layout is None else 8) == 2 * ROWS * LENGTH * (2 * 2 * 8 * 4)
-    state = _arguments(layout)[1]
-    small = sum(
-        x.size * x.dtype.itemsize // engine.row_multiple
-        for x in (state.hidden_BD, state.lengths_B, state.offsets_B, state.limits_B, state.active_B)
-    )
-    keys = 2 * 4 * ROWS // engine.row_multiple
-    for program in ("decode", "fill"):
-        memory = _compiled(mesh, program).memory_analysis()
-        assert memory.alias_size_in_bytes == share + small + keys  # all of the slots
-    # A second cache, or one gathered, would show.
-    assert _compiled(mesh, "decode").memory_analysis().temp_size_in_bytes < 100_000
-    assert _compiled(mesh, "grow").memory_analysis().temp_size_in_bytes < 1000
+    pool = 2 * ROWS * LENGTH * (2 * 2 * 8 * 4)
+    memory = _compiled(mesh, program).memory_analysis()
+    assert memory.alias_size_in_bytes * (1 if layout is None else 8) == pool
+    engine = _engine(mesh, cache=Cache(None, SIZE))
+    count = ROWS * LENGTH // SIZE // _parts(layout, "pages")
+    assert engine.page_bytes * count == memory.alias_size_in_bytes
+    # A second pool, or one gathered, would show.
+    assert memory.temp_size_in_bytes < 0.4 * memory.alias_size_in_bytes
+    if program == "copy":
+        assert not _moved(_compiled(mesh, program))
 
 
-def test_what_a_refill_gathers_is_bounded_by_the_prompts():
-    """1.5 times the pool, each device its heads and positions of it."""
+def test_a_prefill_moves_no_page():
+    """Activations of this device's runs, and what joins the parts of a row."""
     for mesh in MESHES:
-        engine = _engine(mesh)
-        pool = PROMPTS * engine.kv_bytes_per_slot(PROMPT_LENGTH)
-        own = pool // engine.row_multiple
-        temp = _compiled(mesh, "fill").memory_analysis().temp_size_in_bytes
-        assert temp <= 1.5 * pool + 2 * own + 4096, (mesh, temp, pool)
-
-
-# Refills, exactly.
-
-
-def _refill(rows):
-    """rows: (slot, pool row, length, offset, limit, prompt_id, sample_id)."""
-    columns = np.zeros((7, ROWS), np.int64)
-    columns[0] = ROWS
-    if rows:
-        columns[:, : len(rows)] = np.array(rows).T
-    return slots.Refill(*columns[:5].astype(np.int32), *columns[5:].astype(np.uint32))
-
-
-def _numbers(tree, seed):
-    """Other numbers in every entry of the float arrays of a tree of shapes."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), tree)
-
-
-def _filled(mesh, refill):
-    layout, key = _layout(mesh), jax.random.key(3)
-    model, parts = MODELS["qwen3"], 1 if mesh is None else _layout(mesh).size("cache_length")
-    how = Forward(model, layout=layout)
-    state = slots.empty_slots(key, num_slots=ROWS, length=LENGTH, how=how)
-    pool = _numbers(_arguments(None)[2], 1)
-    if layout is not None:
-        axes = (None, "batch", "kv_heads", None, None)
-        cache = jax.tree.map(lambda x: sharding.put(x, axes, layout), pool.cache)
-        pool = slots.Pool(sharding.put(pool.hidden_PD, ("batch", None), layout), cache)
-    state = slots.fill(state, pool, refill, key, layout=layout)
-    state = slots.grow(state, length=2 * LENGTH, layout=layout)
-    order = np.concatenate([np.arange(2 * LENGTH)[part::parts] for part in range(parts)])
-    cache = jax.tree.map(lambda x: np.asarray(x)[:, :, :, np.argsort(order)], state.cache)
-    others = (
-        state.hidden_BD, state.lengths_B, state.offsets_B, state.limits_B, state.active_B
-    )  # fmt: skip
-    return [*jax.tree.leaves(cache), *map(np.asarray, others), jax.random.key_data(state.keys_B)]
-
-
-@pytest.mark.parametrize("mesh", [*MESHES, (("fsdp", 2), ("expert", 2), ("context", 2))], ids=str)
-def test_refills_put_what_one_device_puts(mesh):
-    refill = _refill(
-        [(15, 3, 17, -5, 40, 7, 0), (0, 0, 1, 0, 20, 8, 1),
-         (8, 7, 9, -2, 30, 9, 2), (7, 3, 17, -5, 41, 7, 1)]
-    )  # fmt: skip
-    for got, want in zip(_filled(mesh, refill), _filled(None, refill), strict=True):
-        np.testing.assert_array_equal(got, want)
+        layout, model = _layout(mesh), MODELS["qwen3"]
+        runs = RUNS // layout.size("batch") * RUN
+        heads = model.num_heads // layout.size("heads")
+        most = runs * max(model.embed_dim, heads * (model.head_dim + 1))
+        assert max(_moved(_compiled(mesh, "prefill")), default=0) <= most
 
 
 # What it refuses.

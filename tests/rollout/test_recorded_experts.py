@@ -12,8 +12,9 @@ from luspo_jax import sharding
 from luspo_jax.learner.logprobs import LogprobRule, microbatch_logprobs
 from luspo_jax.models import decoder, decoder_layers
 from luspo_jax.models.forward import Forward
-from luspo_jax.rollout import Engine, Sampling, slots
-from luspo_jax.rollout import engine as engine_module
+from luspo_jax.ops.paged_attention import Places
+from luspo_jax.ops.pages import PAGES_AXES, Pages
+from luspo_jax.rollout import Cache, Engine, Sampling, loop, programs
 from luspo_jax.types import ExpertIds
 from tests.models import expert_cases
 from tests.rollout import rollout_cases as cases
@@ -36,10 +37,10 @@ MESHES = {
 
 
 @pytest.fixture(autouse=True)
-def small_rooms(monkeypatch):
-    """Caches that start short, so that they also grow."""
-    monkeypatch.setattr(engine_module, "SMALLEST_ROOM", 32)
-    monkeypatch.setattr(engine_module, "SMALLEST_PROMPT", 32)
+def short_runs(monkeypatch):
+    """Runs of few pages, so that long prompts are read in several."""
+    monkeypatch.setattr(loop, "SMALLEST_RUN", 4)
+    monkeypatch.setattr(loop, "LONGEST_RUN", 8)
 
 
 def _layout(mesh):
@@ -47,14 +48,20 @@ def _layout(mesh):
 
 
 def _engine(mesh=None, model=MODEL, dtype="float32", expert_kernel="reference", **kwargs):
-    sizes = {"num_slots": 6, "max_prompt_length": 17, "chunk_length": 8, "record_experts": True}
+    """`pages` beyond those of the longest response on each device."""
+    pages = kwargs.pop("pages", None)
+    sizes = {"num_slots": 6, "max_prompt_length": 17, "chunk_length": 8, "record_experts": True,
+             "cache": Cache(None, 4)}  # fmt: skip
     how = Forward(model, dtype, expert_kernel=expert_kernel, layout=_layout(mesh))
-    return Engine(how, SAMPLING, **(sizes | kwargs))
+    engine = Engine(how, SAMPLING, **(sizes | kwargs))
+    if pages is not None:
+        engine.take_room(engine.least_bytes + pages * engine.page_bytes)
+    return engine
 
 
 @functools.cache
 def _generate(mesh=None, model=MODEL, group_size=4, **kwargs):
-    """Responses to prompts of several lengths: refills, a cache that grows, stop tokens, cuts."""
+    """Responses to prompts of several lengths: refills, preemption, stop tokens, cuts."""
     engine, params = _engine(mesh, model, **kwargs), expert_cases.params(model)
     if mesh:
         axes = decoder.param_axes(model)
@@ -63,6 +70,7 @@ def _generate(mesh=None, model=MODEL, group_size=4, **kwargs):
         params = decoder.cast(params, engine.dtype)
     responses, stats = engine.generate(params, RAGGED, group_size=group_size, seed=5, step=2)
     assert stats.prefill_calls > 1 or mesh
+    assert stats.preemptions > 0 or "pages" not in kwargs
     assert len({r.stopped for r in responses}) == 2
     return responses
 
@@ -99,7 +107,7 @@ def _trainers(responses, model=MODEL, replay="none"):
 def test_the_sampler_records_what_the_trainer_routes(name, implementation):
     """Ids exactly, log-probs to rounding: prompts, responses, refilled slots, samples, cut rows."""
     model = MODELS[name]
-    responses = _generate(model=model, expert_kernel=implementation)
+    responses = _generate(model=model, expert_kernel=implementation, pages=4, num_slots=12)
     for r in responses:
         assert r.expert_ids.shape == (
             len(r.tokens),
@@ -148,7 +156,7 @@ def test_replay_takes_the_gap_that_another_routing_leaves():
 def test_on_a_mesh_tokens_and_experts_are_those_of_one_device_but_at_ties(mesh, implementation):
     prompts = {request.prompt_id: request for request in RAGGED}
     ties = tokens = 0
-    others = _generate(mesh, expert_kernel=implementation)
+    others = _generate(mesh, expert_kernel=implementation, pages=3, num_slots=24)
     for mine, other in zip(_generate(expert_kernel="reference"), others, strict=True):
         assert (mine.prompt_id, mine.sample_id) == (other.prompt_id, other.sample_id)
         np.testing.assert_array_equal(mine.prompt_expert_ids, other.prompt_expert_ids)
@@ -181,22 +189,27 @@ def test_on_a_mesh_tokens_and_experts_are_those_of_one_device_but_at_ties(mesh, 
 )
 def test_a_decode_step_moves_tokens_and_no_expert(mesh):
     layout, rows = _layout(mesh), 16
-    axes, key = decoder.param_axes(MODEL), jax.random.key(0)
-    sizes = {"num_slots": rows, "length": 64, "how": Forward(MODEL)}
-    empty = jax.eval_shape(functools.partial(slots.empty_slots, **sizes), key)
+    axes = decoder.param_axes(MODEL)
 
     def placed(tree, axes):
         leaves, treedef = jax.tree.flatten(tree)
-        axes = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+        axes = jax.tree.leaves(axes, is_leaf=lambda node: type(node) is tuple)
         return treedef.unflatten(
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding(a))
             for x, a in zip(leaves, axes, strict=True)
         )
 
-    text = slots.decode_chunk.lower(
-        placed(decoder.abstract_params(MODEL), axes), placed(empty, slots.SLOTS_AXES),
-        np.int32(8), np.int32(rows), how=Forward(MODEL, layout=layout), sampling=SAMPLING,
-        chunk_length=8, record=True,
+    how = Forward(MODEL, layout=layout, paged_attention="blocks")
+    sizes = {"how": Forward(MODEL), "num_pages": 256, "page_size": 4}
+    pages = jax.eval_shape(functools.partial(programs.empty_pages, **sizes))
+    of_rows = [np.zeros(rows, kind) for kind in (np.int32, bool, np.uint32)]
+    integers, flags, ids = of_rows
+    places = Places(np.zeros((rows, 16), np.int32), integers, flags)
+    asked = programs.Rows(integers, places, integers, integers, flags, ids, ids,
+                          jax.random.key(0), np.int32(8), np.int32(rows))  # fmt: skip
+    text = programs.decode_chunk.lower(
+        placed(decoder.abstract_params(MODEL), axes), placed(pages, Pages(PAGES_AXES, PAGES_AXES)),
+        asked, how=how, sampling=SAMPLING, chunk_length=8, record=True,
     ).compile().as_text()  # fmt: skip
     shapes = re.findall(r"= (.*?) (?:all-|collective-|reduce-scatter)[a-z-]*\(", text)
     moved = [
@@ -228,7 +241,8 @@ def test_slots_without_a_response_send_no_token_to_experts(monkeypatch):
     jax.effects_barrier()
     assert stats.slot_utilisation < 0.8
     a_token = MODEL.num_expert_layers * MODEL.experts_per_token
-    assert sum(sent) == stats.generated_tokens * a_token
+    # Each response reads its prompt's last token too.
+    assert sum(sent) == (stats.generated_tokens + len(RAGGED) * 2) * a_token
 
 
 # ---------------------------------------------------------------- refusals
