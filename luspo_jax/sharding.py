@@ -155,7 +155,8 @@ def shard_map(
     """Runs `function` on each device's own part; without a layout, returns `function` itself.
 
     `in_axes` has the logical axes of each argument; `out_axes` those of the result, or a tuple of
-    them for a tuple of results. Those of a NamedTuple of arrays are a NamedTuple of axes.
+    them for a tuple of results. Those of a NamedTuple of arrays, or of a dataclass, are the same of
+    axes.
     """
     if layout is None:
         return function
@@ -170,6 +171,8 @@ def shard_map(
 
 
 def _specs(axes, layout):
+    if not isinstance(axes, tuple):
+        return jax.tree.map(layout.spec, axes, is_leaf=lambda node: isinstance(node, tuple))
     return _each_spec(axes, layout) if hasattr(axes, "_fields") else layout.spec(axes)
 
 

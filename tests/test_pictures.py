@@ -24,6 +24,7 @@ from luspo_jax.rollout import Engine, Request, Sampling
 from luspo_jax.run.build import build
 from luspo_jax.types import TrainState
 from tests import vl_cases
+from tests.rollout import int8_cases
 
 ATOL = 1e-5
 
@@ -218,6 +219,17 @@ def test_slots_and_companions_do_not_change_a_response(run, params):
             assert tokens == expected[key][0]
             np.testing.assert_allclose(scores, expected[key][1], atol=ATOL)
     assert len(few) == 3 * len(requests)
+
+
+def test_int8_weights_sample_as_the_rounded_ones(run, params):
+    """Their tower is bfloat16, and stays as it is."""
+    requests, model = _mixed(run)[3:6], run.model.config
+    rounded = decoder.cast(params, "int8")
+    found = _generated(run, rounded, requests, num_slots=16)
+    expected = _generated(run, int8_cases.dequantised(rounded, model), requests, num_slots=16)
+    for key, (tokens, scores) in found.items():
+        assert tokens == expected[key][0]
+        np.testing.assert_allclose(scores, expected[key][1], atol=ATOL)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "tensor": 2, "context": 2}])

@@ -26,6 +26,7 @@ from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.build import build, facts
 from luspo_jax.run.checkpoint import CheckpointError
+from luspo_jax.run.memory import memory_estimate
 
 MODEL = DecoderConfig(
     model_type="qwen3",
@@ -370,6 +371,24 @@ def test_sampler_that_disagrees_is_refused(config, tmp_path):
     config.rollout.mismatch_limit = 1e-12
     with pytest.raises(stages.MismatchError, match="mismatch_limit"):
         _train(config, tmp_path / "run")
+
+
+def test_a_sampler_of_int8_weights_trains_and_says_how_far_it_is_off(config, tmp_path):
+    config.model.rollout_dtype, config.num_steps = "int8", 2
+    config.rollout.mismatch_limit = 1.0
+    run = build(config)
+    assert (run.sampler.how.dtype, run.rule.logprobs.how.dtype) == ("bfloat16", "float32")
+    weights = run.rollout_params(run.initial_params())
+    kinds = {x.dtype.name for x in jax.tree.leaves(weights)}
+    assert kinds == {"int8", "float32", "bfloat16"}
+    memory = memory_estimate(config, run.model.config, (None, None))
+    assert memory["rollout weights"] == sum(x.nbytes for x in jax.tree.leaves(weights))
+    _train(config, tmp_path / "run")
+    first = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))[1]
+    assert 1e-4 < first["rollout_corr/max_abs_diff"] < 1.0
+    config.rollout.mismatch_limit = 1e-4
+    with pytest.raises(stages.MismatchError, match="rollout_dtype=float32"):
+        _train(config, tmp_path / "other")
 
 
 def test_failing_verifier_leaves_the_loss(config, tmp_path):

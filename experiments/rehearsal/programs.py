@@ -29,7 +29,7 @@ from luspo_jax.learner import rows as training_rows
 from luspo_jax.learner.rows import abstract_token_rows
 from luspo_jax.length import laboratory
 from luspo_jax.models import decoder
-from luspo_jax.ops.pages import PAGES_AXES, Pages
+from luspo_jax.ops.pages import pages_axes
 from luspo_jax.rollout import handover
 from luspo_jax.rollout import programs as rollout_programs
 from luspo_jax.rollout.sampling import rollout_key
@@ -152,14 +152,13 @@ def _hand_over(case):
     def move():
         grid = rollout.mesh.devices.reshape(train.mesh.devices.shape)
         again = Layout(Mesh(grid, MESH_AXES), "train")
-        leaves, treedef = jax.tree.flatten(case.state.params)
+        leaves, treedef = jax.tree.flatten(decoder.abstract_params(case.model, dtype))
         axes = jax.tree.leaves(
-            decoder.param_axes(case.model), is_leaf=lambda node: isinstance(node, tuple)
+            decoder.param_axes(case.model, dtype), is_leaf=lambda node: type(node) is tuple
         )
-        kinds = jax.tree.leaves(decoder.abstract_params(case.model, dtype))
         made = [
-            jax.ShapeDtypeStruct(x.shape, kind.dtype, sharding=again.sharding(names))
-            for x, kind, names in zip(leaves, kinds, axes, strict=True)
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=again.sharding(names))
+            for x, names in zip(leaves, axes, strict=True)
         ]
         return handover.lower_rollout_params(jax.tree.unflatten(treedef, made), **args)
 
@@ -266,16 +265,24 @@ def chunk_work(case: Case, engine: Any, chunk: Any) -> Work:
 def rollout_arrays(case: Case, engine: Any, play: Played) -> dict[str, Any]:
     """Abstract inputs of the rollout's programs."""
     model, how = case.model, engine.how
-    params = case.on_host(decoder.abstract_params(model, engine.dtype), decoder.param_axes(model))
-    empty = functools.partial(
-        decoder.empty_pages, how, play.pages * engine.row_multiple, engine.page_size
+    dtype = jnp.dtype(case.config.model.rollout_dtype)
+    axes = decoder.param_axes(model, dtype)
+    params = case.on_host(decoder.abstract_params(model, dtype), axes)
+    pages = jax.eval_shape(
+        functools.partial(
+            decoder.empty_pages,
+            how,
+            play.pages * engine.pools,
+            engine.page_size,
+            engine.cache_dtype,
+        )
     )
     _, tokens = play.inputs["prefill"]
     key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
     return {
         **play.inputs,
         "params": params,
-        "pages": case.on_host(jax.eval_shape(empty), Pages(PAGES_AXES, PAGES_AXES)),
+        "pages": case.on_host(pages, pages_axes(engine.cache_dtype)),
         "decode chunk": dataclasses.replace(play.inputs["decode chunk"], key=key),
         "images": _prompt_images(case, engine, *tokens[0].shape),
     }

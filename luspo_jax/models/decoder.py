@@ -17,6 +17,14 @@ from luspo_jax.models import vision
 from luspo_jax.models.decoder_layers import REMAT, Decoder
 from luspo_jax.models.experts import EXPERT_AXES, ROUTER_AXES, Routed, check_ids
 from luspo_jax.models.forward import Forward
+from luspo_jax.models.quantised import (
+    Quantised,
+    is_quantised,
+    quantise_tree,
+    quantised_axes,
+    scaled,
+    split,
+)
 from luspo_jax.ops.attention import attention as attend
 from luspo_jax.ops.normal_slice import normal_slice
 from luspo_jax.ops.paged_attention import append_and_attend
@@ -36,6 +44,7 @@ __all__ = [
     "head_kernel",
     "hidden_states",
     "init_params",
+    "logits",
     "param_axes",
     "prefill",
 ]
@@ -215,6 +224,17 @@ def head_kernel(params):
     return params["head"] if "head" in params else params["embedding"]
 
 
+def logits(params, hidden_BD, *, how):
+    """Returns logits [B, V], float32, of hidden states in the type of `how`.
+
+    Each device multiplies by its shard of the head: the logits are gathered, not the head.
+    """
+    values_VD, scales_V = split(head_kernel(params))
+    values_VD = values_VD.astype(jnp.dtype(how.dtype))
+    logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, values_VD, preferred_element_type=jnp.float32)
+    return sharding.constrain(scaled(logits_BV, scales_V), ("batch", "vocab"), how.layout)
+
+
 def init_params(key, config, dtype=jnp.float32, layout=None):
     """Initialises parameters at random: normal(0, 0.02) matrices, unit norms, zero biases.
 
@@ -257,7 +277,12 @@ def _normal_part(key, start, shape, axes, layout):
 
 
 def abstract_params(config, dtype=jnp.float32):
-    """Shapes and types of the parameters, routers float32 at least; nothing is allocated."""
+    """Shapes and types of the parameters, routers float32 at least; nothing is allocated.
+
+    int8 is what `cast` gives: matrices with scales, and bfloat16 for others.
+    """
+    if is_quantised(dtype):
+        return jax.eval_shape(lambda tree: cast(tree, dtype), abstract_params(config))
     how = Forward(config)
     attend_fn = functools.partial(_attend_sequence, how=how)
     init = Decoder(how, attend_fn, param_dtype=dtype).init
@@ -269,16 +294,32 @@ def abstract_params(config, dtype=jnp.float32):
 
 
 def cast(params, dtype):
-    """Casts parameters to the types of `abstract_params`: routers stay float32."""
-    flat, tree = jax.tree_util.tree_flatten_with_path(params)
-    routers = [any(getattr(key, "key", None) == "router" for key in path) for path, _ in flat]
-    return jax.tree.unflatten(
-        tree, [x if own else x.astype(dtype) for own, (_, x) in zip(routers, flat, strict=True)]
+    """Casts parameters to the types of `abstract_params`: routers stay float32.
+
+    int8 rounds each matrix to a Quantised one, and leaves those that are; others are bfloat16.
+
+    Raises:
+      ValueError: int8, naming a kernel that it does not cover.
+    """
+    if is_quantised(dtype):
+        params, dtype = quantise_tree(params), jnp.bfloat16
+
+    def one(path, x):
+        whole = isinstance(x, Quantised) or any(key.key == "router" for key in path)
+        return x if whole else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(
+        one, params, is_leaf=lambda node: isinstance(node, Quantised)
     )
 
 
-def param_axes(config):
-    """Returns the logical axis of every dimension of every parameter, as a tree of tuples."""
+def param_axes(config, dtype=jnp.float32):
+    """Returns the logical axis of every dimension of every parameter, as a tree of tuples.
+
+    In int8, a matrix has a Quantised with the axes of its values and scales.
+    """
+    if is_quantised(dtype):
+        return quantised_axes(param_axes(config))
     norm, matrix = {"scale": ("norm",)}, ("vocab", "embed")
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     attention = {

@@ -20,6 +20,7 @@ from jax import lax
 
 from luspo_jax import sharding
 from luspo_jax.models.layers import gathered, project, swiglu
+from luspo_jax.models.quantised import Quantised, scaled, split
 from luspo_jax.ops.grouped_matmul import grouped_matmul, grouped_outer, row_multiple
 from luspo_jax.ops.precision import wide, wide_type
 from luspo_jax.sharding import Layout
@@ -126,7 +127,7 @@ def expert_mlp(x, ids, weights, kernels, implementation="reference", layout=None
       x: [B, T, D], or [B, D] for one token per row.
       ids: int32 [..., K] expert ids; E for none.
       weights: float32 [..., K].
-      kernels: gate [E, D, F], up [E, D, F], down [E, F, D], in their own type.
+      kernels: gate [E, D, F], up [E, D, F], down [E, F, D], in their own type, or Quantised.
       implementation: of `ops.grouped_matmul`.
       layout: sharding of x and kernels.
     """
@@ -141,7 +142,7 @@ def expert_mlp(x, ids, weights, kernels, implementation="reference", layout=None
     run = sharding.shard_map(
         functools.partial(_flat_forward, local, implementation, layout),
         layout,
-        (*(rows,) * 3, *_whole_axes()),
+        (*(rows,) * 3, *_whole_axes(kernels)),
         rows,
     )
     return run(x, ids, weights, *cast)
@@ -158,7 +159,7 @@ def _backward(implementation, layout, residuals, grad):
     run = sharding.shard_map(
         functools.partial(_flat_backward, implementation, layout),
         layout,
-        (*(rows,) * 4, *_whole_axes()),
+        (*(rows,) * 4, *_whole_axes(kernels)),
         (rows, rows, *EXPERT_AXES),
     )
     dx, dweights, *dkernels = run(x, ids, weights, grad, *_gathered_all(kernels, x.dtype, layout))
@@ -170,11 +171,16 @@ expert_mlp.defvjp(_forward, _backward)
 
 
 def _gathered_all(kernels, dtype, layout):
+    if isinstance(kernels[0], Quantised):  # cast where they are read; a rollout gathers nothing
+        return kernels
     return [gathered(k, dtype, axes, layout) for k, axes in zip(kernels, EXPERT_AXES, strict=True)]
 
 
-def _whole_axes():
-    return [tuple(None if a == "embed" else a for a in axes) for axes in EXPERT_AXES]
+def _whole_axes(kernels):
+    whole = [tuple(None if a == "embed" else a for a in axes) for axes in EXPERT_AXES]
+    if isinstance(kernels[0], Quantised):
+        return [Quantised(axes, (axes[0], axes[2])) for axes in whole]
+    return whole
 
 
 def _rows(ndim):
@@ -228,8 +234,14 @@ def _picked(x_ND, ids_NK, weights_NK, kernels, implementation, layout):
     """Handles few tokens: picks the kernels of each token's experts."""
     num_experts = kernels[0].shape[0]
     weights_NK = jnp.where(ids_NK < num_experts, weights_NK, 0)
-    gate, up, down = (jnp.take(k, ids_NK, axis=0, mode="clip") for k in kernels)
-    product = functools.partial(jnp.einsum, preferred_element_type=wide_type(x_ND))
+    taken = jax.tree.map(lambda k: jnp.take(k, ids_NK, axis=0, mode="clip"), kernels)
+
+    def product(dims, x, kernel):
+        values, scales = split(kernel)
+        y = jnp.einsum(dims, x, values.astype(x.dtype), preferred_element_type=wide_type(x))
+        return scaled(y, scales)
+
+    gate, up, down = taken
     hidden_NKF = swiglu(
         product("nd,nkdf->nkf", x_ND, gate), product("nd,nkdf->nkf", x_ND, up)
     ).astype(x_ND.dtype)
@@ -259,9 +271,12 @@ def _rows_forward(x_ND, ids_NK, kernels, implementation):
     """Returns every assignment's result [N, K, D]; 0 if the expert is on another device."""
     gate, up, down = kernels
     plan = _sorted(ids_NK, gate.shape[0], implementation)
-    product = functools.partial(
-        grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation
-    )
+
+    def product(x, kernel):
+        values, scales = split(kernel)
+        y = grouped_matmul(x, values, plan.group_sizes_E, implementation=implementation)
+        return scaled(y, None if scales is None else scales[plan.groups_M])
+
     x_MD = _taken(x_ND, plan.tokens_M)
     out_MD = product(swiglu(product(x_MD, gate), product(x_MD, up)), down)
     return _taken(out_MD, plan.rows_NK)
@@ -309,12 +324,14 @@ class _Sorted:
       rows_NK: row of each assignment; M if none.
       assignments_M: assignment of each row; N·K on padding.
       tokens_M: token of each row; N on padding.
+      groups_M: expert of each row; any on padding.
     """
 
     group_sizes_E: jax.Array
     rows_NK: jax.Array
     assignments_M: jax.Array
     tokens_M: jax.Array
+    groups_M: jax.Array
 
 
 def _sorted(ids_NK, num_experts, implementation):
@@ -337,7 +354,8 @@ def _sorted(ids_NK, num_experts, implementation):
     place_M = rows_M - shift_E[group_M]
     used_M = (place_M < ends_E[group_M]) & (rows_M < padded_ends_E[-1])
     assignments_M = jnp.where(used_M, order_A[jnp.clip(place_M, 0, A - 1)], A)
-    return _Sorted(sizes_E, rows_A.reshape(N, K), assignments_M, assignments_M // K)
+    tokens_M = assignments_M // K
+    return _Sorted(sizes_E, rows_A.reshape(N, K), assignments_M, tokens_M, group_M)
 
 
 def _order(keys_A, most):

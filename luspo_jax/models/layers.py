@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from luspo_jax import sharding
+from luspo_jax.models.quantised import Quantised, looked_up, scaled
 from luspo_jax.ops.precision import wide, wide_type
 
 # The element-wise functions keep only their inputs and are recomputed in the backward pass: less
@@ -25,9 +26,14 @@ def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
     type, so float32 master weights under bfloat16 activations lose nothing to rounding. With a
     layout, a kernel of logical `axes` is sharded over the mesh: it is gathered in x's type for use,
     and its gradient returns in the same sharding. `precision` is that of the products, a
-    `lax.Precision`.
+    `lax.Precision`. A Quantised kernel's products are summed and scaled in float32; it has no
+    gradient.
     """
     dims = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
+    if isinstance(kernel, Quantised):
+        values = gathered(kernel.values, x.dtype, axes, layout)
+        y = lax.dot_general(x, values, (dims, ((), ())), preferred_element_type=wide_type(x))
+        return scaled(y, kernel.scales).astype(x.dtype)
     whole = gathered(kernel, x.dtype, axes, layout)
     return lax.dot_general(x, whole, (dims, ((), ())), precision=precision)
 
@@ -103,7 +109,7 @@ def embed(table_VD, tokens, dtype, layout):
     not the table.
     """
     if layout is None:
-        return jnp.take(table_VD, tokens, axis=0, mode="clip").astype(dtype)
+        return looked_up(table_VD, tokens).astype(dtype)
     if tokens.ndim == 1:
         return embed(table_VD, tokens[:, None], dtype, layout)[:, 0]
     cut, of_length = layout.axis_names("embed"), layout.axis_names("length")
@@ -115,7 +121,7 @@ def embed(table_VD, tokens, dtype, layout):
             tokens_BT = lax.all_gather(tokens_BT, name, axis=along, tiled=True)
         if vocab:
             tokens_BT = tokens_BT - lax.axis_index(vocab) * table_VD.shape[0]
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
+        x_BTD = looked_up(table_VD, tokens_BT)
         if vocab:
             own_BT = (tokens_BT >= 0) & (tokens_BT < table_VD.shape[0])
             x_BTD = lax.psum(jnp.where(own_BT[..., None], x_BTD, 0), vocab)
@@ -126,7 +132,10 @@ def embed(table_VD, tokens, dtype, layout):
         return x_BTD
 
     rows = ("batch", "length")
-    spread = sharding.shard_map(local, layout, [("vocab", "embed"), rows], (*rows, None))
+    of_table = ("vocab", "embed")
+    if isinstance(table_VD, Quantised):
+        of_table = Quantised(of_table, ("vocab",))
+    spread = sharding.shard_map(local, layout, [of_table, rows], (*rows, None))
     return spread(table_VD, tokens)
 
 

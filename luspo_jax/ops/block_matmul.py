@@ -33,7 +33,7 @@ def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
     ladder = _ladder(M, group_sizes_E.shape[0])
 
     def group(e, y_MF):
-        kernel_DF = lax.dynamic_index_in_dim(kernel_EDF, e, keepdims=False)
+        kernel_DF = lax.dynamic_index_in_dim(kernel_EDF, e, keepdims=False).astype(x_MD.dtype)
 
         def piece(rows, at, _, y_MF):
             y = _dot(lax.dynamic_slice_in_dim(x_MD, at, rows), kernel_DF, 1, columns)

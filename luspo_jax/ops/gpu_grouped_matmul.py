@@ -119,11 +119,11 @@ def _matmul_kernel(tiles, x_ref, kernel_ref, y_ref, *, transposed, tile):
         x = plgpu.load(x_ref.at[here, along], mask=in_rows & in_depth[None], other=0.0)
         if transposed:
             mask = in_columns[:, None] & in_depth[None]
-            kernel = plgpu.load(kernel_ref.at[group, across, along], mask=mask, other=0.0).T
+            kernel = plgpu.load(kernel_ref.at[group, across, along], mask=mask, other=0).T
         else:
             mask = in_depth[:, None] & in_columns[None]
-            kernel = plgpu.load(kernel_ref.at[group, along, across], mask=mask, other=0.0)
-        return sums + _dot(x, kernel)
+            kernel = plgpu.load(kernel_ref.at[group, along, across], mask=mask, other=0)
+        return sums + _dot(x, kernel.astype(x.dtype))
 
     @pl.when(first < end)
     def _():

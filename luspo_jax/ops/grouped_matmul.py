@@ -43,7 +43,8 @@ def grouped_matmul(
 
     Args:
       x_MD: rows, group by group; x_MF if `transposed`.
-      kernel_EDF: a kernel for each group, in the type of the rows.
+      kernel_EDF: a kernel for each group, in the type of the rows; or int8, which is multiplied as
+        the numbers it has, in the type of the rows, and has no gradient.
       group_sizes_E: int32 rows of each group, multiples of `row_multiple`, 0 allowed; their sum is
         at most M.
       implementation: a key of IMPLEMENTATIONS, from `resolve`.
@@ -63,7 +64,7 @@ def grouped_matmul(
             f"[groups, {'any, ' if transposed else ''}{x_MD.shape[1]}{'' if transposed else ', any'}]"  # noqa: E501
         )
     _check_groups("kernels", kernel_EDF.shape[0], group_sizes_E)
-    if kernel_EDF.dtype != x_MD.dtype:
+    if kernel_EDF.dtype not in (x_MD.dtype, jnp.int8):
         raise ValueError(
             f"grouped_matmul of {x_MD.dtype} rows with {kernel_EDF.dtype} kernels: "
             f"cast the kernels to the type of the rows"

@@ -33,6 +33,8 @@ def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
     rows = _tile_rows(M, group_sizes_E.shape[0])
     columns = kernel_EDF.shape[1 if transposed else 2]
     tiles = _tiles(rows, inner, columns, functools.partial(_matmul_bytes, x_MD.dtype.itemsize))
+    # It takes no int8: of a layer's experts, a copy in the rows' type is written and read.
+    kernel_EDF = kernel_EDF.astype(x_MD.dtype)
     with _settings(x_MD):
         y_MF = gmm(_padded(x_MD, rows), kernel_EDF, group_sizes_E, x_MD.dtype, tiles,
                    transpose_rhs=transposed, interpret=_INTERPRET)  # fmt: skip

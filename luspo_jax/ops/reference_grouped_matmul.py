@@ -21,7 +21,8 @@ def matmul(x_MD, kernel_EDF, group_sizes_E, *, transposed):
 
     def add(y_MF, group):
         kernel_DF, start, end = group
-        return y_MF + kept(_dot(x_MD, kernel_DF, 1, columns), start, end), None
+        y = _dot(x_MD, kernel_DF.astype(x_MD.dtype), 1, columns)
+        return y_MF + kept(y, start, end), None
 
     shape = x_MD.shape[0], kernel_EDF.shape[1 if transposed else 2]
     zeros_MF = jnp.zeros(shape, wide_type(x_MD))

@@ -17,7 +17,8 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
     """Casts weights and shards them by the rollout's table over this process's devices.
 
     Cast and reshard are one program: the sampler's type travels, and no device receives more of a
-    parameter than the shard that it samples with.
+    parameter than the shard that it samples with. int8 makes `models.quantised` matrices: each
+    channel's maximum is taken where the weights lie, whichever devices have parts of it.
 
     Args:
       params: master weights in the training layout.
@@ -35,7 +36,7 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
         params = jax.device_put(params, sharding.in_order_of(layout, params))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     placed = _moved(dtype, mesh, layout, config)(params)
-    return sharding.own_part(placed, decoder.param_axes(config), layout)
+    return sharding.own_part(placed, decoder.param_axes(config, dtype), layout)
 
 
 def lower_rollout_params(
@@ -57,7 +58,7 @@ def lower_rollout_params(
 
 @functools.cache
 def _moved(dtype, mesh, layout, config):
-    axes, between = decoder.param_axes(config), dataclasses.replace(layout, table="handover")
+    axes, between = decoder.param_axes(config, dtype), dataclasses.replace(layout, table="handover")
     start = sharding.shardings(axes, Layout(mesh, "train"))
     even = config.embed_dim % between.size("embed") == 0
     halfway = sharding.shardings(axes, between) if even else None

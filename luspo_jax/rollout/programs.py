@@ -166,7 +166,6 @@ def decode_chunk(params, pages, rows, *, how, sampling, chunk_length, record=Fal
       The pool, and the Chunk of sampled tokens.
     """
     B, layout = rows.tokens_B.shape[0], how.layout
-    kernel_VD = decoder.head_kernel(params).astype(jnp.dtype(how.dtype))
     keys_B = row_keys(rows.key, rows.prompt_ids_B, rows.sample_ids_B)
     chunk = Chunk(
         tokens_CB=jnp.zeros((chunk_length, B), jnp.int32),
@@ -205,11 +204,7 @@ def decode_chunk(params, pages, rows, *, how, sampling, chunk_length, record=Fal
         hidden_BD, pages, ids_BLK = decoder.decode_step(
             params, tokens_B, pages, now, how=how, positions_B=rotary_B
         )
-        logits_BV = jnp.einsum(
-            "BD,VD->BV", hidden_BD, kernel_VD, preferred_element_type=jnp.float32
-        )
-        # Multiply on the shards of the head: the logits are gathered, not the head.
-        logits_BV = sharding.constrain(logits_BV, ("batch", "vocab"), layout)
+        logits_BV = decoder.logits(params, hidden_BD, how=how)
         new_B, logprobs_B = draw(logits_BV, keys_B, position_B + 1)
         draws_B = live_B & ~drawn_B
         ends_B = jnp.any(new_B[:, None] == stops[None, :], axis=-1)

@@ -25,6 +25,7 @@ from luspo_jax.length.settings import LengthSettings
 from luspo_jax.models import decoder, decoder_weights, kernels
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
+from luspo_jax.models.quantised import activation_type
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Cache, Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
@@ -331,7 +332,8 @@ def training_forward(config: Config, model: DecoderConfig, layout: Layout | None
 
 def sampling_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
     """Returns the forward pass of the sampler; rows hold one prompt each."""
-    return _forward(config, model, layout, packed=False, dtype=config.model.rollout_dtype)
+    dtype = activation_type(config.model.rollout_dtype)
+    return _forward(config, model, layout, packed=False, dtype=dtype)
 
 
 def _forward(config, model, layout, *, packed, **settings):

@@ -13,6 +13,7 @@ from luspo_jax import sharding
 from luspo_jax.learner.state import OFFLOADS
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.quantised import activation_type
 from luspo_jax.rollout.engine import PREFILL_TOKENS
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.settings import Config, section
@@ -82,7 +83,7 @@ def room_for_pages(
     }
     gone = OFFLOADS[config.train.offload]
     state = sum(size for name, size in held.items() if name not in gone)
-    width = jnp.dtype(config.model.rollout_dtype).itemsize
+    width = jnp.dtype(activation_type(config.model.rollout_dtype)).itemsize
     mlp_dim = max(model.mlp_dim, model.experts_per_token * model.expert_dim)
     values = 16 * model.embed_dim + 3 * mlp_dim + 4 * model.num_heads * model.head_dim
     prefill = PREFILL_TOKENS // _parts(own, "batch") * values * width
@@ -131,12 +132,15 @@ def pass_memory(
 
 @functools.cache  # traces the model
 def param_bytes(model: DecoderConfig, layout: Layout | None, dtype: Any) -> int:
-    """Returns the bytes of one device's shard of the parameters in `dtype`; routers ≥ float32.
+    """Returns the bytes of one device's shard of the parameters in `dtype`, as `decoder.cast` makes
+    them.
 
     Mesh axes differ by parameter: experts are sharded over the expert axis, norms over none.
     """
     params = decoder.abstract_params(model, jnp.dtype(dtype))
-    axes = jax.tree.leaves(decoder.param_axes(model), is_leaf=lambda node: isinstance(node, tuple))
+    axes = jax.tree.leaves(
+        decoder.param_axes(model, dtype), is_leaf=lambda node: isinstance(node, tuple)
+    )
     return sum(
         math.prod(layout.sharding(names).shard_shape(x.shape) if layout else x.shape)
         * x.dtype.itemsize

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from luspo_jax.hosts.values import ConfigError
+from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
 from luspo_jax.models.locate import model_folder
 from luspo_jax.run.settings import Config, section
@@ -77,6 +78,7 @@ def load_model(config: Config) -> Model:
             "tokenizer files there, or name another folder in model.tokenizer"
         ) from error
     _check_spaces(tokenizer, source)
+    _check_sampler(settings, architecture)
     model = _with_stops(settings, Model(folder, architecture, tokenizer))
     if len(tokenizer) > architecture.vocab_size:
         raise ConfigError(
@@ -84,6 +86,17 @@ def load_model(config: Config) -> Model:
             f"vocabulary of {architecture.vocab_size}: they do not belong together"
         )
     return model
+
+
+def _check_sampler(settings, architecture):
+    """Refuses a type of the sampler's weights that does not cover the model."""
+    try:
+        decoder.param_axes(architecture, settings.rollout_dtype)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.rollout_dtype={settings.rollout_dtype}: {error} of a {architecture.model_type} "
+            "model: use bfloat16"
+        ) from None
 
 
 def _check_spaces(tokenizer, source):

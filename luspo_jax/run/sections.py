@@ -26,6 +26,7 @@ _PROCESSES = 1024
 _AXIS = Number(1, 2**16, also=(-1,))
 _SHARE = Number(0, 1)
 _TYPES = OneOf(("bfloat16", "float32"))
+_SAMPLER_TYPES = OneOf(("bfloat16", "float32", "int8"))
 _ATTENTION = OneOf(("auto", *attention.IMPLEMENTATIONS))
 _PRODUCT = OneOf(("auto", *grouped_matmul.IMPLEMENTATIONS))
 _SPLIT = Text("say train, or another split of the dataset")
@@ -50,7 +51,9 @@ class ModelSettings:
     random_weights: bool = False  # Read config.json only and draw weights from `seed`.
     overrides: Mapping[str, Any] = _open()  # Fields of config.json, with random_weights only.
     dtype: str = "float32"  # Compute dtype of training; master weights are float32.
-    rollout_dtype: str = "float32"  # Dtype of sampling: weights, activations and KV cache.
+    # Dtype of sampling: weights, activations and KV cache. "int8": matrices as int8 with a scale
+    # for each output channel, everything else bfloat16 (luspo_jax.models.quantised).
+    rollout_dtype: str = "float32"
     remat: str = "none"  # What is stored for the backward pass: a key of decoder.REMAT.
     attention: str = "auto"  # By platform, or a name of luspo_jax.ops.attention.
     expert_kernel: str = "auto"  # By platform, or a name of luspo_jax.ops.grouped_matmul.
@@ -59,7 +62,7 @@ class ModelSettings:
     RULES: ClassVar[dict[str, Rule]] = {
         "path": Text("name a folder in Hugging Face format, or embedded:NAME"),
         "dtype": _TYPES,
-        "rollout_dtype": _TYPES,
+        "rollout_dtype": _SAMPLER_TYPES,
         "remat": OneOf(REMAT),
         "attention": _ATTENTION,
         "expert_kernel": _PRODUCT,

@@ -229,17 +229,26 @@ def test_a_decode_program_does_the_work_of_the_steps_that_were_played():
     assert report.seconds(case, program, rates) == pytest.approx(wanted)
 
 
-def test_narrow_weights_are_read_with_their_scales():
+def test_int8_weights_and_pages_are_read_with_their_scales():
     model, _, rollout = paper()
     part = costs.parts(rollout, length="cache_length")
     step = costs.Step(64, 16, 1e5)
-    wide = costs.decode_step(model, step, part, 2)
-    narrow = costs.decode_step(model, step, part, 2, costs.Kernels(1))
-    reached = costs.touched(16 / 4 * 8 * 4, 128) / 4 * 48 * _EXPERT
+    wide, narrow, copied, cached = (
+        costs.decode_step(model, step, part, 2, kernels)
+        for kernels in (
+            None, costs.Kernels(1), costs.Kernels(1, copied=True),
+            costs.Kernels(2, cached=1 + 4 / 128),
+        )
+    )  # fmt: skip
+    experts = 48 * 32 * _EXPERT
+    reached = costs.touched(16 * 8, 128) / 128 * experts
     scales = 48 * (128 * (32 + 2 * 4) + 2048) + 151_936
     saved = _ATTENTION + _ROUTERS + _HEAD + reached - 4 * scales
     assert wide.memory - narrow.memory == pytest.approx(saved)
     assert wide.flops == narrow.flops
+    # Where a layer's experts are cast before their product, all are read, written and read.
+    assert copied.memory - narrow.memory == pytest.approx(3 * experts + reached)
+    assert wide.memory - cached.memory == pytest.approx(1e5 * 48 * 2 * 4 * (128 - 4))
 
 
 EXPERTS = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8,
@@ -287,6 +296,29 @@ def test_bytes_of_experts_are_those_of_what_they_are_cut_over():
     active = costs.matrices(model) + 48 * 8 * _EXPERT + 2 * _HEAD
     assert costs.matrices(model) == _ATTENTION + _ROUTERS
     assert active == pytest.approx(3.35e9, rel=0.01)  # its "A3B"
+
+
+def test_bytes_of_int8_weights_count_their_scales():
+    model, train, rollout = paper()
+    scales = 48 * ((32 + 2 * 4) * 128 + 2048 + 128 * (2 * 768 + 2048)) + 151_936
+    matrices = _ATTENTION + 48 * 128 * _EXPERT + _HEAD
+    rest = 2 * (_HEAD + _NORMS) + 4 * _ROUTERS
+    assert param_bytes(model, None, "int8") == matrices + 4 * scales + rest
+    spread = 48 * 128 * (_EXPERT + 4 * (2 * 768 + 2048))  # over four devices' experts
+    own = matrices + 4 * scales + rest - spread * 3 // 4
+    assert param_bytes(model, rollout, "int8") == own
+    # Rows of the embedding travel with all axes but tensor; scales along it alone.
+    assert param_bytes(model, train, "int8") < param_bytes(model, train, "bfloat16")
+
+
+def test_the_programs_of_int8_weights_compile_on_a_mesh():
+    config = tiny_experts(
+        **SMALL, model__rollout_dtype="int8", mesh__expert=2, rollout_mesh__expert=2
+    )
+    case = cases.build(config, machine(4), mean_length=12)
+    for program in programs.programs(case):
+        if program.name.startswith(("hand-over", "prefill", "decode")):
+            assert "s8[" in program.lower().compile().as_text()
 
 
 def test_experts_over_devices_are_exchanged_and_others_gathered():

@@ -1,5 +1,7 @@
 """Groups of rows, and what their products must be: a float64 loop over the groups."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,3 +80,18 @@ def assert_groups_are_right(implementation, name, D, F, dtype=jnp.float32, most=
     got = computed(implementation, *arrays)
     assert error(got, expected(*arrays)) < most
     assert not got[2][np.asarray(SIZES[name]) == 0].any()
+
+
+def assert_int8_kernels_are_right(implementation, dtype, most):
+    """Rows times integers, in the type of the rows."""
+    multiple = module.row_multiple(implementation, 33, 5)
+    x_MD, _, _, sizes_E = inputs([20, 0, 1, 12], multiple, 24, 40, dtype)
+    integers = np.random.default_rng(1).integers(-127, 128, (4, 24, 40))
+    kernel_EDF = jnp.asarray(integers, jnp.int8)
+    y_MF = jax.jit(functools.partial(module.grouped_matmul, implementation=implementation))(
+        x_MD, kernel_EDF, sizes_E
+    )
+    assert y_MF.dtype == dtype
+    rows = int(sizes_E.sum())
+    want = expected(x_MD[:rows], kernel_EDF, jnp.zeros((rows, 40), dtype), sizes_E)[0]
+    assert error([np.asarray(y_MF[:rows].astype(jnp.float32), np.float64)], [want]) < most

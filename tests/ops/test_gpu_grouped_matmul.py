@@ -1,5 +1,6 @@
 """The GPU kernels of groups, interpreted on CPU, lowered for CUDA, and compiled for a card."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -59,6 +60,12 @@ def test_bfloat16_sums_in_float32():
     assert cases.error((outer,), want[2:]) < 1e-5
 
 
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.004)])
+def test_kernels_of_int8(dtype, most):
+    cases.assert_int8_kernels_are_right("grouped_gpu", dtype, most)
+
+
 @pytest.mark.parametrize("rows", [16, 128])
 def test_tiles_cover_each_group(rows):
     """Against a list that is made group by group."""
@@ -91,22 +98,36 @@ def _all_three(x_MD, kernel_EDF, grad_MF, sizes_E):
     )
 
 
+def _lowered_for_cuda(function, *arrays):
+    export = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[_TRITON])
+    try:
+        return export(*arrays).mlir_module()
+    except RuntimeError as error:  # jax ≥ 0.11
+        if "No supported GPU devices found" not in str(error):
+            raise
+        pytest.skip("this jax lowers Triton kernels only where there is a GPU")
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_it_lowers_for_cuda(dtype):
     x, kernel, grad = (
         jax.ShapeDtypeStruct(dims, dtype) for dims in ((300, 80), (4, 80, 96), (300, 96))
     )
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
-    export = jax.export.export(jax.jit(_all_three), platforms=["cuda"], disabled_checks=[_TRITON])
-    try:
-        exported = export(x, kernel, grad, sizes)
-    except RuntimeError as error:  # jax ≥ 0.11
-        if "No supported GPU devices found" not in str(error):
-            raise
-        pytest.skip("this jax lowers Triton kernels only where there is a GPU")
-    text = exported.mlir_module()
+    text = _lowered_for_cuda(_all_three, x, kernel, grad, sizes)
     assert text.count("grouped_matmul") >= 2
     assert "grouped_outer" in text
+
+
+def test_kernels_of_int8_lower_for_cuda_and_are_not_cast_before():
+    x = jax.ShapeDtypeStruct((300, 80), jnp.bfloat16)
+    kernel = jax.ShapeDtypeStruct((4, 80, 96), jnp.int8)
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    product = functools.partial(grouped_matmul, implementation="grouped_gpu")
+    text = _lowered_for_cuda(product, x, kernel, sizes)
+    assert "grouped_matmul" in text
+    assert "tensor<4x80x96xi8>" in text
+    assert "tensor<4x80x96xbf16>" not in text
 
 
 _FOR_A_CARD = """

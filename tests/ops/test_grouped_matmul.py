@@ -46,6 +46,12 @@ def test_bfloat16_sums_in_float32(implementation):
 
 
 @pytest.mark.parametrize("implementation", _ANYWHERE)
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.004)])
+def test_kernels_of_int8(implementation, dtype, most):
+    cases.assert_int8_kernels_are_right(implementation, dtype, most)
+
+
+@pytest.mark.parametrize("implementation", _ANYWHERE)
 @pytest.mark.usefixtures("x64")
 def test_float64_stays(implementation):
     arrays = cases.inputs([3, 0, 40], 1, 8, 12, jnp.float64)

@@ -48,6 +48,11 @@ def test_bfloat16_sums_in_float32():
     assert cases.error((outer,), want[2:]) < 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.004)])
+def test_kernels_of_int8(dtype, most):
+    cases.assert_int8_kernels_are_right("megablox", dtype, most)
+
+
 def test_row_multiples():
     assert row_multiple("megablox", 32768 * 8, 128) == 256
     assert row_multiple("megablox", 32768 * 8 * 8, 128) == 512

@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 from luspo_jax.hosts.values import ConfigError
+from luspo_jax.models import quantised
 from luspo_jax.models.locate import architecture
 from luspo_jax.run import fields
 from luspo_jax.run.model import Model, load_model
@@ -117,3 +118,21 @@ def test_the_published_ids_are_those_after_qwens_vocabulary(shared_data, tmp_pat
     text = "Let $x_1 = \\frac{3}{4}$, and\n\n  find 12345 + ünïcödé."
     expected = reference.encode(text, add_special_tokens=False)
     assert model.tokenizer.encode(text, add_special_tokens=False) == expected
+
+
+def test_weights_of_int8_that_do_not_cover_the_model_are_refused_by_name(tmp_path, monkeypatch):
+    """As a kernel of a new family would be: no rule says what its products sum over."""
+    r1.write_model(tmp_path)
+    rules = {k: v for k, v in quantised._CONTRACTED.items() if k != "gate"}
+    monkeypatch.setattr(quantised, "_CONTRACTED", rules)
+    config = fields.default_config()
+    config.model.path, config.model.random_weights = str(tmp_path), True
+    config.model.rollout_dtype = "int8"
+    with pytest.raises(
+        ConfigError,
+        match=r"^model.rollout_dtype=int8: int8 covers no kernel 'layers/mlp/gate/kernel' of a "
+        r"qwen2 model: use bfloat16$",
+    ):
+        load_model(config)
+    config.model.rollout_dtype = "bfloat16"
+    load_model(config)

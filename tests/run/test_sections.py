@@ -42,6 +42,8 @@ def test_every_section_of_the_configuration_is_a_class():
         (lambda: TrainSettings(pack_length=9), r"^train\.pack_length=9 is of packed rows"),
         (lambda: EvalSettings(temperature=0.0), r"^eval\.num_samples=4 must be 1"),
         (lambda: ModelSettings(), r"^model\.path is empty"),
+        (lambda: ModelSettings("a", rollout_dtype="int4"), r"^model\.rollout_dtype='int4'.*int8"),
+        (lambda: ModelSettings("a", dtype="int8"), r"^model\.dtype='int8' .*float32"),
     ],
 )
 def test_a_section_by_itself_names_the_field(make, message):

@@ -1,0 +1,1 @@
+"""Does learning suffer when the sampler's weights are int8, with and without TIS?"""
