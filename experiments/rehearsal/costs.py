@@ -139,7 +139,7 @@ def head(model: DecoderConfig) -> int:
     return model.vocab_size * model.embed_dim
 
 
-def kv_bytes(model: DecoderConfig, width: int) -> int:
+def kv_bytes(model: DecoderConfig, width: float) -> float:
     """Counts KV-cache bytes per token, all heads: 2·L·K·H values."""
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
 
@@ -306,15 +306,18 @@ def optimizer(params: float) -> Work:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """The sampler's matrices.
+    """The sampler's matrices, and its keys and values.
 
     Attributes:
       width: bytes of an entry; of int8, each output channel has a float32 scale besides.
       copied: whether a layer's experts are first written out in the activations' type.
+      cached: bytes of an element of keys or values in pages, with its part of a scale; 0 for those
+        of activations.
     """
 
     width: int
     copied: bool = False
+    cached: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,11 +345,12 @@ def prefill(
     # Every device along positions computes all of a run, and attends to its part of the pages.
     work = forward(model, rows, dataclasses.replace(part, length=1), width)
     experts = expert_matrices(model) / (part.experts * part.tensor)
-    memory = rows.tokens / part.batch * kv_bytes(model, width) / part.tensor / part.length
+    token = kv_bytes(model, kernels.cached or width) / part.tensor
+    memory = rows.tokens / part.batch * token / part.length
     memory -= (width - kernels.width) * (matrices(model) / part.tensor + experts)
     memory += 2 * width * experts if kernels.copied else 0.0
     seen = runs.rows / part.batch * runs.before / part.length
-    memory += seen * kv_bytes(model, width) / part.tensor
+    memory += seen * token
     flops = 4 * model.num_heads * model.head_dim * model.num_layers * seen * runs.length
     return work + Work(flops / part.tensor, memory, 0)
 
@@ -380,7 +384,7 @@ def decode_step(
     seen = step.entries / part.length
     flops = 2 * rows * weights / t
     flops += 4 * model.num_heads * model.head_dim * model.num_layers * seen / t
-    memory = kernels.width * weights / t + seen * kv_bytes(model, width) / t
+    memory = kernels.width * weights / t + seen * kv_bytes(model, kernels.cached or width) / t
     if kernels.width == 1:
         memory += 4 * channels(model) / t
     memory += 4 * 4 * rows * model.vocab_size

@@ -154,7 +154,7 @@ def _hand_over(case):
         again = Layout(Mesh(grid, MESH_AXES), "train")
         leaves, treedef = jax.tree.flatten(decoder.abstract_params(case.model, dtype))
         axes = jax.tree.leaves(
-            decoder.param_axes(case.model, dtype), is_leaf=lambda node: isinstance(node, tuple)
+            decoder.param_axes(case.model, dtype), is_leaf=lambda node: type(node) is tuple
         )
         made = [
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=again.sharding(names))
@@ -266,16 +266,23 @@ def rollout_arrays(case: Case, engine: Any, play: Played) -> dict[str, Any]:
     """Abstract inputs of the rollout's programs."""
     model, how = case.model, engine.how
     dtype = jnp.dtype(case.config.model.rollout_dtype)
-    params = case.on_host(decoder.abstract_params(model, dtype), decoder.param_axes(model, dtype))
-    empty = functools.partial(
-        decoder.empty_pages, how, play.pages * engine.pools, engine.page_size, engine.cache_dtype
+    axes = decoder.param_axes(model, dtype)
+    params = case.on_host(decoder.abstract_params(model, dtype), axes)
+    pages = jax.eval_shape(
+        functools.partial(
+            decoder.empty_pages,
+            how,
+            play.pages * engine.pools,
+            engine.page_size,
+            engine.cache_dtype,
+        )
     )
     _, tokens = play.inputs["prefill"]
     key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
     return {
         **play.inputs,
         "params": params,
-        "pages": case.on_host(jax.eval_shape(empty), pages_axes(engine.cache_dtype)),
+        "pages": case.on_host(pages, pages_axes(engine.cache_dtype)),
         "decode chunk": dataclasses.replace(play.inputs["decode chunk"], key=key),
         "images": _prompt_images(case, engine, *tokens[0].shape),
     }

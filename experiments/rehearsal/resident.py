@@ -49,10 +49,13 @@ def weights_bytes(case: Case) -> float:
 
 
 def kernels(case: Case) -> costs.Kernels:
-    """Returns what the sampler's matrices take to read."""
-    dtype = jnp.dtype(case.config.model.rollout_dtype)
-    copied = dtype == jnp.int8 and case.engine.how.expert_kernel == "megablox"
-    return costs.Kernels(dtype.itemsize, copied)
+    """Returns what the sampler's matrices, keys and values take to read."""
+    dtype, engine = jnp.dtype(case.config.model.rollout_dtype), case.engine
+    copied = dtype == jnp.int8 and engine.how.expert_kernel == "megablox"
+    own_heads = case.model.num_kv_heads // case.rollout_parts.tensor
+    vectors = 2 * case.model.num_layers * own_heads * engine.page_size
+    cached = engine.page_bytes / (vectors * case.model.head_dim)
+    return costs.Kernels(dtype.itemsize, copied, cached)
 
 
 def pool_bytes(case: Case, held_out: bool = False) -> float:

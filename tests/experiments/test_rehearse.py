@@ -229,17 +229,26 @@ def test_a_decode_program_does_the_work_of_the_steps_that_were_played():
     assert report.seconds(case, program, rates) == pytest.approx(wanted)
 
 
-def test_narrow_weights_are_read_with_their_scales():
+def test_int8_weights_and_pages_are_read_with_their_scales():
     model, _, rollout = paper()
     part = costs.parts(rollout, length="cache_length")
     step = costs.Step(64, 16, 1e5)
-    wide = costs.decode_step(model, step, part, 2)
-    narrow = costs.decode_step(model, step, part, 2, costs.Kernels(1))
-    reached = costs.touched(16 / 4 * 8 * 4, 128) / 4 * 48 * _EXPERT
+    wide, narrow, copied, cached = (
+        costs.decode_step(model, step, part, 2, kernels)
+        for kernels in (
+            None, costs.Kernels(1), costs.Kernels(1, copied=True),
+            costs.Kernels(2, cached=1 + 4 / 128),
+        )
+    )  # fmt: skip
+    experts = 48 * 32 * _EXPERT
+    reached = costs.touched(16 * 8, 128) / 128 * experts
     scales = 48 * (128 * (32 + 2 * 4) + 2048) + 151_936
     saved = _ATTENTION + _ROUTERS + _HEAD + reached - 4 * scales
     assert wide.memory - narrow.memory == pytest.approx(saved)
     assert wide.flops == narrow.flops
+    # Where a layer's experts are cast before their product, all are read, written and read.
+    assert copied.memory - narrow.memory == pytest.approx(3 * experts + reached)
+    assert wide.memory - cached.memory == pytest.approx(1e5 * 48 * 2 * 4 * (128 - 4))
 
 
 EXPERTS = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8,
@@ -300,24 +309,6 @@ def test_bytes_of_int8_weights_count_their_scales():
     assert param_bytes(model, rollout, "int8") == own
     # Rows of the embedding travel with all axes but tensor; scales along it alone.
     assert param_bytes(model, train, "int8") < param_bytes(model, train, "bfloat16")
-
-
-def test_a_decode_step_with_int8_weights_reads_fewer_bytes():
-    """Half of the matrices' and none of the cache's."""
-    model, _, rollout = paper()
-    part, dense = costs.parts(rollout), costs.matrices(model) + costs.head(model)
-    narrow, copied = costs.Kernels(1), costs.Kernels(1, copied=True)
-    asked = costs.Step(64, 64, 64 * 4096)
-    wide = costs.decode_step(model, asked, part, 2)
-    step = costs.decode_step(model, asked, part, 2, narrow)
-    experts = costs.expert_matrices(model) / 4
-    reached = costs.touched(64 * 8, 128) / 128 * experts
-    scales = 4 * costs.channels(model)
-    assert wide.memory - step.memory == pytest.approx(dense + reached - scales)
-    assert step.flops == wide.flops
-    # Where a layer's experts are cast before their product, all are read, written and read.
-    slow = costs.decode_step(model, asked, part, 2, copied)
-    assert slow.memory - step.memory == pytest.approx(3 * experts + 2 * reached - reached)
 
 
 def test_the_programs_of_int8_weights_compile_on_a_mesh():
