@@ -130,10 +130,10 @@ def _arrays(lowered, compiled, case):
             key = jax.random.key(0, impl="threefry2x32")
             return jax.device_put(jnp.broadcast_to(key, shape), where)
         if dtype == np.bool_:
-            value = np.ones(shape, bool)
+            value = np.full(shape, "drawn_B" not in str(path))
         elif np.issubdtype(dtype, np.integer):
             value = np.full(shape, case.engine.chunk_length if not shape else 0, dtype)
-            if "limits_B" in str(path):
+            if "limits_B" in str(path) or "counts_R" in str(path):  # whole runs, and no end
                 value = np.full(shape, 10**6, dtype)
         else:
             value = (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
