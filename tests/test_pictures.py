@@ -20,7 +20,7 @@ from luspo_jax.metrics import StepMetrics
 from luspo_jax.models import decoder
 from luspo_jax.models.forward import Forward
 from luspo_jax.ops.sizes import bucket_count
-from luspo_jax.rollout import Engine, Request, Sampling
+from luspo_jax.rollout import Cache, Engine, Request, Sampling
 from luspo_jax.run.build import build
 from luspo_jax.types import TrainState
 from tests import vl_cases
@@ -179,15 +179,21 @@ def test_carried_groups_get_their_images_back(run, rollouts):
         assert [image.sha for image in prompt.images] == [x.sha for x in before.prompt.images]
 
 
-def _generated(run, params, requests, layout=None, **sizes):
-    """response token ids and log-probs, by prompt and sample."""
+def _generated(run, params, requests, layout=None, pages=None, **sizes):
+    """response token ids and log-probs, by prompt and sample.
+
+    `pages` beyond those of the longest response; None for as many as can be used.
+    """
     engine = Engine(
         Forward(run.model.config, layout=layout),
         Sampling(max_response_length=12, stop_token_ids=(1,)),
         max_prompt_length=40,
         **sizes,
     )
-    responses, _ = engine.generate(params, requests, group_size=3, seed=5)
+    if pages is not None:
+        engine.take_room(engine.least_bytes + pages * engine.page_bytes)
+    responses, stats = engine.generate(params, requests, group_size=3, seed=5)
+    assert (stats.preemptions > 0) == (pages is not None)
     return {
         (response.prompt_id, response.sample_id): (response.tokens.tolist(), response.logprobs)
         for response in responses
@@ -214,7 +220,10 @@ def test_slots_and_companions_do_not_change_a_response(run, params):
     expected = _generated(run, params, requests, num_slots=32)
     alone = _generated(run, params, requests[4:5], num_slots=32)
     few = _generated(run, params, requests, num_slots=4, chunk_length=5)
-    for found in (alone, few):
+    small = {"cache": Cache(None, 4), "num_slots": 16, "chunk_length": 5}
+    preempted = _generated(run, params, requests, pages=3, **small)  # images are read again
+    assert preempted.keys() == expected.keys()
+    for found in (alone, few, preempted):
         for key, (tokens, scores) in found.items():
             assert tokens == expected[key][0]
             np.testing.assert_allclose(scores, expected[key][1], atol=ATOL)

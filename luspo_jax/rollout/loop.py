@@ -230,6 +230,8 @@ class Loop:
     def _decode(self):
         engine, record = self.engine, self.engine.record_experts
         steps = self._steps()
+        if not any(shard.decoding for shard in self.shards):
+            return  # all were preempted for others that are still to be read
         for shard in self.shards:
             shard.grow(steps, record)
         self.in_use.append(sum(shard.pool.in_use for shard in self.shards))
