@@ -382,7 +382,7 @@ def test_a_sampler_of_int8_weights_trains_and_says_how_far_it_is_off(config, tmp
     weights = run.rollout_params(run.initial_params())
     kinds = {x.dtype.name for x in jax.tree.leaves(weights)}
     assert kinds == {"int8", "float32", "bfloat16"}
-    memory = memory_estimate(config, run.model.config, (None, None))
+    memory = memory_estimate(config, run.model.config, (None, None), 0)
     assert memory["rollout weights"] == sum(x.nbytes for x in jax.tree.leaves(weights))
     _train(config, tmp_path / "run")
     first = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))[1]

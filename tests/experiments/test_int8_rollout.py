@@ -1,6 +1,6 @@
 """The study of int8 weights: what it runs, and that its table tells of every cell."""
 
-from experiments.studies.int8_rollout import design, study
+from experiments.studies.int8_rollout import design, tables
 from experiments.sweeps import report, spec
 
 
@@ -35,11 +35,11 @@ def test_small_mismatches_are_told_with_their_digits():
         report.Result(member, {"k3 KL(sampler, trainer)": 3e-5 * (1 + member.seed)})
         for member in spec.members(sweep)
     ]
-    text = study.mismatch_table(sweep, results)
+    text = tables.mismatch_table(sweep, results)
     assert text.count("6e-05") == 6
 
 
 def test_unfinished_runs_are_named(tmp_path):
-    text = study.write(design.sweep(), tmp_path, {})
+    text = tables.write(design.sweep(), tmp_path, {})
     assert text.count("seed_") == 18
     assert (tmp_path / "results.md").read_text() == text

@@ -162,6 +162,6 @@ def test_every_implementation_has_its_blocks():
     from luspo_jax.ops import attention as front  # the module; the name above is its function
 
     for name in IMPLEMENTATIONS:
-        module = front._blocks(name)
+        module = front.blocks(name)
         assert callable(module.forward_block)
         assert callable(module.backward_block)
