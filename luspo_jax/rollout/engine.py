@@ -90,7 +90,7 @@ class Engine:
             )
         if record_experts and not config.num_experts:
             raise ValueError("record_experts=True needs a mixture of experts")
-        self.device = (layout.mesh.devices.flat[0]) if layout else available_devices()[0]
+        self.device = layout.mesh.devices.flat[0] if layout else _own_device()
         platform = self.device.platform
         self.page_size = cache.page_size or PAGE_SIZES.get(platform, 64)
         self.how = dataclasses.replace(how, paged_attention=_kernel(how, cache, platform))
@@ -246,6 +246,13 @@ class Engine:
         batch.check(tokens, request.images, self.how.model, name)
         if self.how.model.vision is not None and tokens[-1] == self.how.model.image_token_id:
             raise ValueError(f"{name} ends with an image; a response follows text")
+
+
+def _own_device():
+    """Returns the device without a layout: of several processes, one of this process."""
+    devices = available_devices()
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    return (own or devices)[0]
 
 
 def _kernel(how, cache, platform):
