@@ -74,6 +74,17 @@ def live_peak(prompts: Sequence[int], lengths: Sequence[int]) -> int:
     return int((own + shared).max())
 
 
+def live_pages_peak(prompts: Sequence[int], lengths: Sequence[int], page: int) -> int:
+    """Returns the most pages with a live entry at once, a prompt's full pages once, if all begin
+    together."""
+    lengths_PG = np.reshape(np.asarray(lengths, np.int64), (len(prompts), -1))
+    steps = np.arange(1, lengths_PG.max() + 1)
+    alive_PGS = lengths_PG[:, :, None] >= steps
+    full_P1, rest_P11 = np.asarray(prompts)[:, None] // page, np.asarray(prompts)[:, None, None]
+    own_PGS = alive_PGS * -(-(rest_P11 % page + steps) // page)
+    return int((own_PGS.sum(axis=(0, 1)) + (alive_PGS.any(axis=1) * full_P1).sum(axis=0)).max())
+
+
 def timeline(values: Sequence[int], count: int = 12) -> str:
     """Shows `count` of the values, evenly spaced from first to last."""
     at = np.unique(np.linspace(0, len(values) - 1, count).round().astype(int))

@@ -73,9 +73,10 @@ def _pages(work, stats, sampled, read, entry, prompts):
     ]
     if not stats.preemptions and sampled.lengths and work.responses == len(sampled.lengths):
         peak = cache_traffic.live_peak(prompts, sampled.lengths) * entry
+        pages = cache_traffic.live_pages_peak(prompts, sampled.lengths, stats.page_size)
         lines.append(
-            f"  peak if all responses begin together: {peak / 1e6:.1f} MB live; pages in use "
-            f"{held / peak:.3f} × that"
+            f"  peak if all responses begin together: {peak / 1e6:.1f} MB live in {pages} pages; "
+            f"in use {held / peak:.3f} × the live bytes, {stats.pages_peak / pages:.3f} × the pages"
         )
     return lines
 

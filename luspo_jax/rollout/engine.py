@@ -21,7 +21,7 @@ from luspo_jax.sharding import MeshError, available_devices
 
 PREFILL_TOKENS = 8_192  # of one prefill, by default
 ID_LIMIT = 2**32  # fold_in takes 32 bits
-FEWEST_ROWS = 8  # rows of the smallest decode program where a step costs by the row
+_WORTH_A_PROGRAM = 16  # tokens of a response, from which programs of fewer rows pay
 
 
 class Engine:
@@ -158,11 +158,12 @@ class Engine:
     def row_counts(self, responses: int) -> list[int]:
         """Rows of a device for which decode programs are compiled, the most first."""
         most = self.most_rows(responses)
-        if not self.by_row:
+        if not self.by_row or self.sampling.max_response_length < _WORTH_A_PROGRAM:
             return [most]
-        # 8, 16, 32, 48, 64, 96, 128, …: of many rows, at most a third stand idle.
-        powers = [FEWEST_ROWS << i for i in range(most.bit_length())]
-        counts = {most, *powers, *(n * 3 // 4 for n in powers if n > 4 * FEWEST_ROWS)}
+        # 1, 4, 8, 16, 32, 48, 64, 96, 128, …: of many rows, at most a third stand idle, and one
+        # long response is decoded alone.
+        powers = [8 << i for i in range(most.bit_length())]
+        counts = {1, 4, most, *powers, *(n * 3 // 4 for n in powers if n > 32)}
         return sorted((n for n in counts if n <= most), reverse=True)
 
     def pages_of(self, room: float, responses: int) -> int:

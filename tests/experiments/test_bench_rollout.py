@@ -127,6 +127,19 @@ def test_bytes_read_are_counted_token_by_token():
         for step in range(1, 7)
     ]
     assert cache_traffic.live_peak(prompts, lengths) == max(at_once)
+    pages_at_once = [
+        len(
+            {
+                (p, None if entry < prompt // page * page else sample, entry // page)
+                for p, prompt in enumerate(prompts)
+                for sample, n in enumerate(lengths[2 * p : 2 * p + 2])
+                if n >= step
+                for entry in range(prompt + step)
+            }
+        )
+        for step in range(1, 7)
+    ]
+    assert cache_traffic.live_pages_peak(prompts, lengths, page) == max(pages_at_once)
 
 
 def test_entries_of_the_cache_have_the_size_of_keys_and_values():
