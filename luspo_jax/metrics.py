@@ -12,7 +12,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from luspo_jax.hosts import guard
@@ -128,6 +128,12 @@ _DECLARED = [
     Metric(
         "rollout/recomputed_tokens", "sum", "tokens", "tokens of preempted responses read again"
     ),
+    Metric("rollout/continued_tokens", "sum", "tokens", "tokens of earlier steps, read again"),
+    Metric("rollout/age/mean", "mean", "steps", "mean age of the groups of the step"),
+    Metric("rollout/age/max", "max", "steps", "age of the oldest"),
+    Metric("rollout/in_flight/groups", "last", "groups", "groups that wait for the next step"),
+    Metric("rollout/in_flight/complete", "last", "groups", "those of them that are complete"),
+    Metric("rollout/in_flight/tokens", "last", "tokens", "tokens of their responses so far"),
     Metric("rollout/preemptions", "sum", "", "responses that gave their pages back for a while"),
     Metric("rollout/pages_peak", "mean", "", "most of the pages in use at a time, as a share"),
     Metric("rollout/prefill_calls", "sum", "calls", "prefill calls of the sampler"),
@@ -207,6 +213,16 @@ class StepMetrics:
         """Adds several values: name → value or (sum, count)."""
         for name, value in values.items():
             self.add(name, *(value if isinstance(value, tuple) else (value,)))
+
+    @property
+    def values(self) -> dict[str, list[list[float]]]:
+        """Name → [value, count] pairs as they were added: JSON values."""
+        return {name: [list(pair) for pair in pairs] for name, pairs in self._values.items()}
+
+    def merge(self, values: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """Adds the `values` of another."""
+        for name, pairs in values.items():
+            self._values.setdefault(name, []).extend((value, count) for value, count in pairs)
 
     def result(self) -> dict[str, float]:
         """Returns name → combined value, in order of first appearance; an empty mean is NaN."""

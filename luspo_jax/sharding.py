@@ -118,14 +118,15 @@ def mesh_sizes(sizes: Mapping[str, int], num_devices: int, mesh: str = "mesh") -
 def layout(
     table: str, sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Layout | None:
-    """Returns a table's layout over `devices` (default: `available_devices`); None for one device.
+    """Returns a table's layout over `devices` (default: `available_devices`); None for one device,
+    if that is the one on which arrays are by default.
 
     Raises:
       MeshError: the sizes do not match the number of devices.
     """
     devices = available_devices() if devices is None else list(devices)
     named = mesh_sizes(sizes, len(devices), f"{table} mesh")
-    if len(devices) == 1:
+    if len(devices) == 1 and not _is_apart(devices[0]):
         return None
     shape = tuple(named.values())
     if table == "train" and devices[0].platform == "tpu":
@@ -140,6 +141,14 @@ def available_devices() -> list[jax.Device]:
     """Returns all devices of all processes, or the one that `jax_default_device` names."""
     chosen = jax.config.jax_default_device
     return [chosen] if isinstance(chosen, jax.Device) else jax.devices()
+
+
+def _is_apart(device):
+    """Whether arrays are elsewhere by default; a device of an absent machine is never."""
+    local = jax.local_devices()
+    chosen = jax.config.jax_default_device
+    default = chosen if isinstance(chosen, jax.Device) else local[0]
+    return device in local and device != default
 
 
 def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
@@ -245,7 +254,7 @@ def on_own_devices(layout: Layout | None) -> Layout | None:
             f"{len(own)}: every process samples on its own devices, so the product of "
             "rollout_mesh.fsdp, expert, context and tensor must divide the devices of a process"
         )
-    if len(own) == 1:
+    if len(own) == 1 and not _is_apart(own[0]):
         return None
     grid = np.array(own).reshape(len(own) // math.prod(rest), *rest)
     return Layout(Mesh(grid, MESH_AXES), layout.table)

@@ -5,8 +5,10 @@ advantages inside each group, and takes optimizer steps on the objective. The ch
 everything that decides the next step, so a killed run resumes bit for bit.
 """
 
-from luspo_jax.experience import rounds, stages
+from luspo_jax.experience import stages
+from luspo_jax.experience.ahead import Beside, take
 from luspo_jax.experience.groups import Rollouts
+from luspo_jax.experience.rounds import Policy
 from luspo_jax.learner.state import fetched, parked, refresh_reference
 from luspo_jax.learner.updates import optimize
 from luspo_jax.length import instruments
@@ -30,12 +32,19 @@ def train(run: Run, workdir: Workdir) -> Outcome:
 
 
 def _train(run: Run, workdir: Workdir) -> Outcome:
-    with Keeper(run, workdir) as keeper:
+    with Keeper(run, workdir) as keeper, Beside() as beside:
         state, carried = keeper.begin()
         for step, first in keeper.steps():
             metrics = StepMetrics()
+            ahead = run.apart and step + 1 < run.settings.num_steps
             state, carried, rollouts = rollout_step(
-                run, state, carried, step, metrics=metrics, check_mismatch=first
+                run,
+                state,
+                carried,
+                step,
+                metrics=metrics,
+                check_mismatch=first,
+                beside=beside if ahead else None,
             )
             keeper.keep(step, state, carried, rollouts, metrics)
         return keeper.outcome(state)
@@ -49,6 +58,7 @@ def rollout_step(
     *,
     metrics: StepMetrics,
     check_mismatch: bool = False,
+    beside: Beside | None = None,
 ) -> tuple[TrainState, Carried, Rollouts]:
     """Takes one rollout step: sample, reward, compare inside groups, update.
 
@@ -59,57 +69,67 @@ def rollout_step(
       step: rollout steps taken before this one.
       metrics: receives the step's metrics.
       check_mismatch: refuse to train if sampler and trainer disagree.
+      beside: samples the next batch while this step trains; None does not.
 
     Returns:
       The new state, what the next step needs, and the responses with all their fields.
     """
-    settings, objective = run.settings, run.settings.objective
+    with timed(metrics, "step"):
+        policy = Policy(run.rollout_params(state.params), version=step)
+        rollouts, waiting = take(run.asker, policy, carried.waiting, step, metrics)
+        following = beside and beside.begin(run.asker, policy, waiting, step)
+        del policy
+        state, length, rollouts = _learn(
+            run, state, carried.length, rollouts, metrics=metrics, check_mismatch=check_mismatch
+        )
+        if following is not None:
+            with timed(metrics, "wait"):
+                waiting = following()
+    return state, Carried(waiting, length), rollouts
+
+
+def _learn(run, state, length, rollouts, *, metrics, check_mismatch):
+    """Trains on rewarded responses; returns the state, the running means and the responses."""
+    settings, objective, step = run.settings, run.settings.objective, rollouts.version
     limit = settings.rollout.mismatch_limit if check_mismatch else None
     lab = run.laboratory
-    with timed(metrics, "step"):
-        weights = run.rollout_params(state.params)
-        rollouts, surplus = rounds.collect(run.asker, weights, carried.surplus, step, metrics)
-        del weights
-        state = fetched(state, settings.train.offload)
-        length, flagged = instruments.observe(
-            carried.length, run.length, objective, rollouts.responses, run.metric, metrics
+    state = fetched(state, settings.train.offload)
+    length, flagged = instruments.observe(
+        length, run.length, objective, rollouts.responses, run.metric, metrics
+    )
+    rollouts, width = stages.with_logprobs(
+        rollouts, state, run.programs, run.planner, metrics, limit
+    )
+    with timed(metrics, "adv"):
+        longest = settings.rollout.max_response_length
+        penalty_B = instruments.penalty(run.length, rollouts.lengths_B, longest, flagged=flagged)
+        rollouts = stages.with_advantages(rollouts, objective, width, penalty_B)
+    with timed(metrics, "length"):
+        everything = instruments.Sampled(
+            rollouts.prompts, rollouts.responses, rollouts.group_ids_B, width
         )
-        rollouts, width = stages.with_logprobs(
-            rollouts, state, run.programs, run.planner, metrics, limit
+        sample = instruments.sample(run.length, everything, step=step, version=step)
+        state = instruments.before_update(lab, run.length, state, sample, step, metrics)
+    with timed(metrics, "update_actor"):
+        batches = stages.train_batches(
+            rollouts,
+            run.planner,
+            width,
+            metrics,
+            epochs=settings.train.num_epochs,
+            minibatches=settings.train.num_minibatches,
+            key=(settings.seed, step),
         )
-        with timed(metrics, "adv"):
-            longest = settings.rollout.max_response_length
-            penalty_B = instruments.penalty(
-                run.length, rollouts.lengths_B, longest, flagged=flagged
-            )
-            rollouts = stages.with_advantages(rollouts, objective, width, penalty_B)
-        with timed(metrics, "length"):
-            everything = instruments.Sampled(
-                rollouts.prompts, rollouts.responses, rollouts.group_ids_B, width
-            )
-            sample = instruments.sample(run.length, everything, step=step, version=step)
-            state = instruments.before_update(lab, run.length, state, sample, step, metrics)
-        with timed(metrics, "update_actor"):
-            batches = stages.train_batches(
-                rollouts,
-                run.planner,
-                width,
-                metrics,
-                epochs=settings.train.num_epochs,
-                minibatches=settings.train.num_minibatches,
-                key=(settings.seed, step),
-            )
-            state, measured = optimize(
-                run.programs,
-                state,
-                batches,
-                rate=run.learning_rate(step),
-                alpha_shift=length.alpha_shift,
-            )
-            metrics.update(measured)
-            if state.ref_params is not None and due(settings.train.ref_every, step + 1):
-                state = refresh_reference(state, decay=settings.train.ref_decay)
-        with timed(metrics, "length"):
-            length = instruments.after_update(lab, run.length, state, length, sample, step, metrics)
-        state = parked(state, settings.train.offload)
-    return state, Carried(surplus, length), rollouts
+        state, measured = optimize(
+            run.programs,
+            state,
+            batches,
+            rate=run.learning_rate(step),
+            alpha_shift=length.alpha_shift,
+        )
+        metrics.update(measured)
+        if state.ref_params is not None and due(settings.train.ref_every, step + 1):
+            state = refresh_reference(state, decay=settings.train.ref_decay)
+    with timed(metrics, "length"):
+        length = instruments.after_update(lab, run.length, state, length, sample, step, metrics)
+    return parked(state, settings.train.offload), length, rollouts

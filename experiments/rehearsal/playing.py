@@ -104,7 +104,7 @@ def played(engine: Engine, prompt: int, lengths: Sequence[int], group_size: int)
         tokens[0] = number
         requests.append(Request(number, tokens))
     device = _Counting(engine, prompt, np.reshape(lengths, (-1, group_size)))
-    loop = Loop(engine, None, requests, group_size, np.zeros(2, np.uint32), device)
+    loop = Loop(engine, None, requests, group_size, (0, 0), device)
     device.loop = loop
     loop.run(None)
     reads = [
@@ -120,7 +120,7 @@ def played(engine: Engine, prompt: int, lengths: Sequence[int], group_size: int)
         pages=loop.num_pages,
         peak=max(loop.in_use),
         preemptions=sum(shard.preemptions for shard in loop.shards),
-        recomputed=loop.recomputed,
+        recomputed=loop.read["again"],
         inputs=_inputs(engine, loop, device),
     )
 

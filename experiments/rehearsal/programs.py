@@ -32,7 +32,7 @@ from luspo_jax.models import decoder
 from luspo_jax.ops.pages import pages_axes
 from luspo_jax.rollout import handover
 from luspo_jax.rollout import programs as rollout_programs
-from luspo_jax.rollout.sampling import rollout_key
+from luspo_jax.rollout.sampling import seed_key
 from luspo_jax.run.memory import param_bytes
 from luspo_jax.run.settings import section
 from luspo_jax.sharding import MESH_AXES, Layout, same_order
@@ -278,7 +278,7 @@ def rollout_arrays(case: Case, engine: Any, play: Played) -> dict[str, Any]:
         )
     )
     _, tokens = play.inputs["prefill"]
-    key = jax.eval_shape(functools.partial(rollout_key, 0, 0))
+    key = jax.eval_shape(functools.partial(seed_key, 0))
     return {
         **play.inputs,
         "params": params,

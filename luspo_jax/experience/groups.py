@@ -1,7 +1,7 @@
 """The responses of a step in groups, to which every stage adds fields."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,16 @@ class Group:
         return np.array([reward.judged for reward in self.column("reward")], bool)
 
     @property
+    def step(self) -> int:
+        """The step that began it."""
+        return self.responses[0].step
+
+    @property
+    def ended(self) -> bool:
+        """Whether all its responses have ended."""
+        return all(self.column("ended"))
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each response."""
         return np.array([len(tokens) for tokens in self.column("tokens")], np.int32)
@@ -47,6 +57,23 @@ class Group:
     def enriched(self, **columns: Sequence[Any]) -> "Group":
         """Returns the group with new values in some fields of its responses."""
         return Group(self.prompt, _enriched(self.responses, columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """What a step leaves to the next.
+
+    Attributes:
+      surplus: rewarded groups beyond a full batch.
+      begun: groups of which a response has not ended, or which no batch has taken yet.
+      batch: the whole next batch, if it was sampled while this step trained.
+      metrics: of sampling that batch, as `StepMetrics.values`.
+    """
+
+    surplus: Sequence[Group] = ()
+    begun: Sequence[Group] = ()
+    batch: Sequence[Group] = ()
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +166,6 @@ def judged(
     scorer: Scorer,
     decode: Callable[[np.ndarray], str],
     max_length: int,
-    version: int = 0,
 ) -> list[Group]:
     """Rewards responses and groups them; they come prompt by prompt in equal numbers.
 
@@ -153,7 +179,6 @@ def judged(
       scorer: the reward.
       decode: tokens → text.
       max_length: the sampler's limit on response length, in tokens.
-      version: of the policy that sampled.
     """
     size = len(responses) // max(1, len(prompts))
     asked = [prompt for prompt in prompts for _ in range(size)]
@@ -181,7 +206,6 @@ def judged(
                 np.full(len(response.tokens), reward.judged)
                 for response, reward in zip(responses, rewards, strict=True)
             ],
-            "versions": [np.full(len(r.tokens), version, np.uint32) for r in responses],
         },
     )
     return [

@@ -1,4 +1,11 @@
-"""Rounds of sampling: new prompts, the policy's responses, rewards."""
+"""Rounds of sampling: new prompts, the policy's responses, rewards.
+
+A round ends when enough groups are complete. The others go on in the next round or step, under the
+weights of then, and the oldest are taken first. How long a response is therefore does not decide
+whether it is trained on, but when; and no group is trained on later than `max_age` steps after it
+began, because a round does not end while that is in danger. What ends a round is counted in decode
+steps and complete groups, never by a clock, so a run goes on alike after a restart.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -7,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from luspo_jax.experience import shaping
-from luspo_jax.experience.groups import Group, Rollouts, judged
+from luspo_jax.experience.groups import Group, Rollouts, Waiting, judged
 from luspo_jax.experience.shaping import Shaping
 from luspo_jax.hosts import processes
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.prompts import PromptStream
 from luspo_jax.rewards import Scorer
-from luspo_jax.rollout import Engine, Request, RolloutStats
+from luspo_jax.rollout import Engine, Request, Response, RolloutStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +37,8 @@ class Asker:
       seed: of the sampling noise.
       shaping: selects the responses that a step trains on.
       metric: the reward part that counts as accuracy.
+      overlap: prompts in flight beyond those of a round.
+      max_age: most steps between the one that begins a group and the one that trains on it.
     """
 
     stream: PromptStream
@@ -41,79 +50,194 @@ class Asker:
     seed: int
     shaping: Shaping
     metric: str
+    overlap: int = 0
+    max_age: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The policy that samples: its weights as the sampler reads them, and the number of rollout
+    steps that it has taken."""
+
+    weights: Any
+    version: int
 
 
 def collect(
-    asker: Asker, weights: Any, surplus: Sequence[Group], step: int, metrics: StepMetrics
-) -> tuple[Rollouts, list[Group]]:
-    """Returns a full batch of rewarded groups, and the surplus for the next step.
+    asker: Asker, policy: Policy, waiting: Waiting, step: int, metrics: StepMetrics
+) -> tuple[Rollouts, Waiting]:
+    """Returns a full batch of rewarded groups, and what waits for the next step.
 
     Args:
       asker: samples and rewards.
-      weights: of the policy, as the sampler reads them.
-      surplus: groups from the previous step.
-      step: number of rollout steps that the policy has taken.
+      policy: that samples.
+      waiting: what the previous step left.
+      step: rollout steps taken before the one that trains on the batch.
       metrics: receives times, costs of sampling, and what was left out.
     """
+    begun = list(waiting.begun)
     found = shaping.collect(
-        rounds(asker, weights, step, metrics),
-        surplus,
+        rounds(asker, policy, begun, step, metrics),
+        waiting.surplus,
         shaping=asker.shaping,
         num_groups=asker.num_prompts,
         part=asker.metric,
     )
     metrics.update(found.counts)
     metrics.update(asker.stream.metrics)
-    return Rollouts(found.groups, version=step), found.surplus
+    if asker.overlap:
+        metrics.update(_ages(found.groups, begun, step))
+    return Rollouts(found.groups, version=step), Waiting(found.surplus, begun)
 
 
-def rounds(asker: Asker, weights: Any, step: int, metrics: StepMetrics) -> Iterator[list[Group]]:
-    """Yields rounds of rewarded groups, each sampled on demand from new prompts.
+def rounds(
+    asker: Asker, policy: Policy, begun: list[Group], step: int, metrics: StepMetrics
+) -> Iterator[list[Group]]:
+    """Yields rounds of rewarded groups, sampled on demand from new prompts and those in flight.
 
     All processes see the same prompts; each samples and rewards its own share.
 
     Args:
       asker: samples and rewards.
-      weights: of the policy, as the sampler reads them.
-      step: number of rollout steps that the policy has taken.
+      policy: that samples.
+      begun: the groups in flight; changed in place.
+      step: rollout steps taken before the one that trains on them; it begins the new ones.
       metrics: receives times and costs of sampling.
     """
     used: list[int] = []
     while True:
-        asked = asker.stream.next_prompts(asker.num_prompts)
+        asked = asker.stream.next_prompts(asker.num_prompts + asker.overlap - len(begun))
         used.extend(prompt.prompt_id for prompt in asked)
-        own = processes.share(len(asked))
-        prompts = asked[own]
-        noise = zip(_noise_ids(used)[-len(asked) :][own], prompts, strict=True)
+        noise_ids = _noise_ids(used)[len(used) - len(asked) :]
+        begun += [
+            Group(prompt, _new_responses(noise_id, asker.group_size, step))
+            for noise_id, prompt in zip(noise_ids, asked, strict=True)
+        ]
+        own = begun[processes.share(len(begun))]
         with timed(metrics, "gen"):
             responses, stats = asker.sampler.generate(
-                weights,
-                [Request(i, prompt.tokens, prompt.images) for i, prompt in noise],
+                policy.weights,
+                [_request(group) for group in own],
                 group_size=asker.group_size,
                 seed=asker.seed,
-                step=step,
+                step=policy.version,
+                until=_until(asker, begun, step) if asker.overlap else None,
             )
+            own = [
+                Group(group.prompt, responses[i : i + asker.group_size])
+                for i, group in zip(range(0, len(responses), asker.group_size), own, strict=True)
+            ]
+            ended = processes.gathered([group.ended for group in own])
+        taken = chosen(ended, [group.step for group in begun], asker.num_prompts)
         with timed(metrics, "reward"):
-            groups = judged(
-                prompts,
-                responses,
-                scorer=asker.scorer,
-                decode=asker.decode,
-                max_length=asker.sampler.sampling.max_response_length,
-                version=step,
-            )
+            own = _judged(asker, own, taken[processes.share(len(begun))])
         with timed(metrics, "gather"):
             # Prompts are not sent: every process has them, and their images are large.
-            parts = processes.gather(([group.responses for group in groups], stats))
+            parts = processes.gather(([group.responses for group in own], stats))
         metrics.update(_metrics([stats for _, stats in parts]))
         found = [responses for part, _ in parts for responses in part]
-        yield [Group(*pair) for pair in zip(asked, found, strict=True)]
+        groups = [
+            Group(group.prompt, responses) for group, responses in zip(begun, found, strict=True)
+        ]
+        begun[:] = [group for group, take in zip(groups, taken, strict=True) if not take]
+        yield [group for group, take in zip(groups, taken, strict=True) if take]
+
+
+def _new_responses(noise_id, group_size, step):
+    nothing = {
+        "tokens": np.zeros(0, np.int32),
+        "logprobs": np.zeros(0, np.float32),
+        "versions": np.zeros(0, np.uint32),
+    }
+    return [
+        Response(noise_id, sample_id, stopped=False, step=step, ended=False, **nothing)
+        for sample_id in range(group_size)
+    ]
+
+
+def _request(group):
+    prompt, responses = group.prompt, tuple(group.responses)
+    return Request(
+        responses[0].prompt_id, prompt.tokens, prompt.images, step=group.step, begun=responses
+    )
+
+
+def _until(asker, begun, step):
+    """Returns the `until` of a round: it looks at the groups of all processes."""
+    size, ages = asker.group_size, [step - group.step for group in begun]
+
+    def until(ended: Sequence[bool]) -> bool:
+        own = [all(ended[i : i + size]) for i in range(0, len(ended), size)]
+        return enough(
+            processes.gathered(own), ages, num_groups=asker.num_prompts, max_age=asker.max_age
+        )
+
+    return until
+
+
+def enough(ended: Sequence[bool], ages: Sequence[int], *, num_groups: int, max_age: int) -> bool:
+    """Whether a round may end: `num_groups` groups are complete, and the next rounds can take the
+    oldest of the others in time.
+
+    A group of age a must be taken within max_age − a more steps. Of those with at most j left, all
+    but j · num_groups must be complete now, since each later round takes num_groups. That can
+    always be met if no more than (max_age + 1) · num_groups are in flight.
+
+    Args:
+      ended: whether each group in flight is complete.
+      ages: steps since each began.
+      num_groups: groups that a round takes.
+      max_age: most steps between beginning and training.
+    """
+    ended_N, left_N = np.asarray(ended, bool), max_age - np.asarray(ages)
+    if ended_N.sum() < num_groups:
+        return False
+    for left in range(max_age):
+        due_N = left_N <= left
+        if (ended_N & due_N).sum() < due_N.sum() - left * num_groups:
+            return False
+    return True
+
+
+def chosen(ended: Sequence[bool], steps: Sequence[int], num_groups: int) -> list[bool]:
+    """Returns which groups a round takes: of the complete ones the `num_groups` that began first,
+    in the order in which they were asked."""
+    places = [place for place, whole in enumerate(ended) if whole]
+    taken = set(sorted(places, key=lambda place: steps[place])[:num_groups])
+    return [place in taken for place in range(len(ended))]
+
+
+def _judged(asker, groups, taken):
+    """Rewards the groups that are taken; the others are left as they are."""
+    complete = [group for group, take in zip(groups, taken, strict=True) if take]
+    rewarded = iter(
+        judged(
+            [group.prompt for group in complete],
+            [response for group in complete for response in group.responses],
+            scorer=asker.scorer,
+            decode=asker.decode,
+            max_length=asker.sampler.sampling.max_response_length,
+        )
+    )
+    return [next(rewarded) if take else group for group, take in zip(groups, taken, strict=True)]
+
+
+def _ages(taken, begun, step):
+    ages = [step - group.step for group in taken]
+    tokens = [len(r.tokens) for group in begun for r in group.responses]
+    return {
+        "rollout/age/mean": float(np.mean(ages)),
+        "rollout/age/max": max(ages),
+        "rollout/in_flight/groups": len(begun),
+        "rollout/in_flight/complete": sum(group.ended for group in begun),
+        "rollout/in_flight/tokens": sum(tokens),
+    }
 
 
 def _metrics(stats: Sequence[RolloutStats]) -> dict[str, float]:
     """Sums the statistics of the processes' samplers; averages shares."""
     names = ("decode_steps", "prefill_tokens", "prefill_calls", "generated_tokens",
-             "recomputed_tokens", "preemptions")  # fmt: skip
+             "recomputed_tokens", "continued_tokens", "preemptions")  # fmt: skip
     return {
         **{f"rollout/{name}": sum(getattr(s, name) for s in stats) for name in names},
         "rollout/pages_peak": sum(s.pages_peak / max(1, s.pages_total) for s in stats) / len(stats),

@@ -17,7 +17,9 @@ _ARRAYS = (
     *("tokens", "logprobs", "expert_ids", "versions", "trained"),
     *("old_logprobs", "old_entropy", "old_expert_ids", "ref_logprobs"),
 )
-_PLAIN = ("prompt_id", "sample_id", "stopped", "text", "counted", "advantage")
+_PLAIN = (*("prompt_id", "sample_id", "step", "stopped", "ended", "text", "counted", "advantage"),)
+# Types of what a response without tokens has.
+_EMPTY = {"tokens": np.int32, "logprobs": np.float32, "versions": np.uint32}
 
 
 def to_stored(groups: Sequence[Group]) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
@@ -31,7 +33,8 @@ def to_stored(groups: Sequence[Group]) -> tuple[dict[str, np.ndarray], list[dict
         """Adds an array to its column; returns its length, None if there is none."""
         if array is None:
             return None
-        columns.setdefault(name, []).append(array)
+        if len(array):  # a response that waits for a row has no tokens, and perhaps no other has
+            columns.setdefault(name, []).append(array)
         return len(array)
 
     described = []
@@ -68,6 +71,8 @@ def from_stored(
     def taken(name, length):
         if length is None:
             return None
+        if not length:
+            return np.zeros(0, _EMPTY[name])
         start = used[name]
         used[name] = start + length
         return np.array(arrays[name][start : start + length])
@@ -86,7 +91,8 @@ def _group(values: Mapping[str, Any], taken: Callable[[str, int | None], np.ndar
     prompt_ids = taken("prompt_expert_ids", prompt["expert_ids"])
     responses = [
         Response(
-            **{name: response[name] for name in _PLAIN},
+            # Earlier checkpoints lack some.
+            **{name: response[name] for name in _PLAIN if name in response},
             **{name: taken(name, length) for name, length in response["lengths"].items()},
             reward=response["reward"] and Reward(**response["reward"]),
             prompt_expert_ids=prompt_ids,

@@ -89,7 +89,13 @@ def at_step(step: int) -> None:
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Marks what this process is doing; an inner phase interrupts the outer one."""
+    """Marks what this process is doing; an inner phase interrupts the outer one.
+
+    Threads beside the main one mark nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     outer, _here["phase"] = _here["phase"], name
     _tell(phase=name)
     yield

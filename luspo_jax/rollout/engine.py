@@ -16,7 +16,7 @@ from luspo_jax.ops.sizes import rounded_up
 from luspo_jax.rollout.cache import PAGE_SIZES, Cache, bytes_left, page_bytes
 from luspo_jax.rollout.compile_clock import CompileClock
 from luspo_jax.rollout.loop import Loop
-from luspo_jax.rollout.sampling import Sampling, rollout_key
+from luspo_jax.rollout.sampling import Sampling
 from luspo_jax.sharding import MeshError, available_devices
 
 PREFILL_TOKENS = 8_192  # of one prefill, by default
@@ -187,21 +187,28 @@ class Engine:
         """Bytes of the pool of pages on a device, for so many responses."""
         return self.pages_of(self.cache.gb * 1e9, responses) * self.page_bytes
 
-    def generate(self, params, requests, *, group_size, seed, step=0, progress=None):
+    def generate(self, params, requests, *, group_size, seed, step=0, progress=None, until=None):
         """Samples `group_size` responses to each of `requests`.
 
-        The noise of a token depends only on (seed, step, prompt_id, sample_id, position).
+        The noise of a token depends only on (seed, step, prompt_id, sample_id, position), the step
+        being the one that began the response. A response that goes on from an earlier call is read
+        again, as its keys and values are those of these weights: so its log-probs are those of one
+        policy each, and a run that was stopped goes on alike.
 
         Args:
           params: the decoder's parameters.
-          requests: Requests with distinct prompt_ids.
+          requests: Requests that differ in step or prompt_id.
           group_size: samples of each prompt.
           seed: of the run.
-          step: of the run; each step draws other noise.
+          step: steps that the policy has taken, and the step of requests that name none; each step
+            draws other noise.
           progress: called with (finished, total) responses whenever some finish.
+          until: asked every chunk_length decode steps with a list that says of each response
+            whether it has ended; the call ends when it answers True. None: when all have ended.
 
         Returns:
-          The Responses, request-major and then by sample_id, and RolloutStats.
+          The Responses, request-major and then by sample_id, and RolloutStats. One that has not
+          ended may go on by `Request.begun`.
 
         Raises:
           ValueError: naming the request or the argument that cannot be served.
@@ -211,8 +218,9 @@ class Engine:
         _check_call(group_size, seed, step)
         for request in requests:
             self._check_request(request)
-        counts = collections.Counter(request.prompt_id for request in requests)
-        twice = sorted(prompt_id for prompt_id, count in counts.items() if count > 1)
+            self._check_begun(request, group_size)
+        counts = collections.Counter(request.key for request in requests)
+        twice = sorted(prompt_id for (_, prompt_id), count in counts.items() if count > 1)
         if twice:
             raise ValueError(f"prompt_id must be distinct; these repeat: {twice[:10]}")
         if self.cache.gb is None:
@@ -220,8 +228,8 @@ class Engine:
             self.take_room(bytes_left(self.device))
         started = time.perf_counter()
         with CompileClock() as clock:
-            loop = Loop(self, params, requests, group_size, rollout_key(seed, step))
-            loop.run(progress)
+            loop = Loop(self, params, requests, group_size, (seed, step))
+            loop.run(progress, until)
         return loop.responses, loop.stats(clock, time.perf_counter() - started)
 
     def _check_request(self, request):
@@ -247,6 +255,20 @@ class Engine:
         batch.check(tokens, request.images, self.how.model, name)
         if self.how.model.vision is not None and tokens[-1] == self.how.model.image_token_id:
             raise ValueError(f"{name} ends with an image; a response follows text")
+
+    def _check_begun(self, request, group_size):
+        name = f"prompt_id {request.prompt_id}"
+        if request.begun and len(request.begun) != group_size:
+            raise ValueError(f"{name} has {len(request.begun)} responses begun, not {group_size}")
+        if request.step is not None and not 0 <= request.step < ID_LIMIT:
+            raise ValueError(f"{name} has step {request.step}; it must lie in [0, 2**32)")
+        for begun in request.begun:
+            read = 0 if begun.expert_ids is None else len(begun.expert_ids) + 1
+            if self.record_experts and not begun.ended and read != len(begun.tokens):
+                raise ValueError(
+                    f"{name}, sample_id {begun.sample_id} goes on with {len(begun.tokens)} tokens "
+                    f"and the expert ids of {read}: sample with record_experts=True"
+                )
 
 
 def _own_device():

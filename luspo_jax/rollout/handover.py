@@ -30,6 +30,10 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
     if layout is None:
         return params if dtype == jnp.float32 else _cast(dtype)(params)
     trained_on = jax.tree.leaves(params)[0].sharding
+    if trained_on.device_set.isdisjoint(layout.mesh.devices.flat):
+        # Devices of their own: the cast is made where the weights lie, and then each part travels.
+        own = sharding.shardings(decoder.param_axes(config, dtype), layout)
+        return jax.device_put(_cast(dtype)(params), own)
     if not sharding.same_order(trained_on, layout):
         # The devices of the mesh were ordered by their links; XLA wants one order in a program.
         params = _cast(dtype)(params)

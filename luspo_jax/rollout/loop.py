@@ -10,6 +10,7 @@ from luspo_jax.ops.sizes import bucket_count, rounded_up
 from luspo_jax.rollout import programs
 from luspo_jax.rollout.pool import PagePool
 from luspo_jax.rollout.records import RolloutStats
+from luspo_jax.rollout.sampling import seed_key
 from luspo_jax.rollout.schedule import Job, Shard, common_prefix, dealt, samples_of
 
 SMALLEST_RUN = 64  # tokens of the shortest prefill program
@@ -24,14 +25,20 @@ class Loop:
     `device` has the functions of `programs`: a rehearsal gives others, which only count.
     """
 
-    def __init__(self, engine, params, requests, group_size, key, device=programs):
-        self.engine, self.params, self.key, self.device = engine, params, key, device
-        total = len(requests) * group_size
+    def __init__(self, engine, params, requests, group_size, noise, device=programs):
+        """`noise` is (seed, step): the step is of requests that name none, and the number of steps
+        that the policy has taken."""
+        self.engine, self.params, self.device = engine, params, device
+        seed, self.version = noise
+        self.key, self.group_size = seed_key(seed), group_size
         parts, unit = engine.row_multiple, engine.page_tokens
+        # Those that have ended are counted too: calls of a run have one size, and one program.
+        total = len(requests) * group_size
         self.counts = engine.row_counts(total)
         self.num_pages = engine.pages_of(engine.cache.gb * 1e9, total)
-        self.group_size = group_size
-        samples = samples_of(requests, group_size, engine.sampling.max_response_length)
+        self.responses = [None] * total
+        self.prompt_ids = {}  # key of a request -> expert ids of its tokens but the last
+        samples = self._unended(samples_of(requests, group_size, engine.sampling, self.version))
         model = engine.how.model
         root = common_prefix(requests, model.image_token_id, unit)
         self.shards = [
@@ -42,56 +49,91 @@ class Loop:
                 rows=self.counts[0],
                 root=root,
             )
-            for own in dealt(samples, group_size, parts)
+            for own in dealt(samples, parts)
         ]
-        self.responses = [None] * total
-        self.prompt_ids = {}  # prompt_id -> expert ids of its tokens but the last
-        self.offsets = {}  # prompt_id -> rotary position minus index, after its images
+        self.offsets = {}  # key of a request -> rotary position minus index, after its images
         self.pages = None
-        self.finished = self.generated = self.decode_steps = self.row_steps = 0
-        self.prefill_calls = self.prefill_tokens = self.recomputed = 0
+        self.finished = total - len(samples)
+        self.generated = self.decode_steps = self.row_steps = 0
+        self.prefill_calls = 0
+        self.read = dict.fromkeys(("prompt", "continued", "again"), 0)  # tokens, by kind of job
         self.in_use = []
 
-    def run(self, progress):
-        """Samples until all responses have ended."""
+    def _unended(self, samples):
+        """Keeps the responses that have ended; returns the others."""
+        rest = []
+        for sample in samples:
+            request = sample.request
+            begun = request.begun[sample.sample_id] if request.begun else None
+            if begun is not None and begun.ended:
+                self.responses[sample.index] = begun
+            else:
+                rest.append(sample)
+            if begun is not None and begun.prompt_expert_ids is not None:
+                self.prompt_ids[request.key] = begun.prompt_expert_ids
+        return rest
+
+    def run(self, progress, until=None):
+        """Samples until all responses have ended, or `until` says that enough have.
+
+        `until` is asked every chunk_length decode steps, which every process counts for itself; one
+        whose responses have all ended goes on asking.
+        """
+        next_look = self.engine.chunk_length
+        while until is not None or self.finished < len(self.responses):
+            if self.finished < len(self.responses):
+                self._advance(progress)
+            if until is None:
+                continue
+            if self.finished == len(self.responses) or self.decode_steps >= next_look:
+                if until([response is not None for response in self.responses]):
+                    break
+                next_look = max(next_look, self.decode_steps + 1)
+                next_look += -next_look % self.engine.chunk_length
+        for shard in self.shards:
+            for sample in [*shard.admitted, *shard.waiting]:
+                self.responses[sample.index] = self._response(sample, ended=False)
+
+    def _advance(self, progress):
+        """Decodes a chunk, after the prefills that must come before it."""
         engine, total = self.engine, len(self.responses)
-        if total and self.pages is None:
+        if self.pages is None:
             self.pages = self.device.empty_pages(
                 num_pages=self.num_pages * engine.pools,
                 page_size=engine.page_size,
                 how=engine.how,
                 dtype=engine.cache_dtype.name,
             )
-        while self.finished < total:
-            self._admit()
-            if any(job.ready for shard in self.shards for job in shard.jobs):
-                self._prefill()
-                self._start()
-                admitted = sum(len(shard.admitted) for shard in self.shards)
-                decoding = sum(len(shard.decoding) for shard in self.shards)
-                pending = any(shard.jobs for shard in self.shards)
-                if pending and 2 * decoding < admitted:
-                    continue  # most rows would stand idle
-            if not any(shard.decoding for shard in self.shards):
-                raise RuntimeError("no response can go on; this is a bug of the schedule")
-            before = self.finished
-            self._decode()
-            if progress is not None and self.finished > before:
-                progress(self.finished, total)
+        self._admit()
+        if any(job.ready for shard in self.shards for job in shard.jobs):
+            self._prefill()
+            self._start()
+            admitted = sum(len(shard.admitted) for shard in self.shards)
+            decoding = sum(len(shard.decoding) for shard in self.shards)
+            pending = any(shard.jobs for shard in self.shards)
+            if pending and 2 * decoding < admitted:
+                return  # most rows would stand idle
+        if not any(shard.decoding for shard in self.shards):
+            raise RuntimeError("no response can go on; this is a bug of the schedule")
+        before = self.finished
+        self._decode()
+        if progress is not None and self.finished > before:
+            progress(self.finished, total)
 
     def stats(self, clock, seconds):
         """Returns the RolloutStats."""
         engine = self.engine
         return RolloutStats(
             decode_steps=self.decode_steps,
-            prefill_tokens=self.prefill_tokens,
+            prefill_tokens=self.read["prompt"],
             prefill_calls=self.prefill_calls,
             generated_tokens=self.generated,
             slot_utilisation=self.generated / self.row_steps if self.row_steps else 0.0,
             compilations=clock.count,
             compile_seconds=clock.seconds,
             seconds=seconds - clock.seconds,
-            recomputed_tokens=self.recomputed,
+            recomputed_tokens=self.read["again"],
+            continued_tokens=self.read["continued"],
             preemptions=sum(shard.preemptions for shard in self.shards),
             page_size=engine.page_size,
             pages_total=(self.num_pages - 1) * engine.row_multiple,
@@ -133,10 +175,10 @@ class Loop:
 
     def _keep_prompt_ids(self):
         for shard in self.shards:
-            for prompt_id, prompt in shard.prompts.items():
-                if prompt_id not in self.prompt_ids and prompt.job.done:
+            for key, prompt in shard.prompts.items():
+                if key not in self.prompt_ids and prompt.job.done:
                     before = prompt.job.after.ids if prompt.job.after else []
-                    self.prompt_ids[prompt_id] = [*before, *prompt.job.ids]
+                    self.prompt_ids[key] = [*before, *prompt.job.ids]
 
     def _prefill(self):
         """Reads one run of as many jobs as one prefill takes."""
@@ -167,10 +209,7 @@ class Loop:
                 count = int(runs.counts_R[part * rows + i])
                 if ids is not None:
                     job.ids.append(ids[part * rows + i, :count].copy())
-                if job.again:
-                    self.recomputed += count
-                else:
-                    self.prefill_tokens += count
+                self.read[job.kind] += count
                 job.at += count
 
     def run_length(self, jobs):
@@ -206,11 +245,11 @@ class Loop:
         """Rotary position minus index, after a prompt's images."""
         if not request.images:
             return 0
-        found = self.offsets.get(request.prompt_id)
+        found = self.offsets.get(request.key)
         if found is None:
             tokens = np.asarray(request.tokens)
             after = batch.positions(tokens, request.images, self.engine.how.model)[1]
-            found = self.offsets[request.prompt_id] = after - len(tokens)
+            found = self.offsets[request.key] = after - len(tokens)
         return found
 
     def _images(self, taken, rows, length):
@@ -290,7 +329,8 @@ class Loop:
             name: np.zeros(count, kind)
             for name, kind in (
                 ("tokens_B", np.int32), ("offsets_B", np.int32), ("limits_B", np.int32),
-                ("drawn_B", bool), ("prompt_ids_B", np.uint32), ("sample_ids_B", np.uint32),
+                ("drawn_B", bool), ("steps_B", np.uint32), ("prompt_ids_B", np.uint32),
+                ("sample_ids_B", np.uint32),
             )
         }  # fmt: skip
         positions_B, real_B = np.zeros(count, np.int32), np.zeros(count, bool)
@@ -300,7 +340,7 @@ class Loop:
                 positions_B[row], real_B[row] = sample.position, True
                 values = (
                     sample.last_token, self._offset(sample.request), sample.limit, sample.drawn,
-                    sample.request.prompt_id, sample.sample_id,
+                    sample.step, sample.request.prompt_id, sample.sample_id,
                 )  # fmt: skip
                 for column, value in zip(columns.values(), values, strict=True):
                     column[row] = value
@@ -329,30 +369,30 @@ class Loop:
                     logprobs_BC[row, :count].copy(),
                     None if ids_CBLK is None else ids_CBLK[:read, row].copy(),
                 )
-                sample.drawn = sample.drawn or (bool(count) and self._ended(sample))
+                if count:
+                    sample.drawn = sample.ends(self.engine.sampling.stop_token_ids)
                 if not chunk.live_B[row]:
                     self._finish(self.shards[part], sample)
         self.generated += int(chunk.counts_B.sum())
 
-    def _ended(self, sample):
-        stopped = sample.last_token in self.engine.sampling.stop_token_ids
-        return stopped or sample.length >= sample.limit
-
     def _finish(self, shard, sample):
-        ids = None
-        if self.engine.record_experts:
-            ids = self._prompt_ids(sample)
-        self.responses[sample.index] = sample.response(self.engine.sampling.stop_token_ids, ids)
+        self.responses[sample.index] = self._response(sample)
         shard.finish(sample)
         self.finished += 1
 
+    def _response(self, sample, ended=True):
+        ids, stops = None, self.engine.sampling.stop_token_ids
+        if self.engine.record_experts and sample.expert_ids:
+            ids = self._prompt_ids(sample)
+        return sample.response(stops, self.version, ids, ended)
+
     def _prompt_ids(self, sample):
         """The expert ids of all tokens of the prompt; one array for all its responses."""
-        prompt_id = sample.request.prompt_id
-        found = self.prompt_ids.get(prompt_id)
+        key = sample.request.key
+        found = self.prompt_ids.get(key)
         if not isinstance(found, np.ndarray):
             found = np.concatenate([*(found or []), sample.expert_ids[0][:1]])
-            self.prompt_ids[prompt_id] = found
+            self.prompt_ids[key] = found
         return found
 
 

@@ -36,9 +36,10 @@ class Rows:
       limits_B: int32 tokens, the prompt's included, at which the response is cut.
       drawn_B: bool, rows whose response has ended and whose last token is read only to record its
         experts.
+      steps_B: uint32, of the noise.
       prompt_ids_B: uint32, of the noise.
       sample_ids_B: uint32, of the noise.
-      key: of the rollout, from `rollout_key`.
+      key: of the noise, from `seed_key`.
       max_steps: int32, most steps of the chunk.
       leave_at: int32, number of rows without work at which it ends.
     """
@@ -48,6 +49,7 @@ class Rows:
     offsets_B: Any
     limits_B: Any
     drawn_B: Any
+    steps_B: Any
     prompt_ids_B: Any
     sample_ids_B: Any
     key: Any
@@ -166,7 +168,7 @@ def decode_chunk(params, pages, rows, *, how, sampling, chunk_length, record=Fal
       The pool, and the Chunk of sampled tokens.
     """
     B, layout = rows.tokens_B.shape[0], how.layout
-    keys_B = row_keys(rows.key, rows.prompt_ids_B, rows.sample_ids_B)
+    keys_B = row_keys(rows.key, rows.steps_B, rows.prompt_ids_B, rows.sample_ids_B)
     chunk = Chunk(
         tokens_CB=jnp.zeros((chunk_length, B), jnp.int32),
         logprobs_CB=jnp.zeros((chunk_length, B), jnp.float32),

@@ -17,12 +17,21 @@ class Request:
       tokens: token ids, one or more; an image has one placeholder per image token.
       images: the images, each with `patches()` and `grid_thw`, like `PreparedImage`.
       limit: tokens after which its responses are cut, if fewer than the sampling's; None for those.
+      step: the step that began it, which keys its noise too; None for the step of the call.
+      begun: its responses so far, one for each sample; empty if none has begun.
     """
 
     prompt_id: int
     tokens: tuple[int, ...] | np.ndarray
     images: tuple[Any, ...] = ()
     limit: int | None = None
+    step: int | None = None
+    begun: tuple["Response", ...] = ()
+
+    @property
+    def key(self) -> tuple[int | None, int]:
+        """What tells it from the others of a call."""
+        return self.step, self.prompt_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +42,16 @@ class Response:
     set the field yet.
 
     Attributes:
-      prompt_id, sample_id: keys of its noise.
+      prompt_id, sample_id, step: keys of its noise; the step is the one that began it.
       tokens: int32, the stop token included.
       logprobs: float32 log-probability of each token at the rollout temperature, by the sampler.
       stopped: whether a stop token ended it; False if it was cut at the length limit.
+      ended: whether it has ended; False if it goes on in a later step.
       expert_ids: unsigned ids [n, L, K] of the experts that the sampler's routers chose for each
-        token, in the L layers that have experts; None if not recorded.
+        token, in the L layers that have experts; of one that goes on, for all but the last token.
+        None if not recorded.
       prompt_expert_ids: the same for the prompt's tokens; one array for all samples of a prompt.
+        They are those of the policy that read the prompt first.
       versions: uint32 number of steps that the policy had taken when it sampled each token.
       text: the decoded tokens, special tokens left out.
       reward: the verdict.
@@ -58,6 +70,8 @@ class Response:
     tokens: np.ndarray
     logprobs: np.ndarray
     stopped: bool
+    step: int = 0
+    ended: bool = True
     expert_ids: np.ndarray | None = None
     prompt_expert_ids: np.ndarray | None = None
     versions: np.ndarray | None = None
@@ -81,6 +95,8 @@ class RolloutStats:
       prefill_tokens: prompt tokens computed, without padding; what all prompts begin with once a
         device, and no last tokens, which decoding reads.
       recomputed_tokens: tokens of preempted responses that were computed again.
+      continued_tokens: tokens of responses of earlier steps that were read again, under the newer
+        weights, before these went on.
       prefill_calls: prefill programs run.
       generated_tokens: response tokens, stop tokens included.
       slot_utilisation: generated tokens over rows of decode steps.
@@ -104,6 +120,7 @@ class RolloutStats:
     compile_seconds: float
     seconds: float
     recomputed_tokens: int = 0
+    continued_tokens: int = 0
     preemptions: int = 0
     page_size: int = 0
     pages_total: int = 0

@@ -45,15 +45,17 @@ class Sampling:
             raise ValueError(f"stop_token_ids must be >= 0, not {self.stop_token_ids}")
 
 
-def rollout_key(seed, step):
-    """Returns fold_in(key(seed), step): the noise of one step of one run."""
-    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+def seed_key(seed):
+    """Returns the key of a run's noise."""
+    return jax.random.key(seed, impl="threefry2x32")
 
 
-def row_keys(key, prompt_ids_B, sample_ids_B):
-    """Returns fold_in(fold_in(key, prompt), sample) of each row; `key` is a `rollout_key`."""
-    by_prompt_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, prompt_ids_B)
-    return jax.vmap(jax.random.fold_in)(by_prompt_B, sample_ids_B)
+def row_keys(key, steps_B, prompt_ids_B, sample_ids_B):
+    """Returns fold_in(fold_in(fold_in(key, step), prompt), sample) of each row."""
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, steps_B)
+    for ids_B in (prompt_ids_B, sample_ids_B):
+        keys_B = jax.vmap(jax.random.fold_in)(keys_B, ids_B)
+    return keys_B
 
 
 def uniforms(keys_B, positions_B):

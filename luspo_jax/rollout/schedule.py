@@ -6,12 +6,14 @@ of the same requests.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from luspo_jax.rollout.pool import PagePool
 from luspo_jax.rollout.records import Request, Response
+from luspo_jax.rollout.sampling import Sampling
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,7 +26,8 @@ class Job:
       table: pages of these positions.
       at: position that is read next, where a page begins; `len(tokens)` if done.
       after: a job that must be done before.
-      again: whether the tokens were in pages before.
+      kind: what the tokens are: of a "prompt", "continued" from an earlier step, or "again" those
+        of a response that was preempted.
       ids: expert ids of the tokens read, in pieces, if recorded.
     """
 
@@ -33,7 +36,7 @@ class Job:
     table: list[int]
     at: int
     after: "Job | None" = None
-    again: bool = False
+    kind: str = "prompt"
     ids: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     @property
@@ -92,6 +95,8 @@ class Sample:
       job: reads what the prompt's pages lack, if any.
       turn: the count of admissions when it was admitted; the youngest has the largest.
       started: whether it is decoded.
+      step: the step that began it.
+      versions: of the tokens that it had at the beginning.
     """
 
     request: Request
@@ -108,6 +113,8 @@ class Sample:
     job: Job | None = None
     turn: int = -1
     started: bool = False
+    step: int = 0
+    versions: np.ndarray | None = None
 
     @property
     def position(self) -> int:
@@ -142,45 +149,83 @@ class Sample:
             self.expert_ids.append(expert_ids)
         self.length += len(tokens)
 
-    def response(self, stop_token_ids, prompt_ids_TLK=None) -> Response:
-        """Returns the Response; `prompt_ids_TLK` has the expert ids of the prompt, if recorded."""
-        tokens = np.concatenate(self.tokens)
+    def ends(self, stop_token_ids) -> bool:
+        """Whether its last token is its last."""
+        if not self.tokens:
+            return False
+        return self.last_token in stop_token_ids or self.length >= self.limit
+
+    def response(self, stop_token_ids, version: int, prompt_ids_TLK=None, ended=True) -> Response:
+        """Returns the Response.
+
+        Args:
+          stop_token_ids: of the sampling.
+          version: of the policy that drew what was not there at the beginning.
+          prompt_ids_TLK: expert ids of the prompt, if recorded and read.
+          ended: whether the response does not go on later.
+        """
+        tokens = np.concatenate([np.zeros(0, np.int32), *self.tokens])
+        before = np.zeros(0, np.uint32) if self.versions is None else self.versions
+        drawn = np.full(len(tokens) - len(before), version, np.uint32)
         # The first token that a response reads is its prompt's last.
         own = None if prompt_ids_TLK is None else np.concatenate(self.expert_ids)[1:]
         return Response(
             prompt_id=self.request.prompt_id,
             sample_id=self.sample_id,
+            step=self.step,
             tokens=tokens,
-            logprobs=np.concatenate(self.logprobs),
-            stopped=int(tokens[-1]) in stop_token_ids,
+            logprobs=np.concatenate([np.zeros(0, np.float32), *self.logprobs]),
+            versions=np.concatenate([before, drawn]),
+            stopped=len(tokens) > 0 and int(tokens[-1]) in stop_token_ids,
+            ended=ended,
             expert_ids=own,
             prompt_expert_ids=prompt_ids_TLK,
         )
 
 
-def samples_of(requests: Sequence[Request], group_size: int, longest: int) -> list[Sample]:
-    """Returns the samples of all requests, request-major; a response has `longest` tokens at most,
-    or its request's limit."""
-    return [
-        Sample(
-            request,
-            index * group_size + sample_id,
-            sample_id,
-            len(request.tokens) + min(longest, request.limit or longest),
-            len(request.tokens),
-        )
-        for index, request in enumerate(requests)
-        for sample_id in range(group_size)
-    ]
+def samples_of(
+    requests: Sequence[Request], group_size: int, sampling: Sampling, step: int
+) -> list[Sample]:
+    """Returns the samples of all requests, request-major, with the tokens that they have.
+
+    A response has as many tokens as the sampling allows, or its request's limit. `step` began those
+    whose request names none.
+    """
+    longest, samples = sampling.max_response_length, []
+    for index, request in enumerate(requests):
+        for sample_id in range(group_size):
+            sample = Sample(
+                request,
+                index * group_size + sample_id,
+                sample_id,
+                len(request.tokens) + min(longest, request.limit or longest),
+                len(request.tokens),
+                step=step if request.step is None else request.step,
+            )
+            if request.begun:
+                _begin(sample, request.begun[sample_id])
+            sample.drawn = sample.ends(sampling.stop_token_ids)
+            samples.append(sample)
+    return samples
 
 
-def dealt(samples: Sequence[Sample], group_size: int, parts: int) -> list[list[Sample]]:
-    """Deals samples to `parts` devices: as many to each, groups together, longest prompts first.
+def _begin(sample, begun):
+    """Gives a sample the tokens of its response so far."""
+    if len(begun.tokens):
+        sample.tokens, sample.logprobs = [begun.tokens], [begun.logprobs]
+        sample.versions, sample.length = begun.versions, sample.length + len(begun.tokens)
+    if begun.expert_ids is not None:
+        sample.expert_ids = [begun.prompt_expert_ids[-1:], begun.expert_ids]
+
+
+def dealt(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+    """Deals samples to `parts` devices: as many to each, groups together; first those that earlier
+    steps began, then the longest prompts.
 
     Prompts of a prefill then need little padding.
     """
-    groups = [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
-    groups.sort(key=lambda group: -len(group[0].request.tokens))
+    groups = [list(group) for _, group in itertools.groupby(samples, lambda s: s.request.key)]
+    groups.sort(key=lambda group: (group[0].step, -len(group[0].request.tokens)))
     if len(groups) % parts == 0:  # devices side by side read prompts of about one length
         return [[s for group in groups[part::parts] for s in group] for part in range(parts)]
     flat = [sample for group in groups for sample in group]
@@ -227,7 +272,7 @@ class Shard:
         self.waiting = collections.deque(samples)
         self.admitted: list[Sample] = []
         self.jobs: list[Job] = []
-        self.prompts: dict[int, Prompt] = {}
+        self.prompts: dict[tuple[int | None, int], Prompt] = {}
         self.turns = self.preemptions = 0
         self.crowded = False  # nobody is admitted between a preemption and an end
         self.root = None
@@ -255,14 +300,14 @@ class Shard:
             # Room for those that are decoded to grow a little, else they would be preempted soon.
             kept = len(self.admitted) // 4
             if self._pages_of(sample) + kept > self.pool.free:
-                if self._drop_idle_prompts(but=sample.request.prompt_id):
+                if self._drop_idle_prompts(but=sample.request.key):
                     continue
                 return
             self._assign(self.waiting.popleft())
 
     def _pages_of(self, sample):
         """Pages to take when `sample` is admitted."""
-        prompt = self.prompts.get(sample.request.prompt_id)
+        prompt = self.prompts.get(sample.request.key)
         read = len(sample.request.tokens) - 1
         count = 0
         if prompt is None:
@@ -274,13 +319,14 @@ class Shard:
         return self.root.table if self.root else []
 
     def _assign(self, sample):
-        prompt = self.prompts.get(sample.request.prompt_id) or self._new_prompt(sample.request)
+        prompt = self.prompts.get(sample.request.key) or self._new_prompt(sample.request)
         prompt.users += 1
         prompt.waiting -= 1
         full = len(prompt.pages) * self.page_tokens
         self.pool.share(prompt.pages)
         own = self.pool.take(-(-(sample.position - full) // self.page_tokens))
         sample.prompt, sample.table, sample.job = prompt, [*prompt.pages, *own], None
+        first = sample.turn < 0
         sample.turn, self.turns = self.turns, self.turns + 1
         self.admitted.append(sample)
         if own and (sample.tokens or prompt.rest is None):
@@ -291,7 +337,7 @@ class Shard:
                 sample.table,
                 full,
                 after=prompt.job,
-                again=True,
+                kind="continued" if sample.versions is not None and first else "again",
             )
             self.jobs.append(sample.job)
 
@@ -307,9 +353,9 @@ class Shard:
         job = Job(request, tokens, table, at, self.root)
         if job.remaining:
             self.jobs.append(job)
-        waiting = sum(s.request.prompt_id == request.prompt_id for s in self.waiting)
+        waiting = sum(s.request.key == request.key for s in self.waiting)
         prompt = Prompt(job, full, rest, waiting=waiting + 1)
-        self.prompts[request.prompt_id] = prompt
+        self.prompts[request.key] = prompt
         return prompt
 
     def start(self) -> list[tuple[int, int]]:
@@ -385,13 +431,13 @@ class Shard:
 
     def _drop_idle_prompts(self, but=None):
         """Frees the prompts without users; returns whether there were any."""
-        idle = [i for i, prompt in self.prompts.items() if not prompt.users and i != but]
-        for prompt_id in idle:
-            self._release(prompt_id)
+        idle = [key for key, prompt in self.prompts.items() if not prompt.users and key != but]
+        for key in idle:
+            self._release(key)
         return bool(idle)
 
-    def _release(self, prompt_id):
-        prompt = self.prompts.pop(prompt_id)
+    def _release(self, key):
+        prompt = self.prompts.pop(key)
         if prompt.job in self.jobs:
             self.jobs.remove(prompt.job)
         self.pool.give_back(prompt.pages)
@@ -414,23 +460,23 @@ class Shard:
         self._leave(sample)
         self.crowded, prompt = False, sample.prompt
         if not prompt.users and not prompt.waiting:
-            self._release(sample.request.prompt_id)
+            self._release(sample.request.key)
 
     def steal(self, other: "Shard") -> None:
         """Takes the last waiting response of `other`, which has no row for it.
 
-        Only one that has no tokens: the pages of others are on their device more likely.
+        Only one that had none before: the pages of its prompt are on the other device more likely.
         """
         sample = other.waiting[-1]
-        if sample.tokens:
+        if sample.turn >= 0:
             return
         other.waiting.pop()
-        left = other.prompts.get(sample.request.prompt_id)
+        left = other.prompts.get(sample.request.key)
         if left is not None:
             left.waiting -= 1
             if not left.users and not left.waiting:
-                other._release(sample.request.prompt_id)
-        own = self.prompts.get(sample.request.prompt_id)
+                other._release(sample.request.key)
+        own = self.prompts.get(sample.request.key)
         if own is not None:
             own.waiting += 1
         self.waiting.append(sample)

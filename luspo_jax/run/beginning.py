@@ -2,14 +2,15 @@
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from luspo_jax import prompts
-from luspo_jax.experience.groups import Group
+from luspo_jax.experience.groups import Waiting
 from luspo_jax.experience.held_out import Evaluation
 from luspo_jax.experience.stored import from_stored, to_stored
 from luspo_jax.hosts import processes
@@ -22,9 +23,9 @@ from luspo_jax.types import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-    """What a step hands to the next on the host: surplus groups, and statistics of lengths."""
+    """What a step hands to the next on the host: groups that wait, and statistics of lengths."""
 
-    surplus: Sequence[Group] = ()
+    waiting: Waiting = dataclasses.field(default_factory=Waiting)
     length: LengthState = dataclasses.field(default_factory=LengthState)
 
 
@@ -71,12 +72,16 @@ def _restored(run, checkpointer, step, changed=()) -> Start:
         run.data.stream.set_state(host["stream"])
     evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
     stored = from_stored(waiting, host["waiting"]) if "surplus" in kept else []
-    surplus = [
+    groups = [
         dataclasses.replace(group, prompt=prompts.pictured(group.prompt, run.data.renderer))
         for group in stored
     ]
     length = LengthState.from_json(host["length"]) if "length" in kept else LengthState()
-    carried = Carried(surplus, length)
+    # In earlier checkpoints all are surplus.
+    first, second = host.get("waiting_parts", (len(groups), len(groups)))
+    metrics = host.get("waiting_metrics", {}) if groups[second:] else {}
+    waits = Waiting(groups[:first], groups[first:second], groups[second:], metrics)
+    carried = Carried(waits, length)
     return state, step, evaluations if "evaluations" in kept else [], carried
 
 
@@ -101,11 +106,15 @@ def host_state(
     run: Run, evaluations: list[tuple[int, Evaluation]], carried: Carried
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns what decides the next step besides the train state: JSON values, response arrays."""
-    waiting, described = to_stored(carried.surplus)
+    waits = carried.waiting
+    parts = list(itertools.accumulate([len(waits.surplus), len(waits.begun)]))
+    waiting, described = to_stored([*waits.surplus, *waits.begun, *waits.batch])
     host = {
         "stream": run.data.stream.get_state(),
         "evaluations": [(step, dataclasses.asdict(e)) for step, e in evaluations],
         "waiting": described,
+        "waiting_parts": parts,
+        "waiting_metrics": dict(waits.metrics),
         "length": carried.length.to_json(),
     }
     return host, waiting

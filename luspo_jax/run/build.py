@@ -71,7 +71,15 @@ class Run:
             seed=self.settings.seed,
             shaping=self.shaping,
             metric=self.metric,
+            overlap=rollout.overlap,
+            # What is sampled beside a step is one step old when it is trained on.
+            max_age=rollout.max_age - self.apart,
         )
+
+    @property
+    def apart(self) -> bool:
+        """Whether other devices sample the next step's responses beside this step."""
+        return self.settings.rollout_mesh.apart > 0
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of rollout step `step` (from 0)."""
@@ -231,8 +239,9 @@ def fitting_layouts(
     Raises:
       MeshError: naming every size that does not fit the devices or the model.
     """
-    train = sharding.layout("train", section(config, "mesh").sizes, devices)
-    rollout = sharding.layout("rollout", section(config, "rollout_mesh").sizes, devices)
+    for_training, for_rollout = _roles(section(config, "rollout_mesh").apart, devices)
+    train = sharding.layout("train", section(config, "mesh").sizes, for_training)
+    rollout = sharding.layout("rollout", section(config, "rollout_mesh").sizes, for_rollout)
     sizes = decoder.cut_sizes(model)
     problems = [
         *sharding.misfits(train, sizes | rows),
@@ -245,6 +254,26 @@ def fitting_layouts(
             + f"\n{advice(train)}"
         )
     return train, rollout
+
+
+def _roles(apart, devices):
+    """Returns the devices that train and those that sample: all, or `apart` of them for sampling.
+
+    Raises:
+      MeshError: there are too few, or several processes.
+    """
+    if not apart:
+        return devices, devices
+    devices = sharding.available_devices() if devices is None else list(devices)
+    if len({device.process_index for device in devices}) > 1:
+        raise MeshError(
+            f"rollout_mesh.apart={apart}: several processes cannot yet sample apart; set it to 0"
+        )
+    if apart >= len(devices):
+        raise MeshError(
+            f"rollout_mesh.apart={apart} leaves no device to train on: there are {len(devices)}"
+        )
+    return devices[:-apart], devices[-apart:]
 
 
 def mesh_advice(config: Config, train: Layout | None) -> str:

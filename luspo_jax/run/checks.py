@@ -225,6 +225,7 @@ def _wrong_together(config: ConfigDict) -> Iterator[str]:
     yield from _wrong_metric(config)
     yield from _wrong_sizes(config)
     yield from _wrong_packing(config)
+    yield from _wrong_age(config)
     if config.train.ref_every > 0 and not _of_objective(config, "kl_coef"):
         yield "train.ref_every refreshes the reference of a KL term, but objective.kl_coef is 0"
     yield from _wrong_wandb(config)
@@ -316,6 +317,25 @@ def _wrong_sizes(config: ConfigDict) -> Iterator[str]:
                 f"{rows} responses of a minibatch (rollout.prompts_per_step × rollout.group_size / "
                 "train.num_minibatches)"
             )
+
+
+def _wrong_age(config: ConfigDict) -> Iterator[str]:
+    """Yields responses that would be older than they may be."""
+    apart, rollout = config.rollout_mesh.apart, config.rollout
+    if not apart:
+        return
+    most = (rollout.max_age - 1) * rollout.prompts_per_step
+    if rollout.max_age < 1:
+        yield (
+            f"rollout_mesh.apart={apart} samples for the next step, and rollout.max_age=0 allows "
+            "no such responses: set it to 1 or more"
+        )
+    elif rollout.overlap > most:
+        yield (
+            f"rollout.overlap={rollout.overlap} with rollout_mesh.apart, which takes one of "
+            f"rollout.max_age={rollout.max_age} steps, may be at most {most}: rollout.max_age − 1 "
+            f"steps of rollout.prompts_per_step={rollout.prompts_per_step} prompts"
+        )
 
 
 def _wrong_packing(config: ConfigDict) -> Iterator[str]:

@@ -120,7 +120,10 @@ _FREE_TO_CHANGE = (
     "rollout.page_size",
     "rollout.chunk_length",
     "mesh.",
-    "rollout_mesh.",
+    "rollout_mesh.data",
+    "rollout_mesh.expert",
+    "rollout_mesh.context",
+    "rollout_mesh.tensor",
     "train.offload",
     # Another mesh may need other micro-batches; they change results only by rounding.
     "train.num_microbatches",

@@ -83,6 +83,8 @@ def room_for_pages(
     }
     gone = OFFLOADS[config.train.offload]
     state = sum(size for name, size in held.items() if name not in gone)
+    if config.rollout_mesh.apart:
+        state = 0
     width = jnp.dtype(activation_type(config.model.rollout_dtype)).itemsize
     mlp_dim = max(model.mlp_dim, model.experts_per_token * model.expert_dim)
     values = 16 * model.embed_dim + 3 * mlp_dim + 4 * model.num_heads * model.head_dim

@@ -125,12 +125,16 @@ class RolloutMeshSettings:
     expert: int = 1  # Shards experts.
     context: int = 1  # Shards the KV cache's positions.
     tensor: int = 1  # Shards heads, mlp and vocabulary.
+    # Devices, the last ones, that only sample: the next step's responses, while the others train.
+    # 0: all devices sample, then train. Needs rollout.max_age >= 1.
+    apart: int = 0
 
     RULES: ClassVar[dict[str, Rule]] = {
         "data": _AXIS,
         "expert": _AXIS,
         "context": _AXIS,
         "tensor": _AXIS,
+        "apart": _COUNT,
     }
 
     def __post_init__(self):
@@ -139,7 +143,7 @@ class RolloutMeshSettings:
     @property
     def sizes(self) -> dict[str, int]:
         """Axis → its size, or -1."""
-        return dataclasses.asdict(self)
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "apart"}
 
 
 def _wrong_axes(mesh, sizes):
@@ -276,6 +280,10 @@ class RolloutSettings:
     page_size: int = 0  # Tokens of a page of them on a device; 0 = the platform's.
     cache_dtype: str = ""  # Dtype of them: empty = model.rollout_dtype's, or int8.
     chunk_length: int = 64  # Decode steps between two looks by the host.
+    # Prompts in flight beyond those of a step. A step then ends when enough groups are complete;
+    # the other responses go on in the next, under its weights. 0: a step waits for all.
+    overlap: int = 0
+    max_age: int = 0  # Most steps between the one that begins a group and the one that takes it.
     # Largest |sampler − trainer| log-prob difference of one token allowed at the first step. In
     # float32 more than 0.05 is a bug; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21
     # at temperature 1, 0.44 at 0.6) and more in larger runs: set 1 there. Real bugs make nats.
@@ -297,11 +305,27 @@ class RolloutSettings:
         "page_size": _COUNT,
         "cache_dtype": OneOf(("", "int8")),
         "chunk_length": _SIZE,
+        "overlap": Number(0, 2**20),
+        "max_age": Number(0, 2**16),
         "mismatch_limit": Number(0, 1e30, open_low=True, why="rounding is never 0"),
     }
 
     def __post_init__(self):
-        check_fields(self, "rollout.")
+        check_fields(self, "rollout.", self._wrong())
+
+    def _wrong(self):
+        most = self.max_age * self.prompts_per_step
+        if self.overlap > 0 and self.max_age == 0:
+            yield (
+                f"rollout.overlap={self.overlap} lets responses go on in later steps, and "
+                "rollout.max_age=0 allows none: set it to 1 or more, or rollout.overlap=0"
+            )
+        elif self.overlap > most:
+            yield (
+                f"rollout.overlap={self.overlap} is more than rollout.max_age={self.max_age} steps "
+                f"of rollout.prompts_per_step={self.prompts_per_step} prompts can take in time: it "
+                f"may be at most {most}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,32 +57,53 @@ def group(prompt_id, values, lengths=None, stopped=None, judged=None, version=0,
     return Group(prompt(prompt_id), responses).enriched(**columns)
 
 
-def sampled(prompt_id, sample_id, *, length):
+def sampled(prompt_id, sample_id, *, length, step=0, versions=None, ended=True):
     """A response as a sampler hands it over."""
-    tokens = np.arange(length, dtype=np.int32)
-    logprobs = np.full(length, -0.5, np.float32)
-    return Response(prompt_id, sample_id, tokens, logprobs, stopped=True)
+    return Response(
+        prompt_id,
+        sample_id,
+        np.arange(length, dtype=np.int32),
+        np.full(length, -0.5, np.float32),
+        stopped=ended,
+        step=step,
+        ended=ended,
+        versions=np.full(length, step, np.uint32) if versions is None else versions,
+    )
 
 
 class Sampler:
-    """In place of an engine: responses as long as `length(prompt_id, sample_id)` says."""
+    """In place of an engine: responses as long as `length(prompt_id, sample_id)` says.
+
+    All are decoded together, and it asks after every token whether that is enough.
+    """
 
     sampling = types.SimpleNamespace(max_response_length=12)
 
     def __init__(self, length):
         self.length, self.calls = length, []
 
-    def generate(self, params, requests, *, group_size, seed, step, progress=None):
+    def generate(self, params, requests, *, group_size, seed, step, progress=None, until=None):
         call = {"params": params, "requests": requests, "group_size": group_size}
         self.calls.append(types.SimpleNamespace(**call, seed=seed, step=step))
-        responses = [
-            sampled(r.prompt_id, s, length=self.length(r.prompt_id, s))
-            for r in requests
-            for s in range(group_size)
-        ]
+        asked = [(r, s) for r in requests for s in range(group_size)]
+        wanted = [self.length(r.prompt_id, s) for r, s in asked]
+        begun = [len(r.begun[s].tokens) if r.begun else 0 for r, s in asked]
+        steps = max((want - had for want, had in zip(wanted, begun, strict=True)), default=0)
+        for more in range(1, steps + 1) if until else ():
+            if until([had + more >= want for had, want in zip(begun, wanted, strict=True)]):
+                steps = more
+                break
+        responses = []
+        for (r, s), had, want in zip(asked, begun, wanted, strict=True):
+            length = min(want, had + steps)
+            before = r.begun[s].versions if r.begun else np.zeros(0, np.uint32)
+            versions = np.concatenate([before, np.full(length - had, step, np.uint32)])
+            own = {"length": length, "versions": versions, "ended": length == want}
+            own["step"] = step if r.step is None else r.step
+            responses.append(sampled(r.prompt_id, s, **own))
         if progress:
             progress(len(responses), len(responses))
-        tokens = sum(len(response.tokens) for response in responses)
+        tokens = sum(len(response.tokens) for response in responses) - sum(begun)
         return responses, RolloutStats(10, len(requests), 1, tokens, 0.5, 0, 0.0, 1.0)
 
 

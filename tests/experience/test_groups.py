@@ -80,16 +80,16 @@ def test_a_part_of_the_reward_is_read_by_name():
 # --- verdicts ----------------------------------------------------------------------------------
 
 
-def _judged(prompts, responses, judge, **options):
+def _judged(prompts, responses, judge):
     settings = {"scorer": judge, "decode": lambda tokens: "y" * len(tokens), "max_length": 7}
-    return judged(prompts, responses, **settings, **options)
+    return judged(prompts, responses, **settings)
 
 
 def test_verdicts_make_groups_prompt_by_prompt():
     prompts = [prompt(5), prompt(2, text="<think>")]
     responses = [sampled(p.prompt_id, s, length=1 + s) for p in prompts for s in range(2)]
     judge = Judge(lambda sample: float(sample.length))
-    groups = _judged(prompts, responses, judge, version=11)
+    groups = _judged(prompts, responses, judge)
     assert [group.prompt for group in groups] == prompts
     assert [group.column("prompt_id") for group in groups] == [[5, 5], [2, 2]]
     assert [group.column("text") for group in groups] == [["y", "yy"]] * 2
@@ -98,8 +98,7 @@ def test_verdicts_make_groups_prompt_by_prompt():
         assert response.counted is True
         size = len(response.tokens)
         np.testing.assert_array_equal(response.trained, np.ones(size, bool))
-        np.testing.assert_array_equal(response.versions, np.full(size, 11))
-        assert (response.trained.dtype, response.versions.dtype) == (bool, np.uint32)
+        assert response.trained.dtype == bool
     # What a verifier reads: an opening on which the prompt ends belongs to the response.
     assert [sample.response for sample in judge.samples] == ["y", "yy", "<think>y", "<think>yy"]
     assert {(s.answer, s.max_length, s.problem) for s in judge.samples} == {("!", 7, "?")}

@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from luspo_jax.experience.rounds import Asker, rounds
+from luspo_jax.experience.groups import Waiting
+from luspo_jax.experience.rounds import Asker, chosen, collect, enough, rounds
 from luspo_jax.experience.shaping import Shaping
 from luspo_jax.metrics import StepMetrics
 from tests.experience.experience_cases import FAILED, Judge, Sampler, prompt
@@ -18,6 +19,7 @@ class Stream:
 
     ids: tuple
     taken: int = 0
+    metrics: dict = dataclasses.field(default_factory=dict)
 
     def next_prompts(self, count):
         found = [prompt(self.ids[(self.taken + i) % len(self.ids)]) for i in range(count)]
@@ -25,10 +27,10 @@ class Stream:
         return found
 
 
-def _asker(ids=(3, 5, 8, 9), judge=None, num_prompts=2):
+def _asker(ids=(3, 5, 8, 9), judge=None, num_prompts=2, length=None, **pace):
     return Asker(
         stream=Stream(ids),
-        sampler=Sampler(lambda prompt_id, sample: 1 + (prompt_id + sample) % 3),
+        sampler=Sampler(length or (lambda prompt_id, sample: 1 + (prompt_id + sample) % 3)),
         scorer=judge or Judge(lambda sample: float(sample.length > 1)),
         decode=lambda tokens: "y" * len(tokens),
         num_prompts=num_prompts,
@@ -36,11 +38,13 @@ def _asker(ids=(3, 5, 8, 9), judge=None, num_prompts=2):
         seed=17,
         shaping=Shaping(),
         metric="right",
+        **pace,
     )
 
 
 def _rounds(asker, count, metrics=None, step=4):
-    return list(itertools.islice(rounds(asker, "weights", step, metrics or StepMetrics()), count))
+    found = rounds(asker, "weights", [], step, metrics or StepMetrics())
+    return list(itertools.islice(found, count))
 
 
 def test_each_round_brings_new_prompts_with_judged_responses():
@@ -63,7 +67,7 @@ def test_each_round_brings_new_prompts_with_judged_responses():
 def test_nothing_is_sampled_before_it_is_asked_for():
     """A round costs a rollout: a generator that is not read takes no prompt."""
     asker = _asker()
-    found = rounds(asker, "weights", 0, StepMetrics())
+    found = rounds(asker, "weights", [], 0, StepMetrics())
     assert (asker.stream.taken, asker.sampler.calls) == (0, [])
     next(found)
     assert (asker.stream.taken, len(asker.sampler.calls)) == (2, 1)
@@ -98,3 +102,113 @@ def test_what_sampling_cost_adds_up_over_rounds():
     assert found["rollout/decode_steps"] == 3 * 10
     assert found["rollout/slot_utilisation"] == pytest.approx(0.5)
     assert {"timing_s/gen", "timing_s/reward"} <= found.keys()
+
+
+# --- responses that go on in later steps ---------------------------------------------------------
+
+
+def _steps(asker, count):
+    """The batches of some steps with their metrics, and what waits after the last."""
+    waiting, batches = Waiting(), []
+    for step in range(count):
+        metrics = StepMetrics()
+        rollouts, waiting = collect(asker, f"weights {step}", waiting, step, metrics)
+        batches.append((rollouts.groups, metrics.result()))
+    return batches, waiting
+
+
+def _tails(seed):
+    """Most responses are short, some are very long."""
+    rng = np.random.default_rng(seed)
+    lengths = np.ceil(5 * np.exp(1.2 * rng.normal(size=(1000, 2)))).astype(int)
+    return lambda prompt_id, sample: int(lengths[prompt_id % 1000, sample])
+
+
+@pytest.mark.parametrize(("overlap", "max_age"), [(1, 1), (3, 1), (3, 2), (6, 2), (5, 7)])
+def test_every_batch_is_full_no_group_is_old_and_none_is_lost(overlap, max_age):
+    pace = {"overlap": overlap, "max_age": max_age}
+    asker = _asker(range(1000), num_prompts=3, length=_tails(overlap), **pace)
+    batches, waiting = _steps(asker, 60)
+    taken = []
+    for step, (groups, metrics) in enumerate(batches):
+        assert len(groups) == 3
+        ages = [step - group.step for group in groups]
+        assert max(ages) <= max_age
+        assert metrics["rollout/age/max"] == max(ages)
+        assert metrics["rollout/in_flight/groups"] == overlap
+        for group in groups:
+            assert group.ended
+            for response in group.responses:
+                assert len(response.tokens) == asker.sampler.length(
+                    response.prompt_id, response.sample_id
+                )
+                versions = response.versions.astype(int)
+                assert (np.diff(versions) >= 0).all()
+                assert group.step <= versions[0] <= versions[-1] <= step
+                assert response.reward is not None
+        taken += [group.prompt.prompt_id for group in groups]
+    left = [group.prompt.prompt_id for group in waiting.begun]
+    assert all(group.responses[0].reward is None for group in waiting.begun)
+    assert sorted(taken + left) == list(range(60 * 3 + overlap))  # each once, none given up
+    mixed = [len(set(r.versions)) for groups, _ in batches for g in groups for r in g.responses]
+    assert max(mixed) > 1
+
+
+def test_a_step_waits_for_the_longest_response_only_when_it_is_due():
+    """Prompt 0 is very long: the first steps go on without it, and the step in which it is due
+    does not."""
+    asker = _asker(
+        range(1000),
+        num_prompts=2,
+        length=lambda prompt_id, sample: 500 if (prompt_id, sample) == (0, 0) else 3,
+        overlap=2,
+        max_age=2,
+    )
+    batches, _ = _steps(asker, 4)
+    ids = [[group.prompt.prompt_id for group in groups] for groups, _ in batches]
+    assert ids == [[1, 2], [3, 4], [0, 5], [6, 7]]
+    generated = [metrics["rollout/generated_tokens"] for _, metrics in batches]
+    assert generated[0] < 30
+    assert generated[2] > 480
+
+
+def test_without_overlap_a_step_is_one_call_that_is_not_stopped():
+    batches, waiting = _steps(_asker(range(9)), 3)
+    assert waiting == Waiting([], [])
+    assert [group.step for groups, _ in batches for group in groups] == [0, 0, 1, 1, 2, 2]
+    for _, metrics in batches:
+        assert not any(name.startswith(("rollout/age", "rollout/in_flight")) for name in metrics)
+
+
+def test_a_round_ends_exactly_when_the_oldest_can_still_be_taken():
+    """Against playing the later rounds, which may complete what they like, to the end."""
+
+    def in_time(left, num_groups):
+        """Whether rounds that each take the most urgent take all; `left` has steps that remain."""
+        rest, now = sorted(left), 1  # the first of these rounds is one step later
+        while rest:
+            if rest[0] < now:
+                return False
+            rest, now = rest[num_groups:], now + 1
+        return True
+
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(3000):
+        num_groups, max_age = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+        count = int(rng.integers(num_groups, num_groups * (max_age + 1) + 1))
+        ages = rng.integers(0, max_age + 1, count)
+        left = max_age - ages
+        # Only states that earlier rounds may have left.
+        if any((left <= n).sum() > (n + 1) * num_groups for n in range(max_age)):
+            continue
+        ended = rng.random(count) < 0.7
+        found = enough(ended, ages, num_groups=num_groups, max_age=max_age)
+        expected = ended.sum() >= num_groups
+        if expected:
+            taken = np.array(chosen(ended, (-ages).tolist(), num_groups))
+            assert taken.sum() == num_groups
+            assert (ended | ~taken).all()
+            expected = in_time(left[~taken], num_groups)
+        assert found == expected
+        seen.add(bool(found))
+    assert seen == {True, False}

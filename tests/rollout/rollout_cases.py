@@ -95,7 +95,7 @@ def log_softmax(logits):
 
 def noise(seed, step, request, response):
     """float32 uniforms [response tokens, 2] by the noise law, one fold at a time."""
-    key = s.rollout_key(seed, step)
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     key = jax.random.fold_in(jax.random.fold_in(key, request.prompt_id), response.sample_id)
     return np.asarray(_uniforms(key))[len(request.tokens) :][: len(response.tokens)]
 

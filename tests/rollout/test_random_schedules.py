@@ -1,6 +1,5 @@
 """The engine's loop over devices that only count: no schedule hangs, leaks or shares a new page."""
 
-import jax
 import numpy as np
 
 from luspo_jax.models.forward import Forward
@@ -62,9 +61,7 @@ def test_every_response_ends_and_every_page_comes_back():
             **dict(zip(names, sizes, strict=True)),
         )  # fmt: skip
         engine.take_room(engine.least_bytes + rng.integers(0, 12) * engine.page_bytes)
-        loop = Loop(
-            engine, None, requests, int(rng.integers(1, 6)), jax.random.key(0), _Counting(rng)
-        )
+        loop = Loop(engine, None, requests, int(rng.integers(1, 6)), (0, 0), _Counting(rng))
         loop.run(None)
         assert all(response is not None for response in loop.responses)
         (shard,) = loop.shards

@@ -184,9 +184,9 @@ def test_truncated_draws_follow_the_renormalised_softmax(kwargs):
 
 def test_noise_depends_on_seed_step_prompt_sample_and_position_only():
     def noise(seed, step, prompt_ids, sample_ids, positions):
-        key = s.rollout_key(seed, step)
-        ids = [jnp.asarray(x, jnp.int32) for x in (prompt_ids, sample_ids, positions)]
-        return np.asarray(s.uniforms(s.row_keys(key, *ids[:2]), ids[2]))
+        steps = [step] * len(prompt_ids)
+        ids = [jnp.asarray(x, jnp.int32) for x in (steps, prompt_ids, sample_ids, positions)]
+        return np.asarray(s.uniforms(s.row_keys(s.seed_key(seed), *ids[:3]), ids[3]))
 
     base = noise(1, 2, [3], [4], [5])
     for other in [(0, 2, 3, 4, 5), (1, 3, 3, 4, 5), (1, 2, 4, 3, 5), (1, 2, 3, 4, 6)]:

@@ -6,6 +6,7 @@ import pytest
 from luspo_jax.rollout import Request
 from luspo_jax.rollout import schedule as s
 from luspo_jax.rollout.pool import PagePool
+from luspo_jax.rollout.sampling import Sampling
 
 
 def test_a_page_is_free_when_its_last_user_gives_it_back():
@@ -24,7 +25,7 @@ def test_a_page_is_free_when_its_last_user_gives_it_back():
 
 def _shard(lengths, *, pages, rows=8, group_size=2, longest=8):
     requests = [Request(i, np.arange(n)) for i, n in enumerate(lengths)]
-    samples = s.samples_of(requests, group_size, longest)
+    samples = s.samples_of(requests, group_size, Sampling(longest, ()), 0)
     root = np.zeros(0, np.int32)
     return s.Shard(samples, PagePool(pages + 1), page_tokens=4, rows=rows, root=root)
 
@@ -42,7 +43,7 @@ def test_responses_share_their_prompts_full_pages_and_the_last_takes_the_rest():
     assert [job.tokens.tolist() for job in shard.jobs] == [list(range(9))]
     assert not shard.decoding
     copies = _read_all(shard)
-    prompt = shard.prompts[0]
+    prompt = shard.prompts[None, 0]
     assert first.table[:2] == second.table[:2] == prompt.pages
     assert copies == [(second.table[2], first.table[2])]
     assert prompt.rest is None
@@ -58,7 +59,7 @@ def test_a_prompt_waits_for_rows_with_its_pages_and_its_rest():
     shard = _shard([6], pages=20, rows=2, group_size=3)
     shard.admit()
     assert len(_read_all(shard)) == 2
-    assert shard.prompts[0].rest is not None
+    assert shard.prompts[None, 0].rest is not None
     shard.finish(shard.admitted[0])
     shard.admit()
     assert _read_all(shard) == []  # the last one has the page itself
@@ -87,7 +88,7 @@ def test_the_youngest_gives_its_pages_back_and_is_read_again_with_its_tokens():
     shard.admit()
     assert shard.jobs[-1].tokens.tolist() == [*range(5), 7, 8]
     assert shard.jobs[-1].at == 4
-    assert shard.jobs[-1].again
+    assert shard.jobs[-1].kind == "again"
     _read_all(shard)
     assert shard.decoding == [second]
     assert (second.position, second.last_token) == (7, 9)
@@ -115,11 +116,11 @@ def test_one_response_alone_is_not_preempted():
 
 def test_groups_stay_together_and_devices_get_as_many_each():
     requests = [Request(i, (0,) * n) for i, n in enumerate([5, 100, 7, 90])]
-    samples = s.samples_of(requests, 3, 8)
-    parts = s.dealt(samples, 3, 2)
+    samples = s.samples_of(requests, 3, Sampling(8, ()), 0)
+    parts = s.dealt(samples, 2)
     dealt = [[x.request.prompt_id for x in part] for part in parts]
     assert dealt == [[1, 1, 1, 2, 2, 2], [3, 3, 3, 0, 0, 0]]
-    parts = s.dealt(samples[:9], 3, 2)
+    parts = s.dealt(samples[:9], 2)
     assert [len(part) for part in parts] == [5, 4]
     assert sorted(x.index for part in parts for x in part) == list(range(9))
 
