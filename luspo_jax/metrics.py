@@ -43,6 +43,38 @@ def _spread(prefix: str, unit: str, of: str) -> list[Metric]:
     ]
 
 
+def _account() -> list[Metric]:
+    """Lengths sampled, finished and consumed, the last being those trained on."""
+    head, window = "length/account", "length/account/window"
+    return [
+        Metric(f"{head}/flag", "last", "", "1 while lengths consumed have parted from sampled"),
+        Metric(f"{head}/*/count", "last", "responses", "responses of a population"),
+        Metric(f"{head}/*/mean", "last", "tokens", "mean length of a population or an age"),
+        *(
+            Metric(f"{head}/*/p{level}", "last", "tokens", f"{level} % quantile of its lengths")
+            for level in (10, 50, 90)
+        ),
+        Metric(f"{head}/sampled/unfinished", "last", "", "share that counts tokens so far"),
+        Metric(f"{head}/finished/clip_ratio", "last", "", "share cut at the limit"),
+        *(
+            Metric(f"{head}/{of}{name}", "last", unit, f"{what}, consumed to {to}")
+            for of, to in (("", "finished"), ("complete/", "all of complete cohorts"))
+            for name, unit, what in (
+                ("difference", "tokens", "difference of mean lengths"),
+                ("w1", "tokens", "Wasserstein-1 distance of lengths"),
+                ("w1_relative", "", "the same over the mean length"),
+                ("ks", "", "Kolmogorov–Smirnov statistic of lengths"),
+            )
+        ),
+        Metric(f"{window}/sampled_mean", "last", "tokens", "Kaplan–Meier mean up to the horizon"),
+        Metric(f"{window}/sampled_p50", "last", "tokens", "Kaplan–Meier median"),
+        Metric(f"{window}/consumed_mean", "last", "tokens", "mean of min(length, horizon)"),
+        Metric(f"{window}/horizon", "last", "tokens", "most tokens seen in the window's cohorts"),
+        Metric(f"{window}/relative_difference", "last", "", "mean consumed / sampled − 1"),
+        Metric(f"{window}/standard_error", "last", "", "of log(consumed / sampled), jackknife"),
+    ]
+
+
 _DECLARED = [
     Metric("training/global_step", "last", "steps", "rollout steps done"),
     Metric("training/epoch", "last", "epochs", "passes over the prompts"),
@@ -159,6 +191,7 @@ _DECLARED = [
     Metric("length/degeneration/growth", "last", "", "growth of length over the last window"),
     Metric("length/degeneration/accuracy_gain", "last", "", "growth of accuracy over it"),
     Metric("length/degeneration/flag", "last", "", "1 while length grows and accuracy does not"),
+    *_account(),
     Metric("length/advantage_corr", "mean", "", "within-group correlation of A and length"),
     Metric("length/correct_mean", "mean", "tokens", "mean length of responses judged right"),
     Metric("length/incorrect_mean", "mean", "tokens", "mean length of responses judged wrong"),

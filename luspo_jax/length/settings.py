@@ -38,6 +38,8 @@ class LengthSettings:
       mitigation: response to a run flagged as degenerate: "penalty" subtracts `penalty` · L /
         max_response_length from rewards, "scale" lowers α by `alpha_rate` a step.
       penalty: reward lost by the longest possible response.
+      account_window: rollout steps over which lengths trained on and lengths sampled are compared.
+      account_limit: relative difference of their means above which a run warns.
 
     Raises:
       ValueError: an invalid field, named in the message.
@@ -59,6 +61,8 @@ class LengthSettings:
     gain: float = 0.01
     mitigation: str = "none"
     penalty: float = 0.1
+    account_window: int = 20
+    account_limit: float = 0.1
 
     def __post_init__(self):
         for broken, message in self._problems():
@@ -117,6 +121,12 @@ class LengthSettings:
                 self.mitigation == "penalty" and not self.penalty,
                 'penalty=0 takes nothing: mitigation="penalty" needs a penalty > 0',
             ),
+            (
+                self.account_window < 2,
+                f"account_window={self.account_window} must be at least 2: the error of a "
+                "difference is estimated from that between steps",
+            ),
+            (not self.account_limit > 0, f"account_limit={self.account_limit:g} must be > 0"),
         ]
 
     def _edges(self):

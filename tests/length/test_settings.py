@@ -39,6 +39,9 @@ BAD = [
     ("mitigation", {"mitigation": "hope"}),
     ("penalty", {"penalty": -0.1}),
     ("penalty", {"mitigation": "penalty", "penalty": 0.0}),
+    ("account_window", {"account_window": 1}),
+    ("account_limit", {"account_limit": 0.0}),
+    ("account_limit", {"account_limit": -0.1}),
 ]
 
 # What only the rest of a configuration makes wrong.
