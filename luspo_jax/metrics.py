@@ -165,6 +165,8 @@ _DECLARED = [
     Metric("rollout/age/max", "max", "steps", "age of the oldest"),
     Metric("rollout/in_flight/groups", "last", "groups", "groups that wait for the next step"),
     Metric("rollout/in_flight/complete", "last", "groups", "those of them that are complete"),
+    Metric("rollout/dropped/groups", "sum", "groups", "groups given up as too old"),
+    Metric("rollout/dropped/tokens", "sum", "tokens", "tokens of their responses"),
     Metric("rollout/in_flight/tokens", "last", "tokens", "tokens of their responses so far"),
     Metric("rollout/preemptions", "sum", "", "responses that gave their pages back for a while"),
     Metric("rollout/pages_peak", "mean", "", "most of the pages in use at a time, as a share"),

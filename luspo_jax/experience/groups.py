@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from luspo_jax.length.accounting import AccountState
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Sample, Scorer
 from luspo_jax.rewards.answers.extraction import with_opening
@@ -68,12 +69,14 @@ class Waiting:
       begun: groups of which a response has not ended, or which no batch has taken yet.
       batch: the whole next batch, if it was sampled while this step trained.
       metrics: of sampling that batch, as `StepMetrics.values`.
+      account: lengths sampled and trained on in the last steps.
     """
 
     surplus: Sequence[Group] = ()
     begun: Sequence[Group] = ()
     batch: Sequence[Group] = ()
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    account: AccountState = dataclasses.field(default_factory=AccountState)
 
 
 @dataclasses.dataclass(frozen=True)

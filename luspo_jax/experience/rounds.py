@@ -3,8 +3,10 @@
 A round ends when enough groups are complete. The others go on in the next round or step, under the
 weights of then, and the oldest are taken first. How long a response is therefore does not decide
 whether it is trained on, but when; and no group is trained on later than `max_age` steps after it
-began, because a round does not end while that is in danger. What ends a round is counted in decode
-steps and complete groups, never by a clock, so a run goes on alike after a restart.
+began, because a round does not end while that is in danger. (With `late="drop"` it does, and groups
+that are too old are given up, as others do: then short responses are trained on.) What ends a round
+is counted in decode steps and complete groups, never by a clock, so a run goes on alike after a
+restart.
 """
 
 import dataclasses
@@ -13,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from luspo_jax.experience import shaping
+from luspo_jax.experience import accounts, shaping
 from luspo_jax.experience.groups import Group, Rollouts, Waiting, judged
 from luspo_jax.experience.shaping import Shaping
 from luspo_jax.hosts import processes
+from luspo_jax.length.accounting import Finished
+from luspo_jax.length.settings import LengthSettings
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.prompts import PromptStream
 from luspo_jax.rewards import Scorer
@@ -39,6 +43,8 @@ class Asker:
       metric: the reward part that counts as accuracy.
       overlap: prompts in flight beyond those of a round.
       max_age: most steps between the one that begins a group and the one that trains on it.
+      late: what becomes of groups that grow too old: "wait" for them, or "drop" them.
+      length: settings of the account of lengths.
     """
 
     stream: PromptStream
@@ -52,6 +58,22 @@ class Asker:
     metric: str
     overlap: int = 0
     max_age: int = 0
+    late: str = "wait"
+    length: LengthSettings = LengthSettings()  # noqa: RUF009  (frozen)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether lengths trained on may differ from lengths sampled."""
+        return self.overlap > 0 or self.shaping.chooses
+
+
+@dataclasses.dataclass
+class Flight:
+    """The groups in flight, which rounds change, and what ended or was given up on the way."""
+
+    groups: list[Group]
+    ended: list[Finished] = dataclasses.field(default_factory=list)
+    dropped: list[Group] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +97,9 @@ def collect(
       step: rollout steps taken before the one that trains on the batch.
       metrics: receives times, costs of sampling, and what was left out.
     """
-    begun = list(waiting.begun)
+    flight = Flight(list(waiting.begun))
     found = shaping.collect(
-        rounds(asker, policy, begun, step, metrics),
+        rounds(asker, policy, flight, step, metrics),
         waiting.surplus,
         shaping=asker.shaping,
         num_groups=asker.num_prompts,
@@ -85,13 +107,29 @@ def collect(
     )
     metrics.update(found.counts)
     metrics.update(asker.stream.metrics)
+    if asker.late == "drop":
+        flight.dropped = [g for g in flight.groups if step - g.step >= asker.max_age]
+        flight.groups = [g for g in flight.groups if step - g.step < asker.max_age]
     if asker.overlap:
-        metrics.update(_ages(found.groups, begun, step))
-    return Rollouts(found.groups, version=step), Waiting(found.surplus, begun)
+        metrics.update(_ages(found.groups, flight, step))
+    account = waiting.account
+    if asker.chooses:
+        account = accounts.account(
+            account,
+            asker.length,
+            step,
+            ended=flight.ended,
+            begun=flight.groups,
+            dropped=flight.dropped,
+            taken=found.groups,
+            metrics=metrics,
+        )
+    rest = Waiting(found.surplus, flight.groups, account=account)
+    return Rollouts(found.groups, version=step), rest
 
 
 def rounds(
-    asker: Asker, policy: Policy, begun: list[Group], step: int, metrics: StepMetrics
+    asker: Asker, policy: Policy, flight: Flight, step: int, metrics: StepMetrics
 ) -> Iterator[list[Group]]:
     """Yields rounds of rewarded groups, sampled on demand from new prompts and those in flight.
 
@@ -100,12 +138,13 @@ def rounds(
     Args:
       asker: samples and rewards.
       policy: that samples.
-      begun: the groups in flight; changed in place.
+      flight: changed in place.
       step: rollout steps taken before the one that trains on them; it begins the new ones.
       metrics: receives times and costs of sampling.
     """
     used: list[int] = []
     while True:
+        begun = flight.groups
         asked = asker.stream.next_prompts(asker.num_prompts + asker.overlap - len(begun))
         used.extend(prompt.prompt_id for prompt in asked)
         noise_ids = _noise_ids(used)[len(used) - len(asked) :]
@@ -139,7 +178,9 @@ def rounds(
         groups = [
             Group(group.prompt, responses) for group, responses in zip(begun, found, strict=True)
         ]
-        begun[:] = [group for group, take in zip(groups, taken, strict=True) if not take]
+        for before, after in zip(begun, groups, strict=True):
+            flight.ended += accounts.newly_ended(before, after)
+        flight.groups = [group for group, take in zip(groups, taken, strict=True) if not take]
         yield [group for group, take in zip(groups, taken, strict=True) if take]
 
 
@@ -169,7 +210,10 @@ def _until(asker, begun, step):
     def until(ended: Sequence[bool]) -> bool:
         own = [all(ended[i : i + size]) for i in range(0, len(ended), size)]
         return enough(
-            processes.gathered(own), ages, num_groups=asker.num_prompts, max_age=asker.max_age
+            processes.gathered(own),
+            ages,
+            num_groups=asker.num_prompts,
+            max_age=asker.max_age if asker.late == "wait" else 0,
         )
 
     return until
@@ -187,7 +231,7 @@ def enough(ended: Sequence[bool], ages: Sequence[int], *, num_groups: int, max_a
       ended: whether each group in flight is complete.
       ages: steps since each began.
       num_groups: groups that a round takes.
-      max_age: most steps between beginning and training.
+      max_age: most steps between beginning and training; 0 lets groups grow as old as they do.
     """
     ended_N, left_N = np.asarray(ended, bool), max_age - np.asarray(ages)
     if ended_N.sum() < num_groups:
@@ -222,15 +266,20 @@ def _judged(asker, groups, taken):
     return [next(rewarded) if take else group for group, take in zip(groups, taken, strict=True)]
 
 
-def _ages(taken, begun, step):
+def _ages(taken, flight, step):
     ages = [step - group.step for group in taken]
-    tokens = [len(r.tokens) for group in begun for r in group.responses]
+    begun, dropped = (
+        sum(len(r.tokens) for group in groups for r in group.responses)
+        for groups in (flight.groups, flight.dropped)
+    )
     return {
         "rollout/age/mean": float(np.mean(ages)),
         "rollout/age/max": max(ages),
-        "rollout/in_flight/groups": len(begun),
-        "rollout/in_flight/complete": sum(group.ended for group in begun),
-        "rollout/in_flight/tokens": sum(tokens),
+        "rollout/in_flight/groups": len(flight.groups),
+        "rollout/in_flight/complete": sum(group.ended for group in flight.groups),
+        "rollout/in_flight/tokens": begun,
+        "rollout/dropped/groups": len(flight.dropped),
+        "rollout/dropped/tokens": dropped,
     }
 
 

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from luspo_jax.experience import accounts
-from luspo_jax.experience.accounts import Trace
 from luspo_jax.experience.groups import Group
 from luspo_jax.hosts.values import Number, OneOf, refusal
 
@@ -81,20 +79,11 @@ class Shaping:
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """A full batch, the surplus for the next step, and what became known on the way.
-
-    Attributes:
-      groups: of the batch.
-      surplus: groups for the next step.
-      counts: for the metrics.
-      traces: of all responses of the rounds, also of groups left out or given up, whose arrays are
-        not kept.
-    """
+    """A full batch, the surplus for the next step, and counts for the metrics."""
 
     groups: list[Group]
     surplus: list[Group]
     counts: dict[str, float]
-    traces: list[Trace]
 
 
 def collect(
@@ -118,14 +107,13 @@ def collect(
       num_groups: groups of a batch.
       part: the reward part that counts as accuracy.
     """
-    chosen, left_out, rewards, traces, sampled, tries = list(surplus), [], [], [], 0, 0
+    chosen, left_out, rewards, sampled, tries = list(surplus), [], [], 0, 0
     most = shaping.max_tries if shaping.filters_groups else 1
     rounds = iter(rounds)
     while tries < most and len(chosen) < num_groups:
         fresh = next(rounds)
         tries += 1
         sampled += len(fresh)
-        traces += accounts.traces(fresh)
         rewards += [value for group in fresh for value in group.values()[group.judged]]
         kept = [keeps(group, shaping) for group in fresh]
         passed = group_filter(kept, shaping, part=part)
@@ -154,7 +142,6 @@ def collect(
             "shaping/groups_missing": missing,
             **({"shaping/sampled_reward": float(np.mean(rewards))} if rewards else {}),
         },
-        traces=traces,
     )
 
 

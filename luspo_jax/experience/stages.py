@@ -60,7 +60,9 @@ def with_logprobs(
         if "old" in passes:
             found = policy_logprobs(state, passes["old"], plans, planner)
             gap = largest_gap(rollouts, found)
-            metrics.add("rollout_corr/max_abs_diff", gap)
+            # A continued run checks too, and must not report what an uninterrupted one does not.
+            if passes["old"].kept or rollouts.version == 0:
+                metrics.add("rollout_corr/max_abs_diff", gap)
             if check:
                 check_gap(gap, mismatch_limit)
             if passes["old"].kept:

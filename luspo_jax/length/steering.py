@@ -1,4 +1,4 @@
-"""A run's length state: the exponent it steers, whether longer responses pay, and an account.
+"""A run's length state: the exponent it steers, and whether longer responses pay.
 
 All values are plain numbers on the host, saved in the checkpoint, so that a resumed run steers like
 an uninterrupted one.
@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from luspo_jax.length.accounting import AccountState
 from luspo_jax.length.settings import LengthSettings
 
 
@@ -24,7 +23,6 @@ class LengthState:
       slope: running mean of that pressure's derivative in α.
       measured_shift: running mean of `alpha_shift` at those measurements.
       history: (mean length, accuracy) of the last two windows' steps, oldest first.
-      account: lengths sampled and trained on in the last steps.
     """
 
     alpha_shift: float = 0.0
@@ -33,7 +31,6 @@ class LengthState:
     slope: float | None = None
     measured_shift: float | None = None
     history: tuple[tuple[float, float], ...] = ()
-    account: AccountState = dataclasses.field(default_factory=AccountState)
 
     def to_json(self) -> dict[str, Any]:
         """Returns JSON values; floats survive exactly."""
@@ -43,10 +40,7 @@ class LengthState:
     def from_json(cls, stored: Mapping[str, Any]) -> "LengthState":
         """Restores the output of `to_json`."""
         history = tuple((float(length), float(right)) for length, right in stored["history"])
-        account = AccountState()
-        if "account" in stored:  # not in checkpoints from before there was one
-            account = AccountState.from_json(stored["account"])
-        return cls(**{**stored, "history": history, "account": account})
+        return cls(**{**stored, "history": history})
 
 
 @dataclasses.dataclass(frozen=True)

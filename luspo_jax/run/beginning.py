@@ -15,6 +15,7 @@ from luspo_jax.experience.held_out import Evaluation
 from luspo_jax.experience.stored import from_stored, to_stored
 from luspo_jax.hosts import processes
 from luspo_jax.learner.state import abstract_state, initial_state
+from luspo_jax.length.accounting import AccountState
 from luspo_jax.length.steering import LengthState
 from luspo_jax.run.build import Run
 from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
@@ -80,7 +81,10 @@ def _restored(run, checkpointer, step, changed=()) -> Start:
     # In earlier checkpoints all are surplus.
     first, second = host.get("waiting_parts", (len(groups), len(groups)))
     metrics = host.get("waiting_metrics", {}) if groups[second:] else {}
-    waits = Waiting(groups[:first], groups[first:second], groups[second:], metrics)
+    account = AccountState()
+    if "surplus" in kept and "account" in host:
+        account = AccountState.from_json(host["account"])
+    waits = Waiting(groups[:first], groups[first:second], groups[second:], metrics, account)
     carried = Carried(waits, length)
     return state, step, evaluations if "evaluations" in kept else [], carried
 
@@ -115,6 +119,7 @@ def host_state(
         "waiting": described,
         "waiting_parts": parts,
         "waiting_metrics": dict(waits.metrics),
+        "account": waits.account.to_json(),
         "length": carried.length.to_json(),
     }
     return host, waiting

@@ -74,6 +74,8 @@ class Run:
             overlap=rollout.overlap,
             # What is sampled beside a step is one step old when it is trained on.
             max_age=rollout.max_age - self.apart,
+            late=rollout.late,
+            length=self.length,
         )
 
     @property

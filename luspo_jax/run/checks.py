@@ -330,7 +330,7 @@ def _wrong_age(config: ConfigDict) -> Iterator[str]:
             f"rollout_mesh.apart={apart} samples for the next step, and rollout.max_age=0 allows "
             "no such responses: set it to 1 or more"
         )
-    elif rollout.overlap > most:
+    elif rollout.overlap > most and rollout.late == "wait":
         yield (
             f"rollout.overlap={rollout.overlap} with rollout_mesh.apart, which takes one of "
             f"rollout.max_age={rollout.max_age} steps, may be at most {most}: rollout.max_age − 1 "

@@ -284,6 +284,9 @@ class RolloutSettings:
     # the other responses go on in the next, under its weights. 0: a step waits for all.
     overlap: int = 0
     max_age: int = 0  # Most steps between the one that begins a group and the one that takes it.
+    # What becomes of groups that would grow older: "wait" for them, or "drop" them, as others do;
+    # what is trained on is then shorter than what is sampled.
+    late: str = "wait"
     # Largest |sampler − trainer| log-prob difference of one token allowed at the first step. In
     # float32 more than 0.05 is a bug; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21
     # at temperature 1, 0.44 at 0.6) and more in larger runs: set 1 there. Real bugs make nats.
@@ -307,6 +310,7 @@ class RolloutSettings:
         "chunk_length": _SIZE,
         "overlap": Number(0, 2**20),
         "max_age": Number(0, 2**16),
+        "late": OneOf(("wait", "drop")),
         "mismatch_limit": Number(0, 1e30, open_low=True, why="rounding is never 0"),
     }
 
@@ -315,6 +319,8 @@ class RolloutSettings:
 
     def _wrong(self):
         most = self.max_age * self.prompts_per_step
+        if self.late == "drop":
+            return
         if self.overlap > 0 and self.max_age == 0:
             yield (
                 f"rollout.overlap={self.overlap} lets responses go on in later steps, and "

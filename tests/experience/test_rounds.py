@@ -2,12 +2,21 @@
 
 import dataclasses
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 
 from luspo_jax.experience.groups import Waiting
-from luspo_jax.experience.rounds import Asker, chosen, collect, enough, rounds
+from luspo_jax.experience.rounds import (
+    Asker,
+    Flight,
+    Policy,
+    chosen,
+    collect,
+    enough,
+    rounds,
+)
 from luspo_jax.experience.shaping import Shaping
 from luspo_jax.metrics import StepMetrics
 from tests.experience.experience_cases import FAILED, Judge, Sampler, prompt
@@ -43,7 +52,7 @@ def _asker(ids=(3, 5, 8, 9), judge=None, num_prompts=2, length=None, **pace):
 
 
 def _rounds(asker, count, metrics=None, step=4):
-    found = rounds(asker, "weights", [], step, metrics or StepMetrics())
+    found = rounds(asker, Policy("weights", step), Flight([]), step, metrics or StepMetrics())
     return list(itertools.islice(found, count))
 
 
@@ -67,7 +76,7 @@ def test_each_round_brings_new_prompts_with_judged_responses():
 def test_nothing_is_sampled_before_it_is_asked_for():
     """A round costs a rollout: a generator that is not read takes no prompt."""
     asker = _asker()
-    found = rounds(asker, "weights", [], 0, StepMetrics())
+    found = rounds(asker, Policy("weights", 0), Flight([]), 0, StepMetrics())
     assert (asker.stream.taken, asker.sampler.calls) == (0, [])
     next(found)
     assert (asker.stream.taken, len(asker.sampler.calls)) == (2, 1)
@@ -112,7 +121,7 @@ def _steps(asker, count):
     waiting, batches = Waiting(), []
     for step in range(count):
         metrics = StepMetrics()
-        rollouts, waiting = collect(asker, f"weights {step}", waiting, step, metrics)
+        rollouts, waiting = collect(asker, Policy(f"weights {step}", step), waiting, step, metrics)
         batches.append((rollouts.groups, metrics.result()))
     return batches, waiting
 
@@ -174,7 +183,7 @@ def test_a_step_waits_for_the_longest_response_only_when_it_is_due():
 
 def test_without_overlap_a_step_is_one_call_that_is_not_stopped():
     batches, waiting = _steps(_asker(range(9)), 3)
-    assert waiting == Waiting([], [])
+    assert (waiting.surplus, waiting.begun) == ([], [])
     assert [group.step for groups, _ in batches for group in groups] == [0, 0, 1, 1, 2, 2]
     for _, metrics in batches:
         assert not any(name.startswith(("rollout/age", "rollout/in_flight")) for name in metrics)
@@ -212,3 +221,30 @@ def test_a_round_ends_exactly_when_the_oldest_can_still_be_taken():
         assert found == expected
         seen.add(bool(found))
     assert seen == {True, False}
+
+
+def test_dropping_what_is_late_keeps_the_short_and_waiting_does_not():
+    """The same lengths, handled both ways; the account tells of it."""
+    drawn = _tails(3)
+    mean = np.mean([drawn(i, sample) for i in range(120) for sample in range(2)])
+    pace = {"num_prompts": 3, "length": drawn, "overlap": 3}
+    means, flags = {}, {}
+    for late, max_age in (("wait", 2), ("drop", 0)):
+        asker = _asker(range(1000), late=late, max_age=max_age, **pace)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            batches, waiting = _steps(asker, 40)
+        means[late] = np.mean([g.lengths.mean() for groups, _ in batches for g in groups])
+        flags[late] = [metrics["length/account/flag"] for _, metrics in batches]
+        dropped = [metrics["rollout/dropped/groups"] for _, metrics in batches]
+        if late == "drop":
+            assert dropped == [3] * 40
+            assert waiting.begun == []
+            assert all(step == g.step for step, (groups, _) in enumerate(batches) for g in groups)
+            assert len(warned) == 1
+        else:
+            assert sum(dropped) == len(warned) == 0
+    assert abs(means["wait"] / mean - 1) < 0.15
+    assert means["drop"] < 0.6 * mean
+    assert max(flags["wait"]) == 0
+    assert flags["drop"][-1] == 1

@@ -149,20 +149,6 @@ def test_a_filter_gives_no_token_gradient_that_had_none():
         assert response.trained.dtype == bool
 
 
-def test_traces_are_of_all_that_was_sampled_whatever_became_of_it():
-    rounds = [
-        [_group(0, EASY, lengths=[5, 6], version=2)],  # left out
-        [_group(i, MIXED, lengths=[i, 7], stopped=[True, False], version=2) for i in (1, 2, 3, 4)],
-    ]
-    surplus = [_group(9, MIXED, lengths=[8, 8], version=1)]  # of the step before, traced there
-    got = _collect(rounds, surplus, dynamic_sampling=True, overlong_filter=True)
-    assert (_ids(got.groups), _ids(got.surplus)) == ([9, 1], [2])
-    expected = [(2, 5, 2, False), (2, 6, 2, False)]
-    for i in (1, 2, 3, 4):
-        expected += [(2, i, 2, False), (2, 7, 2, True)]
-    assert got.traces == expected
-
-
 @pytest.mark.parametrize(
     ("fields", "chooses"),
     [

@@ -9,7 +9,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from luspo_jax.length import steering
-from luspo_jax.length.accounting import AccountState, Batch, Cohort
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.length.steering import LengthState
 
@@ -21,8 +20,6 @@ CLOSE = 1e-12  # α is the sum of two floats
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 any_float = st.floats()
-whole = st.integers(0, 2**31)
-lengths = st.lists(whole, max_size=3).map(tuple)
 
 
 def _steered(state, settings=BAND, *, start=1.0, flagged=False):
@@ -268,13 +265,6 @@ def test_mitigation_by_scale_lowers_alpha_whatever_steers(steer):
         slope=st.none() | finite,
         measured_shift=st.none() | finite,
         history=st.lists(st.tuples(finite, finite), max_size=6).map(tuple),
-        account=st.builds(
-            AccountState,
-            start=st.none() | whole,
-            cohorts=st.lists(st.builds(Cohort, whole, lengths, lengths), max_size=3).map(tuple),
-            consumed=st.lists(st.builds(Batch, whole, whole, lengths), max_size=3).map(tuple),
-            flagged=st.booleans(),
-        ),
     )
 )
 @example(LengthState())
@@ -286,7 +276,7 @@ def test_json_keeps_every_bit(state):
 
 
 def test_a_state_from_before_the_measured_shift_restores():
-    """Such a run steers on from its next measurement, and begins an account of lengths."""
+    """Such a run steers on from its next measurement."""
     stored = {
         "alpha_shift": 0.25,
         "length": 12.5,

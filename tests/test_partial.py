@@ -1,0 +1,142 @@
+"""Runs whose responses take several steps, or are sampled one step ahead: exact resume, ages."""
+
+import json
+
+import jax
+import pytest
+
+from luspo_jax import train
+from luspo_jax.hosts.values import ConfigError
+from luspo_jax.metrics import read_metrics
+from luspo_jax.run import checks
+from tests import test_train
+from tests.test_train import _assert_same_results, _results, _train, model_folder  # noqa: F401
+
+config = test_train.config
+
+
+@pytest.fixture
+def partial(config):
+    """Steps of three groups with six in flight; few slots and short chunks, so that some wait."""
+    config.num_steps = 5
+    config.rollout.prompts_per_step = 3
+    config.rollout.overlap, config.rollout.max_age = 3, 2
+    config.rollout.chunk_length, config.rollout.num_slots = 2, 8
+    config.train.num_minibatches = 1
+    config.eval.every = 0
+    config.output.checkpoint_every = 1
+    return config
+
+
+def _rows(folder):
+    return list(read_metrics(folder / "metrics.jsonl"))[1:]
+
+
+def _cut_at(monkeypatch, config, folder, step):
+    """A run that ends in the middle of a step, continued."""
+    real = train.optimize
+
+    def crash(programs, state, batches, **kwargs):
+        if crash.left == 0:
+            raise KeyboardInterrupt
+        crash.left -= 1
+        return real(programs, state, batches, **kwargs)
+
+    crash.left = step
+    monkeypatch.setattr(train, "optimize", crash)
+    with pytest.raises(KeyboardInterrupt):
+        _train(config, folder)
+    monkeypatch.setattr(train, "optimize", real)
+    _train(config, folder)
+
+
+def test_a_partial_run_resumes_bit_for_bit(partial, tmp_path, monkeypatch):
+    _train(partial, tmp_path / "straight")
+    rows = _rows(tmp_path / "straight")
+    assert max(row["rollout/age/max"] for row in rows) in (1, 2)
+    assert all(row["rollout/in_flight/groups"] == 3 for row in rows)
+    assert sum(row["rollout/continued_tokens"] for row in rows) > 0
+    assert sum(row["length/account/finished/count"] for row in rows) >= 5 * 12
+    assert all(row["shaping/trained_responses"] == 12 for row in rows)
+    _cut_at(monkeypatch, partial, tmp_path / "cut", 3)
+    _assert_same_results(_results(tmp_path / "cut"), _results(tmp_path / "straight"))
+
+
+def test_an_overlap_of_0_is_the_run_without(partial, tmp_path):
+    """Whatever max_age then is."""
+    partial.num_steps, partial.rollout.overlap = 2, 0
+    _train(partial, tmp_path / "aged")
+    partial.rollout.max_age = 0
+    _train(partial, tmp_path / "plain")
+    _assert_same_results(_results(tmp_path / "aged"), _results(tmp_path / "plain"))
+    assert not any("rollout/age/max" in row for row in _rows(tmp_path / "plain"))
+
+
+def test_where_a_step_ends_changes_no_token_but_at_ties_if_nothing_is_learned(partial, tmp_path):
+    """Prompts that both runs begin in their first step, and that one of them ends later."""
+    partial.train.learning_rate, partial.num_steps = 1e-30, 3
+    tokens = {}
+    for name, prompts, overlap in (("whole", 6, 0), ("partial", 3, 3)):
+        partial.rollout.prompts_per_step, partial.rollout.overlap = prompts, overlap
+        _train(partial, tmp_path / name)
+        tokens[name] = {
+            (record["prompt_id"], record["sample_id"]): record["tokens"]
+            for record in _records(tmp_path / name)
+        }
+    first = [key for key in list(tokens["whole"])[:24] if key in tokens["partial"]]
+    assert len(first) == 24
+    assert sum(tokens["whole"][key] != tokens["partial"][key] for key in first) <= 1
+
+
+def _records(folder):
+    for path in sorted((folder / "rollouts").iterdir()):
+        yield from map(json.loads, path.read_text().splitlines())
+
+
+needs_devices = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 devices")
+
+
+@needs_devices
+@pytest.mark.parametrize(("devices", "apart", "overlap"), [(2, 1, 0), (4, 2, 2)])
+def test_a_run_one_step_off_resumes_bit_for_bit(
+    partial, tmp_path, monkeypatch, devices, apart, overlap
+):
+    build = test_train.build
+    monkeypatch.setattr(
+        test_train, "build", lambda config: build(config, devices=jax.devices()[:devices])
+    )
+    partial.rollout.prompts_per_step, partial.rollout.overlap = 4, overlap
+    partial.rollout_mesh.apart = apart
+    partial.objective.correction = "tis"
+    _train(partial, tmp_path / "straight")
+    rows = _rows(tmp_path / "straight")
+    assert "timing_s/wait" in rows[0]
+    assert "timing_s/wait" not in rows[-1]
+    # The first batch is by the policy that it trains, the others by the one before.
+    assert "rollout_corr/max_abs_diff" in rows[0]
+    _cut_at(monkeypatch, partial, tmp_path / "cut", 3)
+    _assert_same_results(_results(tmp_path / "cut"), _results(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"overlap": 2}, r"rollout\.overlap=2 lets .*rollout\.max_age=0 allows none"),
+        ({"overlap": 9, "max_age": 2}, r"rollout\.overlap=9 .* at most 8"),
+        ({"apart": 1}, r"rollout_mesh\.apart=1 .*rollout\.max_age=0"),
+        ({"apart": 1, "overlap": 5, "max_age": 2}, r"rollout\.overlap=5 .* at most 4"),
+        ({"late": "never"}, r"rollout\.late"),
+    ],
+)
+def test_what_cannot_keep_its_ages_is_refused_by_name(config, fields, message):
+    fields = dict(fields)
+    config.rollout_mesh.apart = fields.pop("apart", 0)
+    config.rollout.update(fields)
+    with pytest.raises(ConfigError, match=message):
+        checks.check(config)
+
+
+def test_roles_that_leave_no_device_are_refused_by_name(config):
+    config.rollout_mesh.apart, config.rollout.max_age = 2, 1
+    with pytest.raises(ConfigError, match=r"rollout_mesh\.apart=2 leaves no device"):
+        test_train.build(config, devices=jax.devices()[:2])
