@@ -74,22 +74,29 @@ class Loop:
         return rest
 
     def run(self, progress, until=None):
-        """Samples until all responses have ended, or `until` says that enough have.
+        """Samples until all responses have ended, or `until` says that enough have."""
+        for ended in self.looks(progress):
+            if (until or all)(ended):
+                break
+        self.leave()
 
-        `until` is asked every chunk_length decode steps, which every process counts for itself; one
-        whose responses have all ended goes on asking.
+    def looks(self, progress):
+        """Samples on, and yields at each look from outside whether each response has ended.
+
+        There is a look every chunk_length decode steps, which every process counts for itself; one
+        whose responses have all ended has more looks.
         """
         next_look = self.engine.chunk_length
-        while until is not None or self.finished < len(self.responses):
+        while True:
             if self.finished < len(self.responses):
                 self._advance(progress)
-            if until is None:
-                continue
             if self.finished == len(self.responses) or self.decode_steps >= next_look:
-                if until([response is not None for response in self.responses]):
-                    break
+                yield [response is not None for response in self.responses]
                 next_look = max(next_look, self.decode_steps + 1)
                 next_look += -next_look % self.engine.chunk_length
+
+    def leave(self):
+        """Makes responses of those that have not ended."""
         for shard in self.shards:
             for sample in [*shard.admitted, *shard.waiting]:
                 self.responses[sample.index] = self._response(sample, ended=False)

@@ -222,15 +222,29 @@ def dealt(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     """Deals samples to `parts` devices: as many to each, groups together; first those that earlier
     steps began, then the longest prompts.
 
-    Prompts of a prefill then need little padding.
+    Prompts of a prefill then need little padding, and what is long already lies on all devices.
     """
     groups = [list(group) for _, group in itertools.groupby(samples, lambda s: s.request.key)]
     groups.sort(key=lambda group: (group[0].step, -len(group[0].request.tokens)))
+    if any(sample.tokens for sample in samples):
+        return _one_by_one(groups, parts)
     if len(groups) % parts == 0:  # devices side by side read prompts of about one length
         return [[s for group in groups[part::parts] for s in group] for part in range(parts)]
     flat = [sample for group in groups for sample in group]
     size = -(-len(flat) // parts)
     return [flat[part * size : (part + 1) * size] for part in range(parts)]
+
+
+def _one_by_one(groups, parts):
+    """Deals each group to the device with the fewest samples; what is too many goes to the next."""
+    found, most = [[] for _ in range(parts)], -(-sum(map(len, groups)) // parts)
+    for group in groups:
+        while group:
+            own = min(found, key=len)
+            room = most - len(own)
+            own += group[:room]
+            group = group[room:]
+    return found
 
 
 def common_prefix(requests: Sequence[Request], image_token: int | None, unit: int) -> np.ndarray:

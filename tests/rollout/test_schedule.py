@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from luspo_jax.rollout import Request
+from luspo_jax.rollout import Request, Response
 from luspo_jax.rollout import schedule as s
 from luspo_jax.rollout.pool import PagePool
 from luspo_jax.rollout.sampling import Sampling
@@ -123,6 +123,35 @@ def test_groups_stay_together_and_devices_get_as_many_each():
     parts = s.dealt(samples[:9], 2)
     assert [len(part) for part in parts] == [5, 4]
     assert sorted(x.index for part in parts for x in part) == list(range(9))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_what_an_earlier_step_began_is_dealt_to_all_devices(parts):
+    """Whatever the number of groups: long contexts on one device would fill its pages."""
+    rng, requests = np.random.default_rng(parts), []
+    for number in range(13):
+        old = number < 7
+        begun = [
+            Response(number, i, np.zeros(50 * old, int), np.zeros(50 * old), False, ended=False,
+                     step=int(not old), versions=np.zeros(50 * old, int))
+            for i in range(4)
+        ]  # fmt: skip
+        requests.append(Request(number, (0,) * 9, step=int(not old), begun=tuple(begun)))
+    samples = s.samples_of(requests, 4, Sampling(99, ()), 1)
+    left = [x for x in samples if x.step == 1 or rng.random() < 0.4]
+    dealt = s.dealt(left, parts)
+    most = -(-len(left) // parts)
+    assert max(map(len, dealt)) == most
+    assert sorted(x.index for part in dealt for x in part) == [x.index for x in left]
+    old = [sum(x.step == 0 for x in part) for part in dealt]
+    assert max(old) - min(old) <= 4
+    for part in dealt:  # what began earlier is admitted first
+        assert [x.step for x in part] == sorted(x.step for x in part)
+    whole = sum(
+        len({part for part, own in enumerate(dealt) if any(x.request is r for x in own)}) == 1
+        for r in requests
+    )
+    assert whole >= 13 - parts
 
 
 def test_what_all_prompts_begin_with():
