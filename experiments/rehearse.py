@@ -8,6 +8,9 @@ and how many sequences fit. It reads no weights, data or tokenizer and needs no 
 slice (v4, v5e, v5p, v6e, tpu7x) needs `pip install "jax[tpu]"`, GPUs (h100:1x8, h200:1x8,
 a100-80g:4x8: hosts × cards) need `pip install "jax[cuda13]"`; `local` is the local devices.
 
+A rollout is played at assumed lengths; with `rollout.overlap`, step after step until steps are
+alike. `--nocompile` tells the times alone, which are counted by hand.
+
 Exits with 1 if something does not fit, naming the program, the bytes and a change that helps;
 `--search` finds the fastest settings that fit.
 """
@@ -35,11 +38,14 @@ _IMAGE_SIZE = flags.DEFINE_string(
     "image_size", "", "Assumed HEIGHTxWIDTH of each in pixels; empty = the largest square allowed."
 )
 _PRESSURE = flags.DEFINE_bool("pressure", True, "Rehearse length pressure where the run has it.")
+_COMPILE = flags.DEFINE_bool("compile", True, "Compile the programs; else only times are told.")
 _SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest settings that fit.")
 
 
 def main() -> None:
     """Rehearses, prints, writes, and exits with an error if something does not fit."""
+    if _SEARCH.value and not _COMPILE.value:
+        raise command.UsageError("--search compiles what it finds: leave out --nocompile")
     for flag in (_JSON, _MARKDOWN):
         if flag.value:
             files.check_file(flag.value, flag=f"--{flag.name}", overwrite=_OVERWRITE.value)
@@ -51,8 +57,8 @@ def main() -> None:
             os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
             os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     from experiments.rehearsal import case as cases
+    from experiments.rehearsal import programs, search, topologies, tower
     from experiments.rehearsal import report as reports
-    from experiments.rehearsal import search, topologies, tower
 
     config = command.config_value(_CONFIG)
     topology = topologies.topology(_TOPOLOGY.value)
@@ -71,8 +77,11 @@ def main() -> None:
     def say(line):
         print(line, flush=True)
 
-    report = reports.rehearse(case, pressure=_PRESSURE.value, say=say)
-    report["advice"] = search.advice(case, report)
+    if _COMPILE.value:
+        report = reports.rehearse(case, pressure=_PRESSURE.value, say=say)
+        report["advice"] = search.advice(case, report)
+    else:
+        report = reports.times(case, programs.programs(case, pressure=_PRESSURE.value))
     if _SEARCH.value:
         report["search"] = search.search(case, report, say=say)
     print(reports.text(report))
@@ -84,7 +93,7 @@ def main() -> None:
             files.write_new(flag.value, content, flag=f"--{flag.name}", overwrite=_OVERWRITE.value)
     if _SEARCH.value:
         print(search.text(report["search"]))
-    if not report["fits"]:
+    if not report.get("fits", True):
         raise SystemExit(search.refusal(report))
 
 

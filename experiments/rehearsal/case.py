@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.command import UsageError
-from experiments.rehearsal import costs, playing, tower
+from experiments.rehearsal import costs, partial, playing, tower
 from experiments.rehearsal.topologies import Topology
 from luspo_jax.learner.plan import Plan
 from luspo_jax.learner.programs import StepPrograms
@@ -126,10 +126,11 @@ class Case:
     @functools.cached_property
     def response_lengths(self) -> list[int]:
         """Returns assumed lengths of a step's responses, shuffled by a fixed seed."""
-        found = costs.power_lengths(
-            self.lengths.mean, self.lengths.longest, self.sizes.responses_per_step
-        )
+        found = self._power_lengths(self.sizes.responses_per_step)
         return np.random.default_rng(0).permutation(found).tolist()
+
+    def _power_lengths(self, count):
+        return costs.power_lengths(self.lengths.mean, self.lengths.longest, count)
 
     def share(self, total: int) -> int:
         """Returns the largest number of `total` prompts on one host."""
@@ -145,12 +146,34 @@ class Case:
         if held_out:
             return self.share(self.config.eval.num_problems) * self.config.eval.num_samples
         rollout = self.config.rollout
-        return self.share(rollout.prompts_per_step) * rollout.group_size
+        return self.share(rollout.prompts_per_step + rollout.overlap) * rollout.group_size
+
+    @property
+    def apart(self) -> int:
+        """Devices that only sample, while the others train; 0 if all do both."""
+        return self.config.rollout_mesh.apart
+
+    @property
+    def stale(self) -> bool:
+        """Whether earlier policies sampled some of a step's tokens."""
+        return self.config.rollout.overlap > 0 or self.apart > 0
 
     @functools.cached_property
     def sampled(self) -> playing.Played:
-        """The rollout of a step on one host."""
-        return self._played(self.engine, self.responses(), self.config.rollout.group_size)
+        """The rollout of a step on one host; with overlap, steady ones on all hosts."""
+        rollout = self.config.rollout
+        if not rollout.overlap:
+            return self._played(self.engine, self.responses(), rollout.group_size)
+        # What is sampled beside a step is one step old when it is trained on.
+        max_age = rollout.max_age - (self.apart > 0)
+        pace = partial.Pace(rollout.prompts_per_step, rollout.overlap, max_age, self.topology.hosts)
+        return partial.steady(self.engine, self.lengths.prompt, self._lengths_of, pace)
+
+    def _lengths_of(self, step):
+        """Assumed lengths [prompts, responses] of the responses that a step begins."""
+        lengths = self._power_lengths(self.sizes.responses_per_step)
+        found = np.random.default_rng(step).permutation(lengths)
+        return found.reshape(-1, self.config.rollout.group_size)
 
     @functools.cached_property
     def tested(self) -> playing.Played:
@@ -158,8 +181,7 @@ class Case:
         return self._played(self.held_out, self.responses(True), self.config.eval.num_samples)
 
     def _played(self, engine, count, group_size):
-        lengths = costs.power_lengths(self.lengths.mean, self.lengths.longest, count)
-        order = np.random.default_rng(0).permutation(lengths)
+        order = np.random.default_rng(0).permutation(self._power_lengths(count))
         return playing.played(engine, self.lengths.prompt, order, group_size)
 
 
@@ -205,6 +227,11 @@ def build(
     if live:
         config.rollout.num_slots = live
     checks.check(config)
+    if config.rollout.overlap and config.rollout.late == "drop":
+        raise UsageError(
+            "rollout.late='drop' trains on shorter responses than it samples, how much shorter is "
+            "not known here: rehearse with rollout.late='wait', or with rollout.overlap=0"
+        )
     longest = max_length or config.rollout.max_response_length
     if not 1 <= longest <= config.rollout.max_response_length:
         raise UsageError(

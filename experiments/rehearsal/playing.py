@@ -1,11 +1,13 @@
-"""Plays a rollout at assumed lengths: the engine's own loop, over devices that only count.
+"""Plays rollouts at assumed lengths: the engine's own loop, over devices that only count.
 
 Which responses have pages, which are read, decoded or preempted is what the loop and its schedule
 say. Shapes of programs are those that it calls.
 """
 
+import collections
 import copy
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,37 +60,64 @@ class Decoded:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stretch:
+    """What a host does until it waits for the others."""
+
+    prefills: tuple[Read, ...]
+    chunks: tuple[Decoded, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Played:
-    """A rollout of one host.
+    """Rollouts of one host or several. Counts are of a host in one step, or means of these.
 
     Attributes:
-      prefills: its prefills by shape.
+      stretches: in order, of each host; all hosts wait for the slowest at the end of each.
+      rollouts: steps that all stretches together are worth.
       copies: pages that copying programs are called with on a device, summed over calls.
-      chunks: its decode steps.
-      steps: decode steps until the last response ends.
+      steps: decode steps until the last response ends, or until enough groups are complete.
       utilisation: share of row-steps that produce a token.
       pages: of the pool on a device.
-      peak: the most pages in use at a time, of all devices.
+      peak: the most pages in use at a time, of all devices of a host.
       preemptions: responses that gave their pages back.
       recomputed: tokens that were read again for it.
+      continued: tokens of earlier steps' responses that were read again before these went on.
+      age: steps between the one that begins a group and the one that takes it, on average.
       inputs: name → abstract inputs of the largest "prefill" (runs, tokens), "copy pages"
         (sources, targets) and "decode chunk" (rows).
     """
 
-    prefills: tuple[Read, ...]
-    copies: int
-    chunks: tuple[Decoded, ...]
-    steps: int
+    stretches: tuple[tuple[Stretch, ...], ...]
+    rollouts: float
+    copies: float
+    steps: float
     utilisation: float
     pages: int
     peak: int
-    preemptions: int
-    recomputed: int
+    preemptions: float
+    recomputed: float
+    continued: float
+    age: float
     inputs: dict[str, Any]
+
+    @property
+    def prefills(self) -> list[Read]:
+        """Prefills by shape, of all hosts and steps."""
+        return [one for hosts in self.stretches for part in hosts for one in part.prefills]
+
+    @property
+    def chunks(self) -> list[Decoded]:
+        """Decode steps, of all hosts and steps."""
+        return [one for hosts in self.stretches for part in hosts for one in part.chunks]
+
+    @property
+    def shares(self) -> float:
+        """Number of hosts times steps."""
+        return self.rollouts * len(self.stretches[0])
 
 
 def played(engine: Engine, prompt: int, lengths: Sequence[int], group_size: int) -> Played:
-    """Plays the responses of one host.
+    """Plays the responses of one host until all have ended.
 
     Args:
       engine: of the host; its pool has a size.
@@ -96,33 +125,101 @@ def played(engine: Engine, prompt: int, lengths: Sequence[int], group_size: int)
       lengths: of the responses, a prompt's side by side.
       group_size: of each prompt.
     """
-    engine = copy.copy(engine)
-    engine.sampling = dataclasses.replace(engine.sampling, stop_token_ids=(_STOP,))
-    requests = []
-    for number in range(len(lengths) // group_size):
-        tokens = np.full(prompt, _OTHER, np.int32)
-        tokens[0] = number
-        requests.append(Request(number, tokens))
-    device = _Counting(engine, prompt, np.reshape(lengths, (-1, group_size)))
-    loop = Loop(engine, None, requests, group_size, (0, 0), device)
-    device.loop = loop
-    loop.run(None)
-    reads = [
-        Read(rows, length, before, device.prefills.count((rows, length, before)))
-        for rows, length, before in dict.fromkeys(device.prefills)
-    ]
+    requests = [asked(number, prompt) for number in range(len(lengths) // group_size)]
+    host = Host(engine, requests, prompt, np.reshape(lengths, (-1, group_size)))
+    host.loop.run(None)
+    return host.played([host.stretch()])
+
+
+def joined(steps: Sequence[Sequence[Played]], rollouts: float, age: float) -> Played:
+    """Returns what several steps of several hosts are together.
+
+    Args:
+      steps: the hosts' calls of each step; all hosts wait at the same places.
+      rollouts: steps that they are worth.
+      age: of the groups taken.
+    """
+    calls = [call for hosts in steps for call in hosts]
+    shares = rollouts * len(steps[0])
     return Played(
-        prefills=tuple(reads),
-        copies=device.copied,
-        chunks=tuple(device.chunks),
-        steps=loop.decode_steps,
-        utilisation=loop.generated / loop.row_steps,
-        pages=loop.num_pages,
-        peak=max(loop.in_use),
-        preemptions=sum(shard.preemptions for shard in loop.shards),
-        recomputed=loop.read["again"],
-        inputs=_inputs(engine, loop, device),
+        stretches=tuple(
+            tuple(part for (part,) in parts)
+            for hosts in steps
+            for parts in zip(*(call.stretches for call in hosts), strict=True)
+        ),
+        rollouts=rollouts,
+        utilisation=statistics.mean(call.utilisation for call in calls),
+        pages=calls[0].pages,
+        peak=max(call.peak for call in calls),
+        age=age,
+        inputs=max(calls, key=_rows).inputs,
+        **{name: sum(getattr(call, name) for call in calls) / shares for name in _COUNTS},
     )
+
+
+_COUNTS = ("copies", "steps", "preemptions", "recomputed", "continued")
+
+
+def _rows(call):
+    rows = call.inputs["decode chunk"]
+    return 0 if rows is None else len(rows.tokens_B)
+
+
+def asked(number: int, prompt: int, step: int | None = None) -> Request:
+    """Returns the request of a prompt of so many tokens, which `step` begins."""
+    tokens = np.full(prompt, _OTHER, np.int32)
+    tokens[0] = number
+    return Request(number, tokens, step=step)
+
+
+class Host:
+    """A call of a host's engine, whose responses end at given lengths."""
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], prompt: int, lengths_PG: np.ndarray
+    ):
+        """
+        Args:
+          engine: of the host.
+          requests: as `asked` makes them.
+          prompt: tokens of each.
+          lengths_PG: of the responses to each prompt, by its id.
+        """
+        self.engine = engine = copy.copy(engine)
+        engine.sampling = dataclasses.replace(engine.sampling, stop_token_ids=(_STOP,))
+        self.device = _Counting(engine, prompt, lengths_PG)
+        group_size = lengths_PG.shape[1]
+        self.loop = Loop(engine, None, requests, group_size, (0, 0), self.device)
+
+    def whole(self, ended: Sequence[bool]) -> list[bool]:
+        """Returns whether all responses of each group have ended."""
+        size = self.loop.group_size
+        return [all(ended[i : i + size]) for i in range(0, len(ended), size)]
+
+    def stretch(self) -> Stretch:
+        """Returns what was done since this was asked last."""
+        device = self.device
+        found, device.prefills = collections.Counter(device.prefills), []
+        chunks, device.chunks = tuple(device.chunks), []
+        return Stretch(tuple(Read(*shape, calls) for shape, calls in found.items()), chunks)
+
+    def played(self, stretches: Sequence[Stretch]) -> Played:
+        """Returns the call, which consists of the stretches."""
+        loop, device = self.loop, self.device
+        return Played(
+            stretches=tuple((one,) for one in stretches),
+            rollouts=1,
+            copies=device.copied,
+            steps=loop.decode_steps,
+            utilisation=loop.generated / max(1, loop.row_steps),
+            pages=loop.num_pages,
+            peak=max(loop.in_use, default=0),
+            preemptions=sum(shard.preemptions for shard in loop.shards),
+            recomputed=loop.read["again"],
+            continued=loop.read["continued"],
+            age=0.0,
+            inputs=_inputs(self.engine, loop, device),
+        )
 
 
 def _inputs(engine, loop, device):

@@ -19,6 +19,7 @@ from experiments.rehearsal.costs import Rows, Work
 from experiments.rehearsal.playing import Played
 from experiments.rehearsal.resident import (
     device_bytes,
+    kept,
     kernels,
     parked,
     state_bytes,
@@ -135,6 +136,8 @@ def programs(case: Case, *, pressure: bool = True) -> list[Program]:
 def _hand_over(case):
     train, rollout = case.layouts
     dtype = jnp.dtype(case.config.model.rollout_dtype)
+    if case.apart:
+        return [_hand_over_apart(case, dtype)]
     if train is None and dtype == jnp.float32:
         return []  # the sampler reads the master weights
     args = {"config": case.model, "layout": rollout, "dtype": dtype}
@@ -168,6 +171,21 @@ def _hand_over(case):
         Program("hand-over cast", lower, only_cast, 1, beside),
         Program("hand-over", move, work, 1, beside_cast),
     ]
+
+
+def _hand_over_apart(case, dtype):
+    """Returns the cast, made where the weights lie; jax then moves each part to other devices."""
+    own, cast = (param_bytes(case.model, case.layouts[0], kind) for kind in (jnp.float32, dtype))
+    wanted = weights_bytes(case)
+    return Program(
+        "hand-over",
+        lambda: handover.lower_rollout_params(
+            case.state.params, config=case.model, layout=None, dtype=dtype
+        ),
+        Work(0, own + cast + wanted, wanted),
+        1,
+        kept(case, "params"),
+    )
 
 
 # ---------------------------------------------------------------- rollout
@@ -214,7 +232,7 @@ def _sampler(case, engine, play, suffix):
     R, T = play.inputs["prefill"][1][0].shape
     copied = play.inputs["copy pages"][0].shape[0] // engine.row_multiple
     one_step = sum((chunk_work(case, engine, one) for one in play.chunks), Work()) * (
-        1 / play.steps
+        1 / sum(one.steps for one in play.chunks)
     )
     held = {**beside, "rollout weights": weights_bytes(case)}
     return [
@@ -222,7 +240,7 @@ def _sampler(case, engine, play, suffix):
             f"prefill{suffix}",
             prefill,
             prefill_work(case, engine, costs.Runs(R, T)),
-            sum(one.calls for one in play.prefills),
+            sum(one.calls for one in play.prefills) / play.shares,
             beside,
         ),
         Program(
@@ -306,7 +324,7 @@ def _prompt_images(case, engine, prompts, length):
 
 def _training(case):
     found, programs, state = [], case.programs, case.state
-    for number, (name, one) in enumerate(programs.passes().items()):
+    for number, (name, one) in enumerate(programs.passes(stale=case.stale).items()):
         rows, times, work = pass_rows(case, one.record_experts)
         gone = {"params": "ref_params", "ref_params": "params"}[one.policy]
         found.append(
@@ -362,7 +380,7 @@ def train_batch(case: Case) -> tuple[TrainBatch, Work]:
     rule, responses = case.rule.logprobs, case.sizes.responses_per_minibatch
     plan = cases.plan(case, responses)
     micro, used = microbatch(case, plan)
-    batch = case.programs.abstract_batch(case.planner, plan, images(case, plan))
+    batch = case.programs.abstract_batch(case.planner, plan, images(case, plan), stale=case.stale)
     work = costs.training(
         case.model, micro, case.train_parts, case.width,
         remat=rule.how.remat, kernel=rule.how.attention, chunk=rule.head_chunk_tokens,

@@ -38,6 +38,18 @@ def rehearse(
         records[program.name] = record(case.topology, program, made)
         say(f"    {line(records[program.name])}")
     left_out = bool(case.config.length.every) and not pressure
+    return times(case, found) | {
+        "programs": records,
+        "not_rehearsed": ["pressure"] if left_out else [],
+        "capacity": capacity(case, records),
+        "fits": all(one["fits"] for one in records.values()),
+        "seconds": time.perf_counter() - started,
+        "host_peak_bytes": _peak_bytes(),
+    }
+
+
+def times(case: Case, found: list[Program]) -> dict[str, Any]:
+    """Reports what no compiler is asked for, as JSON values; `found` are the case's programs."""
     return {
         "topology": _machine(case.topology),
         "meshes": cases.whole_host(case),
@@ -46,13 +58,9 @@ def rehearse(
         "lengths": {"prompt": case.lengths.prompt, "mean": case.lengths.mean,
                     "longest": case.lengths.longest, **tower.described(case.lengths.images)},
         "batch": str(case.sizes),
-        "programs": records,
-        "not_rehearsed": ["pressure"] if left_out else [],
-        "capacity": capacity(case, records),
+        "pace": {"overlap": case.config.rollout.overlap, "max_age": case.config.rollout.max_age,
+                 "apart": case.apart},
         "step": step(case, found),
-        "fits": all(one["fits"] for one in records.values()),
-        "seconds": time.perf_counter() - started,
-        "host_peak_bytes": _peak_bytes(),
     }  # fmt: skip
 
 
@@ -122,8 +130,8 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
     moved = sum(resident.state_bytes(case, *OFFLOADS[case.config.train.offload]).values())
     if moved:
         phases["offload and back"] = [2 * moved / _HOST_LINK] * 2
-    total = [sum(both[i] for both in phases.values()) for i in (0, 1)]
-    tokens = sum(case.response_lengths)
+    total = [_total(case, {name: both[i] for name, both in phases.items()}) for i in (0, 1)]
+    play, tokens = case.sampled, sum(case.response_lengths)
     return {
         "phases": {name: {"roofline_s": a, "expected_s": b} for name, (a, b) in phases.items()},
         "roofline_s": total[0],
@@ -132,29 +140,53 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
         "expected_shares_of_peak": EXPECTED,
         "response_tokens": tokens,
         "expected_tokens_a_second": tokens / total[1],
-        "decode_steps": case.sampled.steps,
-        "slot_utilisation": case.sampled.utilisation,
-        "preemptions": case.sampled.preemptions,
-        "recomputed_tokens": case.sampled.recomputed,
+        "decode_steps": play.steps,
+        "slot_utilisation": play.utilisation,
+        "preemptions": play.preemptions,
+        "recomputed_tokens": play.recomputed,
+        "continued_tokens": play.continued,
+        "rollouts_played": play.rollouts,
+        "age": play.age,
     }
 
 
+_SAMPLING = ("prefill", "copy pages", "decode chunk")
+
+
+def _total(case, phases):
+    """Seconds of a step; where other devices sample, of the longer of rollout and training."""
+    if not case.apart:
+        return sum(phases.values())
+    sampling = sum(phases[name] for name in _SAMPLING)
+    between = sum(s for name, s in phases.items() if name.startswith(("hand-over", "offload")))
+    return between + max(sampling, sum(phases.values()) - sampling - between)
+
+
 def seconds(case: Case, program: Program, by: costs.Rates) -> float:
-    """Returns seconds of all calls in a step: prefills and decode steps as they were played."""
+    """Returns seconds of all calls in a step: prefills and decode steps as they were played.
+
+    Where hosts wait for each other, the slowest decides.
+    """
     kind = program.name.removesuffix(programs.HELD_OUT)
     held_out = kind != program.name
     engine, play = (case.held_out, case.tested) if held_out else (case.engine, case.sampled)
-    if kind == "decode chunk":
-        return sum(by.roofline(programs.chunk_work(case, engine, chunk)) for chunk in play.chunks)
-    if kind == "prefill":
+
+    def decoding(part):
+        return sum(by.roofline(programs.chunk_work(case, engine, chunk)) for chunk in part.chunks)
+
+    def reading(part):
         return sum(
             one.calls
             * by.roofline(
                 programs.prefill_work(case, engine, costs.Runs(one.rows, one.length, one.before))
             )
-            for one in play.prefills
+            for one in part.prefills
         )
-    return program.calls * by.roofline(program.work)
+
+    taken = {"decode chunk": decoding, "prefill": reading}.get(kind)
+    if taken is None:
+        return program.calls * by.roofline(program.work)
+    return sum(max(map(taken, hosts)) for hosts in play.stretches) / play.rollouts
 
 
 def capacity(case: Case, records: dict[str, Any]) -> dict[str, Any]:
@@ -230,13 +262,9 @@ def table(report: dict[str, Any]) -> str:
 
 
 def text(report: dict[str, Any]) -> str:
-    """Formats the whole report in Markdown."""
-    live, taken = report["capacity"], report["step"]
-    phases = [
-        f"| {name} | {_time(both['roofline_s'])} | {_time(both['expected_s'])} |"
-        for name, both in taken["phases"].items()
-    ]
-    usable = next(iter(report["programs"].values()))["usable_bytes"]
+    """Formats the whole report in Markdown; without programs, if none was compiled."""
+    compiled = "programs" in report
+    usable = report["topology"]["memory_bytes"] - report["topology"]["reserve_bytes"]
     return "\n".join(
         [
             f"**{report['topology']['name']}**, {report['topology']['devices']} devices of "
@@ -250,31 +278,71 @@ def text(report: dict[str, Any]) -> str:
             f" and up to {report['lengths']['longest']:,}{_pictures(report)}. A device has "
             f"{usable / 1e9:.2f} GB to use.",
             "",
-            table(report),
+            *([table(report), ""] if compiled else []),
+            *_times(report["step"]),
             "",
-            "| phase of a step | roofline | expected |",
-            "|---|---:|---:|",
-            *phases,
-            f"| **step** | **{_time(taken['roofline_s'])}** | **{_time(taken['expected_s'])}** |",
-            "",
-            f"Decoding takes {taken['decode_steps']:,} steps at {taken['slot_utilisation']:.0%} of "
-            f"the rows; a step makes {taken['response_tokens']:,} tokens, "
-            f"{taken['expected_tokens_a_second']:,.0f} a second as expected. A held-out evaluation "
-            f"takes {_time(taken['held_out_evaluation']['expected_s'])} more.",
-            "",
-            f"The pool of a device has {live['pages_a_device']:,} pages of "
-            f"{live['page_tokens']} tokens, {_gb(live['pool_bytes'])} GB: "
-            f"{live['pool_tokens']:,} tokens, or {live['full_length_responses_a_host']:,} of the "
-            f"longest responses on a host, which decodes up to {live['rows_a_host']:,} responses "
-            f"at a time. At most {live['peak_share']:.0%} of the pages are in use; "
-            f"{taken['preemptions']:,} responses are preempted and "
-            f"{taken['recomputed_tokens']:,} tokens read again.",
-            "",
-            f"Rehearsed in {report['seconds']:.0f} s, with at most "
-            f"{report['host_peak_bytes'] / 1e9:.1f} GB of host memory.",
-            *[f"Not rehearsed: {name}." for name in report["not_rehearsed"]],
+            *_pace(report),
+            *(_memory(report) if compiled else ["No program was compiled."]),
         ]
     )
+
+
+def _times(taken):
+    """Describes the phases of a step."""
+    phases = [
+        f"| {name} | {_time(both['roofline_s'])} | {_time(both['expected_s'])} |"
+        for name, both in taken["phases"].items()
+    ]
+    return [
+        "| phase of a step | roofline | expected |",
+        "|---|---:|---:|",
+        *phases,
+        f"| **step** | **{_time(taken['roofline_s'])}** | **{_time(taken['expected_s'])}** |",
+        "",
+        f"Decoding takes {taken['decode_steps']:,.0f} steps at {taken['slot_utilisation']:.0%} of "
+        f"the rows; a step makes {taken['response_tokens']:,} tokens, "
+        f"{taken['expected_tokens_a_second']:,.0f} a second as expected. A held-out evaluation "
+        f"takes {_time(taken['held_out_evaluation']['expected_s'])} more.",
+    ]
+
+
+def _memory(report):
+    """Describes the pool of pages, and what the rehearsal took."""
+    live, taken = report["capacity"], report["step"]
+    return [
+        f"The pool of a device has {live['pages_a_device']:,} pages of "
+        f"{live['page_tokens']} tokens, {_gb(live['pool_bytes'])} GB: "
+        f"{live['pool_tokens']:,} tokens, or {live['full_length_responses_a_host']:,} of the "
+        f"longest responses on a host, which decodes up to {live['rows_a_host']:,} responses "
+        f"at a time. At most {live['peak_share']:.0%} of the pages are in use; "
+        f"{taken['preemptions']:,.0f} responses are preempted and "
+        f"{taken['recomputed_tokens']:,.0f} tokens read again.",
+        "",
+        f"Rehearsed in {report['seconds']:.0f} s, with at most "
+        f"{report['host_peak_bytes'] / 1e9:.1f} GB of host memory.",
+        *[f"Not rehearsed: {name}." for name in report["not_rehearsed"]],
+    ]
+
+
+def _pace(report):
+    """Describes partial rollouts, and devices that only sample."""
+    taken, pace, lines = report["step"], report["pace"], []
+    if pace["overlap"]:
+        lines += [
+            f"Partial rollouts, {pace['overlap']:,} prompts in flight beyond those of a step, "
+            f"{pace['max_age']} steps at most: the mean of {taken['rollouts_played']:.1f} steps "
+            "like any other, of all hosts, which wait for the slowest at every look. A host reads "
+            f"{taken['continued_tokens']:,.0f} tokens of earlier steps again; groups are "
+            f"{taken['age']:.2f} steps old on average when they are trained on.",
+            "",
+        ]
+    if pace["apart"]:
+        lines += [
+            f"{pace['apart']} device(s) only sample, beside training: of rollout and training, a "
+            "step takes the longer.",
+            "",
+        ]
+    return lines
 
 
 def _of_images(report):

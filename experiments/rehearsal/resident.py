@@ -34,7 +34,12 @@ def state_bytes(case: Case, *names: str) -> dict[str, float]:
 
 
 def parked(case: Case, *without: str) -> dict[str, float]:
-    """The train state during a rollout, what is offloaded left out."""
+    """The train state beside a rollout, what is offloaded left out; none on devices apart."""
+    return {} if case.apart else kept(case, *without)
+
+
+def kept(case: Case, *without: str) -> dict[str, float]:
+    """The train state between steps where training is, what is offloaded left out."""
     gone = {*OFFLOADS[case.config.train.offload], *without}
     names = ("params", "opt_state", "ref_params", "marked_params")
     return state_bytes(case, *[name for name in names if name not in gone])
@@ -43,7 +48,7 @@ def parked(case: Case, *without: str) -> dict[str, float]:
 def weights_bytes(case: Case) -> float:
     """Returns the bytes of the sampler's weights on a device; 0 if it reads the master weights."""
     dtype = jnp.dtype(case.config.model.rollout_dtype)
-    if case.layouts[0] is None and dtype == jnp.float32:
+    if case.layouts[0] is None and dtype == jnp.float32 and not case.apart:
         return 0
     return param_bytes(case.model, case.engine.layout, dtype)
 

@@ -176,7 +176,7 @@ def _valid(case, options) -> Iterator[tuple[Changes, Case]]:
 
 def _training(case):
     """Yields options: remat, rows at once, devices per row or for experts, tokens with logits."""
-    config, devices = case.config, len(case.topology.devices)
+    config, devices = case.config, len(case.topology.devices) - case.apart
     contexts = [c for c in (1, 2, 4, 8, 16) if devices % c == 0]
     head = sorted({config.model.head_chunk_tokens, 512})
     experts = _expert_axes(case, config.mesh)
@@ -250,7 +250,12 @@ def _rooms(other, found):
 
 
 def _speed(case, name):
-    """Returns the expected seconds of a program in a step."""
+    """Returns the expected seconds of a program in a step, in which all responses end.
+
+    Partial rollouts take far longer to play; which settings are faster is the same question.
+    """
+    if case.config.rollout.overlap:
+        case = changed(case, {"rollout.overlap": 0})
     expected = report.rates(case.topology, report.EXPECTED)
     for program in programs.programs(case):
         if program.name == name:

@@ -95,15 +95,18 @@ class StepPrograms:
         """Returns the lowered update; all may be shapes, `number` that of a float32 scalar."""
         return update_step.lower(state, batch, number, number, rule=self.rule)
 
-    def abstract_batch(self, planner: Planner, plan: Plan, images: Images | None) -> TrainBatch:
-        """Returns the shapes of an update's batch in a step with nothing stale.
+    def abstract_batch(
+        self, planner: Planner, plan: Plan, images: Images | None, *, stale: bool = False
+    ) -> TrainBatch:
+        """Returns the shapes of an update's batch.
 
         Args:
           planner: of the run.
           plan: of the batch.
           images: shapes of the images in the rows.
+          stale: whether another policy sampled some tokens of the step.
         """
-        passes = self.passes()
+        passes = self.passes(stale=stale)
         recorded = ("sampler", "old") if "old" in passes else ("sampler",)
         B, T = plan.num_responses, plan.width
         numbers_BT = jax.ShapeDtypeStruct((B, T), np.float32)
