@@ -202,7 +202,7 @@ def _objective(run: Any) -> str:
 
     objective = run.rule.objective
     axes = ("ratio", "surrogate", "length_scale", "aggregation", "advantage")
-    shared = ("kl_coef", "entropy_coef", "correction", "loss_scale")
+    shared = ("kl_coef", "entropy_coef", "correction", "old_policy", "loss_scale")
     return f"{run.config.objective.preset}: " + ", ".join(
         f"{name}={getattr(objective, name)}"
         for name in (*axes, *used_hyperparameters(objective), *shared)
