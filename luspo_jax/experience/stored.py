@@ -39,7 +39,7 @@ def to_stored(groups: Sequence[Group]) -> tuple[dict[str, np.ndarray], list[dict
 
     described = []
     for group in groups:
-        prompt, first = group.prompt, group.responses[0]
+        prompt, prompt_ids = group.prompt, group.column("prompt_expert_ids")
         described.append(
             {
                 "prompt": {
@@ -47,7 +47,10 @@ def to_stored(groups: Sequence[Group]) -> tuple[dict[str, np.ndarray], list[dict
                     "text": prompt.text,
                     "example": dataclasses.asdict(prompt.example),
                     "tokens": kept("prompt_tokens", prompt.tokens),
-                    "expert_ids": kept("prompt_expert_ids", first.prompt_expert_ids),
+                    # One array for all responses that have begun.
+                    "expert_ids": kept(
+                        "prompt_expert_ids", next((x for x in prompt_ids if x is not None), None)
+                    ),
                 },
                 "responses": [
                     {
@@ -72,7 +75,8 @@ def from_stored(
         if length is None:
             return None
         if not length:
-            return np.zeros(0, _EMPTY[name])
+            alike = arrays.get(name, arrays.get(f"prompt_{name}"))  # expert_ids may lack their own
+            return np.zeros(0, _EMPTY[name]) if alike is None else np.array(alike[:0])
         start = used[name]
         used[name] = start + length
         return np.array(arrays[name][start : start + length])

@@ -57,9 +57,9 @@ class Response:
       reward: the verdict.
       counted: whether it counts in its group's statistics.
       trained: bool, the tokens that carry gradient; none in a response that does not count.
-      old_logprobs: float32 under the old policy, as `Objective.old_policy` says: the one that starts
-        the step, computed by the trainer; or, for tokens that an earlier one sampled, that one, so
-        the sampler's. Unset on tokens not trained on.
+      old_logprobs: float32 under the old policy, as `Objective.old_policy` says: the policy that
+        starts the step, computed by the trainer; or, for tokens that an earlier one sampled, that
+        one, so the sampler's. Unset on tokens not trained on.
       old_entropy: float32 entropies of the same policy.
       old_expert_ids: ids [prompt + n, L, K] that the same policy's routers chose in the trainer.
       ref_logprobs: float32 under the reference policy, as `old_logprobs`.
