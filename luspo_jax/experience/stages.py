@@ -129,13 +129,16 @@ def _chosen_ids(own, computed, response):
 def largest_gap(rollouts: Rollouts, found: PolicyLogprobs) -> float:
     """Returns the largest log-prob difference of a trained token, sampler to trainer, in nats.
 
-    Tokens that another policy sampled are left out.
+    Tokens that another policy sampled are left out. With experts so are the later tokens of such a
+    response: the recorded experts of what comes before them are that policy's, and the sampler read
+    it again with its own.
     """
-    gaps = [
-        np.abs(computed - r.logprobs)[r.trained & (r.versions == rollouts.version)]
-        for computed, r in zip(found.logprobs, rollouts.responses, strict=True)
-    ]
-    return float(np.max(np.concatenate(gaps), initial=0.0))
+    gaps = []
+    for computed, r in zip(found.logprobs, rollouts.responses, strict=True):
+        fresh = r.versions == rollouts.version
+        if r.expert_ids is None or fresh.all():
+            gaps.append(np.abs(computed - r.logprobs)[r.trained & fresh])
+    return float(np.max(np.concatenate([np.zeros(0), *gaps]), initial=0.0))
 
 
 def check_gap(gap: float, limit: float) -> None:

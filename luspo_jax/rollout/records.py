@@ -50,8 +50,8 @@ class Response:
       expert_ids: unsigned ids [n, L, K] of the experts that the sampler's routers chose for each
         token, in the L layers that have experts; of one that goes on, for all but the last token.
         None if not recorded.
-      prompt_expert_ids: the same for the prompt's tokens; one array for all samples of a prompt.
-        They are those of the policy that read the prompt first.
+      prompt_expert_ids: the same for the prompt's tokens; one array for all samples of it that
+        one policy began.
       versions: uint32 number of steps that the policy had taken when it sampled each token.
       text: the decoded tokens, special tokens left out.
       reward: the verdict.

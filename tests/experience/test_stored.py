@@ -147,12 +147,26 @@ def test_responses_in_flight_come_back(experts):
             expert_ids=[None, np.ones((0, 2, 3), np.uint8), np.ones((4, 2, 3), np.uint8)],
         )
     for groups in ([group], [unbegun], [unbegun, group, *_groups()]):
-        back = _there_and_back(groups)
-        for i, (read, stored) in enumerate(zip(back, groups, strict=True)):
-            if experts and stored is group:  # the response that waits has what is known, too
-                assert read.responses[0].prompt_expert_ids is not None
-                back[i] = read.enriched(prompt_expert_ids=group.column("prompt_expert_ids"))
-        _assert_same(back, groups)
+        _assert_same(_there_and_back(groups), groups)
+
+
+def test_responses_that_other_policies_began_keep_their_own_experts_of_the_prompt():
+    (group,) = _with_experts(_groups()[1:])
+    first, last = (np.full((1, 2, 3), n, np.uint8) for n in (1, 2))
+    group = group.enriched(prompt_expert_ids=[first, last, first])
+    arrays, _ = to_stored([group])
+    assert len(arrays["prompt_expert_ids"]) == 2
+    _assert_same(_there_and_back([group]), [group])
+
+
+def test_an_earlier_checkpoint_has_one_array_for_a_group():
+    groups = _with_experts(_groups())
+    arrays, described = to_stored(groups)
+    for group in described:
+        (group["prompt"]["expert_ids"],) = group["prompt"]["expert_ids"]
+        for response in group["responses"]:
+            del response["prompt_ids"], response["step"], response["ended"]
+    _assert_same(from_stored(arrays, described), groups)
 
 
 def test_nothing_waits():
