@@ -77,8 +77,9 @@ def test_killed_and_continued_run_is_the_same_run(tmp_path, seed, extra):
         for attempt in range(40):
             process = _start(tmp_path / "killed", log, extra)
             try:
-                # Later and later, so that it gets somewhere whatever start-up costs.
-                process.wait(whole * rng.uniform(0.2, 0.9) * (1 + 0.1 * attempt))
+                # Later and later, so that it gets somewhere whatever start-up costs. The first run
+                # compiled, so it took longer than these.
+                process.wait(whole * rng.uniform(0.1, 0.6) * (1 + 0.1 * attempt))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
