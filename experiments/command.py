@@ -151,7 +151,7 @@ def description(run: Any) -> str:
     how, model = run.rule.logprobs.how, run.model.config
     layouts = how.layout, run.rollout_layout
     arithmetic, sampler = batch_arithmetic(run.config), run.sampler
-    responses = -(-arithmetic.responses_per_step // jax.process_count())
+    responses = -(-arithmetic.responses_per_step // len(run.roles.rollout))
     pages = sampler.pages_of(sampler.cache.gb * 1e9, responses)
     memory = memory_estimate(run.config, model, layouts, pages * sampler.page_bytes)
     leaves = fields.flat(run.config)

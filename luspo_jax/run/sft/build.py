@@ -25,7 +25,7 @@ from luspo_jax.run.checks import check_sft
 from luspo_jax.run.model import Model, load_model
 from luspo_jax.run.sft.data import SftData, load_data
 from luspo_jax.run.sft.sections import SftSettings
-from luspo_jax.sharding import Layout
+from luspo_jax.sharding import Layout, MeshError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Sf
         devices,
         advice=lambda layout: _advice(settings),
     )
+    if rl.roles(settings, devices).split:
+        raise MeshError(
+            f"rollout_mesh.apart={settings.rollout_mesh.apart}: in supervised fine-tuning no "
+            "process only samples; set it to 0"
+        )
     data = load_data(settings, model)
     rule = update_rule(settings, model, train)
     return SftRun(
