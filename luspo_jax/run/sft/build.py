@@ -90,6 +90,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Sf
       ConfigError, DataError, FileNotFoundError, MeshError, ValueError: naming the field or file.
     """
     settings = check_sft(config)
+    if rl.roles(settings, devices).split:
+        raise MeshError(
+            f"rollout_mesh.apart={settings.rollout_mesh.apart}: in supervised fine-tuning no "
+            "process only samples; set it to 0"
+        )
     model = load_model(settings)
     _check_model(settings, model.config)
     train, rollout = rl.fitting_layouts(
@@ -99,11 +104,6 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Sf
         devices,
         advice=lambda layout: _advice(settings),
     )
-    if rl.roles(settings, devices).split:
-        raise MeshError(
-            f"rollout_mesh.apart={settings.rollout_mesh.apart}: in supervised fine-tuning no "
-            "process only samples; set it to 0"
-        )
     data = load_data(settings, model)
     rule = update_rule(settings, model, train)
     return SftRun(
