@@ -9,6 +9,8 @@ from luspo_jax.metrics import read_metrics
 from tests.test_train import (
     _assert_same_results,
     _results,
+    assert_near_results,
+    without_sampler_counts,
 )
 from tests.test_two_processes import Pair, single
 
@@ -60,6 +62,23 @@ def test_a_process_that_trains_and_one_that_samples_are_one_run(folder, undistur
     assert all(row["rollout/in_flight/groups"] == 3 for row in rows)
     posts = [json.loads((undisturbed / "processes" / f"{i}.json").read_text()) for i in range(2)]
     assert [post["status"] for post in posts] == ["done", "done"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "devices", "apart"),
+    [(3, 1, 1), (3, 1, 2), (2, 2, 2)],  # two train; two sample; each role on two devices
+)
+def test_roles_of_several_processes_or_devices_are_one_run(
+    folder, undisturbed, count, devices, apart
+):
+    workdir, more = folder / f"of_{count}_{apart}", f"--config.rollout_mesh.apart={apart}"
+    run = Pair(folder, workdir, more, settings=SETTINGS, count=count, **_devices(devices))
+    codes, said, _ = run.wait()
+    assert codes == [0] * count, "\n".join(said)
+    assert_near_results(
+        without_sampler_counts(_results(workdir)), without_sampler_counts(_results(undisturbed))
+    )
 
 
 @pytest.mark.slow

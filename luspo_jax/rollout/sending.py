@@ -37,7 +37,7 @@ def sent_params(
       dtype: of the sampler.
     """
     dtype = jnp.dtype(dtype)
-    shapes, tree = jax.tree.flatten(decoder.abstract_params(config, dtype))
+    shapes, tree = _shapes(config, dtype)
     leaves = jax.tree.leaves(cast_program(dtype)(params)) if roles.trains else [None] * len(shapes)
     own = sharding.on_own_devices(layout)
     places = jax.tree.leaves(sharding.shardings(decoder.param_axes(config, dtype), own))
@@ -50,6 +50,11 @@ def sent_params(
             if roles.samples:
                 found.append(jax.device_put(whole, places[index]) if own else jnp.asarray(whole))
     return jax.tree.unflatten(tree, found) if roles.samples else None
+
+
+@functools.cache  # tracing the model is slow
+def _shapes(config, dtype):
+    return jax.tree.flatten(decoder.abstract_params(config, dtype))
 
 
 def _sent(leaf, like, roles):
