@@ -25,9 +25,9 @@ def sent_params(
     """Returns the weights as the sampler reads them where this process samples, else None.
 
     All processes must call. The cast is made where the weights lie. A parameter then travels in
-    pieces: of each, the first process that trains has a copy, and shares it with all; devices hold
-    as many copies of a piece as there are processes. Each process that samples assembles the
-    parameter on the host, and puts its parts onto its devices.
+    pieces: of each, the first process that trains has a copy, and shares it with all, bit for bit.
+    Each process that samples assembles the parameter on the host, and puts its parts onto its
+    devices.
 
     Args:
       params: master weights in the training layout; anything where this process only samples.
@@ -73,7 +73,7 @@ def _sent(leaf, like, roles):
         row = sharding.stacked(piece, members)
         piece = _of_one(members, roles.train[0])(row).addressable_data(0)
         if roles.samples:
-            whole[start : start + rows] = piece
+            whole[start : start + rows] = np.asarray(piece).view(like.dtype)
     return whole
 
 
@@ -85,5 +85,14 @@ def _piece(leaf, start, rows, place):
 
 @functools.cache
 def _of_one(members, source):
-    out = sharding.across(members).sharding(())
-    return jax.jit(lambda rows: rows[source], out_shardings=out)
+    """Returns the program that tells all processes the bits of one row.
+
+    XLA makes it a sum in which the other rows count 0, which integers survive as they are, -0.0 and
+    16-bit floats among them; a device holds two copies of the piece.
+    """
+
+    def one(rows):
+        bits = jnp.dtype(f"uint{8 * rows.dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(rows, bits)[source]
+
+    return jax.jit(one, out_shardings=sharding.across(members).sharding(()))
