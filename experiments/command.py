@@ -153,7 +153,7 @@ def description(run: Any) -> str:
     arithmetic, sampler = batch_arithmetic(run.config), run.sampler
     pace = run.settings.rollout
     in_flight = arithmetic.responses_per_step + pace.overlap * pace.group_size
-    responses = -(-in_flight // jax.process_count())
+    responses = -(-in_flight // len(run.roles.rollout))
     pages = sampler.pages_of(sampler.cache.gb * 1e9, responses)
     memory = memory_estimate(run.config, model, layouts, pages * sampler.page_bytes)
     leaves = fields.flat(run.config)
