@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -25,9 +25,21 @@ Task = dict  # worker input: folder, log, config, fingerprint, compile_cache
 
 
 def run(
-    sweep: Sweep, workdir: pathlib.Path, *, parallel: int = 1, only: Sequence[str] = ()
+    sweep: Sweep,
+    workdir: pathlib.Path,
+    *,
+    parallel: int = 1,
+    only: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Runs the unfinished members; returns member → reason for those that failed.
+
+    Args:
+      sweep: the sweep.
+      workdir: of the sweep.
+      parallel: runs at a time, on a share of the cores each.
+      only: members or variants to run; empty for all.
+      environment: variables that the runs have besides this process's.
 
     Raises:
       ConfigError: an invalid sweep, or a workdir that holds another one.
@@ -55,7 +67,7 @@ def run(
         for name, reason in failures.items():
             _report(bar, f"FAILED {name}: {reason}")
             bar.update()
-        _run_all(waiting, parallel, bar, failures)
+        _run_all(waiting, parallel, bar, failures, {**os.environ, **(environment or {})})
     return failures
 
 
@@ -156,7 +168,7 @@ def _task(member, config, fingerprint, workdir) -> Task:
     }
 
 
-def _run_all(waiting, parallel, bar, failures):
+def _run_all(waiting, parallel, bar, failures, environment):
     """Gives the next member to the first free worker."""
     tasks: queue.SimpleQueue = queue.SimpleQueue()
     for item in waiting:
@@ -173,7 +185,9 @@ def _run_all(waiting, parallel, bar, failures):
             bar.update()
 
     threads = [
-        threading.Thread(target=_serve, args=(tasks, done, index, parallel), daemon=True)
+        threading.Thread(
+            target=_serve, args=(tasks, done, index, parallel, environment), daemon=True
+        )
         for index in range(min(parallel, max(1, len(waiting))))
     ]
     for thread in threads:
@@ -183,7 +197,7 @@ def _run_all(waiting, parallel, bar, failures):
             thread.join(0.5)
 
 
-def _serve(tasks, done: Callable, index: int, parallel: int) -> None:
+def _serve(tasks, done: Callable, index: int, parallel: int, environment) -> None:
     """Feeds one worker at a time; replaces one that dies."""
     worker = None
     while True:
@@ -193,7 +207,7 @@ def _serve(tasks, done: Callable, index: int, parallel: int) -> None:
             break
         started = time.monotonic()
         try:
-            worker = worker or _start(index, parallel)
+            worker = worker or _start(index, parallel, environment)
             worker.stdin.write(json.dumps(task) + "\n")
             worker.stdin.flush()
             line = worker.stdout.readline()
@@ -209,11 +223,16 @@ def _serve(tasks, done: Callable, index: int, parallel: int) -> None:
         worker.wait()
 
 
-def _start(index, parallel):
+def _start(index, parallel, environment):
     """Starts a worker on its share of the cores: one run's threads do not slow another's."""
     command = [sys.executable, "-m", "experiments.sweeps.worker"]
     worker = subprocess.Popen(
-        command, cwd=spec.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=spec.ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -250,6 +250,24 @@ def test_a_workdir_keeps_to_one_sweep_and_takes_more_members(finished):
         runner.run(sweep, workdir, only=["gpso"])
 
 
+def test_workers_have_the_environment_that_is_asked_for(monkeypatch, tmp_path):
+    """Added to this process's own."""
+    started = []
+
+    def popen(command, *, env, **_):
+        started.append(env)
+        raise OSError("no worker today")
+
+    monkeypatch.setenv("INHERITED", "yes")
+    monkeypatch.setattr(runner.subprocess, "Popen", popen)
+    failures = runner.run(
+        _sweep(), tmp_path, only=["gspo,0.0001/seed_0"], environment={"ADDED": "2"}
+    )
+    assert "no worker today" in failures["gspo,0.0001/seed_0"]
+    (environment,) = started
+    assert (environment["ADDED"], environment["INHERITED"]) == ("2", "yes")
+
+
 # The table.
 
 

@@ -1,0 +1,99 @@
+"""Design of the study: how steps end, objectives, corrections, and the devices of each run."""
+
+from collections.abc import Sequence
+
+from experiments.sweeps.spec import Outcome, Sweep
+
+SEEDS = (0, 1, 2, 3, 4)
+STEPS = 40
+PROMPTS = 32  # of a step
+LENGTH = "val-aux/*/response_length/mean"
+
+SYNCHRONOUS, AHEAD = "synchronous", "one step off"
+MODES = {
+    SYNCHRONOUS: {},
+    "waiting": {"rollout.overlap": PROMPTS, "rollout.max_age": 2},
+    "dropping": {"rollout.overlap": PROMPTS, "rollout.late": "drop"},
+    AHEAD: {"rollout_mesh.apart": 1, "rollout.max_age": 1},
+}
+OBJECTIVES = {name: {"objective.preset": name.lower()} for name in ("GSPO", "LUSPO", "GRPO")}
+# What else a run with a correction sets: whose log-probs of stale tokens the correction compares.
+CORRECTED: dict[str, str] = {}
+NONE = "none"
+CORRECTIONS = {
+    NONE: {},
+    "tis": {"objective.correction": "tis", **CORRECTED},
+    "mask": {"objective.correction": "geometric-mask", **CORRECTED},
+}
+
+FIXED = {
+    # The quickstart's 128 responses in groups of four: a group is complete when its longest
+    # response is, and among eight one is nearly always as long as any.
+    "rollout.prompts_per_step": PROMPTS,
+    "rollout.group_size": 4,
+    # All that are in flight are decoded: none is old only because it waited for a slot.
+    "rollout.num_slots": 256,
+    "rollout.chunk_length": 4,
+    "eval.every": 5,
+    "eval.num_problems": 250,
+    "eval.num_samples": 2,
+    "output.tensorboard": False,
+    "output.export": False,
+    "output.dump_every": 0,
+    "output.checkpoint_every": 0,
+    "output.keep_best": 0,
+}
+
+OUTCOMES = (
+    Outcome("accuracy area", "val-core/*", "auc"),
+    Outcome("last accuracy", "val-core/*"),
+    Outcome("length area", LENGTH, "auc"),
+    Outcome("last length", LENGTH),
+    Outcome("length trained on", "response_length/mean", "mean"),
+    Outcome("consumed", "length/account/window/consumed_mean", "mean"),
+    Outcome("sampled", "length/account/window/sampled_mean", "mean"),
+    Outcome("consumed / sampled - 1", "length/account/window/relative_difference", "mean"),
+    Outcome("mean age", "rollout/age/mean", "mean"),
+    Outcome("clipped", "actor/pg_clipfrac", "mean"),
+    Outcome("k3 KL(sampler, trainer)", "rollout_corr/k3_kl", "mean"),
+)
+
+
+def sweep(
+    *,
+    steps: int = STEPS,
+    seeds: Sequence[int] = SEEDS,
+    objectives: Sequence[str] = tuple(OBJECTIVES),
+    corrections: Sequence[str] = tuple(CORRECTIONS),
+) -> Sweep:
+    """Returns the sweep of every mode, objective and correction against synchronous steps."""
+    return Sweep(
+        base="configs/quickstart.py",
+        fixed=FIXED | {"num_steps": steps},
+        axes={
+            "mode": MODES,
+            "objective": {name: OBJECTIVES[name] for name in objectives},
+            "correction": {name: CORRECTIONS[name] for name in corrections},
+        },
+        seeds=seeds,
+        baseline={"mode": SYNCHRONOUS},
+        outcomes=OUTCOMES,
+    )
+
+
+def smoke() -> Sweep:
+    """Returns a sweep of every mode in a few steps."""
+    return sweep(steps=3, seeds=(0,), objectives=("LUSPO",), corrections=(NONE, "tis"))
+
+
+def cell(mode: str, objective: str, correction: str) -> str:
+    """Returns the name of a variant."""
+    return f"{mode},{objective},{correction}"
+
+
+def devices(variant: str) -> int:
+    """Returns the devices that a variant's runs have: one samples apart, if any does.
+
+    The others have one device and not two, so that no number depends on it.
+    """
+    return 2 if variant.split(",")[0] == AHEAD else 1
