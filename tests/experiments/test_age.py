@@ -9,8 +9,9 @@ from luspo_jax.metrics import json_line
 from luspo_jax.run import fields
 
 
-def test_every_mode_meets_every_objective_and_correction_with_every_seed():
-    sweep, found = design.sweep(), set()
+@pytest.mark.parametrize("task", design.TASKS)
+def test_every_mode_meets_every_objective_and_correction_with_every_seed(task):
+    sweep, found = design.sweep(task), set()
     members = spec.check(sweep)
     for member in members:
         config = spec.config_of(sweep, member)
@@ -18,6 +19,8 @@ def test_every_mode_meets_every_objective_and_correction_with_every_seed():
         mode = (rollout.overlap, rollout.max_age, rollout.late, config.rollout_mesh.apart)
         objective = config.objective
         found.add((mode, objective.preset, objective.correction or "none", member.seed))
+        assert config.data.name == f"label_{task}"
+        assert config.model.path == f"embedded:label_{task}"
         assert rollout.prompts_per_step * rollout.group_size == 128
         assert rollout.num_slots >= (design.PROMPTS + rollout.overlap) * rollout.group_size
     assert len(found) == len(members) == 180
