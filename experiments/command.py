@@ -151,7 +151,9 @@ def description(run: Any) -> str:
     how, model = run.rule.logprobs.how, run.model.config
     layouts = how.layout, run.rollout_layout
     arithmetic, sampler = batch_arithmetic(run.config), run.sampler
-    responses = -(-arithmetic.responses_per_step // jax.process_count())
+    pace = run.settings.rollout
+    in_flight = arithmetic.responses_per_step + pace.overlap * pace.group_size
+    responses = -(-in_flight // len(run.roles.rollout))
     pages = sampler.pages_of(sampler.cache.gb * 1e9, responses)
     memory = memory_estimate(run.config, model, layouts, pages * sampler.page_bytes)
     leaves = fields.flat(run.config)
@@ -174,6 +176,7 @@ def description(run: Any) -> str:
         f"{run.data.template_hash}",
         f"rewards   : {', '.join(run.scorer.labels.values())}",
         f"batch     : {arithmetic}",
+        *([f"in flight : {_pace(run)}"] if pace.overlap or run.apart else []),
         f"pages     : {pages - 1:,} of {sampler.page_tokens} tokens in "
         f"{pages * sampler.page_bytes / 1e9:.2f} GB a device, {sampler.how.paged_attention} "
         f"attention; up to {sampler.most_rows(responses)} responses at a time, "
@@ -182,6 +185,25 @@ def description(run: Any) -> str:
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size),
     ]
     return "\n".join(["configuration", *lines])
+
+
+def _pace(run):
+    """Says when a step ends, and who samples meanwhile."""
+    pace = run.settings.rollout
+    lines = []
+    if pace.overlap:
+        late = {"wait": "it waits for older ones", "drop": "older ones are DROPPED"}[pace.late]
+        lines.append(
+            f"{pace.prompts_per_step} + {pace.overlap} prompts; a step ends when "
+            f"{pace.prompts_per_step} are complete, and takes them at most {run.asker.max_age} "
+            f"step(s) after it began them: {late}"
+        )
+    if run.apart:
+        lines.append(
+            f"{run.settings.rollout_mesh.apart} device(s) sample the next step's responses while "
+            "the others train"
+        )
+    return "; ".join(lines)
 
 
 # Training problems that are checked for refused prompts, and after how many seconds no more are.
@@ -202,7 +224,7 @@ def _objective(run: Any) -> str:
 
     objective = run.rule.objective
     axes = ("ratio", "surrogate", "length_scale", "aggregation", "advantage")
-    shared = ("kl_coef", "entropy_coef", "correction", "loss_scale")
+    shared = ("kl_coef", "entropy_coef", "correction", "old_policy", "loss_scale")
     return f"{run.config.objective.preset}: " + ", ".join(
         f"{name}={getattr(objective, name)}"
         for name in (*axes, *used_hyperparameters(objective), *shared)

@@ -36,6 +36,27 @@ The loss's value does not measure learning. On-policy a clipped loss is −Σ A 
 weights: 0 for GRPO and GSPO with centred advantages, −mean(A·L) for LUSPO. Losses that weigh log π
 by a constant (CISPO, VESPO, DPPO, MiniRL) mean less still. Look at gradient norms, clip fractions
 and rewards instead.
+
+## Tokens of several policies
+
+A step may train on tokens that earlier policies sampled, also within one response. With π the
+policy being updated, π_start the one that starts the step, computed by the trainer, and π_sampler
+the recorded probability under the policy that sampled the token:
+
+| `old_policy` | π_old of an earlier policy's token | π/π_old, clipped | ρ = π_old/π_sampler |
+| --- | --- | --- | --- |
+| `behaviour` | π_sampler | all that has moved since | 1 |
+| `decoupled` | π_start | what this step has moved | age, and sampler against trainer |
+
+π_old of all other tokens is π_start. `decoupled` is decoupled PPO (arXiv 2110.00641): set a
+`correction` with it. Under `behaviour` corrections do nothing to an earlier policy's tokens: ρ is 1
+there, which also lowers `rollout_corr/kl`. A KL in the reward is that of π_old.
+
+Where a trained token of a step is of an earlier policy, `staleness/*/age_k` measure the tokens of
+each age, counted in steps (k = 0, 1, 2, 3, and 4 for 4 or more): their share, the mean of the
+objective's ratio, the share clipped, the mean of log π_sampler − log π_old (`kl`), and of
+π/π_sampler the mean (`weight`) and the effective sample size (Σw)²/(n Σw²) (`ess`). An age without
+tokens reads 0.
 """
 
 

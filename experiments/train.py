@@ -40,7 +40,7 @@ def main() -> None:
         cluster.join(config, several, None if _DRY_RUN.value else _WORKDIR.value)
     with guard.phase("build"):
         run = build(config)
-        workdirs.check_processes(config)
+        workdirs.check_processes(config, run.roles)
         known, fork = facts(run), None
         if _FORK.value:
             fork = workdirs.fork(_WORKDIR.value, _FORK.value, _FORK_STEP.value, config, known)

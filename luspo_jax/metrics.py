@@ -144,6 +144,14 @@ _DECLARED = [
     Metric("rollout_corr/log_ppl_abs_diff", "mean", "nats", "|difference of mean log-probs|"),
     Metric("rollout_corr/max_abs_diff", "max", "nats", "largest |sampler − trainer| log-prob"),
     Metric("rollout_corr/*", "mean", "", "another measure of sampler against trainer"),
+    # Of tokens of age 0, 1, 2, 3, and 4 or more; 0 where there are none. Only in steps that train
+    # on tokens of an earlier policy.
+    Metric("staleness/share/*", "mean", "", "share of trained tokens that have an age, in steps"),
+    Metric("staleness/ratio/*", "mean", "", "mean importance ratio of tokens of an age"),
+    Metric("staleness/clipfrac/*", "mean", "", "clipped share of tokens of an age"),
+    Metric("staleness/kl/*", "mean", "nats", "mean of sampler minus old log-prob, of an age"),
+    Metric("staleness/weight/*", "mean", "", "mean ratio to the policy that sampled, of an age"),
+    Metric("staleness/ess/*", "mean", "", "effective sample size of those ratios, a share"),
     Metric(
         "router/agreement/*", "mean", "", "share of a token's experts that two passes both chose"
     ),

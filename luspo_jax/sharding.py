@@ -48,6 +48,8 @@ TABLES = {
 }
 # Halfway between the two: sharded as in the rollout, and along the embedding over the other axes.
 TABLES["handover"] = {**TABLES["rollout"], "embed": ("data", "fsdp", "expert", "context")}
+# What processes tell each other: a row each, on a device each.
+TABLES["processes"] = {"process": ("process",)}
 
 Axes = tuple[str | None, ...]  # logical axis of each dimension; None is not sharded
 
@@ -151,6 +153,23 @@ def _is_apart(device):
     return device in local and device != default
 
 
+@functools.cache
+def across(members: tuple[int, ...]) -> Layout:
+    """Returns the layout of rows that processes exchange: axis "process", one device of each."""
+    first: dict[int, jax.Device] = {}
+    for device in sorted(jax.devices(), key=lambda device: device.id):
+        first.setdefault(device.process_index, device)
+    return Layout(Mesh(np.array([first[i] for i in members]), ("process",)), "processes")
+
+
+def stacked(row: jax.Array | np.ndarray, members: tuple[int, ...]) -> jax.Array:
+    """Returns the rows of the calling processes, the same shape on each: [process, …], sharded."""
+    layout = across(members)
+    own = jax.device_put(row[None], layout.mesh.local_devices[0])
+    shape, axes = (len(members), *row.shape), ("process", *(None for _ in row.shape))
+    return jax.make_array_from_single_device_arrays(shape, layout.sharding(axes), [own])
+
+
 def constrain(x: jax.Array, axes: Axes, layout: Layout | None) -> jax.Array:
     """Constrains the sharding of `x` by its logical axes; for use under jit."""
     if layout is None:
@@ -241,12 +260,17 @@ def put(x: Any, axes: Axes, layout: Layout | None) -> jax.Array:
 def on_own_devices(layout: Layout | None) -> Layout | None:
     """Returns the part of a rollout layout over all processes that is on this process's devices.
 
+    In a process that does not sample, it is the part of the first that does: all have one size.
+
     Raises:
       MeshError: one copy of the weights would span several processes.
     """
     if layout is None:
         return None
-    own = [d for d in layout.mesh.devices.flat if d.process_index == jax.process_index()]
+    devices = list(layout.mesh.devices.flat)
+    samples = {device.process_index for device in devices}
+    which = jax.process_index() if jax.process_index() in samples else min(samples)
+    own = [device for device in devices if device.process_index == which]
     _, *rest = layout.mesh.devices.shape
     if len(own) % math.prod(rest):
         raise MeshError(
@@ -271,6 +295,12 @@ def own_part(tree: Any, axes_tree: Any, layout: Layout) -> Any:
         return jax.make_array_from_single_device_arrays(x.shape, own.sharding(axes), pieces)
 
     return jax.tree.map(part, tree, axes_tree)
+
+
+def whole_on_each(x: jax.Array) -> NamedSharding | None:
+    """Returns the sharding of `x` with a copy on each device of its mesh; None without a mesh."""
+    mesh = getattr(x.sharding, "mesh", None)
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def same_order(sharding: jax.sharding.Sharding, layout: Layout) -> bool:

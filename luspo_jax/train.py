@@ -79,9 +79,11 @@ def rollout_step(
         rollouts, waiting = take(run.asker, policy, carried.waiting, step, metrics)
         following = beside and beside.begin(run.asker, policy, waiting, step)
         del policy
-        state, length, rollouts = _learn(
-            run, state, carried.length, rollouts, metrics=metrics, check_mismatch=check_mismatch
-        )
+        length = carried.length
+        if run.roles.trains:
+            state, length, rollouts = _learn(
+                run, state, length, rollouts, metrics=metrics, check_mismatch=check_mismatch
+            )
         if following is not None:
             with timed(metrics, "wait"):
                 waiting = following()

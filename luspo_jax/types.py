@@ -119,11 +119,15 @@ class ResponseRows:
       group_ids_B: int32, equal for the responses of one prompt.
       sampler_logprobs_BT: float32, computed by the sampler; None for demonstrations, which it did
         not sample.
-      old_logprobs_BT: float32 under the policy that starts the step; None if it equals the policy
-        being updated (one minibatch, one epoch), which saves the extra pass.
-      old_entropy_BT: float32 entropies of the same policy; None unless the objective ranks them.
+      old_logprobs_BT: float32 under the old policy: the one that starts the step, and for tokens
+        that an earlier policy sampled the one that `Objective.old_policy` says; None if it equals
+        the policy being updated (one minibatch, one epoch), which saves the extra pass.
+      old_entropy_BT: float32 entropies of the policy that starts the step; None unless the
+        objective ranks them.
       ref_logprobs_BT: float32 under the reference policy; None without a KL term.
       token_weights_BT: float32 factor on each token's loss; None for 1.
+      ages_BT: int32 steps that the policy took between sampling each token and this step; None if
+        the policy that starts the step sampled all that the step trains on.
     """
 
     starts_B: jax.Array
@@ -135,6 +139,7 @@ class ResponseRows:
     old_entropy_BT: jax.Array | None = None
     ref_logprobs_BT: jax.Array | None = None
     token_weights_BT: jax.Array | None = None
+    ages_BT: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -36,11 +36,21 @@ STEERED = (
 )
 # Images of groups that are carried over come back from their files, or are drawn again.
 SEEING = ("--config=configs/quickstart_vl.py",)
+# Responses go on from step to step.
+PARTIAL = (
+    "--config.rollout.overlap=8",
+    "--config.rollout.max_age=2",
+    "--config.rollout.chunk_length=4",
+)
+# A device samples the next step's responses while the other trains.
+AHEAD = (*PARTIAL, "--config.rollout_mesh.apart=1")
 
 
 def _start(workdir, log, extra):
     # As a user's process: one device, no test flags.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    if extra == AHEAD:
+        environment["JAX_NUM_CPU_DEVICES"] = "2"
     settings = (*SEEING, *SETTINGS[1:]) if extra == SEEING else (*SETTINGS, *extra)
     flags = (*settings, f"--workdir={workdir}")
     command = [sys.executable, "-m", "experiments.train", *flags]
@@ -50,7 +60,11 @@ def _start(workdir, log, extra):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "extra"), [(0, ()), (1, ()), (2, STEERED), (3, SEEING)])
+@pytest.mark.parametrize(
+    ("seed", "extra"),
+    [(0, ()), (1, ()), (2, STEERED), (3, SEEING), (4, PARTIAL), (5, AHEAD)],
+    ids=["0", "1", "steered", "seeing", "partial", "ahead"],
+)
 def test_killed_and_continued_run_is_the_same_run(tmp_path, seed, extra):
     with (tmp_path / "log").open("w") as log:
         started = time.monotonic()
@@ -63,8 +77,9 @@ def test_killed_and_continued_run_is_the_same_run(tmp_path, seed, extra):
         for attempt in range(40):
             process = _start(tmp_path / "killed", log, extra)
             try:
-                # Later and later, so that it gets somewhere whatever start-up costs.
-                process.wait(whole * rng.uniform(0.2, 0.9) * (1 + 0.1 * attempt))
+                # Later and later, so that it gets somewhere whatever start-up costs. The first run
+                # compiled, so it took longer than these.
+                process.wait(whole * rng.uniform(0.1, 0.6) * (1 + 0.1 * attempt))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
@@ -79,4 +94,7 @@ def test_killed_and_continued_run_is_the_same_run(tmp_path, seed, extra):
     assert [row["step"] for row in rows] == list(range(11))
     if extra == STEERED:
         assert len({row["length/scale_alpha"] for row in rows[1:]}) > 2
+    if extra in (PARTIAL, AHEAD):
+        assert max(row["rollout/age/max"] for row in rows[1:]) > 0
+        assert sum(row["rollout/continued_tokens"] for row in rows[1:]) > 0
     _assert_same_results(_results(tmp_path / "killed"), _results(tmp_path / "straight"))

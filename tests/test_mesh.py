@@ -1,5 +1,6 @@
 """One optimizer step on 8 fake devices is the step of one device, however the mesh is cut."""
 
+import dataclasses
 import re
 
 import jax
@@ -114,6 +115,36 @@ def _check_gathers(text):
     assert not [shape for shape in shapes if LAYERS in shape]
     # Nor does one make activations of whole rows: whole are at most some numbers a token.
     assert not [shape for shape in shapes if T in shape and len(shape) > 2]
+
+
+@pytest.mark.parametrize("mesh", ["data2-fsdp4", "context4-data2"])
+def test_tokens_of_several_ages_compete_over_all_devices(mesh):
+    """The threshold of a mask is of the whole step, and sums by age are of all devices' tokens."""
+    rng = np.random.default_rng(1)
+    batch = _batch()
+    mask_BT = batch.responses.response_mask_BT
+    batch = dataclasses.replace(
+        batch,
+        responses=dataclasses.replace(
+            batch.responses,
+            old_logprobs_BT=np.where(mask_BT, -3 * rng.random(mask_BT.shape, np.float32), 0),
+            ages_BT=np.where(mask_BT, rng.integers(0, 6, mask_BT.shape, np.int32), 0),
+        ),
+    )
+    found = []
+    for sizes in (None, MESHES[mesh]):
+        rule = _rule(sizes)
+        masked = dataclasses.replace(rule.objective, correction="m2po", m2po_max=0.5)
+        rule = dataclasses.replace(rule, objective=masked)
+        state = initial_state(decoder.init_params(jax.random.key(0), CONFIG), rule)
+        state, metrics = update_step(state, put(batch, rule.logprobs.how.layout), RATE, rule=rule)
+        found.append(jax.device_get((state.opt_state[0].mu, metrics)))
+    (expected, expected_metrics), (got, metrics) = found
+    assert _worst(got, expected) <= 1e-5
+    assert _worst(metrics, expected_metrics) <= 1e-5
+    dropped, count = metrics["rollout_corr/masked_fraction"]
+    assert 0.1 * count < dropped < 0.9 * count
+    assert all(metrics[f"staleness/share/age_{k}"][0] > 0 for k in range(5))
 
 
 def test_scores_are_those_of_one_device(one_device):

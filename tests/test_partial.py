@@ -1,6 +1,7 @@
 """Runs whose responses take several steps, or are sampled one step ahead: exact resume, ages."""
 
 import json
+import types
 
 import jax
 import pytest
@@ -9,6 +10,8 @@ from luspo_jax import train
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.run import checks
+from luspo_jax.run.build import roles
+from luspo_jax.sharding import MeshError
 from tests import test_train
 from tests.test_train import _assert_same_results, _results, _train, model_folder  # noqa: F401
 
@@ -134,6 +137,44 @@ def test_what_cannot_keep_its_ages_is_refused_by_name(config, fields, message):
     config.rollout.update(fields)
     with pytest.raises(ConfigError, match=message):
         checks.check(config)
+
+
+def _devices(counts):
+    """Devices of several processes, as many as each has, in an order of their own."""
+    found = [types.SimpleNamespace(process_index=i) for i, n in enumerate(counts) for _ in range(n)]
+    return found[::2] + found[1::2]
+
+
+@pytest.mark.parametrize(
+    ("counts", "apart", "train", "rollout"),
+    [
+        ((2, 2), 0, (0, 1), (0, 1)),
+        ((1, 1), 1, (0,), (1,)),
+        ((4, 4, 4), 4, (0, 1), (2,)),
+        ((4, 4, 4), 8, (0,), (1, 2)),
+        ((8,), 2, (0,), (0,)),
+    ],
+)
+def test_the_last_processes_sample(config, counts, apart, train, rollout):
+    config.rollout_mesh.apart = apart
+    found = roles(config, _devices(counts))
+    assert (found.train, found.rollout) == (train, rollout)
+    assert found.split == (len(counts) > 1 and apart > 0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "apart", "message"),
+    [
+        ((4, 4), 2, r"apart=2: .* multiple of 4, .* at most 4"),
+        ((4, 4), 6, r"apart=6: .* multiple of 4, .* at most 4"),
+        ((4, 4, 4), 5, r"apart=5: .* multiple of 4, .* at most 8"),
+        ((4, 4), 8, r"apart=8 leaves no device to train on: there are 8"),
+    ],
+)
+def test_processes_of_both_roles_are_refused_by_name(config, counts, apart, message):
+    config.rollout_mesh.apart = apart
+    with pytest.raises(MeshError, match=message):
+        roles(config, _devices(counts))
 
 
 def test_roles_that_leave_no_device_are_refused_by_name(config):

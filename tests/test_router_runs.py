@@ -207,6 +207,13 @@ RUNS = {
         "train.router_replay": "old", "shaping.dynamic_sampling": True, "shaping.max_tries": 8,
         "num_steps": 3, "length.every": 2},
     "one update a step": {"train.num_minibatches": 1, "train.router_replay": "sampler"},
+    "sampler, in flight": {
+        "train.router_replay": "sampler", "rollout.overlap": 2, "rollout.max_age": 2,
+        "rollout.chunk_length": 2, "num_steps": 3},
+    "old, in flight, decoupled": {
+        "train.router_replay": "old", "rollout.overlap": 2, "rollout.max_age": 1,
+        "rollout.chunk_length": 2, "num_steps": 3, "objective.old_policy": "decoupled",
+        "objective.correction": "tis"},
 }  # fmt: skip
 
 
@@ -239,6 +246,8 @@ def test_what_a_run_reports_and_how_it_goes_on_after_a_kill(config, tmp_path, mo
         assert np.isfinite(rows[0]["length/pressure/own"])
     if "carried" in name:
         assert sum(row["shaping/groups_carried_in"] for row in rows) > 0
+    if "flight" in name:
+        assert sum(row["rollout/continued_tokens"] for row in rows) > 0
     real = train.rollout_step
 
     def crash(run, state, carried, step, **kwargs):

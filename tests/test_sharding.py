@@ -57,3 +57,11 @@ def test_arrays_are_put_part_by_part():
     placed = sharding.put(x, ("batch", "length"), layout)
     assert placed.addressable_shards[0].data.shape == (2, 2)
     np.testing.assert_array_equal(placed, x)
+
+
+def test_a_process_that_does_not_sample_sees_the_part_of_the_first_that_does(monkeypatch):
+    layout = sharding.layout("rollout", {"data": 2, "tensor": 2}, jax.devices()[4:8])
+    monkeypatch.setattr(sharding.jax, "process_index", lambda: 3)
+    part = sharding.on_own_devices.__wrapped__(layout)
+    assert list(part.mesh.devices.flat) == jax.devices()[4:8]
+    assert dict(part.mesh.shape) == dict(layout.mesh.shape)

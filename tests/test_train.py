@@ -421,6 +421,7 @@ def sometimes_broken(response, answer):
         {"preset": "luspo", "entropy_coef": 0.01, "top_entropy_quantile": 0.2},
         {"preset": "luspo", "correction": "tis+geometric-mask"},
         {"preset": "gspo", "correction": "icepop", "off_policy_max": 0.5},
+        {"preset": "grpo", "correction": "binary-kl+m2po", "old_policy": "decoupled"},
         {"preset": "dapo", "dual_clip": 3.0},
     ],
     ids=str,
@@ -489,6 +490,13 @@ def test_dynamic_sampling_resumes_bit_for_bit(config, tmp_path, monkeypatch):
     rows = list(read_metrics(tmp_path / "straight" / "metrics.jsonl"))[1:]
     assert sum(row["shaping/groups_carried_in"] for row in rows) > 0
     assert all(row["shaping/trained_responses"] == 16 for row in rows)
+    for row in rows:  # ages are measured in the steps that train on groups of an earlier policy
+        carried = row["shaping/groups_carried_in"] > 0
+        assert any(key.startswith("staleness/") for key in row) == carried
+        if carried:
+            shares = [row[f"staleness/share/age_{k}"] for k in range(5)]
+            assert sum(shares) == pytest.approx(1)
+            assert shares[0] < 1
     real = train.rollout_step
 
     def crash(run, state, carried, step, **kwargs):

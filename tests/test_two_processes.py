@@ -77,10 +77,18 @@ sys.exit(cluster.call(train.main, required=("config", "workdir")))
 
 
 class Pair:
-    """Two processes of one run, started together."""
+    """Two processes of one run, or `count`, started together."""
 
     def __init__(
-        self, folder, workdir, *extra, flags=((), ()), fault="", settings=SETTINGS, **environment
+        self,
+        folder,
+        workdir,
+        *extra,
+        flags=((), (), ()),
+        fault="",
+        settings=SETTINGS,
+        count=2,
+        **environment,
     ):
         self.folder = folder
         driver = folder / "driver.py"
@@ -96,7 +104,7 @@ class Pair:
         }
         port = _free_port()
         self.processes, self.ended = [], {}
-        for index in range(2):
+        for index in range(count):
             command = [
                 sys.executable,
                 str(driver),
@@ -104,7 +112,7 @@ class Pair:
                 f"--config.hosts.dead_after_s={DEAD_AFTER}",
                 f"--workdir={workdir}",
                 f"--coordinator=127.0.0.1:{port}",
-                "--num_processes=2",
+                f"--num_processes={count}",
                 f"--process_id={index}",
                 *extra,
                 *flags[index],
@@ -122,16 +130,17 @@ class Pair:
     def wait(self, seconds=400):
         """(exit statuses, what both said, seconds between the two ends)."""
         until = time.monotonic() + seconds
-        while len(self.ended) < 2 and time.monotonic() < until:
+        count = len(self.processes)
+        while len(self.ended) < count and time.monotonic() < until:
             for index, process in enumerate(self.processes):
                 if index not in self.ended and process.poll() is not None:
                     self.ended[index] = time.monotonic()
             time.sleep(0.05)
-        said = [self.log(index).read_text() for index in range(2)]
+        said = [self.log(index).read_text() for index in range(count)]
         for process in self.processes:
             process.kill()
-        assert len(self.ended) == 2, f"still running after {seconds} s:\n" + "\n".join(said)
-        apart = abs(self.ended[0] - self.ended[1])
+        assert len(self.ended) == count, f"still running after {seconds} s:\n" + "\n".join(said)
+        apart = max(self.ended.values()) - min(self.ended.values())
         return [process.returncode for process in self.processes], said, apart
 
 
@@ -141,8 +150,9 @@ def _free_port():
         return found.getsockname()[1]
 
 
-def _single(folder, workdir, settings=SETTINGS):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+def single(folder, workdir, settings=SETTINGS, **variables):
+    """The run in one process, to its end."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "experiments.train", *settings, f"--workdir={workdir}"]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -164,7 +174,7 @@ def undisturbed(folder):
 @pytest.mark.slow
 def test_two_processes_are_one_run(folder, undisturbed):
     workdir, said = undisturbed
-    _single(folder, folder / "single")
+    single(folder, folder / "single")
     assert_near_results(
         without_sampler_counts(_results(workdir)),
         without_sampler_counts(_results(folder / "single")),
@@ -181,7 +191,7 @@ def test_two_processes_are_one_run(folder, undisturbed):
 def test_two_processes_with_images_are_one_run(folder):
     codes, said, _ = Pair(folder, folder / "seeing", settings=SEEING).wait()
     assert codes == [0, 0], "\n".join(said)
-    _single(folder, folder / "seeing_single", SEEING)
+    single(folder, folder / "seeing_single", SEEING)
     assert_near_results(
         without_sampler_counts(_results(folder / "seeing")),
         without_sampler_counts(_results(folder / "seeing_single")),

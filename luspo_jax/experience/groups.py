@@ -78,6 +78,24 @@ class Waiting:
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     account: AccountState = dataclasses.field(default_factory=AccountState)
 
+    def without_images(self) -> "Waiting":
+        """Returns what waits without the images of its prompts, which are large."""
+        return self.with_images(
+            lambda prompts: [dataclasses.replace(prompt, images=()) for prompt in prompts]
+        )
+
+    def with_images(
+        self, read: Callable[[Sequence[PromptRecord]], Sequence[PromptRecord]]
+    ) -> "Waiting":
+        """Returns what waits with the images of its prompts, as `read` restores them."""
+
+        def seen(groups):
+            prompts = read([group.prompt for group in groups])
+            return [Group(p, group.responses) for p, group in zip(prompts, groups, strict=True)]
+
+        parts = {name: seen(getattr(self, name)) for name in ("surplus", "begun", "batch")}
+        return dataclasses.replace(self, **parts)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:

@@ -19,6 +19,7 @@ from luspo_jax.experience import accounts, shaping
 from luspo_jax.experience.groups import Group, Rollouts, Waiting, judged
 from luspo_jax.experience.shaping import Shaping
 from luspo_jax.hosts import processes
+from luspo_jax.hosts.roles import Roles
 from luspo_jax.length.accounting import Finished
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.metrics import StepMetrics, timed
@@ -45,6 +46,7 @@ class Asker:
       max_age: most steps between the one that begins a group and the one that trains on it.
       late: what becomes of groups that grow too old: "wait" for them, or "drop" them.
       length: settings of the account of lengths.
+      roles: which processes sample.
     """
 
     stream: PromptStream
@@ -60,6 +62,7 @@ class Asker:
     max_age: int = 0
     late: str = "wait"
     length: LengthSettings = LengthSettings()  # noqa: RUF009  (frozen)
+    roles: Roles = Roles()  # noqa: RUF009  (frozen)
 
     @property
     def chooses(self) -> bool:
@@ -133,7 +136,7 @@ def rounds(
 ) -> Iterator[list[Group]]:
     """Yields rounds of rewarded groups, sampled on demand from new prompts and those in flight.
 
-    All processes see the same prompts; each samples and rewards its own share.
+    All that sample see the same prompts; each samples and rewards its own share.
 
     Args:
       asker: samples and rewards.

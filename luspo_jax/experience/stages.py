@@ -66,8 +66,12 @@ def with_logprobs(
             if check:
                 check_gap(gap, mismatch_limit)
             if passes["old"].kept:
-                keep_entropy = programs.keeps_entropy
-                rollouts = with_old_logprobs(rollouts, found, keep_entropy=keep_entropy)
+                rollouts = with_old_logprobs(
+                    rollouts,
+                    found,
+                    old_policy=programs.rule.objective.old_policy,
+                    keep_entropy=programs.keeps_entropy,
+                )
                 if found.agreement is not None:  # without this pass, the update reports it
                     metrics.add("router/agreement/sampler_old", found.agreement)
     with timed(metrics, "ref"):
@@ -78,40 +82,46 @@ def with_logprobs(
 
 
 def with_old_logprobs(
-    rollouts: Rollouts, found: PolicyLogprobs, *, keep_entropy: bool = False
+    rollouts: Rollouts,
+    found: PolicyLogprobs,
+    *,
+    old_policy: str = "behaviour",
+    keep_entropy: bool = False,
 ) -> Rollouts:
-    """Adds log-probs of the policy that starts the step, computed by the trainer.
+    """Adds log-probs of the old policy: of the one that starts the step, computed by the trainer.
 
-    A token that another policy sampled keeps the sampler's log-prob, which is under that policy;
-    its expert ids are the sampler's, too.
+    Under "behaviour", a token that another policy sampled keeps the sampler's log-prob, which is
+    under that policy; its expert ids are the sampler's, too.
 
     Args:
       rollouts: the responses.
-      found: results of that policy's pass.
+      found: results of the pass of the policy that starts the step.
+      old_policy: of the objective.
       keep_entropy: whether the objective ranks entropies.
     """
     responses = rollouts.responses
-    fresh = [versions == rollouts.version for versions in rollouts.column("versions")]
+    decoupled = old_policy == "decoupled"
+    own = [decoupled | (versions == rollouts.version) for versions in rollouts.column("versions")]
     columns = {
         "old_logprobs": [
-            np.where(own, computed, response.logprobs)
-            for own, computed, response in zip(fresh, found.logprobs, responses, strict=True)
+            np.where(is_own, computed, response.logprobs)
+            for is_own, computed, response in zip(own, found.logprobs, responses, strict=True)
         ]
     }
     if keep_entropy:
         columns["old_entropy"] = found.entropies
     if found.expert_ids is not None:
         columns["old_expert_ids"] = [
-            _chosen_ids(*pair) for pair in zip(fresh, found.expert_ids, responses, strict=True)
+            _chosen_ids(*pair) for pair in zip(own, found.expert_ids, responses, strict=True)
         ]
     return rollouts.enriched(**columns)
 
 
-def _chosen_ids(fresh, computed, response):
-    if fresh.all():
+def _chosen_ids(own, computed, response):
+    if own.all():
         return computed
-    of_prompt = np.full(len(computed) - len(fresh), fresh.all())
-    own = np.concatenate([of_prompt, fresh])[:, None, None]
+    of_prompt = np.full(len(computed) - len(own), own.all())
+    own = np.concatenate([of_prompt, own])[:, None, None]
     sampled = np.concatenate([response.prompt_expert_ids, response.expert_ids])
     return np.where(own, computed, sampled)
 
@@ -119,13 +129,16 @@ def _chosen_ids(fresh, computed, response):
 def largest_gap(rollouts: Rollouts, found: PolicyLogprobs) -> float:
     """Returns the largest log-prob difference of a trained token, sampler to trainer, in nats.
 
-    Tokens that another policy sampled are left out.
+    Tokens that another policy sampled are left out. With experts so are the later tokens of such a
+    response: the recorded experts of what comes before them are that policy's, and the sampler read
+    it again with its own.
     """
-    gaps = [
-        np.abs(computed - r.logprobs)[r.trained & (r.versions == rollouts.version)]
-        for computed, r in zip(found.logprobs, rollouts.responses, strict=True)
-    ]
-    return float(np.max(np.concatenate(gaps), initial=0.0))
+    gaps = []
+    for computed, r in zip(found.logprobs, rollouts.responses, strict=True):
+        fresh = r.versions == rollouts.version
+        if r.expert_ids is None or fresh.all():
+            gaps.append(np.abs(computed - r.logprobs)[r.trained & fresh])
+    return float(np.max(np.concatenate([np.zeros(0), *gaps]), initial=0.0))
 
 
 def check_gap(gap: float, limit: float) -> None:
@@ -193,6 +206,9 @@ def train_batch(
         for name in ("old_logprobs", "old_entropy", "ref_logprobs")
         if getattr(responses[0], name) is not None
     }
+    if _trains_on_stale(rollouts):
+        ages = [np.int64(rollouts.version) - r.versions for r in responses]
+        known["ages_BT"] = plan.place([x.astype(np.int32) for x in ages])
     rows = laid_rows(
         planner,
         Laid(prompts, responses, plan),
@@ -207,6 +223,12 @@ def train_batch(
         **known,
     )
     return TrainBatch(rows, objective_rows), dict(plan.metrics)
+
+
+def _trains_on_stale(rollouts):
+    # Of the whole step: its batches then have one structure, and ages one denominator.
+    responses = rollouts.responses
+    return any((r.trained & (r.versions != rollouts.version)).any() for r in responses)
 
 
 def train_batches(

@@ -39,7 +39,10 @@ def to_stored(groups: Sequence[Group]) -> tuple[dict[str, np.ndarray], list[dict
 
     described = []
     for group in groups:
-        prompt, first = group.prompt, group.responses[0]
+        prompt = group.prompt
+        # One array for all responses that one policy began.
+        ids = {id(x): x for x in group.column("prompt_expert_ids") if x is not None}
+        places = {name: place for place, name in enumerate(ids)}
         described.append(
             {
                 "prompt": {
@@ -47,12 +50,13 @@ def to_stored(groups: Sequence[Group]) -> tuple[dict[str, np.ndarray], list[dict
                     "text": prompt.text,
                     "example": dataclasses.asdict(prompt.example),
                     "tokens": kept("prompt_tokens", prompt.tokens),
-                    "expert_ids": kept("prompt_expert_ids", first.prompt_expert_ids),
+                    "expert_ids": [kept("prompt_expert_ids", x) for x in ids.values()],
                 },
                 "responses": [
                     {
                         **{name: getattr(response, name) for name in _PLAIN},
                         "reward": response.reward and dataclasses.asdict(response.reward),
+                        "prompt_ids": places.get(id(response.prompt_expert_ids)),
                         "lengths": {name: kept(name, getattr(response, name)) for name in _ARRAYS},
                     }
                     for response in group.responses
@@ -72,12 +76,17 @@ def from_stored(
         if length is None:
             return None
         if not length:
-            return np.zeros(0, _EMPTY[name])
+            alike = arrays.get(name, arrays.get(f"prompt_{name}"))  # expert_ids may lack their own
+            return np.zeros(0, _EMPTY[name]) if alike is None else np.array(alike[:0])
         start = used[name]
         used[name] = start + length
         return np.array(arrays[name][start : start + length])
 
     return [_group(values, taken) for values in described]
+
+
+def _at(arrays, place):
+    return None if place is None or not arrays else arrays[place]
 
 
 def _group(values: Mapping[str, Any], taken: Callable[[str, int | None], np.ndarray | None]):
@@ -88,14 +97,17 @@ def _group(values: Mapping[str, Any], taken: Callable[[str, int | None], np.ndar
         prompt["text"],
         Example(**prompt["example"]),
     )
-    prompt_ids = taken("prompt_expert_ids", prompt["expert_ids"])
+    stored = prompt["expert_ids"]
+    if not isinstance(stored, list):  # in an earlier checkpoint
+        stored = [] if stored is None else [stored]
+    prompt_ids = [taken("prompt_expert_ids", length) for length in stored]
     responses = [
         Response(
             # Earlier checkpoints lack some.
             **{name: response[name] for name in _PLAIN if name in response},
             **{name: taken(name, length) for name, length in response["lengths"].items()},
             reward=response["reward"] and Reward(**response["reward"]),
-            prompt_expert_ids=prompt_ids,
+            prompt_expert_ids=_at(prompt_ids, response.get("prompt_ids", 0)),
         )
         for response in values["responses"]
     ]

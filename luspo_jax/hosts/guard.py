@@ -32,6 +32,7 @@ BEAT_S = 2.0  # between two writes of a heartbeat file, and two looks at the oth
 _VARIABLE = "LUSPO_JAX_GUARD"  # descriptor of the channel between guard and worker
 _NEWS_S = 0.5  # until a new phase is in the file
 _TICK_S = 0.25  # between two looks at its worker
+MEETING = "meeting"  # phase in which a process waits for others that do something else
 _GRACE_S = 5.0  # added to limits of processes that only wait, so that the cause is named first
 # Beginnings of jax runtime errors.
 _STATUS = re.compile(
@@ -376,6 +377,8 @@ class _Guard:
         limit = self._membership.phase_timeout_s if self._membership else 0
         seconds = now - self._phase_since
         waits = self._post["phase"] in ("gather", "checkpoint", "export", "wait")
+        if self._post["phase"] == MEETING:  # however long: each phase of the others has a limit
+            return None
         if not limit or self._exit is not None or seconds <= limit + (_GRACE_S if waits else 0):
             return None
         return (

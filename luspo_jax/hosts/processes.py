@@ -2,10 +2,14 @@
 
 Every process does the same host work, but samples and rewards only its own share of a step's
 prompts. Shares are contiguous, so gathered results are in the order of a one-process run, and all
-processes compute the same from them. Only process 0 writes files.
+processes compute the same from them. Only process 0 writes files. If processes differ in what they
+do (`hosts.roles`), all of this is meant of those that do the same, `members`.
 """
 
 import collections
+import contextlib
+import contextvars
+import functools
 import hashlib
 import os
 import pathlib
@@ -13,15 +17,16 @@ import pickle
 import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from luspo_jax import sharding
 from luspo_jax.hosts import guard
 
+_members: contextvars.ContextVar[tuple[int, ...] | None] = contextvars.ContextVar("members")
 _GATHERED_BYTES = 1 << 27  # per collective, over all processes
 _VISIBLE_AFTER_S = 60.0  # time that a file written by another host may take to appear
 
@@ -151,20 +156,40 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
+def everyone() -> tuple[int, ...]:
+    """Returns the indices of all processes."""
+    return tuple(range(jax.process_count()))
+
+
+def members() -> tuple[int, ...]:
+    """Returns the processes that share, gather and wait together: all, unless inside `among`."""
+    return _members.get(None) or everyone()
+
+
+@contextlib.contextmanager
+def among(group: tuple[int, ...]) -> Iterator[None]:
+    """Inside, `members` are these processes; each of them must come here, and no other."""
+    token = _members.set(group)
+    try:
+        yield
+    finally:
+        _members.reset(token)
+
+
 def share(count: int, index: int | None = None, num: int | None = None) -> slice:
     """Returns this process's slice of `count` things; sizes differ by at most one."""
-    index = jax.process_index() if index is None else index
-    num = jax.process_count() if num is None else num
+    index = members().index(jax.process_index()) if index is None else index
+    num = len(members()) if num is None else num
     return slice(count * index // num, count * (index + 1) // num)
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the `value` of every process, on every process, in their order; it must pickle.
+    """Returns the `value` of every member, on every member, in their order; it must pickle.
 
     One process returns `[value]`, the same object. The bytes travel in parts of one size for all, a
     power of two, so that few programs are compiled and little device memory is used.
     """
-    num = jax.process_count()
+    num = len(members())
     if num == 1:
         return [value]
     with guard.phase("gather"):
@@ -186,7 +211,13 @@ def _gather(value, num):
 
 
 def _all_rows(row: np.ndarray) -> np.ndarray:
-    return np.asarray(multihost_utils.process_allgather(row))
+    group = members()
+    return np.asarray(_whole(group)(sharding.stacked(row, group)).addressable_data(0))
+
+
+@functools.cache
+def _whole(group):
+    return jax.jit(lambda x: x, out_shardings=sharding.across(group).sharding(()))
 
 
 def _pieces(size: int, num: int) -> list[tuple[int, int]]:
@@ -197,22 +228,33 @@ def _pieces(size: int, num: int) -> list[tuple[int, int]]:
 
 
 def gathered(rows: Sequence[Any]) -> list[Any]:
-    """Returns the rows of all processes' shares, concatenated."""
+    """Returns the rows of all members' shares, concatenated."""
     return [row for part in gather(rows) for row in part]
 
 
-def barrier(label: str) -> None:
-    """Waits until every process has reached this call."""
-    if jax.process_count() > 1:
-        with guard.phase("wait"):
-            multihost_utils.sync_global_devices(label)
+def barrier(label: str, phase: str = "wait") -> None:
+    """Waits until every member has reached this call.
+
+    Args:
+      label: of the call.
+      phase: for the guard.
+
+    Raises:
+      AgreementError: they have reached different calls.
+    """
+    num = len(members())
+    if num > 1:
+        with guard.phase(phase):
+            found = _gather(label, num)
+        if len(set(found)) > 1:
+            raise AgreementError(f"processes {members()} wait at different places: {found}")
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Checks that facts are equal on all processes.
+    """Checks that facts are equal on all members.
 
     Raises:
-      AgreementError: on every process if they differ.
+      AgreementError: on every one if they differ.
     """
     found = differences(gather(dict(facts)))
     if found:

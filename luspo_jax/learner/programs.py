@@ -59,15 +59,12 @@ class StepPrograms:
         """Returns the passes of a step before its updates, by name, in order.
 
         A step of one update needs no pass for the old policy, because the update's own forward pass
-        computes its log-probs, unless another policy sampled some tokens (`stale`). `check`
-        compares sampler and trainer in any case.
+        computes its log-probs, unless another policy sampled some tokens (`stale`) or tokens of the
+        whole step compete. `check` compares sampler and trainer in any case.
         """
         objective, logprobs = self.rule.objective, self.rule.logprobs
         kept = (
-            self.updates_per_step > 1
-            or objective.top_entropy_quantile < 1
-            or objective.kl_in_reward
-            or stale
+            self.updates_per_step > 1 or objective.ranks_tokens or objective.kl_in_reward or stale
         )
         found = {}
         if kept or check:

@@ -46,7 +46,13 @@ def update_step(
     length_scale_B = objectives.length_scales(
         objective, lengths_B, batch.responses.group_ids_B, alpha_shift
     )
-    denominators = objectives.denominators(objective, mask_BT, batch.responses.old_entropy_BT)
+    denominators = objectives.denominators(
+        objective,
+        mask_BT,
+        batch.responses.old_entropy_BT,
+        batch.responses.old_logprobs_BT,
+        batch.responses.sampler_logprobs_BT,
+    )
     balance_LE = None
     if rule.router_aux_coef:
         balance_LE = routers.balance_weights(
@@ -69,6 +75,7 @@ def update_step(
                 ref_logprobs_BT=responses.ref_logprobs_BT,
                 sampler_logprobs_BT=responses.sampler_logprobs_BT,
                 token_weights_BT=responses.token_weights_BT,
+                ages_BT=responses.ages_BT,
             ),
             denominators,
             bin_edges=rule.bin_edges,

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from luspo_jax import sharding
-from luspo_jax.hosts import files
+from luspo_jax.hosts import files, processes
 from luspo_jax.models import decoder, safetensors_folder, vision_config, vision_weights
 from luspo_jax.models.decoder_config import ConfigError, DecoderConfig, decoder_config, hf_config
 from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError, listed
@@ -343,7 +343,7 @@ def export(
         Planned(name, entry.hf_shape, _reader(params, entry))
         for name, entry in weight_table(config).items()
     ]
-    if jax.process_index() == 0:
+    if processes.is_writer():
         with files.new_folder(folder, overwrite=overwrite) as partial:
             safetensors_folder.write_shards(
                 partial, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes
@@ -358,8 +358,7 @@ def export(
     else:
         for tensor in tensors:
             tensor.read()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("export")
+    processes.barrier("export")
 
 
 @functools.cache  # tracing the model is slow
@@ -398,8 +397,7 @@ def _assembled(shape, place, path, weights):
 
 def _raise_together(problem, layout):
     """Raises if any process has a problem: one that went on alone would wait for the others."""
-    shared = layout is not None and jax.process_count() > 1
-    anywhere = shared and multihost_utils.process_allgather(np.array(problem is not None)).any()
+    anywhere = layout is not None and any(processes.gather(problem is not None))
     if problem is not None:
         raise WeightsError(problem)
     if anywhere:

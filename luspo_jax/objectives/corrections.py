@@ -1,9 +1,12 @@
 """Corrections for a mismatch between sampler and trainer, and masks for stale sequences.
 
-ρ_t = π_old(y_t) / π_sampler(y_t), with π_old from the trainer's own forward pass. A correction is
-`f(log_rho_BT, response_mask_BT, *, hyperparameters) -> weight_BU`. It multiplies the policy loss of
-each token (U = T) or sequence (U = 1) and carries no gradient; weight 0 drops the unit. Dropped
-units stay in every denominator. Corrections joined with "+" multiply: "geometric-mask+tis".
+ρ_t = π_old(y_t) / π_sampler(y_t), with π_old from the trainer's own forward pass; of tokens that
+an earlier policy sampled, `Objective.old_policy` says what π_old is. A correction takes those it
+needs of `log_rho_BT`, `response_mask_BT`, `old_logprobs_BT`, `sampler_logprobs_BT` and the scalar
+`m2po_threshold` (by these names), and its hyperparameters after `*`. It returns `weight_BU`, which
+multiplies the policy loss of each token (U = T) or sequence (U = 1) and carries no gradient; weight
+0 drops the unit. Dropped units stay in every denominator. Corrections joined with "+" multiply:
+"geometric-mask+tis".
 
 LUSPO's own ratio is a geometric mean of π/π_old. The sequence corrections here use products of
 π_old/π_sampler, a different quantity.
@@ -12,6 +15,7 @@ LUSPO's own ratio is a geometric mean of π/π_old. The sequence corrections her
 import jax
 import jax.numpy as jnp
 
+from luspo_jax.objectives.kl import bernoulli_kl
 from luspo_jax.objectives.ratios import bounded, row_mean
 
 
@@ -80,6 +84,36 @@ def k3_mask(log_rho_BT: jax.Array, response_mask_BT: jax.Array, *, k3_max: float
     return (k3_B1 <= k3_max).astype(log_rho_BT.dtype)
 
 
+def binary_kl(
+    old_logprobs_BT: jax.Array, sampler_logprobs_BT: jax.Array, *, binary_kl_max: float
+) -> jax.Array:
+    """1 if KL_b(π_old ‖ π_sampler) and KL_b(π_sampler ‖ π_old) are both ≤ φ, else 0 [B, T].
+
+    KL_b(p ‖ q) = p·log(p/q) + (1−p)·log((1−p)/(1−q)), in nats: unlike ρ, it tells 0.9 against 0.45
+    from 0.002 against 0.001. KPop (ringtech.notion.site/kpop; AReaL); Intern-S2, Eq 12–13. φ is 2
+    in AReaL's example and unconfirmed elsewhere. AReaL and Intern-S2 weigh the tokens kept by a
+    ratio, too: "binary-kl+tis". 1 − p is at least 1e-8.
+    """
+    forward_BT = bernoulli_kl(old_logprobs_BT, sampler_logprobs_BT)
+    backward_BT = bernoulli_kl(sampler_logprobs_BT, old_logprobs_BT)
+    keep_BT = (forward_BT <= binary_kl_max) & (backward_BT <= binary_kl_max)
+    return keep_BT.astype(old_logprobs_BT.dtype)
+
+
+def m2po(log_rho_BT: jax.Array, m2po_threshold: jax.Array, *, m2po_max: float) -> jax.Array:
+    """0 for the largest (log ρ_t)² of the step, so that the mean of the others is ≤ τ, else 1.
+
+    Second-moment trust policy optimisation (arXiv 2510.01161, τ 0.04), [B, T]. All response tokens
+    of the optimizer step compete, whatever the micro-batches; equal ones are dropped together, so
+    that the mean is never above τ and order does not matter. As in AReaL, ρ is of the policy that
+    starts the step; the paper has the ratio π/π_sampler of each update, and in its last version
+    (openreview IIgl5MWelz) only tokens whose ratio has moved with their advantage compete.
+    """
+    # None within τ is ever among the dropped, whatever rounding does to a mean close to τ.
+    keep_BT = (jnp.abs(log_rho_BT) <= m2po_threshold) | (log_rho_BT**2 <= m2po_max)
+    return keep_BT.astype(log_rho_BT.dtype)
+
+
 CORRECTIONS = {
     "none": none,
     "tis": tis,
@@ -88,7 +122,25 @@ CORRECTIONS = {
     "sequence-mis": sequence_mis,
     "geometric-mask": geometric_mask,
     "k3-mask": k3_mask,
+    "binary-kl": binary_kl,
+    "m2po": m2po,
 }
+
+
+def m2po_threshold(
+    log_rho_BT: jax.Array, response_mask_BT: jax.Array, *, m2po_max: float
+) -> jax.Array:
+    """Returns the |log ρ| above which `m2po` drops a token, over all response tokens passed in.
+
+    It is the number just below the smallest that goes; the largest number if all stay.
+    """
+    size_N = jnp.where(response_mask_BT, jnp.abs(log_rho_BT), jnp.inf).reshape(-1)
+    size_N = jnp.sort(size_N)
+    counts_N = jnp.arange(1, size_N.size + 1, dtype=size_N.dtype)
+    too_far_N = jnp.cumsum(size_N**2) / counts_N > m2po_max
+    smallest = jnp.where(too_far_N, size_N, jnp.inf).min(initial=jnp.inf)
+    # Not the largest that stays: it may be larger by its rounding where the loss is in float64.
+    return jnp.nextafter(smallest, jnp.zeros_like(smallest))
 
 
 def off_policy_keep(

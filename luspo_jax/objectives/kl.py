@@ -1,4 +1,4 @@
-"""Estimators of KL(π ‖ π_ref) from the sampled tokens, and the KL as a reward.
+"""Estimators of KL(π ‖ π_ref) from the sampled tokens, the KL as a reward, and KLs of one token.
 
 d = log π_ref − log π at the sampled token, clipped to ±20 (verl's bound).
 """
@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from luspo_jax.objectives.ratios import bounded
+
+_LEAST_REST = 1e-8  # of 1 − p; float32 tells no p from 1 that is nearer
 
 
 def k1(log_ratio_BT: jax.Array) -> jax.Array:
@@ -32,6 +34,18 @@ def token_kl(logprobs_BT: jax.Array, ref_logprobs_BT: jax.Array, *, kl_estimator
     return KL_ESTIMATORS[kl_estimator](bounded(ref_logprobs_BT - logprobs_BT))
 
 
+def bernoulli_kl(logprobs_BT: jax.Array, other_logprobs_BT: jax.Array) -> jax.Array:
+    """Returns p·log(p/q) + (1−p)·log((1−p)/(1−q)) of two log-probs of each token [B, T], in nats.
+
+    KL(p ‖ q) of two Bernoulli distributions: the sampled token, or any other. 1 − p and 1 − q are
+    at least 1e-8, so that it is finite where a float32 log-prob is 0.
+    """
+    rest_BT = jnp.maximum(-jnp.expm1(logprobs_BT), _LEAST_REST)
+    other_rest_BT = jnp.maximum(-jnp.expm1(other_logprobs_BT), _LEAST_REST)
+    kl_BT = jnp.exp(logprobs_BT) * (logprobs_BT - other_logprobs_BT)
+    return kl_BT + rest_BT * jnp.log(rest_BT / other_rest_BT)
+
+
 def reward_adjustment(
     old_logprobs_BT: jax.Array,
     ref_logprobs_BT: jax.Array,
@@ -42,8 +56,8 @@ def reward_adjustment(
 ) -> jax.Array:
     """Returns −β Σ_t kl_t [B], to add to rewards before computing advantages ("KL in the reward").
 
-    The KL is that of the sampling policy over response tokens; values elsewhere are ignored. It is
-    a sum over tokens as in verl, so a long response pays more.
+    The KL is that of the old policy over response tokens; values elsewhere are ignored. It is a sum
+    over tokens as in verl, so a long response pays more.
     """
     logprobs_BT = jnp.where(response_mask_BT, old_logprobs_BT, 0)
     ref_BT = jnp.where(response_mask_BT, ref_logprobs_BT, 0)

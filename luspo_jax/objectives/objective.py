@@ -65,7 +65,8 @@ class Objective:
         policy gradient.
       off_policy_max: δ of the off-policy sequence mask, or None.
       off_policy_against: "old" or "sampler": the log-probs from which the mask measures drift. The
-        formula says old; DeepSeek-V3.2 uses the sampler's (unconfirmed).
+        formula says old; DeepSeek-V3.2 uses the sampler's (unconfirmed). Only the sampler's show
+        the age of tokens under a decoupled `old_policy`.
       correction: keys of `CORRECTIONS` joined with "+".
       tis_max: C.
       icepop_low: least ρ kept.
@@ -76,6 +77,14 @@ class Objective:
       geometric_low: least geometric mean kept.
       geometric_high: greatest geometric mean kept.
       k3_max: greatest mean k3 kept.
+      binary_kl_max: φ, largest binary KL kept, either way.
+      m2po_max: τ, largest mean of (log ρ)² over the tokens kept.
+      old_policy: what the old policy is for tokens that an earlier policy sampled. "behaviour": the
+        policy that sampled each, by the sampler's log-prob; ρ = 1 there, and the ratio is clipped
+        around what sampled. "decoupled" (Hilton et al., arXiv 2110.00641; AReaL): the policy that
+        starts the step, by the trainer; the ratio is clipped around it, and ρ = π_old/π_sampler is
+        left to `correction`, without which nothing corrects for age. Other tokens have the policy
+        that starts the step either way.
       loss_scale: constant factor on policy and KL; 1/L_ref makes LUSPO's loss GSPO-sized.
 
     Raises:
@@ -128,6 +137,9 @@ class Objective:
     geometric_low: float = 0.99
     geometric_high: float = 1.01
     k3_max: float = 1e-2
+    binary_kl_max: float = 2.0
+    m2po_max: float = 0.04
+    old_policy: str = "behaviour"
     loss_scale: float = 1.0
 
     @property
@@ -151,6 +163,14 @@ class Objective:
         """Returns the names of the corrections to apply."""
         return tuple(name for name in self.correction.split("+") if name != "none")
 
+    @property
+    def ranks_tokens(self) -> bool:
+        """Whether tokens of the whole optimizer step compete by what the old policy says of them.
+
+        The old policy's log-probs are then needed before the step.
+        """
+        return self.top_entropy_quantile < 1 or "m2po" in self.corrections
+
 
 CHOICES = {
     "ratio": RATIOS,
@@ -161,6 +181,7 @@ CHOICES = {
     "kl_estimator": KL_ESTIMATORS,
     "kl_placement": ("loss", "reward"),
     "off_policy_against": ("old", "sampler"),
+    "old_policy": ("behaviour", "decoupled"),
 }
 
 _MOST = 1e9  # beyond it, squares of gradients leave float32
@@ -204,6 +225,8 @@ RANGES = {
     "geometric_low": (0.0, 1.0, True),
     "geometric_high": (1.0, _MOST, True),
     "k3_max": _POSITIVE,
+    "binary_kl_max": _POSITIVE,
+    "m2po_max": _POSITIVE,
     "loss_scale": _POSITIVE,
 }
 
@@ -274,6 +297,11 @@ def _senseless(objective: Objective) -> list[tuple[bool, str]]:
             o.surrogate == "vespo" and bool(o.corrections),
             "Objective.correction does not go with surrogate = 'vespo': its W is the ratio to the "
             "policy that sampled. Hand the sampler's log-probs in as the old ones instead.",
+        ),
+        (
+            o.surrogate == "vespo" and o.old_policy == "decoupled",
+            "Objective.old_policy = 'decoupled' does not go with surrogate = 'vespo': its W is the "
+            "ratio to the policy that sampled, which is old_policy = 'behaviour'.",
         ),
         (
             len(set(o.corrections)) != len(o.correction.split("+")) and o.correction != "none",

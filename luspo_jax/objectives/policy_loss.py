@@ -21,6 +21,7 @@ from luspo_jax.objectives.policy_metrics import (
     Metrics,
     mismatch_metrics,
     ratio_metrics,
+    staleness_metrics,
     sum_rows,
     token_sums,
     unit_sums,
@@ -44,8 +45,10 @@ class PolicyBatch:
       length_scale_B: from `length_scales`.
       entropy_BT: the policy's entropy at each token; needed for an entropy bonus or quantile.
       ref_logprobs_BT: log-probs of the reference policy; needed for a KL in the loss.
-      sampler_logprobs_BT: log-probs from the sampler; needed for a correction.
+      sampler_logprobs_BT: log-probs from the sampler; needed for a correction and beside ages.
       token_weights_BT: factor on each token's policy loss; None for 1. Denominators count tokens.
+      ages_BT: integer steps that the policy took between sampling each token and this step; None
+        for no metrics by age.
     """
 
     logprobs_BT: jax.Array
@@ -57,6 +60,7 @@ class PolicyBatch:
     ref_logprobs_BT: jax.Array | None = None
     sampler_logprobs_BT: jax.Array | None = None
     token_weights_BT: jax.Array | None = None
+    ages_BT: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -69,12 +73,14 @@ class Denominators:
       tokens: response tokens.
       policy: the aggregation's denominator, for the policy loss and the KL.
       entropy_threshold: lowest entropy that carries gradient; None without an entropy quantile.
+      m2po_threshold: |log ρ| above which a token is dropped; None without the correction "m2po".
     """
 
     sequences: jax.Array
     tokens: jax.Array
     policy: jax.Array
     entropy_threshold: jax.Array | None = None
+    m2po_threshold: jax.Array | None = None
 
 
 def advantages(
@@ -145,7 +151,11 @@ def validate_group_size(objective: Objective, group_size: int) -> None:
 
 
 def denominators(
-    objective: Objective, response_mask_BT: jax.Array, entropy_BT: jax.Array | None = None
+    objective: Objective,
+    response_mask_BT: jax.Array,
+    entropy_BT: jax.Array | None = None,
+    old_logprobs_BT: jax.Array | None = None,
+    sampler_logprobs_BT: jax.Array | None = None,
 ) -> Denominators:
     """Returns the denominators of the whole optimizer step; no gradient flows through them.
 
@@ -154,18 +164,29 @@ def denominators(
       response_mask_BT: bool, all rows of the step.
       entropy_BT: entropies at all tokens of the step, of the policy at its start; needed with
         `top_entropy_quantile` < 1, whose threshold must not depend on the micro-batch.
+      old_logprobs_BT: old log-probs at all tokens of the step; needed for the correction "m2po".
+      sampler_logprobs_BT: likewise, from the sampler.
 
     Raises:
-      ValueError: a mask that is not bool, or missing entropies.
+      ValueError: a mask that is not bool, or missing entropies or log-probs.
     """
     _require_mask(response_mask_BT)
-    threshold = None
+    threshold = m2po_threshold = None
     if objective.top_entropy_quantile < 1:
         if entropy_BT is None:
             raise ValueError("entropy_BT is missing: Objective.top_entropy_quantile < 1 needs it.")
         threshold = _entropy_threshold(objective.top_entropy_quantile, entropy_BT, response_mask_BT)
+    if "m2po" in objective.corrections:
+        if old_logprobs_BT is None or sampler_logprobs_BT is None:
+            raise ValueError(
+                "old_logprobs_BT or sampler_logprobs_BT is missing: Objective.correction 'm2po' "
+                "ranks the tokens of the step by both."
+            )
+        m2po_threshold = _m2po_threshold(
+            objective.m2po_max, old_logprobs_BT, sampler_logprobs_BT, response_mask_BT
+        )
     counts = _counts(bind(AGGREGATIONS[objective.aggregation], objective), response_mask_BT)
-    return Denominators(*counts, threshold)
+    return Denominators(*counts, threshold, m2po_threshold)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -182,6 +203,14 @@ def _entropy_threshold(quantile, entropy_BT, response_mask_BT):
     entropy_BT = jax.lax.stop_gradient(_real(entropy_BT))
     return correction_functions.entropy_threshold(
         entropy_BT, response_mask_BT, top_entropy_quantile=quantile
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _m2po_threshold(m2po_max, old_logprobs_BT, sampler_logprobs_BT, response_mask_BT):
+    log_rho_BT = _real(old_logprobs_BT) - _real(sampler_logprobs_BT)
+    return correction_functions.m2po_threshold(
+        jax.lax.stop_gradient(log_rho_BT), response_mask_BT, m2po_max=m2po_max
     )
 
 
@@ -240,6 +269,15 @@ def loss(
             total = total - objective.entropy_coef * entropy_B.sum() / denominators.tokens
     drift_BT = rows.old_logprobs_BT - rows.logprobs_BT
     pairs |= ratio_metrics(surrogate, log_ratio_BU, drift_BT, rows.advantages_B, mask_BT, bin_edges)
+    if rows.ages_BT is not None:
+        pairs |= staleness_metrics(
+            rows.ages_BT,
+            log_ratio_BU,
+            surrogate.high_BU | surrogate.low_BU,
+            rows.old_logprobs_BT - rows.sampler_logprobs_BT,
+            rows.logprobs_BT - rows.sampler_logprobs_BT,
+            mask_BT,
+        )
     metrics = sum_rows(jax.lax.stop_gradient(pairs))
     sequences = (lengths_B > 0).astype(dtype).sum()
     metrics["actor/pg_loss"] = policy, sequences / denominators.sequences
@@ -256,9 +294,21 @@ def _policy_weight(
     if rows.sampler_logprobs_BT is not None:
         log_rho_BT = jax.lax.stop_gradient(rows.old_logprobs_BT - rows.sampler_logprobs_BT)
         pairs |= mismatch_metrics(log_rho_BT, mask_BT)
+        if "m2po" in objective.corrections and denominators.m2po_threshold is None:
+            raise ValueError(
+                "denominators.m2po_threshold is missing: Objective.correction 'm2po' needs "
+                "denominators(objective, response_mask_BT, old_logprobs_BT=…, "
+                "sampler_logprobs_BT=…)."
+            )
         for name in objective.corrections:
             correction = bind(correction_functions.CORRECTIONS[name], objective)
-            weight_BU = weight_BU * correction(log_rho_BT=log_rho_BT, response_mask_BT=mask_BT)
+            weight_BU = weight_BU * correction(
+                log_rho_BT=log_rho_BT,
+                response_mask_BT=mask_BT,
+                old_logprobs_BT=rows.old_logprobs_BT,
+                sampler_logprobs_BT=rows.sampler_logprobs_BT,
+                m2po_threshold=denominators.m2po_threshold,
+            )
         if objective.corrections:
             pairs |= weight_metrics(weight_BU, mask_BT)
     if objective.off_policy_max is not None:
@@ -327,6 +377,7 @@ def _clean(batch: PolicyBatch) -> PolicyBatch:
         ref_logprobs_BT=constants(batch.ref_logprobs_BT),
         sampler_logprobs_BT=constants(batch.sampler_logprobs_BT),
         token_weights_BT=constants(batch.token_weights_BT),
+        ages_BT=None if batch.ages_BT is None else jnp.where(mask_BT, batch.ages_BT, 0),
     )
 
 
@@ -362,17 +413,17 @@ def _require_batch(objective: Objective, batch: PolicyBatch) -> None:
     needs = {
         "ref_logprobs_BT": (
             objective.kl_coef > 0 and objective.kl_placement == "loss",
-            "kl_coef > 0",
+            "Objective.kl_coef > 0 needs",
         ),
         "entropy_BT": (
             objective.entropy_coef > 0 or objective.top_entropy_quantile < 1,
-            "entropy_coef > 0 or top_entropy_quantile < 1",
+            "Objective.entropy_coef > 0 or top_entropy_quantile < 1 needs",
         ),
         "sampler_logprobs_BT": (
-            bool(objective.corrections) or against_sampler,
-            "correction or off_policy_against = 'sampler'",
+            bool(objective.corrections) or against_sampler or batch.ages_BT is not None,
+            "Objective.correction, off_policy_against = 'sampler' and ages_BT need",
         ),
     }
     for name, (needed, setting) in needs.items():
         if needed and getattr(batch, name) is None:
-            raise ValueError(f"PolicyBatch.{name} is missing: Objective.{setting} needs it.")
+            raise ValueError(f"PolicyBatch.{name} is missing: {setting} it.")

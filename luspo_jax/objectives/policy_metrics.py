@@ -12,6 +12,8 @@ from luspo_jax.objectives.surrogates import Surrogate
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
+OLDEST = 4  # from this age on, tokens share a bin
+
 
 def token_sums(values_BU: jax.Array, response_mask_BT: jax.Array) -> jax.Array:
     """Sums over the response tokens of each row [B]; a [B, 1] value counts once per token."""
@@ -126,6 +128,48 @@ def weight_metrics(weight_BU: jax.Array, response_mask_BT: jax.Array) -> Metrics
     }
 
 
+def staleness_metrics(
+    ages_BT: jax.Array,
+    log_ratio_BU: jax.Array,
+    clipped_BU: jax.Array,
+    log_rho_BT: jax.Array,
+    log_weight_BT: jax.Array,
+    response_mask_BT: jax.Array,
+) -> Metrics:
+    """Measures tokens by age; pairs of vectors [B].
+
+    Bin k < `OLDEST` holds the tokens of age k, the last bin those of age `OLDEST` and more. All are
+    means over the tokens of a bin; `metric_means` makes the effective sample size of the weights.
+
+    Args:
+      ages_BT: integer steps that the policy took between sampling a token and this step.
+      log_ratio_BU: the objective's ratio, of tokens or sequences.
+      clipped_BU: bool, where the surrogate is clipped.
+      log_rho_BT: log π_old/π_sampler.
+      log_weight_BT: log π/π_sampler, the whole ratio to the policy that sampled.
+      response_mask_BT: bool.
+    """
+    dtype, shape = log_rho_BT.dtype, response_mask_BT.shape
+    lengths_B = response_mask_BT.sum(axis=1, dtype=jnp.int32).astype(dtype)
+    bins_BT = jnp.minimum(ages_BT, OLDEST)
+    weight_BT = jnp.exp(bounded(log_weight_BT))
+    means_BT = {
+        "ratio": jnp.broadcast_to(jnp.exp(bounded(log_ratio_BU)), shape),
+        "clipfrac": jnp.broadcast_to(clipped_BU.astype(dtype), shape),
+        "kl": -bounded(log_rho_BT),
+        "weight": weight_BT,
+        "weight_squared": weight_BT**2,
+    }
+    pairs: Metrics = {}
+    for age in range(OLDEST + 1):
+        in_bin_BT = response_mask_BT & (bins_BT == age)
+        count_B = in_bin_BT.sum(axis=1, dtype=jnp.int32).astype(dtype)
+        pairs[f"staleness/share/age_{age}"] = count_B, lengths_B
+        for name, values_BT in means_BT.items():
+            pairs[f"staleness/{name}/age_{age}"] = token_sums(values_BT, in_bin_BT), count_B
+    return pairs
+
+
 def sum_rows(pairs: Metrics) -> Metrics:
     """Sums pairs of vectors over rows to (sum, count) scalars."""
     return {name: (total.sum(), count.sum()) for name, (total, count) in pairs.items()}
@@ -134,16 +178,17 @@ def sum_rows(pairs: Metrics) -> Metrics:
 def metric_means(metrics: Metrics) -> dict[str, jax.Array]:
     """Returns means from summed (sum, count) pairs; 0 where the count is 0.
 
-    Adds `rollout_corr/ess`, the effective sample size (Σw)²/(n Σw²) as a share of n tokens. It is
-    not a mean, so it is computed here, after all micro-batches are added up.
+    Each mean square of weights is replaced by their effective sample size (Σw)²/(n Σw²) as a share
+    of n tokens: `rollout_corr/ess`, and `staleness/ess/age_k` of each age. It is not a mean, so it
+    is computed here, after all micro-batches are added up.
     """
     means = {
         name: jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
         for name, (total, count) in metrics.items()
     }
-    if "rollout_corr/weight_squared" in means:
-        square = means.pop("rollout_corr/weight_squared")
+    for name in [name for name in means if "/weight_squared" in name]:
+        square, weight = means.pop(name), means[name.replace("/weight_squared", "/weight")]
         positive = square > 0
-        ess = means["rollout_corr/weight"] ** 2 / jnp.where(positive, square, 1)
-        means["rollout_corr/ess"] = jnp.where(positive, ess, 0)
+        ess = weight**2 / jnp.where(positive, square, 1)
+        means[name.replace("/weight_squared", "/ess")] = jnp.where(positive, ess, 0)
     return means

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from luspo_jax.objectives.kl import bernoulli_kl
 from luspo_jax.objectives.ratios import bounded, row_mean
 
 sg = jax.lax.stop_gradient
@@ -215,13 +216,9 @@ def dppo_kl(
     DPPO with the binary KL (arXiv 2602.04879; verl): δ 0.05, C 20. Only a token that has moved in
     the direction of its advantage is clipped. 1 − p is clipped at 1e-8.
     """
-    logprobs_sg_BT = sg(logprobs_BT)
-    rest_BT = jnp.maximum(-jnp.expm1(logprobs_sg_BT), 1e-8)
-    old_rest_BT = jnp.maximum(-jnp.expm1(old_logprobs_BT), 1e-8)
-    kl_BT = jnp.exp(old_logprobs_BT) * (old_logprobs_BT - logprobs_sg_BT)
-    kl_BT = kl_BT + old_rest_BT * jnp.log(old_rest_BT / rest_BT)
+    outside_BT = bernoulli_kl(old_logprobs_BT, sg(logprobs_BT)) > dppo_kl_max
     return _trust_region(
-        log_ratio_BU, advantages_B1, logprobs_BT, kl_BT > dppo_kl_max, dppo_max_ratio=dppo_max_ratio
+        log_ratio_BU, advantages_B1, logprobs_BT, outside_BT, dppo_max_ratio=dppo_max_ratio
     )
 
 

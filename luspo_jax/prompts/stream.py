@@ -14,7 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from luspo_jax.datasets import DataError, Example, Mixture
-from luspo_jax.prompts.renderer import PromptRecord, Refusal, Renderer, agreed, outcomes
+from luspo_jax.prompts.renderer import (
+    PromptRecord,
+    Refusal,
+    Renderer,
+    agreed,
+    outcomes,
+    with_images,
+)
 
 _AT_ONCE = 256  # problems whose prompts and images are in memory at once during a survey
 
@@ -140,6 +147,10 @@ class PromptStream:
             if not found and looked_at >= len(self._examples):
                 raise DataError(self._no_prompts(looked_at))
         return found[self._process_index :: self._process_count]
+
+    def pictured(self, records: Sequence[PromptRecord]) -> list[PromptRecord]:
+        """Restores the images of prompts of this stream; see `with_images`."""
+        return with_images(records, self._renderer)
 
     def survey(self, limit: int, seconds: float = math.inf) -> Survey:
         """Surveys up to `limit` problems, or as many as fit in the time, without moving the stream.

@@ -313,11 +313,11 @@ def _check_layout(layout, config):
         return
     if layout.table != "rollout":
         raise MeshError(f'layout must be of the table "rollout", not {layout.table!r}')
-    others = {d.process_index for d in layout.mesh.devices.flat} - {jax.process_index()}
-    if others:
+    samples = {d.process_index for d in layout.mesh.devices.flat}
+    if len(samples) > 1:
         raise MeshError(
-            f"layout has devices of the processes {sorted(others)}, and this is process "
-            f"{jax.process_index()}: hand over sharding.on_own_devices(layout)"
+            f"layout has devices of the processes {sorted(samples)}, and one samples on its own: "
+            "hand over sharding.on_own_devices(layout)"
         )
     for field, (axis, size) in decoder.cut_sizes(config).items():
         parts = layout.size(axis)

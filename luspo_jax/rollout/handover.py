@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,15 +29,15 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
     """
     dtype = jnp.dtype(dtype)
     if layout is None:
-        return params if dtype == jnp.float32 else _cast(dtype)(params)
+        return params if dtype == jnp.float32 else cast_program(dtype)(params)
     trained_on = jax.tree.leaves(params)[0].sharding
     if trained_on.device_set.isdisjoint(layout.mesh.devices.flat):
         # Devices of their own: the cast is made where the weights lie, and then each part travels.
         own = sharding.shardings(decoder.param_axes(config, dtype), layout)
-        return jax.device_put(_cast(dtype)(params), own)
+        return jax.device_put(cast_program(dtype)(params), own)
     if not sharding.same_order(trained_on, layout):
         # The devices of the mesh were ordered by their links; XLA wants one order in a program.
-        params = _cast(dtype)(params)
+        params = cast_program(dtype)(params)
         params = jax.device_put(params, sharding.in_order_of(layout, params))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     placed = _moved(dtype, mesh, layout, config)(params)
@@ -51,7 +52,7 @@ def lower_rollout_params(
     On one device it is the cast.
     """
     if layout is None:
-        return _cast(jnp.dtype(dtype)).lower(params)
+        return cast_program(jnp.dtype(dtype)).lower(params)
     places = sharding.in_order_of(layout, params)
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
@@ -77,7 +78,8 @@ def _moved(dtype, mesh, layout, config):
 
 
 @functools.cache
-def _cast(dtype):
+def cast_program(dtype: Any) -> Callable[[Any], Any]:
+    """Returns the program that casts weights to the sampler's type where they lie."""
     return jax.jit(functools.partial(_cast_all, dtype=dtype))
 
 

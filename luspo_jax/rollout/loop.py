@@ -69,8 +69,6 @@ class Loop:
                 self.responses[sample.index] = begun
             else:
                 rest.append(sample)
-            if begun is not None and begun.prompt_expert_ids is not None:
-                self.prompt_ids[request.key] = begun.prompt_expert_ids
         return rest
 
     def run(self, progress, until=None):
@@ -387,7 +385,9 @@ class Loop:
         return sample.response(stops, self.version, ids, ended)
 
     def _prompt_ids(self, sample):
-        """The expert ids of all tokens of the prompt; one array for all its responses."""
+        """The expert ids of all tokens of the prompt; one array for all responses of this call."""
+        if sample.prompt_ids is not None:
+            return sample.prompt_ids
         key = sample.request.key
         found = self.prompt_ids.get(key)
         if not isinstance(found, np.ndarray):

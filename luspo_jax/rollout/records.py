@@ -50,15 +50,16 @@ class Response:
       expert_ids: unsigned ids [n, L, K] of the experts that the sampler's routers chose for each
         token, in the L layers that have experts; of one that goes on, for all but the last token.
         None if not recorded.
-      prompt_expert_ids: the same for the prompt's tokens; one array for all samples of a prompt.
-        They are those of the policy that read the prompt first.
+      prompt_expert_ids: the same for the prompt's tokens; one array for all samples of it that
+        one policy began.
       versions: uint32 number of steps that the policy had taken when it sampled each token.
       text: the decoded tokens, special tokens left out.
       reward: the verdict.
       counted: whether it counts in its group's statistics.
       trained: bool, the tokens that carry gradient; none in a response that does not count.
-      old_logprobs: float32 under the policy that starts the step, computed by the trainer; the
-        sampler's for tokens that an earlier policy sampled. Unset on tokens not trained on.
+      old_logprobs: float32 under the old policy, as `Objective.old_policy` says: the policy that
+        starts the step, computed by the trainer; or, for tokens that an earlier one sampled, that
+        one, so the sampler's. Unset on tokens not trained on.
       old_entropy: float32 entropies of the same policy.
       old_expert_ids: ids [prompt + n, L, K] that the same policy's routers chose in the trainer.
       ref_logprobs: float32 under the reference policy, as `old_logprobs`.

@@ -97,6 +97,7 @@ class Sample:
       started: whether it is decoded.
       step: the step that began it.
       versions: of the tokens that it had at the beginning.
+      prompt_ids: expert ids of the prompt's tokens, if an earlier call recorded them for it.
     """
 
     request: Request
@@ -115,6 +116,7 @@ class Sample:
     started: bool = False
     step: int = 0
     versions: np.ndarray | None = None
+    prompt_ids: np.ndarray | None = None
 
     @property
     def position(self) -> int:
@@ -215,6 +217,7 @@ def _begin(sample, begun):
         sample.tokens, sample.logprobs = [begun.tokens], [begun.logprobs]
         sample.versions, sample.length = begun.versions, sample.length + len(begun.tokens)
     if begun.expert_ids is not None:
+        sample.prompt_ids = begun.prompt_expert_ids
         sample.expert_ids = [begun.prompt_expert_ids[-1:], begun.expert_ids]
 
 

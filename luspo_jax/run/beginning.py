@@ -30,6 +30,7 @@ class Carried:
     length: LengthState = dataclasses.field(default_factory=LengthState)
 
 
+NO_STATE = TrainState(None, None, None)  # of a process that does not train
 Start = tuple[TrainState, int, list[tuple[int, Evaluation]], Carried]
 
 # Host state that a fork takes from its parent → prefixes of fields and facts whose change prevents
@@ -48,9 +49,31 @@ _TAKEN_ALONG = {
 }  # fmt: skip
 
 
-def begin(run: Run, checkpointer: Checkpointer, fork: Mapping[str, Any] | None = None) -> Start:
+def begin(
+    run: Run, checkpointer: Checkpointer | None, fork: Mapping[str, Any] | None = None
+) -> Start:
     """Returns state, steps taken, held-out results and carried values: from the latest checkpoint,
-    else from the fork's checkpoint, else new."""
+    else from the fork's checkpoint, else new.
+
+    A process that only samples has no checkpointer and gets no state; the others tell it the rest.
+    """
+    found, stream = [], run.data.stream
+
+    def work():
+        found.extend(_begin(run, checkpointer, fork))
+        _, start, evaluations, carried = found
+        carried = dataclasses.replace(carried, waiting=carried.waiting.without_images())
+        return start, evaluations, carried, stream.get_state()
+
+    start, evaluations, carried, state = run.roles.trained(work, "beginning")
+    if run.roles.trains:
+        return tuple(found)
+    stream.set_state(state)
+    waiting = carried.waiting.with_images(stream.pictured)
+    return NO_STATE, start, evaluations, dataclasses.replace(carried, waiting=waiting)
+
+
+def _begin(run, checkpointer, fork) -> Start:
     latest = checkpointer.latest_step()
     processes.agree({"the checkpoint to continue from": latest})  # each process looked by itself
     if latest is not None:
@@ -58,7 +81,8 @@ def begin(run: Run, checkpointer: Checkpointer, fork: Mapping[str, Any] | None =
     if fork is None:
         return begin_state(run), 0, [], Carried()
     folder = pathlib.Path(fork["run"]) / "checkpoints"
-    with contextlib.closing(Checkpointer(folder, read_only=True)) as parent:
+    members = run.roles.train if run.roles.split else None
+    with contextlib.closing(Checkpointer(folder, read_only=True, members=members)) as parent:
         try:
             return _restored(run, parent, fork["step"], fork["changed"])
         except CheckpointError as error:

@@ -1,5 +1,6 @@
 """Builds the parts of a run from its configuration: model, data, sampler, rewards, optimizer."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from luspo_jax.experience import held_out
 from luspo_jax.experience.held_out import Evaluation
 from luspo_jax.experience.rounds import Asker
 from luspo_jax.experience.shaping import Shaping
+from luspo_jax.hosts.roles import Roles
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.learner import optimizer
 from luspo_jax.learner.logprobs import LogprobRule
@@ -29,6 +31,7 @@ from luspo_jax.models.quantised import activation_type
 from luspo_jax.rewards import Scorer
 from luspo_jax.rollout import Cache, Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
+from luspo_jax.rollout.sending import sent_params
 from luspo_jax.run import checks
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.data import Data, load_data
@@ -56,6 +59,7 @@ class Run:
     planner: Planner
     programs: StepPrograms
     rollout_layout: Layout | None = None
+    roles: Roles = Roles()  # noqa: RUF009  (frozen)
 
     @property
     def asker(self) -> Asker:
@@ -76,6 +80,7 @@ class Run:
             max_age=rollout.max_age - self.apart,
             late=rollout.late,
             length=self.length,
+            roles=self.roles,
         )
 
     @property
@@ -92,16 +97,21 @@ class Run:
 
     def evaluate(self, params: Any) -> Evaluation:
         """Measures accuracy and length on the held-out problems, with the same noise every time."""
-        groups = held_out.ask(
-            self.held_out_sampler,
-            self.rollout_params(params),
-            self.data.held_out,
-            self.scorer,
-            decode=self.model.decode,
-            num_samples=self.settings.eval.num_samples,
-            seed=self.settings.eval.seed,
-        )
-        return held_out.summarize(groups, metric=self.metric)
+        weights = self.rollout_params(params)
+
+        def measured():
+            groups = held_out.ask(
+                self.held_out_sampler,
+                weights,
+                self.data.held_out,
+                self.scorer,
+                decode=self.model.decode,
+                num_samples=self.settings.eval.num_samples,
+                seed=self.settings.eval.seed,
+            )
+            return held_out.summarize(groups, metric=self.metric)
+
+        return self.roles.sampled(measured, "evaluation")
 
     @property
     def metric(self) -> str:
@@ -119,13 +129,18 @@ class Run:
         )
 
     def rollout_params(self, params: Any) -> Any:
-        """Returns the policy's weights as the sampler reads them."""
-        return rollout_params(
-            params,
-            config=self.model.config,
-            layout=self.rollout_layout,
-            dtype=self.settings.model.rollout_dtype,
-        )
+        """Returns the policy's weights as the sampler reads them, in the processes that sample.
+
+        All processes must call, those that only sample with anything.
+        """
+        how = {
+            "config": self.model.config,
+            "layout": self.rollout_layout,
+            "dtype": self.settings.model.rollout_dtype,
+        }
+        if self.roles.split:
+            return sent_params(params, self.roles, **how)
+        return rollout_params(params, **how)
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Run:
@@ -171,6 +186,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
         planner=planner(settings, model.config, layout),
         programs=StepPrograms(rule, batch_arithmetic(settings).updates_per_step),
         rollout_layout=rollout_layout,
+        roles=roles(settings, devices),
     )
 
 
@@ -241,7 +257,7 @@ def fitting_layouts(
     Raises:
       MeshError: naming every size that does not fit the devices or the model.
     """
-    for_training, for_rollout = _roles(section(config, "rollout_mesh").apart, devices)
+    for_training, for_rollout = _devices(section(config, "rollout_mesh").apart, devices)
     train = sharding.layout("train", section(config, "mesh").sizes, for_training)
     rollout = sharding.layout("rollout", section(config, "rollout_mesh").sizes, for_rollout)
     sizes = decoder.cut_sizes(model)
@@ -258,24 +274,42 @@ def fitting_layouts(
     return train, rollout
 
 
-def _roles(apart, devices):
-    """Returns the devices that train and those that sample: all, or `apart` of them for sampling.
+def _devices(apart, devices):
+    """Returns the devices that train and those that sample: all, or the last `apart` for sampling.
 
     Raises:
-      MeshError: there are too few, or several processes.
+      MeshError: there are too few, or a process would have some of both.
     """
     if not apart:
         return devices, devices
     devices = sharding.available_devices() if devices is None else list(devices)
-    if len({device.process_index for device in devices}) > 1:
-        raise MeshError(
-            f"rollout_mesh.apart={apart}: several processes cannot yet sample apart; set it to 0"
-        )
+    devices.sort(key=lambda device: device.process_index)
     if apart >= len(devices):
         raise MeshError(
             f"rollout_mesh.apart={apart} leaves no device to train on: there are {len(devices)}"
         )
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(counts) > 1 and {d.process_index for d in devices[:-apart]} & {
+        d.process_index for d in devices[-apart:]
+    }:
+        each = min(counts.values())
+        raise MeshError(
+            f"rollout_mesh.apart={apart}: of several processes, whole ones sample apart, so it "
+            f"must be a multiple of {each}, the devices of each, and at most "
+            f"{len(devices) - each}, as one must train"
+        )
     return devices[:-apart], devices[-apart:]
+
+
+def roles(config: Config, devices: Sequence[jax.Device] | None = None) -> Roles:
+    """Returns which processes train and which sample, of a run on `devices` (None: all).
+
+    Raises:
+      MeshError: a process would have devices of both roles.
+    """
+    devices = sharding.available_devices() if devices is None else devices
+    parts = _devices(section(config, "rollout_mesh").apart, devices)
+    return Roles(*(tuple(sorted({d.process_index for d in part})) for part in parts))
 
 
 def mesh_advice(config: Config, train: Layout | None) -> str:

@@ -45,6 +45,7 @@ class Checkpointer:
       folder: of the checkpoints; an interrupted save is deleted from it.
       keep_latest, keep_best: numbers of checkpoints to keep.
       read_only: do not change the folder; it may belong to an active run.
+      members: the processes that save and restore, if not all do; only they may make one.
 
     Raises:
       CheckpointError: the folder cannot be written, or is to be read and does not exist.
@@ -57,6 +58,7 @@ class Checkpointer:
         keep_latest: int = 1,
         keep_best: int = 0,
         read_only: bool = False,
+        members: tuple[int, ...] | None = None,
     ):
         self.folder = pathlib.Path(folder).absolute()
         if read_only and not self.folder.is_dir():
@@ -72,13 +74,24 @@ class Checkpointer:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        with _named_os_errors(self.folder):
+        self._members = members
+        with _named_os_errors(self.folder), self._together():
+            some = {}  # what Orbax needs to know if not all processes take part
+            if members is not None:
+                some["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+                    primary_host=members[0],
+                    active_processes=set(members),
+                    barrier_sync_key_prefix="train",
+                )
+                if processes.is_writer() and not read_only:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                processes.barrier("checkpoints")
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_handlers={
-                    "state": ocp.StandardCheckpointHandler(),
-                    "host": ocp.JsonCheckpointHandler(),
-                    "waiting": ocp.PyTreeCheckpointHandler(),
+                    "state": ocp.StandardCheckpointHandler(**some),
+                    "host": ocp.JsonCheckpointHandler(**some),
+                    "waiting": ocp.PyTreeCheckpointHandler(**some),
                 },
                 options=ocp.CheckpointManagerOptions(
                     best_fn=_best,
@@ -86,8 +99,13 @@ class Checkpointer:
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
                     enable_async_checkpointing=False,
+                    create=members is None,
+                    **some,
                 ),
             )
+
+    def _together(self):
+        return contextlib.nullcontext() if self._members is None else processes.among(self._members)
 
     def latest_step(self) -> int | None:
         """Returns the steps taken by the newest complete checkpoint; None if there is none."""
@@ -129,7 +147,7 @@ class Checkpointer:
                 ),
                 state,
             )
-        with _named_os_errors(self.folder):
+        with _named_os_errors(self.folder), self._together():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -166,7 +184,8 @@ class Checkpointer:
                 f"{self.folder} holds no checkpoint of step {step}; there are: "
                 f"{', '.join(map(str, sorted(steps))) or 'none'}"
             )
-        restored = self._read(step, jax.tree.map(_abstract, like))
+        with self._together():
+            restored = self._read(step, jax.tree.map(_abstract, like))
         leaves, tree = jax.tree.flatten(restored["state"])
         host, waiting = restored["host"], restored.get("waiting") or {}
         del restored  # so that each array is freed when it is replaced

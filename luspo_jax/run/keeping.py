@@ -52,17 +52,21 @@ class Keeper:
         self.run, self.workdir = run, workdir
         self._evaluations: list[tuple[int, Evaluation]] = []
         self._start = 0
+        self._checkpointer: Checkpointer | None = None  # of a process that trains
 
     def __enter__(self) -> "Keeper":
         """Opens checkpoints, scorer and data; what was opened is closed if one of them fails."""
         output = self.run.settings.output
         with contextlib.ExitStack() as stack:
-            self._checkpointer = Checkpointer(
-                self.workdir.path / "checkpoints",
-                keep_latest=output.keep_latest,
-                keep_best=output.keep_best,
-            )
-            stack.enter_context(contextlib.closing(self._checkpointer))
+            roles = self.run.roles
+            if roles.trains:
+                self._checkpointer = Checkpointer(
+                    self.workdir.path / "checkpoints",
+                    keep_latest=output.keep_latest,
+                    keep_best=output.keep_best,
+                    members=roles.train if roles.split else None,
+                )
+                stack.enter_context(contextlib.closing(self._checkpointer))
             stack.enter_context(self.run.scorer)
             stack.enter_context(contextlib.closing(self.run.data))
             self._stack = stack.pop_all()
@@ -111,16 +115,23 @@ class Keeper:
         rollouts: Rollouts,
         metrics: StepMetrics,
     ) -> None:
-        """Measures, evaluates, writes and checkpoints after a step, each if due."""
+        """Measures, evaluates, writes and checkpoints after a step, each if due.
+
+        A process that only samples takes part in the evaluation alone.
+        """
         run, taken, measured = self.run, step + 1, None
-        metrics.update(measures.metrics(rollouts, correct=run.metric))
-        metrics.update(writers.speed_metrics(metrics, rollouts))
+        if run.roles.trains:
+            metrics.update(measures.metrics(rollouts, correct=run.metric))
+            metrics.update(writers.speed_metrics(metrics, rollouts))
         output, last = run.settings.output, taken == run.settings.num_steps
         if last or due(run.settings.eval.every, taken):
             with timed(metrics, "testing"):
                 measured = run.evaluate(state.params)
             metrics.update(self._held_out_metrics(measured))
             self._evaluations.append((taken, measured))
+        self._bar.update()
+        if not run.roles.trains:
+            return
         if due(output.dump_every, taken):
             self._writer.write_rollouts(taken, measures.records(rollouts))
         self._writer.write(taken, {"training/global_step": taken, **metrics.result()})
@@ -130,15 +141,18 @@ class Keeper:
             with guard.phase("checkpoint"):
                 self._checkpointer.save(taken, state, host, waiting, metric=score)
                 self.workdir.note_checkpoint(taken)
-        self._bar.update()
 
     def outcome(self, state: TrainState) -> Outcome:
         """Returns the held-out results; exports the policy if asked."""
         run, export = self.run, None
         if run.settings.output.export:
             export = self.workdir.path / "export"
-            with guard.phase("export"):
+
+            def write():
                 export_policy(run.config, run.model, state.params, export, overwrite=files.OWN)
+
+            with guard.phase("export"):
+                run.roles.trained(write, "export")
         return Outcome(self._evaluations, export)
 
     def _held_out_metrics(self, measured):

@@ -53,6 +53,8 @@ def memory_estimate(
 
 def device_memory(device: jax.Device) -> float:
     """Returns the bytes of a device; of a CPU, an equal part of the machine's for each."""
+    if device.process_index != jax.process_index():
+        device = jax.local_devices()[0]  # all processes have the same kind
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]

@@ -126,7 +126,8 @@ class RolloutMeshSettings:
     context: int = 1  # Shards the KV cache's positions.
     tensor: int = 1  # Shards heads, mlp and vocabulary.
     # Devices, the last ones, that only sample: the next step's responses, while the others train.
-    # 0: all devices sample, then train. Needs rollout.max_age >= 1.
+    # 0: all devices sample, then train. Needs rollout.max_age >= 1. Of several processes: all
+    # devices of the last ones.
     apart: int = 0
 
     RULES: ClassVar[dict[str, Rule]] = {

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from luspo_jax.hosts import files, processes
 from luspo_jax.hosts.files import PlaceError
+from luspo_jax.hosts.roles import Roles
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.run import fields
@@ -286,16 +287,16 @@ def package_versions() -> dict[str, str]:
     return {name: _version(name) for name in _PACKAGES}
 
 
-def check_processes(config: Config) -> None:
+def check_processes(config: Config, roles: Roles) -> None:
     """Refuses a run with idle processes.
 
     Raises:
-      ConfigError: a step has fewer prompts than there are processes.
+      ConfigError: a step has fewer prompts than there are processes that sample.
     """
-    count, prompts_per_step = jax.process_count(), config.rollout.prompts_per_step
+    count, prompts_per_step = len(roles.rollout), config.rollout.prompts_per_step
     if prompts_per_step < count:
         raise ConfigError(
-            f"rollout.prompts_per_step={prompts_per_step} must be at least the number of "
+            f"rollout.prompts_per_step={prompts_per_step} must be at least the number of sampling "
             f"processes, {count}: each samples responses to its share of the prompts"
         )
 

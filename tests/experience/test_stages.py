@@ -8,10 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from luspo_jax import objectives
 from luspo_jax.experience import stages
 from luspo_jax.experience.groups import Rollouts
 from luspo_jax.learner.logprobs import LogprobRule
-from luspo_jax.learner.policies import PolicyLogprobs, laid, policy_logprobs
+from luspo_jax.learner.policies import (
+    PolicyLogprobs,
+    laid,
+    policy_logprobs,
+    sequence_lengths,
+)
 from luspo_jax.learner.programs import LogprobPass
 from luspo_jax.learner.rows import Planner
 from luspo_jax.models import decoder
@@ -84,6 +90,94 @@ def test_old_logprobs_are_the_samplers_where_another_policy_sampled():
     assert after.column("old_expert_ids") == [None] * 5
     for before, now in zip(rollouts.column("logprobs"), after.column("logprobs"), strict=True):
         assert before is now
+
+
+def test_a_decoupled_old_policy_starts_the_step_for_every_token():
+    """Its log-probs and its experts, whatever sampled a token; the sampler's stay beside them."""
+    chosen = [
+        np.full((len(p.tokens) + n, 1, 2), 9, np.uint8)
+        for p, n in zip(_rollouts().prompts, LENGTHS, strict=True)
+    ]
+    rollouts = _rollouts()
+    after = stages.with_old_logprobs(rollouts, _found(experts=chosen), old_policy="decoupled")
+    for i, (old, own) in enumerate(zip(after.column("old_logprobs"), _numbers(1000), strict=True)):
+        np.testing.assert_array_equal(old, own)
+        assert old.dtype == np.float32
+        np.testing.assert_array_equal(after.responses[i].old_expert_ids, chosen[i])
+        np.testing.assert_array_equal(after.responses[i].logprobs, rollouts.responses[i].logprobs)
+
+
+def test_without_an_earlier_policy_both_old_policies_are_one():
+    rollouts = _rollouts(mixed=False)
+    one, other = (
+        stages.with_old_logprobs(rollouts, _found(), old_policy=name).column("old_logprobs")
+        for name in ("behaviour", "decoupled")
+    )
+    for pair in zip(one, other, strict=True):
+        np.testing.assert_array_equal(*pair)
+
+
+def _step_loss(objective):
+    """(loss, gradient, metric means, trained tokens) of all responses under an objective."""
+    rng = np.random.default_rng(3)
+    start, now = ([rng.normal(-2, 0.4, n).astype(np.float32) for n in LENGTHS] for _ in range(2))
+    rollouts = _rollouts().enriched(
+        logprobs=[rng.normal(-2, 0.4, n).astype(np.float32) for n in LENGTHS],
+        advantage=[0.5, -0.5, 0.25, -0.25, 0.0],
+    )
+    found = PolicyLogprobs(start, [], None, None)
+    rollouts = stages.with_old_logprobs(rollouts, found, old_policy=objective.old_policy)
+    rows = stages.train_batch(rollouts, _planner(), np.arange(5), 12)[0].responses
+    lengths_B = sequence_lengths(rollouts.prompts, rollouts.responses)
+    mask_BT = rows.response_mask_BT
+    denominators = objectives.denominators(
+        objective, mask_BT, None, rows.old_logprobs_BT, rows.sampler_logprobs_BT
+    )
+
+    def loss(logprobs_BT):
+        batch = objectives.PolicyBatch(
+            logprobs_BT, rows.old_logprobs_BT, rows.advantages_B, mask_BT,
+            np.ones(5, np.float32), sampler_logprobs_BT=rows.sampler_logprobs_BT,
+            ages_BT=rows.ages_BT,
+        )  # fmt: skip
+        return objectives.loss(objective, batch, denominators)
+
+    at_BT = jnp.asarray(_planner().plan(lengths_B, 12).place(now))
+    (value, metrics), grad_BT = jax.value_and_grad(loss, has_aux=True)(at_BT)
+    means = {k: float(v) for k, v in objectives.metric_means(metrics).items()}
+    return float(value), np.asarray(grad_BT), means, mask_BT
+
+
+@pytest.mark.parametrize("correction", ["none", "icepop"])
+def test_old_policies_share_out_one_ratio(correction):
+    """Unclipped and with ρ as it is, π/π_old · ρ is π/π_sampler of every token, whatever is old.
+
+    Without ρ the ratio of a decoupled policy lacks what age has moved.
+    """
+    whole = {"icepop_low": 0.0, "icepop_high": 1e9} if correction == "icepop" else {}
+    results = [
+        _step_loss(preset("grpo_unclipped", old_policy=name, correction=correction, **whole))
+        for name in ("behaviour", "decoupled")
+    ]
+    (value, grad_BT, means, mask_BT), (other, other_BT, other_means, _) = results
+    # Half of the trained tokens are of earlier policies, ages 1 and 2.
+    share = [means[f"staleness/share/age_{k}"] for k in range(5)]
+    np.testing.assert_allclose(share, [6 / 9, 2 / 9, 1 / 9, 0, 0], rtol=1e-6)
+    assert means["staleness/kl/age_1"] == 0
+    assert means["staleness/ratio/age_1"] == pytest.approx(means["staleness/weight/age_1"])
+    assert abs(other_means["staleness/kl/age_1"]) > 0.01
+    assert other_means["staleness/ratio/age_1"] != pytest.approx(means["staleness/ratio/age_1"])
+    for k in range(3):
+        for name in ("weight", "ess"):  # against what sampled, of neither old policy
+            key = f"staleness/{name}/age_{k}"
+            assert other_means[key] == pytest.approx(means[key], rel=1e-6)
+    if correction == "icepop":
+        assert other == pytest.approx(value, rel=1e-5)
+        np.testing.assert_allclose(other_BT, grad_BT, rtol=1e-5, atol=1e-7)
+        return
+    stale_BT = np.abs(other_BT - grad_BT) > 1e-4
+    assert stale_BT.sum() == 3
+    assert not stale_BT[~mask_BT].any()
 
 
 def test_entropies_are_kept_where_the_objective_ranks_them():
@@ -182,7 +276,7 @@ def _full():
     )
 
 
-NAMES = ("sampler_logprobs", "old_logprobs", "old_entropy", "ref_logprobs")
+NAMES = ("sampler_logprobs", "old_logprobs", "old_entropy", "ref_logprobs", "ages")
 
 
 def _read(batch):
@@ -218,8 +312,9 @@ def _expected(rollouts, chosen):
         r, mask = rollouts.responses[i], rollouts.responses[i].trained
         if mask.any():
             key = (int(rollouts.group_ids_B[i]), *r.tokens[mask].tolist())
-            fields = ("logprobs", *NAMES[1:])
-            found[key] = r.advantage, [getattr(r, name)[mask].tolist() for name in fields]
+            fields = ("logprobs", *NAMES[1:-1])
+            values = [getattr(r, name)[mask].tolist() for name in fields]
+            found[key] = r.advantage, [*values, [VERSION - int(v) for v in r.versions[mask]]]
     return found
 
 
@@ -238,12 +333,37 @@ def test_a_batch_says_of_each_token_what_is_known_of_it(layout, chosen):
 
 
 def test_a_batch_holds_no_more_than_the_stages_have_said():
-    rollouts = _rollouts().enriched(advantage=[0.0] * 5)
+    rollouts = _rollouts(mixed=False).enriched(advantage=[0.0] * 5)
     batch, metrics = stages.train_batch(rollouts, _planner(), np.arange(5), 12)
     for name in NAMES[1:]:
         assert getattr(batch.responses, f"{name}_BT") is None
     assert batch.rows.expert_ids is None
     assert metrics == {}
+
+
+def test_ages_are_in_every_batch_of_a_step_that_trains_on_an_earlier_policy():
+    """Also in a batch that has none of its tokens, so that shares are of the step."""
+    rollouts = _rollouts().enriched(advantage=[0.0] * 5)
+    batch, _ = stages.train_batch(rollouts, _planner(rows_per_microbatch=2), np.array([0, 3]), 12)
+    assert batch.responses.ages_BT.dtype == np.int32
+    assert batch.responses.ages_BT.shape == batch.responses.response_mask_BT.shape
+    assert not batch.responses.ages_BT.any()
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_earlier_policys_tokens_have_an_age_if_they_are_trained_on(trains):
+    """The policy of the step before sampled two tokens of a response."""
+    rollouts = _rollouts(mixed=False).enriched(advantage=[0.0] * 5)
+    versions, mask = rollouts.column("versions"), rollouts.column("trained")
+    versions[0] = np.uint32([VERSION - 1, VERSION - 1, VERSION, VERSION])
+    mask[0] = np.array([trains, False, True, True])
+    rollouts = rollouts.enriched(versions=versions, trained=mask)
+    ages_BT = stages.train_batch(rollouts, _planner(), np.arange(5), 12)[0].responses.ages_BT
+    if not trains:
+        assert ages_BT is None
+        return
+    assert ages_BT[0].tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]  # after a prompt of two
+    assert not ages_BT[1:].any()
 
 
 # --- together with a model ---------------------------------------------------------------------

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from luspo_jax.experience.groups import Rollouts
+from luspo_jax.experience.groups import Group, Rollouts
 from luspo_jax.experience.stored import from_stored, to_stored
 from luspo_jax.rollout import Response
-from tests.experience.experience_cases import FAILED
+from tests.experience.experience_cases import FAILED, sampled
 from tests.experience.experience_cases import group as _group
 
 ARRAYS = (
@@ -125,6 +125,48 @@ def test_some_fields_of_some_responses_may_be_none():
     first = first.enriched(ref_logprobs=values, reward=[None, first.responses[1].reward])
     second = second.enriched(ref_logprobs=[None, np.float32([4, 5]), None], text=["a", None, ""])
     _assert_same(_there_and_back([first, second]), [first, second])
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_responses_in_flight_come_back(experts):
+    """One that waits for a row, one with a single token, whose experts are not known yet, one that
+    has ended; alone and beside others."""
+    group = Group(
+        _group(3, [0]).prompt,
+        [
+            sampled(3, 0, length=0, step=5, ended=False),
+            sampled(3, 1, length=1, step=5, ended=False),
+            sampled(3, 2, length=4, step=5),
+        ],
+    )
+    unbegun = Group(_group(8, [0]).prompt, [sampled(8, 0, length=0, step=6, ended=False)])
+    if experts:
+        ids = np.ones((1, 2, 3), np.uint8)
+        group = group.enriched(
+            prompt_expert_ids=[None, ids, ids],
+            expert_ids=[None, np.ones((0, 2, 3), np.uint8), np.ones((4, 2, 3), np.uint8)],
+        )
+    for groups in ([group], [unbegun], [unbegun, group, *_groups()]):
+        _assert_same(_there_and_back(groups), groups)
+
+
+def test_responses_that_other_policies_began_keep_their_own_experts_of_the_prompt():
+    (group,) = _with_experts(_groups()[1:])
+    first, last = (np.full((1, 2, 3), n, np.uint8) for n in (1, 2))
+    group = group.enriched(prompt_expert_ids=[first, last, first])
+    arrays, _ = to_stored([group])
+    assert len(arrays["prompt_expert_ids"]) == 2
+    _assert_same(_there_and_back([group]), [group])
+
+
+def test_an_earlier_checkpoint_has_one_array_for_a_group():
+    groups = _with_experts(_groups())
+    arrays, described = to_stored(groups)
+    for group in described:
+        (group["prompt"]["expert_ids"],) = group["prompt"]["expert_ids"]
+        for response in group["responses"]:
+            del response["prompt_ids"], response["step"], response["ended"]
+    _assert_same(from_stored(arrays, described), groups)
 
 
 def test_nothing_waits():

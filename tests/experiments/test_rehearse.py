@@ -535,6 +535,8 @@ BROUGHT = {
     "entropies": (False, {"objective__top_entropy_quantile": 0.2}),
     "a reference": (False, {"objective__kl_coef": 0.1}),
     "one update": (False, {"train__num_minibatches": 1}),
+    "one update, whose tokens compete": (
+        False, {"train__num_minibatches": 1, "objective__correction": "m2po"}),
     "experts": (True, {}),
     "experts, a reference, one update": (
         True, {"objective__kl_coef": 0.1, "train__num_minibatches": 1}),

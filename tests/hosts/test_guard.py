@@ -152,8 +152,13 @@ def main():
     assert "jax" not in sys.modules
     guard.join(guard.Membership(
         folder=folder + "/processes", checkpoints=folder + "/checkpoints", index=int(index),
-        count=2, attempt="now", dead_after_s=4.0, phase_timeout_s=3.0 if what == "hang" else 0.0))
+        count=2, attempt="now", dead_after_s=4.0,
+        phase_timeout_s=3.0 if what in ("hang", "meet") else 0.0))
     guard.at_step(3)
+    if what == "meet":
+        with guard.phase(guard.MEETING):
+            time.sleep(8.0)
+        return 0
     with guard.phase("reward"):
         time.sleep(1.0)
         if what == "exit":
@@ -192,6 +197,12 @@ def _members(folder, *whats):
         )
         for index, what in enumerate(whats)
     ]  # fmt: skip
+
+
+def test_who_meets_others_may_wait_for_them_without_limit(tmp_path):
+    members = _members(tmp_path, "meet", "meet")
+    said = [member.communicate(timeout=40)[1] for member in members]
+    assert [member.returncode for member in members] == [0, 0], said
 
 
 def _status(folder, index):

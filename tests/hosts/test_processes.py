@@ -1,5 +1,6 @@
 """Shares, what is gathered, and what processes must agree on; with one process, nothing changes."""
 
+import contextlib
 import pickle
 
 import numpy as np
@@ -9,6 +10,7 @@ from absl import flags
 from experiments import cluster, command
 from luspo_jax.experience import held_out
 from luspo_jax.hosts import processes
+from luspo_jax.hosts.roles import Roles
 from luspo_jax.rewards import Reward
 from luspo_jax.rollout import Response
 from luspo_jax.run import workdir as workdirs
@@ -62,6 +64,36 @@ def test_gather_puts_pieces_of_unequal_values_together(monkeypatch):
         np.testing.assert_array_equal(sent[0], lengths[index])
         np.testing.assert_array_equal(np.concatenate(sent[1:]), rows[index])
         assert len(sent) == 1 + num_parts > 10
+
+
+def test_members_share_and_gather_among_themselves(monkeypatch):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 5)
+    monkeypatch.setattr(processes.jax, "process_index", lambda: 3)
+    assert processes.members() == (0, 1, 2, 3, 4)
+    with processes.among((1, 3)):
+        assert processes.members() == (1, 3)
+        assert processes.share(7) == slice(3, 7)
+        with processes.among((3,)):
+            assert processes.gather("alone") == ["alone"]
+            processes.barrier("nobody to wait for")
+        assert processes.members() == (1, 3)
+    with contextlib.suppress(KeyError), processes.among((1, 3)):
+        raise KeyError
+    assert processes.members() == processes.everyone()
+
+
+def test_rows_are_stacked_over_processes_and_come_back_whole():
+    """One process: its row, through the same program."""
+    row = np.arange(7, dtype=np.uint8)
+    np.testing.assert_array_equal(processes._all_rows(row), row[None])
+
+
+def test_processes_at_different_places_are_told(monkeypatch):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_gather", lambda value, num: [value, "there"])
+    processes.barrier("there")
+    with pytest.raises(processes.AgreementError, match=r"different places: \['here', 'there'\]"):
+        processes.barrier("here")
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 10**6, 3 * 2**30])
@@ -205,15 +237,15 @@ def test_workdir_of_another_process_is_read_only_and_must_be_the_same(monkeypatc
         workdirs.Workdir(tmp_path / "run", config, {})
 
 
-def test_more_processes_than_prompts_are_refused(monkeypatch):
+def test_more_processes_than_prompts_are_refused():
     from luspo_jax.hosts.values import ConfigError
     from luspo_jax.run import fields
 
     config = fields.default_config()
-    workdirs.check_processes(config)
-    monkeypatch.setattr(processes.jax, "process_count", lambda: 17)
+    workdirs.check_processes(config, Roles())
+    workdirs.check_processes(config, Roles(tuple(range(17)), (17,)))
     with pytest.raises(ConfigError, match=r"prompts_per_step=16 .* processes, 17"):
-        workdirs.check_processes(config)
+        workdirs.check_processes(config, Roles((0,), tuple(range(17))))
 
 
 def test_evaluation_of_shares_is_the_evaluation(monkeypatch):

@@ -323,6 +323,7 @@ def test_packed_step_is_the_same_step(params64, placement):
 # or sequences in the denominator; other rows of a group in the length scale.
 TERMS = {
     "dapo": {"entropy_coef": 0.01, "correction": "tis+geometric-mask"},
+    "grpo": {"correction": "binary-kl+m2po", "binary_kl_max": 0.01, "m2po_max": 0.1},
     "luspo": {"top_entropy_quantile": 0.5, "length_scale": "relative-group"},
 }
 
@@ -333,6 +334,39 @@ def test_packed_step_with_every_term_and_filtered_responses(params64, name):
     rule = _rule(name, logprobs=LOGPROBS64, **TERMS[name])
     packed = _batch(plan=_dense(), **which)
     _assert_same_step(params64, _batch(**which), packed, rule, 1e-9)
+
+
+def test_masks_of_far_tokens_drop_some_of_that_step(params64):
+    """Else the test above would say nothing about them."""
+    rule = _rule("grpo", logprobs=LOGPROBS64, **TERMS["grpo"])
+    for alone in ("binary-kl", "m2po"):
+        one = dataclasses.replace(
+            rule, objective=dataclasses.replace(rule.objective, correction=alone)
+        )
+        dropped, count = _step(params64, _batch(), one)[1]["rollout_corr/masked_fraction"]
+        assert 0.05 * count < dropped < 0.95 * count
+
+
+def test_ages_are_measured_and_change_nothing_else(params64):
+    """Of tokens of several ages in one response, however it is laid out."""
+    rule = _rule("luspo", logprobs=LOGPROBS64)
+    expected, metrics = _step(params64, _batch(filtered=True), rule)
+    drawn = np.random.default_rng(3)
+    ages = [drawn.integers(0, 6, len(r)).astype(np.int32) for r in _responses()["responses"]]
+    masks = _responses(filtered=True)["masks"]
+    trained = np.concatenate([age[mask] for age, mask in zip(ages, masks, strict=True)])
+    for plan, microbatches in ((None, 1), (None, 4), (_dense(), 1)):
+        batch = _batch(filtered=True, plan=plan, microbatches=microbatches, changes={"ages": ages})
+        got, measured = _step(params64, batch, rule)
+        _assert_same(got, expected, 1e-9)
+        for key, pair in metrics.items():
+            np.testing.assert_allclose(measured.pop(key), pair, rtol=1e-6, atol=1e-9)
+        assert {key.split("/")[0] for key in measured} == {"staleness"}
+        for k in range(5):
+            in_bin = (trained == k) if k < 4 else (trained >= 4)
+            np.testing.assert_array_equal(
+                measured[f"staleness/share/age_{k}"], (in_bin.sum(), len(trained))
+            )
 
 
 def test_packed_step_in_float32_up_to_rounding(params):

@@ -243,6 +243,26 @@ def rows_of(arrays, live_BT) -> list[Row]:
     return rows
 
 
+def binary_kl(p, q):
+    """KL of two coins, as the formula stands."""
+    return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+
+
+def within_binary_kl(old, sampler, most):
+    """Whether each token is kept."""
+    p, q = np.exp(old), np.exp(sampler)
+    return (binary_kl(p, q) <= most) & (binary_kl(q, p) <= most)
+
+
+def m2po_kept(log_rho, most):
+    """The tokens that are left: the largest go, and those equal to it, until the rest are close."""
+    size = np.abs(log_rho)
+    kept = np.full(size.shape, True)
+    while kept.any() and np.mean(size[kept] ** 2) > most:
+        kept &= size < size[kept].max()
+    return kept
+
+
 def loss(name: str, arrays, live_BT, *, terms: bool = False) -> float:
     """The loss of a preset; `terms` adds what `objective_cases.LOADED` switches on."""
     advantage, token_losses, aggregate = METHODS[name]
@@ -256,10 +276,13 @@ def loss(name: str, arrays, live_BT, *, terms: bool = False) -> float:
     if not terms:
         return float(aggregate(losses))
     threshold = np.quantile(np.concatenate([row.entropy for row in rows]), 1 - 0.6)
+    close = m2po_kept(np.concatenate([row.old - row.sampler for row in rows]), 0.1)
+    close = np.split(close, np.cumsum([row.length for row in rows])[:-1])
     for i, row in enumerate(rows):
         weight = (row.entropy >= threshold).astype(float)
         if name != "vespo":
             weight = weight * np.minimum(np.exp(row.old - row.sampler), 2)
+            weight = weight * within_binary_kl(row.old, row.sampler, 0.1) * close[i]
         if row.advantage < 0 and np.mean(row.old - row.frozen) > 0.05:
             weight = 0 * weight
         d = row.ref - row.live

@@ -67,7 +67,13 @@ def batch_of(objective: Objective, arrays: dict[str, np.ndarray], **changes) -> 
 
 def denominators_of(objective: Objective, batch: PolicyBatch) -> objectives.Denominators:
     """Denominators of a step that is one batch."""
-    return objectives.denominators(objective, batch.response_mask_BT, batch.entropy_BT)
+    return objectives.denominators(
+        objective,
+        batch.response_mask_BT,
+        batch.entropy_BT,
+        batch.old_logprobs_BT,
+        batch.sampler_logprobs_BT,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -109,7 +115,9 @@ LOADED = {
         objective,
         kl_coef=0.1,
         entropy_coef=0.01,
-        correction="none" if objective.surrogate == "vespo" else "tis",
+        correction="none" if objective.surrogate == "vespo" else "tis+binary-kl+m2po",
+        binary_kl_max=0.1,
+        m2po_max=0.1,
         off_policy_max=0.05,
         top_entropy_quantile=0.6,
     )

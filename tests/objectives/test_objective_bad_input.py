@@ -54,6 +54,13 @@ REFUSED = {
         {"surrogate": "vespo", "ratio": "sequence-product", "correction": "tis"},
         r"Objective.correction does not go with surrogate = 'vespo'",
     ),
+    "decoupled VESPO": (
+        {"surrogate": "vespo", "ratio": "sequence-product", "old_policy": "decoupled"},
+        r"Objective.old_policy = 'decoupled' does not go with surrogate = 'vespo'",
+    ),
+    "unknown old policy": ({"old_policy": "proximal"}, r"Objective.old_policy.*behaviour, dec"),
+    "binary KL": ({"binary_kl_max": 0.0}, r"Objective.binary_kl_max = 0.0.*greater than 0"),
+    "second moment": ({"m2po_max": float("inf")}, r"Objective.m2po_max.*finite"),
     "weighted KL in the reward": (
         {"kl_importance_weight": True, "kl_placement": "reward"},
         r"Objective.kl_importance_weight",
@@ -125,6 +132,26 @@ def test_entropy_threshold_is_of_the_whole_step(step):
         objectives.loss(objective, batch, denominators)
     with pytest.raises(ValueError, match="entropy_BT is missing"):
         objectives.denominators(objective, batch.response_mask_BT)
+
+
+def test_the_second_moment_is_of_the_whole_step(step):
+    batch, denominators = step
+    objective = preset("luspo", correction="m2po")
+    with pytest.raises(ValueError, match="m2po_threshold is missing"):
+        objectives.loss(objective, batch, denominators)
+    for missing in ("old_logprobs_BT", "sampler_logprobs_BT"):
+        known = {"old_logprobs_BT": batch.old_logprobs_BT}
+        known |= {"sampler_logprobs_BT": batch.sampler_logprobs_BT, missing: None}
+        with pytest.raises(ValueError, match=r"sampler_logprobs_BT is missing: .*'m2po'"):
+            objectives.denominators(objective, batch.response_mask_BT, **known)
+
+
+def test_ages_come_with_the_samplers_logprobs(step):
+    batch, denominators = step
+    ages_BT = np.zeros(batch.response_mask_BT.shape, np.int32)
+    aged = dataclasses.replace(batch, ages_BT=ages_BT, sampler_logprobs_BT=None)
+    with pytest.raises(ValueError, match=r"sampler_logprobs_BT is missing: .*ages_BT need it"):
+        objectives.loss(PRESETS["luspo"], aged, denominators)
 
 
 def test_shapes_and_masks(step):

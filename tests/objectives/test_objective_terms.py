@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from objective_cases import (
+    LOADED,
     batch_of,
     case,
     denominators_of,
@@ -56,12 +57,17 @@ WEIGHTS = {
     "geometric-mask": np.repeat([[0], [1], [0]], 4, axis=1),
     # Means of ρ − log ρ − 1: 1.11, 1.5e-4, 5.4e-3.
     "k3-mask": np.repeat([[0], [1], [1]], 4, axis=1),
+    # p 0.37 against q 0.92: 0.97 nats one way, 0.68 the other; the next is 0.41.
+    "binary-kl": np.where(RHO == 0.4, 0, 1),
+    # Means of the least nine squares 0.005, of ten 0.088.
+    "m2po": np.where((RHO == 0.4) | (RHO >= 3), 0, 1),
 }
+SETTINGS = {"binary-kl": {"binary_kl_max": 0.8}}
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_corrections_by_hand(name, x64):
-    value, means = mismatched(name)
+    value, means = mismatched(name, **SETTINGS.get(name, {}))
     weight = WEIGHTS[name].astype(float)
     # Mean over rows of token sums: what is dropped stays in the denominator.
     assert value == pytest.approx(weight.sum() / 3, rel=1e-12)
@@ -170,6 +176,19 @@ def test_the_transcribed_cases_clip_on_both_sides(name):
     means = [step_with_means(PRESETS[name], x)[2] for x in arrays]
     assert 0 < sum(mean["clip_ratio/high_mean"] for mean in means) < 1
     assert 0 < sum(mean["clip_ratio/low_mean"] for mean in means) < 1
+
+
+@pytest.mark.parametrize("correction", ["tis", "binary-kl", "m2po"])
+def test_every_correction_of_the_transcribed_cases_changes_some_tokens(correction):
+    """And not all: likewise."""
+    loaded = next(x for x in LOADED.values() if correction in x.corrections)
+    alone = dataclasses.replace(loaded, correction=correction)
+    for seed in (1, 4):
+        means = step_with_means(alone, case(seed, drift=0.5, dtype=np.float32))[2]
+        if correction == "tis":
+            assert 0 < means["rollout_corr/ess"] < 1
+        else:
+            assert 0 < means["rollout_corr/masked_fraction"] < 1
 
 
 def test_clip_metrics_by_hand(x64):

@@ -70,6 +70,21 @@ def test_what_is_saved_is_restored_exactly(checkpointer):
     assert state.ref_params is None
 
 
+def test_the_processes_that_train_save_and_restore_by_themselves(tmp_path):
+    """Here one of one; Orbax then goes the way that it goes for some of several."""
+    for step in (1, 2):
+        some = Checkpointer(tmp_path / "new" / "checkpoints", keep_latest=2, members=(0,))
+        assert some.latest_step() == (step - 1 or None)
+        some.save(step, _state(1.1 * step), {"stream": step}, {"tokens": np.arange(step)})
+        some.close()
+    reader = Checkpointer(tmp_path / "new" / "checkpoints", read_only=True, members=(0,))
+    state, host, waiting = reader.restore(2, _state(0.0))
+    reader.close()
+    np.testing.assert_array_equal(state.params["w"], _state(2.2).params["w"])
+    assert host["stream"] == 2
+    np.testing.assert_array_equal(waiting["tokens"], np.arange(2))
+
+
 def test_latest_and_best_are_kept(checkpointer, tmp_path):
     for step, metric in ((1, 0.1), (2, 0.9), (3, None), (4, 0.3), (5, None)):
         checkpointer.save(step, _state(step), {}, metric=metric)

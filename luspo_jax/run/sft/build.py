@@ -25,7 +25,7 @@ from luspo_jax.run.checks import check_sft
 from luspo_jax.run.model import Model, load_model
 from luspo_jax.run.sft.data import SftData, load_data
 from luspo_jax.run.sft.sections import SftSettings
-from luspo_jax.sharding import Layout
+from luspo_jax.sharding import Layout, MeshError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Sf
       ConfigError, DataError, FileNotFoundError, MeshError, ValueError: naming the field or file.
     """
     settings = check_sft(config)
+    if rl.roles(settings, devices).split:
+        raise MeshError(
+            f"rollout_mesh.apart={settings.rollout_mesh.apart}: in supervised fine-tuning no "
+            "process only samples; set it to 0"
+        )
     model = load_model(settings)
     _check_model(settings, model.config)
     train, rollout = rl.fitting_layouts(

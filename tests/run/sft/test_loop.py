@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from luspo_jax.run import fields
 from luspo_jax.run.sft.build import build, facts
 from luspo_jax.run.sft.loop import fine_tune
 from luspo_jax.run.workdir import Workdir, WorkdirError, fork, stored_config
+from luspo_jax.sharding import MeshError
 
 MODEL = DecoderConfig(
     model_type="qwen3", vocab_size=32, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=2,
@@ -301,3 +303,10 @@ def test_unknown_fields_are_refused_with_the_nearest(config):
         del config.train["batchsize"], config.train["batch_size"]
     with pytest.raises(ConfigError, match=r"missing train\.batch_size: .*default_sft_config"):
         build(config)
+
+
+def test_processes_that_only_sample_are_refused_by_name(config):
+    config.rollout_mesh.apart = 1
+    devices = [types.SimpleNamespace(process_index=i) for i in range(2)]
+    with pytest.raises(MeshError, match=r"rollout_mesh\.apart=1: in supervised .* set it to 0"):
+        build(config, devices=devices)
