@@ -23,8 +23,8 @@ MODES = {
     AHEAD: {"rollout_mesh.apart": 1, "rollout.max_age": 1},
 }
 OBJECTIVES = {name: {"objective.preset": name.lower()} for name in ("GSPO", "LUSPO", "GRPO")}
-# What else a run with a correction sets: whose log-probs of stale tokens the correction compares.
-CORRECTED: dict[str, str] = {}
+# With a correction: else the old log-prob of a stale token is the sampler's, and none is needed.
+CORRECTED = {"objective.old_policy": "decoupled"}
 NONE = "none"
 CORRECTIONS = {
     NONE: {},
@@ -60,6 +60,8 @@ OUTCOMES = (
     Outcome("sampled", "length/account/window/sampled_mean", "mean"),
     Outcome("consumed / sampled - 1", "length/account/window/relative_difference", "mean"),
     Outcome("mean age", "rollout/age/mean", "mean"),
+    Outcome("fresh tokens", "staleness/share/age_0", "mean"),
+    Outcome("ess, age 1", "staleness/ess/age_1", "mean"),
     Outcome("clipped", "actor/pg_clipfrac", "mean"),
     Outcome("k3 KL(sampler, trainer)", "rollout_corr/k3_kl", "mean"),
 )
