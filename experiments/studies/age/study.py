@@ -14,6 +14,7 @@ from absl import flags
 from experiments import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
+_TASK = flags.DEFINE_enum("task", "sums", ["sums", "lookup"], "What is learned; a folder each.")
 _PARALLEL = flags.DEFINE_integer("parallel", 2, "Runs at a time.", 1)
 _SMOKE = flags.DEFINE_bool("smoke", False, "One seed, three steps, LUSPO: does everything run?")
 # Repeated, not joined with commas, because names contain commas.
@@ -26,7 +27,7 @@ _ONLY = flags.DEFINE_multi_string(
 _PUBLISH = flags.DEFINE_bool("publish", False, "Copy tables and figure beside the README.")
 _ANALYSE_ONLY = flags.DEFINE_bool("analyse_only", False, "Run nothing; tell of what is there.")
 
-PUBLISHED = ("results.md", "curves.png")
+PUBLISHED = ("results", ".md"), ("curves", ".png")
 
 
 def main() -> None:
@@ -34,14 +35,15 @@ def main() -> None:
     from experiments.studies.age import design, running, tables
 
     workdir = pathlib.Path(_WORKDIR.value).absolute()
-    sweep = design.smoke() if _SMOKE.value else design.sweep()
+    sweep = (design.smoke if _SMOKE.value else design.sweep)(_TASK.value)
     failures = {}
     if not _ANALYSE_ONLY.value:
         failures = running.run(sweep, workdir, parallel=_PARALLEL.value, only=_ONLY.value)
     print(tables.write(sweep, workdir, failures))
     if _PUBLISH.value:
-        for name in PUBLISHED:
-            shutil.copy(workdir / name, pathlib.Path(__file__).parent / name)
+        here = pathlib.Path(__file__).parent
+        for name, suffix in PUBLISHED:
+            shutil.copy(workdir / f"{name}{suffix}", here / f"{name}_{_TASK.value}{suffix}")
     if failures:
         lines = "\n".join(f"  - {name}: {reason}" for name, reason in failures.items())
         raise command.UsageError(f"{len(failures)} members failed:\n{lines}")

@@ -13,7 +13,7 @@ from luspo_jax.hosts.files import write_text
 
 # Compared with synchronous steps, and what of a mode itself is told beside it.
 COMPARED = ("length trained on", "length area", "last length", "accuracy area", "last accuracy")
-TOLD = ("consumed / sampled - 1", "mean age")
+TOLD = ("consumed / sampled - 1", "mean age", "fresh tokens")
 SMALL = "k3 KL(sampler, trainer)"  # values too small for the other digits
 _COLORS = {SYNCHRONOUS: "0.3", "waiting": "C0", "dropping": "C3", design.AHEAD: "C2"}
 
