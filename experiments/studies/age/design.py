@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from experiments.sweeps.spec import Outcome, Sweep
 
 SEEDS = (0, 1, 2, 3, 4)
-STEPS = 40
+STEPS = 24
 PROMPTS = 32  # of a step
 LENGTH = "val-aux/*/response_length/mean"
 
@@ -40,7 +40,7 @@ FIXED = {
     # All that are in flight are decoded: none is old only because it waited for a slot.
     "rollout.num_slots": 256,
     "rollout.chunk_length": 4,
-    "eval.every": 5,
+    "eval.every": 6,
     "eval.num_problems": 250,
     "eval.num_samples": 2,
     "output.tensorboard": False,
