@@ -232,6 +232,12 @@ def build(
             "rollout.late='drop' trains on shorter responses than it samples, how much shorter is "
             "not known here: rehearse with rollout.late='wait', or with rollout.overlap=0"
         )
+    if config.rollout_mesh.apart and topology.hosts > 1:
+        raise UsageError(
+            f"rollout_mesh.apart={config.rollout_mesh.apart} on {topology.hosts} hosts sends "
+            "weights through their memory, at a rate that is not known here: rehearse with "
+            "rollout_mesh.apart=0, or on one host"
+        )
     longest = max_length or config.rollout.max_response_length
     if not 1 <= longest <= config.rollout.max_response_length:
         raise UsageError(

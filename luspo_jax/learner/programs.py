@@ -110,6 +110,8 @@ class StepPrograms:
         known = {f"{name}_logprobs_BT": numbers_BT for name in passes}
         if self.keeps_entropy:
             known["old_entropy_BT"] = numbers_BT
+        if stale:
+            known["ages_BT"] = jax.ShapeDtypeStruct((B, T), np.int32)
         ints = jax.ShapeDtypeStruct((B,), np.int32)
         return TrainBatch(
             rows=abstract_token_rows(planner, plan, recorded, images),

@@ -478,7 +478,7 @@ def brought(case, prompts, monkeypatch):
 
     Responses have the assumed lengths; the log-probs of a pass are left out.
     """
-    model, passes = case.model, {}
+    model, passes, wanted = case.model, {}, case.programs.passes(stale=case.stale)
     kind, shape = np.uint8, (0, 0)
     if model.num_experts:
         kind, shape = id_type(model.num_experts), (model.num_expert_layers, model.experts_per_token)
@@ -495,7 +495,7 @@ def brought(case, prompts, monkeypatch):
         )  # fmt: skip
 
     def passed(state, one, laid, planner):
-        (name,) = (name for name, known in case.programs.passes().items() if known == one)
+        (name,) = (name for name, known in wanted.items() if known == one)
         passes[name] = put(laid_rows(planner, laid[0]), planner.layout)
         pairs = [pair for part in laid for pair in zip(part.prompts, part.responses, strict=True)]
         zeros = [np.zeros(len(r.tokens), np.float32) for _, r in pairs]
@@ -515,7 +515,7 @@ def brought(case, prompts, monkeypatch):
     ]
     monkeypatch.setattr(stages, "policy_logprobs", passed)
     rollouts, width = stages.with_logprobs(
-        Rollouts(groups, 0), None, case.programs, case.planner, StepMetrics()
+        Rollouts(groups, int(case.stale)), None, case.programs, case.planner, StepMetrics()
     )
     chosen = np.arange(case.sizes.responses_per_minibatch)
     batch, _ = stages.train_batch(rollouts, case.planner, chosen, width)
@@ -540,6 +540,9 @@ BROUGHT = {
     "experts": (True, {}),
     "experts, a reference, one update": (
         True, {"objective__kl_coef": 0.1, "train__num_minibatches": 1}),
+    "partial rollouts, one update": (
+        False, {"train__num_minibatches": 1, "rollout__overlap": 4, "rollout__max_age": 1}),
+    "experts, partial rollouts": (True, {"rollout__overlap": 4, "rollout__max_age": 1}),
 }  # fmt: skip
 
 
@@ -555,8 +558,9 @@ def test_shapes_are_those_that_a_run_would_bring(name, rows, monkeypatch):
     assert_same_shapes(batch, real)
     for made, wanted in zip(jax.tree.leaves(batch), jax.tree.leaves(real), strict=True):
         assert made.sharding == wanted.sharding
-    assert list(passes) == list(case.programs.passes())
-    for which, one in case.programs.passes().items():
+    wanted = case.programs.passes(stale=case.stale)
+    assert list(passes) == list(wanted)
+    for which, one in wanted.items():
         made, _, _ = programs.pass_rows(case, one.record_experts)
         assert_same_shapes(made, passes[which])
         assert made.tokens_RT.sharding == passes[which].tokens_RT.sharding

@@ -227,6 +227,9 @@ def test_a_step_of_a_partial_rollout_is_a_steady_one():
         now, then = (one["phases"][phase]["roofline_s"] for one in (found, before))
         assert (now < then) == less
     assert found["phases"]["update"] == before["phases"]["update"]
+    text = report.text(report.times(case, programs.programs(case)))
+    assert "Partial rollouts, 16 prompts in flight beyond those of a step" in text
+    assert "No program was compiled." in text
     # Read: prompts of 15 tokens a step, and the tokens that go on; padding is computed too.
     rows = sum(one.rows * one.length * one.calls for one in play.prefills) / play.rollouts
     assert rows >= 16 * 15 + found["continued_tokens"]
@@ -297,18 +300,15 @@ def test_the_train_state_is_not_on_devices_that_only_sample():
     assert hand_over.work.links == resident.weights_bytes(case) > 0
 
 
-def test_several_hosts_cannot_sample_apart():
-    config = tiny(**APART)
-    devices = [_Elsewhere(device.id, device.id % 2) for device in jax.devices("cpu")[:8]]
+def test_several_hosts_that_sample_apart_are_refused():
+    devices = [_Elsewhere(number // 4) for number in range(8)]
     topology = dataclasses.replace(machine(), devices=tuple(devices))
-    with pytest.raises(ValueError, match="several processes cannot yet sample apart"):
-        cases.build(config, topology, mean_length=12)
+    with pytest.raises(UsageError, match="apart=4 on 2 hosts"):
+        cases.build(tiny(**APART), topology, mean_length=12)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Elsewhere:
     """A device of some process."""
 
-    id: int
     process_index: int
-    platform: str = "cpu"
