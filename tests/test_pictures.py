@@ -8,7 +8,7 @@ import pytest
 
 from luspo_jax import prompts, sharding
 from luspo_jax.experience import rounds, stages, stored
-from luspo_jax.experience.groups import Rollouts
+from luspo_jax.experience.groups import Rollouts, Waiting
 from luspo_jax.images.layout import laid_out
 from luspo_jax.learner.logprobs import microbatch_logprobs
 from luspo_jax.learner.plan import one_a_row
@@ -61,7 +61,9 @@ def params(run):
 def rollouts(run, params):
     with run.scorer:
         weights = run.rollout_params(params)
-        collected, _ = rounds.collect(run.asker, weights, [], 0, StepMetrics())
+        collected, _ = rounds.collect(
+            run.asker, rounds.Policy(weights, 0), Waiting(), 0, StepMetrics()
+        )
     return collected
 
 

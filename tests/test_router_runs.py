@@ -9,7 +9,8 @@ import pytest
 
 from luspo_jax import datasets, sharding, train
 from luspo_jax.experience import rounds, stages
-from luspo_jax.experience.groups import Group
+from luspo_jax.experience.groups import Group, Waiting
+from luspo_jax.experience.rounds import Policy
 from luspo_jax.experience.stored import from_stored, to_stored
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.learner.logprobs import REPLAYS
@@ -79,12 +80,12 @@ def many_digits(response, answer):
     return float(sum(c.isdigit() for c in response) > 0.5 * len(response))
 
 
-def _collected(config, step=0, surplus=()):
+def _collected(config, step=0):
     run, found = build(config), StepMetrics()
     state = beginning.begin_state(run)
     weights = run.rollout_params(state.params)
-    rollouts, surplus = rounds.collect(run.asker, weights, surplus, step, found)
-    return run, state, rollouts, surplus, found
+    rollouts, _ = rounds.collect(run.asker, Policy(weights, step), Waiting(), step, found)
+    return run, state, rollouts, found
 
 
 # ---------------------------------------------------------------- records on their way
@@ -96,7 +97,7 @@ def test_the_old_record_is_what_the_old_pass_chose(config, packing):
     config.train.router_replay = "old"
     if packing:
         config.train.packing, config.train.microbatch_tokens = True, 48
-    run, state, rollouts, _, found = _collected(config, step=1)
+    run, state, rollouts, found = _collected(config, step=1)
     groups = list(rollouts.groups)
     groups[1] = groups[1].enriched(versions=[v * 0 for v in groups[1].column("versions")])
     rollouts = dataclasses.replace(rollouts, groups=groups)
@@ -134,7 +135,8 @@ def test_carried_groups_keep_their_experts_in_a_checkpoint(kind):
     responses = [
         Response(
             5, i, np.arange(n, dtype=np.int32), np.zeros(n, np.float32), True,
-            rng.integers(0, most, (n, 2, 4), endpoint=True).astype(kind), of_prompt,
+            expert_ids=rng.integers(0, most, (n, 2, 4), endpoint=True).astype(kind),
+            prompt_expert_ids=of_prompt,
             reward=Reward(value=1.0, status="ok", parts={"x": 1.0}),
         )
         for i, n in enumerate((4, 1))
@@ -155,7 +157,7 @@ def test_carried_groups_keep_their_experts_in_a_checkpoint(kind):
 
 @pytest.mark.parametrize("change", ["none recorded", "of other tokens"])
 def test_a_response_without_its_record_is_refused_by_name(config, change):
-    run, state, rollouts, _, found = _collected(config)
+    run, state, rollouts, found = _collected(config)
     first, *others = rollouts.groups
     ids = first.column("expert_ids")
     ids[1] = None if change == "none recorded" else ids[1][:-1]

@@ -174,7 +174,7 @@ def _arguments(layout):
         return np.zeros((count, *shape), kind)
 
     places = Places(whole(ROWS, width), whole(ROWS), whole(ROWS, kind=bool))
-    ids = [whole(ROWS, kind=np.uint32)] * 2
+    ids = [whole(ROWS, kind=np.uint32)] * 3
     rows = programs.Rows(
         whole(ROWS), places, whole(ROWS), whole(ROWS), whole(ROWS, kind=bool), *ids,
         jax.random.key(0), np.int32(8), np.int32(ROWS),

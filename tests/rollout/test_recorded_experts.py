@@ -205,7 +205,7 @@ def test_a_decode_step_moves_tokens_and_no_expert(mesh):
     of_rows = [np.zeros(rows, kind) for kind in (np.int32, bool, np.uint32)]
     integers, flags, ids = of_rows
     places = Places(np.zeros((rows, 16), np.int32), integers, flags)
-    asked = programs.Rows(integers, places, integers, integers, flags, ids, ids,
+    asked = programs.Rows(integers, places, integers, integers, flags, ids, ids, ids,
                           jax.random.key(0), np.int32(8), np.int32(rows))  # fmt: skip
     text = programs.decode_chunk.lower(
         placed(decoder.abstract_params(MODEL), axes), placed(pages, Pages(PAGES_AXES, PAGES_AXES)),
