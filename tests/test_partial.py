@@ -100,7 +100,9 @@ needs_devices = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 devic
 
 
 @needs_devices
-@pytest.mark.parametrize(("devices", "apart", "overlap"), [(2, 1, 0), (4, 2, 2)])
+@pytest.mark.parametrize(
+    ("devices", "apart", "overlap"), [(2, 1, 0), pytest.param(4, 2, 2, marks=pytest.mark.slow)]
+)
 def test_a_run_one_step_off_resumes_bit_for_bit(
     partial, tmp_path, monkeypatch, devices, apart, overlap
 ):
