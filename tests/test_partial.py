@@ -1,12 +1,14 @@
 """Runs whose responses take several steps, or are sampled one step ahead: exact resume, ages."""
 
 import json
+import threading
 import types
 
 import jax
 import pytest
 
 from luspo_jax import train
+from luspo_jax.experience import ahead
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.run import checks
@@ -121,6 +123,26 @@ def test_a_run_one_step_off_resumes_bit_for_bit(
     assert "rollout_corr/max_abs_diff" in rows[0]
     _cut_at(monkeypatch, partial, tmp_path / "cut", 3)
     _assert_same_results(_results(tmp_path / "cut"), _results(tmp_path / "straight"))
+    _fail_beside(monkeypatch, partial, tmp_path / "failed", 3)
+    _assert_same_results(_results(tmp_path / "failed"), _results(tmp_path / "straight"))
+
+
+def _fail_beside(monkeypatch, config, folder, batch):
+    """A run whose sampler fails in its thread while the policy trains, continued."""
+    real, asked = ahead.collect, []
+
+    def fail(*args):
+        asked.append(threading.current_thread() is threading.main_thread())
+        if len(asked) == batch:
+            raise OSError("the sampler is gone")
+        return real(*args)
+
+    monkeypatch.setattr(ahead, "collect", fail)
+    with pytest.raises(OSError, match="the sampler is gone"):
+        _train(config, folder)
+    assert asked[-1] is False
+    monkeypatch.setattr(ahead, "collect", real)
+    _train(config, folder)
 
 
 @pytest.mark.parametrize(

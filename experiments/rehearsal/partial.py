@@ -8,7 +8,6 @@ hosts, and the longest responses of all decide when a step ends.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -78,7 +77,7 @@ def steady(
         shares = [flight[processes.share(len(flight), i, pace.hosts)] for i in range(pace.hosts)]
         hosts = [Host(engine, share, prompt, lengths_PG) for share in shares]
         stretches = _until_enough(hosts, [step - request.step for request in flight], pace)
-        flight = [request for pair in zip(hosts, shares, strict=True) for request in _left(*pair)]
+        flight = processes.merged([_left(*pair) for pair in zip(hosts, shares, strict=True)])
         ended = [all(response.ended for response in request.begun) for request in flight]
         taken = chosen(ended, [request.step for request in flight], pace.num_prompts)
         if step >= pace.first:
@@ -97,7 +96,7 @@ def _until_enough(hosts, ages, pace):
     for looks in zip(*(host.loop.looks(None) for host in hosts), strict=True):
         found.append([host.stretch() for host in hosts])
         parts = [host.whole(look) for host, look in zip(hosts, looks, strict=True)]
-        ended = list(itertools.chain.from_iterable(parts))
+        ended = processes.merged(parts)
         if enough(ended, ages, num_groups=pace.num_prompts, max_age=pace.max_age):
             break
     for host in hosts:

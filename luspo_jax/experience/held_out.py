@@ -108,8 +108,7 @@ def ask(
         responses, _ = engine.generate(params, requests, **noise)
     limit = engine.sampling.max_response_length
     groups = judged(own, responses, scorer=scorer, decode=decode, max_length=limit)
-    parts = processes.gather([group.responses for group in groups])
-    found = [responses for part in parts for responses in part]
+    found = processes.gathered([group.responses for group in groups])
     return [Group(*pair) for pair in zip(prompts, found, strict=True)]
 
 

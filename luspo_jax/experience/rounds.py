@@ -177,7 +177,7 @@ def rounds(
             # Prompts are not sent: every process has them, and their images are large.
             parts = processes.gather(([group.responses for group in own], stats))
         metrics.update(_metrics([stats for _, stats in parts]))
-        found = [responses for part, _ in parts for responses in part]
+        found = processes.merged([responses for responses, _ in parts])
         groups = [
             Group(group.prompt, responses) for group, responses in zip(begun, found, strict=True)
         ]

@@ -1,9 +1,9 @@
 """Several processes, usually one per host, that run one program on one stream of data.
 
 Every process does the same host work, but samples and rewards only its own share of a step's
-prompts. Shares are contiguous, so gathered results are in the order of a one-process run, and all
-processes compute the same from them. Only process 0 writes files. If processes differ in what they
-do (`hosts.roles`), all of this is meant of those that do the same, `members`.
+prompts. Gathered results are put in the order of a one-process run, and all processes compute the
+same from them. Only process 0 writes files. If processes differ in what they do (`hosts.roles`),
+all of this is meant of those that do the same, `members`.
 """
 
 import collections
@@ -177,10 +177,26 @@ def among(group: tuple[int, ...]) -> Iterator[None]:
 
 
 def share(count: int, index: int | None = None, num: int | None = None) -> slice:
-    """Returns this process's slice of `count` things; sizes differ by at most one."""
+    """Returns this process's slice of `count` things; sizes differ by at most one.
+
+    They are dealt in turn, so that each gets its part of the old and of the new, or of the long and
+    of the short, where things are in such an order. `merged` undoes it.
+    """
     index = members().index(jax.process_index()) if index is None else index
     num = len(members()) if num is None else num
-    return slice(count * index // num, count * (index + 1) // num)
+    return slice(index, count, num)
+
+
+def merged(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """Returns all members' shares put together again, in the order from which they were dealt.
+
+    Raises:
+      ValueError: parts of sizes that no deal gives.
+    """
+    whole = [None] * sum(map(len, parts))
+    for index, part in enumerate(parts):
+        whole[index :: len(parts)] = part
+    return whole
 
 
 def gather(value: Any) -> list[Any]:
@@ -228,8 +244,8 @@ def _pieces(size: int, num: int) -> list[tuple[int, int]]:
 
 
 def gathered(rows: Sequence[Any]) -> list[Any]:
-    """Returns the rows of all members' shares, concatenated."""
-    return [row for part in gather(rows) for row in part]
+    """Returns the rows of all members' shares, in the order from which they were dealt."""
+    return merged(gather(rows))
 
 
 def barrier(label: str, phase: str = "wait") -> None:

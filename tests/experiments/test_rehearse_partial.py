@@ -1,7 +1,6 @@
 """Rehearsals of partial rollouts, and of rollouts on devices of their own."""
 
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
@@ -112,10 +111,9 @@ def _transcribed(lengths_PG, pace, chunk):
                 b for i, b in enumerate(rest) if step + 1 + i // pace.num_prompts > b + pace.max_age
             ]
             taken = oldest if len(whole) >= pace.num_prompts and not late else None
-        bounds = [len(flight) * host // pace.hosts for host in range(pace.hosts + 1)]
+        numbers = np.array([number for _, number in flight])
         shares = [
-            left[[number for _, number in flight[first:last]]]
-            for first, last in itertools.pairwise(bounds)
+            left[numbers[np.arange(len(numbers)) % pace.hosts == h]] for h in range(pace.hosts)
         ]
         found.append((
             looks,
@@ -123,7 +121,6 @@ def _transcribed(lengths_PG, pace, chunk):
             [np.minimum(share, chunk * looks).sum() for share in shares],
             [step - begun for begun, _ in taken],
         ))  # fmt: skip
-        numbers = [number for _, number in flight]
         left[numbers] = np.maximum(0, left[numbers] - chunk * looks)
         flight = [one for one in flight if one not in taken]
     return found

@@ -18,11 +18,18 @@ from luspo_jax.run import workdir as workdirs
 
 @pytest.mark.parametrize("num", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("count", [0, 1, 5, 16, 100])
-def test_shares_are_contiguous_complete_and_even(count, num):
+def test_shares_are_dealt_in_turn_complete_and_even(count, num):
     things = list(range(count))
     parts = [things[processes.share(count, index, num)] for index in range(num)]
-    assert [thing for part in parts for thing in part] == things
+    assert processes.merged(parts) == things
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for part in parts:  # each has its part of every stretch
+        assert abs(sum(thing < count / 2 for thing in part) - len(part) / 2) <= 1
+
+
+def test_parts_that_no_deal_gives_are_not_merged():
+    with pytest.raises(ValueError, match="slice"):
+        processes.merged([[1], [2, 3, 4]])
 
 
 def test_one_process_has_everything_and_gathers_nothing():
@@ -72,7 +79,7 @@ def test_members_share_and_gather_among_themselves(monkeypatch):
     assert processes.members() == (0, 1, 2, 3, 4)
     with processes.among((1, 3)):
         assert processes.members() == (1, 3)
-        assert processes.share(7) == slice(3, 7)
+        assert processes.share(7) == slice(1, 7, 2)
         with processes.among((3,)):
             assert processes.gather("alone") == ["alone"]
             processes.barrier("nobody to wait for")
@@ -249,7 +256,7 @@ def test_more_processes_than_prompts_are_refused():
 
 
 def test_evaluation_of_shares_is_the_evaluation(monkeypatch):
-    """Two processes ask contiguous shares; put together they are what one process asks."""
+    """Two processes ask their shares; put together they are what one process asks."""
 
     class Engine:
         class sampling:
@@ -279,7 +286,7 @@ def test_evaluation_of_shares_is_the_evaluation(monkeypatch):
         monkeypatch.setattr(processes.jax, "process_index", lambda index=index: index)
         with pytest.raises(ValueError, match="zip"):  # one share is no answer to all prompts
             ask()
-    assert [sum(map(len, part)) for part in parts] == [4, 6]
+    assert [sum(map(len, part)) for part in parts] == [6, 4]
     monkeypatch.setattr(processes, "gather", lambda value: parts)
     together = ask()
     assert [group.prompt for group in together] == prompts

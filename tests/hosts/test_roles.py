@@ -47,7 +47,7 @@ def test_work_is_done_in_one_role_and_known_in_both(world, what, who):
         world.at(index)
         assert (SPLIT.trains, SPLIT.samples) == (index < 2, index >= 2)
         values[index] = getattr(SPLIT, what)(_work(done), "here")
-    assert done == [(who[0], who, slice(0, 3)), (who[1], who, slice(3, 6))]
+    assert done == [(who[0], who, slice(0, 6, 2)), (who[1], who, slice(1, 6, 2))]
     assert values == {i: f"of {i}" if i in who else f"of {who[0]}" for i in range(4)}
     assert world.waits == [guard.MEETING] * 4
     assert world.told.count(None) == 3  # the second has the same value, and does not send it

@@ -123,7 +123,9 @@ def answers(run: SftRun, state: TrainState) -> list[AnswerRecord]:
         )
     shown = {d.prompt.prompt_id: d for d in own}
     records = [_record(run, shown[response.prompt_id], response) for response in found]
-    return [record for part in processes.gather(records) for record in part]
+    size = settings.num_samples
+    by_prompt = [records[i : i + size] for i in range(0, len(records), size)]
+    return [record for part in processes.gathered(by_prompt) for record in part]
 
 
 def _record(run, demonstration, response) -> AnswerRecord:
