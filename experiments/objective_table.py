@@ -15,14 +15,15 @@ from luspo_jax.hosts import files
 _OUT = flags.DEFINE_string("page", "docs/objectives.md", "File to write.")
 _OVERWRITE = flags.DEFINE_bool("overwrite_page", False, "Replace that file if it exists.")
 
-AXES = ("ratio", "surrogate", "length_scale", "aggregation", "advantage")
+AXES = ("ratio", "surrogate", "length_scale", "aggregation", "advantage", "advantage_shaping")
 
 INTRODUCTION = """\
 # Objectives
 
 Written by `python -m experiments.objective_table` from the docstrings; edit those.
 
-An objective is a choice on four axes and an advantage; a named algorithm is a preset. The loss of
+An objective is a choice on four axes, an advantage and what length does to it; a named algorithm is
+a preset. The loss of
 an optimizer step is
 
     loss_scale · (policy + kl_coef · KL) − entropy_coef · (mean entropy of a response token)
@@ -68,6 +69,7 @@ def page() -> str:
     from luspo_jax.objectives.kl import KL_ESTIMATORS
     from luspo_jax.objectives.length_scales import LENGTH_SCALES
     from luspo_jax.objectives.ratios import RATIOS
+    from luspo_jax.objectives.shapings import SHAPINGS
     from luspo_jax.objectives.surrogates import SURROGATES
 
     parts = [INTRODUCTION, "## Presets\n", preset_table()]
@@ -77,6 +79,7 @@ def page() -> str:
         "Length scales": LENGTH_SCALES,
         "Aggregations": AGGREGATIONS,
         "Advantages": ADVANTAGES,
+        "Shapings of the advantage": SHAPINGS,
         "KL estimators": KL_ESTIMATORS,
         "Corrections of sampler mismatch": CORRECTIONS,
     }
@@ -95,7 +98,7 @@ def preset_table() -> str:
     rows = [head, ["---"] * len(head)]
     for name, objective in PRESETS.items():
         constants = ", ".join(
-            f"{field} {value:g}"
+            f"{field} {value:g}" if isinstance(value, (int, float)) else f"{field} {value}"
             for field in used_hyperparameters(objective)
             if (value := getattr(objective, field)) is not None
         )

@@ -15,20 +15,26 @@ from luspo_jax.objectives.objective import Objective
 from luspo_jax.objectives.policy_loss import (
     Denominators,
     PolicyBatch,
-    advantages,
     denominators,
-    length_scales,
     loss,
-    validate_group_size,
 )
 from luspo_jax.objectives.policy_metrics import in_length_bin, metric_means
 from luspo_jax.objectives.presets import PRESETS, preset
+from luspo_jax.objectives.whole_batch import (
+    RewardParts,
+    TokenStatistics,
+    advantages,
+    length_scales,
+    validate_group_size,
+)
 
 __all__ = [
     "PRESETS",
     "Denominators",
     "Objective",
     "PolicyBatch",
+    "RewardParts",
+    "TokenStatistics",
     "advantages",
     "denominators",
     "in_length_bin",

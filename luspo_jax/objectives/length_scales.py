@@ -10,7 +10,7 @@ sum over tokens (LUSPO).
 import jax
 import jax.numpy as jnp
 
-from luspo_jax.objectives.groups import group_mean
+from luspo_jax.objectives.groups import group_extremes, group_mean, group_sum
 
 
 def _batch_mean(values_B: jax.Array, lengths_B: jax.Array) -> jax.Array:
@@ -78,6 +78,35 @@ def vl_norm(lengths_B: jax.Array, *, length_alpha: float) -> jax.Array:
     return lengths_B * u_B / jnp.where(mean_u > 0, mean_u, 1)
 
 
+def lambda_grpo(
+    lengths_B: jax.Array,
+    group_ids_B: jax.Array,
+    alpha_shift: jax.Array,
+    *,
+    length_lambda: float,
+    length_lambda_spread: float,
+) -> jax.Array:
+    """w = G·softmax over the group of h^λ, h = 1 + r·(L − mean L)/σ_L; h at least 0.001.
+
+    λ-GRPO, arXiv 2510.06870, where λ is learnt with the policy: λ = `length_lambda` + shift, and a
+    run moves the shift along the loss (`length.lambda_rate`). λ 0 gives weights of 1; the mean over
+    a group is always 1. r is not known; σ_L is the unbiased deviation of the group.
+    """
+    present_B = lengths_B > 0
+    ones_B = jnp.ones_like(lengths_B)
+    count_B = group_sum(ones_B, group_ids_B, present_B)
+    gap_B = lengths_B - group_mean(lengths_B, group_ids_B, present_B)
+    variance_B = group_sum(gap_B**2, group_ids_B, present_B) / jnp.maximum(count_B - 1, 1)
+    spread_B = jnp.sqrt(jnp.where(variance_B > 0, variance_B, 1))
+    h_B = jnp.maximum(1 + length_lambda_spread * gap_B / spread_B, 1e-3)
+    score_B = h_B ** (length_lambda + alpha_shift)
+    # The greatest of the group is taken off, as in any softmax: h^λ may be large.
+    _, top_B = group_extremes(score_B, group_ids_B, present_B)
+    mass_B = jnp.exp(score_B - jnp.where(present_B, top_B, score_B))
+    total_B = group_sum(mass_B, group_ids_B, present_B)
+    return count_B * mass_B / jnp.where(total_B > 0, total_B, 1)
+
+
 LENGTH_SCALES = {
     "none": none,
     "length": length,
@@ -88,4 +117,5 @@ LENGTH_SCALES = {
     "relative-group": relative_group,
     "relative-batch": relative_batch,
     "vl-norm": vl_norm,
+    "lambda-grpo": lambda_grpo,
 }

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from luspo_jax.hosts.values import nearest
-from luspo_jax.objectives.advantages import ADVANTAGES
+from luspo_jax.objectives.advantages import ADVANTAGES, TOKEN_ADVANTAGES
 from luspo_jax.objectives.aggregation import AGGREGATIONS
 from luspo_jax.objectives.corrections import CORRECTIONS
 from luspo_jax.objectives.kl import KL_ESTIMATORS
 from luspo_jax.objectives.length_scales import LENGTH_SCALES
 from luspo_jax.objectives.ratios import RATIOS
+from luspo_jax.objectives.shapings import SHAPINGS
 from luspo_jax.objectives.surrogates import SURROGATE_RATIOS, SURROGATES
 
 
@@ -32,11 +33,16 @@ class Objective:
       length_scale: key of `LENGTH_SCALES`; anything but "none" requires "seq-mean-token-mean".
       aggregation: key of `AGGREGATIONS`.
       advantage: key of `ADVANTAGES`.
-      clip_low: ε_low, a distance from 1 (clip, minirl).
-      clip_high: ε_high, a distance from 1 (clip, minirl).
+      advantage_shaping: key of `SHAPINGS`: what length does to the advantage.
+      clip_low: ε_low, a distance from 1 (clip, dhpo, minirl).
+      clip_high: ε_high, a distance from 1 (clip, dhpo, minirl).
+      clip_length_exponent: β of ε·(L_ref/L)^β (clip).
       dual_clip: c, bound on the ratio where A < 0 (clip), or None.
       delta: δ, two-sided clipping (clip), or None.
-      sapo_temperature_pos: τ for A > 0.
+      dhpo_alpha: α, the token ratio's part of the loss (dhpo).
+      dhpo_sequence_low: ε_low of the sequence ratio (dhpo).
+      dhpo_sequence_high: ε_high of the sequence ratio (dhpo).
+      sapo_temperature_pos: τ for A > 0 (sapo, soft-sequence).
       sapo_temperature_neg: τ otherwise.
       cispo_min_ratio: lower bound of the weight, a ratio.
       cispo_max_ratio: upper bound of the weight, a ratio.
@@ -50,11 +56,19 @@ class Objective:
       dppo_kl_max: δ, largest binary KL of a token.
       dppo_max_ratio: C, bound on the weight.
       length_alpha: α (power, adaptive, vl-norm).
-      reference_length: L_ref in tokens (power, adaptive, log).
+      reference_length: L_ref in tokens (power, adaptive, log; clip with β ≠ 0).
+      length_lambda: λ (lambda-grpo).
+      length_lambda_spread: r (lambda-grpo).
       length_cap: L_cap in tokens (capped).
       max_response_length: C of "seq-mean-token-sum-norm": the rollout's limit, never the padded
         width; 3000 by default, as in the Dr.GRPO runs.
       advantage_epsilon: ε added to a standard deviation or mean.
+      otb_zero_tail: no baseline where only the longest response of a group goes on (otb).
+      qglas_weight: λ (qglas).
+      qglas_cap: c, the share of L_ref whose saving earns all (qglas).
+      intern_share: τ, least share of a group with A > 0 (intern-s2).
+      intern_alpha: α, weight of the longest (intern-s2).
+      intern_gamma: γ (intern-s2).
       kl_coef: β; 0 = no reference policy.
       kl_estimator: key of `KL_ESTIMATORS`.
       kl_placement: "loss", or "reward" (see `kl.reward_adjustment`; the loss then has no KL).
@@ -79,6 +93,10 @@ class Objective:
       k3_max: greatest mean k3 kept.
       binary_kl_max: φ, largest binary KL kept, either way.
       m2po_max: τ, largest mean of (log ρ)² over the tokens kept.
+      segment_by: what begins a segment (ratio segment): "entropy", a token whose entropy under the
+        old policy is among the highest of the step; or "sentence", the token after one that ends a
+        sentence or a line.
+      segment_share: share of tokens with the highest entropy, each of which begins a segment.
       old_policy: what the old policy is for tokens that an earlier policy sampled. "behaviour": the
         policy that sampled each, by the sampler's log-prob; ρ = 1 there, and the ratio is clipped
         around what sampled. "decoupled" (Hilton et al., arXiv 2110.00641; AReaL): the policy that
@@ -97,10 +115,15 @@ class Objective:
     length_scale: str = "none"
     aggregation: str = "seq-mean-token-mean"
     advantage: str = "group-std"
+    advantage_shaping: str = "none"
     clip_low: float = 0.2
     clip_high: float = 0.2
+    clip_length_exponent: float = 0.0
     dual_clip: float | None = None
     delta: float | None = None
+    dhpo_alpha: float = 0.5
+    dhpo_sequence_low: float = 3e-4
+    dhpo_sequence_high: float = 4e-4
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     cispo_min_ratio: float = 0.0
@@ -116,9 +139,17 @@ class Objective:
     dppo_max_ratio: float = 20.0
     length_alpha: float = 1.0
     reference_length: float = 1.0
+    length_lambda: float = 1.0
+    length_lambda_spread: float = 0.1
     length_cap: float | None = None
     max_response_length: int = 3000
     advantage_epsilon: float = 1e-6
+    otb_zero_tail: bool = True
+    qglas_weight: float = 0.5
+    qglas_cap: float = 0.5
+    intern_share: float = 0.5
+    intern_alpha: float = 0.5
+    intern_gamma: float = 1.0
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     kl_placement: str = "loss"
@@ -139,6 +170,8 @@ class Objective:
     k3_max: float = 1e-2
     binary_kl_max: float = 2.0
     m2po_max: float = 0.04
+    segment_by: str = "entropy"
+    segment_share: float = 0.05
     old_policy: str = "behaviour"
     loss_scale: float = 1.0
 
@@ -165,11 +198,31 @@ class Objective:
 
     @property
     def ranks_tokens(self) -> bool:
-        """Whether tokens of the whole optimizer step compete by what the old policy says of them.
+        """Whether tokens of the whole optimizer step are compared by what the old policy says.
 
         The old policy's log-probs are then needed before the step.
         """
-        return self.top_entropy_quantile < 1 or "m2po" in self.corrections
+        return (
+            self.top_entropy_quantile < 1
+            or "m2po" in self.corrections
+            or self.token_advantages
+            or self.cuts_by_entropy
+        )
+
+    @property
+    def token_advantages(self) -> bool:
+        """Whether each token has an advantage of its own."""
+        return self.advantage in TOKEN_ADVANTAGES
+
+    @property
+    def cuts_by_entropy(self) -> bool:
+        """Whether the old policy's entropies cut responses into segments."""
+        return self.ratio == "segment" and self.segment_by == "entropy"
+
+    @property
+    def ranks_entropy(self) -> bool:
+        """Whether the old policy's entropies are needed before the step."""
+        return self.top_entropy_quantile < 1 or self.cuts_by_entropy
 
 
 CHOICES = {
@@ -178,6 +231,8 @@ CHOICES = {
     "length_scale": LENGTH_SCALES,
     "aggregation": AGGREGATIONS,
     "advantage": ADVANTAGES,
+    "advantage_shaping": SHAPINGS,
+    "segment_by": ("entropy", "sentence"),
     "kl_estimator": KL_ESTIMATORS,
     "kl_placement": ("loss", "reward"),
     "off_policy_against": ("old", "sampler"),
@@ -192,6 +247,18 @@ _NOT_NEGATIVE = (0.0, _MOST, True)
 RANGES = {
     "clip_low": (0.0, 1.0, False),
     "clip_high": _POSITIVE,
+    "clip_length_exponent": (0.0, 2.0, True),
+    "dhpo_alpha": (0.0, 1.0, True),
+    "dhpo_sequence_low": (0.0, 1.0, False),
+    "dhpo_sequence_high": _POSITIVE,
+    "length_lambda": (-8.0, 8.0, True),
+    "length_lambda_spread": (0.0, 1.0, True),
+    "qglas_weight": _NOT_NEGATIVE,
+    "qglas_cap": (0.0, 1.0, False),
+    "intern_share": (0.0, 1.0, True),
+    "intern_alpha": (0.0, 1.0, True),
+    "intern_gamma": _POSITIVE,
+    "segment_share": (0.0, 1.0, False),
     "dual_clip": (1.0, _MOST, False),
     "delta": (1.0, _MOST, False),
     "sapo_temperature_pos": _POSITIVE,
@@ -283,6 +350,21 @@ def _senseless(objective: Objective) -> list[tuple[bool, str]]:
         (
             o.delta is not None and o.delta <= 1 + o.clip_high,
             f"Objective.delta = {o.delta} must be greater than 1 + clip_high = {1 + o.clip_high}.",
+        ),
+        (
+            o.token_advantages and o.advantage_shaping != "none",
+            f"Objective.advantage_shaping = {o.advantage_shaping!r} changes the advantage of a "
+            f"response; advantage = {o.advantage!r} has one for each token.",
+        ),
+        (
+            o.advantage == "gdpo" and o.kl_in_reward,
+            "Objective.kl_placement = 'reward' does not go with advantage = 'gdpo', which "
+            "normalises each part of the reward by itself; use 'loss'.",
+        ),
+        (
+            o.clip_length_exponent > 0 and o.surrogate != "clip",
+            "Objective.clip_length_exponent changes the band of the clip surrogate, not of "
+            f"{o.surrogate!r}.",
         ),
         (
             o.kl_importance_weight and o.kl_placement == "reward",

@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from luspo_jax.objectives import corrections as correction_functions
-from luspo_jax.objectives.advantages import ADVANTAGES
 from luspo_jax.objectives.aggregation import AGGREGATIONS
 from luspo_jax.objectives.kl import token_kl
-from luspo_jax.objectives.length_scales import LENGTH_SCALES
 from luspo_jax.objectives.objective import Objective, bind
 from luspo_jax.objectives.policy_metrics import (
     Metrics,
@@ -29,6 +27,7 @@ from luspo_jax.objectives.policy_metrics import (
 )
 from luspo_jax.objectives.ratios import RATIOS, bounded
 from luspo_jax.objectives.surrogates import SURROGATES
+from luspo_jax.objectives.whole_batch import real, wide
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +39,7 @@ class PolicyBatch:
       logprobs_BT: log-probs of the policy being updated; only they and entropy carry a gradient.
       old_logprobs_BT: log-probs of the policy at the start of the step; None if it is the same
         policy.
-      advantages_B: from `advantages`.
+      advantages_B: from `advantages`; the mean over each response, if its tokens have their own.
       response_mask_BT: bool, true on response tokens. Overlong-filtered rows have none.
       length_scale_B: from `length_scales`.
       entropy_BT: the policy's entropy at each token; needed for an entropy bonus or quantile.
@@ -49,6 +48,8 @@ class PolicyBatch:
       token_weights_BT: factor on each token's policy loss; None for 1. Denominators count tokens.
       ages_BT: integer steps that the policy took between sampling each token and this step; None
         for no metrics by age.
+      token_advantages_BT: advantage of each token, in place of its response's; None for that.
+      segment_starts_BT: bool, tokens that begin a segment; needed with the ratio "segment".
     """
 
     logprobs_BT: jax.Array
@@ -61,6 +62,8 @@ class PolicyBatch:
     sampler_logprobs_BT: jax.Array | None = None
     token_weights_BT: jax.Array | None = None
     ages_BT: jax.Array | None = None
+    token_advantages_BT: jax.Array | None = None
+    segment_starts_BT: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -81,73 +84,6 @@ class Denominators:
     policy: jax.Array
     entropy_threshold: jax.Array | None = None
     m2po_threshold: jax.Array | None = None
-
-
-def advantages(
-    objective: Objective, rewards_B: jax.Array, group_ids_B: jax.Array, lengths_B: jax.Array
-) -> jax.Array:
-    """Returns the advantage of each response [B], computed over a whole rollout batch.
-
-    Args:
-      objective: selects the advantage.
-      rewards_B: rewards.
-      group_ids_B: integers, equal for responses to one prompt, in any order.
-      lengths_B: response lengths; a row of length 0 is absent, so pass the true lengths of rows
-        that only the loss filters out.
-
-    Raises:
-      ValueError: shapes that differ.
-    """
-    _require_rows(rewards_B=rewards_B, group_ids_B=group_ids_B, lengths_B=lengths_B)
-    function = bind(ADVANTAGES[objective.advantage], objective)
-    return _advantages(function, rewards_B, group_ids_B, lengths_B)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _advantages(function, rewards_B, group_ids_B, lengths_B):
-    lengths_B = _real(lengths_B)
-    rewards_B = jnp.where(lengths_B > 0, _real(rewards_B).astype(lengths_B.dtype), 0)
-    result_B = function(rewards_B=rewards_B, lengths_B=lengths_B, group_ids_B=group_ids_B)
-    return jax.lax.stop_gradient(result_B)
-
-
-def length_scales(
-    objective: Objective,
-    lengths_B: jax.Array,
-    group_ids_B: jax.Array,
-    alpha_shift: jax.Array | float = 0.0,
-) -> jax.Array:
-    """Returns the length scale of each response [B], over a whole rollout or optimizer step.
-
-    `alpha_shift` is added to the exponent of the adaptive scale; other scales ignore it.
-
-    Raises:
-      ValueError: shapes that differ.
-    """
-    _require_rows(lengths_B=lengths_B, group_ids_B=group_ids_B)
-    function = bind(LENGTH_SCALES[objective.length_scale], objective)
-    return _length_scales(function, lengths_B, group_ids_B, alpha_shift)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _length_scales(function, lengths_B, group_ids_B, alpha_shift):
-    lengths_B = _real(lengths_B)
-    shift = jnp.asarray(alpha_shift, lengths_B.dtype)
-    scale_B = function(lengths_B=lengths_B, group_ids_B=group_ids_B, alpha_shift=shift)
-    return jax.lax.stop_gradient(scale_B)
-
-
-def validate_group_size(objective: Objective, group_size: int) -> None:
-    """Refuses groups too small to compare a response with another.
-
-    Raises:
-      ValueError: fewer than two responses per prompt.
-    """
-    if group_size < 2:
-        raise ValueError(
-            f"group_size = {group_size}: advantage {objective.advantage!r} compares the responses "
-            "to one prompt with each other; use at least 2."
-        )
 
 
 def denominators(
@@ -191,16 +127,16 @@ def denominators(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _counts(function, response_mask_BT):
-    lengths_B = _real(response_mask_BT.sum(axis=1, dtype=jnp.int32))
+    lengths_B = real(response_mask_BT.sum(axis=1, dtype=jnp.int32))
     _, policy = function(lengths_B=lengths_B)
-    sequences = _real((lengths_B > 0).sum(dtype=jnp.int32))
-    tokens = _real(response_mask_BT.sum(dtype=jnp.int32))
+    sequences = real((lengths_B > 0).sum(dtype=jnp.int32))
+    tokens = real(response_mask_BT.sum(dtype=jnp.int32))
     return [jnp.maximum(count, 1) for count in (sequences, tokens, policy)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _entropy_threshold(quantile, entropy_BT, response_mask_BT):
-    entropy_BT = jax.lax.stop_gradient(_real(entropy_BT))
+    entropy_BT = jax.lax.stop_gradient(real(entropy_BT))
     return correction_functions.entropy_threshold(
         entropy_BT, response_mask_BT, top_entropy_quantile=quantile
     )
@@ -208,7 +144,7 @@ def _entropy_threshold(quantile, entropy_BT, response_mask_BT):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _m2po_threshold(m2po_max, old_logprobs_BT, sampler_logprobs_BT, response_mask_BT):
-    log_rho_BT = _real(old_logprobs_BT) - _real(sampler_logprobs_BT)
+    log_rho_BT = real(old_logprobs_BT) - real(sampler_logprobs_BT)
     return correction_functions.m2po_threshold(
         jax.lax.stop_gradient(log_rho_BT), response_mask_BT, m2po_max=m2po_max
     )
@@ -233,12 +169,15 @@ def loss(
     rows = _clean(batch)
     dtype = rows.logprobs_BT.dtype
     denominators = jax.tree.map(lambda x: jnp.asarray(x, dtype), denominators)
-    mask_BT, advantages_B1 = rows.response_mask_BT, rows.advantages_B[:, None]
+    mask_BT, advantages_BU = rows.response_mask_BT, rows.advantages_B[:, None]
+    if rows.token_advantages_BT is not None:
+        advantages_BU = rows.token_advantages_BT
     arrays = {
         "logprobs_BT": rows.logprobs_BT,
         "old_logprobs_BT": rows.old_logprobs_BT,
         "response_mask_BT": mask_BT,
-        "advantages_B1": advantages_B1,
+        "advantages_BU": advantages_BU,
+        "segment_starts_BT": rows.segment_starts_BT,
     }
     log_ratio_BU = bind(RATIOS[objective.ratio], objective)(**arrays)
     surrogate_function = bind(SURROGATES[objective.surrogate], objective)
@@ -268,7 +207,7 @@ def loss(
         if objective.entropy_coef > 0:
             total = total - objective.entropy_coef * entropy_B.sum() / denominators.tokens
     drift_BT = rows.old_logprobs_BT - rows.logprobs_BT
-    pairs |= ratio_metrics(surrogate, log_ratio_BU, drift_BT, rows.advantages_B, mask_BT, bin_edges)
+    pairs |= ratio_metrics(surrogate, log_ratio_BU, drift_BT, advantages_BU, mask_BT, bin_edges)
     if rows.ages_BT is not None:
         pairs |= staleness_metrics(
             rows.ages_BT,
@@ -337,20 +276,9 @@ def _policy_weight(
     return weight_BU, pairs
 
 
-def _real(values) -> jax.Array:
-    """Casts to float32 at least: float64 stays, and integers become float64 under x64."""
-    values = jnp.asarray(values)
-    floating = jnp.issubdtype(values.dtype, jnp.floating)
-    return values.astype(_wide(values.dtype) if floating else float)
-
-
-def _wide(dtype) -> jnp.dtype:
-    return jnp.dtype("float64" if dtype == jnp.dtype("float64") else "float32")
-
-
 def _clean(batch: PolicyBatch) -> PolicyBatch:
     """Casts to one floating dtype and sets masked positions to 0."""
-    dtype = _wide(batch.logprobs_BT.dtype)
+    dtype = wide(batch.logprobs_BT.dtype)
     mask_BT = batch.response_mask_BT
     present_B = mask_BT.any(axis=1)
 
@@ -378,14 +306,11 @@ def _clean(batch: PolicyBatch) -> PolicyBatch:
         sampler_logprobs_BT=constants(batch.sampler_logprobs_BT),
         token_weights_BT=constants(batch.token_weights_BT),
         ages_BT=None if batch.ages_BT is None else jnp.where(mask_BT, batch.ages_BT, 0),
+        token_advantages_BT=constants(batch.token_advantages_BT),
+        segment_starts_BT=None
+        if batch.segment_starts_BT is None
+        else mask_BT & batch.segment_starts_BT,
     )
-
-
-def _require_rows(**arrays_B) -> None:
-    shapes = {name: jnp.shape(values) for name, values in arrays_B.items()}
-    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
-        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"One value a response is expected, [B] each; got {listed}.")
 
 
 def _require_mask(response_mask_BT: jax.Array) -> None:
@@ -423,6 +348,7 @@ def _require_batch(objective: Objective, batch: PolicyBatch) -> None:
             bool(objective.corrections) or against_sampler or batch.ages_BT is not None,
             "Objective.correction, off_policy_against = 'sampler' and ages_BT need",
         ),
+        "segment_starts_BT": (objective.ratio == "segment", "Objective.ratio = 'segment' needs"),
     }
     for name, (needed, setting) in needs.items():
         if needed and getattr(batch, name) is None:

@@ -44,7 +44,7 @@ def ratio_metrics(
     surrogate: Surrogate,
     log_ratio_BU: jax.Array,
     drift_BT: jax.Array,
-    advantages_B: jax.Array,
+    advantages_BU: jax.Array,
     response_mask_BT: jax.Array,
     bin_edges: tuple[int, ...] = (),
 ) -> Metrics:
@@ -66,8 +66,8 @@ def ratio_metrics(
     drift_BT = bounded(drift_BT)
     drift_B, present_B = token_sums(drift_BT, mask_BT), (lengths_B > 0).astype(dtype)
     # Only A > 0 is clipped on the high side and only A < 0 on the low side, by construction.
-    positive_B = jnp.where(advantages_B > 0, lengths_B, 0)
-    negative_B = jnp.where(advantages_B < 0, lengths_B, 0)
+    positive_B = token_sums((advantages_BU > 0).astype(dtype), mask_BT)
+    negative_B = token_sums((advantages_BU < 0).astype(dtype), mask_BT)
     binned = {}
     if bin_edges:
         in_bin_BK = in_length_bin(mask_BT.sum(axis=1, dtype=jnp.int32), bin_edges).astype(dtype)

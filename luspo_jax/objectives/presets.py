@@ -11,6 +11,7 @@ from luspo_jax.objectives.corrections import CORRECTIONS
 from luspo_jax.objectives.length_scales import LENGTH_SCALES
 from luspo_jax.objectives.objective import Objective, hyperparameters, require_name
 from luspo_jax.objectives.ratios import RATIOS
+from luspo_jax.objectives.shapings import SHAPINGS
 from luspo_jax.objectives.surrogates import SURROGATES
 
 GRPO = Objective()  # arXiv 2402.03300; clip 0.2 and no KL as verl's default
@@ -53,6 +54,21 @@ PRESETS: dict[str, Objective] = {
         clip_low=0.2,
         clip_high=0.27,
     ),
+    # The band of the clip, and what is between token and sequence.
+    # arXiv 2509.09177; its c is not known: GSPO's band at a response of 1,000 tokens.
+    "fspo": dataclasses.replace(GSPO, clip_length_exponent=0.5, reference_length=1000.0),
+    "soft_sequence": Objective(surrogate="soft-sequence"),  # arXiv 2602.19327
+    "dhpo": Objective(surrogate="dhpo"),  # arXiv 2601.05607
+    # HISPO (KAIST 2026) and SSPO (arXiv 2511.04256); their ε are not known: LUSPO's.
+    "hispo": dataclasses.replace(GSPO_WIDE, ratio="segment"),
+    "sspo": dataclasses.replace(GSPO_WIDE, ratio="segment", segment_by="sentence"),
+    # Baselines and advantages.
+    "lite_ppo": dataclasses.replace(TOKEN_MEAN, advantage="batch-std"),  # arXiv 2508.08221
+    "otb": dataclasses.replace(TOKEN_MEAN, advantage="otb"),  # arXiv 2602.07078
+    "gdpo": dataclasses.replace(GRPO, advantage="gdpo", advantage_epsilon=1e-4),  # arXiv 2601.05242
+    "qglas": dataclasses.replace(GRPO, advantage_shaping="qglas"),
+    "intern_s2": dataclasses.replace(GRPO, advantage_shaping="intern-s2"),
+    "lambda_grpo": dataclasses.replace(GRPO, length_scale="lambda-grpo"),  # arXiv 2510.06870
     # Other length weightings, and controls that the LUSPO paper lacks.
     # arXiv 2509.07558; constants of its math run (α 1 for CountDown).
     "vl_norm": Objective(length_scale="vl-norm", length_alpha=0.75, clip_high=0.3),
@@ -75,14 +91,24 @@ def axis_functions(objective: Objective) -> dict[str, object]:
         "length_scale": LENGTH_SCALES[objective.length_scale],
         "aggregation": AGGREGATIONS[objective.aggregation],
         "advantage": ADVANTAGES[objective.advantage],
+        "advantage_shaping": SHAPINGS[objective.advantage_shaping],
     }
     return chosen | {f"correction {name}": CORRECTIONS[name] for name in objective.corrections}
 
 
 def used_hyperparameters(objective: Objective) -> tuple[str, ...]:
     """Returns the hyperparameters that the objective's functions read, in the order of the axes."""
-    names = [n for f in axis_functions(objective).values() for n in hyperparameters(f)]
-    return tuple(dict.fromkeys(names))
+    names = {
+        field: hyperparameters(function) for field, function in axis_functions(objective).items()
+    }
+    if objective.clip_length_exponent == 0:  # then its reference is not read
+        names["surrogate"] = [
+            n for n in names["surrogate"] if n not in ("clip_length_exponent", "reference_length")
+        ]
+    read = [name for of_axis in names.values() for name in of_axis]
+    if objective.ratio == "segment":
+        read += ["segment_by"] + ["segment_share"] * objective.cuts_by_entropy
+    return tuple(dict.fromkeys(read))
 
 
 def preset(name: str, **overrides) -> Objective:
@@ -98,8 +124,11 @@ def preset(name: str, **overrides) -> Objective:
     for field in overrides:
         require_name(f"preset({name!r})", field, fields)
     objective = dataclasses.replace(PRESETS[name], **overrides)
-    tables = (RATIOS, SURROGATES, LENGTH_SCALES, AGGREGATIONS, ADVANTAGES, CORRECTIONS)
+    tables = (RATIOS, SURROGATES, LENGTH_SCALES, AGGREGATIONS, ADVANTAGES, SHAPINGS, CORRECTIONS)
     optional = {n for table in tables for f in table.values() for n in hyperparameters(f)}
+    optional |= {"segment_by", "segment_share"}
+    if objective.surrogate == "clip":
+        optional -= {"clip_length_exponent"}  # 0 may be said
     unread = optional - set(used_hyperparameters(objective)) - {"max_response_length"}
     for field in overrides:
         if field in unread:

@@ -7,6 +7,8 @@ ratio per token, 1 for a ratio per sequence. d_it = log π(y_it) − log π_old(
 import jax
 import jax.numpy as jnp
 
+from luspo_jax.objectives.groups import run_totals
+
 # Ratios are exp of a logarithm clipped to ±20 (verl's bound): e^20 ≈ 4.9e8 is far past any clip,
 # and nothing overflows in float32.
 LOG_RATIO_BOUND = 20.0
@@ -63,9 +65,30 @@ def sequence_product(
     return jnp.where(response_mask_BT, log_ratio_BT, 0).sum(axis=1, keepdims=True)
 
 
+def segment(
+    logprobs_BT: jax.Array,
+    old_logprobs_BT: jax.Array,
+    response_mask_BT: jax.Array,
+    segment_starts_BT: jax.Array,
+) -> jax.Array:
+    """log r_it = mean of d over the segment of token t [B, T]: between token and sequence.
+
+    A segment goes from one token where `segment_starts_BT` holds up to the next, or from the
+    first response token. HISPO cuts where the old policy's entropy is high (KAIST 2026, Eq 11–15),
+    SSPO (arXiv 2511.04256) at the ends of sentences. With no starts it is the sequence ratio's
+    value, with every token a start the token ratio.
+    """
+    d_BT = jnp.where(response_mask_BT, logprobs_BT - old_logprobs_BT, 0)
+    ones_BT = response_mask_BT.astype(d_BT.dtype)
+    starts_BT = segment_starts_BT & response_mask_BT
+    count_BT = run_totals(ones_BT, starts_BT, axis=1)
+    return run_totals(d_BT, starts_BT, axis=1) / jnp.maximum(count_BT, 1)
+
+
 RATIOS = {
     "token": token,
     "sequence": sequence,
     "sequence-token": sequence_token,
     "sequence-product": sequence_product,
+    "segment": segment,
 }

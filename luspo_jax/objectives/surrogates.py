@@ -1,9 +1,9 @@
 """Surrogates: map a ratio and an advantage to a loss whose gradient is the update.
 
-A surrogate takes those it needs of `log_ratio_BU`, `advantages_B1`, `logprobs_BT`,
-`old_logprobs_BT` and `response_mask_BT` (by these names; U is T or 1), and its hyperparameters
-after `*`. It returns a `Surrogate`. Losses are minimised; sg[·] stops the gradient; r is the ratio,
-A the advantage.
+A surrogate takes those it needs of `log_ratio_BU`, `advantages_BU`, `logprobs_BT`,
+`old_logprobs_BT` and `response_mask_BT` (by these names; U is T or 1, for each by itself), and its
+hyperparameters after `*`. It returns a `Surrogate`. Losses are minimised; sg[·] stops the gradient;
+r is the ratio, A the advantage.
 
 Surrogates that weight log π by a constant (CISPO, VESPO, DPPO, MiniRL) have a meaningful gradient;
 their value means little.
@@ -36,24 +36,35 @@ class Surrogate(NamedTuple):
     lower_BU: jax.Array
 
 
+def _band(response_mask_BT, exponent, reference_length, dtype):
+    """Returns (L_ref/L)^β [B, 1], or the number 1 for β 0, which then costs nothing."""
+    if exponent == 0:
+        return 1
+    length_B1 = response_mask_BT.sum(axis=1, keepdims=True, dtype=jnp.int32).astype(dtype)
+    return (reference_length / jnp.maximum(length_B1, 1)) ** exponent
+
+
 def _never(like: jax.Array) -> jax.Array:
     return jnp.zeros(like.shape, bool)
 
 
-def unclipped(log_ratio_BU: jax.Array, advantages_B1: jax.Array) -> Surrogate:
+def unclipped(log_ratio_BU: jax.Array, advantages_BU: jax.Array) -> Surrogate:
     """−r·A: importance weighting alone, without clipping; the control for all clipping."""
-    loss_BU = -jnp.exp(bounded(log_ratio_BU)) * advantages_B1
+    loss_BU = -jnp.exp(bounded(log_ratio_BU)) * advantages_BU
     return Surrogate(loss_BU, _never(loss_BU), _never(loss_BU), _never(loss_BU))
 
 
 def clip(
     log_ratio_BU: jax.Array,
-    advantages_B1: jax.Array,
+    advantages_BU: jax.Array,
+    response_mask_BT: jax.Array,
     *,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
     delta: float | None = None,
+    clip_length_exponent: float = 0.0,
+    reference_length: float = 1.0,
 ) -> Surrogate:
     """−min(r·A, clip(r, 1−ε_low, 1+ε_high)·A) (PPO; ε_high > ε_low is DAPO's clip-higher).
 
@@ -61,22 +72,29 @@ def clip(
     `dual_clip` c: for A < 0 the loss is at most −c·A (Ye et al. 2019; verl, c 3, and 10 in its DAPO
     script). `delta` δ: min(min(r, δ)·A, clip(r)·A) (two-sided clipping; TRL). With δ > 1+ε_high,
     the only sensible range, it equals dual-clip with c = δ, so only one may be set.
+
+    `clip_length_exponent` β makes the band depend on length: ε_L = ε·(L_ref/L)^β. β 0 is one band
+    for the mean of a response's log ratios (GSPO, LUSPO), whatever its length; β ½ lets their sum
+    move by c·√L (FSPO, arXiv 2509.09177, c = ε·√L_ref; its band is on the logarithm, which differs
+    by ε²/2); β 1 is one band for their sum. Band and weight are two things: β does not change w.
     """
     ratio_BU = jnp.exp(bounded(log_ratio_BU))
-    high_BU = (advantages_B1 > 0) & (ratio_BU > 1 + clip_high)
-    low_BU = (advantages_B1 < 0) & (ratio_BU < 1 - clip_low)
-    held_BU = jnp.where(high_BU, 1 + clip_high, jnp.where(low_BU, 1 - clip_low, ratio_BU))
+    band_B1 = _band(response_mask_BT, clip_length_exponent, reference_length, ratio_BU.dtype)
+    top_B1, bottom_B1 = 1 + clip_high * band_B1, 1 - clip_low * band_B1
+    high_BU = (advantages_BU > 0) & (ratio_BU > top_B1)
+    low_BU = (advantages_BU < 0) & (ratio_BU < bottom_B1)
+    held_BU = jnp.where(high_BU, top_B1, jnp.where(low_BU, bottom_B1, ratio_BU))
     bound = dual_clip if delta is None else delta
     lower_BU = _never(ratio_BU)
     if bound is not None:
-        lower_BU = (advantages_B1 < 0) & (ratio_BU > bound)
+        lower_BU = (advantages_BU < 0) & (ratio_BU > bound)
         held_BU = jnp.where(lower_BU, bound, held_BU)
-    return Surrogate(-held_BU * advantages_B1, high_BU, low_BU, lower_BU)
+    return Surrogate(-held_BU * advantages_BU, high_BU, low_BU, lower_BU)
 
 
 def sapo(
     log_ratio_BU: jax.Array,
-    advantages_B1: jax.Array,
+    advantages_BU: jax.Array,
     *,
     sapo_temperature_pos: float,
     sapo_temperature_neg: float,
@@ -86,19 +104,71 @@ def sapo(
     τ is 1.0 for A > 0 and 1.05 otherwise. No token is clipped.
     """
     ratio_BU = jnp.exp(bounded(log_ratio_BU))
-    dtype = ratio_BU.dtype
-    tau_B1 = jnp.where(
-        advantages_B1 > 0,
-        jnp.asarray(sapo_temperature_pos, dtype),
-        jnp.asarray(sapo_temperature_neg, dtype),
-    )
-    loss_BU = -jax.nn.sigmoid(tau_B1 * (ratio_BU - 1)) * (4 / tau_B1) * advantages_B1
+    tau_BU = _temperature(advantages_BU, sapo_temperature_pos, sapo_temperature_neg)
+    loss_BU = -jax.nn.sigmoid(tau_BU * (ratio_BU - 1)) * (4 / tau_BU) * advantages_BU
     return Surrogate(loss_BU, _never(loss_BU), _never(loss_BU), _never(loss_BU))
+
+
+def soft_sequence(
+    log_ratio_BU: jax.Array,
+    advantages_BU: jax.Array,
+    response_mask_BT: jax.Array,
+    *,
+    sapo_temperature_pos: float,
+    sapo_temperature_neg: float,
+) -> Surrogate:
+    """−A·exp((1/L) Σ_t log f(r_t)), f SAPO's gate: the geometric mean of softly gated ratios.
+
+    Soft sequence policy optimisation (arXiv 2602.19327 v3, read in its abstract only): between
+    GMPO, which clips each token, and SAPO, which has no sequence weight. At r = 1 its gradient is
+    GSPO's. No token is clipped.
+    """
+    tau_BU = _temperature(advantages_BU, sapo_temperature_pos, sapo_temperature_neg)
+    ratio_BT = jnp.exp(bounded(log_ratio_BU))
+    gate_BT = jax.nn.log_sigmoid(tau_BU * (ratio_BT - 1)) + jnp.log(4 / tau_BU)
+    weight_B1 = jnp.exp(bounded(row_mean(gate_BT, response_mask_BT)))
+    loss_BU = -weight_B1 * advantages_BU
+    return Surrogate(loss_BU, _never(loss_BU), _never(loss_BU), _never(loss_BU))
+
+
+def _temperature(advantages_BU, positive, negative):
+    dtype = advantages_BU.dtype
+    return jnp.where(advantages_BU > 0, jnp.asarray(positive, dtype), jnp.asarray(negative, dtype))
+
+
+def dhpo(
+    log_ratio_BU: jax.Array,
+    advantages_BU: jax.Array,
+    response_mask_BT: jax.Array,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dhpo_alpha: float,
+    dhpo_sequence_low: float,
+    dhpo_sequence_high: float,
+) -> Surrogate:
+    """α·l_token + (1−α)·l_sequence: the clipped losses of token and sequence ratio, each its band.
+
+    DHPO (arXiv 2601.05607, known from a summary; its α is not: ½ here). The token band is
+    `clip_low`, `clip_high`, the sequence's has GSPO's ε. clip fractions are those of the token
+    ratio; `actor/pg_clipfrac_lower` is the sequence ratio's.
+    """
+    rest = advantages_BU, response_mask_BT
+    token = clip(log_ratio_BU, *rest, clip_low=clip_low, clip_high=clip_high)
+    whole = clip(
+        row_mean(log_ratio_BU, response_mask_BT),
+        *rest,
+        clip_low=dhpo_sequence_low,
+        clip_high=dhpo_sequence_high,
+    )
+    loss_BT = dhpo_alpha * token.loss_BU + (1 - dhpo_alpha) * whole.loss_BU
+    clipped_BT = jnp.broadcast_to(whole.high_BU | whole.low_BU, loss_BT.shape)
+    return Surrogate(loss_BT, token.high_BU, token.low_BU, clipped_BT)
 
 
 def cispo(
     log_ratio_BU: jax.Array,
-    advantages_B1: jax.Array,
+    advantages_BU: jax.Array,
     logprobs_BT: jax.Array,
     *,
     cispo_min_ratio: float,
@@ -111,15 +181,15 @@ def cispo(
     """
     ratio_BU = sg(jnp.exp(bounded(log_ratio_BU)))
     weight_BU = jnp.clip(ratio_BU, cispo_min_ratio, cispo_max_ratio)
-    high_BU = (ratio_BU > cispo_max_ratio) & (advantages_B1 > 0)
-    low_BU = (ratio_BU < cispo_min_ratio) & (advantages_B1 < 0)
+    high_BU = (ratio_BU > cispo_max_ratio) & (advantages_BU > 0)
+    low_BU = (ratio_BU < cispo_min_ratio) & (advantages_BU < 0)
     lower_BU = (weight_BU != ratio_BU) & ~high_BU & ~low_BU
-    return Surrogate(-weight_BU * advantages_B1 * logprobs_BT, high_BU, low_BU, lower_BU)
+    return Surrogate(-weight_BU * advantages_BU * logprobs_BT, high_BU, low_BU, lower_BU)
 
 
 def gmpo(
     log_ratio_BU: jax.Array,
-    advantages_B1: jax.Array,
+    advantages_BU: jax.Array,
     response_mask_BT: jax.Array,
     *,
     gmpo_log_low: float,
@@ -130,16 +200,16 @@ def gmpo(
     Each token is clipped in log space, then the geometric mean is taken [B, 1] (arXiv 2507.20673;
     callsys/GMPO, 0.4 on both sides).
     """
-    high_BT = (advantages_B1 > 0) & (log_ratio_BU > gmpo_log_high)
-    low_BT = (advantages_B1 < 0) & (log_ratio_BU < -gmpo_log_low)
+    high_BT = (advantages_BU > 0) & (log_ratio_BU > gmpo_log_high)
+    low_BT = (advantages_BU < 0) & (log_ratio_BU < -gmpo_log_low)
     held_BT = jnp.where(high_BT, gmpo_log_high, jnp.where(low_BT, -gmpo_log_low, log_ratio_BU))
     ratio_B1 = jnp.exp(bounded(row_mean(held_BT, response_mask_BT)))
-    return Surrogate(-ratio_B1 * advantages_B1, high_BT, low_BT, _never(low_BT))
+    return Surrogate(-ratio_B1 * advantages_BU, high_BT, low_BT, _never(low_BT))
 
 
 def vespo(
     log_ratio_BU: jax.Array,
-    advantages_B1: jax.Array,
+    advantages_BU: jax.Array,
     logprobs_BT: jax.Array,
     *,
     vespo_k_pos: float,
@@ -154,19 +224,19 @@ def vespo(
     """
     log_weight_B1 = sg(bounded(log_ratio_BU))
     dtype = log_weight_B1.dtype
-    positive_B1 = advantages_B1 >= 0
-    k_B1 = jnp.where(positive_B1, jnp.asarray(vespo_k_pos, dtype), jnp.asarray(vespo_k_neg, dtype))
-    lambda_B1 = jnp.where(
-        positive_B1, jnp.asarray(vespo_lambda_pos, dtype), jnp.asarray(vespo_lambda_neg, dtype)
+    positive_BU = advantages_BU >= 0
+    k_BU = jnp.where(positive_BU, jnp.asarray(vespo_k_pos, dtype), jnp.asarray(vespo_k_neg, dtype))
+    lambda_BU = jnp.where(
+        positive_BU, jnp.asarray(vespo_lambda_pos, dtype), jnp.asarray(vespo_lambda_neg, dtype)
     )
-    phi_B1 = jnp.exp(lambda_B1 + k_B1 * log_weight_B1 - lambda_B1 * jnp.exp(log_weight_B1))
-    loss_BT = -phi_B1 * advantages_B1 * logprobs_BT
-    return Surrogate(loss_BT, _never(phi_B1), _never(phi_B1), _never(phi_B1))
+    phi_BU = jnp.exp(lambda_BU + k_BU * log_weight_B1 - lambda_BU * jnp.exp(log_weight_B1))
+    loss_BT = -phi_BU * advantages_BU * logprobs_BT
+    return Surrogate(loss_BT, _never(phi_BU), _never(phi_BU), _never(phi_BU))
 
 
 def _trust_region(
     log_ratio_BU: jax.Array,
-    advantages_B1: jax.Array,
+    advantages_BU: jax.Array,
     logprobs_BT: jax.Array,
     outside_BT: jax.Array,
     *,
@@ -175,17 +245,17 @@ def _trust_region(
     """−A·sg[min(r, C)]·log π on tokens inside the region or moving back into it."""
     ratio_BU = sg(jnp.exp(bounded(log_ratio_BU)))
     # A = 0 is treated as A < 0, as in verl; its loss is 0 either way.
-    positive_B1 = advantages_B1 > 0
-    high_BT = outside_BT & positive_B1 & (ratio_BU > 1)
-    low_BT = outside_BT & ~positive_B1 & (ratio_BU < 1)
+    positive_BU = advantages_BU > 0
+    high_BT = outside_BT & positive_BU & (ratio_BU > 1)
+    low_BT = outside_BT & ~positive_BU & (ratio_BU < 1)
     lower_BT = (ratio_BU > dppo_max_ratio) & ~high_BT & ~low_BT
     weight_BT = jnp.where(high_BT | low_BT, 0, jnp.minimum(ratio_BU, dppo_max_ratio))
-    return Surrogate(-weight_BT * advantages_B1 * logprobs_BT, high_BT, low_BT, lower_BT)
+    return Surrogate(-weight_BT * advantages_BU * logprobs_BT, high_BT, low_BT, lower_BT)
 
 
 def dppo_tv(
     log_ratio_BU: jax.Array,
-    advantages_B1: jax.Array,
+    advantages_BU: jax.Array,
     logprobs_BT: jax.Array,
     old_logprobs_BT: jax.Array,
     *,
@@ -198,13 +268,13 @@ def dppo_tv(
     """
     outside_BT = jnp.abs(jnp.exp(sg(logprobs_BT)) - jnp.exp(old_logprobs_BT)) > dppo_tv_max
     return _trust_region(
-        log_ratio_BU, advantages_B1, logprobs_BT, outside_BT, dppo_max_ratio=dppo_max_ratio
+        log_ratio_BU, advantages_BU, logprobs_BT, outside_BT, dppo_max_ratio=dppo_max_ratio
     )
 
 
 def dppo_kl(
     log_ratio_BU: jax.Array,
-    advantages_B1: jax.Array,
+    advantages_BU: jax.Array,
     logprobs_BT: jax.Array,
     old_logprobs_BT: jax.Array,
     *,
@@ -218,13 +288,13 @@ def dppo_kl(
     """
     outside_BT = bernoulli_kl(old_logprobs_BT, sg(logprobs_BT)) > dppo_kl_max
     return _trust_region(
-        log_ratio_BU, advantages_B1, logprobs_BT, outside_BT, dppo_max_ratio=dppo_max_ratio
+        log_ratio_BU, advantages_BU, logprobs_BT, outside_BT, dppo_max_ratio=dppo_max_ratio
     )
 
 
 def minirl(
     log_ratio_BU: jax.Array,
-    advantages_B1: jax.Array,
+    advantages_BU: jax.Array,
     logprobs_BT: jax.Array,
     *,
     clip_low: float,
@@ -235,20 +305,20 @@ def minirl(
     MiniRL (arXiv 2512.01374), ε_high 0.27, ε_low 0.2. Its gradient is that of `clip`.
     """
     ratio_BU = sg(jnp.exp(bounded(log_ratio_BU)))
-    high_BU = (advantages_B1 > 0) & (ratio_BU > 1 + clip_high)
-    low_BU = (advantages_B1 < 0) & (ratio_BU < 1 - clip_low)
+    high_BU = (advantages_BU > 0) & (ratio_BU > 1 + clip_high)
+    low_BU = (advantages_BU < 0) & (ratio_BU < 1 - clip_low)
     weight_BU = jnp.where(high_BU | low_BU, 0, ratio_BU)
-    loss_BT = -weight_BU * advantages_B1 * logprobs_BT
+    loss_BT = -weight_BU * advantages_BU * logprobs_BT
     return Surrogate(loss_BT, high_BU, low_BU, _never(low_BU))
 
 
-def nll(advantages_B1: jax.Array, logprobs_BT: jax.Array) -> Surrogate:
+def nll(advantages_BU: jax.Array, logprobs_BT: jax.Array) -> Surrogate:
     """−A·log π: with A = 1 the negative log-likelihood of demonstrations (supervised fine-tuning).
 
     No ratio enters and nothing is clipped: with A from rewards it is REINFORCE, right only on
     responses that the policy itself sampled.
     """
-    loss_BT = -advantages_B1 * logprobs_BT
+    loss_BT = -advantages_BU * logprobs_BT
     return Surrogate(loss_BT, _never(loss_BT), _never(loss_BT), _never(loss_BT))
 
 
@@ -256,6 +326,8 @@ SURROGATES = {
     "unclipped": unclipped,
     "clip": clip,
     "sapo": sapo,
+    "soft-sequence": soft_sequence,
+    "dhpo": dhpo,
     "cispo": cispo,
     "gmpo": gmpo,
     "vespo": vespo,
@@ -268,6 +340,8 @@ SURROGATES = {
 # The ratios that a surrogate allows, if not all of them, and why.
 SURROGATE_RATIOS = {
     "gmpo": (("token",), "it clips each token and takes the geometric mean itself"),
+    "soft-sequence": (("token",), "it gates each token and takes the geometric mean itself"),
+    "dhpo": (("token",), "it takes the sequence ratio from the token ratios itself"),
     "vespo": (("sequence-product",), "its weight is a function of the product of token ratios"),
     "dppo-tv": (("token",), "its trust region compares probabilities of single tokens"),
     "dppo-kl": (("token",), "its trust region compares probabilities of single tokens"),

@@ -22,7 +22,9 @@ class Row:
     ref: np.ndarray
     sampler: np.ndarray
     entropy: np.ndarray
-    advantage: float = 0.0
+    collision: np.ndarray
+    starts: np.ndarray
+    advantage: float | np.ndarray = 0.0
 
     @property
     def length(self) -> int:
@@ -84,6 +86,68 @@ def reinforce_pp_baseline(rewards, groups, lengths):
     return list((np.array(centred) - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-8))
 
 
+def gdpo(rewards, groups, lengths, parts, weights):
+    score = np.zeros(len(rewards))
+    for part, weight in zip(parts, weights, strict=True):
+        for i, mates in enumerate(by_group(groups)):
+            values = [part[j] for j in mates]
+            score[i] += weight * (part[i] - np.mean(values)) / (np.std(values, ddof=1) + 1e-4)
+    return list((score - score.mean()) / (score.std(ddof=1) + 1e-4))
+
+
+def otb(rewards, groups, lengths, rows):
+    """Token by token, over the responses that still go on."""
+    energy = [np.cumsum(1 - 2 * np.exp(row.old) + row.collision) for row in rows]
+    result = []
+    for i, mates in enumerate(by_group(groups)):
+        tokens = np.zeros(lengths[i])
+        for t in range(lengths[i]):
+            on = [j for j in mates if lengths[j] > t]
+            tokens[t] = rewards[i]
+            if len(on) > 1:
+                weight = [energy[j][t] for j in on]
+                tokens[t] -= np.dot(weight, [rewards[j] for j in on]) / sum(weight)
+        result.append(tokens)
+    return result
+
+
+def shaped_qglas(rewards, groups, lengths):
+    base = group_std(rewards, groups, lengths)
+    result = list(base)
+    for i, mates in enumerate(by_group(groups)):
+        if base[i] > 0:
+            reference = np.mean([lengths[j] for j in mates if base[j] > 0])
+            saved = min(max((reference - lengths[i]) / (reference + 1e-6), 0), 0.5) / 0.5
+            result[i] += 0.5 * np.std([rewards[j] for j in mates], ddof=1) * saved
+    return result
+
+
+def shaped_intern_s2(rewards, groups, lengths):
+    base = group_std(rewards, groups, lengths)
+    result = list(base)
+    for i, mates in enumerate(by_group(groups)):
+        good = [j for j in mates if base[j] > 0]
+        if base[i] <= 0 or len(good) < 0.5 * len(mates):
+            continue
+        least, most = (f(lengths[j] for j in good) for f in (min, max))
+        weight = {j: 0.5 + 0.5 * (1 - (lengths[j] - least) / (most - least + 1e-6)) for j in good}
+        scale = sum(base[j] for j in good) / sum(weight[j] * base[j] for j in good)
+        result[i] = scale * weight[i] * base[i]
+    return result
+
+
+def softmax_weights(groups, lengths):
+    """λ-GRPO's, λ 1 and r 0.1."""
+    result = []
+    for i, mates in enumerate(by_group(groups)):
+        of_group = np.array([lengths[j] for j in mates], float)
+        spread = of_group.std(ddof=1) or 1.0
+        lifted = np.exp(1 + 0.1 * (of_group - of_group.mean()) / spread)
+        own = np.exp(1 + 0.1 * (lengths[i] - of_group.mean()) / spread)
+        result.append(len(mates) * own / lifted.sum())
+    return result
+
+
 # Token losses: Row -> vector over its tokens (a sequence loss stands at each of them).
 
 
@@ -127,6 +191,32 @@ def sapo(row):
     tau = 1.0 if row.advantage > 0 else 1.05
     r = np.exp(row.live - row.old)
     return -(4 / tau) / (1 + np.exp(-tau * (r - 1))) * row.advantage
+
+
+def fspo(row):
+    band = (1000 / row.length) ** 0.5
+    return sequence_ppo(3e-4 * band, 4e-4 * band)(row)
+
+
+def soft_sequence(row):
+    tau = 1.0 if row.advantage > 0 else 1.05
+    gate = (4 / tau) / (1 + np.exp(-tau * (np.exp(row.live - row.old) - 1)))
+    return np.full(row.length, -row.advantage * np.prod(gate) ** (1 / row.length))
+
+
+def dhpo(row):
+    return 0.5 * ppo(0.2, 0.2)(row) + 0.5 * sequence_ppo(3e-4, 4e-4)(row)
+
+
+def by_segment(row):
+    """LUSPO's clip of the geometric mean of each segment."""
+    starts = np.flatnonzero(row.starts)
+    losses = []
+    for part in np.split(row.live - row.old, starts[starts > 0]):
+        s = np.prod(np.exp(part)) ** (1 / len(part))
+        value = -min(s * row.advantage, np.clip(s, 0.998, 1.0025) * row.advantage)
+        losses.append(np.full(len(part), value))
+    return np.concatenate(losses)
 
 
 def cispo(row):
@@ -220,6 +310,17 @@ METHODS = {
     "reinforce_pp_baseline": (reinforce_pp_baseline, ppo(0.2, 0.2), token_mean),
     "minirl": (group_mean, minirl, token_sum),
     "vl_norm": (group_std, ppo(0.2, 0.3), vl_norm),
+    "fspo": (group_std, fspo, mean_of_means),
+    "soft_sequence": (group_std, soft_sequence, mean_of_means),
+    "dhpo": (group_std, dhpo, mean_of_means),
+    "hispo": (group_std, by_segment, mean_of_means),
+    "sspo": (group_std, by_segment, mean_of_means),
+    "lite_ppo": (batch_std, ppo(0.2, 0.2), token_mean),
+    "otb": (otb, ppo(0.2, 0.2), token_mean),
+    "gdpo": (gdpo, ppo(0.2, 0.2), mean_of_means),
+    "qglas": (shaped_qglas, ppo(0.2, 0.2), mean_of_means),
+    "intern_s2": (shaped_intern_s2, ppo(0.2, 0.2), mean_of_means),
+    "lambda_grpo": (group_std, ppo(0.2, 0.2), mean_of_means),
     "gspo_token_mean": (group_std, LUSPO, token_mean),
     "gspo_dr_grpo_constant": (group_std, LUSPO, mean_of_sums_over(3000)),
     "luspo_normalized": (group_std, LUSPO, mean_of_sums_over(1000)),
@@ -236,7 +337,14 @@ def rows_of(arrays, live_BT) -> list[Row]:
     for i, mask_T in enumerate(arrays["response_mask_BT"]):
         tokens = {
             name: arrays[f"{name}_BT"][i][mask_T]
-            for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs", "entropy")
+            for name in (
+                "old_logprobs",
+                "ref_logprobs",
+                "sampler_logprobs",
+                "entropy",
+                "collision",
+                "segment_starts",
+            )
         }
         frozen = arrays["logprobs_BT"][i][mask_T]
         rows.append(Row(live_BT[i][mask_T], frozen, *tokens.values()))
@@ -267,12 +375,19 @@ def loss(name: str, arrays, live_BT, *, terms: bool = False) -> float:
     """The loss of a preset; `terms` adds what `objective_cases.LOADED` switches on."""
     advantage, token_losses, aggregate = METHODS[name]
     rows = rows_of(arrays, live_BT)
-    advantages = advantage(
-        list(arrays["rewards_B"]), list(arrays["group_ids_B"]), [row.length for row in rows]
-    )
+    known = list(arrays["rewards_B"]), list(arrays["group_ids_B"]), [row.length for row in rows]
+    if advantage is otb:
+        advantages = otb(*known, rows)
+    elif advantage is gdpo:
+        advantages = gdpo(*known, arrays["parts_BM"].T, (1.0, 0.5))
+    else:
+        advantages = [float(value) for value in advantage(*known)]
     for row, value in zip(rows, advantages, strict=True):
-        row.advantage = float(value)
+        row.advantage = value
     losses = [token_losses(row) for row in rows]
+    if name == "lambda_grpo":
+        weights = softmax_weights(*known[1:])
+        losses = [w * x for w, x in zip(weights, losses, strict=True)]
     if not terms:
         return float(aggregate(losses))
     threshold = np.quantile(np.concatenate([row.entropy for row in rows]), 1 - 0.6)

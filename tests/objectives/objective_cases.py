@@ -38,6 +38,10 @@ def case(
         "ref_logprobs_BT": drifted(2 * drift),
         "sampler_logprobs_BT": drifted(drift),
         "entropy_BT": rng.gamma(2.0, 0.5, (rows, width)).astype(dtype),
+        # At least p² of the sampled token, at most what one other token adds.
+        "collision_BT": np.exp(2 * logprobs_BT).astype(dtype),
+        "segment_starts_BT": rng.random((rows, width)) < 0.3,
+        "parts_BM": np.stack([rewards_B > 0.5, rng.random(rows)], axis=1).astype(dtype),
         "response_mask_BT": mask_BT,
         "rewards_B": rewards_B.astype(dtype),
         "group_ids_B": group_ids_B,
@@ -53,9 +57,7 @@ def batch_of(objective: Objective, arrays: dict[str, np.ndarray], **changes) -> 
     """The whole step as one `PolicyBatch`; advantages and scales are computed unless given."""
     changes = dict(changes)
     if "advantages_B" not in changes:
-        changes["advantages_B"] = objectives.advantages(
-            objective, arrays["rewards_B"], arrays["group_ids_B"], lengths(arrays)
-        )
+        changes |= formed(objective, arrays)
     if "length_scale_B" not in changes:
         changes["length_scale_B"] = objectives.length_scales(
             objective, lengths(arrays), arrays["group_ids_B"]
@@ -63,6 +65,31 @@ def batch_of(objective: Objective, arrays: dict[str, np.ndarray], **changes) -> 
     fields = {f.name for f in dataclasses.fields(PolicyBatch)}
     values = {name: x for name, x in arrays.items() if name in fields} | changes
     return PolicyBatch(**jax.tree.map(jnp.asarray, values))
+
+
+PART_WEIGHTS = (1.0, 0.5)
+
+
+def formed(objective: Objective, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Advantages of the step, of responses and, if the objective has them, of tokens."""
+    dtype = arrays["logprobs_BT"].dtype
+    mask_BT = arrays["response_mask_BT"]
+    found = objectives.advantages(
+        objective,
+        arrays["rewards_B"],
+        arrays["group_ids_B"],
+        lengths(arrays),
+        parts=objectives.RewardParts(arrays["parts_BM"], np.array(PART_WEIGHTS, dtype)),
+        tokens=objectives.TokenStatistics(
+            mask_BT, arrays["old_logprobs_BT"], arrays["collision_BT"]
+        )
+        if objective.token_advantages
+        else None,
+    )
+    if not objective.token_advantages:
+        return {"advantages_B": found}
+    mean_B = np.asarray(found).sum(axis=1) / np.maximum(mask_BT.sum(axis=1), 1)
+    return {"token_advantages_BT": found, "advantages_B": mean_B.astype(dtype)}
 
 
 def denominators_of(objective: Objective, batch: PolicyBatch) -> objectives.Denominators:

@@ -17,9 +17,22 @@ LENGTHS = np.array([2, 4, 6, 8, 1, 3, 5, 7], np.int32)
 
 
 def advantages(name, rewards=REWARDS, groups=GROUPS, lengths=LENGTHS, **changes):
+    """Advantages [B], or [B, T] of tokens whose probabilities follow from their row's reward."""
     objective = Objective(advantage=name, **changes)
-    result_B = objectives.advantages(objective, rewards, groups, lengths)
-    return np.asarray(result_B)
+    with np.errstate(invalid="ignore"):
+        parts = np.stack([rewards, rewards**2], axis=1)
+    mask = np.arange(8) < lengths[:, None]
+    spread = (0.1 + np.arange(8) / 10)[None, :] * (1 + np.nan_to_num(rewards, posinf=1))[:, None]
+    logprobs = -spread.astype(rewards.dtype)
+    result = objectives.advantages(
+        objective,
+        rewards,
+        groups,
+        lengths,
+        parts=objectives.RewardParts(parts, np.array([1, 0.5], rewards.dtype)),
+        tokens=objectives.TokenStatistics(mask, logprobs, np.exp(2 * logprobs)),
+    )
+    return np.asarray(result)
 
 
 HAND = {
@@ -38,7 +51,11 @@ def test_by_hand(name):
     np.testing.assert_allclose(advantages(name)[:4], HAND[name], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+# The others read more than rewards; test_numpy_transcription.py has them.
+ONE_REWARD = sorted(set(ADVANTAGES) - {"gdpo", "otb"})
+
+
+@pytest.mark.parametrize("name", ONE_REWARD)
 def test_against_numpy(name, x64):
     rng = np.random.default_rng(3)
     rewards, lengths = rng.random(12), rng.integers(1, 30, 12)
@@ -81,7 +98,100 @@ def test_equal_rewards_have_no_advantage(name, reward):
     """Exactly none: the rounding of 0.1 − mean(0.1, …), over ε, would be an update."""
     rewards = np.full(7, reward, np.float32)
     groups, lengths = np.zeros(7, np.int32), np.arange(1, 8, dtype=np.int32)
-    assert np.all(advantages(name, rewards, groups, lengths) == 0)
+    assert np.all(advantages(name, rewards, groups, lengths, otb_zero_tail=False) == 0)
+
+
+def test_the_optimal_token_baseline_by_hand():
+    """Two responses of 1 and 3 tokens, rewards 1 and 0; energies 0.5 each but the last's 1."""
+    objective = Objective(advantage="otb")
+    mask = np.array([[1, 0, 0], [1, 1, 1]], bool)
+    pi = np.full((2, 3), 0.5, np.float32)
+    collision = np.array([[0.5, 9, 9], [0.5, 0.5, 1]], np.float32)
+    known = np.array([1, 0], np.float32), np.array([4, 4]), np.array([1, 3])
+
+    def found(objective, **weights):
+        tokens = objectives.TokenStatistics(mask, np.log(pi), collision, **weights)
+        return np.asarray(objectives.advantages(objective, *known, tokens=tokens))
+
+    # At the first token both go on, with equal W: B = 1/2. Then one is left.
+    np.testing.assert_allclose(found(objective), [[0.5, 0, 0], [-0.5, 0, 0]], atol=1e-6)
+    # Twice the weight of importance sampling is four times the energy: B = 1 · 4/(4 + 1).
+    weights = np.array([[2, 1, 1], [1, 1, 1]], np.float32)
+    np.testing.assert_allclose(
+        found(objective, weight_BT=weights), [[0.2, 0, 0], [-0.8, 0, 0]], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("zero", "tail"), [(True, 0.7), (False, 0.0)])
+def test_the_longest_response_alone_has_no_baseline_or_its_own_reward(zero, tail):
+    """Without a baseline it is lengthened where it is right, also if all are."""
+    rewards, groups = np.full(3, 0.7, np.float32), np.zeros(3, np.int32)
+    found = advantages("otb", rewards, groups, np.array([2, 3, 6]), otb_zero_tail=zero)
+    assert np.all(found[:, :3] == 0)
+    np.testing.assert_allclose(found[2, 3:6], tail)
+
+
+def test_parts_are_normalised_one_by_one():
+    """A part of tiny variance has as much say as one of large variance."""
+    groups, lengths = np.zeros(4, np.int32), np.ones(4, np.int32)
+    right, short = np.array([1, 1, 0, 0.0]), 1e-3 * np.array([1, 0, 1, 0.0])
+    objective = Objective(advantage="gdpo")
+    found = objectives.advantages(
+        objective,
+        (right + short).astype(np.float32),
+        groups,
+        lengths,
+        parts=objectives.RewardParts(
+            np.stack([right, short], axis=1).astype(np.float32), np.ones(2, np.float32)
+        ),
+    )
+    np.testing.assert_allclose(found, np.array([1, 0, 0, -1]) * np.sqrt(3 / 2), atol=5e-3)
+
+
+@pytest.mark.parametrize(("name", "missing"), [("gdpo", "parts"), ("otb", "tokens")])
+def test_what_an_advantage_reads_and_lacks_is_named(name, missing):
+    with pytest.raises(ValueError, match=f"{missing} are missing: advantage '{name}'"):
+        objectives.advantages(Objective(advantage=name), REWARDS, GROUPS, LENGTHS)
+
+
+def shaped(name, rewards, lengths, **changes):
+    objective = Objective(advantage="none", advantage_shaping=name, **changes)
+    groups = np.zeros(len(rewards), np.int32)
+    return np.asarray(objectives.advantages(objective, rewards, groups, lengths))
+
+
+def test_qglas_by_hand():
+    """Right: 2, 4 and 6 tokens, mean 4; the first saves half of it, which earns all."""
+    rewards = np.array([1, 1, 1, 0], np.float32)
+    found = shaped("qglas", rewards, np.array([2, 4, 6, 1]))
+    np.testing.assert_allclose(found, [0.25 + 0.5 * 0.5, 0.25, 0.25, -0.75], rtol=1e-5)
+
+
+def test_intern_s2_by_hand():
+    """w = 1, ¾ and ½ of equal advantages ¼: the sum ¾ is kept, divided by 9/16."""
+    rewards = np.array([1, 1, 1, 0], np.float32)
+    found = shaped("intern-s2", rewards, np.array([2, 4, 6, 1]))
+    scale = 0.75 / (0.25 * 2.25)
+    np.testing.assert_allclose(
+        found, [scale * 0.25, scale * 0.1875, scale * 0.125, -0.75], rtol=1e-5
+    )
+    assert found[:3].sum() == pytest.approx(0.75)
+    few = shaped("intern-s2", np.array([1, 0, 0, 0], np.float32), np.array([2, 4, 6, 1]))
+    np.testing.assert_allclose(few, [0.75, -0.25, -0.25, -0.25])  # a hard group: as it was
+
+
+@pytest.mark.parametrize("name", ["qglas", "intern-s2"])
+def test_no_shaping_turns_a_sign_or_depends_on_order(name):
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        rewards = rng.random(8).astype(np.float32).round(1)
+        lengths = rng.integers(1, 100, 8)
+        found, plain = (shaped(n, rewards, lengths) for n in (name, "none"))
+        assert np.all(np.sign(found) == np.sign(plain))
+        order = rng.permutation(8)
+        np.testing.assert_allclose(
+            shaped(name, rewards[order], lengths[order]), found[order], atol=1e-6
+        )
 
 
 def test_maxrl_never_turns_the_sign():

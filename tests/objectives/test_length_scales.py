@@ -25,6 +25,11 @@ def vl_norm(alpha):
     return LENGTHS * u / u.mean()
 
 
+def softmax(values):
+    mass = np.exp(values)
+    return len(values) * mass / mass.sum()
+
+
 HAND = {
     "none": np.ones(5),
     "length": LENGTHS,
@@ -35,7 +40,17 @@ HAND = {
     "relative-group": LENGTHS / np.array([3, 3, 8, 8, 8]),
     "relative-batch": LENGTHS / 6,
     "vl-norm": vl_norm(0.5),
+    # z = ±1/√2 of two, −1, 0, 1 of three; λ 1, r 0.1.
+    "lambda-grpo": [*softmax([1 - 0.1 / 2**0.5, 1 + 0.1 / 2**0.5]), *softmax([0.9, 1, 1.1])],
 }
+
+
+def test_lambda_moves_by_the_shift_and_0_is_no_scale():
+    objective = Objective(ratio="sequence", length_scale="lambda-grpo")
+    flat = objectives.length_scales(objective, LENGTHS, GROUPS, np.float32(-1))
+    np.testing.assert_allclose(flat, np.ones(5), rtol=1e-6)
+    steep = objectives.length_scales(objective, LENGTHS, GROUPS, np.float32(1))
+    np.testing.assert_allclose(steep[2:], softmax([0.81, 1, 1.21]), rtol=1e-6)
 
 
 def test_adaptive_scale_is_the_power_scale_of_its_shifted_exponent():

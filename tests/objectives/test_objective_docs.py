@@ -9,10 +9,11 @@ from luspo_jax.objectives.corrections import CORRECTIONS
 from luspo_jax.objectives.length_scales import LENGTH_SCALES
 from luspo_jax.objectives.objective import Objective
 from luspo_jax.objectives.ratios import RATIOS
+from luspo_jax.objectives.shapings import SHAPINGS
 from luspo_jax.objectives.surrogates import SURROGATE_RATIOS, SURROGATES
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "objectives.md"
-TABLES = (RATIOS, SURROGATES, LENGTH_SCALES, AGGREGATIONS, ADVANTAGES, CORRECTIONS)
+TABLES = (RATIOS, SURROGATES, LENGTH_SCALES, AGGREGATIONS, ADVANTAGES, SHAPINGS, CORRECTIONS)
 
 
 def test_page_is_up_to_date():
