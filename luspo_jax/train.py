@@ -105,7 +105,9 @@ def _learn(run, state, length, rollouts, *, metrics, check_mismatch):
     with timed(metrics, "adv"):
         longest = settings.rollout.max_response_length
         penalty_B = instruments.penalty(run.length, rollouts.lengths_B, longest, flagged=flagged)
-        rollouts = stages.with_advantages(rollouts, objective, width, penalty_B)
+        weights = settings.reward.parts
+        rollouts = stages.with_advantages(rollouts, objective, width, penalty_B, weights)
+        rollouts = stages.with_segments(rollouts, objective, run.model.decode)
     with timed(metrics, "length"):
         everything = instruments.Sampled(
             rollouts.prompts, rollouts.responses, rollouts.group_ids_B, width

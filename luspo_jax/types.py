@@ -128,6 +128,8 @@ class ResponseRows:
       token_weights_BT: float32 factor on each token's loss; None for 1.
       ages_BT: int32 steps that the policy took between sampling each token and this step; None if
         the policy that starts the step sampled all that the step trains on.
+      token_advantages_BT: float32 advantage of each token; None if all of a response have its own.
+      segment_starts_BT: bool, tokens that begin a segment; None unless the ratio has segments.
     """
 
     starts_B: jax.Array
@@ -140,6 +142,8 @@ class ResponseRows:
     ref_logprobs_BT: jax.Array | None = None
     token_weights_BT: jax.Array | None = None
     ages_BT: jax.Array | None = None
+    token_advantages_BT: jax.Array | None = None
+    segment_starts_BT: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -3,7 +3,7 @@
 All that a step trains on is computed on the host, once, before its first update.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -110,6 +110,8 @@ def with_old_logprobs(
     }
     if keep_entropy:
         columns["old_entropy"] = found.entropies
+    if found.collisions is not None:
+        columns["old_collision"] = found.collisions
     if found.expert_ids is not None:
         columns["old_expert_ids"] = [
             _chosen_ids(*pair) for pair in zip(own, found.expert_ids, responses, strict=True)
@@ -157,33 +159,109 @@ def check_gap(gap: float, limit: float) -> None:
 
 
 def with_advantages(
-    rollouts: Rollouts, objective: Objective, width: int, penalty_B: np.ndarray | float = 0.0
+    rollouts: Rollouts,
+    objective: Objective,
+    width: int,
+    penalty_B: np.ndarray | float = 0.0,
+    part_weights: Mapping[str, float] | None = None,
 ) -> Rollouts:
     """Adds advantages, computed inside each group of responses to one prompt.
 
     Args:
-      rollouts: with the log-probs that a KL term in the reward reads.
+      rollouts: with the log-probs that a KL term in the reward or a baseline of tokens reads.
       objective: defines the advantages.
       width: tokens of the longest sequence, rounded up to few sizes.
       penalty_B: float32, subtracted from the reward of each response.
+      part_weights: part of the rewards → its weight; needed if each part is normalised by itself.
     """
     rewards_B = rollouts.rewards_B - np.float32(penalty_B)
+    plan = one_a_row(
+        sequence_lengths(rollouts.prompts, rollouts.responses),
+        width=width,
+        rows_per_microbatch=len(rewards_B),
+    )
+
+    def placed(*names):
+        return [plan.place(rollouts.column(name)) for name in names]
+
     if objective.kl_in_reward:
-        prompts, responses = rollouts.prompts, rollouts.responses
-        lengths_B = sequence_lengths(prompts, responses)
-        plan = one_a_row(lengths_B, width=width, rows_per_microbatch=len(lengths_B))
-        arrays = (
-            plan.place(rollouts.column(name))
-            for name in ("old_logprobs", "ref_logprobs", "trained")
-        )
         rewards_B = rewards_B + np.asarray(
             objectives.reward_adjustment(
-                *arrays, kl_coef=objective.kl_coef, kl_estimator=objective.kl_estimator
+                *placed("old_logprobs", "ref_logprobs", "trained"),
+                kl_coef=objective.kl_coef,
+                kl_estimator=objective.kl_estimator,
             )
         )
-    lengths_B = np.where(rollouts.counted_B, rollouts.lengths_B, 0)
-    advantages_B = objectives.advantages(objective, rewards_B, rollouts.group_ids_B, lengths_B)
-    return rollouts.enriched(advantage=np.asarray(advantages_B, np.float32).tolist())
+    found = np.asarray(
+        objectives.advantages(
+            objective,
+            rewards_B,
+            rollouts.group_ids_B,
+            np.where(rollouts.counted_B, rollouts.lengths_B, 0),
+            parts=_parts(rollouts, part_weights) if objective.advantage == "gdpo" else None,
+            tokens=_token_statistics(objective, placed) if objective.token_advantages else None,
+        ),
+        np.float32,
+    )
+    if not objective.token_advantages:
+        return rollouts.enriched(advantage=found.tolist())
+    of_tokens = plan.take_last(found, rollouts.lengths_B)
+    return rollouts.enriched(
+        advantage=[float(values.mean()) for values in of_tokens], token_advantages=of_tokens
+    )
+
+
+def _parts(rollouts, weights):
+    rewards = rollouts.column("reward")
+    values_BM = [[reward.parts[name] for name in weights] for reward in rewards]
+    return objectives.RewardParts(
+        np.array(values_BM, np.float32), np.array(list(weights.values()), np.float32)
+    )
+
+
+def _token_statistics(objective, placed):
+    """The sums are over tokens that are trained on; ρ is that of truncated importance sampling."""
+    mask_BT, logprobs_BT, collision_BT = placed("trained", "old_logprobs", "old_collision")
+    weight_BT = None
+    if "tis" in objective.corrections:
+        (sampler_BT,) = placed("logprobs")
+        gap_BT = np.where(mask_BT, logprobs_BT - sampler_BT, 0)
+        weight_BT = np.minimum(np.exp(np.clip(gap_BT, -20, 20)), np.float32(objective.tis_max))
+    return objectives.TokenStatistics(mask_BT, logprobs_BT, collision_BT, weight_BT)
+
+
+# A token whose text ends with one of these, or holds a line break, ends a sentence.
+SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
+
+
+def with_segments(
+    rollouts: Rollouts, objective: Objective, decode: Callable[[np.ndarray], str]
+) -> Rollouts:
+    """Adds the tokens that begin a segment, if the objective's ratio has segments.
+
+    Args:
+      rollouts: with the old policy's entropies, if these cut.
+      objective: says what begins a segment.
+      decode: tokens → text.
+    """
+    if objective.ratio != "segment":
+        return rollouts
+    if objective.segment_by == "entropy":
+        entropies = rollouts.column("old_entropy")
+        trained = np.concatenate(rollouts.column("trained"))
+        least = np.inf
+        if trained.any():
+            of_trained = np.concatenate(entropies)[trained]
+            least = np.quantile(of_trained, 1 - objective.segment_share)
+        return rollouts.enriched(segment_starts=[values >= least for values in entropies])
+    tokens = rollouts.column("tokens")
+    known = np.unique(np.concatenate(tokens))
+    texts = [decode(np.array([token])) for token in known]
+    ends = np.array([text.rstrip(" ").endswith(SENTENCE_ENDS) or "\n" in text for text in texts])
+    after = [np.roll(ends[np.searchsorted(known, each)], 1) for each in tokens]
+    for starts in after:
+        starts[:1] = True
+    return rollouts.enriched(segment_starts=after)
 
 
 def train_batch(
@@ -203,7 +281,10 @@ def train_batch(
     plan = planner.plan(sequence_lengths(prompts, responses), width)
     known = {
         f"{name}_BT": plan.place([getattr(r, name) for r in responses])
-        for name in ("old_logprobs", "old_entropy", "ref_logprobs")
+        for name in (
+            *("old_logprobs", "old_entropy", "ref_logprobs"),
+            *("token_advantages", "segment_starts"),
+        )
         if getattr(responses[0], name) is not None
     }
     if _trains_on_stale(rollouts):

@@ -34,6 +34,7 @@ class LogprobRule:
       replay: which recorded expert ids replace the routers' choice, a key of REPLAYS; rows without
         that record are routed by the policy.
       freeze_vision: no gradient reaches the vision tower.
+      collision: also compute Σ_v π_v² at each token; nothing then carries a gradient.
     """
 
     how: Forward
@@ -41,6 +42,7 @@ class LogprobRule:
     head_chunk_tokens: int = 2048
     replay: str = "none"
     freeze_vision: bool = False
+    collision: bool = False
 
 
 # Router replay: "old" is R2 and "sampler" R3 of arXiv:2512.01374.
@@ -52,12 +54,13 @@ REPLAYS = ("none", "old", "sampler")
 class TokenLogprobs:
     """Log-probs ≤ 0 and entropies ≥ 0 of the masked tokens in nats, float32; 0 elsewhere.
 
-    `router` is None without experts.
+    `router` is None without experts, `collision_RT` unless the rule asks for Σ_v π_v².
     """
 
     logprobs_RT: jax.Array
     entropy_RT: jax.Array
     router: RouterPass | None = None
+    collision_RT: jax.Array | None = None
 
 
 def microbatch_logprobs(
@@ -85,7 +88,7 @@ def microbatch_logprobs(
     # The state at t−1 predicts token t. Predictions are made at index t−1 and moved to the token
     # that they predict, by the alignment law of types.py. A segment begins with a prompt, so no
     # prediction that is used crosses a segment border.
-    logprobs_RT, entropy_RT = head_logprobs(
+    found = head_logprobs(
         hidden_RTD,
         decoder.head_kernel(params),
         order(jnp.roll(rows.tokens_RT, -1, axis=1)),
@@ -93,10 +96,12 @@ def microbatch_logprobs(
         temperature=rule.temperature,
         chunk_tokens=rule.head_chunk_tokens,
         layout=layout,
+        collision=rule.collision,
     )
     real_RT = rows.segment_ids_RT > 0
     router = None if routed is None else router_pass(routed, back, real_RT, recorded)
-    return TokenLogprobs(_shift_right(back(logprobs_RT)), _shift_right(back(entropy_RT)), router)
+    logprobs_RT, entropy_RT, *collision = (_shift_right(back(x_RT)) for x_RT in found)
+    return TokenLogprobs(logprobs_RT, entropy_RT, router, *collision)
 
 
 def _units(params, images, rule):
@@ -148,7 +153,12 @@ def row_logprobs(
             axes = (None, "batch", *[None] * (ids.ndim - 2))
             ids = sharding.constrain(ids, axes, rule.how.layout)
         router = dataclasses.replace(sums, expert_ids=ids)
-    return TokenLogprobs(whole(result.logprobs_RT), whole(result.entropy_RT), router)
+    return TokenLogprobs(
+        whole(result.logprobs_RT),
+        whole(result.entropy_RT),
+        router,
+        None if result.collision_RT is None else whole(result.collision_RT),
+    )
 
 
 def of_responses(

@@ -36,12 +36,14 @@ class PolicyLogprobs:
       entropies: float32, likewise.
       expert_ids: [prompt + n, L, K] that the routers chose; None if not recorded.
       agreement: share of expert ids that the pass and the sampler both chose; None without experts.
+      collisions: float32 Σ_v π_v² at each token; None if not asked for.
     """
 
     logprobs: list[np.ndarray]
     entropies: list[np.ndarray]
     expert_ids: list[np.ndarray] | None
     agreement: float | None
+    collisions: list[np.ndarray] | None = None
 
 
 def laid(planner: Planner, prompts: Sequence[Any], responses: Sequence[Any]) -> list[Laid]:
@@ -103,18 +105,20 @@ def policy_logprobs(
       laid: the responses.
       planner: the one that laid them out.
     """
-    logprobs, entropies, ids, agreement = [], [], None, None
+    logprobs, entropies, collisions, ids, agreement = [], [], [], None, None
     for part in laid:
         rows = put(laid_rows(planner, part), planner.layout)
         found = one(state, rows)
         logprobs += _of_responses(found.logprobs_RT, part)
         entropies += _of_responses(found.entropy_RT, part)
+        if found.collision_RT is not None:
+            collisions += _of_responses(found.collision_RT, part)
         if found.router is not None:
             router = jax.device_get(dataclasses.replace(found.router, expert_ids=None))
             agreement = float(router.agreement["sampler"] / router.tokens)
             if one.record_experts:
                 ids = routers.sequence_ids(found.router, part.plan, planner.layout)
-    return PolicyLogprobs(logprobs, entropies, ids, agreement)
+    return PolicyLogprobs(logprobs, entropies, ids, agreement, collisions or None)
 
 
 def _of_responses(values_RT, laid):

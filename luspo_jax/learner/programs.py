@@ -69,7 +69,8 @@ class StepPrograms:
         found = {}
         if kept or check:
             record = kept and logprobs.how.model.num_experts > 0
-            found["old"] = LogprobPass("params", logprobs, kept, record)
+            told = dataclasses.replace(logprobs, collision=objective.token_advantages)
+            found["old"] = LogprobPass("params", told, kept, record)
         if objective.kl_coef > 0:
             # Its routers choose for themselves: expert ids of another policy do not apply.
             own = dataclasses.replace(logprobs, replay="none")
@@ -78,8 +79,8 @@ class StepPrograms:
 
     @property
     def keeps_entropy(self) -> bool:
-        """Whether the objective ranks the old policy's entropies."""
-        return self.rule.objective.top_entropy_quantile < 1
+        """Whether the objective ranks the old policy's entropies, and later stages read them."""
+        return self.rule.objective.ranks_entropy
 
     def update(
         self, state: TrainState, batch: TrainBatch, rate: float, alpha_shift: float = 0.0
@@ -108,8 +109,13 @@ class StepPrograms:
         B, T = plan.num_responses, plan.width
         numbers_BT = jax.ShapeDtypeStruct((B, T), np.float32)
         known = {f"{name}_logprobs_BT": numbers_BT for name in passes}
+        objective = self.rule.objective
         if self.keeps_entropy:
             known["old_entropy_BT"] = numbers_BT
+        if objective.token_advantages:
+            known["token_advantages_BT"] = numbers_BT
+        if objective.ratio == "segment":
+            known["segment_starts_BT"] = jax.ShapeDtypeStruct((B, T), bool)
         if stale:
             known["ages_BT"] = jax.ShapeDtypeStruct((B, T), np.int32)
         ints = jax.ShapeDtypeStruct((B,), np.int32)

@@ -76,6 +76,8 @@ def update_step(
                 sampler_logprobs_BT=responses.sampler_logprobs_BT,
                 token_weights_BT=responses.token_weights_BT,
                 ages_BT=responses.ages_BT,
+                token_advantages_BT=responses.token_advantages_BT,
+                segment_starts_BT=responses.segment_starts_BT,
             ),
             denominators,
             bin_edges=rule.bin_edges,

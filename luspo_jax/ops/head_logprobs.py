@@ -21,10 +21,13 @@ def head_logprobs(
     temperature: float,
     chunk_tokens: int,
     layout: Layout | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    collision: bool = False,
+) -> tuple[jax.Array, ...]:
     """Computes the log-prob of each target and the entropy, in chunks of positions.
 
         log p_t = z_target − logsumexp(z),   H_t = −Σ_v p_v log p_v,   z = h·Wᵀ / temperature
+
+    and, with `collision`, Σ_v p_v², the probability that two draws are the same token.
 
     Logits exist for one chunk of positions at a time, forward and backward (the backward pass
     recomputes them). Chunks that the mask leaves empty are skipped: prompts and right padding cost
@@ -42,10 +45,11 @@ def head_logprobs(
       temperature: divides the logits, > 0.
       chunk_tokens: tokens (rows × positions) per device whose logits exist at one time.
       layout: sharding of rows, positions and weights.
+      collision: also compute Σp²; nothing then carries a gradient.
 
     Returns:
-      Log-probs (nats, ≤ 0) and entropies (nats, ≥ 0) in the accumulator's type, both 0 where
-        masked.
+      Log-probs (nats, ≤ 0) and entropies (nats, ≥ 0) in the accumulator's type, and Σp² if asked
+        for; 0 where masked.
 
     Raises:
       ValueError: a temperature or a number of tokens that is not positive.
@@ -55,6 +59,10 @@ def head_logprobs(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be ≥ 1, got {chunk_tokens}")
     inputs = _Inputs(hidden_BTD, kernel_VD, targets_BT, mask_BT)
+    if collision:
+        found = _scored_parts(1.0 / temperature, chunk_tokens, layout, inputs, collision=True)
+        logprobs_BT, entropy_BT, _, collision_BT = jax.lax.stop_gradient(found)
+        return logprobs_BT, entropy_BT, collision_BT
     return _scored(1.0 / temperature, chunk_tokens, layout, inputs)
 
 
@@ -134,13 +142,17 @@ def _scored(scale, chunk_tokens, layout, inputs):
 
 
 def _scored_forward(scale, chunk_tokens, layout, inputs):
-    local = functools.partial(_forward, scale, chunk_tokens, layout)
-    spread = sharding.shard_map(local, layout, [_AXES], (_ROWS,) * 3)
-    logprobs_BT, entropy_BT, normalizer_BT = spread(inputs)
+    found = _scored_parts(scale, chunk_tokens, layout, inputs, collision=False)
+    logprobs_BT, entropy_BT, normalizer_BT = found
     return (logprobs_BT, entropy_BT), (inputs, entropy_BT, normalizer_BT)
 
 
-def _forward(scale, chunk_tokens, layout, inputs):
+def _scored_parts(scale, chunk_tokens, layout, inputs, *, collision):
+    local = functools.partial(_forward, scale, chunk_tokens, layout, collision=collision)
+    return sharding.shard_map(local, layout, [_AXES], (_ROWS,) * (3 + collision))(inputs)
+
+
+def _forward(scale, chunk_tokens, layout, inputs, *, collision):
     hidden_BTD, kernel_VD, targets_BT, mask_BT = inputs
     vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
     chunk = _chunk_length(chunk_tokens, targets_BT)
@@ -155,11 +167,14 @@ def _forward(scale, chunk_tokens, layout, inputs):
         entropy_BC = -vocabulary.total(jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1))
         # Rounding may leave log p at +1e-7 and the entropy of a certain choice at −1e-7.
         logprobs_BC = jnp.minimum(target_BC - normalizer_BC, 0.0)
-        return logprobs_BC, jnp.maximum(entropy_BC, 0.0), normalizer_BC
+        found = logprobs_BC, jnp.maximum(entropy_BC, 0.0), normalizer_BC
+        if not collision:
+            return found
+        return *found, vocabulary.total(jnp.sum(jnp.exp(2 * logp_BCV), axis=-1))
 
     def nothing(hidden_BCD, targets_BC):
         zeros_BC = jnp.zeros(targets_BC.shape, wide_type(hidden_BCD))
-        return zeros_BC, zeros_BC, zeros_BC
+        return (zeros_BC,) * (3 + collision)
 
     def one_chunk(_, xs):
         hidden_BCD, targets_BC, mask_BC = xs

@@ -63,7 +63,10 @@ class Response:
       old_entropy: float32 entropies of the same policy.
       old_expert_ids: ids [prompt + n, L, K] that the same policy's routers chose in the trainer.
       ref_logprobs: float32 under the reference policy, as `old_logprobs`.
-      advantage: of the response in its group.
+      advantage: of the response in its group; the mean over its tokens if they have their own.
+      old_collision: float32 Σ_v π_v² of the policy that starts the step; only if it is read.
+      token_advantages: float32 advantage of each token, if they have their own.
+      segment_starts: bool, tokens that begin a segment, if the objective's ratio has segments.
     """
 
     prompt_id: int
@@ -85,6 +88,9 @@ class Response:
     old_expert_ids: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None
     advantage: float | None = None
+    old_collision: np.ndarray | None = None
+    token_advantages: np.ndarray | None = None
+    segment_starts: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

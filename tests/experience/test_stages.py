@@ -258,6 +258,80 @@ def test_kl_in_the_reward_is_of_trained_tokens_and_not_of_the_width(width):
     np.testing.assert_allclose(after.advantages_B, [*(rewards - means), 0], atol=1e-6)
 
 
+def _otb_rollouts():
+    """Prompts of 2 and 3 tokens: the tokens of a group are compared by their number."""
+    rng = np.random.default_rng(2)
+    old = [-rng.gamma(1.0, 0.5, n).astype(np.float32) for n in LENGTHS]
+    collision = [np.exp(2 * x) for x in old]
+    sampler = [x + 0.3 * rng.standard_normal(len(x)).astype(np.float32) for x in old]
+    return _rollouts().enriched(old_logprobs=old, old_collision=collision, logprobs=sampler)
+
+
+@pytest.mark.parametrize("correction", ["none", "tis"])
+def test_a_baseline_of_tokens_is_over_the_responses_that_go_on(correction):
+    rollouts = _otb_rollouts()
+    objective = preset("otb", correction=correction, advantage="otb")
+    after = stages.with_advantages(rollouts, objective, 12)
+    rewards = [1, 0, 1, 0]
+
+    def energy(r):
+        weight = 1 if correction == "none" else np.minimum(np.exp(r.old_logprobs - r.logprobs), 2)
+        w = (1 - 2 * np.exp(r.old_logprobs) + r.old_collision) * weight**2
+        return np.cumsum(np.where(r.trained, w, 0))
+
+    energies = [energy(r) for r in rollouts.responses[:4]]
+    trained = rollouts.column("trained")
+    for i, group in ((0, (0, 1)), (1, (0, 1)), (2, (2, 3)), (3, (2, 3))):
+        for t in range(LENGTHS[i]):
+            on = [j for j in group if LENGTHS[j] > t and trained[j][t]]
+            baseline = 0
+            if len(on) > 1:
+                weights = [energies[j][t] for j in on]
+                baseline = np.dot(weights, [rewards[j] for j in on]) / sum(weights)
+            expected = (rewards[i] - baseline) * trained[i][t]
+            got = after.responses[i].token_advantages[t]
+            assert got == pytest.approx(expected, abs=1e-5), (i, t)
+        mean = after.responses[i].token_advantages.mean()
+        assert after.responses[i].advantage == pytest.approx(mean)
+    assert np.all(after.responses[4].token_advantages == 0)
+
+
+def test_parts_are_taken_with_their_weights():
+    rollouts = _rollouts()
+    rewards = rollouts.column("reward")
+    known = [
+        dataclasses.replace(reward, parts={"right": reward.value, "short": short})
+        for reward, short in zip(rewards, [0.0, 0.1, 0.3, 0.2, 0.0], strict=True)
+    ]
+    objective = preset("gdpo")
+    weights = {"short": 0.5, "right": 1.0}
+    after = stages.with_advantages(rollouts.enriched(reward=known), objective, 12, 0.0, weights)
+    # Of two that differ each part is ±1/√2: right and short disagree, then agree.
+    score = np.array([0.5, -0.5, 1.5, -1.5]) / np.sqrt(2)
+    np.testing.assert_allclose(after.advantages_B[:4], score / score.std(ddof=1), rtol=2e-3)
+
+
+def test_segments_begin_at_high_entropies_or_after_sentences():
+    rollouts = _rollouts()
+    assert stages.with_segments(rollouts, preset("luspo"), str) is rollouts
+    entropies = [np.float32(np.arange(n)) for n in LENGTHS]
+    found = stages.with_segments(
+        rollouts.enriched(old_entropy=entropies), preset("hispo", segment_share=0.25), str
+    )
+    # Of the trained tokens 0 1 2 3, 0 1, 0 2, 0 the highest quarter is 2 and more.
+    assert [list(np.flatnonzero(x)) for x in found.column("segment_starts")[:4]] == [
+        [2, 3], [], [2], []
+    ]  # fmt: skip
+    texts = {3: "a", 5: " end.", 8: "x\ny", 2: "? "}
+    tokens = [np.array(x, np.int32) for x in ([3, 5, 3, 8], [8, 3], [2, 3, 3], [5], [3] * 6)]
+    found = stages.with_segments(
+        rollouts.enriched(tokens=tokens), preset("sspo"), lambda ids: texts[int(ids[0])]
+    )
+    assert [list(np.flatnonzero(x)) for x in found.column("segment_starts")] == [
+        [0, 2], [0, 1], [0, 1], [0], [0]
+    ]  # fmt: skip
+
+
 # --- batches of an update ----------------------------------------------------------------------
 
 

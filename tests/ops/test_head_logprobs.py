@@ -57,6 +57,21 @@ def test_values_and_gradients_match_log_softmax(chunk_length, temperature):
         np.testing.assert_allclose(got, expected, atol=3e-6 * scale, rtol=0)
 
 
+@pytest.mark.parametrize("chunk_length", [1, 5, 100])
+def test_collision_is_the_sum_of_squares_and_changes_nothing_else(chunk_length):
+    hidden, kernel, targets, mask = _inputs(dtype=np.float32)
+    how = {"temperature": 0.7, "chunk_tokens": B * chunk_length}
+    *others, collision = head_logprobs(hidden, kernel, targets, mask, collision=True, **how)
+    for got, expected in zip(
+        others, head_logprobs(hidden, kernel, targets, mask, **how), strict=True
+    ):
+        np.testing.assert_array_equal(got, expected)
+    logits = np.einsum("btd,vd->btv", hidden, kernel, dtype=np.float64) / 0.7
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    np.testing.assert_allclose(collision, np.where(mask, (p**2).sum(-1), 0), atol=3e-6)
+
+
 def test_never_positive_and_zero_where_masked():
     hidden, kernel, targets, mask = _inputs(dtype=np.float32)
     # A certain choice: log p rounds to 0 and must not become positive.
