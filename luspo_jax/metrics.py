@@ -201,6 +201,9 @@ _DECLARED = [
     Metric("length/degeneration/growth", "last", "", "growth of length over the last window"),
     Metric("length/degeneration/accuracy_gain", "last", "", "growth of accuracy over it"),
     Metric("length/degeneration/flag", "last", "", "1 while length grows and accuracy does not"),
+    Metric(
+        "length/degeneration/collapse", "last", "", "1 while it falls and accuracy does not grow"
+    ),
     *_account(),
     Metric("length/advantage_corr", "mean", "", "within-group correlation of A and length"),
     Metric("length/correct_mean", "mean", "tokens", "mean length of responses judged right"),
