@@ -136,6 +136,7 @@ _DECLARED = [
     Metric("actor/clipfrac/neg", "mean", "", "clipped share where A < 0"),
     Metric("actor/clipfrac/pos/*", "mean", "", "clipped share, A > 0, in a length bin"),
     Metric("actor/clipfrac/neg/*", "mean", "", "clipped share, A < 0, in a length bin"),
+    Metric("actor/clip_lre", "mean", "", "length reweighting error of clipping; 0 = even"),
     Metric("clip_ratio/low_mean", "mean", "", "share clipped at the lower bound"),
     Metric("clip_ratio/high_mean", "mean", "", "share clipped at the upper bound"),
     Metric("clip_ratio/region_mean", "mean", "", "share clipped at either bound"),
@@ -208,6 +209,9 @@ _DECLARED = [
     Metric("length/advantage_corr", "mean", "", "within-group correlation of A and length"),
     Metric("length/correct_mean", "mean", "tokens", "mean length of responses judged right"),
     Metric("length/incorrect_mean", "mean", "tokens", "mean length of responses judged wrong"),
+    Metric("length/solved_mean", "mean", "tokens", "mean length where all of a group are right"),
+    # q1 = pass rates in (0, 1/4] … q4 = (3/4, 1].
+    Metric("length/by_pass_rate/*", "mean", "tokens", "mean length in a quartile of pass rates"),
     Metric("length/gradient_share/*", "mean", "", "a length bin's share of |coefficients|"),
     Metric("length/accuracy/*", "mean", "", "accuracy in a length bin"),
     Metric("length/scale_alpha", "last", "", "exponent of the adaptive length scale"),

@@ -119,6 +119,7 @@ def test_every_step_reports_degeneration_and_clipped_shares_by_bin(finished):
     rows = _rows(finished)
     for row in rows:
         assert {f"actor/clipfrac/{s}/bin_{k}" for s in ("pos", "neg") for k in BINS} <= set(row)
+        assert 0 <= row["actor/clip_lre"] < 2
     parts = ("growth", "accuracy_gain", "flag", "collapse")
     names = [f"length/degeneration/{name}" for name in parts]
     assert [rows[0][name] for name in names] == [0, 0, 0, 0]  # no step before it
