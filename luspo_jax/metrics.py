@@ -221,6 +221,11 @@ _DECLARED = [
     Metric("val-aux/*/acc/ci95_low", "last", "", "lower end of the accuracy's 95 % interval"),
     Metric("val-aux/*/acc/ci95_high", "last", "", "upper end of the accuracy's 95 % interval"),
     Metric("val-aux/*/unjudged", "last", "responses", "held-out responses without a verdict"),
+    Metric("val-aux/*/completed", "last", "", "share of responses right and not cut at the limit"),
+    Metric("val-aux/*/tokens_per_right", "last", "tokens", "tokens of all over the right ones"),
+    # Its names end in budget/TOKENS/acc.
+    Metric("val-aux/*/acc", "last", "", "accuracy of the same responses cut at a budget"),
+    Metric("val-aux/*/budget/area", "last", "", "mean of these accuracies over log2 of the budget"),
     Metric("val-aux/*", "last", "", "validation: lengths, truncation, statuses of a dataset"),
 ]
 
