@@ -127,9 +127,9 @@ def _draw(path: pathlib.Path, curves: Mapping[str, Curve]) -> None:
 
 
 def _ticks(values: Iterable[int]) -> list[int]:
-    """Returns the budgets, without those too near to the one before for both labels to be read."""
+    """Returns the budgets, without those too near to a larger one for both labels to be read."""
     ticks = []
-    for value in sorted(set(values)):
-        if not ticks or value >= 1.6 * ticks[-1]:
+    for value in sorted(set(values), reverse=True):
+        if not ticks or value <= ticks[-1] / 1.5:
             ticks.append(value)
     return ticks

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from luspo_jax.experience import held_out
+from luspo_jax.hosts import processes
 from luspo_jax.metrics import declared
 from tests.experience.experience_cases import FAILED, LATE, Judge, Sampler, prompt
 from tests.experience.experience_cases import group as _group
@@ -97,6 +98,26 @@ def test_longer_responses_are_judged_again_under_a_budget():
     asked = sorted((s.length, s.max_length, s.answer, s.problem) for s in judge.samples)
     assert asked == [(b, 100, "!", "?") for b in (2, 2, 2, 2, 3, 3, 3, 3, 6, 6, 6)]
     assert {tuple(s.meta.items()) for s in judge.samples} == {(("level", 3),)}
+
+
+def test_processes_judge_their_shares(monkeypatch):
+    """Put together, the cuts that two processes judge are those that one judges."""
+    groups = [_group(i, [1, 0, 1], [2 + i, 9, 5]) for i in range(5)]
+
+    def verdict(sample):
+        return float((sample.length + len(sample.response)) % 3 == 0)
+
+    whole = _under(groups, (3, 4, 8), Judge(verdict))
+    monkeypatch.setattr(processes, "members", lambda: (0, 1))
+    parts, judges = [], [Judge(verdict), Judge(verdict)]
+    for index, judge in enumerate(judges):
+        monkeypatch.setattr(processes.jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(processes, "gather", lambda value: parts.append(value) or [value])
+        _under(groups, (3, 4, 8), judge)
+    assert [len(part) for part in parts] == [3, 2]
+    assert all(judge.samples for judge in judges)
+    monkeypatch.setattr(processes, "gather", lambda value: parts)
+    assert _under(groups, (3, 4, 8), Judge(verdict)) == whole
 
 
 def test_without_budgets_nothing_is_judged_again():
