@@ -60,6 +60,11 @@ _CACHE_GB = flags.DEFINE_float(
     "cache_gb", 0.0, "Of keys and values on a device; 0 = half of what it has left.", 0.0
 )
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share one copy of the weights.", 1)
+_BUDGETS = flags.DEFINE_string(
+    "budgets", "",
+    "Tokens at which the same responses are cut and judged again, such as 1024,2048, or auto; "
+    "also of a finished evaluation.",
+)  # fmt: skip
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 0, "Problems between two saves; 0 = chosen.", 0)
 _CACHE = flags.DEFINE_string("cache_dir", "", "For built datasets; empty = the user's cache.")
 _WORKERS = flags.DEFINE_integer("num_workers", 2, "Processes of the scorer.", 1)
@@ -175,6 +180,7 @@ def _options():
         tensor=_TENSOR.value,
         num_slots=_SLOTS.value,
         cache_gb=_CACHE_GB.value,
+        budgets=_BUDGETS.value,
         save_every=_SAVE_EVERY.value,
         workers=_WORKERS.value,
         timeout_s=_TIMEOUT.value,

@@ -136,6 +136,7 @@ _DECLARED = [
     Metric("actor/clipfrac/neg", "mean", "", "clipped share where A < 0"),
     Metric("actor/clipfrac/pos/*", "mean", "", "clipped share, A > 0, in a length bin"),
     Metric("actor/clipfrac/neg/*", "mean", "", "clipped share, A < 0, in a length bin"),
+    Metric("actor/clip_lre", "mean", "", "length reweighting error of clipping; 0 = even"),
     Metric("clip_ratio/low_mean", "mean", "", "share clipped at the lower bound"),
     Metric("clip_ratio/high_mean", "mean", "", "share clipped at the upper bound"),
     Metric("clip_ratio/region_mean", "mean", "", "share clipped at either bound"),
@@ -201,10 +202,16 @@ _DECLARED = [
     Metric("length/degeneration/growth", "last", "", "growth of length over the last window"),
     Metric("length/degeneration/accuracy_gain", "last", "", "growth of accuracy over it"),
     Metric("length/degeneration/flag", "last", "", "1 while length grows and accuracy does not"),
+    Metric(
+        "length/degeneration/collapse", "last", "", "1 while it falls and accuracy does not grow"
+    ),
     *_account(),
     Metric("length/advantage_corr", "mean", "", "within-group correlation of A and length"),
     Metric("length/correct_mean", "mean", "tokens", "mean length of responses judged right"),
     Metric("length/incorrect_mean", "mean", "tokens", "mean length of responses judged wrong"),
+    Metric("length/solved_mean", "mean", "tokens", "mean length where all of a group are right"),
+    # q1 = pass rates in (0, 1/4] … q4 = (3/4, 1].
+    Metric("length/by_pass_rate/*", "mean", "tokens", "mean length in a quartile of pass rates"),
     Metric("length/gradient_share/*", "mean", "", "a length bin's share of |coefficients|"),
     Metric("length/accuracy/*", "mean", "", "accuracy in a length bin"),
     Metric("length/scale_alpha", "last", "", "exponent of the adaptive length scale"),
@@ -214,6 +221,11 @@ _DECLARED = [
     Metric("val-aux/*/acc/ci95_low", "last", "", "lower end of the accuracy's 95 % interval"),
     Metric("val-aux/*/acc/ci95_high", "last", "", "upper end of the accuracy's 95 % interval"),
     Metric("val-aux/*/unjudged", "last", "responses", "held-out responses without a verdict"),
+    Metric("val-aux/*/completed", "last", "", "share of responses right and not cut at the limit"),
+    Metric("val-aux/*/tokens_per_right", "last", "tokens", "tokens of all over the right ones"),
+    # Its names end in budget/TOKENS/acc.
+    Metric("val-aux/*/acc", "last", "", "accuracy of the same responses cut at a budget"),
+    Metric("val-aux/*/budget/area", "last", "", "mean of these accuracies over log2 of the budget"),
     Metric("val-aux/*", "last", "", "validation: lengths, truncation, statuses of a dataset"),
 ]
 

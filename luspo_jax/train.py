@@ -96,7 +96,7 @@ def _learn(run, state, length, rollouts, *, metrics, check_mismatch):
     limit = settings.rollout.mismatch_limit if check_mismatch else None
     lab = run.laboratory
     state = fetched(state, settings.train.offload)
-    length, flagged = instruments.observe(
+    length, direction = instruments.observe(
         length, run.length, objective, rollouts.responses, run.metric, metrics
     )
     rollouts, width = stages.with_logprobs(
@@ -104,7 +104,9 @@ def _learn(run, state, length, rollouts, *, metrics, check_mismatch):
     )
     with timed(metrics, "adv"):
         longest = settings.rollout.max_response_length
-        penalty_B = instruments.penalty(run.length, rollouts.lengths_B, longest, flagged=flagged)
+        penalty_B = instruments.penalty(
+            run.length, rollouts.lengths_B, longest, direction=direction
+        )
         weights = settings.reward.parts
         rollouts = stages.with_advantages(rollouts, objective, width, penalty_B, weights)
         rollouts = stages.with_segments(rollouts, objective, run.model.decode)

@@ -86,6 +86,7 @@ def config(model_folder):
     config.eval.num_samples = 2
     config.eval.num_slots = 8
     config.eval.metric = "gsm8k"
+    config.eval.budgets = "4,12"
     config.output.checkpoint_every = 2
     config.output.tensorboard = False
     return config
@@ -157,6 +158,9 @@ def assert_near_results(got, expected, tolerance=1e-5):
         assert worst <= tolerance, (name, worst)
 
 
+HELD_OUT = ("completed", "tokens_per_right", "budget/4/acc", "budget/12/acc", "budget/area")
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """Folder for the uninterrupted run, made by the first test that needs it."""
@@ -178,6 +182,12 @@ def test_run_leaves_all_artefacts(finished, config):
     )
     assert any(name.startswith("val-core/") for name in metrics[0])
     assert any(name.startswith("val-core/") for name in metrics[4])
+    for row in metrics[::2]:
+        held_out = {name: row[f"val-aux/label_sums/{name}"] for name in HELD_OUT}
+        accuracy = row["val-core/label_sums/acc/mean@2"]
+        assert held_out["budget/12/acc"] == accuracy >= held_out["completed"]
+        assert 0 <= held_out["budget/4/acc"] <= 1
+        assert held_out["tokens_per_right"] > 0
     first = json.loads(rollouts["step_000001.jsonl"].splitlines()[0])
     assert {"prompt", "response", "tokens", "parts", "advantage", "length", "truncated"} <= set(
         first

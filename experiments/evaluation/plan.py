@@ -49,6 +49,8 @@ class Options:
       num_slots: most responses decoded together.
       cache_gb: gigabytes of keys and values on a device; 0 for half of what it has left.
       tensor: devices that share one copy of the weights.
+      budgets: tokens at which stored responses are cut and judged again, as `budgets.budgets` reads
+        them; empty for none.
       save_every: problems between two saves; 0 for as many as fill the slots four times.
       workers, timeout_s: of the scorer; as many processes read images.
       step: checkpoint of a run.
@@ -75,6 +77,7 @@ class Options:
     num_slots: int = 64
     cache_gb: float = 0.0
     tensor: int = 1
+    budgets: str = ""
     save_every: int = 0
     workers: int = 2
     timeout_s: float = 10.0

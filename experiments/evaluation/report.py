@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.command import UsageError
-from experiments.evaluation import storage
+from experiments.evaluation import budgets, storage
 from luspo_jax.benchmarks import Benchmark, Record, Summary, summary
+from luspo_jax.benchmarks.budgets import Curve
 from luspo_jax.benchmarks.record import UNUSABLE
 from luspo_jax.benchmarks.registry import benchmark
 from luspo_jax.benchmarks.verdicts import STRICT, VLMEVALKIT, Line
@@ -16,18 +17,22 @@ from luspo_jax.hosts.files import write_json, write_text
 
 _HEAD = (
     "benchmark", "problems", "not asked", "n", "avg@n %", "95 % interval", "pass@n %", "maj@n %",
-    "length", "truncated %", "unparsed %", "not judged",
+    "completed %", "length", "tokens a right", "truncated %", "unparsed %", "not judged",
 )  # fmt: skip
 _NAMED = 10  # problems named in a note
 
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """Numbers of one benchmark: the common summary, its own figures, and their caveats."""
+    """Numbers of one benchmark: the common summary, its own figures, and their caveats.
+
+    And its accuracies under budgets, if they were asked for.
+    """
 
     summary: Summary
     figures: list[Line]
     caveats: list[str]
+    budgets: Curve | None = None
 
 
 def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
@@ -36,14 +41,16 @@ def write(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
     Returns:
       The table with the protocol above it.
     """
-    found, missing = {}, []
+    found, missing, curves = {}, [], budgets.read(folder)
     for name, entry in manifest["benchmarks"].items():
         try:
             records = storage.read_benchmark(folder, name, entry)
         except UsageError as error:  # from an earlier, stopped command
             missing.append(f"no results of {error}")
             continue
-        found[name] = numbers(benchmark(name), records)
+        found[name] = dataclasses.replace(
+            numbers(benchmark(name), records), budgets=curves.get(name)
+        )
     results = dict(manifest) | {
         "benchmarks": {
             name: dict(manifest["benchmarks"][name]) | _results(result)
@@ -73,6 +80,8 @@ def _results(result: Numbers) -> dict[str, Any]:
     if result.figures:
         figures = [dataclasses.asdict(line) for line in result.figures]
         fields["figures"] = {"lines": figures, "caveats": result.caveats}
+    if result.budgets:
+        fields["budgets"] = dataclasses.asdict(result.budgets)
     return fields
 
 
@@ -83,7 +92,14 @@ def console(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> str:
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     facts = [f"model   : {manifest['model']}", f"protocol: {manifest['protocol']}"]
     own = [line for name, result in found.items() for line in _figure_columns(name, result)]
-    return "\n".join([*facts, *lines, *_notes(manifest, found), *own])
+    cut = [_budget_line(name, n.budgets) for name, n in found.items() if n.budgets]
+    return "\n".join([*facts, *lines, *cut, *_notes(manifest, found), *own])
+
+
+def _budget_line(name: str, found: Curve) -> str:
+    """Formats the accuracies under budgets in one line."""
+    cuts = (f"{_percent(a)} at {b:,}" for b, a in zip(found.budgets, found.accuracy, strict=True))
+    return f"{name}, % under a budget of tokens: {', '.join(cuts)}; area {_percent(found.area)}"
 
 
 def markdown(manifest: Mapping[str, Any], found: Mapping[str, Numbers]) -> str:
@@ -125,7 +141,9 @@ def _row(name: str, entry: Mapping[str, Any], result: Summary) -> tuple[str, ...
         _interval(result.accuracy_ci95),
         _percent(result.pass_at[result.num_samples]),
         _percent(result.majority_at[result.num_samples]),
+        "–" if result.completed is None else _percent(result.completed),
         "–" if mean is None else f"{mean:.1f}",
+        "–" if result.tokens_per_right is None else f"{result.tokens_per_right:.1f}",
         "–" if result.truncated is None else _percent(result.truncated),
         _percent(unparsed / responses),
         str(failed),
@@ -237,6 +255,7 @@ def _details(name: str, entry: Mapping[str, Any], numbers: Numbers) -> list[str]
         ]
         lines += [f"Length in tokens: {', '.join(shown)}.", ""]
         lines += [*_grid(("tokens", "accuracy %", "responses"), bins), ""]
+    lines += [*_mode_table(result), *_budget_table(numbers.budgets)]
     for field, values in result.by_field.items():
         cells = [
             [value, _percent(part["accuracy"]), _interval(part["ci95"]), str(part["problems"])]
@@ -244,6 +263,39 @@ def _details(name: str, entry: Mapping[str, Any], numbers: Numbers) -> list[str]
         ]
         lines += [*_grid((field, "accuracy %", "95 % interval", "problems"), cells), ""]
     return lines
+
+
+def _mode_table(result: Summary) -> list[str]:
+    """Formats the modes by length bin: of any use only with several answers to a problem."""
+    if result.num_samples < 2 or not result.modes:
+        return []
+    names = ("accuracy", "mode_accuracy", "distinct", "differ")
+    rows = [
+        [
+            edge,
+            *("–" if cell[name] is None else _percent(cell[name]) for name in names),
+            str(cell["problems"]),
+        ]
+        for edge, cell in result.modes.items()
+    ]
+    head = ("tokens", "accuracy %", "mode right %", "distinct %", "differ %", "problems")
+    return ["Means over problems:", "", *_grid(head, rows), ""]
+
+
+def _budget_table(found: Curve | None) -> list[str]:
+    if found is None:
+        return []
+    rows = [
+        [f"{budget:,}", _percent(share), _interval(ends)]
+        for budget, share, ends in zip(found.budgets, found.accuracy, found.ci95, strict=True)
+    ]
+    return [
+        f"Responses cut at a budget of tokens ({found.judged_again} judged again; area over log2 "
+        f"of the budget {_percent(found.area)} %; [figure]({budgets.FIGURE})):",
+        "",
+        *_grid(("budget", "accuracy %", "95 % interval"), rows),
+        "",
+    ]
 
 
 def _image_facts(images: Mapping[str, Any] | None) -> str:

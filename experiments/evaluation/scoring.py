@@ -6,14 +6,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from experiments.command import UsageError
-from experiments.evaluation import plan, report, session, storage
+from experiments.evaluation import budgets, plan, report, session, storage
 from experiments.evaluation.plan import Options
 from luspo_jax.benchmarks import Benchmark, Record
 from luspo_jax.benchmarks.registry import Judge, benchmark
 from luspo_jax.datasets import Example
 from luspo_jax.datasets.predictions import read_predictions
-from luspo_jax.rewards import Sample
-from luspo_jax.rewards.answers.extraction import with_opening
 
 _NAMED = 10  # ids named in a message
 _UNKNOWN = "predictions from a file (sampling unknown)"
@@ -30,6 +28,10 @@ def rescore(folder: pathlib.Path, options: Options) -> str:
     with storage.locked(folder):
         manifest = storage.read_manifest(folder)
         lines = []
+        if budgets.forget(folder):
+            lines.append(
+                "accuracies under budgets removed: --model and --budgets measure them anew"
+            )
         for name, facts in manifest["benchmarks"].items():
             entry = benchmark(name)
             before, after = facts["scorers"], {}
@@ -56,11 +58,7 @@ def _rescore_parts(folder: pathlib.Path, name: str, judge: Judge) -> int:
 
 def judged(records: Sequence[Record], judge: Judge) -> list[Record]:
     """Returns the same records with verdicts of this scorer."""
-    samples = [
-        Sample(with_opening(r.prompt, r.response), r.answer, r.length, None, r.meta, r.problem)
-        for r in records
-    ]
-    verdicts = judge.score_batch(samples)
+    verdicts = judge.score_batch([budgets.sample(record) for record in records])
     return [
         dataclasses.replace(record, verdict=verdict, scorers=judge.labels)
         for record, verdict in zip(records, verdicts, strict=True)

@@ -6,16 +6,19 @@ import importlib.metadata
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from experiments.evaluation import plan, report, storage
+from experiments.command import UsageError
+from experiments.evaluation import budgets, plan, report, storage
 from experiments.evaluation.plan import Options, Task
 from experiments.evaluation.policy import Policy, load
 from luspo_jax import prompts, sharding
 from luspo_jax.benchmarks import Benchmark, Protocol
+from luspo_jax.benchmarks.budgets import Curve
+from luspo_jax.benchmarks.budgets import budgets as read_budgets
 from luspo_jax.benchmarks.registry import Judge
 from luspo_jax.datasets import Example, Report
 from luspo_jax.experience import held_out
@@ -36,6 +39,7 @@ def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options:
     Raises:
       UsageError, DataError, CheckpointError, …: unusable input, named in the message.
     """
+    sizes = _budgets(options)
     with storage.locked(workdir):
         policy = load(model, step=options.step, dtype=options.dtype, tensor=options.tensor)
         options = dataclasses.replace(
@@ -48,7 +52,34 @@ def run(model: str, chosen: Sequence[Benchmark], workdir: pathlib.Path, options:
         manifest = storage.begin(workdir, _manifest(policy, tasks, options))
         for task, engine in zip(tasks, engines, strict=True):
             _generate(policy, task, engine, workdir, options)
+        if sizes:
+            budgets.keep(workdir, dict(_curves(policy, tasks, workdir, manifest, sizes, options)))
         return report.write(workdir, manifest)
+
+
+def _budgets(options: Options) -> tuple[int, ...]:
+    try:
+        return read_budgets(options.budgets, options.protocol.max_response_length)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+
+
+def _curves(
+    policy: Policy,
+    tasks: Sequence[Task],
+    workdir: pathlib.Path,
+    manifest: Mapping[str, Any],
+    sizes: Sequence[int],
+    options: Options,
+) -> Iterator[tuple[str, Curve]]:
+    for task in tasks:
+        name = task.benchmark.name
+        with scorer(task.benchmark, options) as judge:
+            entry = manifest["benchmarks"][name]
+            yield (
+                name,
+                budgets.measure(workdir, name, entry, sizes, judge, policy.model.decode),
+            )
 
 
 def scorer(entry: Benchmark, options: Options) -> Judge:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from luspo_jax.benchmarks.budgets import tokens_per_right
 from luspo_jax.benchmarks.intervals import accuracy_interval, paired_interval
 from luspo_jax.benchmarks.record import UNUSABLE, BenchmarkError, Record
-from luspo_jax.benchmarks.voting import majority_at_k
+from luspo_jax.benchmarks.voting import Mode, majority_at_k, mode
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _SHORTEST_BIN = 64  # tokens
@@ -31,8 +32,15 @@ class Summary:
       majority_at: k → maj@k.
       statuses: status → number of verdicts.
       truncated: share of responses truncated at the limit; None if unknown.
+      completed: the same as `accuracy` of responses that are right and ended by themselves; None if
+        it is not known of all how they ended.
+      completed_ci95: its interval.
+      tokens_per_right: tokens of all responses over the number of right ones; None if a length is
+        unknown or none is right.
       lengths: mean, quantiles, mean of right and of wrong responses, in tokens; empty if unknown.
       by_length: bin of tokens → accuracy and number of responses in it.
+      modes: bin of tokens → means over the problems with responses in it: of their accuracy, of
+        `voting.Mode`'s fields, and the number of problems; empty if no response has an answer.
       by_field: field → value → accuracy, interval, number of problems.
     """
 
@@ -44,8 +52,12 @@ class Summary:
     majority_at: dict[int, float]
     statuses: dict[str, int]
     truncated: float | None
+    completed: float | None
+    completed_ci95: tuple[float, float] | None
+    tokens_per_right: float | None
     lengths: dict[str, float | None]
     by_length: dict[str, dict[str, float]]
+    modes: dict[str, dict[str, float | None]]
     by_field: dict[str, dict[str, dict[str, Any]]]
 
 
@@ -80,8 +92,11 @@ def summary(records: Sequence[Record], *, metric: str, split_by: Iterable[str] =
         majority_at=dict(zip(ks, np.mean(votes, axis=0).tolist(), strict=True)),
         statuses=dict(sorted(collections.Counter(r.verdict.status for r in every).items())),
         truncated=float(np.mean(cut)) if cut else None,
+        **_completed(problems, metric),
+        tokens_per_right=_tokens_per_right(records, metric),
         lengths=_lengths(records, metric),
         by_length=_by_length(records, metric),
+        modes=_modes(problems, metric),
         by_field={field: _by_field(problems, right, field) for field in split_by},
     )
 
@@ -194,15 +209,68 @@ def _lengths(records: Sequence[Record], metric: str) -> dict[str, float | None]:
     return {"mean": float(lengths.mean()), **spots, "right": mean(right), "wrong": mean(~right)}
 
 
+def _completed(problems: Mapping[int, Sequence[Record]], metric: str) -> dict[str, Any]:
+    groups = list(problems.values())
+    if any(record.truncated is None for group in groups for record in group):
+        return {"completed": None, "completed_ci95": None}
+    whole = [sum(r.right(metric) and not r.truncated for r in group) for group in groups]
+    totals = [len(group) for group in groups]
+    return {
+        "completed": float(np.mean(np.divide(whole, totals))),
+        "completed_ci95": accuracy_interval(whole, totals),
+    }
+
+
+def _tokens_per_right(records: Sequence[Record], metric: str) -> float | None:
+    if any(record.length is None for record in records):
+        return None
+    found = tokens_per_right([r.length for r in records], [r.right(metric) for r in records])
+    return found if math.isfinite(found) else None
+
+
+def _bin(length: int) -> int:
+    """Returns the upper edge of a length's bin, a power of two: the same for every evaluation."""
+    return max(_SHORTEST_BIN, 1 << (length - 1).bit_length())
+
+
+def _modes(
+    problems: Mapping[int, Sequence[Record]], metric: str
+) -> dict[str, dict[str, float | None]]:
+    """Computes the modes of each problem's answers in a length bin, and their means."""
+    bins: dict[int, list[tuple[float, Mode]]] = collections.defaultdict(list)
+    known = any(r.verdict.prediction is not None for group in problems.values() for r in group)
+    for group in problems.values() if known else ():
+        parts = collections.defaultdict(list)
+        for record in group:
+            if record.length is not None:
+                parts[_bin(record.length)].append(record)
+        for edge, part in parts.items():
+            right = [record.right(metric) for record in part]
+            found = mode([record.verdict.prediction for record in part], right)
+            bins[edge].append((float(np.mean(right)), found))
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        some = [value for value in values if value is not None]
+        return float(np.mean(some)) if some else None
+
+    return {
+        f"≤{edge}": {
+            "accuracy": mean(accuracy for accuracy, _ in found),
+            "mode_accuracy": mean(one.accuracy for _, one in found),
+            "distinct": mean(one.distinct for _, one in found),
+            "differ": mean(one.differ for _, one in found),
+            "problems": len(found),
+        }
+        for edge, found in sorted(bins.items())
+    }
+
+
 def _by_length(records: Sequence[Record], metric: str) -> dict[str, dict[str, float]]:
-    """Computes accuracy in bins whose edges are powers of two, the same for every evaluation."""
+    """Computes accuracy in length bins."""
     bins: dict[int, list[bool]] = collections.defaultdict(list)
     for record in records:
         if record.length is not None:
-            edge = _SHORTEST_BIN
-            while record.length > edge:
-                edge *= 2
-            bins[edge].append(record.right(metric))
+            bins[_bin(record.length)].append(record.right(metric))
     return {
         f"≤{edge}": {"accuracy": float(np.mean(hits)), "responses": len(hits)}
         for edge, hits in sorted(bins.items())

@@ -1,6 +1,7 @@
 """Majority voting: the expected maj@k over which k of a problem's n responses vote."""
 
 import collections
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -59,6 +60,40 @@ def majority_at_k(
             others = [count for other, count in sizes.items() if other != vote]
             ways += hits[vote] / size * _winning_ways(size, others, abstaining)
     return [float(ways[k] / math.comb(n, k)) for k in ks]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """The most frequent answer among responses to one problem, and how far they scatter.
+
+    Attributes:
+      accuracy: whether it is right, in [0, 1]; answers that tie share evenly, and it is 0 if no
+        response has an answer. Equals maj@k of all responses.
+      distinct: distinct answers over answers; None with fewer than two answers.
+      differ: probability that two of the answers differ. Unlike `distinct` it does not fall with
+        their number. None with fewer than two answers.
+    """
+
+    accuracy: float
+    distinct: float | None
+    differ: float | None
+
+
+def mode(predictions: Sequence[str | None], right: Sequence[bool]) -> Mode:
+    """Returns the mode of one problem's extracted answers; arguments as for `majority_at_k`."""
+    ballots = [ballot(prediction) for prediction in predictions]
+    sizes = collections.Counter(vote for vote in ballots if vote is not None)
+    hits = collections.Counter()
+    for vote, is_right in zip(ballots, right, strict=True):
+        hits[vote] += bool(is_right)
+    n, most = sizes.total(), max(sizes.values(), default=0)
+    winners = [hits[vote] / size for vote, size in sizes.items() if size == most]
+    pairs = n * (n - 1)
+    return Mode(
+        accuracy=float(np.mean(winners)) if winners else 0.0,
+        distinct=len(sizes) / n if pairs else None,
+        differ=1 - sum(s * (s - 1) for s in sizes.values()) / pairs if pairs else None,
+    )
 
 
 def _winning_ways(size: int, others: Sequence[int], abstaining: int) -> np.ndarray:

@@ -5,20 +5,23 @@ Statistics come from `luspo_jax.benchmarks`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from luspo_jax.benchmarks import Record
+from luspo_jax.benchmarks.budgets import Judged, curve, right_under, tokens_per_right
 from luspo_jax.benchmarks.intervals import accuracy_interval
 from luspo_jax.experience.groups import Group, judged
 from luspo_jax.hosts import processes
 from luspo_jax.length.coupling import accuracy_by_length_third
 from luspo_jax.prompts import PromptRecord
-from luspo_jax.rewards import Scorer
+from luspo_jax.rewards import Sample, Scorer
+from luspo_jax.rewards.answers.extraction import with_opening
 from luspo_jax.rewards.record import FAILURES
-from luspo_jax.rollout import Engine, Request
+from luspo_jax.rollout import Engine, Request, Response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,10 @@ class Evaluation:
       accuracy_by_third: of the shortest, middle and longest third of each problem's responses.
       statuses: number of rewards with each status.
       num_problems, num_samples: size of the evaluation.
+      completed: as `accuracy`, of responses that are right and ended by themselves; NaN if stored
+        before it was measured.
+      tokens_per_right: tokens of judged responses over the number of right ones; ∞ if none is.
+      under_budgets: last part of a metric's name → value; empty unless asked for.
     """
 
     accuracy: float
@@ -45,6 +52,9 @@ class Evaluation:
     statuses: dict[str, int]
     num_problems: int
     num_samples: int
+    completed: float = math.nan
+    tokens_per_right: float = math.nan
+    under_budgets: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def unjudged(self) -> int:
@@ -62,6 +72,9 @@ class Evaluation:
             "response_length/mean": self.mean_length,
             "response_length/clip_ratio": self.truncated,
             "unjudged": self.unjudged,
+            "completed": self.completed,
+            "tokens_per_right": self.tokens_per_right,
+            **self.under_budgets,
         }
 
     def __str__(self) -> str:
@@ -157,6 +170,7 @@ def summarize(groups: Sequence[Group], *, metric: str) -> Evaluation:
     groups_B = np.arange(len(responses)) // num_samples
     total_P, right_P = (x.reshape(-1, num_samples).sum(axis=1) for x in (judged_B, correct_B))
     some_P = total_P > 0
+    whole_P = (correct_B & [r.stopped for r in responses]).reshape(-1, num_samples).sum(axis=1)
     statuses, counts = np.unique([r.status for r in rewards], return_counts=True)
     thirds = accuracy_by_length_third(lengths_B[judged_B], correct_B[judged_B], groups_B[judged_B])
     return Evaluation(
@@ -170,4 +184,58 @@ def summarize(groups: Sequence[Group], *, metric: str) -> Evaluation:
         statuses=dict(zip(statuses.tolist(), counts.tolist(), strict=True)),
         num_problems=len(total_P),
         num_samples=num_samples,
+        completed=float(np.mean(whole_P[some_P] / total_P[some_P])) if some_P.any() else np.nan,
+        tokens_per_right=tokens_per_right(lengths_B[judged_B], correct_B[judged_B]),
     )
+
+
+def under_budgets(
+    groups: Sequence[Group],
+    budgets: Sequence[int],
+    scorer: Scorer,
+    *,
+    decode: Callable[[np.ndarray], str],
+    max_length: int,
+    metric: str,
+) -> dict[str, float]:
+    """Returns accuracies of the same responses cut at each budget; each process judges its share.
+
+    As in `summarize`, a cut without a verdict does not count.
+
+    Args:
+      groups: from `ask`.
+      budgets: tokens, ascending.
+      scorer: the reward.
+      decode: tokens → text.
+      max_length: the sampler's limit on response length, in tokens.
+      metric: the reward part that counts as accuracy.
+
+    Returns:
+      Last part of a metric's name → value.
+    """
+    if not budgets:
+        return {}
+    known = [
+        _whole(group.prompt, response, max_length)
+        for group in groups[processes.share(len(groups))]
+        for response in group.responses
+    ]
+    right_BK, _ = right_under(known, budgets, scorer, decode, metric)
+    size = len(groups[0].responses)
+    found = processes.gathered(list(right_BK.reshape(-1, size, len(budgets))))
+    measured = curve(np.stack(found), budgets)
+    cuts = zip(budgets, measured.accuracy, strict=True)
+    return {f"budget/{b}/acc": right for b, right in cuts} | {"budget/area": measured.area}
+
+
+def _whole(prompt: PromptRecord, response: Response, max_length: int) -> Judged:
+    problem = prompt.example
+    sample = Sample(
+        response=with_opening(prompt.text, response.text),
+        answer=problem.answer,
+        length=len(response.tokens),
+        max_length=max_length,
+        meta=problem.meta,
+        problem=problem.problem,
+    )
+    return Judged(prompt.text, response.tokens, sample, response.reward)

@@ -49,6 +49,9 @@ def metrics(rollouts: Rollouts, *, correct: str) -> dict[str, float]:
     verdicts = [reward for reward in rewards if reward.judged]
     correct_J = np.array([reward.parts[correct] > 0.5 for reward in verdicts], bool)
     right, wrong = coupling.length_by_correctness(lengths_B[judged_B], correct_J)
+    solved, quartiles = coupling.length_by_pass_rate(
+        lengths_B[judged_B], correct_J, rollouts.group_ids_B[judged_B]
+    )
     clipped = np.mean([not stopped for stopped in rollouts.column("stopped")])
     values = {
         **_reward_metrics(rollouts, verdicts),
@@ -62,6 +65,8 @@ def metrics(rollouts: Rollouts, *, correct: str) -> dict[str, float]:
         ),
         "length/correct_mean": right,
         "length/incorrect_mean": wrong,
+        "length/solved_mean": solved,
+        **{f"length/by_pass_rate/q{q}": mean for q, mean in enumerate(quartiles, start=1)},
         "response/repetition": np.mean([coupling.repetition(t) for t in rollouts.column("tokens")]),
         "response/compress_ratio": np.mean(
             [coupling.compress_ratio(t) for t in rollouts.column("text")]

@@ -8,6 +8,7 @@ import numpy as np
 from luspo_jax import objectives
 from luspo_jax.learner.programs import StepPrograms
 from luspo_jax.learner.rows import put
+from luspo_jax.objectives.clip_fairness import reweighting_error
 from luspo_jax.types import TrainBatch, TrainState
 
 
@@ -40,4 +41,5 @@ def optimize(
     total = jax.tree.map(lambda *xs: np.sum(np.asarray(xs, np.float64)), *jax.device_get(taken))
     skipped = total.pop("actor/skipped_updates")[0]
     means = {name: float(x) for name, x in objectives.metric_means(total).items()}
+    means |= reweighting_error(total)
     return state, {**means, "actor/lr": rate, "actor/skipped_updates": skipped}

@@ -49,6 +49,28 @@ def accuracy_by_length_third(
     return np.divide(hits, counts, out=np.full(3, np.nan), where=counts > 0)
 
 
+def length_by_pass_rate(
+    lengths_B: np.ndarray, correct_B: np.ndarray, group_ids_B: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Returns the mean length on solved prompts, and by quartile of the pass rate; NaN if none.
+
+    The pass rate p of a prompt is the share of its responses that are right. Solved: p = 1, so that
+    the group has no gradient of its own. Quartile q = 1 … 4 holds (q − 1)/4 < p ≤ q/4; prompts
+    without a right response are in none. Means are over responses.
+
+    Returns:
+      Tokens; tokens by quartile [4].
+    """
+    _, group = np.unique(group_ids_B, return_inverse=True)
+    right_G, size_G = np.bincount(group, weights=correct_B), np.bincount(group)
+    # −1 if none is right; whole numbers, as rounding would move 1/4 out of its quartile.
+    quartile_B = (-(-4 * right_G.astype(np.int64) // size_G) - 1)[group]
+    solved_B = (right_G == size_G)[group]
+    rows = [solved_B, *(quartile_B == q for q in range(4))]
+    solved, *quartiles = (np.mean(lengths_B[chosen]) if chosen.any() else np.nan for chosen in rows)
+    return float(solved), np.array(quartiles)
+
+
 def repetition(tokens: np.ndarray, *, ngram: int = 4) -> float:
     """Returns the share of a response's n-grams that occur earlier in it: 0 = none, →1 = a loop."""
     total = len(tokens) - ngram + 1

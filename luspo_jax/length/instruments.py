@@ -22,7 +22,7 @@ def observe(
     responses: Sequence[Response],
     metric: str,
     metrics: StepMetrics,
-) -> tuple[LengthState, bool]:
+) -> tuple[LengthState, int]:
     """Adds the step's lengths to the running statistics, moves α, and checks for degeneration.
 
     Args:
@@ -34,7 +34,8 @@ def observe(
       metrics: receives the findings.
 
     Returns:
-      The new statistics, and whether length degenerates.
+      The new statistics, and where length degenerates to: 1 = longer, −1 = shorter, 0 = it does
+      not.
     """
     counted = [response for response in responses if response.counted]
     if counted:
@@ -50,22 +51,26 @@ def observe(
             "length/degeneration/growth": found.growth,
             "length/degeneration/accuracy_gain": found.gain,
             "length/degeneration/flag": float(found.flagged),
+            "length/degeneration/collapse": float(found.collapsed),
         }
     )
     if objective.length_scale == "adaptive":
         start = objective.length_alpha
-        length = steering.steered(length, settings, start=start, flagged=found.flagged)
+        length = steering.steered(length, settings, start=start, direction=found.direction)
         metrics.add("length/scale_alpha", start + length.alpha_shift)
-    return length, found.flagged
+    return length, found.direction
 
 
 def penalty(
-    settings: LengthSettings, lengths_B: np.ndarray, max_length: int, *, flagged: bool
+    settings: LengthSettings, lengths_B: np.ndarray, max_length: int, *, direction: int
 ) -> np.ndarray | float:
-    """Returns the reward penalty while length degenerates, in proportion to length; else 0."""
-    if not (flagged and settings.mitigation == "penalty"):
+    """Returns the reward penalty while length degenerates, in proportion to length; else 0.
+
+    `direction` · penalty · L / max_length: a bonus for length while it collapses (−1).
+    """
+    if not (direction and settings.mitigation == "penalty"):
         return 0.0
-    return np.float32(settings.penalty) * (lengths_B / max_length).astype(np.float32)
+    return np.float32(direction * settings.penalty) * (lengths_B / max_length).astype(np.float32)
 
 
 def sample(

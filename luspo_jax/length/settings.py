@@ -1,4 +1,4 @@
-"""Settings to measure response length, steer the length scale, and detect degenerate length growth.
+"""Settings to measure response length, steer the length scale, and detect degenerate lengths.
 
 The section `length` of a configuration.
 """
@@ -34,9 +34,12 @@ class LengthSettings:
       smoothing: weight of the past in the running means used for steering.
       window: rollout steps in each of the two successive windows whose means are compared.
       growth: relative growth of length over a window above which accuracy must grow too.
-      gain: growth of accuracy that justifies it.
+      fall: relative fall of length over a window beyond which accuracy must grow too; 1 = any fall
+        is fine, as in a run that shortens on purpose.
+      gain: growth of accuracy that justifies either.
       mitigation: response to a run flagged as degenerate: "penalty" subtracts `penalty` · L /
-        max_response_length from rewards, "scale" lowers α by `alpha_rate` a step.
+        max_response_length from rewards, "scale" lowers α by `alpha_rate` a step; while length
+        collapses, the same with the opposite sign.
       penalty: reward lost by the longest possible response.
       account_window: rollout steps over which lengths trained on and lengths sampled are compared.
       account_limit: relative difference of their means above which a run warns.
@@ -58,6 +61,7 @@ class LengthSettings:
     smoothing: float = 0.7
     window: int = 10
     growth: float = 0.1
+    fall: float = 0.1
     gain: float = 0.01
     mitigation: str = "none"
     penalty: float = 0.1
@@ -108,6 +112,7 @@ class LengthSettings:
             (not 0 <= self.smoothing < 1, f"smoothing={self.smoothing:g} must be in [0, 1)"),
             (self.window < 1, f"window={self.window} must be at least 1"),
             (self.growth < 0, f"growth={self.growth:g} must not be negative"),
+            (not 0 <= self.fall <= 1, f"fall={self.fall:g} must be in [0, 1]"),
             (
                 self.mitigation not in MITIGATIONS,
                 f'mitigation="{self.mitigation}" does not exist: '

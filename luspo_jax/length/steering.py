@@ -1,4 +1,4 @@
-"""A run's length state: the exponent it steers, and whether longer responses pay.
+"""A run's length state: the exponent it steers, and whether changes of length pay.
 
 All values are plain numbers on the host, saved in the checkpoint, so that a resumed run steers like
 an uninterrupted one.
@@ -45,17 +45,24 @@ class LengthState:
 
 @dataclasses.dataclass(frozen=True)
 class Degeneration:
-    """Whether length grew over the last window while accuracy did not.
+    """Whether length grew, or collapsed, over the last window while accuracy did not grow.
 
     Attributes:
       growth: relative growth of the mean length from the window before to the last one.
       gain: growth of the mean accuracy.
       flagged: growth above the setting and gain below it.
+      collapsed: a fall of length beyond the setting and gain below it.
     """
 
     growth: float
     gain: float
     flagged: bool
+    collapsed: bool
+
+    @property
+    def direction(self) -> int:
+        """Where length degenerates to: 1 = longer, −1 = shorter, 0 = it does not."""
+        return int(self.flagged) - int(self.collapsed)
 
 
 def observed(
@@ -73,7 +80,7 @@ def degeneration(state: LengthState, settings: LengthSettings) -> Degeneration:
     """Compares the last window with the one before; nothing is flagged before both are full."""
     window = settings.window
     if len(state.history) < 2 * window:
-        return Degeneration(0.0, 0.0, False)
+        return Degeneration(0.0, 0.0, False, False)
     before, last = state.history[:window], state.history[window:]
     (length_0, right_0), (length_1, right_1) = (
         [math.fsum(values) / window for values in zip(*part, strict=True)]
@@ -81,7 +88,10 @@ def degeneration(state: LengthState, settings: LengthSettings) -> Degeneration:
     )
     growth = length_1 / length_0 - 1 if length_0 > 0 else 0.0
     gain = right_1 - right_0
-    return Degeneration(growth, gain, growth > settings.growth and gain < settings.gain)
+    unpaid = gain < settings.gain
+    return Degeneration(
+        growth, gain, unpaid and growth > settings.growth, unpaid and growth < -settings.fall
+    )
 
 
 def measured(
@@ -102,7 +112,7 @@ def measured(
 
 
 def steered(
-    state: LengthState, settings: LengthSettings, *, start: float, flagged: bool
+    state: LengthState, settings: LengthSettings, *, start: float, direction: int
 ) -> LengthState:
     """Moves α by at most `alpha_rate`, within [alpha_low, alpha_high].
 
@@ -110,19 +120,19 @@ def steered(
     a secant step towards zero pressure from the α at which it was measured, so that steps between
     two measurements head for one point instead of repeating the same move. Whether a larger α
     lengthens responses depends on the task, so both modes use the sign of the measured slope;
-    without a measurement, a larger α is assumed to lengthen. While a run is flagged and the
-    mitigation is "scale", α always decreases.
+    without a measurement, a larger α is assumed to lengthen. While length degenerates and the
+    mitigation is "scale", α always decreases (length grows) or increases (it collapses).
 
     Args:
       state: the state after the step's observation.
       settings: the controls.
       start: the objective's `length_alpha`.
-      flagged: whether length has grown without accuracy.
+      direction: of `Degeneration`.
     """
     rate, slope = settings.alpha_rate, state.slope
     move = 0.0
-    if flagged and settings.mitigation == "scale":
-        move = -rate
+    if direction and settings.mitigation == "scale":
+        move = -rate * direction
     elif settings.steer == "band" and state.length is not None:
         error = _outside(state.length, settings.target_low, settings.target_high)
         move = rate * max(-1.0, min(1.0, error)) * (-1.0 if (slope or 0.0) < 0 else 1.0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from luspo_jax import sharding
+from luspo_jax.benchmarks.budgets import budgets
 from luspo_jax.experience import held_out
 from luspo_jax.experience.held_out import Evaluation
 from luspo_jax.experience.rounds import Asker
@@ -100,16 +101,27 @@ class Run:
         weights = self.rollout_params(params)
 
         def measured():
+            settings, decode = self.settings.eval, self.model.decode
             groups = held_out.ask(
                 self.held_out_sampler,
                 weights,
                 self.data.held_out,
                 self.scorer,
-                decode=self.model.decode,
-                num_samples=self.settings.eval.num_samples,
-                seed=self.settings.eval.seed,
+                decode=decode,
+                num_samples=settings.num_samples,
+                seed=settings.seed,
             )
-            return held_out.summarize(groups, metric=self.metric)
+            longest = self.settings.rollout.max_response_length
+            under = held_out.under_budgets(
+                groups,
+                budgets(settings.budgets, longest),
+                self.scorer,
+                decode=decode,
+                max_length=longest,
+                metric=self.metric,
+            )
+            found = held_out.summarize(groups, metric=self.metric)
+            return dataclasses.replace(found, under_budgets=under)
 
         return self.roles.sampled(measured, "evaluation")
 

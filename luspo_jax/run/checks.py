@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from luspo_jax import objectives
+from luspo_jax.benchmarks.budgets import budgets
 from luspo_jax.datasets import DATASETS, DataError
 from luspo_jax.datasets.table import Table
 from luspo_jax.hosts.values import ConfigError, Number, nearest, refusal, shown
@@ -223,6 +224,7 @@ def _wrong_together(config: ConfigDict) -> Iterator[str]:
     sound, problems = sections_of(config)
     yield from problems
     yield from _wrong_metric(config)
+    yield from _wrong_budgets(config)
     yield from _wrong_sizes(config)
     yield from _wrong_packing(config)
     yield from _wrong_age(config)
@@ -253,6 +255,13 @@ def _wrong_metric(config: ConfigDict) -> Iterator[str]:
         yield f"eval.metric is empty: say which of reward.parts counts as accuracy ({parts})"
     if metric and metric not in config.reward.parts:
         yield f"eval.metric={metric!r} is not among reward.parts ({parts})"
+
+
+def _wrong_budgets(config: ConfigDict) -> Iterator[str]:
+    try:
+        budgets(config.eval.budgets, config.rollout.max_response_length)
+    except ValueError as error:
+        yield f"eval.{error}"
 
 
 def _wrong_group(config: ConfigDict, objective: objectives.Objective) -> Iterator[str]:

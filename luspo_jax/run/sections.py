@@ -422,6 +422,8 @@ class EvalSettings:
     seed: int = 7  # Of the sampling noise; equal for all runs, so that runs compare in pairs.
     # The reward part that counts as accuracy; may be empty if there is only one.
     metric: str = ""
+    # Tokens, such as "1024,2048", at which responses are cut and judged again; or "auto".
+    budgets: str = ""
 
     RULES: ClassVar[dict[str, Rule]] = {
         "every": _COUNT,

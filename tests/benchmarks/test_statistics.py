@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from luspo_jax.benchmarks import BenchmarkError, Record, statistics
+from luspo_jax.benchmarks import BenchmarkError, Record, intervals, statistics, voting
 from luspo_jax.rewards import Reward
 
 
@@ -73,11 +73,75 @@ def test_summary_counts():
     assert (result.lengths["right"], result.lengths["wrong"]) == (8, pytest.approx(334 / 3))
     assert result.by_length["≤64"] == {"accuracy": 0.5, "responses": 2}
     assert list(result.by_length) == ["≤64", "≤128", "≤256"]
+    assert result.completed == 0.25  # the long response is wrong anyway
+    assert result.completed_ci95 == result.accuracy_ci95
+    assert result.tokens_per_right == 342
+    assert result.modes == {
+        "≤64": {
+            "accuracy": 0.5, "mode_accuracy": 0.5, "distinct": None, "differ": None, "problems": 2,
+        },
+        "≤128": {
+            "accuracy": 0.0, "mode_accuracy": 0.0, "distinct": None, "differ": None, "problems": 1,
+        },
+        "≤256": {
+            "accuracy": 0.0, "mode_accuracy": 0.0, "distinct": None, "differ": None, "problems": 1,
+        },
+    }  # fmt: skip
     assert result.by_field["level"]["1"]["accuracy"] == 0.5
     assert result.by_field["level"]["5"] | {"ci95": None} == {
         "accuracy": 0.0, "ci95": None, "problems": 1,
     }  # fmt: skip
     assert 0 <= result.accuracy_ci95[0] < 0.25 < result.accuracy_ci95[1] <= 1
+
+
+def test_a_right_response_that_was_cut_is_not_completed():
+    records = [record(0, 0, True, length=101), record(0, 1, True), record(1, 0, False)]
+    result = statistics.summary([*records, record(1, 1, True)], metric="dapo_math")
+    assert (result.accuracy, result.completed) == (0.75, 0.5)
+    assert result.completed_ci95 == intervals.accuracy_interval([1, 1], [2, 2])
+    assert result.tokens_per_right == pytest.approx(131 / 3)
+    unknown = statistics.summary([record(0, 0, True, length=None)], metric="dapo_math")
+    assert (unknown.completed, unknown.completed_ci95, unknown.tokens_per_right) == (None,) * 3
+    nothing = statistics.summary([record(0, 0, False)], metric="dapo_math")
+    assert (nothing.completed, nothing.tokens_per_right) == (0.0, None)
+
+
+def test_the_mode_may_grow_with_length_where_accuracy_falls():
+    """Long answers to problem 0 scatter around the right one; short ones agree or are wrong."""
+    short = [record(0, s, s < 2, prediction="1" if s < 2 else "2", length=9) for s in range(4)]
+    answers = ["1", "1", "7", "8"]
+    long = [record(0, 4 + s, a == "1", prediction=a, length=99) for s, a in enumerate(answers)]
+    bins = statistics.summary([*short, *long], metric="dapo_math").modes
+    assert bins["≤64"] == pytest.approx(
+        {"accuracy": 0.5, "mode_accuracy": 0.5, "distinct": 0.5, "differ": 4 / 6, "problems": 1}
+    )
+    assert bins["≤128"] == pytest.approx(
+        {"accuracy": 0.5, "mode_accuracy": 1.0, "distinct": 0.75, "differ": 5 / 6, "problems": 1}
+    )
+    silent = [record(0, s, False, prediction=None) for s in range(2)]
+    assert statistics.summary(silent, metric="dapo_math").modes == {}
+
+
+def test_modes_are_means_over_the_problems_of_a_bin():
+    rng = np.random.default_rng(2)
+    records = [
+        record(p, s, a == "1", prediction=a, length=int(rng.choice([5, 64, 65, 128, 300])))
+        for p in range(6)
+        for s, a in enumerate(rng.choice(["1", "2", "3"], 7))
+    ]
+    for edge, low, high in (("≤64", 0, 64), ("≤128", 64, 128), ("≤512", 256, 512)):
+        shares, modes = [], []
+        for p in range(6):
+            own = [r for r in records if r.problem_id == p and low < r.length <= high]
+            if own:
+                right = [r.right("dapo_math") for r in own]
+                shares.append(np.mean(right))
+                votes = [r.verdict.prediction for r in own]
+                modes.append(voting.majority_at_k(votes, right, [len(own)])[0])
+        found = statistics.summary(records, metric="dapo_math").modes[edge]
+        assert found["accuracy"] == pytest.approx(np.mean(shares))
+        assert found["mode_accuracy"] == pytest.approx(np.mean(modes))
+        assert found["problems"] == len(shares)
 
 
 def test_order_of_records_does_not_matter():

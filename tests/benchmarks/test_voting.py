@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from luspo_jax.benchmarks.voting import ballot, majority_at_k
+from luspo_jax.benchmarks.voting import Mode, ballot, majority_at_k, mode
 
 
 def by_enumeration(predictions, right, k):
@@ -43,6 +43,28 @@ def test_majority_is_the_mean_over_subsets(name):
     ks = range(1, len(predictions) + 1)
     expected = [by_enumeration(predictions, right, k) for k in ks]
     np.testing.assert_allclose(majority_at_k(predictions, right, ks), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_mode_is_the_majority_of_all(name):
+    predictions, right = CASES[name]
+    found = mode(predictions, right)
+    assert found.accuracy == pytest.approx(majority_at_k(predictions, right, [len(right)])[0])
+    votes = [ballot(p) for p in predictions if ballot(p) is not None]
+    pairs = list(itertools.combinations(votes, 2))
+    if pairs:
+        assert found.distinct == pytest.approx(len(set(votes)) / len(votes))
+        assert found.differ == pytest.approx(np.mean([a != b for a, b in pairs]))
+    else:
+        assert (found.distinct, found.differ) == (None, None)
+
+
+def test_dispersion_by_hand():
+    found = mode(["0.5", "1/2", "3", None], [1, 1, 0, 0])
+    assert (found.accuracy, found.distinct) == (1.0, 2 / 3)
+    assert found.differ == pytest.approx(2 / 3)
+    assert mode(["7", None], [1, 0]) == Mode(1.0, None, None)
+    assert mode([None], [0]) == Mode(0.0, None, None)
 
 
 def test_random_cases():

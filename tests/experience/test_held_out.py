@@ -1,11 +1,14 @@
 """Held-out problems: what is asked, what is kept, and accuracies by hand."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from luspo_jax.experience import held_out
+from luspo_jax.hosts import processes
+from luspo_jax.metrics import declared
 from tests.experience.experience_cases import FAILED, LATE, Judge, Sampler, prompt
 from tests.experience.experience_cases import group as _group
 
@@ -46,7 +49,87 @@ def test_values_go_by_the_last_part_of_their_metric():
         "response_length/mean": 4.0,
         "response_length/clip_ratio": 0.25,
         "unjudged": 0,
+        "completed": 0.75,
+        "tokens_per_right": 16 / 3,
     }
+
+
+def test_completed_and_tokens_per_right_are_of_judged_responses():
+    groups = [
+        _group(0, [1, 1, FAILED], [2, 6, 100], stopped=[True, False, False]),
+        _group(1, [0, LATE, FAILED], [8, 100, 100]),
+        _group(2, [3, 3, 0], [1, 3, 5]),
+    ]
+    measured = held_out.summarize(groups, metric="right")
+    assert measured.completed == pytest.approx((1 / 2 + 0 / 1 + 2 / 3) / 3)
+    assert measured.tokens_per_right == pytest.approx((2 + 6 + 8 + 1 + 3 + 5) / 4)
+    nothing = held_out.summarize([_group(1, [0, FAILED], [8, 9])], metric="right")
+    assert (nothing.completed, nothing.tokens_per_right) == (0.0, math.inf)
+
+
+# --- budgets -----------------------------------------------------------------------------------
+
+
+def _under(groups, budgets, judge):
+    decode = {"decode": lambda tokens: "x" * len(tokens)}
+    return held_out.under_budgets(groups, budgets, judge, max_length=100, metric="right", **decode)
+
+
+def test_longer_responses_are_judged_again_under_a_budget():
+    """Here a cut is right from three tokens on. Without a verdict it does not count."""
+
+    def verdict(sample):
+        return FAILED if sample.length == 6 else float(len(sample.response) >= 3)
+
+    judge = Judge(verdict)
+    groups = [_group(0, [1, FAILED, 1], [2, 9, 7]), _group(1, [0, 0, 0], [1, 8, 4])]
+    got = _under(groups, (2, 3, 6, 9), judge)
+    assert got == {
+        "budget/2/acc": (1 / 3 + 0) / 2,
+        "budget/3/acc": (3 / 3 + 2 / 3) / 2,
+        "budget/6/acc": (1 / 1 + 0 / 2) / 2,
+        "budget/9/acc": (2 / 2 + 0) / 2,
+        "budget/area": pytest.approx(
+            np.trapezoid([1 / 6, 5 / 6, 0.5, 0.5], np.log2([2, 3, 6, 9])) / np.log2(4.5)
+        ),
+    }
+    assert got["budget/9/acc"] == held_out.summarize(groups, metric="right").accuracy
+    assert all(declared(f"val-aux/toy/{name}").reducer == "last" for name in got)
+    asked = sorted((s.length, s.max_length, s.answer, s.problem) for s in judge.samples)
+    assert asked == [(b, 100, "!", "?") for b in (2, 2, 2, 2, 3, 3, 3, 3, 6, 6, 6)]
+    assert {tuple(s.meta.items()) for s in judge.samples} == {(("level", 3),)}
+
+
+def test_processes_judge_their_shares(monkeypatch):
+    """Put together, the cuts that two processes judge are those that one judges."""
+    groups = [_group(i, [1, 0, 1], [2 + i, 9, 5]) for i in range(5)]
+
+    def verdict(sample):
+        return float((sample.length + len(sample.response)) % 3 == 0)
+
+    whole = _under(groups, (3, 4, 8), Judge(verdict))
+    monkeypatch.setattr(processes, "members", lambda: (0, 1))
+    parts, judges = [], [Judge(verdict), Judge(verdict)]
+    for index, judge in enumerate(judges):
+        monkeypatch.setattr(processes.jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(processes, "gather", lambda value: parts.append(value) or [value])
+        _under(groups, (3, 4, 8), judge)
+    assert [len(part) for part in parts] == [3, 2]
+    assert all(judge.samples for judge in judges)
+    monkeypatch.setattr(processes, "gather", lambda value: parts)
+    assert _under(groups, (3, 4, 8), Judge(verdict)) == whole
+
+
+def test_without_budgets_nothing_is_judged_again():
+    assert _under(GROUPS, (), None) == {}
+    assert held_out.summarize(GROUPS, metric="right").under_budgets == {}
+
+
+def test_the_opening_of_a_prompt_is_judged_with_the_cut():
+    judge, group = Judge(lambda sample: 0.0), _group(0, [1, 1], [4, 2])
+    asked = dataclasses.replace(group.prompt, text="why? <think>")
+    _under([dataclasses.replace(group, prompt=asked)], (3,), judge)
+    assert [s.response for s in judge.samples] == ["<think>xxx"]
 
 
 # --- asking ------------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ def test_metrics_of_rewards_are_over_judged_responses_and_compared_groups():
         "reward/status/timeout": 1,
         "length/correct_mean": (2 + 4 + 1 + 3 + 5) / 5,
         "length/incorrect_mean": 8.0,
+        # Of judged responses the first and last groups are all right, and the other not at all.
+        "length/solved_mean": (2 + 4 + 1 + 3 + 5) / 5,
+        "length/by_pass_rate/q4": (2 + 4 + 1 + 3 + 5) / 5,
         "critic/advantages/min": -1.0,
         # Within groups of judged ones: advantages ±1 at −1, +1 tokens; others have no spread in A.
         "length/advantage_corr": -2 / math.sqrt(2 * (2 + 8)),
@@ -52,6 +55,16 @@ def test_metrics_of_rewards_are_over_judged_responses_and_compared_groups():
     }
     assert {name: got[name] for name in expected} == pytest.approx(expected)
     assert all(declared(name) for name in got)
+    assert all(math.isnan(got[f"length/by_pass_rate/q{q}"]) for q in (1, 2, 3))
+
+
+def test_lengths_by_pass_rate_are_of_the_groups_that_have_it():
+    """One, two, three and four right of four, and none."""
+    groups = [_group(n, [1] * n + [0] * (4 - n), [n, n, n, n + 4]) for n in range(5)]
+    got = _metrics(groups)
+    assert [got[f"length/by_pass_rate/q{q}"] for q in (1, 2, 3, 4)] == [2.0, 3.0, 4.0, 5.0]
+    assert got["length/solved_mean"] == 5.0
+    assert {declared(f"length/by_pass_rate/q{q}").unit for q in (1, 2, 3, 4)} == {"tokens"}
 
 
 def test_a_verifier_that_always_pays_one_or_fails_shows_a_reward_of_one():

@@ -1,5 +1,7 @@
 """Length statistics against computations by hand."""
 
+import fractions
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,27 @@ def test_accuracy_by_length_third_ignores_row_order_under_ties():
     first = coupling.accuracy_by_length_third(lengths, np.array([True, False, False]), groups)
     last = coupling.accuracy_by_length_third(lengths, np.array([False, False, True]), groups)
     np.testing.assert_allclose(first, last)
+
+
+def test_length_by_pass_rate_against_its_transcription():
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        sizes = rng.integers(1, 9, 12)
+        groups = rng.permutation(np.repeat(np.arange(12) * 7, sizes))
+        lengths = rng.integers(1, 100, len(groups))
+        correct = rng.random(len(groups)) < rng.choice([0.0, 0.2, 0.5, 1.0], 84)[groups]
+        found = {q: [] for q in range(5)}
+        for group in np.unique(groups):
+            own = groups == group
+            rate = fractions.Fraction(int(correct[own].sum()), int(own.sum()))
+            if rate == 1:
+                found[0].extend(lengths[own])
+            for q in range(1, 5):
+                if fractions.Fraction(q - 1, 4) < rate <= fractions.Fraction(q, 4):
+                    found[q].extend(lengths[own])
+        solved, quartiles = coupling.length_by_pass_rate(lengths, correct, groups)
+        expected = [np.mean(found[q]) if found[q] else np.nan for q in range(5)]
+        np.testing.assert_allclose([solved, *quartiles], expected)
 
 
 def test_repetition_and_compression():

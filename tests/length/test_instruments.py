@@ -119,15 +119,18 @@ def test_every_step_reports_degeneration_and_clipped_shares_by_bin(finished):
     rows = _rows(finished)
     for row in rows:
         assert {f"actor/clipfrac/{s}/bin_{k}" for s in ("pos", "neg") for k in BINS} <= set(row)
-    names = [f"length/degeneration/{name}" for name in ("growth", "accuracy_gain", "flag")]
-    assert [rows[0][name] for name in names] == [0, 0, 0]  # no step before it
+        assert 0 <= row["actor/clip_lre"] < 2
+    parts = ("growth", "accuracy_gain", "flag", "collapse")
+    names = [f"length/degeneration/{name}" for name in parts]
+    assert [rows[0][name] for name in names] == [0, 0, 0, 0]  # no step before it
     mean = [row["response_length/mean"] for row in rows]
     right = [row["reward/part/gsm8k"] for row in rows]
     for step in range(1, 4):
-        growth, gain, flag = (rows[step][name] for name in names)
+        growth, gain, flag, collapse = (rows[step][name] for name in names)
         assert growth == pytest.approx(mean[step] / mean[step - 1] - 1)
         assert gain == pytest.approx(right[step] - right[step - 1])
         assert flag == (growth > 0 and gain < 0.01)
+        assert collapse == (growth < -0.1 and gain < 0.01)
 
 
 def test_alpha_moves_after_a_measurement_and_within_its_rate(finished):
@@ -235,10 +238,10 @@ def _group(right, lengths, judged=None):
 
 def _observe(settings, objective, state, group):
     metrics = StepMetrics()
-    state, flagged = instruments.observe(
+    state, direction = instruments.observe(
         state, settings, objective, group.responses, "right", metrics
     )
-    return state, flagged, metrics.result()
+    return state, direction, metrics.result()
 
 
 def test_responses_without_a_verdict_are_not_observed():
@@ -247,44 +250,62 @@ def test_responses_without_a_verdict_are_not_observed():
     state, *_ = _observe(*known, LengthState(), _group([1, 0, 1, 0], [2, 4, 90, 6], judged))
     assert state.history == ((4.0, 1 / 3),)
     assert state.length == 4.0
-    again, flagged, values = _observe(*known, state, _group([1, 1], [9, 9], [False, False]))
+    again, direction, values = _observe(*known, state, _group([1, 1], [9, 9], [False, False]))
     assert again == state
-    assert not flagged
+    assert direction == 0
     assert values["length/degeneration/flag"] == 0
     assert "length/scale_alpha" not in values  # no adaptive scale
 
 
-def test_alpha_goes_down_while_flagged():
+def test_alpha_goes_down_while_length_grows_unpaid():
     objective = preset("luspo", length_scale="adaptive", reference_length=4.0)
     known = LengthSettings(window=1, mitigation="scale", alpha_rate=0.1), objective
-    state, flagged, values = _observe(*known, LengthState(), _group([1, 0], [2, 4]))
-    assert (flagged, values["length/scale_alpha"]) == (False, 1.0)
-    state, flagged, values = _observe(*known, state, _group([1, 0], [4, 8]))
-    assert (flagged, values["length/degeneration/flag"]) == (True, 1.0)
+    state, direction, values = _observe(*known, LengthState(), _group([1, 0], [2, 4]))
+    assert (direction, values["length/scale_alpha"]) == (0, 1.0)
+    state, direction, values = _observe(*known, state, _group([1, 0], [4, 8]))
+    assert (direction, values["length/degeneration/flag"]) == (1, 1.0)
+    assert values["length/degeneration/collapse"] == 0.0
     assert values["length/scale_alpha"] == pytest.approx(0.9)
-    _, flagged, values = _observe(*known, state, _group([1, 1], [8, 9]))  # better for it
-    assert not flagged
+    _, direction, values = _observe(*known, state, _group([1, 1], [8, 9]))  # better for it
+    assert direction == 0
     assert values["length/scale_alpha"] == pytest.approx(0.9)
 
 
-def _advantages(settings, rollouts, *, flagged):
-    penalty_B = instruments.penalty(settings, rollouts.lengths_B, 10, flagged=flagged)
+def test_alpha_goes_up_while_length_collapses():
+    objective = preset("luspo", length_scale="adaptive", reference_length=4.0)
+    known = LengthSettings(window=1, mitigation="scale", alpha_rate=0.1), objective
+    state, *_ = _observe(*known, LengthState(), _group([1, 0], [4, 8]))
+    state, direction, values = _observe(*known, state, _group([1, 0], [2, 4]))
+    assert (direction, values["length/degeneration/collapse"]) == (-1, 1.0)
+    assert values["length/degeneration/flag"] == 0.0
+    assert values["length/scale_alpha"] == pytest.approx(1.1)
+    _, direction, values = _observe(*known, state, _group([1, 1], [1, 2]))  # shorter and better
+    assert (direction, values["length/degeneration/collapse"]) == (0, 0.0)
+    assert values["length/scale_alpha"] == pytest.approx(1.1)
+
+
+def _advantages(settings, rollouts, *, direction):
+    penalty_B = instruments.penalty(settings, rollouts.lengths_B, 10, direction=direction)
     # A = R − mean, so that the penalty can be read off.
     return stages.with_advantages(rollouts, preset("dr_grpo"), 12, penalty_B).advantages_B
 
 
-def test_the_penalty_takes_from_long_responses_while_flagged():
+def test_the_penalty_takes_from_long_responses_and_gives_while_length_collapses():
     """Of two right responses the longer loses more; unflagged or without it, nothing changes."""
     rollouts = Rollouts([_group([1, 1, 0, 0], [2, 10, 2, 10])], VERSION)
     settings = LengthSettings(mitigation="penalty", penalty=0.2)
-    plain = _advantages(settings, rollouts, flagged=False)
+    plain = _advantages(settings, rollouts, direction=0)
     np.testing.assert_allclose(plain, [0.5, 0.5, -0.5, -0.5])
-    shorter = _advantages(settings, rollouts, flagged=True)
+    shorter = _advantages(settings, rollouts, direction=1)
     # 0.2 · L / 10 is taken: 0.04 and 0.2, their mean 0.12 comes back.
     np.testing.assert_allclose(shorter - plain, [0.08, -0.08, 0.08, -0.08], atol=1e-6)
+    longer = _advantages(settings, rollouts, direction=-1)
+    np.testing.assert_allclose(longer - plain, [-0.08, 0.08, -0.08, 0.08], atol=1e-6)
     for mitigation in ("none", "scale"):
         other = LengthSettings(mitigation=mitigation, penalty=0.2)
-        np.testing.assert_array_equal(_advantages(other, rollouts, flagged=True), plain)
+        for direction in (1, -1):
+            got = _advantages(other, rollouts, direction=direction)
+            np.testing.assert_array_equal(got, plain)
 
 
 def test_steps_without_a_sample_or_not_due_measure_nothing():

@@ -36,6 +36,8 @@ BAD = [
     ("smoothing", {"smoothing": -0.1}),
     ("window", {"window": 0}),
     ("growth", {"growth": -0.1}),
+    ("fall", {"fall": -0.1}),
+    ("fall", {"fall": 1.1}),
     ("mitigation", {"mitigation": "hope"}),
     ("penalty", {"penalty": -0.1}),
     ("penalty", {"mitigation": "penalty", "penalty": 0.0}),

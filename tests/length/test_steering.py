@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from luspo_jax.length import steering
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.length.steering import LengthState
+from luspo_jax.length.steering import Degeneration, LengthState
 
 BAND = LengthSettings(
     steer="band", target_low=20.0, target_high=30.0, alpha_low=0.2, alpha_high=1.4, alpha_rate=0.1
@@ -22,8 +23,8 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 any_float = st.floats()
 
 
-def _steered(state, settings=BAND, *, start=1.0, flagged=False):
-    return steering.steered(state, settings, start=start, flagged=flagged)
+def _steered(state, settings=BAND, *, start=1.0, direction=0):
+    return steering.steered(state, settings, start=start, direction=direction)
 
 
 @st.composite
@@ -48,16 +49,18 @@ def settings_and_start(draw):
 
 @given(
     settings_and_start(),
-    st.lists(st.tuples(any_float, any_float, any_float, any_float, st.booleans()), max_size=20),
+    st.lists(
+        st.tuples(any_float, any_float, any_float, any_float, st.integers(-1, 1)), max_size=20
+    ),
 )
 def test_alpha_stays_inside_its_bounds_and_below_its_rate(chosen, steps):
     """Whatever is observed and measured, NaN and infinities included."""
     settings, start = chosen
     state = LengthState()
-    for length, accuracy, pressure, slope, flagged in steps:
+    for length, accuracy, pressure, slope, direction in steps:
         state = steering.observed(state, settings, mean_length=length, accuracy=accuracy)
         before = state.alpha_shift
-        state = _steered(state, settings, start=start, flagged=flagged)
+        state = _steered(state, settings, start=start, direction=direction)
         assert abs(state.alpha_shift - before) <= settings.alpha_rate + CLOSE
         alpha = start + state.alpha_shift
         assert settings.alpha_low - CLOSE <= alpha <= settings.alpha_high + CLOSE
@@ -186,7 +189,7 @@ def test_a_measurement_that_is_not_finite_changes_nothing():
 
 # --- degeneration ------------------------------------------------------------------------------
 
-WINDOW = LengthSettings(window=3, growth=0.1, gain=0.02)
+WINDOW = LengthSettings(window=3, growth=0.1, fall=0.2, gain=0.02)
 
 
 def _after(steps, settings=WINDOW):
@@ -217,8 +220,48 @@ def test_nothing_is_flagged_before_both_windows_are_full():
     steps = [(10.0 * 2**k, 0.5) for k in range(6)]
     for known in range(6):
         found = steering.degeneration(_after(steps[:known]), WINDOW)
-        assert (found.growth, found.gain, found.flagged) == (0.0, 0.0, False)
+        assert found == Degeneration(0.0, 0.0, False, False)
+        assert found.direction == 0
     assert steering.degeneration(_after(steps), WINDOW).flagged
+
+
+@pytest.mark.parametrize(
+    ("later", "collapsed"),
+    [
+        ((7.0, 0.5), True),  # accuracy stalls
+        ((7.0, 0.4), True),
+        ((7.0, 0.51), True),  # gains less than the setting
+        ((7.0, 0.6), False),  # a plain improvement: shorter and better
+        ((8.5, 0.3), False),  # a fall within the setting
+        ((12.0, 0.3), False),
+        ((0.0, 0.0), True),
+    ],
+)
+def test_collapse_is_a_fall_of_length_without_gain(later, collapsed):
+    found = steering.degeneration(_after([(10.0, 0.5)] * 3 + [later] * 3), WINDOW)
+    assert found.collapsed == collapsed
+    assert found.direction == (-1 if collapsed else int(later[0] > 11))
+    assert found.growth == pytest.approx(later[0] / 10 - 1)
+    whole = dataclasses.replace(WINDOW, fall=1.0)
+    assert not steering.degeneration(_after([(10.0, 0.5)] * 3 + [later] * 3), whole).collapsed
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 100), st.floats(0, 1)), min_size=6, max_size=9),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(-0.5, 0.5),
+)
+def test_degeneration_is_its_numpy_transcription(steps, growth, fall, gain):
+    settings = LengthSettings(window=3, growth=growth, fall=fall, gain=gain)
+    found = steering.degeneration(_after(steps, settings), settings)
+    before, last = np.reshape(steps[-6:], (2, 3, 2)).mean(axis=1)
+    change, better = last[0] / before[0] - 1, last[1] - before[1]
+    near = 1e-9  # of a limit: either side is right
+    if min(abs(change - growth), abs(change + fall), abs(better - gain)) > near:
+        expected = int(better < gain) * (int(change > growth) - int(change < -fall))
+        assert found.direction == expected
+    assert (found.growth, found.gain) == pytest.approx((change, better), abs=1e-9)
 
 
 def test_degeneration_compares_the_last_two_windows_only():
@@ -243,14 +286,29 @@ def test_mitigation_by_scale_lowers_alpha_whatever_steers(steer):
     settings = dataclasses.replace(BAND, steer=steer, every=1, mitigation="scale")
     # Band and pressure both ask for a larger α.
     state = LengthState(length=5.0, pressure=-1.0, slope=1.0, measured_shift=0.0)
-    moved = _steered(state, settings, flagged=True).alpha_shift
+    moved = _steered(state, settings, direction=1).alpha_shift
     assert moved == pytest.approx(-settings.alpha_rate)
-    assert _steered(state, settings, flagged=False).alpha_shift >= 0
+    assert _steered(state, settings, direction=0).alpha_shift >= 0
     other = dataclasses.replace(settings, mitigation="penalty")
-    assert _steered(state, other, flagged=True) == _steered(state, other, flagged=False)
+    assert _steered(state, other, direction=1) == _steered(state, other, direction=0)
     for _ in range(20):
-        state = _steered(state, settings, flagged=True)
+        state = _steered(state, settings, direction=1)
     assert 1.0 + state.alpha_shift == pytest.approx(settings.alpha_low)
+
+
+@pytest.mark.parametrize("steer", ["none", "band", "pressure"])
+def test_mitigation_by_scale_raises_alpha_while_length_collapses(steer):
+    settings = dataclasses.replace(BAND, steer=steer, every=1, mitigation="scale")
+    # Band and pressure both ask for a smaller α.
+    state = LengthState(length=1000.0, pressure=1.0, slope=1.0, measured_shift=0.0)
+    assert _steered(state, settings, direction=0).alpha_shift <= 0
+    moved = _steered(state, settings, direction=-1).alpha_shift
+    assert moved == pytest.approx(settings.alpha_rate)
+    other = dataclasses.replace(settings, mitigation="penalty")
+    assert _steered(state, other, direction=-1) == _steered(state, other, direction=0)
+    for _ in range(20):
+        state = _steered(state, settings, direction=-1)
+    assert 1.0 + state.alpha_shift == pytest.approx(settings.alpha_high)
 
 
 # --- memory ------------------------------------------------------------------------------------

@@ -51,6 +51,17 @@ def test_a_section_by_itself_names_the_field(make, message):
         make()
 
 
+@pytest.mark.parametrize("text", ["long", "8,4", "0", "9999999"])
+def test_budgets_lie_within_the_longest_response(text):
+    config = quickstart.get_config()
+    config.eval.budgets = text
+    longest = config.rollout.max_response_length
+    with pytest.raises(ConfigError, match=rf'eval\.budgets="{text}" must be "auto".*\({longest}\)'):
+        checks.check(config)
+    config.eval.budgets = "auto"
+    assert checks.check(config).eval.budgets == "auto"
+
+
 def test_settings_of_a_configuration_name_the_problems_of_all_sections():
     config = quickstart.get_config()
     config.seed, config.train.pack_length, config.length.window = -1, 9, 0
