@@ -11,13 +11,20 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from luspo_jax.length.pressure import Half, Logprobs, Pressure, coefficients, of_half
+from luspo_jax.length.pressure import (
+    Candidate,
+    Half,
+    Logprobs,
+    Pressure,
+    coefficients,
+    of_half,
+)
 from luspo_jax.objectives import Objective
 
 STOP = 0
@@ -64,6 +71,25 @@ class World:
     def lengths_B(self) -> np.ndarray:
         """Returns the tokens of each response, STOP included."""
         return np.asarray(self.rows.mask_BT).sum(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What objectives read of responses besides lengths and rewards.
+
+    Attributes:
+      other_rewards: name → function of the rows of a half-batch [prompts · half_size], group by
+        group, that gives their rewards: those of a group depend on who is in it.
+      collision_BT: Σ_v π_v² at each token of every response; None if nothing reads it.
+    """
+
+    other_rewards: Mapping[str, Callable[[jax.Array], jax.Array]] = dataclasses.field(
+        default_factory=dict
+    )
+    collision_BT: jax.Array | None = None
+
+
+NOTHING = Known()
 
 
 def world(*, vocab_size: int = 3, max_length: int = 5, num_prompts: int = 1) -> World:
@@ -113,16 +139,18 @@ def expected_pressure(
     here: World,
     rewards_B: jax.Array,
     *,
-    objectives: Sequence[tuple[str, Objective]],
+    objectives: Sequence[tuple],
     half_size: int = 2,
     bin_edges: tuple[int, ...] = (),
+    known: Known = NOTHING,
 ) -> dict[str, Pressure]:
     """Returns exact dE[L]/dη and dE[R]/dη along the expected gradient of each objective.
 
         dE[x]/dη = −⟨E[∇loss], ∇E[x]⟩, all ratios 1.
 
     This is the value that `pressure.cross_fitted` estimates, with advantages computed within
-    half-groups of `half_size`. `mass` and `gradient_share` are their means over half-batches.
+    half-groups of `half_size`; `objectives` are as there. `mass` and `gradient_share` are their
+    means over half-batches.
     """
     length_BT, reward_BT = (
         _along(compute, params, here, jax.grad(lambda p, x=x: mean(compute, p, here, x))(params))
@@ -131,17 +159,16 @@ def expected_pressure(
     index_CB, weight_C = half_batches(probabilities(compute, params, here), here, half_size)
     logprobs_BT = compute(params, here.rows)
 
-    def of_one(objective, index_B):
-        half, at_BT = _half(here, rewards_B, index_B, half_size), logprobs_BT[index_B]
-        slope_BT, advantages_B = coefficients(objective, half, at_BT, at_BT)
+    def of_one(objective, reward, index_B):
+        half, at_BT = _half(here, rewards_B, index_B, half_size, known), logprobs_BT[index_B]
+        slope_BT, advantages_BU = coefficients(objective, half, at_BT, at_BT, reward=reward)
         deltas = length_BT[index_B], reward_BT[index_B]
-        return of_half(half, slope_BT, advantages_B, *deltas, bin_edges)
+        return of_half(half, slope_BT, advantages_BU, *deltas, bin_edges)
 
     found = {}
-    for name, objective in objectives:
-        each = jax.lax.map(
-            functools.partial(of_one, objective), jnp.asarray(index_CB), batch_size=256
-        )
+    for candidate in objectives:
+        name, *what = Candidate(*candidate)
+        each = jax.lax.map(functools.partial(of_one, *what), jnp.asarray(index_CB), batch_size=256)
         found[name] = jax.tree.map(lambda x: jnp.tensordot(weight_C, x, 1), each)
     return found
 
@@ -165,7 +192,8 @@ def expected_gradient(
 
     def of_one(index_B):
         at_BT = logprobs_BT[index_B]
-        return coefficients(objective, _half(here, rewards_B, index_B, half_size), at_BT, at_BT)[0]
+        half = _half(here, rewards_B, index_B, half_size, NOTHING)
+        return coefficients(objective, half, at_BT, at_BT)[0]
 
     slope_CBT = jax.lax.map(of_one, jnp.asarray(index_CB), batch_size=256)
     total_BT = jnp.zeros_like(logprobs_BT).at[index_CB].add(weight_C[:, None, None] * slope_CBT)
@@ -192,19 +220,31 @@ def half_batches(
 
 
 def draw(
-    key: jax.Array, probabilities_B: jax.Array, here: World, rewards_B: jax.Array, half_size: int
+    key: jax.Array,
+    probabilities_B: jax.Array,
+    here: World,
+    rewards_B: jax.Array,
+    half_size: int,
+    known: Known = NOTHING,
 ) -> tuple[Half, Half]:
     """Samples both halves of one batch from the policy."""
     by_prompt = jnp.log(probabilities_B).reshape(here.num_prompts, -1)
     drawn = jax.random.categorical(key, by_prompt, shape=(2, half_size, here.num_prompts))
     index = drawn + (jnp.arange(here.num_prompts) * here.num_responses)[None, None]
-    return tuple(_half(here, rewards_B, index[side].T.reshape(-1), half_size) for side in range(2))
+    sides = (index[side].T.reshape(-1) for side in range(2))
+    return tuple(_half(here, rewards_B, side, half_size, known) for side in sides)
 
 
-def _half(here, rewards_B, index_B, half_size):
+def _half(here, rewards_B, index_B, half_size, known):
     rows = jax.tree.map(lambda x: jnp.asarray(x)[index_B], here.rows)
-    group_ids_B = jnp.repeat(jnp.arange(here.num_prompts), half_size)
-    return Half(rows, rows.mask_BT, rewards_B[index_B], group_ids_B)
+    return Half(
+        rows,
+        rows.mask_BT,
+        rewards_B[index_B],
+        jnp.repeat(jnp.arange(here.num_prompts), half_size),
+        other_rewards={name: f(index_B) for name, f in known.other_rewards.items()},
+        collision_BT=None if known.collision_BT is None else known.collision_BT[index_B],
+    )
 
 
 def _along(compute, params, here, direction):

@@ -21,7 +21,7 @@ responses, so it splits by length and by the sign of the advantage.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,20 @@ from luspo_jax.objectives.groups import group_mean, group_sum
 
 # (params, rows) → logprobs_BT of the response tokens
 Logprobs = Callable[[Any, Any], jax.Array]
+
+
+class Candidate(NamedTuple):
+    """An objective whose pressure is measured.
+
+    Attributes:
+      name: of the measurement.
+      objective: the objective.
+      reward: key of `Half.other_rewards`, for other rewards than the run's; empty for those.
+    """
+
+    name: str
+    objective: Objective
+    reward: str = ""
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +63,11 @@ class Half:
         in the gradients of mean length and reward.
       end_logprobs_BT: log-probs of the policy at the end of the step; if given, every objective is
         also measured with the ratios of the step's last updates, so that clipping shows.
+      other_rewards: name → rewards [B] in place of `rewards_B`. A reward that compares responses
+        must compare those of this half alone, or the halves are not independent.
+      parts: of the rewards; for the advantage "gdpo".
+      collision_BT: Σ_v π_v² of the policy that sampled; for the advantage "otb".
+      segment_starts_BT: bool, for the ratio "segment".
     """
 
     rows: Any
@@ -57,6 +76,10 @@ class Half:
     group_ids_B: jax.Array
     trained_B: jax.Array | None = None
     end_logprobs_BT: jax.Array | None = None
+    other_rewards: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    parts: objectives.RewardParts | None = None
+    collision_BT: jax.Array | None = None
+    segment_starts_BT: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +90,8 @@ class Pressure:
     Attributes:
       length: change of the mean response length, tokens.
       reward: change of the mean reward.
-      length_pos: the part of `length` from responses with A > 0.
-      length_neg: the part from responses with A < 0.
+      length_pos: the part of `length` from responses (tokens) with A > 0.
+      length_neg: the part from responses (tokens) with A < 0.
       length_bins: the part from each length bin [bins].
       gradient_share: each length bin's share of Σ|∂loss/∂log π_it| [bins].
       mass: Σ|∂loss/∂log π_it|; `length / mass` does not change with the size of the loss.
@@ -109,7 +132,7 @@ def cross_fitted(
     half_a: Half,
     half_b: Half,
     *,
-    objectives: Sequence[tuple[str, Objective]],
+    objectives: Sequence[tuple],
     bin_edges: tuple[int, ...] = (),
     num_parts: int = 1,
     alpha_shift: jax.Array | float = 0.0,
@@ -123,7 +146,7 @@ def cross_fitted(
       params: the policy that sampled.
       half_a: half of each group.
       half_b: the other half, of equal size.
-      objectives: (name, objective) pairs.
+      objectives: `Candidate`s, or (name, objective) pairs.
       bin_edges: ascending lengths in tokens; bin k holds lengths above edge k−1 up to edge k.
       num_parts: pieces of a half, computed one after another to bound memory.
       alpha_shift: for objectives whose length scale is adaptive.
@@ -139,15 +162,16 @@ def cross_fitted(
     ):
         delta = _along(compute, params, direction, half, num_parts)
         found = {}
-        for name, objective in objectives:
+        for candidate in objectives:
+            name, objective, reward = Candidate(*candidate)
             ends = {name: logprobs_BT}
             if half.end_logprobs_BT is not None:
                 ends[f"{name}/end"] = half.end_logprobs_BT
             for label, at_BT in ends.items():
-                slope_BT, advantages_B = coefficients(
-                    objective, half, at_BT, logprobs_BT, alpha_shift
+                slope_BT, advantages_BU = coefficients(
+                    objective, half, at_BT, logprobs_BT, alpha_shift, reward=reward
                 )
-                found[label] = of_half(half, slope_BT, advantages_B, *delta, bin_edges)
+                found[label] = of_half(half, slope_BT, advantages_BU, *delta, bin_edges)
         results.append(found)
     return jax.tree.map(lambda a, b: (a + b) / 2, *results)
 
@@ -185,11 +209,13 @@ def coefficients(
     logprobs_BT: jax.Array,
     old_logprobs_BT: jax.Array,
     alpha_shift: jax.Array | float = 0.0,
+    *,
+    reward: str = "",
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (∂loss/∂log π_it [B, T] at `logprobs_BT`, advantages_B) of an objective.
+    """Returns (∂loss/∂log π_it [B, T] at `logprobs_BT`, advantages) of an objective.
 
-    Advantages, length scales and denominators are computed on these rows alone; only the policy
-    term counts.
+    Advantages ([B, 1], or [B, T] of tokens), length scales and denominators are computed on these
+    rows alone; only the policy term counts. `reward` is a key of `half.other_rewards`.
     """
     policy = dataclasses.replace(
         objective,
@@ -202,7 +228,18 @@ def coefficients(
     )
     mask_BT = half.response_mask_BT
     lengths_B = jnp.sum(mask_BT, axis=1, dtype=jnp.int32)
-    advantages_B = objectives.advantages(policy, half.rewards_B, half.group_ids_B, lengths_B)
+    tokens = None
+    if policy.token_advantages:
+        tokens = objectives.TokenStatistics(mask_BT, old_logprobs_BT, half.collision_BT)
+    advantages = objectives.advantages(
+        policy,
+        half.other_rewards[reward] if reward else half.rewards_B,
+        half.group_ids_B,
+        lengths_B,
+        parts=half.parts,
+        tokens=tokens,
+    )
+    advantages_BU = advantages if policy.token_advantages else advantages[:, None]
     if half.trained_B is not None:
         mask_BT = mask_BT & half.trained_B[:, None]
         lengths_B = jnp.where(half.trained_B, lengths_B, 0)
@@ -213,37 +250,40 @@ def coefficients(
         batch = objectives.PolicyBatch(
             logprobs_BT=logprobs_BT,
             old_logprobs_BT=old_logprobs_BT,
-            advantages_B=advantages_B,
+            advantages_B=advantages_BU[:, 0],
             response_mask_BT=mask_BT,
             length_scale_B=scale_B,
+            token_advantages_BT=advantages_BU if policy.token_advantages else None,
+            segment_starts_BT=half.segment_starts_BT,
         )
         return objectives.loss(policy, batch, denominators)[0]
 
-    return jax.grad(loss)(logprobs_BT), advantages_B
+    return jax.grad(loss)(logprobs_BT), advantages_BU
 
 
 def of_half(
     half: Half,
     coefficient_BT: jax.Array,
-    advantages_B: jax.Array,
+    advantages_BU: jax.Array,
     length_delta_BT: jax.Array,
     reward_delta_BT: jax.Array,
     bin_edges: tuple[int, ...] = (),
 ) -> Pressure:
     """Returns −Σ_it (∂loss/∂log π_it) · δ_it of a half, total and split; δ along ∇E[L], ∇E[R]."""
     mask_BT = half.response_mask_BT
-    length_B, reward_B = (
-        -jnp.where(mask_BT, coefficient_BT * delta_BT, 0).sum(axis=1)
+    length_BT, reward_BT = (
+        -jnp.where(mask_BT, coefficient_BT * delta_BT, 0)
         for delta_BT in (length_delta_BT, reward_delta_BT)
     )
+    length_B = length_BT.sum(axis=1)
     weight_B = jnp.where(mask_BT, jnp.abs(coefficient_BT), 0).sum(axis=1)
     in_bin_BK = objectives.in_length_bin(mask_BT.sum(axis=1), bin_edges)
     mass = weight_B.sum()
     return Pressure(
         length=length_B.sum(),
-        reward=reward_B.sum(),
-        length_pos=jnp.where(advantages_B > 0, length_B, 0).sum(),
-        length_neg=jnp.where(advantages_B < 0, length_B, 0).sum(),
+        reward=reward_BT.sum(),
+        length_pos=jnp.where(advantages_BU > 0, length_BT, 0).sum(),
+        length_neg=jnp.where(advantages_BU < 0, length_BT, 0).sum(),
         length_bins=jnp.where(in_bin_BK, length_B[:, None], 0).sum(axis=0),
         gradient_share=jnp.where(in_bin_BK, weight_B[:, None], 0).sum(axis=0)
         / jnp.where(mass > 0, mass, 1),

@@ -197,6 +197,57 @@ def test_larger_halves(x64):
     assert max(np.abs(x).max() for x in jax.tree.leaves(z)) < 3.5
 
 
+# One of each kind of control: an objective, a shaping, a baseline of tokens, a reward of the group.
+CONTROLS = (
+    *((name, objectives.preset(name)) for name in ("lambda_grpo", "soft_sequence", "qglas", "otb")),
+    ("luspo+intern-s2", objectives.preset("luspo", advantage_shaping="intern-s2")),
+    ("luspo+kimi", objectives.preset("luspo"), "kimi"),
+)
+
+
+def _kimi_of_triples(lengths_B, rewards_B):
+    """Kimi k1.5's reward of the responses of every triple [B, B, B, 3], beside their own."""
+    triples = np.stack(np.meshgrid(*[np.arange(len(lengths_B))] * 3, indexing="ij"), axis=-1)
+    length, right = lengths_B[triples], rewards_B[triples]
+    span = np.ptp(length, axis=-1, keepdims=True)
+    low = length.min(axis=-1, keepdims=True)
+    value = 0.5 - (length - low) / np.maximum(span, 1)
+    value = np.where(span == 0, 0, np.where(right > 0.5, value, np.minimum(0, value)))
+    return jnp.asarray(right + value)
+
+
+def test_pressure_of_every_kind_of_control_is_unbiased(x64):
+    """Halves of three: among two there is one that is better, and nothing to shape."""
+    here, logits_SV, rewards_B = _world(max_length=3, seed=3)
+    table = _kimi_of_triples(here.lengths_B, np.asarray(rewards_B))
+    squares_S = jnp.exp(2 * jax.nn.log_softmax(logits_SV)).sum(axis=1)
+    known = enumeration.Known(
+        other_rewards={"kimi": lambda index_B: table[tuple(index_B)]},
+        collision_BT=squares_S[here.rows.states_BT],
+    )
+    plain = [(name, objectives.preset(name)) for name in ("grpo", "luspo")]
+    exact = enumeration.expected_pressure(
+        score, logits_SV, here, rewards_B, objectives=(*CONTROLS, *plain), half_size=3, known=known
+    )
+    p_B = enumeration.probabilities(score, logits_SV, here)
+
+    def one(key):
+        halves = enumeration.draw(key, p_B, here, rewards_B, 3, known)
+        return pressure.cross_fitted(score, logits_SV, *halves, objectives=CONTROLS)
+
+    keys = jax.random.split(jax.random.key(11), NUM_BATCHES)
+    estimates = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=500))(keys)
+    z = _z(estimates, {name: exact[name] for name in estimates})
+    assert max(np.abs(x).max() for x in jax.tree.leaves(z)) < 3.5
+    # What it says: where right answers are longer, QGLAS raises some that are short among the
+    # right ones and long among all, so it need not shorten; the other two do here.
+    assert exact["qglas"].length > exact["grpo"].length
+    assert exact["luspo+intern-s2"].length < exact["luspo"].length
+    assert exact["luspo+kimi"].length < exact["luspo"].length
+    assert exact["lambda_grpo"].length != pytest.approx(exact["grpo"].length)
+    np.testing.assert_allclose(exact["soft_sequence"].length, exact["grpo"].length)  # at ratio 1
+
+
 # A policy of one parameter: it stops with the same chance p at every token. ∂log π(y)/∂θ is then
 # S = 1[stopped] − p·L with p = sigmoid(θ), so that everything about it is a covariance.
 
