@@ -207,6 +207,7 @@ _DECLARED = [
     Metric("length/incorrect_mean", "mean", "tokens", "mean length of responses judged wrong"),
     Metric("length/gradient_share/*", "mean", "", "a length bin's share of |coefficients|"),
     Metric("length/accuracy/*", "mean", "", "accuracy in a length bin"),
+    Metric("length/dual/*", "last", "", "dual variable of a group reward, as the step used it"),
     Metric("length/scale_alpha", "last", "", "exponent of the adaptive length scale"),
     Metric("response/repetition", "mean", "", "share of repeated n-grams"),
     Metric("response/compress_ratio", "mean", "", "plain over compressed size of the text"),

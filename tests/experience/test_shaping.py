@@ -86,7 +86,7 @@ def test_responses_without_a_verdict_do_not_make_a_group_informative():
 
 
 def test_overlong_filter_leaves_the_loss_but_not_the_statistics():
-    group = shaping.keeps(_group(0, MIXED, stopped=[True, False]), Shaping(overlong_filter=True))
+    group = shaping.keeps(_group(0, MIXED, stopped=[True, False]), 0, Shaping(overlong_filter=True))
     np.testing.assert_array_equal(_trained(group), [True, False])
     np.testing.assert_array_equal(group.counted, [True, True])
 
@@ -97,14 +97,14 @@ def test_overlong_filter_leaves_the_loss_but_not_the_statistics():
 )
 def test_gfpo_keeps_k_of_each_group(by, expected):
     group = _group(0, [0, 1, 1, 0], lengths=[2, 9, 4, 8])
-    kept = shaping.keeps(group, Shaping(gfpo_keep=2, gfpo_by=by))
+    kept = shaping.keeps(group, 2, Shaping(gfpo_keep=2, gfpo_by=by))
     np.testing.assert_array_equal(_trained(kept), expected)
     np.testing.assert_array_equal(kept.counted, expected)
 
 
 def test_gfpo_prefers_responses_with_a_verdict():
     group = _group(0, [1, 0, 1], lengths=[1, 5, 9], judged=[False, True, True])
-    kept = shaping.keeps(group, Shaping(gfpo_keep=2))
+    kept = shaping.keeps(group, 2, Shaping(gfpo_keep=2))
     np.testing.assert_array_equal(_trained(kept), [False, True, True])
 
 
@@ -139,7 +139,7 @@ def test_a_filter_gives_no_token_gradient_that_had_none():
     """Tokens that were not trained on before a filter are not trained on behind it."""
     group = _group(0, MIXED)
     masks = [np.array([True, False, True]), np.array([False, True, True])]
-    kept = shaping.keeps(group.enriched(trained=masks), Shaping(gfpo_keep=2))
+    kept = shaping.keeps(group.enriched(trained=masks), 2, Shaping(gfpo_keep=2))
     for mask, before in zip(kept.column("trained"), masks, strict=True):
         np.testing.assert_array_equal(mask, before)
     with pytest.warns(UserWarning, match="only 0 of 1 groups"):
