@@ -93,7 +93,7 @@ class GroupScorer:
 
 
 def _scored(name, made, peers):
-    values = [float(value) for value in made.score(peers)]
+    values = [float(value) + 0.0 for value in made.score(peers)]  # no −0
     if len(values) != len(peers.samples):
         raise GroupRewardError(
             f"group reward {name!r} ({made.label}) gives {len(values)} numbers for "
@@ -101,5 +101,7 @@ def _scored(name, made, peers):
         )
     odd = [value for value in values if not math.isfinite(value)]
     if odd:
-        raise GroupRewardError(f"group reward {name!r} ({made.label}) gives {odd[0]}, not a number")
+        raise GroupRewardError(
+            f"group reward {name!r} ({made.label}) gives {odd[0]}, which is not finite"
+        )
     return values

@@ -71,7 +71,7 @@ def test_dual_variables_start_and_step_with_their_reward():
     ("body", "message"),
     [
         ("lengths[1:]", r"'mine' \(.*mine\.py:f@\w+\) gives 1 numbers for 2 judged responses"),
-        ("[1.0, float('nan')]", r"'mine' .* gives nan, not a number"),
+        ("[1.0, float('nan')]", r"'mine' .* gives nan, which is not finite"),
         ("['a', 1]", r"mine\.py:f' failed: ValueError"),
     ],
 )
