@@ -182,6 +182,7 @@ _DECLARED = [
     Metric("rollout/generated_tokens", "sum", "tokens", "tokens sampled"),
     Metric("rollout/slot_utilisation", "mean", "", "share of decoded rows that made a token"),
     Metric("shaping/sampled_reward", "mean", "", "mean judged reward before any group is left out"),
+    Metric("shaping/tokens_cut", "sum", "tokens", "tokens cut off outliers of groups all right"),
     Metric("shaping/*", "sum", "", "rounds, groups or responses of the step's data shaping"),
     Metric("packing/padding", "mean", "", "share of the computed tokens that is padding"),
     Metric("packing/microbatches", "mean", "", "micro-batches of an optimizer step"),
