@@ -120,8 +120,8 @@ def _ascii(sign: str) -> str:
 # By name, because importing their modules would import jax before flags are read.
 _FORESEEN = (
     "AgreementError", "BenchmarkError", "CheckpointError", "ClusterError", "ConfigError",
-    "DataError", "MeshError", "MetricsError", "MismatchError", "PlaceError", "TooManyFailures",
-    "UsageError", "WeightsError", "WorkdirError",
+    "DataError", "GroupRewardError", "MeshError", "MetricsError", "MismatchError", "PlaceError",
+    "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
 )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def description(run: Any) -> str:
     import jax
 
     from luspo_jax.models import decoder_weights
-    from luspo_jax.run import fields
+    from luspo_jax.run import fields, length_controls
     from luspo_jax.run.arithmetic import batch_arithmetic
     from luspo_jax.run.memory import memory_estimate
 
@@ -174,7 +174,8 @@ def description(run: Any) -> str:
         f"at data.max_prompt_length={run.config.data.max_prompt_length}), "
         f"{len(run.data.held_out):,} held out{_refused(run.data.refused)}; template "
         f"{run.data.template_hash}",
-        f"rewards   : {', '.join(run.scorer.labels.values())}",
+        f"rewards   : {', '.join((run.scorer.labels | run.group_scorer.labels).values())}",
+        *(f"note      : {line}" for line in length_controls.notices(run.settings)),
         f"batch     : {arithmetic}",
         *([f"in flight : {_pace(run)}"] if pace.overlap or run.apart else []),
         f"pages     : {pages - 1:,} of {sampler.page_tokens} tokens in "

@@ -1,5 +1,6 @@
 """Runs whose responses take several steps, or are sampled one step ahead: exact resume, ages."""
 
+import itertools
 import json
 import threading
 import types
@@ -11,8 +12,9 @@ from luspo_jax import train
 from luspo_jax.experience import ahead
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.metrics import read_metrics
-from luspo_jax.run import checks
+from luspo_jax.run import checks, fields
 from luspo_jax.run.build import roles
+from luspo_jax.run.checkpoint import Checkpointer
 from luspo_jax.sharding import MeshError
 from tests import test_train
 from tests.test_train import _assert_same_results, _results, _train, model_folder  # noqa: F401
@@ -65,6 +67,53 @@ def test_a_partial_run_resumes_bit_for_bit(partial, tmp_path, monkeypatch):
     assert all(row["shaping/trained_responses"] == 12 for row in rows)
     _cut_at(monkeypatch, partial, tmp_path / "cut", 3)
     _assert_same_results(_results(tmp_path / "cut"), _results(tmp_path / "straight"))
+
+
+def test_a_run_with_rewards_of_groups_resumes_bit_for_bit(partial, tmp_path, monkeypatch):
+    """With a dual variable, the shortest groups first, and outliers cut."""
+    partial.rollout.order = "shortest"
+    partial.shaping.dot, partial.shaping.dot_deviations, partial.shaping.dot_margin = True, 0.5, 1
+    group = {"reward.group.leash": 1.0, "reward.group.kimi": 0.5}
+    options = {"reward.group_options.leash.target": 5, "reward.group_options.leash.rate": 0.1}
+    fields.assign(partial, group | options)
+    _train(partial, tmp_path / "straight")
+    rows = _rows(tmp_path / "straight")
+    duals = [row["length/dual/leash"] for row in rows]
+    assert duals[0] == 0.2
+    assert len({*duals}) == 5
+    for row, following in itertools.pairwise(rows):
+        excess = row["response_length/mean"] / 5 - 1
+        expected = min(1.0, max(0.0, row["length/dual/leash"] + 0.1 * excess))
+        assert following["length/dual/leash"] == pytest.approx(expected, abs=1e-6)
+    for record in _records(tmp_path / "straight"):
+        parts = record["parts"]
+        own = sum(value for name, value in parts.items() if name not in ("leash", "kimi"))
+        expected = own + parts["leash"] + 0.5 * parts["kimi"]
+        assert record["reward"] == pytest.approx(expected, abs=1e-9)
+    assert any(row["reward/part/leash"] < 0 for row in rows)
+    told = json.loads((tmp_path / "straight" / "run.json").read_text())["scorers"]
+    assert told["group/leash"] == "leash@1"
+    _cut_at(monkeypatch, partial, tmp_path / "cut", 3)
+    _assert_same_results(_results(tmp_path / "cut"), _results(tmp_path / "straight"))
+
+
+def test_an_older_checkpoint_starts_dual_variables_anew(partial, tmp_path, monkeypatch):
+    partial.num_steps = 2
+    options = {"reward.group_options.leash.target": 5, "reward.group_options.leash.initial": 0.5}
+    fields.assign(partial, {"reward.group.leash": 1.0} | options)
+    _train(partial, tmp_path)
+    assert _rows(tmp_path)[-1]["length/dual/leash"] > 0.5
+    restore = Checkpointer.restore
+
+    def older(*args):
+        state, host, waiting = restore(*args)
+        assert host.pop("duals").keys() == {"leash"}
+        return state, host, waiting
+
+    monkeypatch.setattr(Checkpointer, "restore", older)
+    partial.num_steps = 3
+    _train(partial, tmp_path)
+    assert _rows(tmp_path)[-1]["length/dual/leash"] == 0.5
 
 
 def test_an_overlap_of_0_is_the_run_without(partial, tmp_path):

@@ -10,6 +10,7 @@ from luspo_jax.length.accounting import AccountState
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rewards import Sample, Scorer
 from luspo_jax.rewards.answers.extraction import with_opening
+from luspo_jax.rewards.group import GroupScorer
 from luspo_jax.rollout import Response
 
 
@@ -70,6 +71,7 @@ class Waiting:
       batch: the whole next batch, if it was sampled while this step trained.
       metrics: of sampling that batch, as `StepMetrics.values`.
       account: lengths sampled and trained on in the last steps.
+      duals: dual variables of group rewards, by name.
     """
 
     surplus: Sequence[Group] = ()
@@ -77,6 +79,7 @@ class Waiting:
     batch: Sequence[Group] = ()
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     account: AccountState = dataclasses.field(default_factory=AccountState)
+    duals: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def without_images(self) -> "Waiting":
         """Returns what waits without the images of its prompts, which are large."""
@@ -206,14 +209,7 @@ def judged(
     texts = [decode(response.tokens) for response in responses]
     rewards = scorer.score_batch(
         [
-            Sample(
-                response=with_opening(prompt.text, text),
-                answer=prompt.example.answer,
-                length=len(response.tokens),
-                max_length=max_length,
-                meta=prompt.example.meta,
-                problem=prompt.example.problem,
-            )
+            _sample(prompt, text, len(response.tokens), max_length)
             for prompt, response, text in zip(asked, responses, texts, strict=True)
         ]
     )
@@ -233,3 +229,36 @@ def judged(
         Group(prompt, known[index * size : (index + 1) * size])
         for index, prompt in enumerate(prompts)
     ]
+
+
+def _sample(prompt, text, length, max_length):
+    return Sample(
+        response=with_opening(prompt.text, text),
+        answer=prompt.example.answer,
+        length=length,
+        max_length=max_length,
+        meta=prompt.example.meta,
+        problem=prompt.example.problem,
+    )
+
+
+def compared(
+    group: Group, scorer: GroupScorer, *, max_length: int, duals: Mapping[str, float]
+) -> Group:
+    """Adds the rewards of the group to those of its judged responses.
+
+    Args:
+      group: from `judged`.
+      scorer: the rewards of a group.
+      max_length: the sampler's limit on response length, in tokens.
+      duals: dual variables of the rewards.
+    """
+    if not scorer:
+        return group
+    tokens, texts = group.column("tokens"), group.column("text")
+    samples = [
+        _sample(group.prompt, text, len(ids), max_length)
+        for text, ids in zip(texts, tokens, strict=True)
+    ]
+    ids = [each.tolist() for each in tokens]
+    return group.enriched(reward=scorer.add(samples, group.column("reward"), ids, duals))

@@ -10,13 +10,13 @@ restart.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from luspo_jax.experience import accounts, shaping
-from luspo_jax.experience.groups import Group, Rollouts, Waiting, judged
+from luspo_jax.experience import accounts, outliers, shaping
+from luspo_jax.experience.groups import Group, Rollouts, Waiting, compared, judged
 from luspo_jax.experience.shaping import Shaping
 from luspo_jax.hosts import processes
 from luspo_jax.hosts.roles import Roles
@@ -25,6 +25,7 @@ from luspo_jax.length.settings import LengthSettings
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.prompts import PromptStream
 from luspo_jax.rewards import Scorer
+from luspo_jax.rewards.group import GroupScorer
 from luspo_jax.rollout import Engine, Request, Response, RolloutStats
 
 
@@ -45,6 +46,8 @@ class Asker:
       overlap: prompts in flight beyond those of a round.
       max_age: most steps between the one that begins a group and the one that trains on it.
       late: what becomes of groups that grow too old: "wait" for them, or "drop" them.
+      order: which complete groups a round takes, by `chosen`: "begun" or "shortest".
+      compare: the rewards of a group.
       length: settings of the account of lengths.
       roles: which processes sample.
     """
@@ -61,6 +64,8 @@ class Asker:
     overlap: int = 0
     max_age: int = 0
     late: str = "wait"
+    order: str = "begun"
+    compare: GroupScorer = GroupScorer()  # noqa: RUF009  (never changed)
     length: LengthSettings = LengthSettings()  # noqa: RUF009  (frozen)
     roles: Roles = Roles()  # noqa: RUF009  (frozen)
 
@@ -72,9 +77,13 @@ class Asker:
 
 @dataclasses.dataclass
 class Flight:
-    """The groups in flight, which rounds change, and what ended or was given up on the way."""
+    """The groups in flight, which rounds change, and what ended or was given up on the way.
+
+    `duals` are the dual variables of group rewards, the same in all rounds of a step.
+    """
 
     groups: list[Group]
+    duals: Mapping[str, float] = dataclasses.field(default_factory=dict)
     ended: list[Finished] = dataclasses.field(default_factory=list)
     dropped: list[Group] = dataclasses.field(default_factory=list)
 
@@ -100,7 +109,7 @@ def collect(
       step: rollout steps taken before the one that trains on the batch.
       metrics: receives times, costs of sampling, and what was left out.
     """
-    flight = Flight(list(waiting.begun))
+    flight = Flight(list(waiting.begun), duals=asker.compare.duals | dict(waiting.duals))
     found = shaping.collect(
         rounds(asker, policy, flight, step, metrics),
         waiting.surplus,
@@ -127,7 +136,10 @@ def collect(
             taken=found.groups,
             metrics=metrics,
         )
-    rest = Waiting(found.surplus, flight.groups, account=account)
+    metrics.update({f"length/dual/{name}": value for name, value in flight.duals.items()})
+    lengths = [n for group in found.groups for n in group.lengths.tolist()]
+    duals = asker.compare.stepped(flight.duals, lengths)
+    rest = Waiting(found.surplus, flight.groups, account=account, duals=duals)
     return Rollouts(found.groups, version=step), rest
 
 
@@ -169,20 +181,32 @@ def rounds(
                 Group(group.prompt, responses[i : i + asker.group_size])
                 for i, group in zip(range(0, len(responses), asker.group_size), own, strict=True)
             ]
-            ended = processes.gathered([group.ended for group in own])
-        taken = chosen(ended, [group.step for group in begun], asker.num_prompts)
+            told = [(group.ended, float(group.lengths.mean())) for group in own]
+            ended, lengths = zip(*processes.gathered(told), strict=True)
+        taken = chosen(
+            ended,
+            [group.step for group in begun],
+            asker.num_prompts,
+            lengths=lengths if asker.order == "shortest" else None,
+            last_step=step - asker.max_age if asker.late == "wait" else None,
+        )
+        share = processes.share(len(begun))
+        # As they were sampled: what is judged may be cut.
+        new = [accounts.newly_ended(*pair) for pair in zip(begun[share], own, strict=True)]
         with timed(metrics, "reward"):
-            own = _judged(asker, own, taken[processes.share(len(begun))])
+            own, cut = _judged(asker, own, taken[share], flight.duals)
         with timed(metrics, "gather"):
             # Prompts are not sent: every process has them, and their images are large.
-            parts = processes.gather(([group.responses for group in own], stats))
-        metrics.update(_metrics([stats for _, stats in parts]))
-        found = processes.merged([responses for responses, _ in parts])
+            parts = processes.gather(([group.responses for group in own], new, cut, stats))
+        responses, new, cut, stats = zip(*parts, strict=True)
+        metrics.update(_metrics(stats))
+        if asker.shaping.dot:
+            metrics.add("shaping/tokens_cut", sum(cut))
         groups = [
-            Group(group.prompt, responses) for group, responses in zip(begun, found, strict=True)
+            Group(group.prompt, found)
+            for group, found in zip(begun, processes.merged(responses), strict=True)
         ]
-        for before, after in zip(begun, groups, strict=True):
-            flight.ended += accounts.newly_ended(before, after)
+        flight.ended += [response for found in processes.merged(new) for response in found]
         flight.groups = [group for group, take in zip(groups, taken, strict=True) if not take]
         yield [group for group, take in zip(groups, taken, strict=True) if take]
 
@@ -246,27 +270,71 @@ def enough(ended: Sequence[bool], ages: Sequence[int], *, num_groups: int, max_a
     return True
 
 
-def chosen(ended: Sequence[bool], steps: Sequence[int], num_groups: int) -> list[bool]:
-    """Returns which groups a round takes: of the complete ones the `num_groups` that began first,
-    in the order in which they were asked."""
+def chosen(
+    ended: Sequence[bool],
+    steps: Sequence[int],
+    num_groups: int,
+    *,
+    lengths: Sequence[float] | None = None,
+    last_step: int | None = None,
+) -> list[bool]:
+    """Returns which groups a round takes of the complete ones, in the order in which they were
+    asked: the `num_groups` that began first, or the shortest.
+
+    The shortest come first (SortedRL, arXiv:2603.23414) only where later rounds can still take all
+    others in time: of those with at most j steps left, all but j · num_groups are taken now, the
+    shortest of them. There are as many if `enough` let the round end.
+
+    Args:
+      ended: whether each group is complete.
+      steps: the step that began each.
+      num_groups: groups that a round takes.
+      lengths: mean tokens of the responses of each; None takes those that began first.
+      last_step: groups that began then must be taken now; None lets groups grow as old as they do.
+    """
     places = [place for place, whole in enumerate(ended) if whole]
-    taken = set(sorted(places, key=lambda place: steps[place])[:num_groups])
+    order = sorted(places, key=lambda place: steps[place] if lengths is None else lengths[place])
+    taken: set[int] = set()
+    if lengths is not None and last_step is not None:
+        for left in range(max(steps) - last_step):
+            due = [place for place, begun in enumerate(steps) if begun - last_step <= left]
+            missing = len(due) - left * num_groups - sum(place in taken for place in due)
+            open_ = [place for place in order if place in due and place not in taken]
+            taken.update(open_[: max(0, missing)])
+    rest = [place for place in order if place not in taken]
+    taken.update(rest[: num_groups - len(taken)])
     return [place in taken for place in range(len(ended))]
 
 
-def _judged(asker, groups, taken):
-    """Rewards the groups that are taken; the others are left as they are."""
-    complete = [group for group, take in zip(groups, taken, strict=True) if take]
-    rewarded = iter(
-        judged(
-            [group.prompt for group in complete],
-            [response for group in complete for response in group.responses],
+def _judged(asker, groups, taken, duals):
+    """Rewards the groups that are taken; the others are left as they are. Returns them and the
+    number of tokens that were cut off outliers."""
+    longest, cut = asker.sampler.sampling.max_response_length, 0
+
+    def judge(chosen):
+        return judged(
+            [group.prompt for group in chosen],
+            [response for group in chosen for response in group.responses],
             scorer=asker.scorer,
             decode=asker.decode,
-            max_length=asker.sampler.sampling.max_response_length,
+            max_length=longest,
         )
+
+    found = judge([group for group, take in zip(groups, taken, strict=True) if take])
+    if asker.shaping.dot:
+        found, cut = outliers.without_outliers(
+            found,
+            judge,
+            margin=asker.shaping.dot_margin,
+            deviations=asker.shaping.dot_deviations,
+            part=asker.metric,
+        )
+    rewarded = iter(
+        [compared(group, asker.compare, max_length=longest, duals=duals) for group in found]
     )
-    return [next(rewarded) if take else group for group, take in zip(groups, taken, strict=True)]
+    return [
+        next(rewarded) if take else group for group, take in zip(groups, taken, strict=True)
+    ], cut
 
 
 def _ages(taken, flight, step):

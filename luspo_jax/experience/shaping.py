@@ -5,6 +5,7 @@ missing groups are replaced by groups without gradient, with a warning.
 """
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -15,11 +16,15 @@ from luspo_jax.hosts.values import Number, OneOf, refusal
 
 GFPO_KEYS = ("length", "reward_per_token")
 
+_KEPT = re.compile(r"(?:[2-9]|[1-9]\d{1,4})(?:,(?:[2-9]|[1-9]\d{1,4})){3}")
+
 # Field → rule for its value, besides its type.
 RULES = {
     "max_tries": Number(1, 2**31 - 1),
     "gfpo_keep": Number(2, 2**16, also=(0,), why="0 keeps all; kept ones are compared"),
     "gfpo_by": OneOf(GFPO_KEYS),
+    "dot_margin": Number(1, 2**24),
+    "dot_deviations": Number(0, 1e3),
     "lspo_low": Number(0, 1),
     "lspo_high": Number(0, 1),
 }
@@ -37,7 +42,14 @@ class Shaping:
         denominators; they count in their group's statistics (DAPO §3.4).
       gfpo_keep: responses that a group keeps, 0 for all; the others leave its statistics and the
         loss (GFPO, arXiv:2508.09726).
+      gfpo_adaptive: the same by difficulty, in place of `gfpo_keep`: four numbers, from the quarter
+        of the round's groups with the lowest pass rates to that with the highest, as "8,8,6,4", the
+        paper's for 16 responses. Quartiles are of one round, where the paper's are of the run.
       gfpo_by: "length" keeps the shortest, "reward_per_token" those with the highest.
+      dot: in groups that are all right, cut responses that are much longer than the others, and
+        score them again (DOT, arXiv:2601.03969; `experience.outliers`).
+      dot_margin: least tokens to cut off.
+      dot_deviations: standard deviations of length above the group's mean at which to cut.
       lspo_low: share of prompts to keep, with the shortest mean responses (LSPO, arXiv:2510.01459;
         the share is unconfirmed).
       lspo_high: share of prompts to keep, with the longest; both 0 keep all.
@@ -50,7 +62,11 @@ class Shaping:
     max_tries: int = 10
     overlong_filter: bool = False
     gfpo_keep: int = 0
+    gfpo_adaptive: str = ""
     gfpo_by: str = "length"
+    dot: bool = False
+    dot_margin: int = 32
+    dot_deviations: float = 3.0
     lspo_low: float = 0.0
     lspo_high: float = 0.0
 
@@ -60,11 +76,23 @@ class Shaping:
             problem = refusal(field.name, value, field.type, RULES.get(field.name))
             if problem:
                 raise ValueError(problem)
+        if self.gfpo_adaptive and (self.gfpo_keep or not _KEPT.fullmatch(self.gfpo_adaptive)):
+            raise ValueError(
+                f"gfpo_adaptive={self.gfpo_adaptive!r} must be four whole numbers of at least 2, "
+                "as 8,8,6,4, with shaping.gfpo_keep=0"
+            )
         low, high = self.lspo_low, self.lspo_high
         if low + high > 1:
             raise ValueError(
                 f"lspo_low={low} and shaping.lspo_high={high} must be shares with a sum ≤ 1"
             )
+
+    @property
+    def kept_by_quarter(self) -> tuple[int, ...]:
+        """Responses that a group keeps, from the hardest quarter to the easiest; 0 for all."""
+        if self.gfpo_adaptive:
+            return tuple(int(part) for part in self.gfpo_adaptive.split(","))
+        return (self.gfpo_keep,) * 4
 
     @property
     def filters_groups(self) -> bool:
@@ -74,7 +102,8 @@ class Shaping:
     @property
     def chooses(self) -> bool:
         """Whether some sampled responses may not be trained on: lengths are then accounted for."""
-        return self.filters_groups or self.overlong_filter or self.gfpo_keep > 0
+        drops = self.overlong_filter or max(self.kept_by_quarter) > 0
+        return self.filters_groups or drops or self.dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +144,8 @@ def collect(
         tries += 1
         sampled += len(fresh)
         rewards += [value for group in fresh for value in group.values()[group.judged]]
-        kept = [keeps(group, shaping) for group in fresh]
+        numbers = kept_numbers(fresh, shaping, part=part)
+        kept = [keeps(*pair, shaping) for pair in zip(fresh, numbers, strict=True)]
         passed = group_filter(kept, shaping, part=part)
         chosen += [group for group, passes in zip(kept, passed, strict=True) if passes]
         left_out += [group for group, passes in zip(kept, passed, strict=True) if not passes]
@@ -145,16 +175,32 @@ def collect(
     )
 
 
-def keeps(group: Group, shaping: Shaping) -> Group:
-    """Returns the group with the response filters applied."""
+def kept_numbers(groups: Sequence[Group], shaping: Shaping, *, part: str) -> list[int]:
+    """Returns how many responses each group of one round keeps, 0 for all: by the quarter of the
+    round in which its pass rate is."""
+    if not shaping.gfpo_adaptive:
+        return [shaping.gfpo_keep] * len(groups)
+    rates = [_pass_rate(group, part) for group in groups]
+    bounds = np.quantile(rates, [0.25, 0.5, 0.75])
+    return [shaping.kept_by_quarter[int(np.searchsorted(bounds, rate))] for rate in rates]
+
+
+def _pass_rate(group, part):
+    """Returns the mean of a part; 0, as hard as can be, for a group without a verdict."""
+    values = group.values(part)[group.counted]
+    return float(values.mean()) if len(values) else 0.0
+
+
+def keeps(group: Group, number: int, shaping: Shaping) -> Group:
+    """Returns the group with the response filters applied; `number` are kept, 0 for all."""
     counted = group.counted
-    if shaping.gfpo_keep:
+    if number:
         lengths = group.lengths
         order = lengths if shaping.gfpo_by == "length" else -group.values() / lengths
         # Responses without a verdict come last: they must not displace one with a verdict.
         ranked = np.lexsort((np.arange(len(order)), order, ~counted))
         chosen = np.zeros_like(counted)
-        chosen[ranked[: shaping.gfpo_keep]] = True
+        chosen[ranked[:number]] = True
         counted = counted & chosen
     trained = counted
     if shaping.overlong_filter:

@@ -12,11 +12,12 @@ import numpy as np
 from luspo_jax.datasets import DataError, Example
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.images.preparer import ImagePreparer, ImageRefusal, PreparedImage
-from luspo_jax.prompts.templates import Template, template
+from luspo_jax.prompts.templates import TARGET, Template, template
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"  # the place of the next image in a problem
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+_TARGET_STREAM = 0x1E46  # tells the draws of target lengths from others of the same seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Renderer:
       enable_thinking: passed to the chat template if not None.
       images: prepares images; None for a text-only model, which gets the bare problem.
       image_files: where the images of the problems are.
+      length_targets: fewest and most tokens that a prompt may ask for; (0, 0) asks for none.
+      seed: with the problem's id, decides how many it asks for.
     """
 
     tokenizer: Any
@@ -79,6 +82,8 @@ class Renderer:
     images: ImagePreparer | None = None
     image_files: ImageFiles = dataclasses.field(default_factory=ImageFiles)
     template_chat: bool | None = None
+    length_targets: tuple[int, int] = (0, 0)
+    seed: int = 0
 
     def __post_init__(self):
         if not self._template.chat and (self.system_prompt or self.enable_thinking is not None):
@@ -124,8 +129,24 @@ class Renderer:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that the template names besides the problem."""
-        return self._template.columns
+        """The columns that the template names besides the problem, and that its data must have."""
+        return tuple(name for name in self._template.columns if name != TARGET or not self._targets)
+
+    @property
+    def _targets(self) -> bool:
+        return self.length_targets != (0, 0)
+
+    def targeted(self, example: Example) -> Example:
+        """Returns a problem with the length that its prompt asks for in `meta`, if it asks for one.
+
+        The length is uniform over the whole numbers of `length_targets`, ends included.
+        """
+        if not self._targets:
+            return example
+        low, high = self.length_targets
+        drawn = np.random.default_rng([_TARGET_STREAM, self.seed, example.id])
+        target = int(drawn.integers(low, high, endpoint=True))
+        return dataclasses.replace(example, meta={**example.meta, TARGET: target})
 
     def text(
         self, problem: str, num_images: int = 0, columns: Mapping[str, Any] | None = None
@@ -188,6 +209,8 @@ class Renderer:
         parts = (dataclasses.astuple(self._template), chat_template)
         if self.images is not None:
             parts = (*parts, self.images.settings.hash)
+        if self._targets:
+            parts = (*parts, self.length_targets, self.seed)
         what = json.dumps([*parts, self.system_prompt, self.enable_thinking], sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
@@ -216,7 +239,7 @@ def outcomes(
     examples: Iterable[Example], renderer: Renderer, *, max_length: int
 ) -> list[PromptRecord | Refusal]:
     """Returns each example's prompt or refusal, in order."""
-    examples = list(examples)
+    examples = [renderer.targeted(example) for example in examples]
     images = _images(examples, renderer)
     asked = [_ask(*pair, renderer) for pair in zip(examples, images, strict=True)]
     texts = [text for text in asked if isinstance(text, str)]

@@ -14,6 +14,7 @@ from luspo_jax.hosts.values import nearest
 # \frac{a}{b}.
 _FIELD = re.compile(r"\{problem\}|(?<![A-Za-z}\\^_])\{([A-Za-z_][\w.]*)\}")
 PROBLEM = "problem"
+TARGET = "target_length"  # the tokens that a prompt asks for, drawn for each problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,12 @@ TEMPLATES = {
     ),
     "chat": Template("{problem}", chat=True),
     "dapo": Template(f"{PREFIX}{{problem}}{SUFFIX}", chat=True),
+    # For L1's rewards (arXiv:2503.04697): the prompt states the length that is paid for.
+    "length": Template(
+        "{problem}\n\nSpend about {target_length} tokens on the answer, and put its result in "
+        "\\boxed{}.",
+        chat=True,
+    ),
     "plain": Template("{problem}", chat=False),
     # As DeepSeek-R1's README recommends, without a system message.
     "r1": Template(

@@ -79,14 +79,15 @@ class Verifier:
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """A weighted sum of verdicts.
+    """A weighted sum of verdicts, and of rewards of the group once these are added.
 
     Attributes:
       value: Σ weight · part.
       status: the worst status among the parts.
-      parts: each verifier's value, before its weight.
+      parts: each verifier's or group reward's value, before its weight.
       prediction: the first prediction that a part reports.
       detail: the reasons of the parts whose status is not ok.
+      length: Σ weight · part over the group rewards alone; value − length is without them.
     """
 
     value: float
@@ -94,6 +95,7 @@ class Reward:
     parts: dict[str, float]
     prediction: str | None = None
     detail: str | None = None
+    length: float = 0.0
 
     @property
     def judged(self) -> bool:

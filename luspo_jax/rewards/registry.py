@@ -45,33 +45,55 @@ def verifier(name: str, options: Mapping[str, Any] | None = None) -> Verifier:
     Raises:
       ValueError: unknown name or option; the message lists the valid ones.
     """
+    return named(name, options, REWARDS, user_reward, "reward")
+
+
+def named(
+    name: str,
+    options: Mapping[str, Any] | None,
+    known: Mapping[str, Callable[..., Any]],
+    of_user: Callable[[str], Any],
+    kind: str,
+) -> Any:
+    """Returns what a registered name or a user's `module:function` stands for.
+
+    Args:
+      name: of the reward.
+      options: of it.
+      known: name → function of the options.
+      of_user: the same of a user's function.
+      kind: what it is called in messages.
+
+    Raises:
+      ValueError: unknown name or option; the message lists the valid ones.
+    """
     options = dict(options or {})
     if "function" in options:  # a user's reward under a short name
         function = options.pop("function")
         if not is_user_reward(function) or options:
             raise ValueError(
-                f"reward {name!r}: its one option is function='module:function' or "
+                f"{kind} {name!r}: its one option is function='module:function' or "
                 f"'file.py:function', not {function!r}" + (f" and {options}" if options else "")
             )
-        return user_reward(function)
+        return of_user(function)
     if is_user_reward(name):
         if options:
-            raise ValueError(f"reward {name!r} takes no options")
-        return user_reward(name)
-    if name not in REWARDS:
+            raise ValueError(f"{kind} {name!r} takes no options")
+        return of_user(name)
+    if name not in known:
         raise ValueError(
-            f"unknown reward {name!r}: {nearest(name, REWARDS)}, or module:function, or "
+            f"unknown {kind} {name!r}: {nearest(name, known)}, or module:function, or "
             "file.py:function"
         )
     try:
-        inspect.signature(REWARDS[name]).bind(**options)
+        inspect.signature(known[name]).bind(**options)
     except TypeError as error:
-        allowed = ", ".join(inspect.signature(REWARDS[name]).parameters) or "none"
-        raise ValueError(f"reward {name!r}: {error} (options: {allowed})") from error
+        allowed = ", ".join(inspect.signature(known[name]).parameters) or "none"
+        raise ValueError(f"{kind} {name!r}: {error} (options: {allowed})") from error
     try:
-        return REWARDS[name](**options)
+        return known[name](**options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"reward {name!r}: {error}") from error
+        raise ValueError(f"{kind} {name!r}: {error}") from error
 
 
 def verifiers(parts: Parts, options: Options | None = None) -> dict[str, Verifier]:

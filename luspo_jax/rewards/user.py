@@ -95,7 +95,7 @@ def _accepted(name: str, function) -> tuple[str, ...]:
     return accepted
 
 
-def _sources(function, module) -> bytes:
+def sources(function, module) -> bytes:
     """Returns the source text that defines a function: its own file and its module's."""
     while isinstance(function, functools.partial):
         function = function.func
@@ -127,7 +127,7 @@ def user_reward(function: str) -> Verifier:
     first digits of its source files' sha256.
     """
     module, loaded = load_function(function)
-    digest = hashlib.sha256(_sources(loaded, module)).hexdigest()[:12]
+    digest = hashlib.sha256(sources(loaded, module)).hexdigest()[:12]
     accepted = _accepted(function, loaded)
     bound = functools.partial(check, function=loaded, accepted=accepted)
     return Verifier(function, digest, bound, isolated=True)

@@ -41,6 +41,7 @@ _TAKEN_ALONG = {
         "data.", "seed", "datasets", "template_hash", "model.", "reward.", "scorers", "rollout.",
         "shaping.",
     ),
+    "duals": ("reward.group", "scorers"),
     "length": ("length.", "objective.", "rollout."),
     "evaluations": (
         "data.", "datasets", "template_hash", "model.", "reward.", "scorers", "eval.",
@@ -108,7 +109,9 @@ def _restored(run, checkpointer, step, changed=()) -> Start:
     account = AccountState()
     if "surplus" in kept and "account" in host:
         account = AccountState.from_json(host["account"])
-    waits = Waiting(groups[:first], groups[first:second], groups[second:], metrics, account)
+    # Without them, in earlier checkpoints, dual variables are where they start.
+    duals = host.get("duals", {}) if "duals" in kept else {}
+    waits = Waiting(groups[:first], groups[first:second], groups[second:], metrics, account, duals)
     carried = Carried(waits, length)
     return state, step, evaluations if "evaluations" in kept else [], carried
 
@@ -144,6 +147,7 @@ def host_state(
         "waiting_parts": parts,
         "waiting_metrics": dict(waits.metrics),
         "account": waits.account.to_json(),
+        "duals": dict(waits.duals),
         "length": carried.length.to_json(),
     }
     return host, waiting

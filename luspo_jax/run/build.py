@@ -30,6 +30,7 @@ from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
 from luspo_jax.models.quantised import activation_type
 from luspo_jax.rewards import Scorer
+from luspo_jax.rewards.group import GroupScorer
 from luspo_jax.rollout import Cache, Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.rollout.sending import sent_params
@@ -51,6 +52,7 @@ class Run:
     model: Model
     data: Data
     scorer: Scorer
+    group_scorer: GroupScorer
     sampler: Engine
     held_out_sampler: Engine
     rule: UpdateRule
@@ -80,6 +82,8 @@ class Run:
             # What is sampled beside a step is one step old when it is trained on.
             max_age=rollout.max_age - self.apart,
             late=rollout.late,
+            order=rollout.order,
+            compare=self.group_scorer,
             length=self.length,
             roles=self.roles,
         )
@@ -128,7 +132,7 @@ class Run:
     @property
     def metric(self) -> str:
         """The reward part that counts as accuracy."""
-        return self.settings.eval.metric or next(iter(self.settings.reward.parts))  # the only one
+        return accuracy_part(self.settings)
 
     def initial_params(self) -> Any:
         """Returns the base policy's weights, or random ones if so configured."""
@@ -182,6 +186,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
             time_limit=settings.reward.timeout_s,
             max_failure_rate=settings.reward.max_failure_rate,
         ),
+        group_scorer=GroupScorer(
+            settings.reward.group,
+            settings.reward.group_options,
+            metric=accuracy_part(settings),
+        ),
         sampler=sampler(settings, model, settings.rollout, (layout, rollout_layout)),
         held_out_sampler=sampler(settings, model, settings.eval, (layout, rollout_layout)),
         rule=rule,
@@ -200,6 +209,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
         rollout_layout=rollout_layout,
         roles=roles(settings, devices),
     )
+
+
+def accuracy_part(settings: Settings) -> str:
+    """Returns the reward part that counts as accuracy."""
+    return settings.eval.metric or next(iter(settings.reward.parts))  # the only one
 
 
 def planner(config: Config, model: DecoderConfig, layout: Layout | None) -> Planner:
@@ -444,7 +458,7 @@ def facts(run: Run) -> dict[str, Any]:
     """Returns what a run's numbers depend on besides its configuration; fixed for a workdir."""
     return {
         "template_hash": run.data.template_hash,
-        "scorers": run.scorer.labels,
+        "scorers": {**run.scorer.labels, **run.group_scorer.labels},
         "datasets": [
             dataclasses.asdict(report) for report in (*run.data.reports, run.data.held_out_report)
         ],

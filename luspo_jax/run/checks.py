@@ -12,21 +12,19 @@ from luspo_jax import objectives
 from luspo_jax.benchmarks.budgets import budgets
 from luspo_jax.datasets import DATASETS, DataError
 from luspo_jax.datasets.table import Table
-from luspo_jax.hosts.values import ConfigError, Number, nearest, refusal, shown
+from luspo_jax.hosts.values import ConfigError, nearest, refusal, shown
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.rewards import Sample
 from luspo_jax.rewards.record import run as judge
 from luspo_jax.rewards.registry import verifier
+from luspo_jax.run import length_controls
+from luspo_jax.run.data_sections import SOURCE_FIELDS
 from luspo_jax.run.fields import wrong_fields
-from luspo_jax.run.sections import SOURCE_FIELDS
 from luspo_jax.run.settings import Settings, sections_of
 from luspo_jax.run.sft.sections import SftSettings
 
 # Reward → the dataset whose items it scores.
 _OWN_DATASET = dict.fromkeys(("reasoning_gym", "reasoning_gym_solved"), "reasoning_gym")
-
-# Beyond it, squares of rewards overflow float32.
-_WEIGHT = Number(-1e15, 1e15)
 
 
 def check(config: ConfigDict) -> Settings:
@@ -81,6 +79,7 @@ def _wrong_sft(config: ConfigDict) -> Iterator[str]:
 def _wrong_entries(config: ConfigDict) -> Iterator[str]:
     """Yields problems in the sections whose names the user chooses."""
     yield from _wrong_rewards(config)
+    yield from length_controls.wrong_entries(config)
     yield from _wrong_scorers(config)
     yield from _wrong_datasets(config.data)
     for name, source in config.data.mixture.items():
@@ -96,7 +95,7 @@ def _wrong_rewards(config: ConfigDict) -> Iterator[str]:
         if name not in parts:
             yield f"reward.options.{name}: no part of the reward; {nearest(name, parts)}"
     for name, weight in parts.items():
-        problem = refusal(f"reward.parts.{name}", weight, float, _WEIGHT)
+        problem = refusal(f"reward.parts.{name}", weight, float, length_controls.WEIGHT)
         if problem:
             yield problem
         problem = _wrong_part(name, options.get(name, {}), config.rollout.max_response_length)
@@ -236,6 +235,8 @@ def _wrong_together(config: ConfigDict) -> Iterator[str]:
     keep, group_size = config.shaping.gfpo_keep, config.rollout.group_size
     if "shaping" in sound and keep > group_size:
         yield f"shaping.gfpo_keep={keep} exceeds rollout.group_size={group_size}"
+    if "shaping" in sound:
+        yield from length_controls.wrong_together(config)
     if "length" in sound:
         yield from _wrong_length(config, sound["length"])
 

@@ -73,7 +73,7 @@ def load_data(config: Config, model: Model) -> Data:
     """
     data = section(config, "data")
     preparer = image_preparer(config, model)
-    renderer = _renderer(data, model, preparer)
+    renderer = _renderer(data, model, preparer, config.seed)
     train, reports = _training_set(data, renderer.columns)
     name, path, image_dir = held_out_place(data)
     held_out, held_out_report = _held_out_set(data, renderer.columns)
@@ -105,7 +105,7 @@ def load_data(config: Config, model: Model) -> Data:
     return Data(stream, records, reports, held_out_report, (train, wanted), renderer, refused)
 
 
-def _renderer(data, model, preparer):
+def _renderer(data, model, preparer, seed):
     image_files = _image_files(data)
     try:
         return prompts.Renderer(
@@ -116,6 +116,8 @@ def _renderer(data, model, preparer):
             images=preparer,
             image_files=image_files,
             template_chat=data.template_chat,
+            length_targets=(data.length_target_low, data.length_target_high),
+            seed=seed,
         )
     except ValueError as error:
         raise ConfigError(f"data.template: {error}") from None

@@ -64,7 +64,7 @@ def _plain_type(field: dataclasses.Field) -> type:
 # Sections whose field names the user chooses.
 OPEN_SECTIONS = (
     "model.overrides.", "data.mixture.", "data.options.", "data.eval_options.", "reward.parts.",
-    "reward.options.",
+    "reward.options.", "reward.group.", "reward.group_options.",
 )  # fmt: skip
 
 

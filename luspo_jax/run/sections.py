@@ -1,5 +1,7 @@
 """The sections of a configuration: every field with its default and the rule for its value.
 
+Those of the data are in `data_sections`.
+
 A section is a dataclass, here or next to what it configures (Objective, Shaping, LengthSettings).
 Its RULES restrict the values of fields beyond their types. `fields.default_config` builds the
 configuration that users and flags set from these declarations; `settings.Settings` has frozen
@@ -10,14 +12,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from luspo_jax.datasets import DATASETS
 from luspo_jax.hosts.guard import BEAT_S
 from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, check_fields
 from luspo_jax.learner.logprobs import REPLAYS
 from luspo_jax.learner.state import OFFLOADS
 from luspo_jax.models.decoder import REMAT
 from luspo_jax.ops import attention, grouped_matmul
-from luspo_jax.prompts.templates import TEMPLATES
+from luspo_jax.run.data_sections import open_section
 
 _MOST = 2**31 - 1  # the largest int32
 _SIZE, _COUNT = Number(1, _MOST), Number(0, _MOST)
@@ -29,12 +30,6 @@ _TYPES = OneOf(("bfloat16", "float32"))
 _SAMPLER_TYPES = OneOf(("bfloat16", "float32", "int8"))
 _ATTENTION = OneOf(("auto", *attention.IMPLEMENTATIONS))
 _PRODUCT = OneOf(("auto", *grouped_matmul.IMPLEMENTATIONS))
-_SPLIT = Text("say train, or another split of the dataset")
-
-
-def _open() -> Any:
-    """Returns a section whose field names the user chooses."""
-    return dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +44,8 @@ class ModelSettings:
     # the length limit may end one.
     stop_token_ids: str = ""
     random_weights: bool = False  # Read config.json only and draw weights from `seed`.
-    overrides: Mapping[str, Any] = _open()  # Fields of config.json, with random_weights only.
+    # Fields of config.json, with random_weights only.
+    overrides: Mapping[str, Any] = open_section()
     dtype: str = "float32"  # Compute dtype of training; master weights are float32.
     # Dtype of sampling: weights, activations and KV cache. "int8": matrices as int8 with a scale
     # for each output channel, everything else bfloat16 (luspo_jax.models.quantised).
@@ -156,101 +152,17 @@ def _wrong_axes(mesh, sizes):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """Problems for training and evaluation, and how they become prompts."""
-
-    name: str = ""  # One of luspo_jax.datasets.DATASETS.
-    path: str = ""  # Local file of a dataset that is not generated.
-    split: str = "train"  # Of a dataset with several splits.
-    options: Mapping[str, Any] = _open()  # Of a generated dataset.
-    # Several training sources instead of `name`: your name → {name, path, split, weight,
-    # problem_column, answer_column, image_column, image_dir}; weight is a share of the prompts.
-    mixture: Mapping[str, Any] = _open()
-    eval_name: str = ""  # Held-out set; empty = data.name.
-    # Of a generated held-out set; empty = data.options, if the dataset is the same.
-    eval_options: Mapping[str, Any] = _open()
-    eval_path: str = ""  # Empty = data.path, if the dataset is the same.
-    eval_split: str = "test"  # Of the held-out set.
-    cache_dir: str = ""  # Folder for built datasets; empty = the user's cache folder.
-    problem_column: str = ""  # Of the user's own jsonl or parquet.
-    answer_column: str = ""  # The same.
-    eval_problem_column: str = ""  # Of the held-out set; empty = as the training set's.
-    eval_answer_column: str = ""  # The same.
-    eval_image_column: str = ""  # The same.
-    drop_bad_rows: bool = False  # Drop and count rows that cannot be used, instead of refusing.
-    # One of luspo_jax.prompts.templates.TEMPLATES, or your own text, such as
-    # "{problem}\nAnswer with a number." It has {problem} once, and other columns as {hint}.
-    template: str = "plain"
-    # Whether such a text is a user message in the tokenizer's chat template, or the whole prompt;
-    # unset = a message if the tokenizer has a chat template.
-    template_chat: bool | None = None
-    system_prompt: str = ""  # For a chat template; empty = the template's own.
-    enable_thinking: bool | None = None  # Passed to the chat template if set.
-    # For models that read images; 0 = as in the model's preprocessor_config.json.
-    min_pixels: int = 0
-    max_pixels: int = 0
-    image_column: str = ""  # Empty = the dataset's; in a file, image or images.
-    image_dir: str = ""  # Folder of images; empty = the data file's.
-    eval_image_dir: str = ""  # The same for a held-out set with its own file.
-    blank_images: bool = False  # Replace images by white ones of equal size, to measure guessing.
-    text_blank: int = 0  # Side of a white image for problems without one; 0 = none.
-    image_workers: int = 0  # Processes that decode images; 0 = one per core, at most 8.
-    max_prompt_length: int = 1024  # Tokens; longer prompts are dropped and counted.
-
-    RULES: ClassVar[dict[str, Rule]] = {
-        "name": OneOf(DATASETS),
-        "split": _SPLIT,
-        "eval_name": OneOf(("", *DATASETS)),
-        "eval_split": Text("say test, or another split of the dataset"),
-        "template": OneOf(TEMPLATES, mark="{problem}"),
-        "min_pixels": _COUNT,
-        "max_pixels": _COUNT,
-        "text_blank": Number(0, 2**14),
-        "image_workers": Number(0, _PROCESSES),
-        "max_prompt_length": _LONGEST,
-    }
-
-    def __post_init__(self):
-        check_fields(self, "data.", self._wrong())
-
-    def _wrong(self):
-        template, named = self.template, TEMPLATES.get(self.template)
-        told = self.system_prompt != "" or self.enable_thinking is not None
-        if named is not None and not named.chat and told:
-            yield (
-                f"data.template={template!r} is no chat template: data.system_prompt and "
-                "data.enable_thinking would be ignored; take data.template=chat, or leave them out"
-            )
-        if named is not None and self.template_chat is not None:
-            yield (
-                "data.template_chat is of a template of your own, which holds {problem}: "
-                f"data.template={template} is a named one, which says so itself"
-            )
-        if 0 < self.max_pixels < self.min_pixels:
-            yield f"data.min_pixels={self.min_pixels} exceeds data.max_pixels={self.max_pixels}"
-
-
-# Field of a source in data.mixture → (type, rule for its value).
-SOURCE_FIELDS: dict[str, tuple[type, Rule | None]] = {
-    "name": (str, OneOf(DATASETS)),
-    "path": (str, None),
-    "split": (str, _SPLIT),
-    "weight": (float, Number(0, 1e15, open_low=True)),
-    "problem_column": (str, None),
-    "answer_column": (str, None),
-    "image_dir": (str, None),
-    "image_column": (str, None),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class RewardSettings:
     """How responses are rewarded."""
 
-    parts: Mapping[str, float] = _open()  # Verifier → weight.
+    parts: Mapping[str, float] = open_section()  # Verifier → weight.
     # Verifier → its options, e.g. overlong: {buffer: 4096, factor: 0.3}. Your own reward is any
     # name with the option function: "module:function" or "file.py:function".
-    options: Mapping[str, Any] = _open()
+    options: Mapping[str, Any] = open_section()
+    # Reward of a group → weight: of each response beside the others to its prompt, mostly by
+    # length; one of luspo_jax.rewards.group.GROUP_REWARDS. In training, not in evaluation.
+    group: Mapping[str, float] = open_section()
+    group_options: Mapping[str, Any] = open_section()  # Reward of a group → its options.
     timeout_s: float = 10.0  # Per verification.
     num_workers: int = 2  # Processes for verifiers that need a hard time limit.
     max_failure_rate: float = 0.05  # Share of time-outs and errors above which the run stops.
@@ -288,6 +200,9 @@ class RolloutSettings:
     # What becomes of groups that would grow older: "wait" for them, or "drop" them, as others do;
     # what is trained on is then shorter than what is sampled.
     late: str = "wait"
+    # Which complete groups a step takes: those that began first (begun), or the shortest, unless
+    # others are due. The latter needs rollout.overlap.
+    order: str = "begun"
     # Largest |sampler − trainer| log-prob difference of one token allowed at the first step. In
     # float32 more than 0.05 is a bug; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21
     # at temperature 1, 0.44 at 0.6) and more in larger runs: set 1 there. Real bugs make nats.
@@ -312,6 +227,7 @@ class RolloutSettings:
         "overlap": Number(0, 2**20),
         "max_age": Number(0, 2**16),
         "late": OneOf(("wait", "drop")),
+        "order": OneOf(("begun", "shortest")),
         "mismatch_limit": Number(0, 1e30, open_low=True, why="rounding is never 0"),
     }
 
@@ -320,6 +236,11 @@ class RolloutSettings:
 
     def _wrong(self):
         most = self.max_age * self.prompts_per_step
+        if self.order != "begun" and self.overlap == 0:
+            yield (
+                f"rollout.order={self.order} chooses among groups in flight, and rollout.overlap=0 "
+                "has no more than a step takes"
+            )
         if self.late == "drop":
             return
         if self.overlap > 0 and self.max_age == 0:

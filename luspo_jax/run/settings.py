@@ -20,8 +20,8 @@ from luspo_jax.hosts.values import (
 )
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.objectives import Objective
+from luspo_jax.run.data_sections import DataSettings
 from luspo_jax.run.sections import (
-    DataSettings,
     EvalSettings,
     HostsSettings,
     MeshSettings,

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from luspo_jax.experience.groups import Rollouts, judged
+from luspo_jax.experience.groups import Rollouts, compared, judged
+from luspo_jax.rewards.group import GroupScorer
 from tests.experience.experience_cases import FAILED, Judge, prompt, sampled
 from tests.experience.experience_cases import group as _group
 
@@ -125,3 +126,37 @@ def test_what_the_sampler_said_is_kept():
     (found,) = group.responses
     for name in ("tokens", "logprobs", "stopped", "expert_ids", "prompt_expert_ids"):
         assert getattr(found, name) is getattr(response, name)
+
+
+# --- rewards of the group ------------------------------------------------------------------------
+
+
+def test_rewards_of_the_group_are_added_to_its_own():
+    """Kimi, of lengths 2, 4 and 3: ½ for the first; 0 for the last, ½ − ½; none for a failure."""
+    judge = Judge(lambda sample: FAILED if sample.length == 4 else 1.0)
+    responses = [sampled(0, s, length=n) for s, n in enumerate((2, 4, 3))]
+    (group,) = _judged([prompt(0)], responses, judge)
+    scorer = GroupScorer({"kimi": 1.0}, metric="right")
+    found = compared(group, scorer, max_length=7, duals={})
+    np.testing.assert_array_equal(found.values(), [1.5, 0, 0.5])
+    assert [reward.length for reward in found.column("reward")] == [0.5, 0, -0.5]
+    assert compared(group, GroupScorer(), max_length=7, duals={}) is group
+
+
+def test_a_reward_of_the_group_sees_what_a_verifier_does(tmp_path):
+    """The response with the prompt's opening, the limit, the problem's data, the token ids."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def f(responses, lengths, rewards, right, max_length, metas, answers, tokens):\n"
+        "    assert responses == ['<think>y', '<think>yy'] and lengths == [1, 2]\n"
+        "    assert rewards == [0.25, 1.0] and right == [True, True] and max_length == 7\n"
+        "    assert metas == [{'level': 3}] * 2 and answers == ['!', '!']\n"
+        "    assert tokens == [[0], [0, 1]]\n"
+        "    return [3, 4]\n"
+    )
+    judge = Judge(lambda sample: sample.length**2 / 4)
+    responses = [sampled(0, s, length=1 + s) for s in range(2)]
+    (group,) = _judged([prompt(0, text="<think>")], responses, judge)
+    scorer = GroupScorer({"f": 1.0}, {"f": {"function": f"{path}:f"}}, metric="right")
+    found = compared(group, scorer, max_length=7, duals={})
+    assert [reward.parts["f"] for reward in found.column("reward")] == [3, 4]

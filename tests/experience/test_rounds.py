@@ -19,6 +19,7 @@ from luspo_jax.experience.rounds import (
 )
 from luspo_jax.experience.shaping import Shaping
 from luspo_jax.metrics import StepMetrics
+from luspo_jax.rewards.group import GroupScorer
 from tests.experience.experience_cases import FAILED, Judge, Sampler, prompt
 
 
@@ -248,3 +249,134 @@ def test_dropping_what_is_late_keeps_the_short_and_waiting_does_not():
     assert means["drop"] < 0.6 * mean
     assert max(flags["wait"]) == 0
     assert flags["drop"][-1] == 1
+
+
+# --- the shortest first --------------------------------------------------------------------------
+
+
+def _takes(left, num_groups):
+    """Whether later rounds, which may complete what they like, take all in time."""
+    rest, now = sorted(left), 1
+    while rest:
+        if rest[0] < now:
+            return False
+        rest, now = rest[num_groups:], now + 1
+    return True
+
+
+def test_the_shortest_are_taken_of_those_that_leave_the_others_in_time():
+    """Against all choices, each played out: none has a smaller sum of lengths."""
+    rng, seen = np.random.default_rng(1), 0
+    for _ in range(1500):
+        num_groups, max_age = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+        count = int(rng.integers(num_groups, num_groups * (max_age + 1) + 1))
+        ages = rng.integers(0, max_age + 1, count)
+        left = max_age - ages
+        if any((left <= n).sum() > (n + 1) * num_groups for n in range(max_age)):
+            continue
+        ended = rng.random(count) < 0.8
+        if not enough(ended, ages, num_groups=num_groups, max_age=max_age):
+            continue
+        lengths = rng.permutation(count).astype(float)
+        found = chosen(
+            ended.tolist(), (-ages).tolist(), num_groups, lengths=lengths, last_step=-max_age
+        )
+        choices = [
+            set(places)
+            for places in itertools.combinations(np.flatnonzero(ended).tolist(), num_groups)
+            if _takes([left[i] for i in range(count) if i not in places], num_groups)
+        ]
+        least = min(choices, key=lambda places: sum(lengths[i] for i in places))
+        assert sum(lengths[i] for i in np.flatnonzero(found)) == sum(lengths[i] for i in least)
+        assert set(np.flatnonzero(found).tolist()) in choices
+        seen += len(choices) > 1
+    assert seen > 100
+
+
+@pytest.mark.parametrize(("overlap", "max_age"), [(1, 1), (3, 2), (6, 2), (5, 7)])
+def test_the_shortest_first_lets_no_group_grow_old_and_loses_none(overlap, max_age):
+    taken = {}
+    for order in ("begun", "shortest"):
+        pace = {"overlap": overlap, "max_age": max_age, "order": order}
+        asker = _asker(range(1000), num_prompts=3, length=_tails(overlap), **pace)
+        batches, waiting = _steps(asker, 60)
+        assert all(len(groups) == 3 for groups, _ in batches)
+        assert max(metrics["rollout/age/max"] for _, metrics in batches) <= max_age
+        taken[order] = [group.prompt.prompt_id for groups, _ in batches for group in groups]
+        left = [group.prompt.prompt_id for group in waiting.begun]
+        assert sorted(taken[order] + left) == list(range(60 * 3 + overlap))
+        assert "length/account/flag" in batches[-1][1]
+    # While a round waits for what is due, more than it takes become complete. There is no choice if
+    # as many are in flight as can be taken in time.
+    assert (taken["shortest"] == taken["begun"]) == (overlap == 3 * max_age)
+
+
+def test_the_shortest_of_the_complete_are_taken_if_age_does_not_matter():
+    taken = chosen([True] * 4, [0, 0, 1, 1], 2, lengths=[5.0, 3.0, 4.0, 3.0])
+    assert taken == [False, True, False, True]
+    # The first two are due: whatever their lengths.
+    taken = chosen([True] * 4, [0, 0, 1, 1], 2, lengths=[5.0, 3.0, 4.0, 3.0], last_step=0)
+    assert taken == [True, True, False, False]
+
+
+# --- rewards of groups, and outliers -------------------------------------------------------------
+
+
+def _leash(**options):
+    return GroupScorer({"leash": 1.0}, {"leash": {"target": 2, **options}}, metric="right")
+
+
+def test_a_dual_variable_is_the_same_in_a_step_and_moves_with_its_batch():
+    """Every response has 3 tokens for a target of 2: excess ½, so λ rises by rate · ½ a step."""
+    compare = _leash(initial=0.25, rate=0.5)
+    asker = _asker(length=lambda prompt_id, sample: 3, compare=compare)
+    batches, waiting = _steps(asker, 3)
+    for step, (groups, metrics) in enumerate(batches):
+        dual = 0.25 + 0.25 * step
+        assert metrics["length/dual/leash"] == dual
+        for reward in (r for g in groups for r in g.column("reward")):
+            assert reward.parts == {"right": 1.0, "leash": pytest.approx(-dual / 2)}
+            assert reward.value == pytest.approx(1 - dual / 2)
+    assert waiting.duals == {"leash": 1.0}
+    plain, waiting = _steps(_asker(), 1)
+    assert waiting.duals == {}
+    assert not any(name.startswith("length/dual") for name in plain[0][1])
+
+
+def test_a_dual_variable_does_not_step_with_what_no_batch_takes():
+    compare = _leash(initial=0.25, rate=0.5)
+    pace = {"overlap": 2, "max_age": 2}
+    asker = _asker(range(99), length=_tails(5), compare=compare, **pace)
+    batches, waiting = _steps(asker, 4)
+    dual = 0.25
+    for groups, metrics in batches:
+        assert metrics["length/dual/leash"] == pytest.approx(dual)
+        mean = np.mean([n for group in groups for n in group.lengths])
+        dual = min(1.0, max(0.0, dual + 0.5 * (mean / 2 - 1)))
+    assert waiting.duals["leash"] == pytest.approx(dual)
+
+
+def test_outliers_are_cut_before_anything_is_selected_and_accounted_for_as_sampled():
+    """Lengths 2 and 8 of two right responses: mean 5, deviation 3, cut at ⌊5 + ½ · 3⌋ = 6."""
+    judge = Judge(lambda sample: float(sample.length in (2, 8)))
+    asker = dataclasses.replace(
+        _asker(judge=judge, length=lambda prompt_id, sample: 2 + 6 * sample),
+        shaping=Shaping(dot=True, dot_margin=2, dot_deviations=0.5),
+        compare=GroupScorer({"linear": 1.0}, metric="right"),
+    )
+    batches, _ = _steps(asker, 2)
+    for groups, metrics in batches:
+        assert metrics["shaping/tokens_cut"] == 2 * 2
+        for group in groups:
+            assert group.lengths.tolist() == [2, 6]
+            assert group.column("stopped") == [True, False]
+            assert [len(mask) for mask in group.column("trained")] == [2, 6]
+            np.testing.assert_array_equal(group.values("right"), [1, 0])
+            # ¼ · ½ · L / 6: of the group as it is trained on.
+            np.testing.assert_allclose(group.values("linear"), [-1 / 24, -1 / 8], rtol=1e-6)
+        assert metrics["length/account/finished/mean"] == 5.0
+        assert metrics["length/account/consumed/mean"] == 4.0
+    asker = dataclasses.replace(asker, shaping=Shaping(dot=True, dot_margin=3, dot_deviations=0.5))
+    (groups, metrics), *_ = _steps(asker, 1)[0]
+    assert metrics["shaping/tokens_cut"] == 0
+    assert [group.lengths.tolist() for group in groups] == [[2, 8]] * 2

@@ -86,7 +86,7 @@ def test_responses_without_a_verdict_do_not_make_a_group_informative():
 
 
 def test_overlong_filter_leaves_the_loss_but_not_the_statistics():
-    group = shaping.keeps(_group(0, MIXED, stopped=[True, False]), Shaping(overlong_filter=True))
+    group = shaping.keeps(_group(0, MIXED, stopped=[True, False]), 0, Shaping(overlong_filter=True))
     np.testing.assert_array_equal(_trained(group), [True, False])
     np.testing.assert_array_equal(group.counted, [True, True])
 
@@ -97,14 +97,14 @@ def test_overlong_filter_leaves_the_loss_but_not_the_statistics():
 )
 def test_gfpo_keeps_k_of_each_group(by, expected):
     group = _group(0, [0, 1, 1, 0], lengths=[2, 9, 4, 8])
-    kept = shaping.keeps(group, Shaping(gfpo_keep=2, gfpo_by=by))
+    kept = shaping.keeps(group, 2, Shaping(gfpo_keep=2, gfpo_by=by))
     np.testing.assert_array_equal(_trained(kept), expected)
     np.testing.assert_array_equal(kept.counted, expected)
 
 
 def test_gfpo_prefers_responses_with_a_verdict():
     group = _group(0, [1, 0, 1], lengths=[1, 5, 9], judged=[False, True, True])
-    kept = shaping.keeps(group, Shaping(gfpo_keep=2))
+    kept = shaping.keeps(group, 2, Shaping(gfpo_keep=2))
     np.testing.assert_array_equal(_trained(kept), [False, True, True])
 
 
@@ -139,7 +139,7 @@ def test_a_filter_gives_no_token_gradient_that_had_none():
     """Tokens that were not trained on before a filter are not trained on behind it."""
     group = _group(0, MIXED)
     masks = [np.array([True, False, True]), np.array([False, True, True])]
-    kept = shaping.keeps(group.enriched(trained=masks), Shaping(gfpo_keep=2))
+    kept = shaping.keeps(group.enriched(trained=masks), 2, Shaping(gfpo_keep=2))
     for mask, before in zip(kept.column("trained"), masks, strict=True):
         np.testing.assert_array_equal(mask, before)
     with pytest.warns(UserWarning, match="only 0 of 1 groups"):
@@ -189,3 +189,42 @@ def test_what_was_sampled_before_filters_is_a_mean_of_judged_rewards():
 def test_bad_settings_are_named(fields, name):
     with pytest.raises(ValueError, match=name):
         Shaping(**fields)
+
+
+def test_gfpo_by_difficulty_keeps_more_of_hard_prompts():
+    """Pass rates 0, ¼, ½, ¾, 1: quartiles ¼, ½, ¾, and what lies on one belongs below it."""
+    kept = {}
+    groups = [_group(i, [1] * i + [0] * (4 - i), lengths=[4, 3, 2, 1]) for i in range(5)]
+    groups.append(_group(5, [0] * 4, judged=[False] * 4))  # as hard as can be
+    settings = Shaping(gfpo_adaptive="4,3,3,2")
+    assert settings.kept_by_quarter == (4, 3, 3, 2)
+    assert settings.chooses
+    numbers = shaping.kept_numbers(groups[:5], settings, part="right")
+    assert numbers == [4, 4, 3, 3, 2]
+    assert shaping.kept_numbers(groups, settings, part="right")[-1] == 4
+    assert shaping.kept_numbers(groups[2:3], settings, part="right") == [4]
+    for group in _collect([groups[:5]], num_groups=5, gfpo_adaptive="4,3,3,2").groups:
+        kept[group.prompt.prompt_id] = _trained(group)
+    assert [sum(kept[i]) for i in range(5)] == [4, 4, 3, 3, 2]
+    assert kept[4] == [False, False, True, True]
+    order = [3, 0, 4, 1, 2]
+    moved = shaping.kept_numbers([groups[i] for i in order], settings, part="right")
+    assert moved == [numbers[i] for i in order]
+
+
+@pytest.mark.parametrize("value", ["8,8,6", "8,8,6,1", "8, 8, 6, 4", "8,8,6,4,2", "a", "8,8,6,-4"])
+def test_numbers_by_difficulty_are_four(value):
+    with pytest.raises(ValueError, match=r"^gfpo_adaptive='.*must be four whole numbers"):
+        Shaping(gfpo_adaptive=value)
+
+
+def test_both_numbers_of_gfpo_are_refused():
+    with pytest.raises(ValueError, match=r"with shaping\.gfpo_keep=0"):
+        Shaping(gfpo_adaptive="8,8,6,4", gfpo_keep=4)
+
+
+def test_lengths_are_accounted_for_whenever_responses_are_chosen_or_cut():
+    assert not Shaping().chooses
+    dropping = ({"gfpo_keep": 2}, {"gfpo_adaptive": "8,8,6,4"}, {"overlong_filter": True})
+    for fields in ({"dot": True}, {"dynamic_sampling": True}, {"lspo_low": 0.5}, *dropping):
+        assert Shaping(**fields).chooses

@@ -290,3 +290,45 @@ def test_a_template_that_opens_the_reasoning_begins_once_and_ends_in_it(tmp_path
     assert tokenizer(record.text)["input_ids"][:2] == [ids[r1.BEGIN]] * 2
     plain = Renderer(tokenizer, "plain").tokens(["1+1?"])[0].tolist()
     assert plain.count(ids[r1.BEGIN]) == 1
+
+
+# --- lengths that prompts ask for ----------------------------------------------------------------
+
+
+def _asking_for(low, high, seed=0):
+    text = "{problem} in {target_length} tokens"
+    return Renderer(NoChat(), text, template_chat=False, length_targets=(low, high), seed=seed)
+
+
+def test_a_prompt_states_the_length_that_its_problem_carries():
+    records = outcomes(EXAMPLES, _asking_for(5, 900), max_length=99)
+    for record, example in zip(records, EXAMPLES, strict=True):
+        target = record.example.meta["target_length"]
+        assert type(target) is int
+        assert 5 <= target <= 900
+        assert record.text == f"{example.problem} in {target} tokens"
+        assert example.meta == {}
+    assert _asking_for(5, 900).columns == ()  # the data needs no such column
+
+
+def test_lengths_are_drawn_by_seed_and_problem_alone():
+    def drawn(examples, **settings):
+        records = outcomes(examples, _asking_for(1, 10**6, **settings), max_length=99)
+        return {record.prompt_id: record.example.meta["target_length"] for record in records}
+
+    first = drawn(EXAMPLES)
+    assert drawn(EXAMPLES[::-2]) == {example.id: first[example.id] for example in EXAMPLES[::-2]}
+    assert len({*first.values()}) == len(EXAMPLES)
+    assert not {*first.values()} & {*drawn(EXAMPLES, seed=1).values()}
+    few = outcomes([Example(n, "?", "!") for n in range(200)], _asking_for(3, 5), max_length=99)
+    assert {record.example.meta["target_length"] for record in few} == {3, 4, 5}
+
+
+def test_the_hash_of_prompts_that_ask_for_lengths_is_their_own():
+    hashes = [_asking_for(*x).hash for x in ((0, 0), (1, 2), (1, 3), (1, 2, 1))]
+    assert len({*hashes}) == 4
+    assert Renderer(NoChat(), "plain").hash == Renderer(NoChat(), "plain", seed=5).hash
+    text = TEMPLATES["length"].fill("1+1", {"target_length": 12})
+    assert text.startswith("1+1\n\n")
+    assert "about 12 tokens" in text
+    assert text.endswith("\\boxed{}.")
