@@ -107,7 +107,7 @@ def _learn(run, state, length, rollouts, *, metrics, check_mismatch):
         penalty_B = instruments.penalty(
             run.length, rollouts.lengths_B, longest, direction=direction
         )
-        weights = settings.reward.parts
+        weights = settings.reward.weights
         rollouts = stages.with_advantages(rollouts, objective, width, penalty_B, weights)
         rollouts = stages.with_segments(rollouts, objective, run.model.decode)
     with timed(metrics, "length"):

@@ -456,6 +456,25 @@ def test_every_objective_takes_steps(config, tmp_path, fields):
     assert any(np.any(weights[name] != base[name]) for name in base)
 
 
+def test_rewards_of_a_group_are_among_the_parts_that_are_normalised_by_themselves(config, tmp_path):
+    """GDPO reads no sum of rewards: a part that it does not know of would change nothing."""
+    config.objective.preset = "gdpo"
+    config.reward.group = {"kimi": 0.5}
+    config.num_steps = 1
+    _train(config, tmp_path / "run")
+    lines = (tmp_path / "run" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    score_B = np.zeros(16)
+    for name, weight in {"digits": 1.0, "gsm8k": 1.0, "kimi": 0.5}.items():
+        values = np.array([record["parts"][name] for record in records]).reshape(4, 4)
+        centred = values - values.mean(1, keepdims=True)
+        score_B += (weight * centred / (values.std(1, ddof=1, keepdims=True) + 1e-4)).ravel()
+    expected = (score_B - score_B.mean()) / (score_B.std(ddof=1) + 1e-4)
+    found = [record["advantage"] for record in records]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert any(record["parts"]["kimi"] for record in records)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"overlong_filter": True}, {"gfpo_keep": 2, "gfpo_by": "reward_per_token"}, {"lspo_low": 0.5}],

@@ -292,6 +292,11 @@ def _wrong_length(config: ConfigDict, length: LengthSettings) -> Iterator[str]:
             'length.steer and mitigation="scale" move α of an adaptive scale: set '
             "objective.length_scale=adaptive"
         )
+    if length.mitigation == "penalty" and _of_objective(config, "advantage") == "gdpo":
+        yield (
+            "length.mitigation=penalty changes the reward, and objective.advantage=gdpo normalises "
+            "each of its parts by itself: the penalty is none of them; use scale"
+        )
     start = _of_objective(config, "length_alpha")
     if adaptive and not length.alpha_low <= start <= length.alpha_high:
         yield (

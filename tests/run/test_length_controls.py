@@ -74,6 +74,14 @@ def test_a_group_reward_is_read_with_its_options(config):
         ({"shaping__dot": True}, r"shaping\.dot_deviations=3 cuts nothing: .*more than 2\.47"),
         ({"rollout__order": "shortest"}, r"rollout\.order=shortest .* rollout\.overlap=0"),
         ({"rollout__order": "longest"}, r"rollout\.order='longest' does not exist"),
+        (
+            {
+                "objective__preset": "gdpo",
+                "length__mitigation": "penalty",
+                "length__penalty": 0.1,
+            },
+            r"length\.mitigation=penalty changes the reward, and objective\.advantage=gdpo",
+        ),
         ({"reward__group__kimi": 1.0, "rollout__group_size": 1}, r"rollout\.group_size=1 must be"),
     ],
 )
