@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 
+from experiments.studies.quickstart_runs import (
+    BASE,
+    CLIPPED,
+    HELD_OUT,
+    METRICS_ALONE,
+    TASKS,
+)
 from experiments.sweeps.spec import Outcome, Sweep
 
 SEEDS = (0, 1, 2, 3, 4)
 STEPS = 24
 PROMPTS = 32  # of a step
-LENGTH = "val-aux/*/response_length/mean"
 
-# Longer answers are better in sums, the quickstart's task; in lookup they are not, and some are
-# much longer than others.
-TASKS = {
-    "sums": {},
-    "lookup": {"model.path": "embedded:label_lookup", "data.name": "label_lookup"},
-}
 SYNCHRONOUS, AHEAD = "synchronous", "one step off"
 MODES = {
     SYNCHRONOUS: {},
@@ -43,18 +43,11 @@ FIXED = {
     "eval.every": 6,
     "eval.num_problems": 250,
     "eval.num_samples": 2,
-    "output.tensorboard": False,
-    "output.export": False,
-    "output.dump_every": 0,
-    "output.checkpoint_every": 0,
-    "output.keep_best": 0,
+    **METRICS_ALONE,
 }
 
 OUTCOMES = (
-    Outcome("accuracy area", "val-core/*", "auc"),
-    Outcome("last accuracy", "val-core/*"),
-    Outcome("length area", LENGTH, "auc"),
-    Outcome("last length", LENGTH),
+    *HELD_OUT,
     Outcome("length trained on", "response_length/mean", "mean"),
     Outcome("consumed", "length/account/window/consumed_mean", "mean"),
     Outcome("sampled", "length/account/window/sampled_mean", "mean"),
@@ -62,7 +55,7 @@ OUTCOMES = (
     Outcome("mean age", "rollout/age/mean", "mean"),
     Outcome("fresh tokens", "staleness/share/age_0", "mean"),
     Outcome("ess, age 1", "staleness/ess/age_1", "mean"),
-    Outcome("clipped", "actor/pg_clipfrac", "mean"),
+    CLIPPED,
     Outcome("k3 KL(sampler, trainer)", "rollout_corr/k3_kl", "mean"),
 )
 
@@ -85,7 +78,7 @@ def sweep(
       corrections: of CORRECTIONS.
     """
     return Sweep(
-        base="configs/quickstart.py",
+        base=BASE,
         fixed=FIXED | TASKS[task] | {"num_steps": steps},
         axes={
             "mode": MODES,

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from experiments.studies import quickstart_runs
 from experiments.sweeps.spec import Outcome, Sweep
 
 SEEDS = (0, 1, 2)
@@ -13,11 +14,7 @@ CORRECTIONS = ("none", "tis")  # truncated importance sampling, a weight a token
 FIXED = {
     "rollout.mismatch_limit": 10.0,  # reported here, and not refused
     "eval.every": 10,
-    "output.tensorboard": False,
-    "output.export": False,
-    "output.dump_every": 0,
-    "output.checkpoint_every": 0,
-    "output.keep_best": 0,
+    **quickstart_runs.METRICS_ALONE,
 }
 
 OUTCOMES = (
@@ -35,7 +32,7 @@ OUTCOMES = (
 def sweep(*, steps: int = STEPS, seeds: tuple[int, ...] = SEEDS) -> Sweep:
     """Returns the sweep of every type with and without correction, against float32."""
     return Sweep(
-        base="configs/quickstart.py",
+        base=quickstart_runs.BASE,
         fixed=FIXED | {"num_steps": steps},
         axes={
             "weights": {kind: {"model.rollout_dtype": kind} for kind in TYPES},

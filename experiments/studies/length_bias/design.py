@@ -3,15 +3,15 @@
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from experiments.studies import quickstart_runs
+from experiments.studies.quickstart_runs import TUNING_SEEDS
 from experiments.sweeps.spec import Outcome, Sweep
 
 TASKS = ("sums", "lookup")  # longer reasoning helps in sums, not in lookup
 BASES = ("base 0", "base 1")
 SEEDS = (0, 1, 2, 3, 4)
-TUNING_SEEDS = (100, 101)
 RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 STEPS = 25
-REFERENCE_LENGTH = {"sums": 17.7, "lookup": 10.7}  # tokens; means of the embedded bases
 DATASET = {"sums": "label_sums", "lookup": "label_lookup"}
 
 # Clip ranges: GSPO's own, LUSPO's own, none.
@@ -27,11 +27,7 @@ TINY_RUN = {
     "train.warmup_steps": 2,
     "eval.every": 5,
     "eval.num_problems": 128,
-    "output.tensorboard": False,
-    "output.export": False,
-    "output.dump_every": 0,
-    "output.checkpoint_every": 0,
-    "output.keep_best": 0,
+    **quickstart_runs.METRICS_ALONE,
 }
 
 OUTCOMES = (
@@ -63,7 +59,7 @@ def factorial(task: str) -> dict[str, dict]:
         "LUSPO/L_ref": {
             "objective.preset": "luspo",
             "objective.length_scale": "power",
-            "objective.reference_length": REFERENCE_LENGTH[task],
+            "objective.reference_length": quickstart_runs.REFERENCE_LENGTH[task],
         },
     }
     settings = {
@@ -158,7 +154,7 @@ def _where(tasks, bases_named, bases):
 def tuning(task: str, bases: pathlib.Path) -> Sweep:
     """Returns the sweep of every cell at every rate, on its own seeds."""
     return Sweep(
-        base="configs/quickstart.py",
+        base=quickstart_runs.BASE,
         fixed=TINY_RUN | {"eval.every": 0, "eval.num_problems": 32},
         axes={
             "where": _where([task], ["base 0"], bases),
@@ -173,7 +169,7 @@ def tuning(task: str, bases: pathlib.Path) -> Sweep:
 def main(task: str, rates: Mapping[str, float], bases: pathlib.Path) -> Sweep:
     """Returns the sweep of the factorial and the controls on both bases."""
     return Sweep(
-        base="configs/quickstart.py",
+        base=quickstart_runs.BASE,
         fixed=TINY_RUN,
         axes={"where": _where([task], BASES, bases), "objective": _settings(task, rates)},
         seeds=SEEDS,
@@ -196,7 +192,7 @@ def environments(rates: Mapping[str, float], bases: pathlib.Path) -> Sweep:
     here = _where(["sums"], ["base 0"], bases)["sums, base 0"]
     skewed = _where(["sums"], ["skewed"], bases)["sums, skewed"]
     return Sweep(
-        base="configs/quickstart.py",
+        base=quickstart_runs.BASE,
         fixed=TINY_RUN,
         axes={
             "where": {
@@ -232,7 +228,7 @@ def prediction(
         "eval.num_samples": 8,
     }
     return Sweep(
-        base="configs/quickstart.py",
+        base=quickstart_runs.BASE,
         fixed=TINY_RUN | measured,
         axes={
             "where": _where([task], BASES, bases),

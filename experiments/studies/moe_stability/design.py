@@ -5,6 +5,7 @@ import itertools
 import pathlib
 from collections.abc import Mapping
 
+from experiments.studies import quickstart_runs
 from experiments.sweeps.spec import Outcome, Sweep
 
 SEEDS = (0, 1, 2)
@@ -68,11 +69,7 @@ OFF_POLICY = {
     "eval.every": 4,
     "eval.num_problems": 128,
     "eval.num_samples": 2,
-    "output.tensorboard": False,
-    "output.export": False,
-    "output.dump_every": 0,
-    "output.checkpoint_every": 0,
-    "output.keep_best": 0,
+    **quickstart_runs.METRICS_ALONE,
 }
 
 OUTCOMES = (
@@ -113,7 +110,7 @@ def cell_name(base: str, objective: str, replay: str, rate: float = RATE) -> str
 def sweep(bases: pathlib.Path, *, steps: int = STEPS, seeds: tuple[int, ...] = SEEDS) -> Sweep:
     """Returns the sweep of every cell with every seed."""
     return Sweep(
-        base="configs/quickstart.py",
+        base=quickstart_runs.BASE,
         fixed=OFF_POLICY | {"num_steps": steps},
         members={name: fields(*cell, bases) for name, cell in cells().items()},
         seeds=seeds,

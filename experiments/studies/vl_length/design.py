@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 
+from experiments.studies.quickstart_runs import LENGTH, METRICS_ALONE, TUNING_SEEDS
 from experiments.sweeps.spec import Outcome, Sweep
 
 SEEDS = (0, 1, 2, 3, 4)
-TUNING_SEEDS = (100, 101)
 RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 STEPS = 40
 REFERENCE_LENGTH = 14.5  # tokens; mean of the embedded base
-LENGTH = "val-aux/*/response_length/mean"
 
 _WIDE = {"objective.clip_low": 2e-3, "objective.clip_high": 2.5e-3}  # LUSPO's own range
 _PUBLISHED = {name: {"objective.preset": name.lower()} for name in ("GRPO", "GSPO", "LUSPO")}
@@ -38,11 +37,7 @@ TINY_RUN = {
     "eval.every": 5,
     "eval.num_problems": 128,
     "eval.num_samples": 4,
-    "output.tensorboard": False,
-    "output.export": False,
-    "output.dump_every": 0,
-    "output.checkpoint_every": 0,
-    "output.keep_best": 0,
+    **METRICS_ALONE,
 }
 # Pressure of every update taken, by all responses of the next rollout.
 MEASURED = {"length.every": 1, "length.share": 1.0}

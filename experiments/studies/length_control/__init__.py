@@ -1,0 +1,1 @@
+"""Which control of length gives how much accuracy for how many tokens, on the same base?"""
