@@ -38,7 +38,7 @@ def run(
       sweep: the sweep.
       workdir: of the sweep.
       parallel: runs at a time, on a share of the cores each.
-      only: members or variants to run; empty for all.
+      only: members or variants to run, in this order; empty for all.
       environment: variables that the runs have besides this process's.
 
     Raises:
@@ -77,7 +77,8 @@ def _chosen(members, only):
         if name not in names:
             near = nearest(name, names)
             raise ConfigError(f"--only={name} is no member: {near}")
-    return [m for m in members if m.name in only or m.variant.name in only]
+    chosen = (m for name in only for m in members if name in (m.name, m.variant.name))
+    return list({m.name: m for m in chosen}.values())
 
 
 def standing(folder: pathlib.Path, config: ConfigDict) -> tuple[str, str]:

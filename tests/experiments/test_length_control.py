@@ -70,6 +70,16 @@ def test_the_most_important_runs_first_and_rates_are_tuned_on_other_seeds():
             assert cell.rates in design.RATE_GROUPS
 
 
+def test_every_block_begins_with_one_seed_of_each_of_its_cells():
+    sweep = design.sweep(RATES)
+    order = design.order(sweep)
+    assert sorted(order) == sorted(member.name for member in spec.members(sweep))
+    assert {name.split("/seed_")[1] for name in order[:16]} == {"0"}
+    assert all("β=" in name for name in order[:80])
+    assert order[16].startswith("sums, GSPO β=0/")
+    assert order[80:82] == ["sums, GRPO/seed_0", "sums, DAPO/seed_0"]
+
+
 def test_rates_are_those_of_the_group(configs):
     rates = {task: {g: 1e-4 * (k + 1) for k, g in enumerate(design.RATE_GROUPS)} for task in TASKS}
     sweep = design.sweep(rates)

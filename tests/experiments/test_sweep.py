@@ -250,6 +250,21 @@ def test_a_workdir_keeps_to_one_sweep_and_takes_more_members(finished):
         runner.run(sweep, workdir, only=["gpso"])
 
 
+def test_what_is_named_runs_in_the_order_of_its_names_and_once(monkeypatch, tmp_path):
+    ran = []
+
+    def run_all(waiting, *_):
+        ran.extend(member.name for member, _ in waiting)
+
+    monkeypatch.setattr(runner, "_run_all", run_all)
+    sweep = _sweep()
+    members = [member.name for member in spec.members(sweep)]
+    last = spec.members(sweep)[-1].variant.name
+    runner.run(sweep, tmp_path, only=[members[2], last, members[-1], members[0]])
+    own = [name for name in members if name.startswith(f"{last}/")]
+    assert ran == [members[2], *own, members[0]]
+
+
 def test_workers_have_the_environment_that_is_asked_for(monkeypatch, tmp_path):
     """Added to this process's own."""
     started = []

@@ -7,7 +7,8 @@ from typing import Any
 from experiments.studies import quickstart_runs
 from experiments.studies.length_control import rewards
 from experiments.studies.quickstart_runs import REFERENCE_LENGTH, TASKS, TUNING_SEEDS
-from experiments.sweeps.spec import Outcome, Sweep
+from experiments.sweeps import spec
+from experiments.sweeps.spec import Member, Outcome, Sweep
 
 SEEDS = (0, 1, 2, 3, 4)
 STEPS, TUNING_STEPS = 24, 16
@@ -206,3 +207,19 @@ def sweep(
         seeds=seeds,
         outcomes=OUTCOMES,
     )
+
+
+def order(sweep: Sweep) -> list[str]:
+    """Returns all members, block by block, in each the first seed of every cell and then the rest.
+
+    Neighbours that share a program would compile it at the same time.
+    """
+    kinds: dict[str, list[Member]] = {}
+    for each in spec.members(sweep):
+        task, name = each.variant.name.split(", ", 1)
+        kinds.setdefault(cells(task)[name].kind, []).append(each)
+    return [
+        each.name
+        for block in kinds.values()
+        for each in sorted(block, key=lambda each: each.seed != sweep.seeds[0])
+    ]

@@ -49,7 +49,8 @@ def main() -> None:
         raise command.UsageError(_told(failures))
     rates = tables.chosen_rates(*tuned, workdir / "rates.json")
     few = {"seeds": design.SEEDS[:1]} if _SMOKE.value else {}
-    main_sweep = run(design.sweep(rates, **short, **few), workdir / "main", _ONLY.value)
+    sweep = design.sweep(rates, **short, **few)
+    main_sweep = run(sweep, workdir / "main", _ONLY.value or design.order(sweep))
     print(tables.write(tables.Study(tuned, main_sweep, rates, failures), workdir))
     if _PUBLISH.value:
         for name in PUBLISHED:
