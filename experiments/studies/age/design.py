@@ -2,13 +2,7 @@
 
 from collections.abc import Sequence
 
-from experiments.studies.quickstart_runs import (
-    BASE,
-    CLIPPED,
-    HELD_OUT,
-    METRICS_ALONE,
-    TASKS,
-)
+from experiments.studies.quickstart_runs import BASE, CLIPPED, HELD_OUT, METRICS_ALONE, TASKS
 from experiments.sweeps.spec import Outcome, Sweep
 
 SEEDS = (0, 1, 2, 3, 4)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments.studies.age import design
 from experiments.studies.age.design import NONE, SYNCHRONOUS, cell
+from experiments.studies.quickstart_runs import LENGTH
 from experiments.sweeps import report, spec
 from experiments.sweeps.report import Estimate, Result
 from experiments.sweeps.spec import Sweep
@@ -156,7 +157,7 @@ def _table(columns, rows, heads):
 
 def curves_figure(sweep: Sweep, workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Draws held-out length and accuracy over steps: a column an objective, a line a mode."""
-    panels = (("held-out length", design.LENGTH, "tokens"), ("held-out accuracy", "val-core/*", ""))
+    panels = (("held-out length", LENGTH, "tokens"), ("held-out accuracy", "val-core/*", ""))
     objectives = list(sweep.axes["objective"])
     plt = report.pyplot()
     figure, axes = plt.subplots(
