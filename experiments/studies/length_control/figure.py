@@ -10,7 +10,7 @@ from experiments.studies.length_control import design
 from experiments.studies.quickstart_runs import TASKS
 from experiments.sweeps import report
 
-TOKENS, ACCURACY = "last length", "last accuracy"
+TOKENS, ACCURACY = "length area", "accuracy area"  # means over the run
 BASE = "base policy"
 KINDS = {
     "reference": ("k", "s", "as published"),
@@ -19,7 +19,8 @@ KINDS = {
     "objective": ("C1", "^", "another objective or advantage"),
 }
 _FAMILIES = dict(zip(design.FAMILIES, ("C0", "C3"), strict=True))
-_SIZE = 7.5  # of labels, points
+_SIZE = 8.0  # of labels, points
+_REACH = 0.12  # of the range of the points: how far an interval may widen the frame
 
 
 def draw(values, target: pathlib.Path) -> None:
@@ -30,22 +31,40 @@ def draw(values, target: pathlib.Path) -> None:
       target: file of the figure.
     """
     plt = report.pyplot()
-    figure, axes = plt.subplots(len(TASKS), 1, figsize=(11, 8.5 * len(TASKS)), layout="constrained")
+    figure, axes = plt.subplots(len(TASKS), 1, figsize=(11, 8 * len(TASKS)), layout="constrained")
     for axis, task in zip(axes, TASKS, strict=True):
         place(figure, axis, of_task(axis, values, task))
     if axes[0].get_legend_handles_labels()[0]:
-        axes[0].legend(fontsize=8, loc="best")
-    figure.savefig(target, dpi=80)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), fontsize=9, loc="outside upper center", ncols=3
+        )
+    figure.savefig(target, dpi=100)
     plt.close(figure)
 
 
 def of_task(axis, values, task: str) -> list[tuple[float, float, str, str]]:
     """Draws the points of a task; returns (x, y, label, colour) of each."""
-    labels = [*_grid(axis, values, task), *_others(axis, values, task), *_base(axis, values, task)]
-    axis.set(title=task, xlabel="tokens of a held-out answer, last", ylabel=ACCURACY)
-    axis.margins(0.06)
+    axis.set(
+        title=task,
+        xlabel="tokens of a held-out answer, mean over the run",
+        ylabel="held-out accuracy, mean over the run",
+    )
     axis.grid(alpha=0.25)
-    return labels
+    names = [name for name in design.cells(task) if _point(values, task, name)[0].count]
+    _frame(axis, [_point(values, task, name) for name in names])
+    return [*_grid(axis, values, task), *_others(axis, values, task), *_base(axis, values, task)]
+
+
+def _frame(axis, points):
+    """Sets limits that hold all points, and intervals unless they are much wider than the rest."""
+    for kind, setter in enumerate((axis.set_xlim, axis.set_ylim)):
+        if points:
+            means = [point[kind].mean for point in points]
+            most = _REACH * (max(means) - min(means)) or 1.0
+            low = min(p[kind].mean - min(_width(p[kind]), most) for p in points)
+            high = max(p[kind].mean + min(_width(p[kind]), most) for p in points)
+            edge = 0.05 * (high - low) or 1.0
+            setter(low - edge, high + edge)
 
 
 def _point(values, task, cell):
@@ -85,15 +104,21 @@ def _others(axis, values, task):
 
 
 def _base(axis, values, task):
-    """Marks the policy before training, the same for every control."""
-    first = [
+    """Marks the policy before training, the same for every control, or where it lies beyond."""
+    x, y = (
         report.estimate(list(values.of(name, task, design.REFERENCE).values()))
         for name in ("base length", "base accuracy")
-    ]
-    if not first[0].count:
+    )
+    if not x.count:
         return []
-    axis.plot(*(each.mean for each in first), "*", color="0.4", ms=13, ls="")
-    return [(first[0].mean, first[1].mean, BASE, "0.3")]
+    place, label = [], f"{BASE}: {x.mean:.1f} tokens, {y.mean:.2f}"
+    for mean, (low, high) in ((x.mean, axis.get_xlim()), (y.mean, axis.get_ylim())):
+        inset = 0.012 * (high - low)
+        place.append(min(max(mean, low + inset), high - inset))
+    if place != [x.mean, y.mean]:
+        label += " (beyond this corner)"
+    axis.plot(*place, "*", color="0.4", ms=13, ls="", clip_on=False)
+    return [(*place, label, "0.3")]
 
 
 def _cross(axis, point, color, marker, label):
@@ -112,6 +137,8 @@ def _width(estimate):
 
 def place(figure, axis, labels):
     """Writes each label at the nearest place where it covers no point and no other label."""
+    from matplotlib import patheffects
+
     if not labels:
         return
     figure.draw_without_rendering()
@@ -119,6 +146,7 @@ def place(figure, axis, labels):
     boxes = [_box(point, (9, 9)) for point in points]
     inside = axis.get_window_extent()
     scale = figure.dpi / 72
+    halo = [patheffects.withStroke(linewidth=2, foreground="w")]
     for (x, y, text, color), point in zip(labels, points, strict=True):
         size = np.array([0.62 * len(text) * _SIZE, 1.35 * _SIZE]) * scale
         shift = next(
@@ -133,7 +161,7 @@ def place(figure, axis, labels):
         boxes.append(_box(point + shift, size))
         axis.annotate(
             text, (x, y), xytext=shift / scale, textcoords="offset points", fontsize=_SIZE,
-            color=color, ha="center", va="center",
+            color=color, ha="center", va="center", path_effects=halo,
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": color, "alpha": 0.6},
         )  # fmt: skip
 

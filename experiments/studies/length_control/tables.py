@@ -163,8 +163,7 @@ def published_pair(values: Values) -> str:
     """Formats the published pair's difference, and the three steps that it consists of."""
     gspo, weighted = (design.grid_cell(family, "0") for family in design.FAMILIES)
     return (
-        "The first row is the sum of the other three; learning rates differ between them as above."
-        "\n\n"
+        "The first row is the sum of the other three, at the learning rates above.\n\n"
     ) + _differences(
         values,
         [
