@@ -226,7 +226,10 @@ def test_labels_cover_neither_points_nor_each_other(ran):
     labels = figure.of_task(axis, values, "sums")
     figure.place(drawn, axis, labels)
     assert {label[2] for label in labels} >= {"kimi", "β=¼", "gfpo"}
-    assert labels[-1][2].startswith(f"{figure.BASE}: 15.0 tokens, 0.30")
+    assert labels[-1][2] == f"{figure.BASE} is outside: 15.0 tokens, 0.30"
+    x, y = labels[-1][:2]
+    assert axis.get_xlim()[0] < x < axis.get_xlim()[1]
+    assert axis.get_ylim()[0] < y < axis.get_ylim()[1]
     drawn.draw_without_rendering()
     boxes = [Text.get_window_extent(text) for text in axis.texts]  # without their lines
     assert len(boxes) == len(labels) == 33

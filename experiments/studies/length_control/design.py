@@ -33,7 +33,7 @@ OUTCOMES = (
     Outcome("corr(A, L)", "length/advantage_corr", "mean"),
     Outcome("growth flag", "length/degeneration/flag", "mean"),
     Outcome("collapse flag", "length/degeneration/collapse", "mean"),
-    Outcome("sign reversal", "length/sign_reversal*", "mean"),
+    Outcome("sign reversal", "length/sign_reversal", "mean"),
 )
 
 # Cells whose gradients have one scale and one kind of clip range share a learning rate: the one

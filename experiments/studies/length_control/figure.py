@@ -21,6 +21,7 @@ KINDS = {
 _FAMILIES = dict(zip(design.FAMILIES, ("C0", "C3"), strict=True))
 _SIZE = 8.0  # of labels, points
 _REACH = 0.12  # of the range of the points: how far an interval may widen the frame
+_FAR = 3.0  # interquartile ranges beyond the quartiles
 
 
 def draw(values, target: pathlib.Path) -> None:
@@ -56,13 +57,18 @@ def of_task(axis, values, task: str) -> list[tuple[float, float, str, str]]:
 
 
 def _frame(axis, points):
-    """Sets limits that hold all points, and intervals unless they are much wider than the rest."""
+    """Sets limits that hold all points but those far out, and intervals that are no wider than
+    the rest.
+    """
     for kind, setter in enumerate((axis.set_xlim, axis.set_ylim)):
         if points:
             means = [point[kind].mean for point in points]
-            most = _REACH * (max(means) - min(means)) or 1.0
-            low = min(p[kind].mean - min(_width(p[kind]), most) for p in points)
-            high = max(p[kind].mean + min(_width(p[kind]), most) for p in points)
+            first, third = np.quantile(means, (0.25, 0.75))
+            fence = _FAR * (third - first)
+            near = [p[kind] for p in points if first - fence <= p[kind].mean <= third + fence]
+            most = _REACH * (max(e.mean for e in near) - min(e.mean for e in near)) or 1.0
+            low = min(each.mean - min(_width(each), most) for each in near)
+            high = max(each.mean + min(_width(each), most) for each in near)
             edge = 0.05 * (high - low) or 1.0
             setter(low - edge, high + edge)
 
@@ -99,36 +105,47 @@ def _others(axis, values, task):
             color, marker, kind = KINDS[cell.kind]
             place = _cross(axis, point, color, marker, None if kind in told else kind)
             told.add(kind)
-            labels.append((*place, name, color))
+            labels.append((*place, _told(name, point, place), color))
     return labels
 
 
 def _base(axis, values, task):
-    """Marks the policy before training, the same for every control, or where it lies beyond."""
-    x, y = (
+    """Marks the policy before training, the same for every control."""
+    point = [
         report.estimate(list(values.of(name, task, design.REFERENCE).values()))
         for name in ("base length", "base accuracy")
-    )
-    if not x.count:
+    ]
+    if not point[0].count:
         return []
-    place, label = [], f"{BASE}: {x.mean:.1f} tokens, {y.mean:.2f}"
-    for mean, (low, high) in ((x.mean, axis.get_xlim()), (y.mean, axis.get_ylim())):
-        inset = 0.012 * (high - low)
-        place.append(min(max(mean, low + inset), high - inset))
-    if place != [x.mean, y.mean]:
-        label += " (beyond this corner)"
+    place = _clamped(axis, point)
     axis.plot(*place, "*", color="0.4", ms=13, ls="", clip_on=False)
-    return [(*place, label, "0.3")]
+    return [(*place, _told(BASE, point, place), "0.3")]
+
+
+def _clamped(axis, point):
+    """Returns the place of a point, or the nearest one inside the frame."""
+    place = []
+    for each, (low, high) in zip(point, (axis.get_xlim(), axis.get_ylim()), strict=True):
+        inset = 0.012 * (high - low)
+        place.append(min(max(each.mean, low + inset), high - inset))
+    return tuple(place)
+
+
+def _told(name, point, place):
+    """Adds its numbers to the label of a point that is not where it is drawn."""
+    x, y = (each.mean for each in point)
+    return name if place == (x, y) else f"{name} is outside: {x:.1f} tokens, {y:.2f}"
 
 
 def _cross(axis, point, color, marker, label):
-    """Draws a point with its intervals; returns its place."""
-    x, y = point
+    """Draws a point with its intervals, or one outside at the frame; returns where."""
+    place = _clamped(axis, point)
+    outside = place != tuple(each.mean for each in point)
+    x, y = (0 if outside else _width(each) for each in point)
     axis.errorbar(
-        x.mean, y.mean, xerr=_width(x), yerr=_width(y), color=color, marker=marker, ms=5, lw=0.7,
-        alpha=0.75, label=label,
-    )  # fmt: skip
-    return x.mean, y.mean
+        *place, xerr=x, yerr=y, color=color, marker=marker, ms=5, lw=0.7, alpha=0.75, label=label
+    )
+    return place
 
 
 def _width(estimate):
