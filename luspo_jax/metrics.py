@@ -200,6 +200,10 @@ _DECLARED = [
     ),
     Metric("length/reward_pressure/taken", "mean", "", "first-order change by the last update"),
     Metric("length/reward_pressure/*", "mean", "1/lr", "change of the reward by the same step"),
+    Metric(
+        "length/sign_reversal", "last", "", "share of advantages whose sign control of length turns"
+    ),
+    Metric("length/lambda", "last", "", "λ of the length scale lambda-grpo"),
     Metric("length/degeneration/growth", "last", "", "growth of length over the last window"),
     Metric("length/degeneration/accuracy_gain", "last", "", "growth of accuracy over it"),
     Metric("length/degeneration/flag", "last", "", "1 while length grows and accuracy does not"),

@@ -107,8 +107,9 @@ def _learn(run, state, length, rollouts, *, metrics, check_mismatch):
         penalty_B = instruments.penalty(
             run.length, rollouts.lengths_B, longest, direction=direction
         )
-        weights = settings.reward.parts
+        weights = {**settings.reward.parts, **settings.reward.group}
         rollouts = stages.with_advantages(rollouts, objective, width, penalty_B, weights)
+        metrics.update(stages.sign_reversal(rollouts, objective, settings.reward.parts))
         rollouts = stages.with_segments(rollouts, objective, run.model.decode)
     with timed(metrics, "length"):
         everything = instruments.Sampled(
@@ -134,6 +135,9 @@ def _learn(run, state, length, rollouts, *, metrics, check_mismatch):
             alpha_shift=length.alpha_shift,
         )
         metrics.update(measured)
+        length = instruments.learn(
+            length, run.length, objective, rollouts.responses, rollouts.group_ids_B, metrics
+        )
         if state.ref_params is not None and due(settings.train.ref_every, step + 1):
             state = refresh_reference(state, decay=settings.train.ref_decay)
     with timed(metrics, "length"):

@@ -26,7 +26,7 @@ from luspo_jax.objectives.policy_metrics import (
     weight_metrics,
 )
 from luspo_jax.objectives.ratios import RATIOS, bounded
-from luspo_jax.objectives.surrogates import SURROGATES
+from luspo_jax.objectives.surrogates import SURROGATES, clip_band
 from luspo_jax.objectives.whole_batch import real, wide
 
 
@@ -178,6 +178,12 @@ def loss(
         "response_mask_BT": mask_BT,
         "advantages_BU": advantages_BU,
         "segment_starts_BT": rows.segment_starts_BT,
+        "band_B1": clip_band(
+            mask_BT,
+            dtype,
+            exponent=objective.clip_length_exponent,
+            reference_length=objective.reference_length,
+        ),
     }
     log_ratio_BU = bind(RATIOS[objective.ratio], objective)(**arrays)
     surrogate_function = bind(SURROGATES[objective.surrogate], objective)
