@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 
 from luspo_jax import objectives
+from tests.borrow_cases import (
+    GROUP,
+    B,
+    T,
+    maxtext_data,
+    rows_of,
+    shifted,
+    step,
+    tunix_example,
+)
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "borrow.md"
-PROMPTS, GROUP, T = 3, 4, 7
-B = PROMPTS * GROUP
 LUSPO = objectives.preset("luspo")
 ORDER = np.random.default_rng(1).permutation(B)
 
@@ -30,26 +38,6 @@ def run(code: str, **names) -> dict:
     """The names that a block leaves, run where `names` are known."""
     exec(compile(code, f"<{PAGE.name}>", "exec"), names)
     return names
-
-
-def step(dtype=np.float64) -> dict[str, np.ndarray]:
-    """Arrays of one step: every row has a token, a group's rows stand together."""
-    rng = np.random.default_rng(0)
-    length_B = rng.integers(1, T, B)
-    live_BT = -rng.gamma(1.0, 0.8, (B, T)) - 0.01
-
-    def near():
-        # Within LUSPO's clip for some rows, beyond it for others.
-        return (live_BT + 0.004 * rng.standard_normal((B, T))).astype(dtype)
-
-    return {
-        "live_BT": live_BT.astype(dtype),
-        "old_BT": near(),
-        "ref_BT": near(),
-        "mask_BT": np.arange(T) < length_B[:, None],
-        "rewards_B": rng.random(B).astype(dtype),
-        "ids_B": np.repeat(np.arange(PROMPTS), GROUP),
-    }
 
 
 def direct(objective, arrays, **optional):
@@ -81,7 +69,7 @@ def close(actual, expected, rtol=1e-9, atol=1e-12):
 @pytest.mark.usefixtures("x64")
 def test_six_lines_are_a_step():
     (code,) = blocks("Six lines")
-    assert len(code.splitlines()) <= 6
+    assert len(list(filter(None, code.splitlines()))) <= 6
     arrays = step()
     table_BT = arrays["live_BT"]
     found = run(
@@ -113,41 +101,6 @@ def test_shares_of_micro_batches_add_up():
     close(found["grads"], grad_BT)
     tokens = arrays["mask_BT"].sum()
     assert float(found["metrics"]["actor/pg_clipfrac"][1]) == tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainExample:
-    """The fields of google-tunix 0.1.7's `tunix.rl.common.TrainExample`."""
-
-    prompt_ids: np.ndarray
-    prompt_mask: np.ndarray
-    completion_ids: np.ndarray
-    completion_mask: np.ndarray
-    advantages: np.ndarray
-    ref_per_token_logps: np.ndarray | None
-    old_per_token_logps: np.ndarray | None
-    segment_ids: np.ndarray | None = None
-    segment_positions: np.ndarray | None = None
-    sampler_is_weights: np.ndarray | None = None
-
-
-def tunix_example(arrays, advantages_B, kind=TrainExample, **changes):
-    rng, mask_BT = np.random.default_rng(2), arrays["mask_BT"]
-    fields = {
-        "prompt_ids": rng.integers(1, 9, (B, 3)),
-        "prompt_mask": np.ones((B, 3), bool),
-        "completion_ids": np.where(mask_BT, rng.integers(1, 9, mask_BT.shape), 0),
-        "completion_mask": mask_BT,
-        "advantages": advantages_B,
-        "ref_per_token_logps": None,
-        "old_per_token_logps": arrays["old_BT"],
-    }
-    return kind(**(fields | changes))
-
-
-def rows_of(example, rows):
-    fields = {f.name: getattr(example, f.name) for f in dataclasses.fields(example)}
-    return type(example)(**{k: None if x is None else x[rows] for k, x in fields.items()})
 
 
 @pytest.mark.usefixtures("x64")
@@ -209,27 +162,51 @@ def test_tunix_mean_over_micro_batches_is_the_step_by_sequences_alone(name, hold
     assert np.allclose(total_BT, expected_BT, rtol=1e-9, atol=1e-12) == holds
 
 
-def maxtext_data(arrays, *, prompt=2, old=True):
-    """A batch as `maxtext.experimental.rl` 0.2.5 holds it: prompt and completion in one row."""
-    rng, mask_BT = np.random.default_rng(4), arrays["mask_BT"]
-    mask_BL = np.pad(mask_BT, ((0, 0), (prompt, 0)))
-    any_BL = mask_BL | (np.arange(mask_BL.shape[1]) < prompt)
-    old_BL = np.pad(arrays["old_BT"], ((0, 0), (prompt, 0)), constant_values=-2.0)
-    return {
-        "prompt": rng.integers(1, 9, (B, prompt)),
-        "prompt_true_length": np.full((B, 1), prompt),
-        "prompt_completions": rng.integers(1, 9, mask_BL.shape),
-        "prompt_completions_position": np.where(any_BL, np.arange(mask_BL.shape[1]), 0),
-        "prompt_completions_segmentation": any_BL.astype(np.int32),
-        "ar_completions_segmentation": mask_BL.astype(np.int32),
-        "completions_logprobs": np.where(any_BL, old_BL, -np.inf) if old else None,
-        "rewards": arrays["rewards_B"],
-    }
+@pytest.mark.usefixtures("x64")
+def test_tunix_hooks_call_and_return_what_the_learner_uses(monkeypatch):
+    """Stand-ins for the library's modules, with its names; the slow test has the library."""
+    arrays, hooks = step(), {}
+    registry = types.ModuleType("tunix.rl.function_registry")
+    for kind in ("policy_loss_fn", "advantage_estimator"):
+        setattr(
+            registry,
+            f"register_{kind}",
+            lambda name, kind=kind: lambda f: hooks.setdefault((kind, name), f),
+        )
+    common = types.ModuleType("tunix.rl.common")
 
+    def compute_per_token_logps(
+        graphdef, state, prompt_tokens, completion_tokens, pad_id, eos_id,
+        stop_gradient=True, temperature=1.0,
+    ):  # fmt: skip
+        assert (len(prompt_tokens), len(completion_tokens), temperature) == (B, B, 0.7)
+        return jax.lax.stop_gradient(state) if stop_gradient else state
 
-def shifted(live_BT, prompt=2):
-    """Log-probs [B, L − 1] whose column j is for token j + 1; 0 off the completion."""
-    return jnp.pad(live_BT, ((0, 0), (prompt - 1, 0)))
+    common.compute_per_token_logps = compute_per_token_logps
+    learner = types.ModuleType("tunix.rl.grpo.grpo_learner")
+    learner.GRPOConfig = lambda **fields: types.SimpleNamespace(temperature=0.7, **fields)
+    nnx = types.SimpleNamespace(split=lambda model: (None, model))
+    flax, rl = types.ModuleType("flax"), types.ModuleType("tunix.rl")
+    flax.nnx, rl.common, rl.function_registry = nnx, common, registry
+    for name in ("tunix", "tunix.rl.grpo"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    for module in (flax, rl, registry, common, learner):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    config = run("\n".join(blocks("Tunix")))["config"]
+    assert config.num_generations == GROUP
+    estimate = hooks["advantage_estimator", config.advantage_estimator]
+    policy_loss = hooks["policy_loss_fn", config.policy_loss_fn]
+    example = tunix_example(arrays, estimate(rewards=arrays["rewards_B"], num_generations=GROUP))
+
+    def value(model):
+        return policy_loss(model, example, algo_config=config, pad_id=0, eos_id=8)
+
+    (loss, aux), grad_BT = jax.value_and_grad(value, has_aux=True)(arrays["live_BT"])
+    expected = direct(LUSPO, arrays, old_logprobs_BT=arrays["old_BT"])
+    close(loss, expected[0])
+    close(grad_BT, expected[1])
+    assert {"kl", "pg_clipfrac"} <= set(aux)
 
 
 @pytest.mark.usefixtures("x64")
@@ -391,3 +368,70 @@ def test_tunix_piece_in_tunix():
     assert 0 < clipped < 1
     assert np.abs(expected).max() > 0.01
     close(start - np.asarray(model.table[...]), expected, 1e-4, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["luspo", "dapo"])
+def test_maxtext_piece_in_maxtext(name):
+    """Its log-probs and its train step over three micro-batches, on a tiny model."""
+    trainer = pytest.importorskip(
+        "maxtext.experimental.rl.grpo_trainer", reason="maxtext is not installed"
+    )
+    import optax
+    from flax import nnx
+    from maxtext.common.train_state_nnx import TrainStateNNX
+
+    class Bigram(nnx.Module):
+        def __init__(self):
+            rng = np.random.default_rng(5)
+            self.table = nnx.Param(jnp.asarray(rng.standard_normal((9, 9)), jnp.float32))
+
+        def __call__(self, decoder_input_tokens, **_):
+            return self.table[...][decoder_input_tokens]
+
+    its_train_step, its_loss = trainer.train_step, trainer.grpo_loss_fn_nnx
+    try:
+        piece, arrays = run("\n".join(blocks("MaxText"))), step(np.float32)
+        objective = piece["LUSPO"] = objectives.preset(name)
+        data, model = maxtext_data(arrays), Bigram()
+        start = jnp.asarray(model.table[...])
+        ids = data["prompt_completions"]
+
+        def logprobs_BT(table):
+            logprobs = jax.nn.log_softmax(table[ids[:, :-1]])
+            return jnp.take_along_axis(logprobs, ids[:, 1:, None], axis=2)[..., 0]
+
+        mask_BT = data["ar_completions_segmentation"][:, 1:] != 0
+        drift_BT = 0.004 * np.random.default_rng(6).standard_normal(mask_BT.shape)
+        old_BT = np.asarray(logprobs_BT(start) + drift_BT, np.float32)
+        padded = np.where(mask_BT, old_BT, -np.inf)
+        data["completions_logprobs"] = np.pad(padded, ((0, 0), (1, 0)))
+        state = TrainStateNNX(model, nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.Param))
+        state.reference_model = Bigram()
+        graphdef, state = nnx.split(state)
+        config = types.SimpleNamespace(
+            train_data_columns="prompt",
+            num_generations=GROUP,
+            gradient_accumulation_steps=3,
+            decode_sampling_temperature=1.0,
+            enable_dropout=False,
+            gradient_clipping_threshold=0,
+            optimizer_memory_host_offload=False,
+        )
+
+        def train(state, data):
+            return trainer.train_step(graphdef, config, None, None, state, data, None)
+
+        state, found = jax.jit(train)(state, jax.tree.map(jnp.asarray, data))
+    finally:
+        trainer.train_step, trainer.grpo_loss_fn_nnx = its_train_step, its_loss
+
+    def value(table):
+        rest = (mask_BT, arrays["rewards_B"], arrays["ids_B"])
+        return objectives.step_loss(objective, logprobs_BT(table), *rest, old_logprobs_BT=old_BT)
+
+    (loss, _), expected = jax.value_and_grad(value, has_aux=True)(start)
+    assert np.abs(expected).max() > 0.01
+    close(start - state["model"]["table"][...], expected, 1e-4, 1e-6)
+    close(found["scalar"]["learning/loss"], loss, 1e-4, 1e-6)
