@@ -116,6 +116,14 @@ def test_an_older_checkpoint_starts_dual_variables_anew(partial, tmp_path, monke
     assert _rows(tmp_path)[-1]["length/dual/leash"] == 0.5
 
 
+def test_a_fork_that_samples_otherwise_says_what_it_leaves_behind(partial, tmp_path):
+    partial.num_steps = 1
+    _train(partial, tmp_path / "parent")
+    partial.num_steps, partial.rollout.overlap = 2, 2
+    with pytest.warns(UserWarning, match=r"3 groups .* not taken along, .*: rollout\.overlap"):
+        test_train._forked(partial, tmp_path / "fork", tmp_path / "parent")
+
+
 def test_an_overlap_of_0_is_the_run_without(partial, tmp_path):
     """Whatever max_age then is."""
     partial.num_steps, partial.rollout.overlap = 2, 0
