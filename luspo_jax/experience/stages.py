@@ -22,7 +22,7 @@ from luspo_jax.learner.policies import (
 from luspo_jax.learner.programs import StepPrograms
 from luspo_jax.learner.rows import Planner
 from luspo_jax.metrics import StepMetrics, timed
-from luspo_jax.objectives import Objective
+from luspo_jax.objectives import Objective, corrections
 from luspo_jax.types import ResponseRows, TrainBatch, TrainState
 
 
@@ -261,8 +261,7 @@ def _token_statistics(objective, placed):
     weight_BT = None
     if "tis" in objective.corrections:
         (sampler_BT,) = placed("logprobs")
-        gap_BT = np.where(mask_BT, logprobs_BT - sampler_BT, 0)
-        weight_BT = np.minimum(np.exp(np.clip(gap_BT, -20, 20)), np.float32(objective.tis_max))
+        weight_BT = corrections.tis(logprobs_BT - sampler_BT, tis_max=objective.tis_max)
     return objectives.TokenStatistics(mask_BT, logprobs_BT, collision_BT, weight_BT)
 
 
