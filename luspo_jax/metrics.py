@@ -12,7 +12,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from luspo_jax.hosts import guard
@@ -294,9 +294,24 @@ class StepMetrics:
 def timed(metrics: StepMetrics, phase: str) -> Iterator[None]:
     """Adds the seconds inside to `timing_s/{phase}`, and marks the phase for the guard."""
     started = time.perf_counter()
-    with guard.phase("rollout" if phase == "gen" else phase):
+    with guard.phase("rollout" if phase == "gen" else phase), _annotation(phase):
         yield
     metrics.add(f"timing_s/{phase}", time.perf_counter() - started)
+
+
+# What a phase is entered as, besides being timed; here, and not jax's, which is not imported.
+_annotation: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def phases_in(annotation: Callable[[str], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Enters each phase of `timed` inside, in any thread, as `annotation(phase)` too: in a trace."""
+    global _annotation
+    outer, _annotation = _annotation, annotation
+    try:
+        yield
+    finally:
+        _annotation = outer
 
 
 def _reduce(reducer: str, pairs: list[tuple[float, float]]) -> float:
