@@ -78,7 +78,7 @@ def _draw_budgets(axis, rows):
 
     found = {key for row in rows for key in row if "/budget/" in key and key.endswith("/acc")}
     budgets = sorted({int(key.split("/")[-2]) for key in found})
-    shades = matplotlib.colormaps["Blues"](np.linspace(0.35, 0.8, max(1, len(budgets))))
+    shades = matplotlib.colormaps["Blues"](np.linspace(0.35, 0.8, len(budgets)))
     for budget, shade in zip(budgets, shades, strict=True):
         steps, values = _series(rows, f"val-aux/*/budget/{budget}/acc")
         axis.plot(steps, values, lw=1, color=shade, label=f"cut at {budget} tokens")
