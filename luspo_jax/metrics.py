@@ -343,7 +343,12 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 def lines_and_records(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each whole line of a metrics.jsonl as it is there, and what `read_metrics` makes of it."""
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    return whole_lines(path.read_bytes(), str(path))
+
+
+def whole_lines(content: bytes, path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """As `lines_and_records`, of a file's bytes; errors name the path."""
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
             odd = record.pop("nonfinite", {})
