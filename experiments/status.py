@@ -30,8 +30,7 @@ class _Seconds(flags.ArgumentParser):
     def parse(self, argument):
         alone = {"true": _WATCH_S, "false": 0.0}
         try:
-            seconds = alone.get(argument, None) if isinstance(argument, str) else argument
-            seconds = float(argument) if seconds is None else seconds
+            seconds = alone[argument] if argument in alone else float(argument)
         except ValueError:
             seconds = math.nan
         if not 0 <= seconds < math.inf:
@@ -42,7 +41,9 @@ class _Seconds(flags.ArgumentParser):
 class _WatchFlag(flags.Flag):
     """A flag that may stand without a value, as those of yes and no may."""
 
-    boolean = True
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.boolean = True
 
 
 _WORKDIR = flags.DEFINE_multi_string("workdir", [], "Folder of a run or sweep; or WORKDIR alone.")
@@ -64,11 +65,14 @@ def main() -> None:
     try:
         while True:
             text, well = _drawn(folders, beats)
-            if _WATCH.value and sys.stdout.isatty():
+            screen = sys.stdout.isatty() and not _JSON.value
+            if _WATCH.value and screen:
                 text = f"\x1b[H\x1b[J{text}"  # from the top of a cleared screen
             print(text, flush=True)
             if not _WATCH.value:
                 break
+            if not (screen or _JSON.value):
+                print()
             time.sleep(_WATCH.value)
     except KeyboardInterrupt:
         pass

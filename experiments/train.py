@@ -3,8 +3,8 @@
 Any field of the configuration can be set by flag: `--config.rollout.group_size=16`. Running the
 same command again resumes the run. `--dry_run` prints what would run, and stops. `--fork=RUN`
 begins a new workdir from a checkpoint of another run (`--fork_step`; by default its latest), with
-any fields changed; run.json lists them. `--profile_steps=4-6` writes a trace of these steps into the
-workdir's folder `profile`.
+any fields changed; run.json lists them. `--profile_steps=4-6` writes a trace of these steps into
+the workdir's folder `profile`.
 
 On several hosts: the same command on each, with `--coordinator=HOST:PORT --num_processes=N
 --process_id=I`, or with `--distributed=auto` on a TPU pod or under SLURM, Open MPI or Kubernetes.

@@ -305,7 +305,7 @@ _annotation: Callable[[str], contextlib.AbstractContextManager] = contextlib.nul
 
 @contextlib.contextmanager
 def phases_in(annotation: Callable[[str], contextlib.AbstractContextManager]) -> Iterator[None]:
-    """Enters each phase of `timed` inside, in any thread, as `annotation(phase)` too: in a trace."""
+    """Enters `annotation(phase)`, too, in each phase of `timed` inside, in any thread."""
     global _annotation
     outer, _annotation = _annotation, annotation
     try:

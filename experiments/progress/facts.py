@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.progress.reading import Entry, LocalFolder
+from experiments.progress.reading import LocalFolder
 from luspo_jax.metrics import METRICS, MetricsError, whole_lines
 
 RUNNING, FINISHED, SILENT, FAILED = "running", "finished", "silent", "failed"
@@ -150,15 +150,15 @@ def progress(
     now = time.time() if now is None else now
     entries = folder.entries()
     if entries is None:
-        return Progress(workdir, GONE, notes=["there is no such folder"])
+        return Progress(workdir, GONE)
     notes: list[str] = []
     config = _config(folder.read("run.json"), notes)
     rows = _rows(folder.read("metrics.jsonl"), notes)
     dead_after_s = config.get("hosts.dead_after_s", _DEAD_AFTER_S)
     posts = _posts(folder, entries, dead_after_s, notes)
-    known = Progress(workdir, UNSTARTED, notes=notes, bytes=_bytes(entries))
-    if not (config or rows or posts or "run.json" in entries):
-        return known
+    if not (rows or posts or "run.json" in entries):
+        return Progress(workdir, UNSTARTED)
+    known = Progress(workdir, "", notes=notes, bytes=_bytes(entries))
     ours = (e.written for name, e in entries.items() if name.split("/")[0] in _OURS)
     seconds = [row["timing_s/step"] for row in rows if "timing_s/step" in row][-_LAST:]
     checkpoints = _checkpoints(entries)
@@ -287,7 +287,9 @@ def _curves(rows):
     names = sorted({n for row in rows for n in row if n.startswith("val-core/") or n == _LOSS})
     curves = {}
     for name in names:
-        points = [Point(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, _NAN))]
+        points = [
+            Point(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, _NAN))
+        ]
         if points:
             best = min(points, key=lambda p: _better(name, p.value))
             curves[name] = Curve(points[0], best, points[-1])
@@ -300,7 +302,7 @@ def _better(name, value):
 
 
 def _checkpoints(entries):
-    """Returns the steps of complete checkpoints: others have no number for a name, or lack parts."""
+    """Returns the steps of complete checkpoints: others have other names, or lack a part."""
     parts: dict[str, set[str]] = {}
     for path in (name.split("/") for name in entries if name.startswith("checkpoints/")):
         if len(path) > 3 and path[1].isdecimal():

@@ -15,7 +15,7 @@ def page(known: Progress, width: int) -> str:
     """Returns the lines of a run."""
     lines = [f"{known.workdir}: {headline(known)}"]
     for label, text in (
-        ("step", _step(known)),
+        ("step", _step(known) if known.age_s is not None else ""),
         ("reward", _value(known, "reward", "{:.4g}")),
         ("loss", _value(known, "sft/loss", "{:.4f}")),
         ("length", _length(known)),
@@ -56,8 +56,10 @@ def member_lines(known: Sequence[Progress], width: int) -> str:
 
 def headline(known: Progress) -> str:
     """Returns the state in words, with the last sign of life."""
-    if known.state in (GONE, UNSTARTED) or known.age_s is None:
-        return known.state
+    if known.state == GONE:
+        return "GONE, or not there yet: there is no such folder"
+    if known.state == UNSTARTED:
+        return "never started: the folder holds no run"
     ago = f"last sign of life {span(known.age_s)} ago"
     if known.state in (RUNNING, FINISHED):
         return f"{known.state}, {ago}"
@@ -145,7 +147,7 @@ def _process(process):
 
 def _checkpoints(known):
     if not known.checkpoints:
-        return "none yet" if known.step is not None else ""
+        return "none yet" if known.age_s is not None else ""
     text = f"latest {known.checkpoints[-1]:,}"
     if known.best_checkpoint is not None:
         text += f", best {known.best_checkpoint:,}"

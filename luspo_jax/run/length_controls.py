@@ -88,8 +88,8 @@ def notices(settings: Settings) -> Iterator[str]:
         shorten.insert(0, f"objective.advantage_shaping={settings.objective.advantage_shaping}")
         if len(shorten) > 1:
             yield (
-                f"{_joined(shorten)} each favour short responses: the advantage is shaped on top of "
-                "the reward"
+                f"{_joined(shorten)} each favour short responses: the advantage is shaped on top "
+                "of the reward"
             )
     scale = settings.objective.length_scale
     if scale in ("length", "power", "adaptive"):

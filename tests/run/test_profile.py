@@ -83,11 +83,14 @@ def test_no_annotation_is_made_outside_the_steps(tmp_path):
 
 
 def test_a_run_that_stops_inside_traces_the_rest_when_it_resumes(tmp_path):
-    with pytest.raises(RuntimeError), Profile(tmp_path, (1, 3)) as profile:
-        with profile.step(1):
-            pass
-        with profile.step(2):
-            raise RuntimeError
+
+    def steps():
+        yield 1
+        yield 2
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        take(Profile(tmp_path, (1, 3)), steps())
     assert list(tmp_path.iterdir()) == []
     resumed = Profile(tmp_path, (1, 3))
     resumed.check_ahead(2)
