@@ -67,6 +67,8 @@ def call(
     warnings.showwarning = lambda message, *_, **__: sys.stderr.write(f"warning: {message}\n")
     try:
         main()
+    except guard.Preempted:
+        return guard.PREEMPTED
     except KeyboardInterrupt as interrupt:
         guard.failed(interrupt, "interrupted")
         return _refuse("interrupted: run the same command again to continue", 130)

@@ -59,7 +59,11 @@ def main() -> None:
         processes.stop()
         return
     workdir = workdirs.Workdir(_WORKDIR.value, config, known, fork=fork)
-    outcome = train.train(run, workdir, profile)
+    try:
+        outcome = train.train(run, workdir, profile)
+    except guard.Preempted:
+        processes.stop()  # together: jax aborts the others when process 0 is gone
+        raise
     if processes.is_writer():
         figure = figures.run_figure(workdir.path)
         print(f"base : {outcome.base}\nfinal: {outcome.final}")

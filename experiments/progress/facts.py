@@ -59,7 +59,8 @@ class Process:
 
     Attributes:
       index, host, pid: name it.
-      status: running, done, failed, stopped or broken; "dead" if it runs and gives no sign of life.
+      status: running, done, preempted, failed, stopped or broken, as its guard wrote it; "dead" if
+        it runs and gives no sign of life.
       step, phase: where it is or ended, steps counted from 1.
       age_s: since its last sign of life.
       message: why it ended.
@@ -244,8 +245,10 @@ def _state(known, entries, rows, locked):
     statuses = {process.status for process in known.processes}
     if statuses & {"failed", "stopped", "broken"}:
         return FAILED
-    if statuses & {"dead", "running"}:
-        return SILENT if "dead" in statuses else RUNNING
+    if statuses & {"dead", "preempted"}:
+        return SILENT
+    if "running" in statuses:
+        return RUNNING
     if locked:
         return RUNNING
     complete = known.num_steps is not None and (known.step or 0) >= known.num_steps

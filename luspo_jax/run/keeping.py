@@ -141,11 +141,21 @@ class Keeper:
             self._writer.write_rollouts(taken, measures.records(rollouts))
         self._writer.write(taken, {"training/global_step": taken, **metrics.result()})
         if last or due(output.checkpoint_every, taken):
-            host, waiting = host_state(run, self._evaluations, carried)
-            score = measured.accuracy if measured else None
-            with guard.phase("checkpoint"):
-                self._checkpointer.save(taken, state, host, waiting, metric=score)
-                self.workdir.note_checkpoint(taken)
+            self._save(taken, state, carried, measured.accuracy if measured else None)
+
+    def save(self, taken: int, state: TrainState, carried: Carried) -> None:
+        """Checkpoints between two steps, unless that was done, and waits until it is written."""
+        if self._checkpointer is None:
+            return
+        if self._checkpointer.latest_step() != taken:
+            self._save(taken, state, carried, None)
+        self._bar.write(f"asked to end: step {taken} is saved, and the same command goes on")
+
+    def _save(self, taken, state, carried, score):
+        host, waiting = host_state(self.run, self._evaluations, carried)
+        with guard.phase("checkpoint"):
+            self._checkpointer.save(taken, state, host, waiting, metric=score)
+            self.workdir.note_checkpoint(taken)
 
     def outcome(self, state: TrainState) -> Outcome:
         """Returns the held-out results; exports the policy if asked."""

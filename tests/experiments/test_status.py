@@ -82,6 +82,7 @@ def call(monkeypatch, capsys):
     """Calls the command; gives status, standard output and standard error."""
 
     def called(*arguments):
+        monkeypatch.setenv("COLUMNS", "300")
         monkeypatch.setattr(sys, "argv", ["experiments.status", *map(str, arguments)])
         try:
             code = command.call(status.main, required=("workdir",), positional="workdir")
@@ -199,6 +200,14 @@ def test_a_process_that_failed_says_why(run):
     assert "FAILED" in shown
     assert "failed, phase gen of step 24, 1 s ago; host host1, pid 71: out of" in shown
     assert "\x1b" not in shown
+
+
+def test_a_run_that_was_asked_to_end_is_silent_and_says_so(run):
+    for index in (0, 1):
+        post(run, index, status="preempted", message="asked to end, and saved")
+    known = look(run)
+    assert known.state == "silent"
+    assert "preempted, phase gen" in text.page(known, 200)
 
 
 def test_heartbeats_of_an_earlier_start_say_nothing(run):
