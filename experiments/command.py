@@ -257,7 +257,9 @@ def _flag_message(error: BaseException, config: str) -> str:
 
 def _unknown_field(config: str) -> str | None:
     """The first --config.a.b that cannot be set so, in words."""
-    from luspo_jax.run import fields
+    if not any(a.lstrip("-").removeprefix("no").startswith("config.") for a in sys.argv[1:]):
+        return None
+    from luspo_jax.run import fields  # which imports jax: a typo elsewhere is answered at once
 
     names = fields.flat(getattr(fields, config)())
     for argument in sys.argv[1:]:

@@ -5,16 +5,15 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
 
 import pytest
-from absl import flags
 
-from experiments import command, status
-from experiments.progress import facts, reading, text
+from experiments.progress import facts, reading, text, watching
 from luspo_jax.metrics import json_line
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -77,25 +76,13 @@ def run(tmp_path):
     return write_run(tmp_path / "run")
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Calls the command; gives status, standard output and standard error."""
-
-    def called(*arguments):
-        monkeypatch.setenv("COLUMNS", "300")
-        monkeypatch.setattr(sys, "argv", ["experiments.status", *map(str, arguments)])
-        try:
-            code = command.call(status.main, required=("workdir",), positional="workdir")
-        except SystemExit as ended:
-            code = ended.code
-        finally:
-            flags.FLAGS.unparse_flags()
-            for name in ("workdir", "watch", "json"):
-                flags.FLAGS[name].unparse()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return called
+def call(*arguments):
+    """Runs the command; gives status, standard output and standard error."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "experiments.status", *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {"COLUMNS": "300"}, capture_output=True, text=True,
+    )  # fmt: skip
+    return ran.returncode, ran.stdout, ran.stderr
 
 
 def test_how_far_how_fast_and_how_well(run):
@@ -258,7 +245,7 @@ def test_half_a_line_no_manifest_and_damage_are_a_line_each(run):
     assert (known.step, "line 6" in known.notes[1]) == (4, True)
 
 
-def test_values_that_are_not_finite(tmp_path, call):
+def test_values_that_are_not_finite(tmp_path):
     run = write_run(tmp_path / "run", reward=float("nan"), **{ACCURACY: float("inf")})
     known = look(run)
     assert known.curves[ACCURACY].last.step == 20
@@ -302,7 +289,7 @@ def test_times_are_in_their_two_largest_units(seconds, words):
     assert text.span(seconds) == words
 
 
-def test_exit_status_and_several_workdirs(tmp_path, call):
+def test_exit_status_and_several_workdirs(tmp_path):
     good, bad = (write_run(tmp_path / name) for name in ("good", "bad"))
     stamp(good, time.time())
     stamp(bad, time.time() - 10_000)
@@ -320,47 +307,69 @@ def test_exit_status_and_several_workdirs(tmp_path, call):
 
 
 @pytest.mark.parametrize("value", ["x", "-1", "nan", "inf", ""])
-def test_a_wrong_interval_is_one_line(run, call, value):
+def test_a_wrong_interval_is_one_line(run, value):
     code, _, err = call(run, f"--watch={value}")
     assert (code, err.count("\n")) == (2, 1)
     assert "--watch" in err
 
 
-def test_a_bucket_and_no_workdir_are_one_line(call):
+def test_a_bucket_and_no_workdir_are_one_line():
     for arguments, says in ((["gs://bucket/run"], "gs:// cannot be read yet"), ([], "--workdir")):
         code, _, err = call(*arguments)
         assert (code, err.count("\n"), says in err) == (2, 1, True)
 
 
-@pytest.mark.parametrize(("flag", "seconds"), [("--watch", 10.0), ("--watch=0.5", 0.5)])
-def test_a_watch_draws_until_ctrl_c_also_when_the_workdir_goes(
-    run, call, flag, seconds, monkeypatch
-):
+def test_a_watch_draws_until_ctrl_c_also_when_the_workdir_goes(run, capsys, monkeypatch):
     stamp(run, time.time())
     slept = []
 
-    def sleep(interval):
-        slept.append(interval)
-        if len(slept) == 3:
-            raise KeyboardInterrupt
-        shutil.rmtree(run)
-        if len(slept) == 2:
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 1:
+            shutil.rmtree(run)
+        elif len(slept) == 2:
             stamp(write_run(run), time.time())
+        else:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(shutil, "rmtree", lambda path, real=shutil.rmtree: real(path, True))
-    code, out, err = call(flag, run)
-    assert (code, err, slept) == (0, "", [seconds] * 3)
-    heads = [line.removeprefix(f"{run}: ") for line in out.splitlines() if str(run) in line]
+    assert watching.show([str(run)], every_s=0.5)
+    assert slept == [0.5] * 3
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line.split(": ")[1] for line in lines if line.startswith(str(run))]
     assert [head.split(",")[0] for head in heads] == ["running", "GONE", "running"]
-    monkeypatch.setattr(time, "sleep", pytest.fail)
+    shutil.rmtree(run)
+    assert not watching.show([str(run)], every_s=0.5)
+
+
+@pytest.mark.parametrize(
+    ("every_s", "as_json", "redraws"), [(1.0, False, True), (1.0, True, False), (0.0, False, False)]
+)
+def test_only_a_watch_clears_the_screen(every_s, as_json, redraws, run, capsys, monkeypatch):
+    def sleep(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert call(run)[1].startswith(f"{run}: ")  # once, the screen stays as it is
-    monkeypatch.setattr(time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert call(flag, run)[1].startswith(f"\x1b[H\x1b[J{run}: ")
+    watching.show([str(run)], every_s=every_s, as_json=as_json)
+    assert capsys.readouterr().out.startswith("\x1b[H\x1b[J") == redraws
 
 
-def test_a_sweep_is_a_line_for_each_member(tmp_path, call):
+def test_the_command_ends_with_ctrl_c(run):
+    """`--watch` alone takes no value: the workdir after it is one."""
+    stamp(run, time.time())
+    with subprocess.Popen(
+        [sys.executable, "-m", "experiments.status", "--watch", str(run)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as watched:  # fmt: skip
+        while watched.stdout.readline() != "\n":
+            pass  # the page is there, and its end
+        watched.send_signal(signal.SIGINT)
+        assert watched.wait(10) == 0
+        assert watched.stderr.read() == ""
+
+
+def test_a_sweep_is_a_line_for_each_member(tmp_path):
     for variant, seed in (("luspo", 0), ("gspo", 1)):
         write_run(tmp_path / "sweep" / "members" / variant / f"seed_{seed}")
     stamp(tmp_path, time.time())
