@@ -140,8 +140,9 @@ def _curve(name, curve):
 
 
 def _process(process):
-    text = f"{process.status}, phase {process.phase} of step {process.step}, "
-    text += f"{span(process.age_s)} ago; host {process.host}, pid {process.pid}"
+    phase = "" if process.status == "done" else f"phase {process.phase} of "
+    text = f"{process.status}, {phase}step {process.step}, {span(process.age_s)} ago; "
+    text += f"host {process.host}, pid {process.pid}"
     return text + (f": {process.message}" if process.message else "")
 
 
