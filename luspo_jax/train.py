@@ -19,25 +19,32 @@ from luspo_jax.length import instruments
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.run.build import Run
 from luspo_jax.run.keeping import Carried, Keeper, Outcome, Workdir, due
+from luspo_jax.run.profile import Profile
 from luspo_jax.types import TrainState
 
 
-def train(run: Run, workdir: Workdir) -> Outcome:
+def train(run: Run, workdir: Workdir, profile: Profile | None = None) -> Outcome:
     """Trains from the workdir's last checkpoint to `config.num_steps` rollout steps.
+
+    Args:
+      run: the part that steps do not change.
+      workdir: of the run.
+      profile: traces some of the steps; None traces none.
 
     Raises:
       WorkdirError: the workdir was deleted or moved meanwhile.
+      ConfigError: the steps to trace were taken before.
       Preempted: SIGTERM came, and what there is was saved.
     """
     try:
-        return _train(run, workdir)
+        return _train(run, workdir, profile or Profile())
     except Exception:
         workdir.check_there()  # a missing workdir explains the failure better
         raise
 
 
-def _train(run: Run, workdir: Workdir) -> Outcome:
-    with Keeper(run, workdir) as keeper, Beside() as beside, Notice() as notice:
+def _train(run: Run, workdir: Workdir, profile: Profile) -> Outcome:
+    with Keeper(run, workdir, profile) as keeper, Beside() as beside, Notice() as notice:
         state, carried = keeper.begin()
         for step, first in keeper.steps():
             if notice.agreed():
