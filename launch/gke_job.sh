@@ -101,7 +101,7 @@ spec:
       - action: Ignore  # asked to end, as processes of a preempted one are
         onExitCodes: {containerName: train, operator: In, values: [143]}
       - action: Ignore  # preemption and draining do not count
-        onPodConditions: [{type: DisruptionTarget}]
+        onPodConditions: [{type: DisruptionTarget, status: "True"}]
 YAML
 }
 
@@ -143,7 +143,7 @@ spec:
               - action: FailJob  # asked to end, as processes of a preempted one are
                 onExitCodes: {containerName: train, operator: In, values: [143]}
               - action: FailJob  # preemption and draining do not count
-                onPodConditions: [{type: DisruptionTarget}]
+                onPodConditions: [{type: DisruptionTarget, status: "True"}]
 YAML
 }
 
