@@ -1,7 +1,8 @@
-"""The JobSet that the recipe of GKE prints, and the task of SkyPilot: field by field, and, where they
-are installed, by the projects' own packages.
+"""The JobSet that the recipe of GKE prints, and the task of SkyPilot: field by field, and by the
+projects' own packages where they are installed.
 """
 
+import argparse
 import os
 import pathlib
 import re
@@ -100,7 +101,7 @@ def _action_of_jobset(spec, reason, message):
 def test_a_failure_of_one_slice_restarts_all_unless_it_is_a_configuration(
     exit_code, disrupted, action
 ):
-    """Kubernetes takes the first rule that matches a failed pod, and says so in the Job's message."""
+    """Kubernetes takes the first rule that matches a failed pod; the Job's message names it."""
     (jobset,) = _documents(SLICES="2", RETRIES="7", **SLICE)
     spec = jobset["spec"]
     assert spec["failurePolicy"]["maxRestarts"] == 7
@@ -265,10 +266,16 @@ def test_skypilot_reads_the_task():
 
 @pytest.mark.slow
 def test_xpk_prints_a_jobset_that_restarts_what_the_page_says(tmp_path):
-    """The page's own line, with --dry-run."""
+    """The page's own lines: all are parsed, and the last is run with --dry-run."""
     pytest.importorskip("xpk", reason="needs the package xpk")
-    page = (ROOT / "docs" / "launch.md").read_text()
-    (line,) = re.findall(r"^xpk (workload create .*(?:\\\n.*)*)$", page, re.M)
+    from xpk.parser.core import set_parser
+
+    lines = re.findall(r"^xpk (.*)$", (ROOT / "docs" / "launch.md").read_text(), re.M)
+    for line in lines:
+        parser = argparse.ArgumentParser()
+        set_parser(parser)
+        parser.parse_args(shlex.split(line))  # an unknown flag ends the test
+    (line,) = [line for line in lines if line.startswith("workload create ")]
     manifest = tmp_path / "xpk.yaml"
     line = re.sub(r" --storage=\S+", "", line)  # which it looks up in the cluster
     arguments = shlex.split(line.replace("$IMAGE", "i"))
