@@ -238,7 +238,7 @@ def test_skypilot_recovers_what_was_asked_to_end_and_nothing_else(task):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variables", [{}, GPUS, SLICE, SLICE | {"QUEUE": "team"}])
-@pytest.mark.parametrize("version", ["1.30", "1.34"])
+@pytest.mark.parametrize("version", ["1.30", "1.34", "1.37"])
 def test_kubernetes_schemas_take_the_manifests(variables, version):
     """Services and Jobs whole; of a JobSet, whose schema is not Kubernetes', its Job's template."""
     schemas = pytest.importorskip(
@@ -255,10 +255,12 @@ def test_kubernetes_schemas_take_the_manifests(variables, version):
 
 
 @pytest.mark.slow
-def test_skypilot_reads_the_task():
+def test_skypilot_reads_the_task(task):
     sky = pytest.importorskip("sky", reason="needs the package skypilot")
-    task = sky.Task.from_yaml(str(ROOT / "launch" / "skypilot.yaml"))
-    (resources,) = task.resources
+    read = sky.Task.from_yaml(str(ROOT / "launch" / "skypilot.yaml"))
+    assert (read.setup, read.run) == (task["setup"], task["run"]), "nothing may be filled in early"
+    assert read.envs == task["envs"]
+    (resources,) = read.resources
     assert resources.use_spot
     assert resources.accelerators == {"H100": 8}
     assert resources.job_recovery == {"strategy": "FAILOVER", "recover_on_exit_codes": [143]}
