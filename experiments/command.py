@@ -36,7 +36,8 @@ def call(
     Args:
       main: reads the flags.
       required: flags that must be given.
-      positional: the flag that an argument without a name sets; empty if there is none.
+      positional: the flag that an argument without a name sets, or several set if its value is a
+        list; empty if there is none.
       config: function of `run.fields` that knows the fields of --config.
 
     Returns:
@@ -50,8 +51,9 @@ def call(
     try:
         flags.FLAGS.set_gnu_getopt(bool(positional))  # flags may follow the argument
         rest = flags.FLAGS(sys.argv)[1:]
-        if positional and rest and not getattr(flags.FLAGS, positional):
-            setattr(flags.FLAGS, positional, rest.pop(0))
+        if positional and rest and not (given := getattr(flags.FLAGS, positional)):
+            setattr(flags.FLAGS, positional, rest.pop(0) if given is None else rest[:])
+            rest = rest if given is None else []
         if rest:
             raise flags.Error(f"unexpected argument {rest[0]!r}: flags are --name=value")
         for name in required:
@@ -65,6 +67,8 @@ def call(
     warnings.showwarning = lambda message, *_, **__: sys.stderr.write(f"warning: {message}\n")
     try:
         main()
+    except guard.Preempted:
+        return guard.PREEMPTED
     except KeyboardInterrupt as interrupt:
         guard.failed(interrupt, "interrupted")
         return _refuse("interrupted: run the same command again to continue", 130)
@@ -253,7 +257,9 @@ def _flag_message(error: BaseException, config: str) -> str:
 
 def _unknown_field(config: str) -> str | None:
     """The first --config.a.b that cannot be set so, in words."""
-    from luspo_jax.run import fields
+    if not any(a.lstrip("-").removeprefix("no").startswith("config.") for a in sys.argv[1:]):
+        return None
+    from luspo_jax.run import fields  # which imports jax: a typo elsewhere is answered at once
 
     names = fields.flat(getattr(fields, config)())
     for argument in sys.argv[1:]:

@@ -57,9 +57,11 @@ def run_figure(workdir: pathlib.Path) -> pathlib.Path:
             if len(steps):
                 sparse = "*" in name or name.startswith(("held_out/", "answers/"))
                 axis.plot(steps, values, marker="o" if sparse else None, ms=4, lw=1.5, label=label)
+        if title == "Held-out accuracy":
+            _draw_budgets(axis, rows)
         axis.set(title=title, xlabel="step" if supervised else "rollout step", ylabel=unit)
         axis.grid(alpha=0.3)
-        if len(lines) > 1 and axis.lines:
+        if len(axis.lines) > 1:
             axis.legend(frameon=False, fontsize=8)
     axes[-1].set_ylim(0, 1)
     figure.suptitle(workdir.name, fontsize=10)
@@ -68,6 +70,18 @@ def run_figure(workdir: pathlib.Path) -> pathlib.Path:
         figure.savefig(scratch, dpi=120)
     plt.close(figure)
     return target
+
+
+def _draw_budgets(axis, rows):
+    """Draws accuracy of the same responses cut at fewer tokens, the fewer the lighter."""
+    import matplotlib
+
+    found = {key for row in rows for key in row if "/budget/" in key and key.endswith("/acc")}
+    budgets = sorted({int(key.split("/")[-2]) for key in found})
+    shades = matplotlib.colormaps["Blues"](np.linspace(0.35, 0.8, len(budgets)))
+    for budget, shade in zip(budgets, shades, strict=True):
+        steps, values = _series(rows, f"val-aux/*/budget/{budget}/acc")
+        axis.plot(steps, values, lw=1, color=shade, label=f"cut at {budget} tokens")
 
 
 def _series(rows, name):

@@ -3,7 +3,8 @@
 Any field of the configuration can be set by flag: `--config.rollout.group_size=16`. Running the
 same command again resumes the run. `--dry_run` prints what would run, and stops. `--fork=RUN`
 begins a new workdir from a checkpoint of another run (`--fork_step`; by default its latest), with
-any fields changed; run.json lists them.
+any fields changed; run.json lists them. `--profile_steps=4-6` writes a trace of these steps into
+the workdir's folder `profile`.
 
 On several hosts: the same command on each, with `--coordinator=HOST:PORT --num_processes=N
 --process_id=I`, or with `--distributed=auto` on a TPU pod or under SLURM, Open MPI or Kubernetes.
@@ -21,6 +22,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: metrics, checkpoints, export.")
 _FORK = flags.DEFINE_string("fork", None, "Workdir of a run to begin from; it is not changed.")
 _FORK_STEP = flags.DEFINE_integer("fork_step", None, "Checkpoint to begin from; the latest.", 0)
+_PROFILE = flags.DEFINE_string("profile_steps", "", "Rollout steps to trace: FIRST-LAST.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved run and stop.")
 
 
@@ -29,15 +31,18 @@ def main() -> None:
     from experiments import figures  # Imports after flags are parsed: a typo answers at once.
     from luspo_jax import train
     from luspo_jax.hosts import guard, processes
+    from luspo_jax.run import profile as profiles
     from luspo_jax.run import workdir as workdirs
     from luspo_jax.run.build import build, facts
 
     config, several = command.config_value(_CONFIG), cluster.arguments()
     workdirs.check_place(_WORKDIR.value or "")
+    traced = profiles.steps_of(_PROFILE.value, config.num_steps)
     if _FORK_STEP.value is not None and not _FORK.value:
         raise command.UsageError("--fork_step is of --fork: name the workdir to begin from")
     if several is not None:
         cluster.join(config, several, None if _DRY_RUN.value else _WORKDIR.value)
+    profile = profiles.Profile(_WORKDIR.value, traced, several=several is not None)
     with guard.phase("build"):
         run = build(config)
         workdirs.check_processes(config, run.roles)
@@ -48,11 +53,17 @@ def main() -> None:
             print(command.description(run))
             if fork:
                 print(_begins(fork))
+            if profile.there:
+                print(f"profile   : {profile.folder} has these steps already")
     if _DRY_RUN.value:
         processes.stop()
         return
     workdir = workdirs.Workdir(_WORKDIR.value, config, known, fork=fork)
-    outcome = train.train(run, workdir)
+    try:
+        outcome = train.train(run, workdir, profile)
+    except guard.Preempted:
+        processes.stop()  # together: jax aborts the others when process 0 is gone
+        raise
     if processes.is_writer():
         figure = figures.run_figure(workdir.path)
         print(f"base : {outcome.base}\nfinal: {outcome.final}")

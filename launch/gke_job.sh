@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Kubernetes: an Indexed Job of one pod a host, and the headless service by which pods find pod 0.
+# Kubernetes: an Indexed Job of one pod a host, and the headless service by which pods find pod 0;
+# or, with SLICES, a JobSet of one such Job a TPU slice.
 #
 #   export IMAGE=REGISTRY/luspo_jax:1 CLAIM=runs HOSTS=4
 #   bash launch/gke_job.sh --config=configs/qwen2_5_7b_dapo17k.py --workdir=/runs/luspo_7b
@@ -12,7 +13,13 @@
 # GPUs (the default) need no permission and no package of Kubernetes: pods get the coordinator by
 # flags. TPU slices on GKE: ACCELERATOR=tpu TPU_TYPE=tpu-v5p-slice TPU_TOPOLOGY=2x2x4 CHIPS=4
 # (of each host); GKE tells each pod its place in the slice, and --distributed=auto reads it.
-# Variables: IMAGE, CLAIM, NAME (luspo), HOSTS (1), GPUS (8), RETRIES (3, of each host).
+#
+# SLICES=N makes it a JobSet (its controller must be in the cluster, 0.10 or later) of N slices, each
+# of HOSTS hosts and in a node pool of its own; SLICES=1 is a JobSet, too. A failure in one slice
+# restarts all. GKE tells the pods of several slices of each other. Hosts of GPUs are one slice.
+# QUEUE=NAME has Kueue admit the Job or JobSet through its local queue of that name.
+# Variables: IMAGE, CLAIM, NAME (luspo), HOSTS (1, of a slice), GPUS (8), RETRIES (3: of each host of
+# a Job, of the whole JobSet), GRACE_S (30: seconds from SIGTERM to SIGKILL), SLICES, QUEUE.
 set -euo pipefail
 
 dry_run=false flags=()
@@ -24,13 +31,21 @@ if [[ -z ${IMAGE:-} || -z ${CLAIM:-} || " ${flags[*]}" != *" --config="* ||
   echo "usage: IMAGE=… CLAIM=… bash launch/gke_job.sh [--dry_run] --config=FILE --workdir=/runs/NAME" >&2
   exit 2
 fi
-name=${NAME:-luspo} hosts=${HOSTS:-1}
+name=${NAME:-luspo} hosts=${HOSTS:-1} slices=${SLICES:-}
+kind=Job coordinator=$name-0.$name
+if [[ -n $slices ]]; then
+  kind=JobSet coordinator=$name-slice-0-0.$name # jobset-replicated job-job-pod.network
+fi
 train="exec python -m experiments.train"
 case ${ACCELERATOR:-gpu} in
   gpu)
     resource="nvidia.com/gpu: ${GPUS:-8}" selector="{}"
+    if ((${slices:-1} > 1)); then
+      echo "SLICES=$slices: hosts of GPUs are one slice, HOSTS says how many" >&2
+      exit 2
+    fi
     if ((hosts > 1)); then
-      train+=" --coordinator=$name-0.$name:8476 --num_processes=$hosts"
+      train+=" --coordinator=$coordinator:8476 --num_processes=$hosts"
       train+=" --process_id=\$JOB_COMPLETION_INDEX"
     fi
     ;;
@@ -40,6 +55,10 @@ case ${ACCELERATOR:-gpu} in
     if ((chips != hosts * ${CHIPS:-4})); then
       echo "TPU_TOPOLOGY=$TPU_TOPOLOGY has $chips chips, and HOSTS=$hosts of CHIPS=${CHIPS:-4} make" \
         "$((hosts * ${CHIPS:-4}))" >&2
+      exit 2
+    fi
+    if ((${slices:-1} > 1 && hosts < 2)); then
+      echo "SLICES=$slices: GKE joins only slices of several hosts, and HOSTS=$hosts" >&2
       exit 2
     fi
     resource="google.com/tpu: ${CHIPS:-4}"
@@ -53,7 +72,10 @@ case ${ACCELERATOR:-gpu} in
     ;;
 esac
 
-manifest() {
+queue="{}"
+if [[ -n ${QUEUE:-} ]]; then queue="{kueue.x-k8s.io/queue-name: $QUEUE}"; fi
+
+head_of_job() { # the service, and a Job down to its specification
   cat <<YAML
 apiVersion: v1
 kind: Service
@@ -69,24 +91,74 @@ apiVersion: batch/v1
 kind: Job
 metadata:
   name: $name
+  labels: $queue
 spec:
-  completionMode: Indexed
-  completions: $hosts
-  parallelism: $hosts
   backoffLimit: $((${RETRIES:-3} * hosts))
-  podReplacementPolicy: Failed
   podFailurePolicy:
     rules:
       - action: FailJob  # a flag or configuration that no restart mends
         onExitCodes: {containerName: train, operator: In, values: [2]}
+      - action: Ignore  # asked to end, as processes of a preempted one are
+        onExitCodes: {containerName: train, operator: In, values: [143]}
       - action: Ignore  # preemption and draining do not count
-        onPodConditions: [{type: DisruptionTarget}]
+        onPodConditions: [{type: DisruptionTarget, status: "True"}]
+YAML
+}
+
+head_of_jobset() { # a JobSet down to the specification of its Jobs
+  local placement="{}"
+  if [[ ${ACCELERATOR:-gpu} == tpu ]] && ((hosts > 1)); then
+    placement="{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}"
+  fi
+  cat <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $name
+  labels: $queue
+  annotations: $placement
+spec:
+  network: {enableDNSHostnames: true, subdomain: $name, publishNotReadyAddresses: true}
+  failurePolicy:
+    maxRestarts: ${RETRIES:-3}
+    restartStrategy: BlockingRecreate  # no old pod holds the workdir when the new ones start
+    rules:
+      - name: configuration
+        action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
+        onJobFailureMessagePatterns: ["failed with exit code 2 "]
+      - name: preemption  # the other rules of the Jobs
+        action: RestartJobSetAndIgnoreMaxRestarts
+        onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+    - name: slice
+      replicas: $slices
+      template:
+        spec:
+          backoffLimit: 0  # a failed Job restarts the JobSet
+          podFailurePolicy:
+            rules:
+              - action: FailJob  # a flag or configuration that no restart mends
+                onExitCodes: {containerName: train, operator: In, values: [2]}
+              - action: FailJob  # asked to end, as processes of a preempted one are
+                onExitCodes: {containerName: train, operator: In, values: [143]}
+              - action: FailJob  # preemption and draining do not count
+                onPodConditions: [{type: DisruptionTarget, status: "True"}]
+YAML
+}
+
+rest_of_job() {
+  cat <<YAML
+  completionMode: Indexed
+  completions: $hosts
+  parallelism: $hosts
+  podReplacementPolicy: Failed
   template:
     spec:
       subdomain: $name
       restartPolicy: Never
       shareProcessNamespace: true  # so that a process, not being the first, ends when asked to
-      terminationGracePeriodSeconds: 30
+      terminationGracePeriodSeconds: ${GRACE_S:-30}
       nodeSelector: $selector
       containers:
         - name: train
@@ -117,10 +189,24 @@ YAML
 YAML
 }
 
+manifest() {
+  if [[ $kind == Job ]]; then
+    head_of_job
+    rest_of_job
+  else
+    head_of_jobset
+    rest_of_job | sed 's/^/        /'
+  fi
+}
+
 if $dry_run; then
   manifest
-else
+elif [[ $kind == Job ]]; then
   manifest | kubectl apply -f -
   echo "follow it: kubectl logs -f -l job-name=$name,batch.kubernetes.io/job-completion-index=0"
   echo "end it   : kubectl delete job,service $name"
+else
+  manifest | kubectl apply -f -
+  echo "follow it: kubectl logs -f -l job-name=$name-slice-0,batch.kubernetes.io/job-completion-index=0"
+  echo "end it   : kubectl delete jobset $name"
 fi

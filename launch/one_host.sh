@@ -6,7 +6,7 @@
 # Flags go to experiments.train; --dry_run prints the commands instead. The same command, again,
 # continues the run: so does this script by itself, RETRIES times, after a failure that is not of
 # the configuration. What the run says is added to WORKDIR.log, beside the workdir.
-# Variables: PYTHON (python), RETRIES (3), RETRY_S (30), CACHE (compiled programs).
+# Variables: PYTHON (python), RETRIES (3), RETRY_S (30), CACHE (compiled programs), LOG (WORKDIR.log).
 set -euo pipefail
 
 quoted() { # a command line that can be pasted
@@ -44,7 +44,7 @@ if $dry_run; then
 fi
 
 mkdir -p "$(dirname "$workdir")"
-log=${workdir%/}.log stopped=false child=""
+log=${LOG:-${workdir%/}.log} stopped=false child=""
 trap 'stopped=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 for ((attempt = 0; ; attempt++)); do
   status=0

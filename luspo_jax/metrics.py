@@ -12,7 +12,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from luspo_jax.hosts import guard
@@ -200,6 +200,10 @@ _DECLARED = [
     ),
     Metric("length/reward_pressure/taken", "mean", "", "first-order change by the last update"),
     Metric("length/reward_pressure/*", "mean", "1/lr", "change of the reward by the same step"),
+    Metric(
+        "length/sign_reversal", "last", "", "share of advantages whose sign control of length turns"
+    ),
+    Metric("length/lambda", "last", "", "λ of the length scale lambda-grpo"),
     Metric("length/degeneration/growth", "last", "", "growth of length over the last window"),
     Metric("length/degeneration/accuracy_gain", "last", "", "growth of accuracy over it"),
     Metric("length/degeneration/flag", "last", "", "1 while length grows and accuracy does not"),
@@ -290,9 +294,24 @@ class StepMetrics:
 def timed(metrics: StepMetrics, phase: str) -> Iterator[None]:
     """Adds the seconds inside to `timing_s/{phase}`, and marks the phase for the guard."""
     started = time.perf_counter()
-    with guard.phase("rollout" if phase == "gen" else phase):
+    with guard.phase("rollout" if phase == "gen" else phase), _annotation(phase):
         yield
     metrics.add(f"timing_s/{phase}", time.perf_counter() - started)
+
+
+# What a phase is entered as, besides being timed; here, and not jax's, which is not imported.
+_annotation: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def phases_in(annotation: Callable[[str], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Enters `annotation(phase)`, too, in each phase of `timed` inside, in any thread."""
+    global _annotation
+    outer, _annotation = _annotation, annotation
+    try:
+        yield
+    finally:
+        _annotation = outer
 
 
 def _reduce(reducer: str, pairs: list[tuple[float, float]]) -> float:
@@ -324,7 +343,12 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 def lines_and_records(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each whole line of a metrics.jsonl as it is there, and what `read_metrics` makes of it."""
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    return whole_lines(path.read_bytes(), str(path))
+
+
+def whole_lines(content: bytes, path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """As `lines_and_records`, of a file's bytes; errors name the path."""
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
             odd = record.pop("nonfinite", {})

@@ -132,11 +132,26 @@ def layout(
         return None
     shape = tuple(named.values())
     if table == "train" and devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        grid = _by_links(shape, devices)
     else:  # process by process, as `on_own_devices` requires
         by_process = sorted(devices, key=lambda device: device.process_index)
         grid = np.array(by_process).reshape(shape)
     return Layout(Mesh(grid, MESH_AXES), table)
+
+
+def _by_links(shape, devices):
+    """A grid of TPUs along their links; several slices share the first axis that they divide."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    axis = next((axis for axis, size in enumerate(shape) if size % slices == 0), None)
+    if axis is None:
+        raise MeshError(f"{slices} slices divide no axis of the train mesh: set data to {slices}")
+    outer = tuple(slices if i == axis else 1 for i in range(len(shape)))
+    inner = tuple(size // part for size, part in zip(shape, outer, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 def available_devices() -> list[jax.Device]:

@@ -5,47 +5,68 @@ advantages inside each group, and takes optimizer steps on the objective. The ch
 everything that decides the next step, so a killed run resumes bit for bit.
 """
 
+import contextlib
+
 from luspo_jax.experience import stages
 from luspo_jax.experience.ahead import Beside, take
 from luspo_jax.experience.groups import Rollouts
 from luspo_jax.experience.rounds import Policy
+from luspo_jax.hosts.guard import Preempted
+from luspo_jax.hosts.preemption import Notice
 from luspo_jax.learner.state import fetched, parked, refresh_reference
 from luspo_jax.learner.updates import optimize
 from luspo_jax.length import instruments
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.run.build import Run
 from luspo_jax.run.keeping import Carried, Keeper, Outcome, Workdir, due
+from luspo_jax.run.profile import Profile
 from luspo_jax.types import TrainState
 
 
-def train(run: Run, workdir: Workdir) -> Outcome:
+def train(run: Run, workdir: Workdir, profile: Profile | None = None) -> Outcome:
     """Trains from the workdir's last checkpoint to `config.num_steps` rollout steps.
+
+    Args:
+      run: the part that steps do not change.
+      workdir: of the run.
+      profile: traces some of the steps; None traces none.
 
     Raises:
       WorkdirError: the workdir was deleted or moved meanwhile.
+      ConfigError: the steps to trace were taken before.
+      Preempted: SIGTERM came, and what there is was saved.
     """
     try:
-        return _train(run, workdir)
+        return _train(run, workdir, profile or Profile())
     except Exception:
         workdir.check_there()  # a missing workdir explains the failure better
         raise
 
 
-def _train(run: Run, workdir: Workdir) -> Outcome:
-    with Keeper(run, workdir) as keeper, Beside() as beside:
+def _train(run: Run, workdir: Workdir, profile: Profile) -> Outcome:
+    with Keeper(run, workdir, profile) as keeper, Beside() as beside, Notice() as notice:
         state, carried = keeper.begin()
         for step, first in keeper.steps():
-            metrics = StepMetrics()
+            if notice.agreed():
+                keeper.save(step, state, carried)
+                raise Preempted
+            metrics, stream = StepMetrics(), run.data.stream.get_state()
             ahead = run.apart and step + 1 < run.settings.num_steps
-            state, carried, rollouts = rollout_step(
-                run,
-                state,
-                carried,
-                step,
-                metrics=metrics,
-                check_mismatch=first,
-                beside=beside if ahead else None,
-            )
+            try:
+                state, carried, rollouts = rollout_step(
+                    run,
+                    state,
+                    carried,
+                    step,
+                    metrics=metrics,
+                    check_mismatch=first,
+                    beside=beside if ahead else None,
+                    notice=notice,
+                )
+            except Preempted:  # while it sampled: the state is still that of the step's beginning
+                run.data.stream.set_state(stream)
+                keeper.save(step, state, carried)
+                raise
             keeper.keep(step, state, carried, rollouts, metrics)
         return keeper.outcome(state)
 
@@ -59,6 +80,7 @@ def rollout_step(
     metrics: StepMetrics,
     check_mismatch: bool = False,
     beside: Beside | None = None,
+    notice: Notice | None = None,
 ) -> tuple[TrainState, Carried, Rollouts]:
     """Takes one rollout step: sample, reward, compare inside groups, update.
 
@@ -70,13 +92,15 @@ def rollout_step(
       metrics: receives the step's metrics.
       check_mismatch: refuse to train if sampler and trainer disagree.
       beside: samples the next batch while this step trains; None does not.
+      notice: may interrupt the sampling, before anything has changed; None does not.
 
     Returns:
       The new state, what the next step needs, and the responses with all their fields.
     """
     with timed(metrics, "step"):
         policy = Policy(run.rollout_params(state.params), version=step)
-        rollouts, waiting = take(run.asker, policy, carried.waiting, step, metrics)
+        with notice.interruptible() if notice else contextlib.nullcontext():
+            rollouts, waiting = take(run.asker, policy, carried.waiting, step, metrics)
         following = beside and beside.begin(run.asker, policy, waiting, step)
         del policy
         length = carried.length
@@ -107,8 +131,9 @@ def _learn(run, state, length, rollouts, *, metrics, check_mismatch):
         penalty_B = instruments.penalty(
             run.length, rollouts.lengths_B, longest, direction=direction
         )
-        weights = settings.reward.weights
+        weights = {**settings.reward.parts, **settings.reward.group}
         rollouts = stages.with_advantages(rollouts, objective, width, penalty_B, weights)
+        metrics.update(stages.sign_reversal(rollouts, objective, settings.reward.parts))
         rollouts = stages.with_segments(rollouts, objective, run.model.decode)
     with timed(metrics, "length"):
         everything = instruments.Sampled(
@@ -134,6 +159,9 @@ def _learn(run, state, length, rollouts, *, metrics, check_mismatch):
             alpha_shift=length.alpha_shift,
         )
         metrics.update(measured)
+        length = instruments.learn(
+            length, run.length, objective, rollouts.responses, rollouts.group_ids_B, metrics
+        )
         if state.ref_params is not None and due(settings.train.ref_every, step + 1):
             state = refresh_reference(state, decay=settings.train.ref_decay)
     with timed(metrics, "length"):

@@ -98,3 +98,24 @@ def test_killed_and_continued_run_is_the_same_run(tmp_path, seed, extra):
         assert max(row["rollout/age/max"] for row in rows[1:]) > 0
         assert sum(row["rollout/continued_tokens"] for row in rows[1:]) > 0
     _assert_same_results(_results(tmp_path / "killed"), _results(tmp_path / "straight"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_end_ends_soon_and_goes_on(tmp_path):
+    """By SIGTERM, as schedulers do it, without any other checkpoint."""
+    never = ("--config.output.checkpoint_every=0",)
+    with (tmp_path / "log").open("w") as log:
+        assert _start(tmp_path / "straight", log, never).wait(600) == 0
+        process = _start(tmp_path / "asked", log, never)
+        metrics, until = tmp_path / "asked" / "metrics.jsonl", time.monotonic() + 300
+        while time.monotonic() < until and (
+            not metrics.exists() or len(metrics.read_text().splitlines()) < 4
+        ):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        assert process.wait(60) == 143
+        assert time.monotonic() - asked < 25  # the least that schedulers grant is 25 to 30 s
+        assert _start(tmp_path / "asked", log, never).wait(600) == 0
+    assert "is saved, and the same command goes on" in (tmp_path / "log").read_text()
+    _assert_same_results(_results(tmp_path / "asked"), _results(tmp_path / "straight"))

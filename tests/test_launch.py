@@ -369,7 +369,7 @@ def test_kubernetes_pods_find_each_other_and_come_back(call):
     assert spec["completions"] == spec["parallelism"] == 4
     rules = {rule["action"]: rule for rule in spec["podFailurePolicy"]["rules"]}
     assert rules["FailJob"]["onExitCodes"]["values"] == [2]
-    assert rules["Ignore"]["onPodConditions"] == [{"type": "DisruptionTarget"}]
+    assert rules["Ignore"]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert pod["restartPolicy"] == "Never"  # which a failure policy needs
     mounts = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}

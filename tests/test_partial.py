@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import signal
 import threading
 import types
 
@@ -9,7 +11,8 @@ import jax
 import pytest
 
 from luspo_jax import train
-from luspo_jax.experience import ahead
+from luspo_jax.experience import ahead, rounds
+from luspo_jax.hosts.guard import Preempted
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.run import checks, fields
@@ -114,6 +117,40 @@ def test_an_older_checkpoint_starts_dual_variables_anew(partial, tmp_path, monke
     partial.num_steps = 3
     _train(partial, tmp_path)
     assert _rows(tmp_path)[-1]["length/dual/leash"] == 0.5
+
+
+@pytest.mark.parametrize("where", ["sampling", "training"])
+def test_a_run_that_is_asked_to_end_saves_itself_and_goes_on(partial, tmp_path, monkeypatch, where):
+    """In the middle of a step, with prompts in flight, and no other checkpoint."""
+    _train(partial, tmp_path / "straight")
+    partial.output.checkpoint_every = 0
+    owner, name = (train, "optimize") if where == "training" else (rounds, "chosen")
+    real, calls = getattr(owner, name), []
+
+    def ask(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, ask)
+    with pytest.raises(Preempted):
+        _train(partial, tmp_path / "asked")
+    monkeypatch.setattr(owner, name, real)
+    steps = [int(path.name) for path in (tmp_path / "asked" / "checkpoints").iterdir()
+             if path.name.isdigit()]  # fmt: skip
+    assert steps == [2 if where == "sampling" else 3]
+    partial.output.checkpoint_every = 1
+    _train(partial, tmp_path / "asked")
+    _assert_same_results(_results(tmp_path / "asked"), _results(tmp_path / "straight"))
+
+
+def test_a_fork_that_samples_otherwise_says_what_it_leaves_behind(partial, tmp_path):
+    partial.num_steps = 1
+    _train(partial, tmp_path / "parent")
+    partial.num_steps, partial.rollout.overlap = 2, 2
+    with pytest.warns(UserWarning, match=r"3 groups .* not taken along, .*: rollout\.overlap"):
+        test_train._forked(partial, tmp_path / "fork", tmp_path / "parent")
 
 
 def test_an_overlap_of_0_is_the_run_without(partial, tmp_path):

@@ -1,5 +1,8 @@
 """Meshes are resolved or refused with their numbers; tables cut arrays as they say."""
 
+import itertools
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -65,3 +68,43 @@ def test_a_process_that_does_not_sample_sees_the_part_of_the_first_that_does(mon
     part = sharding.on_own_devices.__wrapped__(layout)
     assert list(part.mesh.devices.flat) == jax.devices()[4:8]
     assert dict(part.mesh.shape) == dict(layout.mesh.shape)
+
+
+class _Chip(types.SimpleNamespace):
+    """A stand-in for a TPU chip: what jax asks of one when it lays out a mesh."""
+
+    __hash__ = object.__hash__
+
+
+def _slices(count, topology):
+    places = itertools.product(range(count), *map(range, topology[::-1]))
+    return [
+        _Chip(id=i, process_index=i // 4, slice_index=slice_, coords=place[::-1], core_on_chip=0,
+              platform="tpu", device_kind="TPU v5")
+        for i, (slice_, *place) in enumerate(places)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axis"),
+    [
+        ({"data": 2, "fsdp": -1}, 0),
+        ({"data": 4, "fsdp": 4, "tensor": 2}, 0),
+        ({"fsdp": -1}, 1),
+        ({"data": 1, "fsdp": 8, "context": 4}, 1),
+    ],
+)
+def test_slices_share_one_axis_of_the_training_mesh(sizes, axis):
+    """Along that axis slices are whole blocks; along the others, neighbours are in one slice."""
+    chips = _slices(2, (2, 2, 4))
+    grid = sharding.layout("train", sizes, chips).mesh.devices
+    assert grid.size == len({chip.id for chip in grid.flat}) == 32
+    of_slice = np.vectorize(lambda chip: chip.slice_index)(grid)
+    half = np.arange(grid.shape[axis]) >= grid.shape[axis] // 2
+    expected = half.reshape([-1 if i == axis else 1 for i in range(grid.ndim)])
+    np.testing.assert_array_equal(of_slice, np.broadcast_to(expected, grid.shape))
+
+
+def test_slices_that_divide_no_axis_are_refused():
+    with pytest.raises(MeshError, match="6 slices divide no axis of the train mesh"):
+        sharding.layout("train", {"data": 2, "fsdp": 3}, _slices(6, (1, 1, 1)))

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -244,6 +245,29 @@ def test_a_phase_that_hangs_ends_the_run(folder):
     assert apart < 20
     for text in said:
         assert re.search(r"process 1 \(.*\) hangs in phase reward of step 1: .*starts over", text)
+
+
+@pytest.mark.slow
+def test_processes_that_are_asked_to_end_save_together_and_go_on(folder, undisturbed):
+    """One of them is asked, in the middle of a step; nothing else writes checkpoints."""
+    never = ("--config.output.checkpoint_every=0",)
+    workdir = folder / "asked"
+    pair = Pair(folder, workdir, *never)
+    until = time.monotonic() + 300
+    metrics = workdir / "metrics.jsonl"
+    while time.monotonic() < until and (
+        not metrics.exists() or '"training/global_step": 1' not in metrics.read_text()
+    ):
+        time.sleep(0.1)
+    pair.processes[1].send_signal(signal.SIGTERM)
+    codes, said, _ = pair.wait()
+    assert codes == [143, 143], "\n".join(said)
+    assert "is saved, and the same command goes on" in said[0]
+    posts = [json.loads((workdir / "processes" / f"{i}.json").read_text()) for i in range(2)]
+    assert [post["status"] for post in posts] == ["preempted", "preempted"]
+    codes, said, _ = Pair(folder, workdir, *never).wait()
+    assert codes == [0, 0], "\n".join(said)
+    _assert_same_results(_results(workdir), _results(undisturbed[0]))
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@
 and temporary bytes, and the ratio of their times, pair by pair. Responses have ragged lengths.
 """
 
-import dataclasses
 import json
 import sys
 import time
@@ -25,13 +24,14 @@ def measure(workload, *, pairs: int, length_scale: str) -> dict:
     """Returns operations, bytes and paired times of updates with and without a length scale."""
     import jax
 
+    from experiments.bench import frozen
     from experiments.bench.report import paired
     from luspo_jax.learner.state import initial_state
     from luspo_jax.learner.step import update_step
     from luspo_jax.models import decoder
 
-    rules = {name: _rule(workload, name) for name in (length_scale, "none")}
-    batch = _frozen_rollout(workload)
+    rules = {name: frozen.rule(workload, name) for name in (length_scale, "none")}
+    batch = frozen.rollout(workload)
     params = decoder.init_params(jax.random.key(0), workload.model)
     rate = jax.numpy.float32(1e-6)
     compiled, states, costs = {}, {}, {}
@@ -53,64 +53,6 @@ def measure(workload, *, pairs: int, length_scale: str) -> dict:
                 seconds[name].append(time.perf_counter() - started)
     ratio = paired(seconds[length_scale], seconds["none"])
     return {"workload": str(workload), "costs": costs, "seconds": seconds, "ratio": ratio}
-
-
-def _rule(workload, length_scale):
-    from luspo_jax import objectives
-    from luspo_jax.learner import optimizer
-    from luspo_jax.learner.logprobs import LogprobRule
-    from luspo_jax.learner.state import UpdateRule
-    from luspo_jax.models.forward import Forward
-
-    fields = {"reference_length": 64.0} if length_scale in ("power", "log") else {}
-    fields |= {"length_cap": 64.0} if length_scale == "capped" else {}
-    return UpdateRule(
-        logprobs=LogprobRule(Forward(workload.model), head_chunk_tokens=2048),
-        objective=objectives.preset("luspo", length_scale=length_scale, **fields),
-        optimizer=optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
-        max_grad_norm=1.0,
-    )
-
-
-def _frozen_rollout(workload):
-    import jax
-    import numpy as np
-
-    from luspo_jax.learner.plan import one_a_row
-    from luspo_jax.learner.rows import Planner, token_rows
-    from luspo_jax.types import ResponseRows, TrainBatch
-
-    @dataclasses.dataclass
-    class Prompt:
-        tokens: np.ndarray
-        images: tuple = ()
-
-    rng = np.random.default_rng(0)
-    rows = workload.responses
-    lengths = rng.integers(workload.response_length // 8, workload.response_length + 1, rows)
-    prompts = [Prompt(x) for x in rng.integers(1, workload.vocab, (rows, workload.prompt_length))]
-    responses = [rng.integers(1, workload.vocab, n) for n in lengths]
-    width, at_once = (
-        workload.prompt_length + workload.response_length,
-        rows // workload.microbatches,
-    )
-    plan = one_a_row(lengths + workload.prompt_length, width=width, rows_per_microbatch=at_once)
-    masks = [np.ones(n, bool) for n in lengths]
-    old_BT = plan.place([np.full(n, -np.log(workload.vocab), np.float32) for n in lengths])
-    batch = TrainBatch(
-        rows=token_rows(
-            Planner(workload.model, width, 1, at_once), plan, prompts, responses, masks
-        ),
-        responses=ResponseRows(
-            starts_B=plan.firsts_B,
-            response_mask_BT=plan.place(masks),
-            advantages_B=rng.normal(size=rows).astype(np.float32),
-            group_ids_B=np.repeat(np.arange(workload.prompts, dtype=np.int32), workload.group),
-            sampler_logprobs_BT=old_BT,
-            old_logprobs_BT=old_BT,
-        ),
-    )
-    return jax.tree.map(jax.numpy.asarray, batch)
 
 
 def main() -> None:

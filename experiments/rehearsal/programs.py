@@ -34,6 +34,7 @@ from luspo_jax.ops.pages import pages_axes
 from luspo_jax.rollout import handover
 from luspo_jax.rollout import programs as rollout_programs
 from luspo_jax.rollout.sampling import seed_key
+from luspo_jax.run.build import rescorer
 from luspo_jax.run.memory import param_bytes
 from luspo_jax.run.settings import section
 from luspo_jax.sharding import MESH_AXES, Layout, same_order
@@ -413,6 +414,7 @@ def _pressure(case):
         case.rule.objective,
         max_response_length=config.rollout.max_response_length,
         rows_at_once=sizes.responses_per_microbatch,
+        rescorer=functools.partial(rescorer, config),
     )
     groups = math.ceil(settings.share * sizes.prompts_per_step)
     B, T = groups * sizes.group_size, cases.row_length(case)

@@ -8,9 +8,9 @@ import numpy as np
 
 from luspo_jax.length.accounting import AccountState
 from luspo_jax.prompts import PromptRecord
-from luspo_jax.rewards import Sample, Scorer
-from luspo_jax.rewards.answers.extraction import with_opening
+from luspo_jax.rewards import Scorer
 from luspo_jax.rewards.group import GroupScorer
+from luspo_jax.rewards.samples import sample_of
 from luspo_jax.rollout import Response
 
 
@@ -209,7 +209,7 @@ def judged(
     texts = [decode(response.tokens) for response in responses]
     rewards = scorer.score_batch(
         [
-            _sample(prompt, text, len(response.tokens), max_length)
+            sample_of(prompt, text, len(response.tokens), max_length)
             for prompt, response, text in zip(asked, responses, texts, strict=True)
         ]
     )
@@ -231,17 +231,6 @@ def judged(
     ]
 
 
-def _sample(prompt, text, length, max_length):
-    return Sample(
-        response=with_opening(prompt.text, text),
-        answer=prompt.example.answer,
-        length=length,
-        max_length=max_length,
-        meta=prompt.example.meta,
-        problem=prompt.example.problem,
-    )
-
-
 def compared(
     group: Group, scorer: GroupScorer, *, max_length: int, duals: Mapping[str, float]
 ) -> Group:
@@ -257,7 +246,7 @@ def compared(
         return group
     tokens, texts = group.column("tokens"), group.column("text")
     samples = [
-        _sample(group.prompt, text, len(ids), max_length)
+        sample_of(group.prompt, text, len(ids), max_length)
         for text, ids in zip(texts, tokens, strict=True)
     ]
     ids = [each.tolist() for each in tokens]

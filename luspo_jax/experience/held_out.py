@@ -18,9 +18,9 @@ from luspo_jax.experience.groups import Group, judged
 from luspo_jax.hosts import processes
 from luspo_jax.length.coupling import accuracy_by_length_third
 from luspo_jax.prompts import PromptRecord
-from luspo_jax.rewards import Sample, Scorer
-from luspo_jax.rewards.answers.extraction import with_opening
+from luspo_jax.rewards import Scorer
 from luspo_jax.rewards.record import FAILURES
+from luspo_jax.rewards.samples import sample_of
 from luspo_jax.rollout import Engine, Request, Response
 
 
@@ -229,13 +229,5 @@ def under_budgets(
 
 
 def _whole(prompt: PromptRecord, response: Response, max_length: int) -> Judged:
-    problem = prompt.example
-    sample = Sample(
-        response=with_opening(prompt.text, response.text),
-        answer=problem.answer,
-        length=len(response.tokens),
-        max_length=max_length,
-        meta=problem.meta,
-        problem=problem.problem,
-    )
+    sample = sample_of(prompt, response.text, len(response.tokens), max_length)
     return Judged(prompt.text, response.tokens, sample, response.reward)

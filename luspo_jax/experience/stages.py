@@ -3,6 +3,7 @@
 All that a step trains on is computed on the host, once, before its first update.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ from luspo_jax.learner.policies import (
 from luspo_jax.learner.programs import StepPrograms
 from luspo_jax.learner.rows import Planner
 from luspo_jax.metrics import StepMetrics, timed
-from luspo_jax.objectives import Objective
+from luspo_jax.objectives import Objective, corrections
 from luspo_jax.types import ResponseRows, TrainBatch, TrainState
 
 
@@ -211,6 +212,41 @@ def with_advantages(
     )
 
 
+def sign_reversal(
+    rollouts: Rollouts, objective: Objective, part_weights: Mapping[str, float]
+) -> dict[str, float]:
+    """Measures how many advantages have another sign than without control of length.
+
+    `length/sign_reversal` is the share of responses with a verdict that were better than their
+    group and now are pushed down, or the reverse: they say the wrong thing about quality (GR³,
+    arXiv 2603.10535). Without control means: rewards without those of the group and without a
+    penalty, the advantage without its shaping. Empty if they do not differ; tokens are not told.
+
+    Args:
+      rollouts: with advantages.
+      objective: that defined them.
+      part_weights: verifier → its weight.
+    """
+    shaped = objective.advantage_shaping != "none"
+    added = any(reward.length for reward in rollouts.column("reward"))
+    if objective.token_advantages or objective.kl_in_reward or not (shaped or added):
+        return {}
+    plain = dataclasses.replace(objective, advantage_shaping="none")
+    without = [reward.value - reward.length for reward in rollouts.column("reward")]
+    before_B = np.asarray(
+        objectives.advantages(
+            plain,
+            np.array(without, np.float32),
+            rollouts.group_ids_B,
+            np.where(rollouts.counted_B, rollouts.lengths_B, 0),
+            parts=_parts(rollouts, part_weights) if plain.advantage == "gdpo" else None,
+        )
+    )
+    after_B, counted_B = rollouts.advantages_B, rollouts.counted_B
+    turned = np.mean((before_B * after_B < 0)[counted_B]) if counted_B.any() else 0.0
+    return {"length/sign_reversal": float(turned)}
+
+
 def _parts(rollouts, weights):
     rewards = rollouts.column("reward")
     values_BM = [[reward.parts[name] for name in weights] for reward in rewards]
@@ -225,8 +261,7 @@ def _token_statistics(objective, placed):
     weight_BT = None
     if "tis" in objective.corrections:
         (sampler_BT,) = placed("logprobs")
-        gap_BT = np.where(mask_BT, logprobs_BT - sampler_BT, 0)
-        weight_BT = np.minimum(np.exp(np.clip(gap_BT, -20, 20)), np.float32(objective.tis_max))
+        weight_BT = corrections.tis(logprobs_BT - sampler_BT, tis_max=objective.tis_max)
     return objectives.TokenStatistics(mask_BT, logprobs_BT, collision_BT, weight_BT)
 
 

@@ -34,10 +34,15 @@ _NEWS_S = 0.5  # until a new phase is in the file
 _TICK_S = 0.25  # between two looks at its worker
 MEETING = "meeting"  # phase in which a process waits for others that do something else
 _GRACE_S = 5.0  # added to limits of processes that only wait, so that the cause is named first
+PREEMPTED = 128 + signal.SIGTERM  # exit status of a run that was asked to end and saved itself
 # Beginnings of jax runtime errors.
 _STATUS = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
+
+
+class Preempted(BaseException):
+    """The run was asked to end, and has saved itself; no `except Exception` holds it up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +225,7 @@ class Peers:
 
     def _silence(self, index: int) -> str | None:
         post, silent = self._last.get(index), self._clock() - self._seen[index][1]
-        if silent <= self._us.dead_after_s or (post and post["status"] == "done"):
+        if silent <= self._us.dead_after_s or (post and post["status"] in ("done", "preempted")):
             return None
         if post is None:
             return (
@@ -352,6 +357,9 @@ class _Guard:
         if self._exit == 0:
             self._finish("done", "")
             return 0
+        if self._exit == PREEMPTED:
+            self._finish("preempted", "asked to end, and saved")
+            return PREEMPTED
         if self._post["status"] == "running":
             aborted = self._exit == -signal.SIGABRT  # mostly by jax, because process 0 is gone
             self._post |= {

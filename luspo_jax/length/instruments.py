@@ -7,6 +7,7 @@ import numpy as np
 from luspo_jax.learner.state import mark_params
 from luspo_jax.length import laboratory, steering
 from luspo_jax.length.laboratory import Laboratory, Sampled
+from luspo_jax.length.learnt import lambda_gradient, learnt
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.length.steering import LengthState
 from luspo_jax.metrics import StepMetrics
@@ -59,6 +60,31 @@ def observe(
         length = steering.steered(length, settings, start=start, direction=found.direction)
         metrics.add("length/scale_alpha", start + length.alpha_shift)
     return length, found.direction
+
+
+def learn(
+    length: LengthState,
+    settings: LengthSettings,
+    objective: Objective,
+    responses: Sequence[Response],
+    group_ids_B: np.ndarray,
+    metrics: StepMetrics,
+) -> LengthState:
+    """Moves λ after a step that trained with it, if the objective has one; `length/lambda` is what
+    the step had."""
+    if objective.length_scale != "lambda-grpo":
+        return length
+    metrics.add("length/lambda", objective.length_lambda + length.alpha_shift)
+    if not settings.lambda_rate:
+        return length
+    gradient = lambda_gradient(
+        objective,
+        np.array([r.advantage for r in responses], np.float32),
+        np.array([len(r.tokens) if r.trained.any() else 0 for r in responses], np.int32),
+        group_ids_B,
+        length.alpha_shift,
+    )
+    return learnt(length, objective, gradient, settings.lambda_rate)
 
 
 def penalty(

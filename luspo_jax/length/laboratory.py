@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ from luspo_jax.learner.plan import one_a_row
 from luspo_jax.learner.policies import sequence_lengths
 from luspo_jax.learner.rows import Planner, token_rows
 from luspo_jax.length import pressure
-from luspo_jax.length.pressure import Half, Pressure
+from luspo_jax.length.candidates import Rescorer, candidate
+from luspo_jax.length.pressure import Candidate, Half, Pressure
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.objectives import Objective
 from luspo_jax.rollout import Response
@@ -33,15 +34,37 @@ class Laboratory:
 
     Attributes:
       rule: how log-probabilities are computed.
-      objectives: (name, objective) pairs, the run's own first.
+      objectives: what is measured, the run's own first.
       bin_edges: edges of the length bins, in tokens.
       rows_at_once: most rows computed together.
+      rescorer: rewards the responses of a half; None keeps the rewards that they have.
     """
 
     rule: LogprobRule
-    objectives: tuple[tuple[str, Objective], ...]
+    objectives: tuple[Candidate, ...]
     bin_edges: tuple[int, ...]
     rows_at_once: int
+    rescorer: Rescorer | None = None
+
+    @property
+    def by_name(self) -> dict[str, Objective]:
+        """Returns the objectives by name."""
+        return {each.name: each.objective for each in self.objectives}
+
+    @property
+    def rewards(self) -> list[str]:
+        """Returns the rewards of a group besides the run's, each once."""
+        return list(dict.fromkeys(each.reward for each in self.objectives if each.reward))
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether an objective reads the parts of rewards."""
+        return any(each.objective.advantage == "gdpo" for each in self.objectives)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether an objective reads what the policy says of tokens not drawn."""
+        return any(each.objective.token_advantages for each in self.objectives)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +91,29 @@ def laboratory(
     *,
     max_response_length: int,
     rows_at_once: int,
+    rescorer: Callable[[Sequence[str]], Rescorer] | None = None,
 ) -> Laboratory:
     """Resolves settings; log-probs are the trainer's, with attention that has second derivatives.
 
+    Args:
+      settings: of the run.
+      rule: how log-probs are computed.
+      objective: the run's.
+      max_response_length: the sampler's limit, in tokens.
+      rows_at_once: most rows computed together.
+      rescorer: makes the Rescorer that knows these rewards of a group besides the run's.
+
     Raises:
-      ValueError: a preset that does not exist.
+      ValueError: a preset, shaping, advantage or reward that does not exist.
     """
-    chosen = [(OWN, objective)]
+    chosen = [Candidate(OWN, objective)]
     if objective.length_scale == "adaptive":
         up = objective.length_alpha + _ALPHA_STEP
         raised = up if up <= 2 else objective.length_alpha - _ALPHA_STEP
-        chosen.append((_RAISED, dataclasses.replace(objective, length_alpha=raised)))
-    chosen += [
-        (name, objectives.preset(name, max_response_length=max_response_length))
-        for name in settings.names
-    ]
-    return Laboratory(rule, tuple(chosen), settings.bins(max_response_length), rows_at_once)
+        chosen.append(Candidate(_RAISED, dataclasses.replace(objective, length_alpha=raised)))
+    chosen += [candidate(name, max_response_length=max_response_length) for name in settings.names]
+    lab = Laboratory(rule, tuple(chosen), settings.bins(max_response_length), rows_at_once)
+    return dataclasses.replace(lab, rescorer=rescorer and rescorer(lab.rewards))
 
 
 def chosen(sampled: Sampled, *, version: int, share: float, num_groups: int) -> Sampled | None:
@@ -140,8 +170,23 @@ def abstract_half(lab: Laboratory, responses: int, width: int) -> Half:
         rewards_B=jax.ShapeDtypeStruct((responses,), np.float32),
         group_ids_B=each,
         trained_B=jax.ShapeDtypeStruct((responses,), bool),
+        **_abstract_rewards(lab, responses),
     )
     return training_rows.abstract(half, layout)
+
+
+def _abstract_rewards(lab, responses):
+    if lab.rescorer is None:
+        return {}
+    numbers_B = jax.ShapeDtypeStruct((responses,), np.float32)
+    parts = {}
+    for name in ("", *lab.rewards) if lab.reads_parts else ():
+        weights = lab.rescorer.weights(name)
+        values = jax.ShapeDtypeStruct((responses, len(weights)), np.float32)
+        parts[name] = objectives.RewardParts(
+            values, jax.ShapeDtypeStruct(weights.shape, np.float32)
+        )
+    return {"other_rewards": dict.fromkeys(lab.rewards, numbers_B), "parts": parts}
 
 
 def lower_measure(lab: Laboratory, params: Any, half: Half) -> Any:
@@ -184,7 +229,7 @@ def own_slope(lab: Laboratory, measured: Mapping[str, Pressure]) -> tuple[float,
 
     if _RAISED not in measured:
         return normalized(OWN), 0.0
-    chosen = dict(lab.objectives)
+    chosen = lab.by_name
     step = chosen[_RAISED].length_alpha - chosen[OWN].length_alpha
     return normalized(OWN), (normalized(_RAISED) - normalized(OWN)) / step
 
@@ -199,6 +244,14 @@ def _measure(params, end_params, half_a, half_b, alpha_shift, *, lab):
         )
         for half in (half_a, half_b)
     )
+    if lab.reads_tokens:
+        squares = _collisions(lab)
+        half_a, half_b = (
+            dataclasses.replace(
+                half, collision_BT=pressure.half_logprobs(squares, params, half, num_parts=parts)
+            )
+            for half in (half_a, half_b)
+        )
     found = pressure.cross_fitted(
         compute,
         params,
@@ -233,6 +286,18 @@ def _logprobs(lab):
         rows, starts_B, mask_BT = part
         found = microbatch_logprobs(params, rows, rule=lab.rule)
         return of_responses(found.logprobs_RT, starts_B, mask_BT, lab.rule.how.layout)
+
+    return compute
+
+
+def _collisions(lab):
+    """Returns the function (params, a micro-batch of a half) → Σ_v π_v² at its tokens."""
+    rule = dataclasses.replace(lab.rule, collision=True)
+
+    def compute(params, part):
+        rows, starts_B, mask_BT = part
+        found = microbatch_logprobs(params, rows, rule=rule)
+        return of_responses(found.collision_RT, starts_B, mask_BT, rule.how.layout)
 
     return compute
 
@@ -275,11 +340,32 @@ def _half(sampled, lab):
             mask_BT,
         ),
         response_mask_BT=mask_BT,
-        rewards_B=plan.place_one(np.array([r.reward.value for r in responses], np.float32)),
         group_ids_B=plan.place_one(sampled.group_ids_B),
         trained_B=plan.place_one(_trained(sampled)),
+        segment_starts_BT=_segments(plan, responses),
+        **_rewards(sampled, lab, plan),
     )
     return training_rows.put(half, how.layout)
+
+
+def _rewards(sampled, lab, plan):
+    """Returns the rewards of a half, and their parts where an objective reads them."""
+    if lab.rescorer is None:
+        values_B = np.array([r.reward.value for r in sampled.responses], np.float32)
+        return {"rewards_B": plan.place_one(values_B)}
+    known = sampled.prompts, sampled.responses, sampled.group_ids_B
+    found = {name: lab.rescorer.of(*known, name) for name in ("", *lab.rewards)}
+    parts = {}
+    for name, rescored in found.items() if lab.reads_parts else ():
+        values_BM = plan.place_one(rescored.parts_BM)
+        parts[name] = objectives.RewardParts(values_BM, lab.rescorer.weights(name))
+    placed = {name: plan.place_one(rescored.values_B) for name, rescored in found.items()}
+    return {"rewards_B": placed.pop(""), "other_rewards": placed, "parts": parts}
+
+
+def _segments(plan, responses):
+    starts = [response.segment_starts for response in responses]
+    return None if starts[0] is None else plan.place(starts)
 
 
 def _row_parts(lab):

@@ -65,7 +65,8 @@ class Half:
         also measured with the ratios of the step's last updates, so that clipping shows.
       other_rewards: name → rewards [B] in place of `rewards_B`. A reward that compares responses
         must compare those of this half alone, or the halves are not independent.
-      parts: of the rewards; for the advantage "gdpo".
+      parts: the parts of the rewards by the same names, "" for those of `rewards_B`; for the
+        advantage "gdpo".
       collision_BT: Σ_v π_v² of the policy that sampled; for the advantage "otb".
       segment_starts_BT: bool, for the ratio "segment".
     """
@@ -77,7 +78,7 @@ class Half:
     trained_B: jax.Array | None = None
     end_logprobs_BT: jax.Array | None = None
     other_rewards: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    parts: objectives.RewardParts | None = None
+    parts: dict[str, objectives.RewardParts] = dataclasses.field(default_factory=dict)
     collision_BT: jax.Array | None = None
     segment_starts_BT: jax.Array | None = None
 
@@ -236,7 +237,7 @@ def coefficients(
         half.other_rewards[reward] if reward else half.rewards_B,
         half.group_ids_B,
         lengths_B,
-        parts=half.parts,
+        parts=half.parts.get(reward),
         tokens=tokens,
     )
     advantages_BU = advantages if policy.token_advantages else advantages[:, None]

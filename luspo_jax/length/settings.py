@@ -21,7 +21,8 @@ class LengthSettings:
       every: rollout steps between two measurements of length pressure; 0 = never. If nonzero, the
         state holds a second copy of the parameters (to measure the update actually taken).
       share: share of groups to measure.
-      objectives: presets, joined with commas, to measure besides the run's own objective.
+      objectives: what to measure besides the run's own objective, joined with commas: presets, each
+        perhaps with a shaping, another advantage or a reward of the group, as "luspo+kimi".
       bin_edges: ascending lengths in tokens, joined with commas, that bound the length bins;
         empty = 1/8, 1/4 and 1/2 of the longest response.
       steer: what steers α of length_scale = "adaptive": "band" keeps the mean length between
@@ -31,6 +32,7 @@ class LengthSettings:
       alpha_low: least α.
       alpha_high: greatest α.
       alpha_rate: largest change of α in one step.
+      lambda_rate: learning rate of λ of length_scale = "lambda-grpo"; 0 keeps it where it starts.
       smoothing: weight of the past in the running means used for steering.
       window: rollout steps in each of the two successive windows whose means are compared.
       growth: relative growth of length over a window above which accuracy must grow too.
@@ -58,6 +60,7 @@ class LengthSettings:
     alpha_low: float = 0.0
     alpha_high: float = 1.5
     alpha_rate: float = 0.05
+    lambda_rate: float = 0.0
     smoothing: float = 0.7
     window: int = 10
     growth: float = 0.1
@@ -109,6 +112,7 @@ class LengthSettings:
                 "satisfy -2 ≤ alpha_low < alpha_high ≤ 2",
             ),
             (not self.alpha_rate > 0, f"alpha_rate={self.alpha_rate:g} must be > 0"),
+            (self.lambda_rate < 0, f"lambda_rate={self.lambda_rate:g} must not be negative"),
             (not 0 <= self.smoothing < 1, f"smoothing={self.smoothing:g} must be in [0, 1)"),
             (self.window < 1, f"window={self.window} must be at least 1"),
             (self.growth < 0, f"growth={self.growth:g} must not be negative"),

@@ -5,6 +5,8 @@
     denominators = objectives.denominators(objective, response_mask_BT)      # the optimizer step
     value, metrics = objectives.loss(objective, batch, denominators)         # each micro-batch
 
+`step_loss` is the four for a step that is held whole.
+
 Two functions (`advantages`, `length_scales`) have the name of the module that holds their formulas.
 This package exports the functions; import the formulas from the module:
 `from luspo_jax.objectives.advantages import ADVANTAGES`.
@@ -27,6 +29,7 @@ from luspo_jax.objectives.whole_batch import (
     length_scales,
     validate_group_size,
 )
+from luspo_jax.objectives.whole_step import step_loss
 
 __all__ = [
     "PRESETS",
@@ -43,5 +46,6 @@ __all__ = [
     "metric_means",
     "preset",
     "reward_adjustment",
+    "step_loss",
     "validate_group_size",
 ]

@@ -26,7 +26,7 @@ from luspo_jax.objectives.policy_metrics import (
     weight_metrics,
 )
 from luspo_jax.objectives.ratios import RATIOS, bounded
-from luspo_jax.objectives.surrogates import SURROGATES
+from luspo_jax.objectives.surrogates import SURROGATES, clip_band
 from luspo_jax.objectives.whole_batch import real, wide
 
 
@@ -106,7 +106,7 @@ def denominators(
     Raises:
       ValueError: a mask that is not bool, or missing entropies or log-probs.
     """
-    _require_mask(response_mask_BT)
+    require_mask(response_mask_BT)
     threshold = m2po_threshold = None
     if objective.top_entropy_quantile < 1:
         if entropy_BT is None:
@@ -178,6 +178,12 @@ def loss(
         "response_mask_BT": mask_BT,
         "advantages_BU": advantages_BU,
         "segment_starts_BT": rows.segment_starts_BT,
+        "band_B1": clip_band(
+            mask_BT,
+            dtype,
+            exponent=objective.clip_length_exponent,
+            reference_length=objective.reference_length,
+        ),
     }
     log_ratio_BU = bind(RATIOS[objective.ratio], objective)(**arrays)
     surrogate_function = bind(SURROGATES[objective.surrogate], objective)
@@ -313,7 +319,8 @@ def _clean(batch: PolicyBatch) -> PolicyBatch:
     )
 
 
-def _require_mask(response_mask_BT: jax.Array) -> None:
+def require_mask(response_mask_BT: jax.Array) -> None:
+    """Refuses a response mask that is not bool [B, T]."""
     if jnp.ndim(response_mask_BT) != 2 or response_mask_BT.dtype != bool:
         raise ValueError(
             "response_mask_BT must be bool [B, T]; "
@@ -322,7 +329,7 @@ def _require_mask(response_mask_BT: jax.Array) -> None:
 
 
 def _require_batch(objective: Objective, batch: PolicyBatch) -> None:
-    _require_mask(batch.response_mask_BT)
+    require_mask(batch.response_mask_BT)
     shape = batch.response_mask_BT.shape
     for field in dataclasses.fields(batch):
         values = getattr(batch, field.name)

@@ -98,17 +98,12 @@ def axis_functions(objective: Objective) -> dict[str, object]:
 
 def used_hyperparameters(objective: Objective) -> tuple[str, ...]:
     """Returns the hyperparameters that the objective's functions read, in the order of the axes."""
-    names = {
-        field: hyperparameters(function) for field, function in axis_functions(objective).items()
-    }
-    if objective.clip_length_exponent == 0:  # then its reference is not read
-        names["surrogate"] = [
-            n for n in names["surrogate"] if n not in ("clip_length_exponent", "reference_length")
-        ]
-    read = [name for of_axis in names.values() for name in of_axis]
+    names = [n for f in axis_functions(objective).values() for n in hyperparameters(f)]
+    if objective.clip_length_exponent > 0:
+        names += ["clip_length_exponent", "reference_length"]
     if objective.ratio == "segment":
-        read += ["segment_by"] + ["segment_share"] * objective.cuts_by_entropy
-    return tuple(dict.fromkeys(read))
+        names += ["segment_by"] + ["segment_share"] * objective.cuts_by_entropy
+    return tuple(dict.fromkeys(names))
 
 
 def preset(name: str, **overrides) -> Objective:
@@ -127,8 +122,6 @@ def preset(name: str, **overrides) -> Objective:
     tables = (RATIOS, SURROGATES, LENGTH_SCALES, AGGREGATIONS, ADVANTAGES, SHAPINGS, CORRECTIONS)
     optional = {n for table in tables for f in table.values() for n in hyperparameters(f)}
     optional |= {"segment_by", "segment_share"}
-    if objective.surrogate == "clip":
-        optional -= {"clip_length_exponent"}  # 0 may be said
     unread = optional - set(used_hyperparameters(objective)) - {"max_response_length"}
     for field in overrides:
         if field in unread:

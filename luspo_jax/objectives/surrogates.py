@@ -1,9 +1,9 @@
 """Surrogates: map a ratio and an advantage to a loss whose gradient is the update.
 
 A surrogate takes those it needs of `log_ratio_BU`, `advantages_BU`, `logprobs_BT`,
-`old_logprobs_BT` and `response_mask_BT` (by these names; U is T or 1, for each by itself), and its
-hyperparameters after `*`. It returns a `Surrogate`. Losses are minimised; sg[·] stops the gradient;
-r is the ratio, A the advantage.
+`old_logprobs_BT`, `response_mask_BT` and `band_B1`, a factor on ε (by these names; U is T or 1, for
+each by itself), and its hyperparameters after `*`. It returns a `Surrogate`. Losses are minimised;
+sg[·] stops the gradient; r is the ratio, A the advantage.
 
 Surrogates that weight log π by a constant (CISPO, VESPO, DPPO, MiniRL) have a meaningful gradient;
 their value means little.
@@ -36,10 +36,12 @@ class Surrogate(NamedTuple):
     lower_BU: jax.Array
 
 
-def _band(response_mask_BT, exponent, reference_length, dtype):
-    """Returns (L_ref/L)^β [B, 1], or the number 1 for β 0, which then costs nothing."""
+def clip_band(
+    response_mask_BT: jax.Array, dtype: jnp.dtype, *, exponent: float, reference_length: float
+) -> jax.Array | float:
+    """Returns (L_ref/L)^β [B, 1], the factor on ε; the number 1 for β 0, which costs nothing."""
     if exponent == 0:
-        return 1
+        return 1.0
     length_B1 = response_mask_BT.sum(axis=1, keepdims=True, dtype=jnp.int32).astype(dtype)
     return (reference_length / jnp.maximum(length_B1, 1)) ** exponent
 
@@ -57,14 +59,12 @@ def unclipped(log_ratio_BU: jax.Array, advantages_BU: jax.Array) -> Surrogate:
 def clip(
     log_ratio_BU: jax.Array,
     advantages_BU: jax.Array,
-    response_mask_BT: jax.Array,
+    band_B1: jax.Array | float = 1.0,
     *,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
     delta: float | None = None,
-    clip_length_exponent: float = 0.0,
-    reference_length: float = 1.0,
 ) -> Surrogate:
     """−min(r·A, clip(r, 1−ε_low, 1+ε_high)·A) (PPO; ε_high > ε_low is DAPO's clip-higher).
 
@@ -73,13 +73,13 @@ def clip(
     script). `delta` δ: min(min(r, δ)·A, clip(r)·A) (two-sided clipping; TRL). With δ > 1+ε_high,
     the only sensible range, it equals dual-clip with c = δ, so only one may be set.
 
-    `clip_length_exponent` β makes the band depend on length: ε_L = ε·(L_ref/L)^β. β 0 is one band
-    for the mean of a response's log ratios (GSPO, LUSPO), whatever its length; β ½ lets their sum
-    move by c·√L (FSPO, arXiv 2509.09177, c = ε·√L_ref; its band is on the logarithm, which differs
-    by ε²/2); β 1 is one band for their sum. Band and weight are two things: β does not change w.
+    `clip_length_exponent` β makes ε depend on length: ε_L = ε·(L_ref/L)^β, with `reference_length`
+    L_ref. β 0 is one band for the mean of a response's log ratios (GSPO, LUSPO), whatever its
+    length; β ½ lets their sum move by c·√L (FSPO, arXiv 2509.09177, c = ε·√L_ref; its band is on
+    the logarithm, which differs by ε²/2); β 1 is one band for their sum. Band and weight are two
+    things: β does not change w.
     """
     ratio_BU = jnp.exp(bounded(log_ratio_BU))
-    band_B1 = _band(response_mask_BT, clip_length_exponent, reference_length, ratio_BU.dtype)
     top_B1, bottom_B1 = 1 + clip_high * band_B1, 1 - clip_low * band_B1
     high_BU = (advantages_BU > 0) & (ratio_BU > top_B1)
     low_BU = (advantages_BU < 0) & (ratio_BU < bottom_B1)
@@ -153,11 +153,10 @@ def dhpo(
     `clip_low`, `clip_high`, the sequence's has GSPO's ε. clip fractions are those of the token
     ratio; `actor/pg_clipfrac_lower` is the sequence ratio's.
     """
-    rest = advantages_BU, response_mask_BT
-    token = clip(log_ratio_BU, *rest, clip_low=clip_low, clip_high=clip_high)
+    token = clip(log_ratio_BU, advantages_BU, clip_low=clip_low, clip_high=clip_high)
     whole = clip(
         row_mean(log_ratio_BU, response_mask_BT),
-        *rest,
+        advantages_BU,
         clip_low=dhpo_sequence_low,
         clip_high=dhpo_sequence_high,
     )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,6 +99,14 @@ def _restored(run, checkpointer, step, changed=()) -> Start:
         run.data.stream.set_state(host["stream"])
     evaluations = [(step, Evaluation(**values)) for step, values in host["evaluations"]]
     stored = from_stored(waiting, host["waiting"]) if "surplus" in kept else []
+    if host["waiting"] and not stored:
+        roots = _TAKEN_ALONG["surplus"]
+        names = ", ".join(name for name in changed if name.startswith(roots))
+        warnings.warn(
+            f"{len(host['waiting'])} groups of responses that waited for a later step are not "
+            f"taken along, because other settings sampled them: {names}",
+            stacklevel=2,
+        )
     groups = [
         dataclasses.replace(group, prompt=prompts.pictured(group.prompt, run.data.renderer))
         for group in stored

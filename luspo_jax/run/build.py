@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from luspo_jax.learner.programs import StepPrograms
 from luspo_jax.learner.rows import Planner
 from luspo_jax.learner.state import UpdateRule
 from luspo_jax.length import laboratory
+from luspo_jax.length.candidates import Rescorer
 from luspo_jax.length.laboratory import Laboratory
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.models import decoder, decoder_weights, kernels
@@ -186,11 +188,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
             time_limit=settings.reward.timeout_s,
             max_failure_rate=settings.reward.max_failure_rate,
         ),
-        group_scorer=GroupScorer(
-            settings.reward.group,
-            settings.reward.group_options,
-            metric=accuracy_part(settings),
-        ),
+        group_scorer=group_scorer(settings),
         sampler=sampler(settings, model, settings.rollout, (layout, rollout_layout)),
         held_out_sampler=sampler(settings, model, settings.eval, (layout, rollout_layout)),
         rule=rule,
@@ -203,6 +201,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
             settings.objective,
             max_response_length=settings.rollout.max_response_length,
             rows_at_once=batch_arithmetic(settings).responses_per_microbatch,
+            rescorer=functools.partial(rescorer, settings),
         ),
         planner=planner(settings, model.config, layout),
         programs=StepPrograms(rule, batch_arithmetic(settings).updates_per_step),
@@ -211,7 +210,25 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     )
 
 
-def accuracy_part(settings: Settings) -> str:
+def group_scorer(settings: Config) -> GroupScorer:
+    """Returns the run's rewards of a group."""
+    reward = settings.reward
+    return GroupScorer(reward.group, reward.group_options, metric=accuracy_part(settings))
+
+
+def rescorer(settings: Config, names: Sequence[str]) -> Rescorer:
+    """Returns what rewards halves of groups, by the run's rewards or by others of a group."""
+    return Rescorer(
+        settings.reward.parts,
+        group_scorer(settings),
+        names=names,
+        options=settings.reward.group_options,
+        metric=accuracy_part(settings),
+        max_length=settings.rollout.max_response_length,
+    )
+
+
+def accuracy_part(settings: Config) -> str:
     """Returns the reward part that counts as accuracy."""
     return settings.eval.metric or next(iter(settings.reward.parts))  # the only one
 

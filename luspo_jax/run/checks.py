@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ from luspo_jax.benchmarks.budgets import budgets
 from luspo_jax.datasets import DATASETS, DataError
 from luspo_jax.datasets.table import Table
 from luspo_jax.hosts.values import ConfigError, nearest, refusal, shown
+from luspo_jax.length.candidates import candidate
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.rewards import Sample
+from luspo_jax.rewards.group import group_reward
 from luspo_jax.rewards.record import run as judge
 from luspo_jax.rewards.registry import verifier
 from luspo_jax.run import length_controls
@@ -275,15 +278,22 @@ def _wrong_group(config: ConfigDict, objective: objectives.Objective) -> Iterato
 
 def _wrong_length(config: ConfigDict, length: LengthSettings) -> Iterator[str]:
     """Yields conflicts of the length instruments and controls with other sections."""
-    unknown = [name for name in length.names if name not in objectives.PRESETS]
-    for name in unknown[:1]:
-        near = nearest(name, objectives.PRESETS)
-        yield f"length.objectives={name!r} names no preset: {near}"
     group_size, longest = config.rollout.group_size, config.rollout.max_response_length
+    yield from itertools.islice(_wrong_candidates(config, length), 1)
     if length.every and group_size < 4:
         yield (
             f"length.every={length.every} measures length pressure inside halves of a group: "
             f"rollout.group_size={group_size} must be at least 4"
+        )
+    if length.mitigation == "penalty" and _of_objective(config, "advantage") == "gdpo":
+        yield (
+            "length.mitigation=penalty changes the sum of a reward's parts, and "
+            "objective.advantage=gdpo normalises each part by itself: use mitigation=none"
+        )
+    if length.lambda_rate and _of_objective(config, "length_scale") != "lambda-grpo":
+        yield (
+            f"length.lambda_rate={length.lambda_rate:g} learns λ of "
+            "objective.length_scale=lambda-grpo, which is not set"
         )
     steers = length.steer != "none" or length.mitigation == "scale"
     adaptive = _of_objective(config, "length_scale") == "adaptive"
@@ -291,11 +301,6 @@ def _wrong_length(config: ConfigDict, length: LengthSettings) -> Iterator[str]:
         yield (
             'length.steer and mitigation="scale" move α of an adaptive scale: set '
             "objective.length_scale=adaptive"
-        )
-    if length.mitigation == "penalty" and _of_objective(config, "advantage") == "gdpo":
-        yield (
-            "length.mitigation=penalty changes the reward, and objective.advantage=gdpo normalises "
-            "each of its parts by itself: the penalty is none of them; use scale"
         )
     start = _of_objective(config, "length_alpha")
     if adaptive and not length.alpha_low <= start <= length.alpha_high:
@@ -308,6 +313,37 @@ def _wrong_length(config: ConfigDict, length: LengthSettings) -> Iterator[str]:
             f"length.target_low={length.target_low:g} is out of reach: no response is longer than "
             f"rollout.max_response_length={longest}"
         )
+
+
+def _wrong_candidates(config, length):
+    """Yields what is wrong with the objectives whose pressure is measured."""
+    segments = _of_objective(config, "ratio") == "segment"
+    for name in length.names:
+        try:
+            chosen = candidate(name, max_response_length=config.rollout.max_response_length)
+        except ValueError as error:
+            yield f"length.objectives: {error}"
+            continue
+        if chosen.objective.ratio == "segment" and not segments:
+            yield (
+                f"length.objectives: {name!r} needs segments, which are cut only where "
+                "objective.ratio=segment"
+            )
+        if not chosen.reward:
+            continue
+        try:
+            options = config.reward.group_options.get(chosen.reward, {})
+            made = group_reward(chosen.reward, options)
+        except ValueError as error:
+            yield (
+                f"length.objectives: {name!r} needs reward.group_options.{chosen.reward}: {error}"
+            )
+            continue
+        if made.targeted and not config.data.length_target_high:
+            yield (
+                f"length.objectives: {name!r} pays for the length that the prompt asks for: set "
+                "data.length_target_low and data.length_target_high"
+            )
 
 
 def _of_objective(config, field):

@@ -18,6 +18,7 @@ from luspo_jax.run.beginning import Carried, begin, host_state
 from luspo_jax.run.build import Run
 from luspo_jax.run.checkpoint import Checkpointer
 from luspo_jax.run.export import export_policy
+from luspo_jax.run.profile import Profile
 from luspo_jax.run.workdir import Workdir
 from luspo_jax.types import TrainState
 
@@ -46,10 +47,11 @@ class Keeper:
     Args:
       run: the run; its scorer and data are closed on exit.
       workdir: of the run.
+      profile: of some of its steps.
     """
 
-    def __init__(self, run: Run, workdir: Workdir):
-        self.run, self.workdir = run, workdir
+    def __init__(self, run: Run, workdir: Workdir, profile: Profile):
+        self.run, self.workdir, self._profile = run, workdir, profile
         self._evaluations: list[tuple[int, Evaluation]] = []
         self._start = 0
         self._checkpointer: Checkpointer | None = None  # of a process that trains
@@ -69,6 +71,7 @@ class Keeper:
                 stack.enter_context(contextlib.closing(self._checkpointer))
             stack.enter_context(self.run.scorer)
             stack.enter_context(contextlib.closing(self.run.data))
+            stack.enter_context(self._profile)
             self._stack = stack.pop_all()
         return self
 
@@ -102,10 +105,12 @@ class Keeper:
 
     def steps(self) -> Iterator[tuple[int, bool]]:
         """Yields (rollout steps taken, whether it is the first here) for each remaining step."""
+        self._profile.check_ahead(self._start)
         for step in range(self._start, self.run.settings.num_steps):
             guard.at_step(step + 1)
             self.workdir.check_there()
-            yield step, step == self._start
+            with self._profile.step(step + 1):
+                yield step, step == self._start
 
     def keep(
         self,
@@ -136,11 +141,21 @@ class Keeper:
             self._writer.write_rollouts(taken, measures.records(rollouts))
         self._writer.write(taken, {"training/global_step": taken, **metrics.result()})
         if last or due(output.checkpoint_every, taken):
-            host, waiting = host_state(run, self._evaluations, carried)
-            score = measured.accuracy if measured else None
-            with guard.phase("checkpoint"):
-                self._checkpointer.save(taken, state, host, waiting, metric=score)
-                self.workdir.note_checkpoint(taken)
+            self._save(taken, state, carried, measured.accuracy if measured else None)
+
+    def save(self, taken: int, state: TrainState, carried: Carried) -> None:
+        """Checkpoints between two steps, unless that was done, and waits until it is written."""
+        if self._checkpointer is None:
+            return
+        if self._checkpointer.latest_step() != taken:
+            self._save(taken, state, carried, None)
+        self._bar.write(f"asked to end: step {taken} is saved, and the same command goes on")
+
+    def _save(self, taken, state, carried, score):
+        host, waiting = host_state(self.run, self._evaluations, carried)
+        with guard.phase("checkpoint"):
+            self._checkpointer.save(taken, state, host, waiting, metric=score)
+            self.workdir.note_checkpoint(taken)
 
     def outcome(self, state: TrainState) -> Outcome:
         """Returns the held-out results; exports the policy if asked."""

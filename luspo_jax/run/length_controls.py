@@ -25,8 +25,9 @@ WEIGHT = Number(-1e15, 1e15)
 def wrong_entries(config: ConfigDict) -> Iterator[str]:
     """Yields problems in the group rewards, one by one."""
     parts, options = config.reward.group, config.reward.group_options
+    measured = str(config.length.objectives).replace("+", ",").split(",")
     for name in options:
-        if name not in parts:
+        if name not in parts and name not in map(str.strip, measured):
             yield f"reward.group_options.{name}: no reward of a group; {nearest(name, parts)}"
     for name, weight in parts.items():
         problem = refusal(f"reward.group.{name}", weight, float, WEIGHT)
@@ -83,6 +84,13 @@ def notices(settings: Settings) -> Iterator[str]:
     names = list(settings.reward.group)
     shorten = [f"reward.group.{name}" for name in names if name in _SHORTENS]
     lengthen = [f"reward.group.{name}" for name in names if name in _LENGTHENS]
+    if settings.objective.advantage_shaping != "none":
+        shorten.insert(0, f"objective.advantage_shaping={settings.objective.advantage_shaping}")
+        if len(shorten) > 1:
+            yield (
+                f"{_joined(shorten)} each favour short responses: the advantage is shaped on top "
+                "of the reward"
+            )
     scale = settings.objective.length_scale
     if scale in ("length", "power", "adaptive"):
         weight = f"objective.length_scale={scale}"
@@ -108,7 +116,17 @@ def notices(settings: Settings) -> Iterator[str]:
             f"length.mitigation=penalty comes on top of {_joined(both)} when length degenerates: "
             "both are in the reward then"
         )
+    yield from _bands(settings.objective)
     yield from _choices(settings, both)
+
+
+def _bands(objective):
+    if objective.clip_length_exponent > 0 and objective.length_scale != "none":
+        yield (
+            f"objective.length_scale={objective.length_scale} weighs long responses and "
+            f"objective.clip_length_exponent={objective.clip_length_exponent:g} clips them sooner: "
+            "the one makes their gradient larger, the other cuts more of it"
+        )
 
 
 def _choices(settings, rewards):

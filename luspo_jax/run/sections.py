@@ -176,11 +176,6 @@ class RewardSettings:
     def __post_init__(self):
         check_fields(self, "reward.")
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """Every part of a response's reward, its group's among them → its weight."""
-        return {**self.parts, **self.group}
-
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:

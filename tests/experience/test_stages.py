@@ -311,6 +311,23 @@ def test_parts_are_taken_with_their_weights():
     np.testing.assert_allclose(after.advantages_B[:4], score / score.std(ddof=1), rtol=2e-3)
 
 
+def test_signs_that_control_of_length_turns_are_counted():
+    """Of four that count: the second of a group right but long, and now worse than a wrong one."""
+    assert stages.sign_reversal(_rollouts(), preset("dr_grpo"), {}) == {}
+    rollouts = _rollouts()
+    length = [-0.9, 0.4, 0.0, 0.0, 0.0]
+    rewards = [
+        dataclasses.replace(reward, value=reward.value + each, length=each)
+        for reward, each in zip(rollouts.column("reward"), length, strict=True)
+    ]
+    after = stages.with_advantages(rollouts.enriched(reward=rewards), preset("dr_grpo"), 12)
+    found = stages.sign_reversal(after, preset("dr_grpo"), {})
+    assert found == {"length/sign_reversal": 0.5}
+    shaped = preset("dr_grpo", advantage_shaping="qglas")
+    after = stages.with_advantages(_rollouts(), shaped, 12)
+    assert stages.sign_reversal(after, shaped, {}) == {"length/sign_reversal": 0.0}
+
+
 def test_segments_begin_at_high_entropies_or_after_sentences():
     rollouts = _rollouts()
     assert stages.with_segments(rollouts, preset("luspo"), str) is rollouts

@@ -1,7 +1,10 @@
 """What a user sees who mistypes: one message that names the field, and a non-zero status."""
 
+import gzip
+import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -29,6 +32,7 @@ def run(monkeypatch, capsys, tmp_path):
             flags.FLAGS.unparse_flags()
             flags.FLAGS.dry_run = False
             flags.FLAGS.workdir = None
+            flags.FLAGS.profile_steps = ""
         out, err = capsys.readouterr()
         return status, out, err
 
@@ -69,6 +73,8 @@ def run(monkeypatch, capsys, tmp_path):
         (["--config.model.overrides.x=3"], "\"--config.model.overrides={'x': …}\""),
         (["--config.reward.parts={'gsm8k':1.0"], "no dictionary: write"),
         (["--config.reward.parts={gsm8k:1.0}"], "no dictionary: write"),
+        (["--profile_steps=4to6"], "--profile_steps=4to6 is no range of steps"),
+        (["--profile_steps=78-81"], "--profile_steps=78-81 goes beyond the run: num_steps=80"),
     ],
 )
 def test_mistakes_get_one_message(run, arguments, message):
@@ -155,3 +161,37 @@ def test_help_says_what_it_is_and_lists_the_flags(launcher):
     assert ran.returncode == 0, ran.stderr
     assert f"python -m experiments.{launcher}" in ran.stdout
     assert "--workdir" in ran.stdout
+
+
+TWO_STEPS = (
+    "--config.num_steps=2", "--config.rollout.prompts_per_step=4", "--config.rollout.group_size=2",
+    "--config.rollout.max_response_length=8", "--config.rollout.num_slots=8",
+    "--config.train.num_minibatches=2", "--config.eval.num_problems=2",
+    "--config.eval.num_samples=1", "--config.output.checkpoint_every=1",
+    "--config.output.keep_latest=2", "--config.output.tensorboard=False",
+    "--config.output.export=False",
+)  # fmt: skip
+
+
+def test_steps_are_profiled_also_after_a_resume(run, tmp_path):
+    assert run(QUICKSTART, *TWO_STEPS)[0] == 0
+    profile = tmp_path / "run" / "profile"
+    assert not profile.exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    status, _, err = run(QUICKSTART, *TWO_STEPS, "--profile_steps=1")
+    assert (status, profile.exists()) == (2, False)
+    assert "--profile_steps=1-1: the run goes on at step 2" in err
+    assert run(QUICKSTART, *TWO_STEPS, "--profile_steps=1-2")[0] == 0
+    (trace,) = profile.glob("plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    seconds = {e["name"]: e["dur"] / 1e6 for e in events if e.get("ph") == "X"}
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    phases = ("step", "gen", "reward", "adv", "update_actor", "testing")
+    assert all(seconds[p] == pytest.approx(last[f"timing_s/{p}"], 0.1, 0.01) for p in phases)
+    assert [e["args"]["step_num"] for e in events if e.get("name") == "rollout_step"] == ["2"]
+    status, out, _ = run(QUICKSTART, *TWO_STEPS, "--profile_steps=1-2", "--dry_run")
+    assert (status, f"{profile} has these steps already" in out) == (0, True)
+    status, _, err = run(QUICKSTART, *TWO_STEPS, "--profile_steps=2", "--dry_run")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--profile_steps=2-2:" in err
+    assert "a profile of steps 1-2" in err

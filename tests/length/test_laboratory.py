@@ -105,9 +105,9 @@ def test_one_token_of_another_policy_spoils_its_group_and_one_that_is_trained_on
 def test_the_runs_own_objective_comes_first_then_the_presets():
     own = objectives.preset("luspo", clip_high=0.01)
     lab = _laboratory(own, LengthSettings(objectives="grpo, dr_grpo"))
-    assert [name for name, _ in lab.objectives] == ["own", "grpo", "dr_grpo"]
-    assert dict(lab.objectives)["own"] is own
-    assert dict(lab.objectives)["dr_grpo"].max_response_length == 32
+    assert [each.name for each in lab.objectives] == ["own", "grpo", "dr_grpo"]
+    assert lab.by_name["own"] is own
+    assert lab.by_name["dr_grpo"].max_response_length == 32
     assert lab.bin_edges == (4, 8, 16)
 
 
@@ -117,7 +117,7 @@ def test_an_adaptive_scale_is_also_measured_at_another_exponent(alpha, raised):
         "luspo", length_scale="adaptive", length_alpha=alpha, reference_length=10.0
     )
     lab = _laboratory(own)
-    assert dict(lab.objectives)["own_raised"].length_alpha == pytest.approx(raised)
+    assert lab.by_name["own_raised"].length_alpha == pytest.approx(raised)
     measured = {"own": _pressure(2.0, mass=4.0), "own_raised": _pressure(1.0, mass=4.0)}
     value, slope = laboratory.own_slope(lab, measured)
     assert value == 0.5

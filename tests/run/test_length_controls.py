@@ -80,7 +80,7 @@ def test_a_group_reward_is_read_with_its_options(config):
                 "length__mitigation": "penalty",
                 "length__penalty": 0.1,
             },
-            r"length\.mitigation=penalty changes the reward, and objective\.advantage=gdpo",
+            r"length\.mitigation=penalty changes the sum .*objective\.advantage=gdpo",
         ),
         ({"reward__group__kimi": 1.0, "rollout__group_size": 1}, r"rollout\.group_size=1 must be"),
     ],

@@ -85,6 +85,49 @@ def sweep(
     )
 
 
+REAL_PROMPTS = 4  # of a step
+
+
+def real() -> Sweep:
+    """Returns the same modes on a real model in a few small steps, for LUSPO alone.
+
+    One corrected cell of each mode in which there is something to correct: `real_members`.
+    """
+    modes = {name: dict(fields) for name, fields in MODES.items()}
+    for fields in modes.values():
+        if "rollout.overlap" in fields:
+            fields["rollout.overlap"] = REAL_PROMPTS
+    small = {
+        "num_steps": 12,
+        "rollout.prompts_per_step": REAL_PROMPTS,
+        "rollout.group_size": 4,
+        "rollout.num_slots": 32,
+        "rollout.chunk_length": 4,
+        "train.warmup_steps": 0,
+        "eval.every": 12,
+        "eval.num_problems": 100,
+        "output.dump_every": 0,
+    }
+    return Sweep(
+        base="configs/smollm2_135m_chain_sum.py",
+        fixed=FIXED | small,
+        axes={
+            "mode": modes,
+            "objective": {"LUSPO": OBJECTIVES["LUSPO"]},
+            "correction": {name: CORRECTIONS[name] for name in (NONE, "tis")},
+        },
+        seeds=(0, 1),
+        baseline={"mode": SYNCHRONOUS},
+        outcomes=OUTCOMES,
+    )
+
+
+def real_members() -> list[str]:
+    """Returns the variants of `real` that are run."""
+    plain = [cell(mode, "LUSPO", NONE) for mode in MODES]
+    return plain + [cell(mode, "LUSPO", "tis") for mode in ("waiting", AHEAD)]
+
+
 def smoke(task: str = "sums") -> Sweep:
     """Returns a sweep of every mode in a few steps."""
     return sweep(task, steps=3, seeds=(0,), objectives=("LUSPO",), corrections=(NONE, "tis"))

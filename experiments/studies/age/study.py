@@ -14,7 +14,9 @@ from absl import flags
 from experiments import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
-_TASK = flags.DEFINE_enum("task", "sums", ["sums", "lookup"], "What is learned; a folder each.")
+_TASK = flags.DEFINE_enum(
+    "task", "sums", ["sums", "lookup", "real"], "What is learned; a folder each."
+)
 _PARALLEL = flags.DEFINE_integer("parallel", 2, "Runs at a time.", 1)
 _SMOKE = flags.DEFINE_bool("smoke", False, "One seed, three steps, LUSPO: does everything run?")
 # Repeated, not joined with commas, because names contain commas.
@@ -35,10 +37,13 @@ def main() -> None:
     from experiments.studies.age import design, running, tables
 
     workdir = pathlib.Path(_WORKDIR.value).absolute()
-    sweep = (design.smoke if _SMOKE.value else design.sweep)(_TASK.value)
-    failures = {}
+    only, failures = _ONLY.value, {}
+    if _TASK.value == "real":
+        sweep, only = design.real(), only or design.real_members()
+    else:
+        sweep = (design.smoke if _SMOKE.value else design.sweep)(_TASK.value)
     if not _ANALYSE_ONLY.value:
-        failures = running.run(sweep, workdir, parallel=_PARALLEL.value, only=_ONLY.value)
+        failures = running.run(sweep, workdir, parallel=_PARALLEL.value, only=only)
     print(tables.write(sweep, workdir, failures))
     if _PUBLISH.value:
         here = pathlib.Path(__file__).parent

@@ -54,7 +54,7 @@ def cosine(
             for n, right in zip(peers.lengths, peers.right, strict=True)
         ]
 
-    return GroupReward("cosine", VERSION, values)
+    return GroupReward("cosine", VERSION, values, compares=False)
 
 
 def l1_exact_values(peers: Peers, *, alpha: float) -> list[float]:
@@ -66,7 +66,7 @@ def l1_exact(alpha: float = 3e-4) -> GroupReward:
     """Returns the part of LCPO-exact that is added to 1[right]; n* stands in the prompt."""
     check_numbers(alpha=alpha)
     score = functools.partial(l1_exact_values, alpha=alpha)
-    return GroupReward("l1_exact", VERSION, score, targeted=True)
+    return GroupReward("l1_exact", VERSION, score, targeted=True, compares=False)
 
 
 def l1_max_values(peers: Peers, *, alpha: float, delta: float) -> list[float]:
@@ -84,7 +84,7 @@ def l1_max(alpha: float = 3e-4, delta: float = 0.5) -> GroupReward:
     """Returns the part of LCPO-max that is added to 1[right]; n* stands in the prompt."""
     check_numbers(alpha=alpha, delta=delta)
     score = functools.partial(l1_max_values, alpha=alpha, delta=delta)
-    return GroupReward("l1_max", VERSION, score, targeted=True)
+    return GroupReward("l1_max", VERSION, score, targeted=True, compares=False)
 
 
 def laser_values(peers: Peers, *, target: float, alpha: float) -> list[float]:
@@ -99,7 +99,7 @@ def laser(target: int, alpha: float = 0.5) -> GroupReward:
     check_numbers(low=1, target=target)
     check_numbers(alpha=alpha)
     score = functools.partial(laser_values, target=target, alpha=alpha)
-    return GroupReward("laser", VERSION, score)
+    return GroupReward("laser", VERSION, score, compares=False)
 
 
 def laser_d(easy: int, medium: int, hard: int, alpha: float = 0.5) -> GroupReward:
@@ -143,7 +143,7 @@ def leash(
         raise ValueError(f"initial={initial} is more than most={most}")
     score = functools.partial(leash_values, target=target, bound=bound)
     dual = Dual(initial, rate, target, most)
-    return GroupReward("leash", VERSION, score, dual=dual)
+    return GroupReward("leash", VERSION, score, dual=dual, compares=False)
 
 
 def lie_values(
@@ -189,4 +189,4 @@ def lie(
     check_numbers(high=1.0, distinct_mean=distinct_mean, distinct_width=distinct_width)
     options = {"alpha": alpha, "slack": slack, "most": most, "redundancy": redundancy}
     score = functools.partial(lie_values, **options, distinct=(distinct_mean, distinct_width))
-    return GroupReward("lie", VERSION, score, targeted=True)
+    return GroupReward("lie", VERSION, score, targeted=True, compares=False)

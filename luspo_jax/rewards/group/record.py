@@ -108,6 +108,7 @@ class GroupReward:
       score: judged responses → a finite number for each, which is added to its reward.
       targeted: whether it reads the length that the prompt asks for.
       dual: its dual variable, which `Peers.duals` has under the name of the part.
+      compares: whether a response's number depends on the other responses.
     """
 
     id: str
@@ -115,6 +116,7 @@ class GroupReward:
     score: Callable[[Peers], Sequence[float]]
     targeted: bool = False
     dual: Dual | None = None
+    compares: bool = True
 
     @property
     def label(self) -> str:

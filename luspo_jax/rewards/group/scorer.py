@@ -19,6 +19,7 @@ class GroupScorer:
       metric: the part of a response's own reward that counts as accuracy; right is more than ½.
 
     Attributes:
+      weights: name → weight.
       rewards: name → group reward.
       labels: "group/name" → `id@version` of each, to store with every result.
     """
@@ -30,15 +31,34 @@ class GroupScorer:
         *,
         metric: str = "",
     ):
-        self._weights, self._metric = dict(parts or {}), metric
+        self.weights, self._metric = dict(parts or {}), metric
         self.rewards: dict[str, GroupReward] = {
-            name: group_reward(name, (options or {}).get(name)) for name in self._weights
+            name: group_reward(name, (options or {}).get(name)) for name in self.weights
         }
         self.labels = {f"group/{name}": made.label for name, made in self.rewards.items()}
 
     def __bool__(self) -> bool:
         """Whether there is any."""
-        return bool(self._weights)
+        return bool(self.weights)
+
+    @property
+    def compares(self) -> bool:
+        """Whether a response's reward depends on the other responses."""
+        return any(made.compares for made in self.rewards.values())
+
+    def mixed(self, new: Reward, old: Reward) -> Reward:
+        """Returns `new` with the parts of `old` that depend on the response alone.
+
+        What depends on a dual variable is among them, so its value of then is kept.
+        """
+        parts = {
+            name: (new if self.rewards[name].compares else old).parts[name] for name in self.weights
+        }
+        length = math.fsum(weight * parts[name] for name, weight in self.weights.items())
+        own = new.value - new.length
+        return dataclasses.replace(
+            new, value=own + length, parts={**new.parts, **parts}, length=length
+        )
 
     @property
     def duals(self) -> dict[str, float]:
@@ -70,7 +90,7 @@ class GroupScorer:
           GroupRewardError: a number that is not finite, or not one for each response.
         """
         judged = [place for place, reward in enumerate(rewards) if reward.judged]
-        added = {name: [0.0] * len(rewards) for name in self._weights}
+        added = {name: [0.0] * len(rewards) for name in self.weights}
         if judged:
             peers = Peers(
                 samples=[samples[i] for i in judged],
@@ -86,7 +106,7 @@ class GroupScorer:
 
     def _with(self, reward, added, place):
         own = {name: values[place] for name, values in added.items()}
-        length = math.fsum(weight * own[name] for name, weight in self._weights.items())
+        length = math.fsum(weight * own[name] for name, weight in self.weights.items())
         return dataclasses.replace(
             reward, value=reward.value + length, parts={**reward.parts, **own}, length=length
         )

@@ -1,0 +1,1 @@
+"""What a run is doing, told from the files of its workdir alone."""
