@@ -147,16 +147,42 @@ def test_tokens_of_several_ages_compete_over_all_devices(mesh):
     assert all(metrics[f"staleness/share/age_{k}"][0] > 0 for k in range(5))
 
 
+@pytest.mark.parametrize("mesh", ["context4-data2"])
+def test_advantages_and_segments_of_tokens_are_those_of_one_device(mesh):
+    rng = np.random.default_rng(2)
+    batch = _batch()
+    mask_BT = batch.responses.response_mask_BT
+    drawn_BT = rng.normal(size=mask_BT.shape).astype(np.float32)
+    batch = dataclasses.replace(
+        batch,
+        responses=dataclasses.replace(
+            batch.responses,
+            old_logprobs_BT=np.where(mask_BT, -3 * rng.random(mask_BT.shape, np.float32), 0),
+            token_advantages_BT=np.where(mask_BT, drawn_BT, 0),
+            segment_starts_BT=mask_BT & (rng.random(mask_BT.shape) < 0.2),
+        ),
+    )
+    found = []
+    for sizes in (None, MESHES[mesh]):
+        rule = dataclasses.replace(_rule(sizes), objective=objectives.preset("hispo", clip_high=9))
+        state = initial_state(decoder.init_params(jax.random.key(0), CONFIG), rule)
+        state, _ = update_step(state, put(batch, rule.logprobs.how.layout), RATE, rule=rule)
+        found.append(jax.device_get(state.opt_state[0].mu))
+    assert _worst(found[1], found[0]) <= 1e-5
+
+
 def test_scores_are_those_of_one_device(one_device):
     params = decoder.init_params(jax.random.key(0), CONFIG)
     scored = []
     for sizes in (None, *MESHES.values()):
-        rule = _rule(sizes).logprobs
+        rule = dataclasses.replace(_rule(sizes).logprobs, collision=True)
         placed = jax.device_put(params, param_shardings(rule.how)) if sizes else params
         rows = put(_batch().rows, rule.how.layout)
         scored.append(row_logprobs(placed, rows, rule=rule))
     for found in scored[1:]:
         assert _worst(jax.device_get(found), jax.device_get(scored[0])) <= 1e-5
+    plain = row_logprobs(params, put(_batch().rows, None), rule=_rule(None).logprobs)
+    np.testing.assert_array_equal(plain.logprobs_RT, scored[0].logprobs_RT)
 
 
 def test_parameters_and_moments_are_never_whole_on_a_device():
