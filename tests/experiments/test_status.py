@@ -72,7 +72,9 @@ def look(folder, *, now=NOW, beats=None):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
+    """A run in a folder whose path may be long: the terminal is wide, so that no line is broken."""
+    monkeypatch.setenv("COLUMNS", "300")
     return write_run(tmp_path / "run")
 
 
