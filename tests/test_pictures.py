@@ -16,6 +16,7 @@ from luspo_jax.learner.policies import laid, policy_logprobs
 from luspo_jax.learner.rows import Planner, put, token_rows
 from luspo_jax.learner.state import initial_state, param_shardings
 from luspo_jax.length import laboratory
+from luspo_jax.length.pressure import Candidate
 from luspo_jax.metrics import StepMetrics
 from luspo_jax.models import decoder
 from luspo_jax.models.forward import Forward
@@ -285,7 +286,8 @@ def pressures(run, params, rollouts):
     judged = rollouts.enriched(reward=rewards)
     width = laid(run.planner, rollouts.prompts, rollouts.responses)[0].plan.width
     sampled = laboratory.Sampled(judged.prompts, judged.responses, judged.group_ids_B, width)
-    lab = laboratory.Laboratory(run.rule.logprobs, (("own", run.rule.objective),), (4, 8), 99)
+    own = Candidate("own", run.rule.objective)
+    lab = laboratory.Laboratory(run.rule.logprobs, (own,), (4, 8), 99)
     return lab, sampled, laboratory.measure(lab, params, params, sampled, 0.0)
 
 

@@ -363,6 +363,8 @@ def test_the_command_ends_with_ctrl_c(run):
     with subprocess.Popen(
         [sys.executable, "-m", "experiments.status", "--watch", str(run)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A suite in the background of a shell ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as watched:  # fmt: skip
         while watched.stdout.readline() != "\n":
             pass  # the page is there, and its end
