@@ -41,8 +41,8 @@ def main() -> None:
     if _DRY_RUN.value:
         processes.stop()
         return
-    workdir = workdirs.Workdir(_WORKDIR.value, config, facts(run))
-    outcome = fine_tune(run, workdir)
+    with workdirs.Workdir(_WORKDIR.value, config, facts(run)) as workdir:
+        outcome = fine_tune(run, workdir)
     if processes.is_writer():
         print(f"before: {outcome.base}\nafter : {outcome.final}")
         if outcome.export:

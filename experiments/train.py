@@ -42,7 +42,6 @@ def main() -> None:
         raise command.UsageError("--fork_step is of --fork: name the workdir to begin from")
     if several is not None:
         cluster.join(config, several, None if _DRY_RUN.value else _WORKDIR.value)
-    profile = profiles.Profile(_WORKDIR.value, traced, several=several is not None)
     with guard.phase("build"):
         run = build(config)
         workdirs.check_processes(config, run.roles)
@@ -53,21 +52,25 @@ def main() -> None:
             print(command.description(run))
             if fork:
                 print(_begins(fork))
-            if profile.there:
-                print(f"profile   : {profile.folder} has these steps already")
     if _DRY_RUN.value:
         processes.stop()
         return
-    workdir = workdirs.Workdir(_WORKDIR.value, config, known, fork=fork)
     try:
-        outcome = train.train(run, workdir, profile)
+        with workdirs.Workdir(_WORKDIR.value, config, known, fork=fork) as workdir:
+            profile = profiles.Profile(workdir.path, traced, several=several is not None)
+            if profile.there and processes.is_writer():
+                print(f"profile   : {profile.folder} has these steps already")
+            outcome = train.train(run, workdir, profile)
+            if processes.is_writer():
+                figure = figures.run_figure(workdir.path)
     except guard.Preempted:
         processes.stop()  # together: jax aborts the others when process 0 is gone
         raise
     if processes.is_writer():
-        figure = figures.run_figure(workdir.path)
         print(f"base : {outcome.base}\nfinal: {outcome.final}")
-        print(f"figure: {figure}" + (f"\nexport: {outcome.export}" if outcome.export else ""))
+        print(f"figure: {workdir.name}/{figure.name}")
+        if outcome.export:
+            print(f"export: {outcome.export}")
     processes.stop()
 
 

@@ -107,7 +107,9 @@ def stored_policy(workdir: pathlib.Path, step: str, *, spread: bool = False) -> 
       CheckpointError, WorkdirError: missing or damaged files, named in the message.
     """
     config = workdirs.stored_config(workdir)
-    with contextlib.closing(Checkpointer(workdir / "checkpoints", read_only=True)) as checkpointer:
+    with contextlib.closing(
+        Checkpointer(workdirs.checkpoint_folder(workdir), read_only=True)
+    ) as checkpointer:
         number = chosen_step(checkpointer, step)
         if number is None:
             raise CheckpointError(f"{workdir} holds no {step} checkpoint")

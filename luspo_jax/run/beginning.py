@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import pathlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from luspo_jax.length.accounting import AccountState
 from luspo_jax.length.steering import LengthState
 from luspo_jax.run.build import Run
 from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
+from luspo_jax.run.workdir import checkpoint_folder
 from luspo_jax.types import TrainState
 
 
@@ -82,7 +82,7 @@ def _begin(run, checkpointer, fork) -> Start:
         return _restored(run, checkpointer, latest)
     if fork is None:
         return begin_state(run), 0, [], Carried()
-    folder = pathlib.Path(fork["run"]) / "checkpoints"
+    folder = checkpoint_folder(fork["run"])
     members = run.roles.train if run.roles.split else None
     with contextlib.closing(Checkpointer(folder, read_only=True, members=members)) as parent:
         try:

@@ -9,16 +9,20 @@ import math
 import pathlib
 import shutil
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from luspo_jax.hosts import files, processes
+from luspo_jax.hosts import buckets, files, processes
+from luspo_jax.hosts.buckets import is_bucket
+from luspo_jax.hosts.files import PlaceError
+from luspo_jax.run import bucket_checkpoints
 from luspo_jax.types import TrainState
 
 # Free space required before a save, as a multiple of the state's bytes: Orbax writes next to the
@@ -26,6 +30,7 @@ from luspo_jax.types import TrainState
 _HEADROOM = 1.1
 _SHOWN = 8  # names listed per kind in an error
 _SUMS = "checksums.json"  # in a checkpoint: file → CRC-32 of its bytes
+_LONGEST_S = 7200  # that a checkpoint may take to reach a bucket
 _PIECE = 1 << 24  # bytes of a file read at a time
 
 
@@ -42,10 +47,12 @@ class Checkpointer:
     device.
 
     Args:
-      folder: of the checkpoints; an interrupted save is deleted from it.
+      folder: of the checkpoints, or an address in a bucket; an interrupted save is deleted there.
       keep_latest, keep_best: numbers of checkpoints to keep.
       read_only: do not change the folder; it may belong to an active run.
       members: the processes that save and restore, if not all do; only they may make one.
+      before_commit: called in the background, by the process that completes a checkpoint in a
+        bucket, when all but its last mark is written.
 
     Raises:
       CheckpointError: the folder cannot be written, or is to be read and does not exist.
@@ -59,9 +66,12 @@ class Checkpointer:
         keep_best: int = 0,
         read_only: bool = False,
         members: tuple[int, ...] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
     ):
-        self.folder = pathlib.Path(folder).absolute()
-        if read_only and not self.folder.is_dir():
+        self._bucket = bucket_checkpoints.opened(str(folder)) if is_bucket(folder) else None
+        self.folder = epath.Path(folder) if self._bucket else pathlib.Path(folder).absolute()
+        self._before_commit, self._saving = before_commit, 0
+        if read_only and not (self._bucket.entries() if self._bucket else self.folder.is_dir()):
             raise CheckpointError(f"{self.folder} is not there: it comes with the first checkpoint")
         # Orbax logs each save at the root logger's INFO level; the run prints its own console line.
         logging.getLogger("absl").addFilter(_not_orbax)
@@ -83,7 +93,7 @@ class Checkpointer:
                     active_processes=set(members),
                     barrier_sync_key_prefix="train",
                 )
-                if processes.is_writer() and not read_only:
+                if processes.is_writer() and not (read_only or self._bucket):
                     self.folder.mkdir(parents=True, exist_ok=True)
                 processes.barrier("checkpoints")
             self._manager = ocp.CheckpointManager(
@@ -98,7 +108,13 @@ class Checkpointer:
                     preservation_policy=policies.AnyPreservationPolicy(keep),
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
-                    enable_async_checkpointing=False,
+                    # A disk takes a checkpoint as fast as a copy of it could be made for later.
+                    enable_async_checkpointing=self._bucket is not None,
+                    async_options=ocp.AsyncOptions(
+                        timeout_secs=_LONGEST_S, post_finalization_callback=self._complete
+                    )
+                    if self._bucket
+                    else None,
                     create=members is None,
                     **some,
                 ),
@@ -124,21 +140,17 @@ class Checkpointer:
         *,
         metric: float | None = None,
     ) -> None:
-        """Writes a checkpoint; it is complete when this returns, and absent if it raises.
+        """Writes a checkpoint; on a disk it is complete when this returns, and absent if it raises.
 
-        Each of several processes writes its own parts, and checks the space for them.
+        To a bucket it is written in the background, as soon as the one before is complete; `wait`
+        waits for it. Each of several processes writes its own parts, and checks the space for them.
         """
-        own = jax.local_devices()
         waiting = dict(waiting or {})
-        written = jax.tree.leaves((state, waiting))
-        needed = int(_HEADROOM * sum(bytes_written(x, own) for x in written))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise CheckpointError(
-                f"{self.folder} has {free / 1e6:.0f} MB free and a checkpoint needs "
-                f"{needed / 1e6:.0f} MB: free some space or lower output.keep_latest, then run "
-                "the same command again to continue from the last checkpoint"
-            )
+        if self._bucket is None:
+            self._check_space((state, waiting))
+        else:
+            self.wait()
+            state = bucket_checkpoints.kept_apart(state)
         if jax.process_count() > 1:
             # Orbax refuses arrays that are local to each process; process 0 writes NumPy ones.
             state = jax.tree.map(
@@ -148,6 +160,7 @@ class Checkpointer:
                 state,
             )
         with _named_os_errors(self.folder), self._together():
+            self._saving = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -158,8 +171,50 @@ class Checkpointer:
                 metrics=None if metric is None else {"best": float(metric)},
                 force=True,
             )
+            if self._bucket is None:
+                self._manager.wait_until_finished()
+                self._write_sums(step)
+
+    def written(self) -> int | None:
+        """Returns the newest checkpoint that is complete; None if there is none.
+
+        Raises:
+          CheckpointError: one could not be written in the background.
+        """
+        with _named_os_errors(self.folder):
+            self._manager.check_for_errors()
+        if self._manager.is_saving_in_progress():
+            before = [step for step in self._manager.all_steps() if step != self._saving]
+            return max(before, default=None)
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Waits until what was saved is complete.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        with _named_os_errors(self.folder), self._together():
             self._manager.wait_until_finished()
-            self._write_sums(step)
+
+    def _complete(self):
+        """Does what comes before a checkpoint's last mark, in the background."""
+        self._before_commit()
+        self._bucket.write(
+            f"{self._saving}/{_SUMS}", bucket_checkpoints.record(self._bucket, self._saving)
+        )
+
+    def _check_space(self, written):
+        """Refuses to begin what this process could not end."""
+        own = jax.local_devices()
+        needed = int(_HEADROOM * sum(bytes_written(x, own) for x in jax.tree.leaves(written)))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self.folder} has {free / 1e6:.0f} MB free and a checkpoint needs "
+                f"{needed / 1e6:.0f} MB: free some space or lower output.keep_latest, then run "
+                "the same command again to continue from the last checkpoint"
+            )
 
     def restore(
         self, step: int, like: TrainState
@@ -258,11 +313,14 @@ class Checkpointer:
             stored = json.loads((folder / _SUMS).read_text())
         except FileNotFoundError:
             stored = {}
-        stored = processes.gather(stored)[0]
-        names = sorted(stored)
-        found = _sums(folder, names[processes.share(len(names))])
-        own = [name for name, value in found.items() if value != stored[name]]
-        wrong = [name for part in processes.gather(own) for name in part]
+        if self._bucket is not None:
+            wrong = bucket_checkpoints.differing(self._bucket, step, stored)
+        else:
+            stored = processes.gather(stored)[0]
+            names = sorted(stored)
+            found = _sums(folder, names[processes.share(len(names))])
+            own = [name for name, value in found.items() if value != stored[name]]
+            wrong = [name for part in processes.gather(own) for name in part]
         if wrong:
             raise CheckpointError(
                 f"checkpoint {folder} is damaged: not as they were written are "
@@ -377,12 +435,18 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def _named_os_errors(folder: pathlib.Path):
+def _named_os_errors(folder: Any):
     """Turns a full disk or a forbidden folder, however Orbax wraps it, into one clear message."""
     try:
         yield
     except Exception as error:
-        text = str(error)
+        text = str(error) or type(error).__name__
+        if isinstance(error, PlaceError):
+            raise
+        if is_bucket(folder) and (line := buckets.refusal(str(folder), error)):
+            raise CheckpointError(
+                f"a checkpoint could not be written: {line}, from the last complete checkpoint"
+            ) from error
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
         if full or isinstance(error, OSError):
             raise CheckpointError(

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Iterator
 
 from tqdm import tqdm
@@ -28,7 +27,7 @@ class Outcome:
     """Held-out results of a run as (steps taken, Evaluation), oldest first."""
 
     evaluations: list[tuple[int, Evaluation]]
-    export: pathlib.Path | None
+    export: str | None
 
     @property
     def base(self) -> Evaluation:
@@ -53,7 +52,7 @@ class Keeper:
     def __init__(self, run: Run, workdir: Workdir, profile: Profile):
         self.run, self.workdir, self._profile = run, workdir, profile
         self._evaluations: list[tuple[int, Evaluation]] = []
-        self._start = 0
+        self._start, self._noted = 0, None
         self._checkpointer: Checkpointer | None = None  # of a process that trains
 
     def __enter__(self) -> "Keeper":
@@ -63,9 +62,10 @@ class Keeper:
             roles = self.run.roles
             if roles.trains:
                 self._checkpointer = Checkpointer(
-                    self.workdir.path / "checkpoints",
+                    self.workdir.checkpoints,
                     keep_latest=output.keep_latest,
                     keep_best=output.keep_best,
+                    before_commit=self.workdir.flush,
                     members=roles.train if roles.split else None,
                 )
                 stack.enter_context(contextlib.closing(self._checkpointer))
@@ -96,6 +96,7 @@ class Keeper:
         self._writer = self._stack.enter_context(contextlib.closing(writer))
         # A run without a checkpoint starts over, whatever an earlier attempt wrote.
         self._writer.truncate_after(start if evaluations else start - 1)
+        self.workdir.drop_after(start)
         if not evaluations:
             with guard.phase("evaluate"):
                 evaluations = [(start, run.evaluate(state.params))]
@@ -109,6 +110,7 @@ class Keeper:
         for step in range(self._start, self.run.settings.num_steps):
             guard.at_step(step + 1)
             self.workdir.check_there()
+            self._note()
             with self._profile.step(step + 1):
                 yield step, step == self._start
 
@@ -149,22 +151,37 @@ class Keeper:
             return
         if self._checkpointer.latest_step() != taken:
             self._save(taken, state, carried, None)
+        self._complete()
         self._bar.write(f"asked to end: step {taken} is saved, and the same command goes on")
 
     def _save(self, taken, state, carried, score):
         host, waiting = host_state(self.run, self._evaluations, carried)
         with guard.phase("checkpoint"):
             self._checkpointer.save(taken, state, host, waiting, metric=score)
-            self.workdir.note_checkpoint(taken)
+
+    def _note(self):
+        """Notes the newest complete checkpoint, if it is a new one."""
+        written = self._checkpointer and self._checkpointer.written()
+        if written is not None and written != self._noted:
+            self.workdir.note_checkpoint(written)
+            self._noted = written
+
+    def _complete(self):
+        """Waits for the checkpoint that is being written."""
+        if self._checkpointer is not None:
+            with guard.phase("checkpoint"):
+                self._checkpointer.wait()
+            self._note()
 
     def outcome(self, state: TrainState) -> Outcome:
         """Returns the held-out results; exports the policy if asked."""
         run, export = self.run, None
+        self._complete()
         if run.settings.output.export:
-            export = self.workdir.path / "export"
+            folder, export = self.workdir.path / "export", f"{self.workdir.name}/export"
 
             def write():
-                export_policy(run.config, run.model, state.params, export, overwrite=files.OWN)
+                export_policy(run.config, run.model, state.params, folder, overwrite=files.OWN)
 
             with guard.phase("export"):
                 run.roles.trained(write, "export")

@@ -3,8 +3,8 @@
 import importlib.metadata
 import json
 import os
-import pathlib
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ from luspo_jax.hosts.roles import Roles
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.metrics import read_metrics
 from luspo_jax.run import fields
+from luspo_jax.run.place import NOTE, Place
 from luspo_jax.run.settings import Config, kind_of
 
 _PACKAGES = ("luspo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
-_NOTE = ".checkpointed"  # step of the last checkpoint written
 
 
 class WorkdirError(PlaceError):
@@ -27,19 +27,20 @@ class WorkdirError(PlaceError):
 
 
 class Workdir:
-    """A run's folder: refused if it holds another run, locked while in use.
+    """A run's place: refused if it holds another run, locked while in use; a context manager.
 
     Only process 0 locks and writes; the others check that they see what it wrote. `run.json`
     contains the configuration and everything that the folder's figures depend on.
 
     Args:
-      path: of the folder.
+      path: a folder, or the address of a bucket.
       config: of the run.
       facts: what its numbers depend on besides the configuration.
       fork: the run and step that a new run starts from; an existing run keeps its own.
 
     Attributes:
-      path: of the folder.
+      path: of the folder on this host; of a bucket, a scratch folder that is copied to it.
+      name: absolute path or address.
       forked_from: the fork recorded in run.json; None for a run that is not a fork.
     """
 
@@ -51,94 +52,121 @@ class Workdir:
         *,
         fork: Mapping[str, Any] | None = None,
     ):
-        check_place(path)
-        self.path, self._lock, self.forked_from = pathlib.Path(path).absolute(), None, fork
+        self._place = Place(path)
+        self.path, self.name, self.forked_from = self._place.folder, self._place.name, fork
         if not processes.is_writer():
             processes.barrier("workdir")
             self._check_seen(config)
+            self._place.hold()
             return
         self._check_own()
-        self._lock = files.take_lock(self.path)
+        self._place.hold()
         try:
             self._check_or_write(config, facts)
             self._check_kept()
+            self._place.flush()
         except BaseException:
-            self.close()
+            self._place.release(complete=False)
             raise
         processes.barrier("workdir")
 
-    def close(self) -> None:
-        """Releases the folder to other processes."""
-        if self._lock is not None:
-            self._lock.close()
+    def __enter__(self) -> "Workdir":
+        return self
 
-    def check_there(self) -> None:
-        """Checks that the folder was not deleted, moved or replaced while in use.
+    def __exit__(self, kind, error, trace) -> None:
+        """As `close`; after an error, what cannot be copied is no second error."""
+        try:
+            self.close()
+        except PlaceError as trouble:
+            if error is None:
+                raise
+            warnings.warn(f"{trouble}; what is not copied is in {self.path}", stacklevel=2)
+
+    def close(self) -> None:
+        """Releases the place to other processes, with everything where it is kept.
 
         Raises:
-          WorkdirError: it was; says what is lost.
+          PlaceError: the bucket cannot be written; what it lacks is in `path`.
         """
-        if self._lock is None:
-            return
+        self._place.release()
+
+    @property
+    def checkpoints(self) -> str:
+        """Folder or address of the checkpoints."""
+        return self._place.checkpoints
+
+    def flush(self) -> None:
+        """Waits until all files are where they are kept."""
+        self._place.flush()
+
+    def drop_after(self, step: int) -> None:
+        """Deletes what is kept elsewhere than in `path` of the responses of later steps."""
+        self._place.drop_after(step)
+
+    def check_there(self) -> None:
+        """Checks that the folder was not deleted, moved or replaced while in use, and has what was
+        written copied in the background.
+
+        Raises:
+          PlaceError: it was; says what is lost. Or another run has taken it over.
+        """
         try:
-            same = os.path.samestat(os.fstat(self._lock.fileno()), (self.path / ".lock").stat())
-        except OSError:
-            same = False
-        if not same:
+            self._place.check()
+        except OSError as error:
             raise WorkdirError(
                 f"--workdir={self.path} was deleted or moved while this run was using it: the run "
                 "has stopped, and what it had written there is lost unless it was moved. Put the "
                 "folder back to continue from its last checkpoint, or start over in a new one"
-            )
+            ) from error
 
     def note_checkpoint(self, step: int) -> None:
         """Records that a checkpoint was written, to tell a run that lost its checkpoints from one
         that was stopped before its first."""
-        if self._lock is not None:
-            files.write_text(self.path / _NOTE, f"{step}\n")
+        if processes.is_writer():
+            files.write_text(self.path / NOTE, f"{step}\n")
 
     def _check_kept(self):
         """Refuses to start over a run that has lost its checkpoints."""
-        folder, note, metrics = (self.path / n for n in ("checkpoints", _NOTE, "metrics.jsonl"))
-        lost = note.exists() and not list(checkpoints(self.path))
-        if not metrics.exists() or not (lost or not folder.is_dir()):
+        folder, note, metrics = self.checkpoints, self.path / NOTE, self.path / "metrics.jsonl"
+        lost = note.exists() and not self._place.steps()
+        if not metrics.exists() or not (lost or (self._place.shared and not os.path.isdir(folder))):
             return
         last = max((row["step"] for row in read_metrics(metrics)), default=0)
         if last > (self.forked_from or {"step": 0})["step"]:
             raise WorkdirError(
-                f"--workdir={self.path} holds metrics of {last} steps, but its checkpoints are "
+                f"--workdir={self.name} holds metrics of {last} steps, but its checkpoints are "
                 f"gone, so it cannot go on: put {folder} back, or choose another --workdir; to "
                 f"start over in this one, first move {metrics.name} and rollouts/ away"
             )
 
     def _check_seen(self, config):
         try:
-            stored = read_manifest(self.path)
+            stored = read_manifest(self._place)
             seen, self.forked_from = stored["config"], stored.get("forked_from")
         except WorkdirError:
             seen = None
         if seen != json.loads(json.dumps(fields.flat(config))):
             raise WorkdirError(
-                f"--workdir={self.path} must be on storage that all processes share: process "
+                f"--workdir={self.name} must be on storage that all processes share: process "
                 f"{jax.process_index()} does not see there the run.json that process 0 wrote"
             )
 
     def _check_own(self):
         """Refuses a folder with other contents before anything is written into it."""
-        if (self.path / "run.json").exists() or any(checkpoints(self.path)):
-            return
         # Names besides the lock, broken writes and heartbeats.
-        others = [p for p in self.path.glob("*") if not p.name.startswith(".")]
-        if any(p.name != "processes" for p in others):
+        names = {name for name in self._place.top() if not name.startswith(".")}
+        if "run.json" in names or self._place.steps():
+            return
+        if names - {"processes"}:
             raise WorkdirError(
-                f"--workdir={self.path} is not empty and holds no run of luspo_jax: choose another"
+                f"--workdir={self.name} is not empty and holds no run of luspo_jax: choose another"
             )
 
     def _check_or_write(self, config, facts):
         manifest = self.path / "run.json"
         facts = json.loads(json.dumps(facts))  # as they will be read: tuples become lists
         if manifest.exists():
-            stored = read_manifest(self.path)
+            stored = read_manifest(self._place)
             self.forked_from = stored.get("forked_from")
             differences = [
                 f"{name}: {old!r} in the workdir, {new!r} now"
@@ -151,7 +179,7 @@ class Workdir:
             ]
             if differences:
                 raise WorkdirError(
-                    f"--workdir={self.path} holds a run with another configuration:\n"
+                    f"--workdir={self.name} holds a run with another configuration:\n"
                     + "\n".join(f"  - {line}" for line in differences)
                     + "\nset these fields back to continue that run, or choose another --workdir "
                     "(with --fork, to begin where that run stands)"
@@ -166,18 +194,12 @@ class Workdir:
 
 
 def check_place(path: str | os.PathLike) -> None:
-    """Refuses a bucket's address, which would become a local folder of that name.
+    """Refuses, before anything slow, an address that cannot be a workdir.
 
     Raises:
-      WorkdirError: with the remedy.
+      PlaceError: with the remedy.
     """
-    scheme, found, _ = str(path).partition("://")
-    if found:
-        raise WorkdirError(
-            f"--workdir={path}: a run writes files, renames them and locks them, which {scheme}:// "
-            "cannot do: name a folder on a disk or on storage that all hosts mount, and copy it to "
-            "the bucket (docs/launch.md)"
-        )
+    Place(path)
 
 
 def stored_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -191,27 +213,27 @@ def stored_config(workdir: str | os.PathLike) -> ConfigDict:
     try:
         fields.assign(config, stored["config"])
     except (KeyError, TypeError, ValueError) as error:
-        manifest = pathlib.Path(workdir) / "run.json"
-        raise WorkdirError(f"{manifest} does not fit this version: {error}") from error
+        raise WorkdirError(f"{workdir}/run.json does not fit this version: {error}") from error
     return config
 
 
-def read_manifest(workdir: str | os.PathLike) -> dict[str, Any]:
+def read_manifest(workdir: str | os.PathLike | Place) -> dict[str, Any]:
     """Reads run.json of a workdir.
 
     Raises:
       WorkdirError: it is missing or damaged; with the remedy.
     """
-    manifest = pathlib.Path(workdir) / "run.json"
-    if not manifest.is_file():
-        raise WorkdirError(f"{workdir} holds no run: there is no {manifest.name} in it")
+    place = workdir if isinstance(workdir, Place) else Place(workdir)
+    content = place.read("run.json")
+    if content is None:
+        raise WorkdirError(f"{place.name} holds no run: there is no run.json in it")
     try:
-        stored = json.loads(manifest.read_text(encoding="utf-8"))
+        stored = json.loads(content)
         dict(stored["config"])
     except (ValueError, KeyError, TypeError) as error:
-        last = max(checkpoints(workdir), default=None)
+        last = max(place.steps(), default=None)
         raise WorkdirError(
-            f"{manifest} is damaged ({error}): "
+            f"{place.name}/run.json is damaged ({error}): "
             + (
                 "restore it from a copy, or choose another --workdir: there is no checkpoint yet"
                 if last is None
@@ -222,11 +244,9 @@ def read_manifest(workdir: str | os.PathLike) -> dict[str, Any]:
     return stored
 
 
-def checkpoints(workdir: str | os.PathLike) -> Iterator[int]:
-    """Yields the steps of the finished checkpoints in a workdir."""
-    for path in (pathlib.Path(workdir) / "checkpoints").glob("*"):
-        if path.name.isdecimal() and (path / "host").is_dir() and (path / "state").is_dir():
-            yield int(path.name)
+def checkpoint_folder(workdir: str | os.PathLike) -> str:
+    """Returns the folder or address of a run's checkpoints."""
+    return Place(workdir).checkpoints
 
 
 def fork(
@@ -248,10 +268,10 @@ def fork(
     Raises:
       WorkdirError: the folder holds another run, or the parent has no such checkpoint.
     """
-    parent = pathlib.Path(parent).absolute()
-    if (pathlib.Path(workdir) / "run.json").is_file():
-        stored = read_manifest(workdir).get("forked_from")
-        if stored is None or stored["run"] != str(parent) or step not in (None, stored["step"]):
+    parent, place = Place(parent).name, Place(workdir)
+    if place.read("run.json") is not None:
+        stored = read_manifest(place).get("forked_from")
+        if stored is None or stored["run"] != parent or step not in (None, stored["step"]):
             began = f"from step {stored['step']} of {stored['run']}" if stored else "by itself"
             raise WorkdirError(f"--fork={parent}: the run in --workdir={workdir} began {began}")
         return stored
@@ -259,9 +279,9 @@ def fork(
     if kind_of(stored["config"]) is not kind_of(config):
         raise WorkdirError(
             f"--fork={parent} holds a supervised run: begin from its export, "
-            f"--config.model.path={parent / 'export'}"
+            f"--config.model.path={parent}/export"
         )
-    there = sorted(checkpoints(parent))
+    there = Place(parent).steps()
     if not there:
         raise WorkdirError(f"--fork={parent} holds no checkpoint yet: wait for its first one")
     step = there[-1] if step is None else step
@@ -279,7 +299,7 @@ def fork(
     for name, value in json.loads(json.dumps(facts)).items():
         if stored.get(name) != value:
             changed[name] = (stored.get(name), value)
-    return {"run": str(parent), "step": step, "changed": {n: list(v) for n, v in changed.items()}}
+    return {"run": parent, "step": step, "changed": {n: list(v) for n, v in changed.items()}}
 
 
 def package_versions() -> dict[str, str]:

@@ -6,7 +6,6 @@ decides the next one, so a killed run resumes bit for bit.
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Iterator
 
 from tqdm import tqdm
@@ -30,7 +29,7 @@ class SftOutcome:
     """Held-out figures of a run as (steps taken, figures), oldest first, and the export."""
 
     evaluations: list[tuple[int, HeldOut]]
-    export: pathlib.Path | None
+    export: str | None
 
     @property
     def base(self) -> HeldOut:
@@ -91,15 +90,16 @@ class _Keeper:
     def __init__(self, run: SftRun, workdir: Workdir):
         self.run, self.workdir = run, workdir
         self._evaluations: list[tuple[int, HeldOut]] = []
-        self._start = 0
+        self._start, self._noted = 0, None
 
     def __enter__(self) -> "_Keeper":
         output = self.run.settings.output
         with contextlib.ExitStack() as stack:
             self._checkpointer = Checkpointer(
-                self.workdir.path / "checkpoints",
+                self.workdir.checkpoints,
                 keep_latest=output.keep_latest,
                 keep_best=output.keep_best,
+                before_commit=self.workdir.flush,
             )
             stack.enter_context(contextlib.closing(self._checkpointer))
             self._stack = stack.pop_all()
@@ -127,6 +127,7 @@ class _Keeper:
         self._writer = self._stack.enter_context(contextlib.closing(writer))
         # A run without a checkpoint starts over, whatever an earlier attempt wrote.
         self._writer.truncate_after(start if self._evaluations else start - 1)
+        self.workdir.drop_after(start)
         if not self._evaluations:
             self._writer.write(start, self._measured(start, state).metrics)
         self._start = start
@@ -147,6 +148,7 @@ class _Keeper:
         for step in range(self._start, self.run.settings.num_steps):
             guard.at_step(step + 1)
             self.workdir.check_there()
+            self._note()
             yield step
 
     def keep(self, step: int, state: TrainState, metrics: StepMetrics) -> None:
@@ -167,8 +169,14 @@ class _Keeper:
             score = -measured.loss if measured and measured.loss is not None else None
             with guard.phase("checkpoint"):
                 self._checkpointer.save(taken, state, host, metric=score)
-                self.workdir.note_checkpoint(taken)
         self._bar.update()
+
+    def _note(self):
+        """Notes the newest complete checkpoint, if it is a new one."""
+        written = self._checkpointer.written()
+        if written is not None and written != self._noted:
+            self.workdir.note_checkpoint(written)
+            self._noted = written
 
     def _measured(self, taken: int, state: TrainState) -> HeldOut:
         with guard.phase("evaluate"):
@@ -181,8 +189,11 @@ class _Keeper:
     def outcome(self, state: TrainState) -> SftOutcome:
         """Returns the held-out figures; exports the policy if asked."""
         run, export = self.run, None
+        with guard.phase("checkpoint"):
+            self._checkpointer.wait()
+        self._note()
         if run.settings.output.export:
-            export = self.workdir.path / "export"
+            folder, export = self.workdir.path / "export", f"{self.workdir.name}/export"
             with guard.phase("export"):
-                export_policy(run.config, run.model, state.params, export, overwrite=files.OWN)
+                export_policy(run.config, run.model, state.params, folder, overwrite=files.OWN)
         return SftOutcome(self._evaluations, export)
