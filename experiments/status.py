@@ -3,7 +3,8 @@
 `python -m experiments.status WORKDIR [WORKDIR …] [--watch[=SECONDS]] [--json]`
 
 Steps and the time they take, reward, length, held-out accuracy, warnings, each process's last sign
-of life, checkpoints and disk. Of a sweep's workdir: a line for each member. `--watch` draws it anew
+of life, checkpoints and disk. Of a sweep's workdir: a line for each member. WORKDIR may be the
+address of a bucket, gs://… or s3://…, read from any host that may list it. `--watch` draws it anew
 every 10 seconds, or as often as it says, until Ctrl-C. The exit status is 0 if all runs are running
 or finished, and 1 if one is silent, failed, never started or gone.
 """

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.progress.reading import LocalFolder
+from experiments.progress.reading import BucketFolder, LocalFolder
 from luspo_jax.metrics import METRICS, MetricsError, whole_lines
 
 RUNNING, FINISHED, SILENT, FAILED = "running", "finished", "silent", "failed"
@@ -30,8 +30,8 @@ _POST = (
 )  # fmt: skip
 # Files and folders whose times are signs of life; what others put beside them is none.
 _OURS = (
-    "run.json", "metrics.jsonl", ".checkpointed", "finished.json", "checkpoints", "rollouts",
-    "answers", "tensorboard", "processes", "profile", "export", "summary.png",
+    "run.json", "metrics.jsonl", ".checkpointed", ".lock", "finished.json", "checkpoints",
+    "rollouts", "answers", "tensorboard", "processes", "profile", "export", "summary.png",
 )  # fmt: skip
 _PARTS = ("checkpoints", "rollouts", "export")
 
@@ -138,7 +138,11 @@ class Beats:
 
 
 def progress(
-    workdir: str, folder: LocalFolder, beats: Beats, *, now: float | None = None
+    workdir: str,
+    folder: LocalFolder | BucketFolder,
+    beats: Beats,
+    *,
+    now: float | None = None,
 ) -> Progress:
     """Returns what a workdir says.
 
@@ -155,14 +159,14 @@ def progress(
     notes: list[str] = []
     config = _config(folder.read("run.json"), notes)
     rows = _rows(folder.read("metrics.jsonl"), notes)
-    dead_after_s = config.get("hosts.dead_after_s", _DEAD_AFTER_S)
+    dead_after_s = config.get("hosts.dead_after_s", _DEAD_AFTER_S) + folder.late_s
     posts = _posts(folder, entries, dead_after_s, notes)
     if not (rows or posts or "run.json" in entries):
         return Progress(workdir, UNSTARTED)
     known = Progress(workdir, "", notes=notes, bytes=_bytes(entries))
     ours = (e.written for name, e in entries.items() if name.split("/")[0] in _OURS)
     seconds = [row["timing_s/step"] for row in rows if "timing_s/step" in row][-_LAST:]
-    checkpoints = _checkpoints(entries)
+    checkpoints = _checkpoints(entries, folder.marks)
     known = dataclasses.replace(
         known,
         age_s=max(0.0, now - max(ours)),
@@ -187,8 +191,10 @@ def progress(
     )
 
 
-def members(folder: LocalFolder) -> list[str]:
+def members(folder: LocalFolder | BucketFolder) -> list[str]:
     """Returns the folders of a sweep's members, as in members/luspo/seed_0; none of a run."""
+    if not folder.may_be_sweep:
+        return []
     paths = (name.split("/") for name in folder.entries() or () if name.startswith("members/"))
     return sorted({"/".join(path[:3]) for path in paths if len(path) > 3})
 
@@ -255,6 +261,9 @@ def _state(known, entries, rows, locked):
     kept = known.num_steps in known.checkpoints or not known.checkpoints
     if statuses or "finished.json" in entries or (complete and kept):
         return FINISHED
+    if locked is False:
+        known.notes.append("no run holds its lock: it was given back, or is not renewed any more")
+        return SILENT
     steps = [_seconds(row) for row in rows[-_LAST:] if "timing_s/step" in row]
     if known.age_s > (max(_DEAD_AFTER_S, _STEPS_SILENT * max(steps)) if steps else _FIRST_STEP_S):
         return SILENT
@@ -304,13 +313,13 @@ def _better(name, value):
     return value if name == _LOSS else -value
 
 
-def _checkpoints(entries):
+def _checkpoints(entries, marks):
     """Returns the steps of complete checkpoints: others have other names, or lack a part."""
     parts: dict[str, set[str]] = {}
     for path in (name.split("/") for name in entries if name.startswith("checkpoints/")):
-        if len(path) > 3 and path[1].isdecimal():
+        if len(path) > 2 and path[1].isdecimal():
             parts.setdefault(path[1], set()).add(path[2])
-    return sorted(int(step) for step, names in parts.items() if names >= {"host", "state"})
+    return sorted(int(step) for step, names in parts.items() if names >= marks)
 
 
 def _best_checkpoint(checkpoints, rows):

@@ -23,7 +23,7 @@ def page(known: Progress, width: int) -> str:
         *(("flag", f"{name}: {says}") for name, says in known.flags.items()),
         *((f"process {p.index}", _process(p)) for p in known.processes),
         ("checkpoints", _checkpoints(known)),
-        ("on disk", _disk(known)),
+        ("in bucket" if "://" in known.workdir else "on disk", _disk(known)),
         *(("note", note) for note in known.notes),
     ):
         if text:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from experiments.progress import facts, reading, text
+from luspo_jax.hosts.buckets import BucketError
 
 _FROM_THE_TOP = "\x1b[H\x1b[J"  # of a cleared screen
 
@@ -22,15 +23,21 @@ def show(workdirs: Sequence[str], *, every_s: float = 0.0, as_json: bool = False
       as_json: print a line of JSON for each run instead of text.
 
     Raises:
-      UsageError: an address that cannot be read.
+      BucketError: an address that cannot be read, at the first look.
     """
     folders = {name: reading.folder(name) for name in workdirs}
     screen = every_s and sys.stdout.isatty() and not as_json
-    beats, well = facts.Beats(), True
+    beats, well, seen = facts.Beats(), True, False
     try:
         while True:
-            page, well = _drawn(folders, beats, as_json)
-            print(f"{_FROM_THE_TOP}{page}" if screen else page, flush=True)
+            try:
+                page, well = _drawn(folders, beats, as_json)
+                print(f"{_FROM_THE_TOP}{page}" if screen else page, flush=True)
+                seen = True
+            except BucketError as error:  # the next look may find the server again
+                if not (seen and every_s):
+                    raise
+                print(error, file=sys.stderr, flush=True)
             if not every_s:
                 break
             if not (screen or as_json):

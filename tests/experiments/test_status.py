@@ -316,7 +316,7 @@ def test_a_wrong_interval_is_one_line(run, value):
 
 
 def test_a_bucket_and_no_workdir_are_one_line():
-    for arguments, says in ((["gs://bucket/run"], "gs:// cannot be read yet"), ([], "--workdir")):
+    for arguments, says in ((["ftp://host/run"], "ftp:// is not known"), ([], "--workdir")):
         code, _, err = call(*arguments)
         assert (code, err.count("\n"), says in err) == (2, 1, True)
 
