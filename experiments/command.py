@@ -4,6 +4,8 @@ import ast
 import codecs
 import errno
 import os
+import pathlib
+import re
 import sys
 import unicodedata
 import warnings
@@ -17,7 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from absl import flags
 
-from luspo_jax.hosts import files, guard
+from luspo_jax.hosts import fetched, files, guard
 
 
 class UsageError(ValueError):
@@ -63,8 +65,14 @@ def call(
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         return _refuse(_flag_message(error, config), 2)
     _expand_home()
+    try:
+        _check_addresses()
+    except UsageError as error:
+        return _refuse(str(error), 2)
     # A warning is a line for the user, without its location in our code.
-    warnings.showwarning = lambda message, *_, **__: sys.stderr.write(f"warning: {message}\n")
+    warnings.showwarning = lambda message, *_, **__: sys.stderr.write(
+        f"warning: {fetched.shown(str(message))}\n"
+    )
     try:
         main()
     except guard.Preempted:
@@ -82,6 +90,41 @@ def call(
             raise
         return _refuse(str(error), 2 if isinstance(error, ValueError) else 1)
     return 0
+
+
+# Command → flags that may be the address of a bucket; fields of --config are read elsewhere.
+_ADDRESSES = {
+    "train": ("workdir", "fork"),
+    "sft": ("workdir",),
+    "status": ("workdir",),
+    "show": ("workdir",),
+    "plot": ("workdir",),
+    "export": ("workdir",),
+    "evaluate": ("model", "data", "image_dir", "cache_dir"),
+}
+
+
+def _check_addresses() -> None:
+    """Refuses addresses where only a path can be meant: no folder called "gs:" is ever made.
+
+    Raises:
+      UsageError: names the flag, and says what writes to buckets.
+    """
+    allowed = _ADDRESSES.get(pathlib.Path(sys.argv[0]).stem, ())
+    for name, value in flags.FLAGS.flag_values_dict().items():
+        for text in value if isinstance(value, list) else [value]:
+            # NAME=PATH in some; and a path from pathlib has lost a slash.
+            path = text.rpartition("=")[2] if isinstance(text, str) else ""
+            if name in allowed or name.startswith("config.") or not _ADDRESS.match(path):
+                continue
+            raise UsageError(
+                f"--{name}={text}: this must be on this host; only experiments.train and "
+                "experiments.sft write to buckets, and status, show, plot, export and evaluate "
+                "read runs there"
+            )
+
+
+_ADDRESS = re.compile(r"(gs|s3):/")
 
 
 def _expand_home() -> None:
@@ -307,5 +350,5 @@ def _wrong_entry(field: str, section: str, value: str) -> str | None:
 
 
 def _refuse(message: str, status: int) -> int:
-    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message}\n")
+    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {fetched.shown(message)}\n")
     return status

@@ -12,7 +12,7 @@ from absl import flags
 
 from experiments import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or address of the run.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier export in --out.")
 _STEP = flags.DEFINE_string("step", "latest", "Which checkpoint: latest, best, or a step.")
@@ -30,8 +30,8 @@ def main() -> None:
     from luspo_jax.run import fields
     from luspo_jax.run.export import export_policy
 
-    workdir, out = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value)
-    stored = policy.stored_policy(workdir, _STEP.value, spread=jax.device_count() > 1)
+    out = pathlib.Path(_OUT.value)
+    stored = policy.stored_policy(_WORKDIR.value, _STEP.value, spread=jax.device_count() > 1)
     export_policy(
         stored.config,
         stored.model,

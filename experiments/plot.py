@@ -1,4 +1,7 @@
-"""Draws a run: `python -m experiments.plot --workdir=DIR`."""
+"""Draws a run: `python -m experiments.plot --workdir=DIR`.
+
+The figure is summary.png in its folder; of a run in a bucket, gs://… or s3://…, in the user's cache.
+"""
 
 import pathlib
 import sys
@@ -7,12 +10,20 @@ from absl import flags
 
 from experiments import command, figures
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or address of the run.")
 
 
 def main() -> None:
     """Draws the figure and prints its path."""
-    print(figures.run_figure(pathlib.Path(_WORKDIR.value)))
+    from luspo_jax.hosts import fetched
+    from luspo_jax.hosts.buckets import is_bucket
+
+    folder = pathlib.Path(_WORKDIR.value)
+    if is_bucket(_WORKDIR.value):
+        copy = fetched.RunCopy(_WORKDIR.value)
+        copy.fetch("run.json", "metrics.jsonl")
+        folder = copy.folder
+    print(figures.run_figure(folder))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `python -m experiments.show RUN [--step=N] [filters] [--html=FILE]`
 
-RUN is the --workdir of a run. A summary of the step comes first, then its groups: the prompt, and
+RUN is the --workdir of a run, a folder or gs://… or s3://…. A summary of the step comes first, then its groups: the prompt, and
 each response with length, reward by part, advantage, whether it was cut at the limit, and status.
 Filters combine: a response must pass all. `--longest` and `--shortest` apply to what the others
 leave, and `--limit` to what these leave. A problem's verdict is "all right", "some right" or "all
@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; RUN alone says the same.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or address of the run; or RUN alone.")
 _STEP = flags.DEFINE_list("step", [], "Steps: N, FIRST-LAST, last; unset = last.")
 _HTML = flags.DEFINE_string("html", "", "Write a page to this file instead of printing.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing --html page.")
@@ -54,7 +54,7 @@ def main() -> None:
         path = pathlib.Path(_HTML.value)
         page.check_place(path, overwrite=_OVERWRITE.value)
     filters = _filters()
-    run = reading.stored(pathlib.Path(_WORKDIR.value))
+    run = reading.found(_WORKDIR.value)
     try:
         steps = reading.chosen(run, _STEP.value)
     except ValueError as error:

@@ -13,7 +13,8 @@ from luspo_jax.benchmarks import Benchmark, Protocol
 from luspo_jax.datasets import Example, Report
 from luspo_jax.datasets.images import ImageFiles
 from luspo_jax.datasets.rows import SUFFIXES
-from luspo_jax.hosts import files
+from luspo_jax.hosts import fetched, files
+from luspo_jax.hosts.buckets import Bucket, is_bucket
 from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import ImageSettings
 from luspo_jax.prompts import templates
@@ -190,7 +191,11 @@ def _first(entry: Benchmark, problems: Sequence[Example], limit: int) -> list[Ex
     return [problem for problem in problems if problem.meta[unit] in wanted]
 
 
-def data_paths(text: str, chosen: Sequence[Benchmark]) -> dict[str, pathlib.Path]:
+# A path, or the address of a bucket as text.
+_Path = pathlib.Path | str
+
+
+def data_paths(text: str, chosen: Sequence[Benchmark]) -> dict[str, _Path]:
     """Maps each benchmark that needs data to its file or folder.
 
     Raises:
@@ -205,15 +210,15 @@ def data_paths(text: str, chosen: Sequence[Benchmark]) -> dict[str, pathlib.Path
 
 def _named_paths(
     flag: str, text: str, chosen: Sequence[Benchmark]
-) -> tuple[dict[str, pathlib.Path], pathlib.Path | None]:
+) -> tuple[dict[str, _Path], _Path | None]:
     """Parses a flag such as `DIR,aime24=FILE` into (benchmark → path, folder of all)."""
     given, folders = {}, []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, equals, path = part.partition("=")
         if equals:
-            given[name] = files.local(path)
+            given[name] = _local(path)
         else:
-            folders.append(files.local(part))
+            folders.append(_local(part))
     names = [entry.name for entry in chosen]
     stray = [name for name in given if name not in names]
     if stray:
@@ -225,13 +230,21 @@ def _named_paths(
     return given, folders[0] if folders else None
 
 
-def _inside(folder: pathlib.Path | None, entry: Benchmark) -> pathlib.Path:
+def _local(path: str) -> _Path:
+    return path if is_bucket(path) else files.local(path)
+
+
+def _inside(folder: _Path | None, entry: Benchmark) -> _Path:
     """Returns the benchmark's own folder or file, or its dataset's, in the folder of all."""
     name, stems = entry.name, dict.fromkeys((entry.name, entry.dataset))
     if folder is None:
         raise UsageError(f"--benchmarks={name} needs its file: --data=FOLDER or --data={name}=FILE")
-    candidates = [folder / f"{stem}{suffix}" for stem in stems for suffix in ("", *SUFFIXES)]
-    found = [path for path in candidates if path.exists()]
+    names = [f"{stem}{suffix}" for stem in stems for suffix in ("", *SUFFIXES)]
+    if isinstance(folder, str):
+        there = {path.split("/")[0] for path in Bucket(folder).entries()}
+        found = [f"{folder.rstrip('/')}/{name}" for name in names if name in there]
+    else:
+        found = [path for name in names if (path := folder / name).exists()]
     if not found:
         raise UsageError(
             f"--data={folder} holds nothing for {name}: looked for a folder {name}/ with "
@@ -244,13 +257,15 @@ def _image_files(chosen: Sequence[Benchmark], options: Options) -> dict[str, Ima
     """Maps each benchmark to the location of its images."""
     paths = data_paths(options.data, chosen)
     folders, folder = _named_paths("image_dir", options.image_dir, chosen)
-    for place in [*folders.values(), *([folder] if folder else [])]:
-        if not place.is_dir():
+    shown = {}
+    for entry in chosen:
+        place = folders.get(entry.name, folder)
+        shown[entry.name] = None if place is None else fetched.local(place)
+        if place is not None and not shown[entry.name].is_dir():
             raise UsageError(f"--image_dir: no folder {place}")
     return {
         entry.name: ImageFiles(
-            datasets.image_source(entry.dataset, paths.get(entry.name), "test"),
-            folders.get(entry.name, folder),
+            datasets.image_source(entry.dataset, paths.get(entry.name), "test"), shown[entry.name]
         )
         for entry in chosen
     }

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import os
 import pathlib
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from luspo_jax import sharding
+from luspo_jax.hosts.buckets import Bucket, is_bucket
 from luspo_jax.learner.state import abstract_state
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.rollout.handover import rollout_params
@@ -53,7 +55,7 @@ def load(path: str, *, step: str, dtype: str, tensor: int = 1) -> Policy:
 
     Args:
       path: a folder with config.json and safetensors, embedded:NAME, gguf:FILE, hub:OWNER/NAME, or
-        the workdir of a run.
+        the workdir of a run; folders and workdirs also by their addresses in a bucket.
       step: latest, best or a number; for a run only.
       dtype: float32 or bfloat16.
       tensor: devices that share one copy of the weights; there are as many copies as fit.
@@ -64,8 +66,8 @@ def load(path: str, *, step: str, dtype: str, tensor: int = 1) -> Policy:
       MeshError: `tensor` does not divide the devices or the model.
     """
     layout = sharding.layout("rollout", {"data": -1, "tensor": tensor})
-    if (pathlib.Path(path) / "run.json").is_file():
-        return _of_run(pathlib.Path(path), step, dtype, layout)
+    if _is_run(path):
+        return _of_run(path, step, dtype, layout)
     config = fields.default_config()
     config.model.path = path
     model = load_model(config)
@@ -76,7 +78,13 @@ def load(path: str, *, step: str, dtype: str, tensor: int = 1) -> Policy:
     return _policy(path, model, params, dtype, layout)
 
 
-def _of_run(workdir: pathlib.Path, step: str, dtype: str, layout: Layout | None) -> Policy:
+def _is_run(path: str) -> bool:
+    if is_bucket(path):
+        return Bucket(path).read("run.json") is not None
+    return (pathlib.Path(path) / "run.json").is_file()
+
+
+def _of_run(workdir: str, step: str, dtype: str, layout: Layout | None) -> Policy:
     stored = stored_policy(workdir, step, spread=layout is not None)
     _check(stored.model, layout)
     name, data = f"{workdir} step {stored.step}", stored.config.data
@@ -95,11 +103,11 @@ class StoredPolicy:
     step: int
 
 
-def stored_policy(workdir: pathlib.Path, step: str, *, spread: bool = False) -> StoredPolicy:
+def stored_policy(workdir: str | os.PathLike, step: str, *, spread: bool = False) -> StoredPolicy:
     """Loads the policy of a run's checkpoint; changes nothing there, and needs no data file.
 
     Args:
-      workdir: of the run, which may be in progress.
+      workdir: of the run, which may be in progress; a folder or the address of a bucket.
       step: latest, best or a number.
       spread: whether to shard it over all devices.
 

@@ -10,6 +10,7 @@ import pathlib
 import time
 from collections.abc import Callable, Mapping
 
+from experiments.command import UsageError
 from luspo_jax.hosts import buckets, lease, server_clock
 from luspo_jax.hosts.buckets import Bucket, BucketError
 
@@ -172,8 +173,13 @@ def folder(address: str) -> LocalFolder | BucketFolder:
     """Returns the reader of an address.
 
     Raises:
-      BucketError: it is of a kind that is not known, or its package is not installed.
+      UsageError: it is of a kind that is not known.
+      BucketError: its package is not installed.
     """
-    if buckets.is_bucket(address):
+    try:
+        remote = buckets.is_bucket(address)
+    except BucketError as error:
+        raise UsageError(str(error)) from error
+    if remote:
         return BucketFolder(address)
     return LocalFolder(os.path.expanduser(address))

@@ -9,6 +9,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
+from luspo_jax.hosts import fetched
+from luspo_jax.hosts.buckets import is_bucket
+from luspo_jax.hosts.fetched import RunCopy
 from luspo_jax.metrics import MetricsError, read_metrics
 from luspo_jax.rewards.record import FAILURES
 
@@ -127,8 +130,46 @@ class Stored:
         return self.config.get("eval.metric") or (parts[0] if len(parts) == 1 else None)
 
 
-def stored(folder: pathlib.Path) -> Stored:
+class _Fetched(Mapping):
+    """The steps of a run in a bucket; the file of one is downloaded when it is asked for."""
+
+    def __init__(self, copy: RunCopy):
+        names = ((_NAME.fullmatch(n.removeprefix("rollouts/")), n) for n in copy.names)
+        self._names = dict(sorted((int(match[1]), name) for match, name in names if match))
+        self._copy = copy
+
+    def __getitem__(self, step: int) -> pathlib.Path:
+        self._copy.fetch(self._names[step])
+        return self._copy.folder / self._names[step]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def found(workdir: str) -> Stored:
+    """Finds the responses of a run by its folder or its address in a bucket.
+
+    Raises:
+      FileNotFoundError: as `stored`. BucketError: the bucket cannot be read.
+    """
+    if not is_bucket(workdir):
+        return stored(pathlib.Path(workdir))
+    copy = RunCopy(workdir)
+    copy.fetch("run.json", "metrics.jsonl", "evaluation.json")
+    copy.folder.mkdir(parents=True, exist_ok=True)
+    with fetched.addressed():
+        return stored(copy.folder, _Fetched(copy))
+
+
+def stored(folder: pathlib.Path, steps: Mapping[int, pathlib.Path] | None = None) -> Stored:
     """Finds the responses of a run, which may be in progress.
+
+    Args:
+      folder: of the run.
+      steps: step → file; None for those in the folder.
 
     Raises:
       FileNotFoundError: the folder holds no run, or no responses yet; says why.
@@ -136,8 +177,9 @@ def stored(folder: pathlib.Path) -> Stored:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"{folder} {what}: name the --workdir of a run")
-    matches = ((_NAME.fullmatch(p.name), p) for p in (folder / "rollouts").glob("step_*.jsonl"))
-    steps = dict(sorted((int(match[1]), path) for match, path in matches if match))
+    if steps is None:
+        matches = ((_NAME.fullmatch(p.name), p) for p in (folder / "rollouts").glob("step_*.jsonl"))
+        steps = dict(sorted((int(match[1]), path) for match, path in matches if match))
     config = _config(folder)
     if steps:
         return Stored(folder, steps, config)

@@ -15,7 +15,7 @@ from luspo_jax.datasets.label_sums import LabelSums
 from luspo_jax.datasets.rows import SUFFIXES, Row, column, read_rows
 from luspo_jax.datasets.store import file_sha256
 from luspo_jax.datasets.table import BadRows, encodable, text
-from luspo_jax.hosts import files
+from luspo_jax.hosts import buckets, fetched, files
 from luspo_jax.hosts.values import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -46,14 +46,15 @@ def read_demonstrations(
     blanks at their ends included. Rows that repeat are kept: how often a text occurs is its weight.
 
     Args:
-      path: a .jsonl, .json, .csv or .parquet file, or "hub:OWNER/NAME/FILE".
+      path: a .jsonl, .json, .csv or .parquet file, its address in a bucket, or
+        "hub:OWNER/NAME/FILE".
       columns: to read.
       drop_bad_rows: leave out and count unusable rows, instead of refusing the file.
 
     Raises:
       DataError: no such file, or unusable rows, all in one message: file, row and column.
     """
-    file = hub_file(str(path), "train", SUFFIXES) if is_hub(path) else files.local(path)
+    file = _local(path)
     if not file.is_file():
         raise DataError(f"no file {file}: name a {', '.join(SUFFIXES)} file of demonstrations")
     bad, examples = BadRows(file), []
@@ -69,6 +70,17 @@ def read_demonstrations(
     rows = len(examples) + bad.count
     report = Report("file", file.name, file_sha256(file), rows, len(examples), unusable=bad.count)
     return examples, report
+
+
+def _local(path: str | pathlib.Path) -> pathlib.Path:
+    if is_hub(path):
+        return hub_file(str(path), "train", SUFFIXES)
+    if not buckets.is_bucket(path):
+        return files.local(path)
+    try:
+        return fetched.place(str(path), lambda name: False)
+    except FileNotFoundError as error:
+        raise DataError(f"{error}: name a {', '.join(SUFFIXES)} file of demonstrations") from error
 
 
 def _example(row: Row, columns: Columns, number: int, place: str) -> Example:

@@ -13,6 +13,7 @@ import numpy as np
 from luspo_jax.datasets import shapes
 from luspo_jax.datasets.example import DataError, Example
 from luspo_jax.hosts import files
+from luspo_jax.hosts.fetched import is_fetched
 from luspo_jax.images.record import ImageError, StoredImage
 
 # A reference is {"row": number, "path": text} for a file, relative to the data file's folder,
@@ -132,7 +133,10 @@ def read_bytes(
                 raise ImageError("huge", f"{place}: image {file} has {size:,} bytes")
             return file.read_bytes()
     first = _folder(source, image_dir) / reference["path"]
-    raise DataError(f"{place}: image {first} is missing")
+    raise DataError(
+        f"{place}: image {first} is missing"
+        + ("; name the folder of the images too" if not image_dir and is_fetched(source) else "")
+    )
 
 
 def open_image(

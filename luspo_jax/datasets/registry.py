@@ -29,7 +29,8 @@ from luspo_jax.datasets.visual_benchmarks import (
     MATHVISTA,
     WEMATH,
 )
-from luspo_jax.hosts import files
+from luspo_jax.hosts import fetched, files
+from luspo_jax.hosts.buckets import Bucket, is_bucket
 from luspo_jax.hosts.values import nearest
 
 # A Table reads a file. Anything else is a generator: a function of the split and its own options
@@ -74,16 +75,19 @@ def load(
 
     Args:
       name: a key of DATASETS.
-      path: the file; a folder with `{split}.jsonl` or `.parquet`, `.json`, `.csv`; or
-        "hub:OWNER/NAME[@REVISION][/FILE]", which is downloaded; None for a generator.
+      path: the file; a folder with `{split}.jsonl` or `.parquet`, `.json`, `.csv`; either at the
+        address of a bucket, or "hub:OWNER/NAME[@REVISION][/FILE]", which are downloaded; None for a
+        generator.
       split: the split; it applies to folders and generators only, since a file is one split.
-      data_dir: folder of the built dataset; by default the user's cache.
+      data_dir: folder of the built dataset; by default the user's cache. In a bucket it is kept for
+        other hosts, and read from the user's cache.
       columns: columns of the file that replace the dataset's own, and more to keep; None for none.
       drop_bad_rows: leave out and count unusable rows, instead of refusing the file.
       **options: a generator's own options.
 
     Raises:
       DataError: an invalid name, file, row or column.
+      BucketError: a bucket that cannot be used.
     """
     entry, columns = _entry(name), columns or Columns()
     if not isinstance(entry, Table):
@@ -106,7 +110,8 @@ def load(
     digest = _sha256(table, file)
     read_from = (table.meta, table.fields, table.identity, table.images, table.keep, drop_bad_rows)
     key = _key(READER_VERSION, digest, table.problem, table.answer, *read_from)
-    folder = (files.local(data_dir) if data_dir else default_data_dir()) / name / key
+    remote = Bucket(f"{str(data_dir).rstrip('/')}/{name}/{key}") if is_bucket(data_dir) else None
+    here = data_dir if data_dir and remote is None else default_data_dir()
 
     def read(scratch: pathlib.Path) -> tuple[Iterable[bytes], Report]:
         spool = (scratch / "rows").open("w+b")
@@ -116,7 +121,8 @@ def load(
         facts = dataclasses.asdict(counts)
         return kept.lines(), Report(name, file.name, digest, examples=len(kept), **facts)
 
-    return build_once(folder, read)
+    with fetched.addressed():
+        return build_once(files.local(here) / name / key, read, kept=remote)
 
 
 def _refuse_blind(table: Table, file: pathlib.Path, image: str) -> None:
@@ -165,14 +171,13 @@ def _file(name: str, path: str | pathlib.Path | None, split: str) -> pathlib.Pat
         raise DataError(f"dataset {name!r} needs a path to its file ({DATASETS[name].origin})")
     if is_hub(path):
         return hub_file(str(path), split, SUFFIXES)
-    place = files.local(path)
     pattern = DATASETS[name].folder
+    place = _in_bucket(path, split, pattern) if is_bucket(path) else files.local(path)
     for folder in (place, place / split) if pattern else ():
         if any(folder.glob(pattern)):
             return folder
     if place.is_dir():
-        candidates = [place / f"{split}{s}" for s in SUFFIXES]
-        found = [file for file in candidates if file.is_file()]
+        found = [file for name in _names(split) if (file := place / name).is_file()]
         if len(found) != 1:
             present = ", ".join(sorted(p.name for p in place.iterdir())) or "nothing"
             raise DataError(f"{place}: need one file {split}.*, the folder holds {present}")
@@ -183,3 +188,15 @@ def _file(name: str, path: str | pathlib.Path | None, split: str) -> pathlib.Pat
             f"{DATASETS[name].origin or 'its source'} or correct the path"
         )
     return place
+
+
+def _in_bucket(url: str | pathlib.Path, split: str, pattern: str) -> pathlib.Path:
+    """Downloads a file, or of a folder the split's file, or all if it is one of problems."""
+    try:
+        return fetched.place(str(url), lambda name: pattern or name in _names(split))
+    except FileNotFoundError as error:
+        raise DataError(f"{error}; need one file {split}.*, or name the file itself") from error
+
+
+def _names(split: str) -> list[str]:
+    return [f"{split}{suffix}" for suffix in SUFFIXES]

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from luspo_jax.datasets.example import DataError, Example, Report
 from luspo_jax.hosts import files
+from luspo_jax.hosts.buckets import Bucket
 
+_REPORT = "report.json"  # written last: what has it is complete
 _FORMAT = "2.0.0"
 # Examples per record: TFDS takes 0.06 ms to write a record and 0.14 ms to read one, whatever its
 # size; that is ten times the cost of an example.
@@ -82,7 +84,10 @@ def default_data_dir() -> pathlib.Path:
 
 
 def build_once(
-    folder: pathlib.Path, read: Callable[[pathlib.Path], tuple[Iterable[bytes], Report]]
+    folder: pathlib.Path,
+    read: Callable[[pathlib.Path], tuple[Iterable[bytes], Report]],
+    *,
+    kept: Bucket | None = None,
 ) -> tuple[StoredExamples, Report]:
     """Opens the dataset built in `folder`; reads and builds it first if missing or incomplete.
 
@@ -93,22 +98,51 @@ def build_once(
       folder: the dataset's folder.
       read: maps a folder for intermediate files to ([problem, answer, meta] of each example as
         JSON, report on the rows).
+      kept: where the dataset is kept for other hosts: what is there is downloaded and not built,
+        and what is missing there is written, its report last. Hosts that write at once write the
+        same.
 
     Raises:
+      BucketError: `kept` cannot be read or written.
       DataError: an error from `read`, or a folder that cannot be written.
     """
     found = _stored(folder)
     if found is None:
         with _scratch(folder) as scratch:
-            _build_in(scratch, read)
+            there = kept is not None and _download(kept, scratch / "built")
+            if not there:
+                _build_in(scratch, read)
             _replace(folder, scratch)
         found = _stored(folder)
+    else:
+        there = kept is not None and kept.read(_REPORT) is not None
     if found is None:
         raise DataError(
             f"the built dataset {folder} cannot be read: name another folder in data.cache_dir "
             "(of experiments.evaluate: --cache_dir)"
         )
+    if kept is not None and not there:
+        _upload(kept, folder)
     return found
+
+
+def _download(kept: Bucket, built: pathlib.Path) -> bool:
+    """Downloads a dataset; returns False, and leaves nothing, if there is no complete one."""
+    names = kept.entries()
+    if _REPORT not in names:
+        return False
+    for name in names:
+        kept.download(name, built / name)
+    if _stored(built) is not None:
+        return True
+    shutil.rmtree(built)
+    return False
+
+
+def _upload(kept: Bucket, folder: pathlib.Path) -> None:
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    for name in sorted(names, key=lambda name: (name == _REPORT, name)):
+        kept.upload(name, folder / name)
 
 
 @contextlib.contextmanager
@@ -136,7 +170,7 @@ def _build_in(scratch: pathlib.Path, read) -> None:
     _build(built, lines)
     sizes = {file.name: file.stat().st_size for file in built.rglob("*.array_record*")}
     record = {"report": dataclasses.asdict(report), "sizes": sizes}
-    (built / "report.json").write_text(json.dumps(record))
+    (built / _REPORT).write_text(json.dumps(record))
 
 
 def _replace(folder: pathlib.Path, scratch: pathlib.Path) -> None:
@@ -151,7 +185,7 @@ def _replace(folder: pathlib.Path, scratch: pathlib.Path) -> None:
 def _stored(folder: pathlib.Path) -> tuple[StoredExamples, Report] | None:
     """Returns the dataset in a folder; None if there is none or it is incomplete."""
     try:
-        record = json.loads((folder / "report.json").read_text())
+        record = json.loads((folder / _REPORT).read_text())
         report = Report(**record["report"])
         files = {file.name: file.stat().st_size for file in folder.rglob("*.array_record*")}
         if not files or files != record["sizes"]:

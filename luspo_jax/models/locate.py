@@ -1,13 +1,17 @@
-"""Locates a model's folder: on disk, in this package, on the Hugging Face hub, of a GGUF file."""
+"""Locates a model's folder: on disk, in a bucket, in this package, on the Hugging Face hub, of a
+GGUF file."""
 
+import fnmatch
 import json
 import pathlib
 from typing import Any
 
-from luspo_jax.hosts import files
+from luspo_jax.hosts import buckets, fetched, files
 
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
 ARCHITECTURES = pathlib.Path(__file__).parent / "architectures"
+# Files of a model that are downloaded: others beside them may be large.
+_NEEDED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 _SEPARATOR = "--"  # OWNER--NAME.json, as in the hub's cache; no id on the hub contains it
 
 
@@ -19,11 +23,13 @@ def embedded_models() -> list[str]:
 def model_folder(path: str) -> pathlib.Path:
     """Returns the folder of "embedded:NAME", "hub:OWNER/NAME[@REVISION]" or "gguf:FILE", or a path.
 
-    A hub id is downloaded. Of a GGUF file (or an installed package that contains one) a folder is
-    made in the user's cache, the first time.
+    A hub id is downloaded, and so is an address of a bucket, gs://… or s3://…, a GGUF file's too.
+    Of a GGUF file (or an installed package that contains one) a folder is made in the user's cache,
+    the first time.
 
     Raises:
       FileNotFoundError: names what is missing and what is available.
+      BucketError: of an address that cannot be read.
       PlaceError, WeightsError: of a GGUF file, as `gguf_folder.cached_folder`.
     """
     if path.startswith("embedded:"):
@@ -38,7 +44,12 @@ def model_folder(path: str) -> pathlib.Path:
     if path.startswith("gguf:"):
         from luspo_jax.models import gguf_folder  # with jax, which a folder does not need
 
-        return gguf_folder.cached_folder(path.removeprefix("gguf:"))
+        file = path.removeprefix("gguf:")
+        return gguf_folder.cached_folder(
+            str(fetched.place(file)) if buckets.is_bucket(file) else file
+        )
+    if buckets.is_bucket(path):
+        return _fetched(path)
     folder = files.local(path)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -87,6 +98,16 @@ def architecture(path: str) -> dict[str, Any]:
     return values
 
 
+def _fetched(url: str) -> pathlib.Path:
+    def needed(name):
+        return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in _NEEDED)
+
+    folder = fetched.place(url, needed)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{url} is one object: name the folder that a model's files are in")
+    return folder
+
+
 def _download(name: str) -> pathlib.Path:
     # Imported here, so that nothing uses the network unless a hub id is named.
     from huggingface_hub import snapshot_download
@@ -97,7 +118,7 @@ def _download(name: str) -> pathlib.Path:
             snapshot_download(
                 repo,
                 revision=revision or None,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"],
+                allow_patterns=list(_NEEDED),
             )
         )
     except Exception as error:  # The hub raises a dozen types with the same remedy.

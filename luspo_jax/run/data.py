@@ -9,7 +9,7 @@ import numpy as np
 
 from luspo_jax import datasets, prompts
 from luspo_jax.datasets.images import ImageFiles
-from luspo_jax.hosts import processes
+from luspo_jax.hosts import fetched, processes
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.images.preparer import ImagePreparer
 from luspo_jax.images.settings import read_settings
@@ -221,7 +221,8 @@ def held_out_options(data) -> Mapping[str, Any]:
 
 
 def _files(name, path, split, image_dir):
-    return ImageFiles(datasets.image_source(name, path or None, split), image_dir or None)
+    source = datasets.image_source(name, path or None, split)
+    return ImageFiles(source, fetched.local(image_dir) if image_dir else None)
 
 
 def _held_out_set(data, keep):
