@@ -115,7 +115,9 @@ def _check_addresses() -> None:
         for text in value if isinstance(value, list) else [value]:
             # NAME=PATH in some; and a path from pathlib has lost a slash.
             path = text.rpartition("=")[2] if isinstance(text, str) else ""
-            if name in allowed or name.startswith("config.") or not _ADDRESS.match(path):
+            if name in (*allowed, *_TEXTS) or name.startswith("config."):
+                continue
+            if not _ADDRESS.match(path):
                 continue
             raise UsageError(
                 f"--{name}={text}: this must be on this host; only experiments.train and "
@@ -125,6 +127,7 @@ def _check_addresses() -> None:
 
 
 _ADDRESS = re.compile(r"(gs|s3):/")
+_TEXTS = ("find", "template", "system_prompt")  # flags that are no paths, whatever they say
 
 
 def _expand_home() -> None:
@@ -166,9 +169,9 @@ def _ascii(sign: str) -> str:
 
 # By name, because importing their modules would import jax before flags are read.
 _FORESEEN = (
-    "AgreementError", "BenchmarkError", "BucketError", "CheckpointError", "ClusterError", "ConfigError",
-    "DataError", "GroupRewardError", "MeshError", "MetricsError", "MismatchError", "PlaceError",
-    "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
+    "AgreementError", "BenchmarkError", "BucketError", "CheckpointError", "ClusterError",
+    "ConfigError", "DataError", "GroupRewardError", "MeshError", "MetricsError", "MismatchError",
+    "PlaceError", "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
 )  # fmt: skip
 
 

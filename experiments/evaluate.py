@@ -3,11 +3,12 @@
 `python -m experiments.evaluate --model=MODEL --benchmarks=aime24,math500 --data=DIR --workdir=OUT`
 
 MODEL is a folder in Hugging Face format, embedded:NAME, gguf:FILE, hub:OWNER/NAME, or a run's
-workdir; folders and workdirs may be addresses, gs://… or s3://…. It must be a Qwen2.5-VL if problems show images (mathvista, wemath …). Running the same
-command again resumes a stopped evaluation and gives the same responses. A workdir holds every
-generation, results.json and results.md. Without a model: `--rescore=OUT` judges stored generations
-again, `--predictions=FILE --benchmarks=NAME` scores a file with the columns id and prediction,
-`--compare=A,B` gives differences paired by problem.
+workdir; folders and workdirs may be addresses, gs://… or s3://…. It must be a Qwen2.5-VL if
+problems show images (mathvista, wemath …). Running the same command again resumes a stopped
+evaluation and gives the same responses. A workdir holds every generation, results.json and
+results.md. Without a model: `--rescore=OUT` judges stored generations again, `--predictions=FILE
+--benchmarks=NAME` scores a file with the columns id and prediction, `--compare=A,B` gives
+differences paired by problem.
 """
 
 import ast

@@ -1,6 +1,7 @@
 """Draws a run: `python -m experiments.plot --workdir=DIR`.
 
-The figure is summary.png in its folder; of a run in a bucket, gs://… or s3://…, in the user's cache.
+The figure is summary.png in its folder; of a run in a bucket, gs://… or s3://…, in a copy in the
+user's cache.
 """
 
 import pathlib

@@ -2,12 +2,13 @@
 
 `python -m experiments.show RUN [--step=N] [filters] [--html=FILE]`
 
-RUN is the --workdir of a run, a folder or gs://… or s3://…. A summary of the step comes first, then its groups: the prompt, and
-each response with length, reward by part, advantage, whether it was cut at the limit, and status.
-Filters combine: a response must pass all. `--longest` and `--shortest` apply to what the others
-leave, and `--limit` to what these leave. A problem's verdict is "all right", "some right" or "all
-wrong"; `--changed` shows the problems whose verdict is another than when they were last asked. Of
-held-out problems a run keeps figures alone; `experiments.evaluate` stores its responses.
+RUN is the --workdir of a run, a folder or gs://… or s3://…. A summary of the step comes first, then
+its groups: the prompt, and each response with length, reward by part, advantage, whether it was cut
+at the limit, and status. Filters combine: a response must pass all. `--longest` and `--shortest`
+apply to what the others leave, and `--limit` to what these leave. A problem's verdict is "all
+right", "some right" or "all wrong"; `--changed` shows the problems whose verdict is another than
+when they were last asked. Of held-out problems a run keeps figures alone; `experiments.evaluate`
+stores its responses.
 """
 
 import pathlib

@@ -85,6 +85,8 @@ def architecture(path: str) -> dict[str, Any]:
                 "folder that holds it"
             )
         file = ARCHITECTURES / f"{name.replace('/', _SEPARATOR)}.json"
+    elif buckets.is_bucket(path):
+        file = fetched.place(f"{path.rstrip('/')}/config.json")
     else:
         file = model_folder(path) / "config.json"
     if not file.is_file():
