@@ -30,7 +30,7 @@ def main() -> None:
     """Runs what the flags say."""
     from experiments import figures  # Imports after flags are parsed: a typo answers at once.
     from luspo_jax import train
-    from luspo_jax.hosts import guard, processes
+    from luspo_jax.hosts import buckets, guard, processes
     from luspo_jax.run import profile as profiles
     from luspo_jax.run import workdir as workdirs
     from luspo_jax.run.build import build, facts
@@ -42,6 +42,10 @@ def main() -> None:
         raise command.UsageError("--fork_step is of --fork: name the workdir to begin from")
     if several is not None:
         cluster.join(config, several, None if _DRY_RUN.value else _WORKDIR.value)
+    remote = buckets.is_bucket(_WORKDIR.value or "")
+    profile = profiles.Profile(
+        None if remote else _WORKDIR.value, traced, several=several is not None
+    )
     with guard.phase("build"):
         run = build(config)
         workdirs.check_processes(config, run.roles)
@@ -52,14 +56,15 @@ def main() -> None:
             print(command.description(run))
             if fork:
                 print(_begins(fork))
+            if profile.there:
+                print(f"profile   : {profile.folder} has these steps already")
     if _DRY_RUN.value:
         processes.stop()
         return
     try:
         with workdirs.Workdir(_WORKDIR.value, config, known, fork=fork) as workdir:
-            profile = profiles.Profile(workdir.path, traced, several=several is not None)
-            if profile.there and processes.is_writer():
-                print(f"profile   : {profile.folder} has these steps already")
+            if remote:  # only now its folder on this host has what the bucket holds
+                profile = profiles.Profile(workdir.path, traced, several=several is not None)
             outcome = train.train(run, workdir, profile)
             if processes.is_writer():
                 figure = figures.run_figure(workdir.path)

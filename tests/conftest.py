@@ -1,5 +1,6 @@
 """Strict flags for the whole suite, shared compile cache, and where real test inputs are found."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -75,3 +76,18 @@ def shared_data() -> pathlib.Path:
 def shared_oracles(shared_data: pathlib.Path) -> pathlib.Path:
     """Folder with other implementations' recorded losses and gradients."""
     return _real_inputs(shared_data.parent / "oracles")
+
+
+@pytest.fixture(scope="session")
+def bucket_ports():
+    """Ports of servers of buckets by scheme; each starts when it is first asked for."""
+    from tests import bucket_servers
+
+    class Ports(dict):
+        def __missing__(self, scheme):
+            server = {"gs": bucket_servers.gcs, "s3": bucket_servers.s3}[scheme]
+            self[scheme] = stack.enter_context(server())
+            return self[scheme]
+
+    with contextlib.ExitStack() as stack:
+        yield Ports()
