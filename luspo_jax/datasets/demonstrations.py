@@ -36,6 +36,7 @@ class Columns:
     messages: str = ""
 
 
+@fetched.addressed()
 def read_demonstrations(
     path: str | pathlib.Path, columns: Columns, *, drop_bad_rows: bool = False
 ) -> tuple[list[Example], Report]:

@@ -135,7 +135,11 @@ def read_bytes(
     first = _folder(source, image_dir) / reference["path"]
     raise DataError(
         f"{place}: image {first} is missing"
-        + ("; name the folder of the images too" if not image_dir and is_fetched(source) else "")
+        + (
+            "; of a bucket, name the folder of the images too"
+            if not image_dir and is_fetched(source)
+            else ""
+        )
     )
 
 

@@ -61,6 +61,7 @@ DATASETS = {
 }
 
 
+@fetched.addressed()
 def load(
     name: str,
     path: str | pathlib.Path | None = None,
@@ -121,8 +122,7 @@ def load(
         facts = dataclasses.asdict(counts)
         return kept.lines(), Report(name, file.name, digest, examples=len(kept), **facts)
 
-    with fetched.addressed():
-        return build_once(files.local(here) / name / key, read, kept=remote)
+    return build_once(files.local(here) / name / key, read, kept=remote)
 
 
 def _refuse_blind(table: Table, file: pathlib.Path, image: str) -> None:

@@ -106,8 +106,9 @@ class RunCopy:
 
 
 def is_fetched(path: str | os.PathLike) -> bool:
-    """Returns whether `place` returned this path in this process."""
-    return str(path) in _addresses
+    """Returns whether `place` returned this path, or the folder it is in, in this process."""
+    path = pathlib.Path(path)
+    return any(str(above) in _addresses for above in (path, *path.parents))
 
 
 def shown(text: str) -> str:

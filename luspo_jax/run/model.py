@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from luspo_jax.hosts import fetched
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config, read_config
@@ -55,6 +56,7 @@ class Model:
         return self.tokenizer.pad_token_id or 0
 
 
+@fetched.addressed()
 def load_model(config: Config) -> Model:
     """Loads architecture and tokenizer of `config.model`."""
     settings = section(config, "model")
