@@ -22,7 +22,7 @@ class DataSettings:
     """Problems for training and evaluation, and how they become prompts."""
 
     name: str = ""  # One of luspo_jax.datasets.DATASETS.
-    path: str = ""  # Local file of a dataset that is not generated.
+    path: str = ""  # File of a dataset that is not generated; or its address, gs://… or s3://….
     split: str = "train"  # Of a dataset with several splits.
     options: Mapping[str, Any] = open_section()  # Of a generated dataset.
     # Several training sources instead of `name`: your name → {name, path, split, weight,
@@ -33,7 +33,7 @@ class DataSettings:
     eval_options: Mapping[str, Any] = open_section()
     eval_path: str = ""  # Empty = data.path, if the dataset is the same.
     eval_split: str = "test"  # Of the held-out set.
-    cache_dir: str = ""  # Folder for built datasets; empty = the user's cache folder.
+    cache_dir: str = ""  # Folder or address for built datasets; empty = the user's cache folder.
     problem_column: str = ""  # Of the user's own jsonl or parquet.
     answer_column: str = ""  # The same.
     eval_problem_column: str = ""  # Of the held-out set; empty = as the training set's.
@@ -52,7 +52,7 @@ class DataSettings:
     min_pixels: int = 0
     max_pixels: int = 0
     image_column: str = ""  # Empty = the dataset's; in a file, image or images.
-    image_dir: str = ""  # Folder of images; empty = the data file's.
+    image_dir: str = ""  # Folder or address of images; empty = the data file's.
     eval_image_dir: str = ""  # The same for a held-out set with its own file.
     blank_images: bool = False  # Replace images by white ones of equal size, to measure guessing.
     text_blank: int = 0  # Side of a white image for problems without one; 0 = none.

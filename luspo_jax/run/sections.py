@@ -37,7 +37,7 @@ class ModelSettings:
     """The policy: its source and how it is computed."""
 
     # A folder in Hugging Face format, "embedded:NAME" for a model inside this package,
-    # "gguf:FILE" to read a GGUF file, or "hub:OWNER/NAME" to download one.
+    # "gguf:FILE" to read a GGUF file, or "gs://…", "s3://…", "hub:OWNER/NAME" to download one.
     path: str = ""
     tokenizer: str = ""  # Folder; empty = the model's.
     # Comma-separated ids that end a response, besides those in the model's files; "none" if only
