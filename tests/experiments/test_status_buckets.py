@@ -257,3 +257,20 @@ def test_refusals_are_one_line(bucket_ports, scheme, package):
     code, _, err = call(f"{scheme}://{BUCKET}/run", env=env, hide=package)
     assert (code, err.count("\n")) == (1, 1)
     assert f"needs the package {package}, which is not installed" in err
+
+
+def test_a_forbidden_bucket_is_one_line(gs):
+    bucket, gate = gs
+    gate.answer = lambda method, path: 403
+    code, _, err = call(bucket.url, env=environment("gs", gate.port))
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{bucket.url}: no permission to list there" in err
+
+
+def test_it_does_not_import_jax(gs):
+    code = (
+        "import sys\nfrom experiments.progress import watching\n"
+        f"watching.show([{gs[0].url!r}])\nprint('jax' in sys.modules)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.splitlines()[-1:] == ["False"], out.stderr

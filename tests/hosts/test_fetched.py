@@ -51,6 +51,7 @@ def test_a_file_is_downloaded_once_and_again_when_it_changes(bucket, counted):
 def test_of_a_folder_what_is_wanted_and_only_what_changed(bucket, counted):
     for name in ("config.json", "model.safetensors", "optimizer.bin", "sub/x.json"):
         bucket.write(f"m/{name}", name.encode())
+    bucket.write("m/empty.json", b"")
     bucket.write("m2/config.json", b"of another")
 
     def wanted(name):
@@ -59,12 +60,13 @@ def test_of_a_folder_what_is_wanted_and_only_what_changed(bucket, counted):
     folder = fetched.place(f"{bucket.url}/m/", wanted)
     assert folder.name == "m"
     there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    assert there == ["config.json", "model.safetensors", "sub/x.json"]
+    assert there == ["config.json", "empty.json", "model.safetensors", "sub/x.json"]
     assert (folder / "config.json").read_bytes() == b"config.json"
-    assert len(counted) == 3
+    assert (folder / "empty.json").read_bytes() == b""
+    assert len(counted) == 4
     bucket.write("m/config.json", b"changed")
     again = fetched.place(f"{bucket.url}/m", wanted)
-    assert counted[3:] == ["config.json"]
+    assert counted[4:] == ["config.json"]
     assert (again / "config.json").read_bytes() == b"changed"
     assert (again / "model.safetensors").read_bytes() == b"model.safetensors"
     assert (folder / "config.json").read_bytes() == b"config.json"
