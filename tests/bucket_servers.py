@@ -71,8 +71,8 @@ def gcs(public: int | None = None) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def s3() -> Iterator[int]:
-    """Runs moto's server of S3 with an empty bucket; yields its port."""
+def s3(public: int | None = None) -> Iterator[int]:
+    """Runs moto's server of S3 with an empty bucket, as `gcs` does; it hands out no addresses."""
     port = _free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with _running(command) as process:
