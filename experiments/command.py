@@ -123,7 +123,7 @@ def _ascii(sign: str) -> str:
 
 # By name, because importing their modules would import jax before flags are read.
 _FORESEEN = (
-    "AgreementError", "BenchmarkError", "CheckpointError", "ClusterError", "ConfigError",
+    "AgreementError", "BenchmarkError", "BucketError", "CheckpointError", "ClusterError", "ConfigError",
     "DataError", "GroupRewardError", "MeshError", "MetricsError", "MismatchError", "PlaceError",
     "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
 )  # fmt: skip
