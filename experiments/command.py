@@ -123,9 +123,9 @@ def _ascii(sign: str) -> str:
 
 # By name, because importing their modules would import jax before flags are read.
 _FORESEEN = (
-    "AgreementError", "BenchmarkError", "BucketError", "CheckpointError", "ClusterError", "ConfigError",
-    "DataError", "GroupRewardError", "MeshError", "MetricsError", "MismatchError", "PlaceError",
-    "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
+    "AgreementError", "BenchmarkError", "BucketError", "CheckpointError", "ClusterError",
+    "ConfigError", "DataError", "GroupRewardError", "MeshError", "MetricsError", "MismatchError",
+    "PlaceError", "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
 )  # fmt: skip
 
 
