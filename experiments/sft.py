@@ -41,8 +41,12 @@ def main() -> None:
     if _DRY_RUN.value:
         processes.stop()
         return
-    with workdirs.Workdir(_WORKDIR.value, config, facts(run)) as workdir:
-        outcome = fine_tune(run, workdir)
+    try:
+        with workdirs.Workdir(_WORKDIR.value, config, facts(run)) as workdir:
+            outcome = fine_tune(run, workdir)
+    except guard.Preempted:
+        processes.stop()  # together: jax aborts the others when process 0 is gone
+        raise
     if processes.is_writer():
         print(f"before: {outcome.base}\nafter : {outcome.final}")
         if outcome.export:

@@ -2,12 +2,13 @@
 # Kubernetes: an Indexed Job of one pod a host, and the headless service by which pods find pod 0;
 # or, with SLICES, a JobSet of one such Job a TPU slice.
 #
-#   export IMAGE=REGISTRY/luspo_jax:1 CLAIM=runs HOSTS=4
-#   bash launch/gke_job.sh --config=configs/qwen2_5_7b_dapo17k.py --workdir=/runs/luspo_7b
+#   export IMAGE=REGISTRY/luspo_jax:1 ACCOUNT=trainer HOSTS=4
+#   bash launch/gke_job.sh --config=configs/qwen2_5_7b_dapo17k.py --workdir=gs://BUCKET/luspo_7b
 #
-# --dry_run prints the manifest. IMAGE is built by launch/Dockerfile; CLAIM is a
-# PersistentVolumeClaim that many hosts may write (ReadWriteMany: Filestore, NFS, Lustre), mounted
-# at /runs. A pod that is evicted or fails is replaced, the others end and are replaced with it, and
+# --dry_run prints the manifest. IMAGE is built by launch/Dockerfile. The workdir is in a bucket
+# (gs://, s3://), where ACCOUNT, a service account of Kubernetes, may write; or below /runs, where
+# CLAIM is mounted, a PersistentVolumeClaim that many hosts may write (ReadWriteMany: Filestore, NFS,
+# Lustre). A pod that is evicted or fails is replaced, the others end and are replaced with it, and
 # the run continues from its last checkpoint; a configuration that cannot run fails the Job.
 #
 # GPUs (the default) need no permission and no package of Kubernetes: pods get the coordinator by
@@ -18,7 +19,7 @@
 # of HOSTS hosts and in a node pool of its own; SLICES=1 is a JobSet, too. A failure in one slice
 # restarts all. GKE tells the pods of several slices of each other. Hosts of GPUs are one slice.
 # QUEUE=NAME has Kueue admit the Job or JobSet through its local queue of that name.
-# Variables: IMAGE, CLAIM, NAME (luspo), HOSTS (1, of a slice), GPUS (8), RETRIES (3: of each host of
+# Variables: IMAGE, CLAIM, ACCOUNT, NAME (luspo), HOSTS (1, of a slice), GPUS (8), RETRIES (3: of each host of
 # a Job, of the whole JobSet), GRACE_S (30: seconds from SIGTERM to SIGKILL), SLICES, QUEUE.
 set -euo pipefail
 
@@ -26,11 +27,16 @@ dry_run=false flags=()
 for flag in "$@"; do
   if [[ $flag == --dry_run ]]; then dry_run=true; else flags+=("$flag"); fi
 done
-if [[ -z ${IMAGE:-} || -z ${CLAIM:-} || " ${flags[*]}" != *" --config="* ||
-  " ${flags[*]}" != *" --workdir="* ]]; then
-  echo "usage: IMAGE=… CLAIM=… bash launch/gke_job.sh [--dry_run] --config=FILE --workdir=/runs/NAME" >&2
+if [[ -z ${IMAGE:-} || " ${flags[*]}" != *" --config="* || " ${flags[*]}" != *" --workdir="* ]]; then
+  echo "usage: IMAGE=… bash launch/gke_job.sh [--dry_run] --config=FILE --workdir=gs://BUCKET/NAME" >&2
   exit 2
 fi
+if [[ -z ${CLAIM:-} && " ${flags[*]}" != *" --workdir="*"://"* ]]; then
+  echo "without CLAIM, which is mounted at /runs, the workdir must be in a bucket: gs:// or s3://" >&2
+  exit 2
+fi
+volume="emptyDir: {}" # then /runs keeps what is compiled and downloaded, as long as the pod lives
+if [[ -n ${CLAIM:-} ]]; then volume="persistentVolumeClaim: {claimName: $CLAIM}"; fi
 name=${NAME:-luspo} hosts=${HOSTS:-1} slices=${SLICES:-}
 kind=Job coordinator=$name-0.$name
 if [[ -n $slices ]]; then
@@ -157,6 +163,7 @@ rest_of_job() {
     spec:
       subdomain: $name
       restartPolicy: Never
+      serviceAccountName: ${ACCOUNT:-default}
       shareProcessNamespace: true  # so that a process, not being the first, ends when asked to
       terminationGracePeriodSeconds: ${GRACE_S:-30}
       nodeSelector: $selector
@@ -184,7 +191,7 @@ YAML
             - {name: runs, mountPath: /runs}
             - {name: shm, mountPath: /dev/shm}
       volumes:
-        - {name: runs, persistentVolumeClaim: {claimName: $CLAIM}}
+        - {name: runs, $volume}
         - {name: shm, emptyDir: {medium: Memory}}
 YAML
 }

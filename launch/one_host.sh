@@ -5,7 +5,8 @@
 #
 # Flags go to experiments.train; --dry_run prints the commands instead. The same command, again,
 # continues the run: so does this script by itself, RETRIES times, after a failure that is not of
-# the configuration. What the run says is added to WORKDIR.log, beside the workdir.
+# the configuration. What the run says is added to WORKDIR.log, beside the workdir; of a bucket, to
+# a file of its last name here.
 # Variables: PYTHON (python), RETRIES (3), RETRY_S (30), CACHE (compiled programs), LOG (WORKDIR.log).
 set -euo pipefail
 
@@ -43,8 +44,9 @@ if $dry_run; then
   exit 0
 fi
 
-mkdir -p "$(dirname "$workdir")"
-log=${LOG:-${workdir%/}.log} stopped=false child=""
+log=${workdir%/}.log
+if [[ $workdir == *://* ]]; then log=$(basename "$log"); else mkdir -p "$(dirname "$workdir")"; fi
+log=${LOG:-$log} stopped=false child=""
 trap 'stopped=true; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 for ((attempt = 0; ; attempt++)); do
   status=0

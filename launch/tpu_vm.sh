@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # A TPU slice of one or several hosts (Cloud TPU VMs): the same command on every host.
 #
-#   export TPU=my-slice ZONE=us-east5-a NFS=10.0.0.2:/runs
+#   export TPU=my-slice ZONE=us-east5-a
 #   bash launch/tpu_vm.sh install
-#   bash launch/tpu_vm.sh run --config=configs/qwen2_5_7b_dapo17k.py --workdir=/mnt/runs/luspo_7b \
+#   bash launch/tpu_vm.sh run --config=configs/qwen2_5_7b_dapo17k.py --workdir=gs://BUCKET/luspo_7b \
 #       --config.train.microbatch_tokens=557056
 #   bash launch/tpu_vm.sh log            what host 0 says
 #   bash launch/tpu_vm.sh stop
 #
 # --dry_run after the verb prints the commands. `install` copies this checkout, makes an environment
-# with Python 3.12 and mounts NFS, where one is named, as /mnt/runs: several hosts need a workdir
-# that all of them see (Filestore). `run`, again, continues; a process that fails is started again
+# with Python 3.12 and mounts NFS, where one is named, as /mnt/runs: the workdir of several hosts is
+# in a bucket, or on storage that all of them see (Filestore). `run`, again, continues; a process that fails is started again
 # by itself, together with the others, RETRIES times. After a preemption make the slice anew, then
 # `install` and `run` as before.
 # Variables: TPU, ZONE, PROJECT (gcloud's own), NFS (none), RETRIES (3).
@@ -46,14 +46,14 @@ on() { # WORKERS COMMAND: a command line on hosts of the slice
 case $verb in
   install)
     call gcloud compute tpus tpu-vm scp --recurse . "$TPU:luspo_jax" "${where[@]}" --worker=all
-    on all "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --clear --python 3.12 ~/venv && ~/.local/bin/uv pip install --python ~/venv/bin/python -e './luspo_jax[tpu]'"
+    on all "curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --clear --python 3.12 ~/venv && ~/.local/bin/uv pip install --python ~/venv/bin/python -e './luspo_jax[tpu,gs]'"
     if [[ -n ${NFS:-} ]]; then
       on all "sudo apt-get install -y nfs-common && sudo mkdir -p /mnt/runs && (mountpoint -q /mnt/runs || sudo mount -t nfs $NFS /mnt/runs)"
     fi
     ;;
   run)
     if [[ " ${flags[*]}" != *" --config="* || " ${flags[*]}" != *" --workdir="* ]]; then
-      echo "$usage: run needs --config=FILE and --workdir=FOLDER that all hosts see" >&2
+      echo "$usage: run needs --config=FILE and --workdir=gs://BUCKET/NAME or a folder that all hosts see" >&2
       exit 2
     fi
     train="~/venv/bin/python -m experiments.train --distributed=auto $(quoted "${flags[@]}")"

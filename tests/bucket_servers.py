@@ -11,6 +11,10 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 
+import pytest
+
+from luspo_jax.hosts import buckets
+
 BUCKET = "runs"
 _WAIT_S = 30.0
 
@@ -67,8 +71,8 @@ def gcs(public: int | None = None) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def s3() -> Iterator[int]:
-    """Runs moto's server of S3 with an empty bucket; yields its port."""
+def s3(public: int | None = None) -> Iterator[int]:
+    """Runs moto's server of S3 with an empty bucket, as `gcs` does; it hands out no addresses."""
     port = _free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with _running(command) as process:
@@ -100,6 +104,19 @@ def environment(scheme: str, port: int) -> dict[str, str]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, scheme: str, port: int) -> None:
+    """Makes clients in this process use a server, also those that used another before."""
+    import fsspec
+    from etils.epath import backend
+
+    for name, value in environment(scheme, port).items():
+        monkeypatch.setenv(name, value)
+    buckets.prepare()
+    for name in ("gcs", "s3"):
+        fsspec.get_filesystem_class(name).clear_instance_cache()
+    backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 class Gate:

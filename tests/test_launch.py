@@ -17,8 +17,9 @@ import time
 import pytest
 import yaml
 
+from luspo_jax.hosts.files import PlaceError
 from luspo_jax.metrics import read_metrics
-from luspo_jax.run.workdir import WorkdirError, check_place
+from luspo_jax.run.workdir import check_place
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -313,7 +314,7 @@ def test_tpu_vm_installs_on_every_host(call):
     for command in (copy, install, mount):
         assert {"--zone=zone", "--project=mine", "--worker=all"} <= set(command)
     assert copy[4] == "scp"
-    assert "./luspo_jax[tpu]" in install[-1]
+    assert "./luspo_jax[tpu,gs]" in install[-1]
     assert "10.0.0.2:/runs /mnt/runs" in mount[-1]
     for command in (install, mount):
         assert call("bash", "-n", "-c", command[-1].removeprefix("--command=")).returncode == 0
@@ -375,6 +376,27 @@ def test_kubernetes_pods_find_each_other_and_come_back(call):
     assert mounts == {volume["name"] for volume in pod["volumes"]}
 
 
+def test_kubernetes_pods_need_no_claim_where_a_bucket_is_the_workdir(call):
+    given = {"CLAIM": "", "ACCOUNT": "trainer"}
+    _, _, pod = _manifest(call, "--workdir=gs://bucket/run", **given)
+    assert pod["serviceAccountName"] == "trainer"
+    assert {"name": "runs", "emptyDir": {}} in pod["volumes"]
+    ran = call("bash", "launch/gke_job.sh", QUICKSTART, "--workdir=/runs/x", IMAGE="i")
+    assert ran.returncode == 2
+    assert "without CLAIM, which is mounted at /runs, the workdir must be in a bucket" in ran.stderr
+
+
+def test_one_host_keeps_the_log_of_a_bucket_here(call, tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\necho ran; exit 2\n")
+    (tmp_path / "python").chmod(0o755)
+    recipe = ROOT / "launch" / "one_host.sh"
+    line = f"cd {tmp_path} && bash {recipe} {QUICKSTART} --workdir=gs://bucket/run/"
+    ran = call("bash", "-c", line, PYTHON=str(tmp_path / "python"))
+    assert ran.returncode == 2, ran.stderr
+    assert (tmp_path / "run.log").read_text() == "ran\n"
+    assert not (tmp_path / "gs:").exists()
+
+
 def test_kubernetes_tpu_slices_are_asked_for(call):
     slice_ = {"ACCELERATOR": "tpu", "TPU_TYPE": "tpu-v5p-slice", "TPU_TOPOLOGY": "2x2x4"}
     _, _, pod = _manifest(call, "--workdir=/runs/x", HOSTS="4", **slice_)
@@ -401,20 +423,20 @@ def test_kubernetes_slices_must_have_the_chips_of_the_hosts(call):
 # ---------------------------------------------------------------------- what is promised
 
 
-def test_a_bucket_is_refused_and_no_folder_of_its_name_made(call):
-    with pytest.raises(WorkdirError, match="s3:// cannot do"):
-        check_place("s3://bucket/run")
+def test_another_kind_of_address_is_refused_and_no_folder_of_its_name_made(call):
+    with pytest.raises(PlaceError, match="az:// is not known"):
+        check_place("az://bucket/run")
     ran = call(
-        sys.executable, "-m", "experiments.train", QUICKSTART, "--workdir=gs://bucket/run",
+        sys.executable, "-m", "experiments.train", QUICKSTART, "--workdir=az://bucket/run",
         "--coordinator=127.0.0.1:1", "--num_processes=1", "--process_id=0",
     )  # fmt: skip
     assert ran.returncode == 1
-    assert "--workdir=gs://bucket/run: a run writes files" in ran.stderr
+    assert "az://bucket/run: az:// is not known: name a folder, gs:// or s3://" in ran.stderr
     assert "Traceback" not in ran.stderr
-    assert not (ROOT / "gs:").exists()
+    assert not (ROOT / "az:").exists()
 
 
-@pytest.mark.parametrize("path", ["runs/x", "/mnt/a:b/x", ""])
+@pytest.mark.parametrize("path", ["runs/x", "/mnt/a:b/x", "", "gs://bucket/run", "s3://b"])
 def test_paths_of_the_file_system_are_taken(path):
     check_place(path)
 

@@ -216,6 +216,15 @@ def test_skypilot_keeps_the_status_and_the_log_of_each_node(task, tmp_path):
     assert not (tmp_path / "a run.log").exists(), "nodes must not write one log together"
 
 
+def test_skypilot_takes_a_bucket_and_keeps_what_is_compiled_on_the_node(task, tmp_path):
+    ran = _run(task, tmp_path, FLAGS="--dry_run", WORKDIR="gs://bucket/run")
+    assert ran.returncode == 0, ran.stderr
+    *exports, command = map(shlex.split, ran.stdout.splitlines())
+    assert "--workdir=gs://bucket/run" in command
+    kept = [path for _, path in exports if path.startswith("JAX_COMPILATION_CACHE_DIR=")]
+    assert kept == [f"JAX_COMPILATION_CACHE_DIR={tmp_path}/.cache/luspo_jax/xla"]
+
+
 def test_skypilot_refuses_a_workdir_that_a_spot_machine_would_take_with_it(task, tmp_path):
     ran = _run(task, tmp_path, WORKDIR="/mnt/runs/x")
     assert ran.returncode == 2

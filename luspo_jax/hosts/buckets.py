@@ -231,9 +231,9 @@ def prepare() -> None:
     import fsspec
 
     with contextlib.suppress(ImportError):
-        import gcsfs
+        from gcsfs.core import GCSFileSystem
 
-        class PatientGCS(gcsfs.GCSFileSystem):
+        class PatientGCS(GCSFileSystem):
             """gcsfs that waits for a server that is away."""
 
             async def _call(self, *args, **kwargs):

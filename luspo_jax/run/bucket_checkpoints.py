@@ -12,7 +12,8 @@ from luspo_jax.hosts import buckets
 from luspo_jax.hosts.buckets import Bucket, BucketError
 
 # Objects that change or come after the record: Orbax's marks, and the record itself.
-_LATE = ("commit_success.txt", "checksums.json", "_CHECKPOINT_METADATA")
+_MARK = "commit_success.txt"
+_LATE = (_MARK, "checksums.json", "_CHECKPOINT_METADATA")
 
 
 def opened(url: str) -> Bucket:
@@ -25,6 +26,13 @@ def opened(url: str) -> Bucket:
     if url.startswith("s3://"):
         _teach_s3()
     return bucket
+
+
+def drop_unfinished(bucket: Bucket) -> None:
+    """Deletes checkpoints that lack Orbax's last mark: a killed run was writing them."""
+    names = list(bucket.entries())
+    finished = {name.split("/")[0] for name in names if name.split("/")[1:] == [_MARK]}
+    bucket.delete([name for name in names if name.split("/")[0] not in finished])
 
 
 def kept_apart(state: Any) -> Any:

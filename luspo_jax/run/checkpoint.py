@@ -95,7 +95,9 @@ class Checkpointer:
                 )
                 if processes.is_writer() and not (read_only or self._bucket):
                     self.folder.mkdir(parents=True, exist_ok=True)
-                processes.barrier("checkpoints")
+            if self._bucket and processes.is_writer() and not read_only:
+                bucket_checkpoints.drop_unfinished(self._bucket)
+            processes.barrier("checkpoints")
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_handlers={

@@ -12,15 +12,13 @@ import pytest
 
 from luspo_jax.hosts import buckets
 from luspo_jax.hosts.buckets import Bucket, BucketError, is_bucket
-from tests.bucket_servers import BUCKET, Gate, environment
+from tests.bucket_servers import BUCKET, Gate, connect
 
 
 @pytest.fixture(params=["gs", "s3"])
 def bucket(request, bucket_ports, monkeypatch, tmp_path):
     """An empty folder of a bucket of either kind."""
-    for name, value in environment(request.param, bucket_ports[request.param]).items():
-        monkeypatch.setenv(name, value)
-    clear_instances()
+    connect(monkeypatch, request.param, bucket_ports[request.param])
     return Bucket(f"{request.param}://{BUCKET}/{tmp_path.name}")
 
 
@@ -29,24 +27,12 @@ def gated(bucket_ports, monkeypatch, tmp_path):
     """A folder of gs:// behind a gate."""
     with Gate() as gate:
         gate.target = bucket_ports["gs"]
-        for name, value in environment("gs", gate.port).items():
-            monkeypatch.setenv(name, value)
-        clear_instances()
+        connect(monkeypatch, "gs", gate.port)
         monkeypatch.setitem(buckets._patience, "seconds", 20.0)
         # gcsfs itself tries six times, with pauses of up to 32 s.
         quick = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 50))
         monkeypatch.setattr(gcsfs.retry, "asyncio", quick)
         yield Bucket(f"gs://{BUCKET}/{tmp_path.name}"), gate
-    clear_instances()
-
-
-def clear_instances():
-    """Drops fsspec's instances, which keep the server's address of their first use."""
-    import fsspec
-
-    buckets.prepare()
-    for name in ("gcs", "s3"):
-        fsspec.get_filesystem_class(name).clear_instance_cache()
 
 
 def test_what_is_an_address():

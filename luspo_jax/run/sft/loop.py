@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from luspo_jax.hosts import files, guard, processes
+from luspo_jax.hosts.guard import Preempted
+from luspo_jax.hosts.preemption import Notice
 from luspo_jax.learner import demonstrations
 from luspo_jax.learner.state import abstract_state, initial_state
 from luspo_jax.metrics import StepMetrics, timed
@@ -47,11 +49,15 @@ def fine_tune(run: SftRun, workdir: Workdir) -> SftOutcome:
 
     Raises:
       WorkdirError: the workdir was deleted or moved meanwhile.
+      Preempted: SIGTERM came, and what there is was saved.
     """
     try:
-        with _Keeper(run, workdir) as keeper:
+        with _Keeper(run, workdir) as keeper, Notice() as notice:
             state = keeper.begin()
             for step in keeper.steps():
+                if notice.agreed():
+                    keeper.save(step, state)
+                    raise Preempted
                 metrics = StepMetrics()
                 state = take_step(run, state, step, metrics)
                 keeper.keep(step, state, metrics)
@@ -161,15 +167,31 @@ class _Keeper:
             metrics.update(measured.metrics)
         self._writer.write(taken, {"training/global_step": taken, **metrics.result()})
         if last or due(settings.output.checkpoint_every, taken):
-            host = {
-                "stream": self.run.data.stream.get_state(),
-                "evaluations": [(n, dataclasses.asdict(found)) for n, found in self._evaluations],
-            }
             # The best is the largest.
             score = -measured.loss if measured and measured.loss is not None else None
-            with guard.phase("checkpoint"):
-                self._checkpointer.save(taken, state, host, metric=score)
+            self._save(taken, state, score)
         self._bar.update()
+
+    def save(self, taken: int, state: TrainState) -> None:
+        """Checkpoints between two steps, unless that was done, and waits until it is written."""
+        if self._checkpointer.latest_step() != taken:
+            self._save(taken, state, None)
+        self._complete()
+        self._bar.write(f"asked to end: step {taken} is saved, and the same command goes on")
+
+    def _save(self, taken, state, score):
+        host = {
+            "stream": self.run.data.stream.get_state(),
+            "evaluations": [(n, dataclasses.asdict(found)) for n, found in self._evaluations],
+        }
+        with guard.phase("checkpoint"):
+            self._checkpointer.save(taken, state, host, metric=score)
+
+    def _complete(self):
+        """Waits for the checkpoint that is being written."""
+        with guard.phase("checkpoint"):
+            self._checkpointer.wait()
+        self._note()
 
     def _note(self):
         """Notes the newest complete checkpoint, if it is a new one."""
@@ -189,9 +211,7 @@ class _Keeper:
     def outcome(self, state: TrainState) -> SftOutcome:
         """Returns the held-out figures; exports the policy if asked."""
         run, export = self.run, None
-        with guard.phase("checkpoint"):
-            self._checkpointer.wait()
-        self._note()
+        self._complete()
         if run.settings.output.export:
             folder, export = self.workdir.path / "export", f"{self.workdir.name}/export"
             with guard.phase("export"):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import types
 
 import jax
@@ -13,6 +14,7 @@ from experiments import figures
 from experiments.evaluation.policy import stored_policy
 from luspo_jax import train
 from luspo_jax.datasets import DataError
+from luspo_jax.hosts.guard import Preempted
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.learner import programs
 from luspo_jax.metrics import read_metrics
@@ -160,6 +162,25 @@ def test_an_interrupted_run_goes_on_bit_for_bit(finished, config, tmp_path, monk
     (tmp_path / "run" / "answers" / "step_000004.jsonl").write_text("from beyond the checkpoint")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3, "sft')
+    _train(config, tmp_path / "run")
+    _assert_same(_results(tmp_path / "run"), _results(finished))
+
+
+def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(finished, config, tmp_path):
+    """SIGTERM during step 3, of which there would be no checkpoint."""
+    run = build(config)
+    real, taken = run.data.stream.take, []
+
+    def asked(count):
+        taken.append(count)
+        if len(taken) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(count)
+
+    run.data.stream.take = asked
+    with Workdir(tmp_path / "run", config, facts(run)) as workdir, pytest.raises(Preempted):
+        fine_tune(run, workdir)
+    assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
     _train(config, tmp_path / "run")
     _assert_same(_results(tmp_path / "run"), _results(finished))
 

@@ -1,0 +1,261 @@
+"""Whole runs whose workdir is a bucket: the numbers of a local one, whatever happens on the way."""
+
+import contextlib
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from luspo_jax.hosts.buckets import Bucket
+from luspo_jax.metrics import read_metrics
+from tests import bucket_servers
+from tests.bucket_servers import BUCKET, Gate, connect, user
+from tests.test_train import _assert_same_results, _results
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SETTINGS = (
+    "--config=configs/quickstart.py",
+    "--config.num_steps=6",
+    "--config.rollout.prompts_per_step=6",
+    "--config.rollout.group_size=4",
+    "--config.rollout.max_response_length=16",
+    "--config.eval.every=3",
+    "--config.eval.num_problems=8",
+    "--config.eval.num_samples=1",
+    "--config.eval.num_slots=8",
+    "--config.output.checkpoint_every=1",
+    "--config.train.num_minibatches=1",
+    "--config.train.num_epochs=2",
+    "--config.shaping.dynamic_sampling=True",
+)
+
+
+class Site:
+    """A gate with a server behind it, and what users do there.
+
+    Attributes:
+      gate: in front of the server.
+      bucket: the run's folder.
+    """
+
+    def __init__(self, scheme, gate, folder, url):
+        self.scheme, self.gate, self.folder = scheme, gate, folder
+        self.bucket, self.log = Bucket(url), folder / "log"
+        self._hosts = 0
+
+    def start(self, *extra, workdir=None):
+        """Starts a run on a host that never saw the workdir."""
+        self._hosts += 1
+        environment = dict(user(self.scheme, self.gate.port, self.folder / f"host_{self._hosts}"))
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(self.folder / "compiled")
+        flags = (*SETTINGS, *extra, f"--workdir={workdir or self.bucket.url}")
+        with self.log.open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "experiments.train", *flags],
+                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def run(self, *extra, workdir=None, status=0):
+        """Runs to the end; returns what it printed."""
+        before = self.log.stat().st_size if self.log.exists() else 0
+        found = self.start(*extra, workdir=workdir).wait(400)
+        text = self.log.read_text()[before:]
+        assert found == status, text[-4000:]
+        return text
+
+    def results(self):
+        """Returns what the run left in the bucket."""
+        target = self.folder / "fetched"
+        for name in self.bucket.entries():
+            if not name.startswith("checkpoints/"):
+                self.bucket.download(name, target / name)
+        return _results(target)
+
+
+@pytest.fixture(params=["gs", "s3"])
+def site(request, monkeypatch, tmp_path):
+    server = {"gs": bucket_servers.gcs, "s3": bucket_servers.s3}[request.param]
+    with Gate() as gate, server(gate.port) as port:
+        gate.target = port
+        connect(monkeypatch, request.param, gate.port)
+        yield Site(request.param, gate, tmp_path, f"{request.param}://{BUCKET}/study/run")
+
+
+gs_only = pytest.mark.parametrize("site", ["gs"], indirect=True)
+
+
+def kill_at_upload(site, process, number, *, reached):
+    """Kills a run when it sends its `number`-th object, which arrives or does not."""
+    seen, lock = [0], threading.Lock()
+
+    def answer(method, path):
+        sends = method == "PUT" or (method == "POST" and "/upload/" in path)
+        with lock:
+            seen[0] += sends
+            if sends and seen[0] == number:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return None if reached else 503
+        return None
+
+    site.gate.answer = answer
+    status = process.wait(400)
+    site.gate.answer = lambda method, path: None
+    return status
+
+
+@gs_only
+def test_a_run_that_is_killed_goes_on_on_another_host_as_if_nothing_was(site):
+    site.run(workdir=site.folder / "straight")
+    number = 45  # in the middle of a checkpoint
+    status = kill_at_upload(site, site.start(), number, reached=True)
+    assert status == -signal.SIGKILL, site.log.read_text()[-3000:]
+    assert site.bucket.entries("checkpoints")
+    assert site.bucket.read("summary.png") is None
+    text = site.run()
+    assert f"figure: {site.bucket.url}/summary.png" in text
+    _assert_same_results(site.results(), _results(site.folder / "straight"))
+    found = site.bucket.entries()
+    assert {"summary.png", "run.json", "export/config.json"} <= found.keys()
+    assert [n for n in found if n.startswith("tensorboard/events")]
+    assert [n.split("/")[1] for n in found if n.endswith("/commit_success.txt")][-1] == "6"
+    # Nothing is left on the host, and nothing was made of the address.
+    assert not list(site.folder.glob("host_3/luspo_jax/workdirs/*/*"))
+    assert not (ROOT / "gs:").exists()
+    assert "is held by" not in text  # the killed process is of this host
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ten_kills_during_uploads_change_nothing(site, seed):
+    site.run(workdir=site.folder / "straight")
+    rng, kills = random.Random(seed), 0
+    while kills < 10:
+        process = site.start()
+        number = rng.randrange(1, 50)
+        status = kill_at_upload(site, process, number, reached=rng.random() < 0.5)
+        if status == 0:  # it ended before that many
+            break
+        assert status == -signal.SIGKILL, site.log.read_text()[-3000:]
+        kills += 1
+    site.run()
+    print(f"{kills} kills")
+    assert kills >= 4
+    _assert_same_results(site.results(), _results(site.folder / "straight"))
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_for_a_minute_costs_nothing(site):
+    site.run(workdir=site.folder / "straight")
+    process, outage = site.start(), []
+
+    def answer(method, path):
+        if "step_000002" in path:
+            outage.append(True)
+            site.gate.open = False
+        return None
+
+    site.gate.answer = answer
+    until = time.monotonic() + 200
+    while not outage and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.1)
+    assert outage, site.log.read_text()[-3000:]
+    time.sleep(60)
+    site.gate.answer = lambda method, path: None
+    site.gate.open = True
+    assert process.wait(400) == 0, site.log.read_text()[-3000:]
+    assert "does not answer" in site.log.read_text()
+    _assert_same_results(site.results(), _results(site.folder / "straight"))
+
+
+@pytest.mark.slow
+def test_a_server_that_throttles_costs_nothing(site):
+    site.run(workdir=site.folder / "straight")
+    rng, lock = random.Random(0), threading.Lock()
+
+    def answer(method, path):
+        with lock:
+            return rng.choice((429, 503)) if rng.random() < 0.2 else None
+
+    site.gate.answer = answer
+    site.run()
+    site.gate.answer = lambda method, path: None
+    _assert_same_results(site.results(), _results(site.folder / "straight"))
+
+
+@pytest.mark.slow
+def test_a_permission_that_is_taken_away_is_one_line_and_loses_nothing(site):
+    site.run(workdir=site.folder / "straight")
+    process = site.start()
+
+    def answer(method, path):
+        if forbidden or "step_000003" in path:
+            forbidden.append(True)
+            return 403
+        return None
+
+    forbidden = []
+    site.gate.answer = answer
+    assert process.wait(400) == 1
+    lines = site.log.read_text().splitlines()
+    assert not any(line.startswith("Traceback") for line in lines)
+    assert any("no permission to" in line for line in lines)
+    site.gate.answer = lambda method, path: None
+    site.run()
+    _assert_same_results(site.results(), _results(site.folder / "straight"))
+
+
+@pytest.mark.slow
+@gs_only
+def test_bad_places_are_one_line(site):
+    first = site.start()
+    until = time.monotonic() + 200
+    while site.bucket.read("metrics.jsonl") is None and time.monotonic() < until:
+        time.sleep(0.1)
+    with _stopped(first):
+        assert "is in use by another" in site.run(status=1)
+    assert first.wait(400) == 0
+    assert "holds a run with another configuration" in site.run("--config.seed=9", status=1)
+    elsewhere = site.bucket.url.replace("/run", "")
+    assert "is not empty and holds no run" in site.run(workdir=elsewhere, status=1)
+    assert "does the bucket gs://absent exist?" in site.run(workdir="gs://absent/x", status=1)
+    assert "az:// is not known" in site.run(workdir="az://b/x", status=1)
+
+
+@contextlib.contextmanager
+def _stopped(process):
+    """A live process that moves on only afterwards; a stopped one still holds its folder."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.slow
+@gs_only
+def test_a_fork_begins_from_a_bucket_and_in_one(site):
+    site.run(workdir=site.folder / "straight")
+    site.run()
+    for parent, child in (
+        (site.folder / "straight", site.bucket.url.replace("run", "child")),
+        (site.bucket.url, str(site.folder / "child")),
+    ):
+        text = site.run("--config.num_steps=7", f"--fork={parent}", workdir=child)
+        assert f"fork      : of {parent} at step 6" in text
+    far = Bucket(site.bucket.url.replace("run", "child"))
+    far.download("metrics.jsonl", site.folder / "far.jsonl")
+    rows = [
+        [
+            {k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))}
+            for row in read_metrics(path)
+        ]
+        for path in (site.folder / "far.jsonl", site.folder / "child" / "metrics.jsonl")
+    ]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == [6, 7] or [row["step"] for row in rows[0]] == [7]
