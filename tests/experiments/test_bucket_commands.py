@@ -1,6 +1,7 @@
 """Commands on runs in buckets: what reads them does, and what cannot write there says so."""
 
 import ast
+import contextlib
 import json
 import os
 import pathlib
@@ -9,13 +10,21 @@ import sys
 
 import pytest
 
+from configs import quickstart
 from experiments import command, figures
 from experiments.evaluation import plan, policy
 from experiments.responses import reading
 from luspo_jax.benchmarks.registry import benchmarks
 from luspo_jax.hosts import fetched, files
+from luspo_jax.learner.state import initial_state
 from luspo_jax.metrics import json_line
+from luspo_jax.models import decoder_weights
 from luspo_jax.models.locate import EMBEDDED
+from luspo_jax.run import workdir as workdirs
+from luspo_jax.run.build import update_rule
+from luspo_jax.run.checkpoint import Checkpointer
+from luspo_jax.run.model import load_model
+from luspo_jax.run.workdir import WorkdirError
 from tests.bucket_cases import bucket_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -84,6 +93,28 @@ def test_evaluate_reads_models_and_data(bucket):
     assert named["aime24"] == f"{bucket.url}/x.jsonl"
     with pytest.raises(command.UsageError, match=f"--data={bucket.url}/none holds nothing for"):
         plan.data_paths(f"{bucket.url}/none", chosen)
+
+
+def test_a_checkpoint_in_a_bucket_is_a_model(bucket_ports, monkeypatch, tmp_path):
+    url = bucket_of("s3", bucket_ports["s3"], monkeypatch, tmp_path).url
+    config = quickstart.get_config()
+    model = load_model(config)
+    with workdirs.Workdir(url, config, {}) as workdir:
+        params = decoder_weights.load_params(model.folder, model.config)
+        with contextlib.closing(Checkpointer(workdir.checkpoints)) as checkpointer:
+            state = initial_state(params, update_rule(config, model))
+            checkpointer.save(1, state, {"a": 1})
+            checkpointer.wait()
+    found = policy.load(url, step="latest", dtype="float32")
+    assert found.name == f"{url} step 1"
+    assert found.digest == policy.load(config.model.path, step="latest", dtype="float32").digest
+    with pytest.raises(WorkdirError, match=f"{url}/none holds no run"):
+        policy.stored_policy(f"{url}/none", "latest")
+    before, config.train.learning_rate = config.train.learning_rate, 0.5
+    for child in (str(tmp_path / "child"), f"{url}-child"):
+        fork = workdirs.fork(child, url, None, config, {})
+        changed = {"train.learning_rate": [before, 0.5]}
+        assert fork == {"run": url, "step": 1, "changed": changed}
 
 
 QUICKSTART = "--config=configs/quickstart.py"

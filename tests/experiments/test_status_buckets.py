@@ -14,7 +14,7 @@ from experiments.progress import facts, reading, watching
 from luspo_jax.hosts import lease
 from luspo_jax.hosts.buckets import Bucket, BucketError
 from luspo_jax.metrics import json_line
-from tests.bucket_cases import bucket_of, forget
+from tests.bucket_cases import bucket_of
 from tests.bucket_servers import BUCKET, Gate, environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -37,7 +37,6 @@ def gs(bucket_ports, monkeypatch, tmp_path):
         bucket = bucket_of("gs", gate.port, monkeypatch, tmp_path)
         write_run(bucket)
         yield bucket, gate
-    forget()
 
 
 def write_run(bucket, *, steps=3):

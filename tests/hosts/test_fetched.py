@@ -9,7 +9,7 @@ import pytest
 
 from luspo_jax.hosts import buckets, fetched, files
 from luspo_jax.hosts.buckets import Bucket, BucketError
-from tests.bucket_cases import bucket_of, forget
+from tests.bucket_cases import bucket_of
 from tests.bucket_servers import Gate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -163,7 +163,6 @@ def test_a_forbidden_bucket_is_one_line(bucket_ports, monkeypatch, tmp_path):
         with pytest.raises(BucketError, match="no permission to list") as raised:
             fetched.place(f"{bucket.url}/m")
         assert "\n" not in str(raised.value)
-    forget()
 
 
 def test_a_copy_of_a_run_follows_it(bucket, counted):
