@@ -115,10 +115,12 @@ def _check_addresses() -> None:
         for text in value if isinstance(value, list) else [value]:
             # NAME=PATH in some; and a path from pathlib has lost a slash.
             path = text.rpartition("=")[2] if isinstance(text, str) else ""
-            if name in (*allowed, *_TEXTS) or name.startswith("config."):
+            if name in _TEXTS or name.startswith("config.") or not _ADDRESS.match(path):
                 continue
-            if not _ADDRESS.match(path):
+            if name in allowed and "://" in path:
                 continue
+            if name in allowed:
+                raise UsageError(f"--{name}={text}: write two slashes, as in gs://BUCKET/FOLDER")
             raise UsageError(
                 f"--{name}={text}: this must be on this host; only experiments.train and "
                 "experiments.sft write to buckets, and status, show, plot, export and evaluate "

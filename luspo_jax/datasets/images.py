@@ -136,7 +136,7 @@ def read_bytes(
     raise DataError(
         f"{place}: image {first} is missing"
         + (
-            "; of a bucket, name the folder of the images too"
+            "; of a bucket, name the folder of the images too: image_dir"
             if not image_dir and is_fetched(source)
             else ""
         )

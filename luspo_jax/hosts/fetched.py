@@ -5,6 +5,7 @@ object becomes another file and whoever still reads the old one is not disturbed
 progress there is one copy, which follows it.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from luspo_jax.hosts import files
 from luspo_jax.hosts.buckets import Bucket, BucketError, Entry, is_bucket
 
+_AT_ONCE = 16  # objects that are downloaded together
 _TRIES = 3  # at objects that change while they are downloaded
 _LISTED = 20  # names in a message
 _EQUAL_S = 1e-3  # of times of files, which file systems round
@@ -154,18 +156,28 @@ def _download(bucket, above, there: Mapping[str, Entry], wanted, path: pathlib.P
     inside = partial if above is not bucket else partial / path.name
     earlier = _earlier(path.parent.parent)
     size = sum(entry.size for entry in there.values())
-    with tqdm(total=size, desc=bucket.url, unit="B", unit_scale=True, disable=None, delay=1) as bar:
-        for name, entry in there.items():
-            _check_name(bucket.url, name)
-            file = inside / name
-            same = earlier.get((name, *_stamp(entry)))
-            if not file.exists() and same is not None and same.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(OSError):  # a file system without links
-                    os.link(same, file)
-            if not file.exists():
-                above.download(name, file)
-            bar.update(entry.size)
+    for name in there:
+        _check_name(bucket.url, name)
+
+    def one(name: str) -> int:
+        file, entry = inside / name, there[name]
+        same = earlier.get((name, *_stamp(entry)))
+        if not file.exists() and same is not None and same.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # a file system without links
+                os.link(same, file)
+        if not file.exists():
+            above.download(name, file)
+        return entry.size
+
+    pool = concurrent.futures.ThreadPoolExecutor(_AT_ONCE)
+    bar = tqdm(total=size, desc=bucket.url, unit="B", unit_scale=True, disable=None, delay=1)
+    try:
+        for done in concurrent.futures.as_completed([pool.submit(one, name) for name in there]):
+            bar.update(done.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
     fits = all((inside / name).stat().st_size == entry.size for name, entry in there.items())
     if not fits or _listed(bucket, wanted)[1] != there:
         shutil.rmtree(partial)

@@ -177,3 +177,5 @@ def test_a_text_may_say_anything(monkeypatch):
     for values in ({"html": "gs://b/x"}, {"step": ["1", "gs://b"]}, {"data": "a=s3:/b/x"}):
         with pytest.raises(command.UsageError, match="this must be on this host"):
             given(**values)
+    with pytest.raises(command.UsageError, match="--workdir=gs:/b/x: write two slashes"):
+        given(workdir="gs:/b/x")
