@@ -125,7 +125,7 @@ def _ascii(sign: str) -> str:
 _FORESEEN = (
     "AgreementError", "BenchmarkError", "CheckpointError", "ClusterError", "ConfigError",
     "DataError", "GroupRewardError", "MeshError", "MetricsError", "MismatchError", "PlaceError",
-    "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
+    "StoreError", "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
 )  # fmt: skip
 
 
