@@ -19,13 +19,14 @@ Address = tuple[str, int]
 _LARGEST = 1 << 16  # bytes of a message
 _PATIENCE_S = 2.0  # with one who connects and says nothing
 _AT_ONCE = 64  # connections
+_MOST = 4096  # letters that wait to be read
 
 
 class Box:
     """Where messages to this guard arrive: a port of the system's choice, on all interfaces."""
 
     def __init__(self):
-        self._arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._arrived: queue.Queue[bytes] = queue.Queue(_MOST)
         self._places = threading.BoundedSemaphore(_AT_ONCE)
         self._server = _server()
         self.port: int = self._server.getsockname()[1]
@@ -67,11 +68,11 @@ class Box:
             while len(received) <= _LARGEST and (left := until - time.monotonic()) > 0:
                 connection.settimeout(left)
                 if not (part := connection.recv(_LARGEST)):
-                    self._arrived.put(received)
+                    self._arrived.put_nowait(received)
                     return
                 received += part
-        except OSError:
-            pass  # it went away: nothing was said
+        except (OSError, queue.Full):
+            pass  # it went away, or strangers have filled the box
         finally:
             connection.close()
             self._places.release()

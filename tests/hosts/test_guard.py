@@ -101,6 +101,8 @@ def main():
         time.sleep(1.0)
         if what == "exit":
             os._exit(7)
+        if what == "ctrl-c":
+            os.kill(os.getpid(), signal.SIGINT)
         if what == "raise":
             raise ValueError("bad data on this host")
         if what == "abort":
@@ -202,6 +204,7 @@ def test_worker_that_is_busy_is_no_dead_one_as_its_guard_says(tmp_path):
     [
         ("exit", 7, "it ended with exit status 7", 6),
         ("raise", 1, "ValueError: bad data on this host", 6),
+        ("ctrl-c", 1, "KeyboardInterrupt", 6),
         ("kill", 137, "killed by SIGKILL", 6),
         ("abort", 134, "killed by SIGABRT", 15),  # first it is waited for another cause
         ("broken", 1, "Gloo AllGather failed", 15),

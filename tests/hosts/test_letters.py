@@ -75,6 +75,17 @@ def test_one_who_opens_many_connections_finds_no_more_places():
         box.close()
 
 
+def test_box_that_is_full_takes_no_more(monkeypatch):
+    monkeypatch.setattr(letters, "_MOST", 2)
+    box = letters.Box()
+    try:
+        letters.send([_address(box)] * 5, letters.sealed({"n": 1}, "s"), within_s=2.0)
+        time.sleep(0.3)
+        assert len(box.read("s")) == 2
+    finally:
+        box.close()
+
+
 def test_who_cannot_be_reached_costs_no_more_than_was_allowed(box):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         refused = closed.getsockname()
