@@ -232,7 +232,7 @@ class _Guard:
             "status": "running", "message": "", "guard": None,
         }  # fmt: skip
         self._phase_since = time.monotonic()
-        self._next_look = self._next_show = 0.0
+        self._next_ask = self._next_show = 0.0
         self._turned = time.monotonic()
         self._num_sent = 0
         self._exit: int | None = None  # of the worker; −n if signal n ended it
@@ -305,13 +305,11 @@ class _Guard:
         if self._peers is None:
             return
         for message in self._box.read(self._membership.secret):
-            if self._peers.hear(message["post"], message["number"]):
-                self._next_look = 0.0
-                if message["asks"]:
-                    self._send([message["post"]["guard"]], within_s=0.0)
+            if self._peers.hear(message["post"], message["number"]) and message["asks"]:
+                self._send([message["post"]["guard"]], within_s=0.0)
 
     def _turn(self) -> int | None:
-        """Checks the worker and, now and then, the others; an exit status ends the watch."""
+        """Checks the worker and the others; an exit status ends the watch."""
         if self._exit is None:
             self._exit = self._worker.poll()
             if self._exit is not None:
@@ -322,21 +320,20 @@ class _Guard:
             self._peers.forgive(now - self._turned)  # this host slept and heard nobody
         self._turned = now
         self._show(now)
-        if now < self._next_look:
-            return None
-        self._next_look = now + peers.BEAT_S
-        cause = (None if self._left else self._judged()) or self._hang(now)
+        cause = (None if self._left else self._judged(now)) or self._hang(now)
         if cause is not None:
             return self._stop(cause)
         if self._wait_until is not None and now > self._wait_until:
             return self._give_up()
         return None
 
-    def _judged(self) -> str | None:
-        """Returns why the others end this process, after asking those that are silent."""
+    def _judged(self, now: float) -> str | None:
+        """Returns why the others end this process; asks those that are silent, now and then."""
         if self._peers is None:
             return None
-        self._send(self._peers.unheard(), within_s=0.0, asks=True)
+        if now >= self._next_ask:
+            self._next_ask = now + peers.BEAT_S
+            self._send(self._peers.unheard(), within_s=0.0, asks=True)
         return self._peers.look(alone=self._exit is not None)
 
     def _after_exit(self) -> int | None:
@@ -364,7 +361,6 @@ class _Guard:
         """Gives another process time to be named: a broken collective has its cause elsewhere."""
         if self._wait_until is None:
             self._wait_until = time.monotonic() + self._membership.dead_after_s + _GRACE_S
-        self._next_look = 0.0
 
     def _give_up(self) -> int:
         """Ends the watch when no other process is the cause."""

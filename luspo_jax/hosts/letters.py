@@ -18,8 +18,8 @@ from typing import Any
 Address = tuple[str, int]
 _LARGEST = 1 << 16  # bytes of a message
 _PATIENCE_S = 2.0  # with one who connects and says nothing
-_AT_ONCE = 64  # connections
-_MOST = 4096  # letters that wait to be read
+_AT_ONCE = 64  # connections that are read
+_MOST = 4096  # letters, and connections, that wait
 
 
 class Box:
@@ -57,9 +57,7 @@ class Box:
             except OSError:
                 time.sleep(0.1)  # no descriptor is free, say
                 continue
-            if not self._places.acquire(blocking=False):
-                connection.close()
-                continue
+            self._places.acquire()  # others wait in the queue of the port
             threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
 
     def _receive(self, connection):
@@ -140,5 +138,7 @@ def _seal(text, secret):
 def _server():
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # a host without IPv6
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
+            return socket.create_server(
+                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_MOST
+            )
+    return socket.create_server(("", 0), backlog=_MOST)

@@ -63,12 +63,16 @@ def test_who_says_nothing_is_sent_away_and_holds_nobody_up(box, monkeypatch):
         assert silent.recv(1) == b""
 
 
-def test_one_who_opens_many_connections_finds_no_more_places():
+def test_crowd_that_says_nothing_delays_a_letter_and_does_not_lose_it(monkeypatch):
+    monkeypatch.setattr(letters, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(letters, "_AT_ONCE", 2)
     box = letters.Box()
-    crowd = [socket.create_connection(_address(box)) for _ in range(letters._AT_ONCE + 1)]
+    crowd = [socket.create_connection(_address(box)) for _ in range(5)]
     try:
-        crowd[-1].settimeout(1.0)
-        assert crowd[-1].recv(1) == b""
+        for number in range(10):
+            letters.send([_address(box)], letters.sealed({"n": number}, "s"), within_s=1.0)
+        assert box.read("s") == []
+        assert sorted(message["n"] for message in _arrived(box, count=10)) == list(range(10))
     finally:
         for connection in crowd:
             connection.close()
@@ -79,7 +83,7 @@ def test_box_that_is_full_takes_no_more(monkeypatch):
     monkeypatch.setattr(letters, "_MOST", 2)
     box = letters.Box()
     try:
-        letters.send([_address(box)] * 5, letters.sealed({"n": 1}, "s"), within_s=2.0)
+        letters.send([_address(box)] * 5, letters.sealed({"n": 1}, "s"), within_s=1.0)
         time.sleep(0.3)
         assert len(box.read("s")) == 2
     finally:
