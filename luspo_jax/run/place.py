@@ -119,6 +119,7 @@ class Place:
             self.folder,
             self._bucket,
             hidden=(NOTE,),
+            left_out=("wandb",),  # which W&B has
             may_write=self._held.check if self._held else lambda: None,
         )
         self._mirror.adopt(found)
@@ -180,6 +181,7 @@ class Place:
         """
         mirror, lease, lock = self._mirror, self._held, self._lock
         self._mirror = self._held = self._lock = None
+        copied = False
         try:
             if mirror is not None:
                 mirror.close(flush=complete)
@@ -187,13 +189,14 @@ class Place:
                     self._drop_old_export()
                     # What the guard says last comes after this: what it said before is not true.
                     self._bucket.delete(self._bucket.entries(_BOARD))
+                copied = complete
         finally:
             try:
                 if lease is not None:
                     lease.close()
             finally:
                 if lock is not None:
-                    if mirror is not None and complete:
+                    if copied:
                         shutil.rmtree(self.folder, ignore_errors=True)
                     lock.close()
 
