@@ -83,10 +83,14 @@ def join(config: Any, arguments: dict[str, Any], workdir: str | None) -> None:
     from luspo_jax.hosts import processes
     from luspo_jax.run import fields
     from luspo_jax.run import workdir as workdirs
+    from luspo_jax.run.place import Place
 
+    place = Place(workdir) if workdir is not None else None
     processes.start(
         arguments,
-        workdir,
+        place and place.board,
+        shared=place is None or place.shared,
+        checkpoints=place and place.checkpoints,
         dead_after_s=config.hosts.dead_after_s,
         phase_timeout_s=config.hosts.phase_timeout_s,
     )

@@ -173,7 +173,7 @@ def _ascii(sign: str) -> str:
 _FORESEEN = (
     "AgreementError", "BenchmarkError", "BucketError", "CheckpointError", "ClusterError",
     "ConfigError", "DataError", "GroupRewardError", "MeshError", "MetricsError", "MismatchError",
-    "PlaceError", "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
+    "PlaceError", "StoreError", "TooManyFailures", "UsageError", "WeightsError", "WorkdirError",
 )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ BUCKET = "runs"
 _WAIT_S = 30.0
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port that nobody listens at."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -53,7 +54,7 @@ def gcs(public: int | None = None) -> Iterator[int]:
     Args:
       public: port that clients use, if a gate is in between.
     """
-    port = _free_port()
+    port = free_port()
     command = [
         str(_binary()), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1",
         "-port", str(port), "-external-url", f"http://127.0.0.1:{public or port}",
@@ -73,7 +74,7 @@ def gcs(public: int | None = None) -> Iterator[int]:
 @contextlib.contextmanager
 def s3(public: int | None = None) -> Iterator[int]:
     """Runs moto's server of S3 with an empty bucket, as `gcs` does; it hands out no addresses."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with _running(command) as process:
         _await(f"http://127.0.0.1:{port}/", process)
@@ -130,7 +131,7 @@ class Gate:
     """
 
     def __init__(self, port: int | None = None):
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.target = 0
         self.answer: Callable[[str, str], int | None] = lambda method, path: None
         self.open = True

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from luspo_jax.hosts.buckets import Bucket
@@ -208,6 +209,45 @@ def test_a_permission_that_is_taken_away_is_one_line_and_loses_nothing(site):
     site.gate.answer = lambda method, path: None
     site.run()
     _assert_same_results(site.results(), _results(site.folder / "straight"))
+
+
+@pytest.mark.slow
+@gs_only
+def test_two_hosts_that_share_only_a_bucket(site):
+    """Each has a cache of its own; one dies, is named, and both go on elsewhere."""
+    port = bucket_servers.free_port()
+
+    def start(where, attempt):
+        return [
+            site.start(
+                f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}",
+                "--config.rollout.prompts_per_step=8", "--config.hosts.dead_after_s=8",
+                "--config.output.checkpoint_every=2", workdir=where,
+            )
+            for index in range(2)
+        ]  # fmt: skip
+
+    for process in start(site.folder / "straight", 0):
+        assert process.wait(400) == 0, site.log.read_text()[-3000:]
+    first, second = start(None, 1)
+    until = time.monotonic() + 300
+    while b'"step": 3' not in (site.bucket.read("metrics.jsonl") or b""):
+        assert time.monotonic() < until, site.log.read_text()[-3000:]
+        time.sleep(0.1)
+    assert set(site.bucket.entries("processes")) == {"processes/0.json", "processes/1.json"}
+    for child in psutil.Process(second.pid).children(recursive=True):
+        child.kill()
+    second.kill()
+    began = time.monotonic()
+    assert first.wait(100) != 0
+    assert time.monotonic() - began < 8 + 15
+    text = site.log.read_text()
+    assert "process 1 (host" in text
+    assert "continues from its last checkpoint" in text
+    for process in start(None, 2):
+        assert process.wait(400) == 0, site.log.read_text()[-3000:]
+    _assert_same_results(site.results(), _results(site.folder / "straight"))
+    assert not site.bucket.entries("processes")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Two real processes on this host: the numbers of one, deaths named, and a run that goes on."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -55,7 +56,7 @@ here, real = f"--process_id={index}" in sys.argv and guard.guarded(), guard.phas
 def phase(name):
     with real(name):
         if here and name == at and guard._here["step"] == int(step):
-            time.sleep(1.0)  # until the heartbeat file tells the phase
+            time.sleep(3.0)  # until all have read the phase
             if what == "hang":
                 time.sleep(600)
             if what == "error":
@@ -289,3 +290,117 @@ def test_workdir_that_is_not_shared_is_refused(folder):
     codes, said, _ = Pair(folder, "-", flags=flags, VISIBLE_AFTER="2").wait()
     assert all(codes)
     assert all("must be on storage that all processes share" in text for text in said), said
+
+
+# Three processes without any folder in common, as where the workdir is in a bucket. The variable
+# FAULT is process:what.
+APART = """
+import os, signal, sys, time
+from luspo_jax.hosts import guard
+
+index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+victim, what = os.environ["FAULT"].split(":")
+
+def end(number, both):
+    if both:
+        os.kill(os.getppid(), number)
+    os.kill(os.getpid(), number)
+
+def main():
+    from luspo_jax.hosts import processes
+    arguments = {
+        "coordinator_address": f"127.0.0.1:{port}", "num_processes": 3, "process_id": index,
+    }
+    processes.start(
+        arguments, f"{folder}/own_{index}", dead_after_s=8.0, phase_timeout_s=0.0, shared=False,
+        checkpoints="gs://bucket/run/checkpoints",
+    )
+    guard.at_step(3)
+    with guard.phase("reward"):
+        time.sleep(3.0)  # until all have read the phase
+        if str(index) == victim:
+            if what == "error":
+                raise RuntimeError("the data of this host is bad")
+            end(signal.SIGSTOP if what == "frozen" else signal.SIGKILL, both=what != "worker")
+    assert processes.gather(index) == [0, 1, 2]
+    processes.stop()
+    return 0
+
+if guard.guarded():
+    guard.work(main)
+sys.exit(guard.watch([sys.executable, *sys.orig_argv[1:]]))
+"""
+
+
+class _Apart:
+    """The three processes, and their descendants for the end of a test."""
+
+    def __init__(self, folder, fault):
+        (folder / "apart.py").write_text(APART)
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+            "FAULT": fault,
+        }
+        port = str(_free_port())
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(folder / "apart.py"), str(index), port, str(folder)],
+                env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                start_new_session=True,
+            )
+            for index in range(3)
+        ]  # fmt: skip
+
+    def said(self, index):
+        """(exit status, last words)"""
+        text = self.processes[index].communicate(timeout=120)[1]
+        return self.processes[index].returncode, text
+
+    def end(self):
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.mark.slow
+def test_processes_without_a_common_folder_end_together(tmp_path):
+    apart = _Apart(tmp_path, "-:-")
+    try:
+        ends = [apart.said(index) for index in range(3)]
+    finally:
+        apart.end()
+    assert [code for code, _ in ends] == [0, 0, 0], ends
+    posts = [
+        json.loads((tmp_path / "own_0" / "processes" / f"{index}.json").read_text())
+        for index in range(3)
+    ]
+    assert [(post["process"], post["status"], post["step"]) for post in posts] == [
+        (0, "done", 3), (1, "done", 3), (2, "done", 3),
+    ]  # fmt: skip
+    assert not (tmp_path / "own_1").exists()
+    assert not (tmp_path / "own_2").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("what", ["worker", "host", "frozen", "error"])
+def test_survivors_without_a_common_folder_name_the_one_that_ended(tmp_path, victim, what):
+    """Both of them: when process 0 is gone they do not take each other for it."""
+    apart = _Apart(tmp_path, f"{victim}:{what}")
+    try:
+        ends = [apart.said(index) for index in range(3) if index != victim]
+    finally:
+        apart.end()
+    for code, said in ends:
+        found = re.search(
+            rf"process {victim} \(host .*, pid \d+\) .*phase reward of step 3.*", said
+        )
+        assert code == 1, said
+        assert found, said[-3000:]
+        assert "continues from its last checkpoint, if it has one" in found[0]
+        expected = {"worker": "killed by SIGKILL", "error": "the data of this host is bad"}
+        assert expected.get(what, "is dead: no sign of life for") in found[0]
+        others = {0, 1, 2} - {victim}
+        assert not any(f"process {other} (host" in said for other in others)

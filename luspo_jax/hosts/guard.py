@@ -1,19 +1,19 @@
 """Watches the processes of a run on several hosts, and names the one that ended it.
 
-Each process of such a run is a pair: a guard, and the worker that it started. The guard never
-imports jax. It writes the worker's heartbeat file `processes/<i>.json`, reads those of the others,
-and ends its worker when another one fails or shows no sign of life.
+Each process of such a run is a pair: a guard, and the worker that it started. The worker posts its
+phase and step in the store of `jax.distributed` and reads those of the others (`lifesigns`); the
+guard judges them (`peers`), and ends its worker when another one fails or shows no sign of life.
 
 A thread inside the worker could not do this: when the host of process 0 dies, jax aborts every
 other process within a tenth of a second, and a broken collective may end the process too. The guard
-survives and names the cause.
+never imports jax, survives, names the cause, and tells the other guards (`letters`) how a worker
+ended that could not say so itself.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 import re
 import selectors
 import signal
@@ -26,14 +26,16 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from luspo_jax.hosts import files
+from luspo_jax.hosts import letters, lifesigns, peers
+from luspo_jax.hosts.board import Board
+from luspo_jax.hosts.peers import Membership, failure, name, next_start, place
 
-BEAT_S = 2.0  # between two writes of a heartbeat file, and two looks at the others'
-_VARIABLE = "LUSPO_JAX_GUARD"  # descriptor of the channel between guard and worker
-_NEWS_S = 0.5  # until a new phase is in the file
+_VARIABLE = "LUSPO_JAX_GUARD"  # descriptor of the channel between guard and worker, guard's port
 _TICK_S = 0.25  # between two looks at its worker
 MEETING = "meeting"  # phase in which a process waits for others that do something else
 _GRACE_S = 5.0  # added to limits of processes that only wait, so that the cause is named first
+_GOODBYE_S = 2.0  # at most, to tell other guards how it ended and to hear it of them
+_LEAVE_S = 300.0  # at most, until all have come to the end of a run, as in jax
 PREEMPTED = 128 + signal.SIGTERM  # exit status of a run that was asked to end and saved itself
 # Beginnings of jax runtime errors.
 _STATUS = re.compile(
@@ -45,38 +47,46 @@ class Preempted(BaseException):
     """The run was asked to end, and has saved itself; no `except Exception` holds it up."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Membership:
-    """What a worker tells its guard once it knows its place in the run.
-
-    Attributes:
-      folder: of the heartbeat files; on storage that all processes share.
-      checkpoints: folder of the checkpoints, to say where a run resumes.
-      index, count: this process, and the number of processes.
-      attempt: identifies this start of the run, the same on all processes; heartbeat files of
-        earlier starts are ignored.
-      dead_after_s: seconds without a new beat after which a process counts as dead.
-      phase_timeout_s: the longest time that a phase may take; 0 for no limit.
-    """
-
-    folder: str
-    checkpoints: str
-    index: int
-    count: int
-    attempt: str
-    dead_after_s: float
-    phase_timeout_s: float
-
-
 # --- In the worker: messages to the guard. Without a guard they do nothing. -----------------------
 
 _guard: socket.socket | None = None
+_port = 0  # of the guard
+_signs: lifesigns.Signs | None = None
+_telling = threading.Lock()
 _here = {"phase": "start", "step": 0}
+_state = {"status": "running", "message": ""}
+_since = time.monotonic()  # of the phase
 
 
-def join(membership: Membership) -> None:
-    """Starts the watch: from now on this process and the others watch each other."""
+def join(membership: Membership, store: lifesigns.TextStore) -> None:
+    """Starts the watch: from now on this process and the others watch each other.
+
+    Args:
+      membership: its place in the run.
+      store: where all processes post; see `luspo_jax.hosts.store`.
+    """
+    global _signs
+    if _guard is None:
+        return
     _tell(join=dataclasses.asdict(membership))
+    known = {
+        "process": membership.index,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "attempt": membership.attempt,
+        "guard": (membership.host, _port),
+    }
+
+    def post():
+        return known | _here | _state | {"phase_s": round(time.monotonic() - _since, 1)}
+
+    _signs = lifesigns.Signs(store, membership.index, post, _tell)
+
+
+def leave() -> None:
+    """Ends the watch at the end of a run, together with the others."""
+    if _signs is not None:
+        _signs.leave(_LEAVE_S)
 
 
 def may_be_aborted(message: str) -> None:
@@ -90,7 +100,7 @@ def may_be_aborted(message: str) -> None:
 def at_step(step: int) -> None:
     """Reports the current rollout step, counted from 1."""
     _here["step"] = step
-    _tell(step=step)
+    _report(step=step)
 
 
 @contextlib.contextmanager
@@ -102,12 +112,11 @@ def phase(name: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    outer, _here["phase"] = _here["phase"], name
-    _tell(phase=name)
+    outer = _here["phase"]
+    _enter(name)
     yield
     # Only if nothing was raised: after a failure, the failed phase is of interest.
-    _here["phase"] = outer
-    _tell(phase=outer)
+    _enter(outer)
 
 
 def failed(error: BaseException, message: str) -> None:
@@ -116,7 +125,10 @@ def failed(error: BaseException, message: str) -> None:
     An error of a collective mostly means that another process has died: the guard then waits until
     that process is named.
     """
-    _tell(status="broken" if _is_collective(error) else "failed", message=message)
+    _state["message"], _state["status"] = message, "broken" if _is_collective(error) else "failed"
+    _tell(**_state)
+    if _signs is not None:
+        _signs.now()  # the store may end with this process
 
 
 def guarded() -> bool:
@@ -126,8 +138,9 @@ def guarded() -> bool:
 
 def work(main: Callable[[], int]) -> NoReturn:
     """Runs `main` in the worker, tells the guard how it ended, and exits."""
-    global _guard
-    _guard = socket.socket(fileno=int(os.environ.pop(_VARIABLE)))
+    global _guard, _port
+    channel, _port = map(int, os.environ.pop(_VARIABLE).split(","))
+    _guard = socket.socket(fileno=channel)
     _guard.set_inheritable(False)
     # The guard sends nothing: the channel becomes readable when the guard is gone.
     threading.Thread(target=_end_with_guard, args=(_guard,), daemon=True).start()
@@ -142,7 +155,13 @@ def work(main: Callable[[], int]) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # jax would wait at exit for processes that may be dead
+        try:
+            if _signs is not None and _state["status"] == "broken":
+                # Its signs of life, and on process 0 the store, last until the cause is found: the
+                # guard ends this process then.
+                threading.Event().wait()
+        finally:
+            os._exit(status)  # jax would wait at exit for processes that may be dead
 
 
 def watch(command: Sequence[str]) -> int:
@@ -151,14 +170,14 @@ def watch(command: Sequence[str]) -> int:
     Returns:
       Its exit status, or 1 if it was ended because of another process.
     """
-    here, there = socket.socketpair()
+    box, (here, there) = letters.Box(), socket.socketpair()
     worker = subprocess.Popen(
         command,
-        env=os.environ | {_VARIABLE: str(there.fileno())},
+        env=os.environ | {_VARIABLE: f"{there.fileno()},{box.port}"},
         pass_fds=(there.fileno(),),
     )
     there.close()
-    return _Guard(worker, here).watch()
+    return _Guard(worker, here, box).watch()
 
 
 def _end_with_guard(channel: socket.socket) -> None:
@@ -167,9 +186,21 @@ def _end_with_guard(channel: socket.socket) -> None:
     os._exit(1)
 
 
+def _enter(phase: str) -> None:
+    global _since
+    _here["phase"], _since = phase, time.monotonic()
+    _report(phase=phase)
+
+
+def _report(**news: Any) -> None:
+    _tell(**news)
+    if _signs is not None:
+        _signs.hurry()
+
+
 def _tell(**news: Any) -> None:
     if _guard is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), _telling:
             _guard.sendall(json.dumps(news).encode() + b"\n")
 
 
@@ -187,104 +218,26 @@ def _is_collective(error: BaseException | None) -> bool:
 # --- In the guard. --------------------------------------------------------------------------------
 
 
-class Peers:
-    """The heartbeat files of the other processes, and the time of their last change.
-
-    Beats are compared with one another and timed by this process's own clock: clocks of different
-    hosts are never compared.
-    """
-
-    def __init__(self, membership: Membership, clock: Callable[[], float] = time.monotonic):
-        self._us, self._clock = membership, clock
-        now = clock()
-        others = [i for i in range(membership.count) if i != membership.index]
-        self._seen: dict[int, tuple[Any, float]] = {i: (None, now) for i in others}
-        self._last: dict[int, dict[str, Any]] = {}
-
-    def look(self, trust_silence: bool = True) -> str | None:
-        """Returns why the run must end, in words; None if it need not.
-
-        Silence proves nothing if this process cannot write to the folder either.
-        """
-        for index in self._seen:
-            self._read(index)
-        for status, verdict in (("failed", _failure), ("stopped", lambda post: post["message"])):
-            for post in self._last.values():
-                if post["status"] == status:
-                    return verdict(post)
-        silent = filter(None, map(self._silence, self._seen))
-        return next(silent, None) if trust_silence else None
-
-    def _read(self, index: int) -> None:
-        post = read_post(pathlib.Path(self._us.folder) / f"{index}.json")
-        if post is None or post.get("attempt") != self._us.attempt:
-            return
-        self._last[index] = post
-        if post["beat"] != self._seen[index][0]:
-            self._seen[index] = (post["beat"], self._clock())
-
-    def _silence(self, index: int) -> str | None:
-        post, silent = self._last.get(index), self._clock() - self._seen[index][1]
-        if silent <= self._us.dead_after_s or (post and post["status"] in ("done", "preempted")):
-            return None
-        if post is None:
-            return (
-                f"process {index} has given no sign of life in {self._us.folder} for {silent:.0f} "
-                "s: it died at the start, or the workdir is not on storage that all processes share"
-            )
-        return (
-            f"{name(post)} is dead: no sign of life for {silent:.0f} s "
-            f"(hosts.dead_after_s={self._us.dead_after_s:g}); it was last in {place(post)}"
-        )
-
-
-def read_post(path: pathlib.Path) -> dict[str, Any] | None:
-    """Reads a heartbeat file; None if there is none or it is unreadable."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def name(post: dict[str, Any]) -> str:
-    """Names the process of a heartbeat file."""
-    return f"process {post['process']} (host {post['host']}, pid {post['pid']})"
-
-
-def place(post: dict[str, Any]) -> str:
-    """Says what the process was doing."""
-    return f"phase {post['phase']} of step {post['step']}"
-
-
-def _failure(post):
-    return f"{name(post)} failed in {place(post)}: {post['message']}"
-
-
-def next_start(checkpoints: str | os.PathLike) -> str:
-    """Says what the same command would do next."""
-    folder = pathlib.Path(checkpoints)
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
-    what = f"continues from checkpoint step {max(steps)}" if steps else "starts over"
-    return f"the same command, run again on all processes, {what}"
-
-
 class _Guard:
     """The parent of one worker."""
 
-    def __init__(self, worker: subprocess.Popen, channel: socket.socket):
-        self._worker, self._channel = worker, channel
+    def __init__(self, worker: subprocess.Popen, channel: socket.socket, box: letters.Box):
+        self._worker, self._channel, self._box = worker, channel, box
         self._membership: Membership | None = None
-        self._peers: Peers | None = None
+        self._peers: peers.Peers | None = None
+        self._board: Board | None = None
         self._post = {
             "process": None, "host": socket.gethostname(), "pid": worker.pid, "attempt": "",
             "phase": "start", "phase_s": 0.0, "step": 0, "beat": 0,
-            "status": "running", "message": "",
+            "status": "running", "message": "", "guard": None,
         }  # fmt: skip
-        self._phase_since, self._next_look = time.monotonic(), 0.0
-        self._last_write = self._next_write = 0.0
+        self._phase_since = time.monotonic()
+        self._next_ask = self._next_show = 0.0
+        self._turned = time.monotonic()
+        self._num_sent = 0
         self._exit: int | None = None  # of the worker; −n if signal n ended it
         self._wait_until: float | None = None  # deadline for another process to be named
-        self._muted = False  # the heartbeat file could not be written
+        self._left = False  # the run is over for all
         self._signal: int | None = None
         self._note = ""  # what an abort before joining means
         self._buffer, self._told = b"", True  # the worker's messages, and whether more may come
@@ -303,6 +256,7 @@ class _Guard:
                     self._listen()
                 else:
                     time.sleep(_TICK_S)
+                self._hear()
                 status = self._turn()
         return status
 
@@ -319,38 +273,68 @@ class _Guard:
             self._buffer += received
         *lines, self._buffer = self._buffer.split(b"\n")
         for line in lines:
-            news = json.loads(line)
-            if "join" in news:
-                self._join(Membership(**news.pop("join")))
-            if "phase" in news:
-                self._phase_since = time.monotonic()
-            self._note = news.pop("note", self._note)
-            self._post.update(news)
-            self._next_write = min(self._next_write, self._last_write + _NEWS_S)
+            self._take(json.loads(line))
+
+    def _take(self, news: dict[str, Any]) -> None:
+        if "join" in news:
+            self._join(Membership(**news.pop("join")))
+        if self._peers and news.pop("asks", False):
+            self._peers.asks()
+        if self._peers and "posts" in news:
+            self._peers.read(news.pop("posts"))
+        if "phase" in news:
+            self._phase_since = time.monotonic()
+        if news.get("status") == "broken" and self._peers:
+            self._await_cause()
+        self._note = news.pop("note", self._note)
+        self._left = news.pop("left", self._left)
+        self._post.update(news)
 
     def _join(self, membership: Membership) -> None:
-        self._membership, self._peers = membership, Peers(membership)
-        self._post |= {"process": membership.index, "attempt": membership.attempt}
+        self._membership, self._peers = membership, peers.Peers(membership)
+        self._post |= {
+            "process": membership.index,
+            "attempt": membership.attempt,
+            "guard": (membership.host, self._box.port),
+        }
+        if membership.index == 0:
+            self._board = Board(membership.folder)
+
+    def _hear(self) -> None:
+        """Handles what other guards have sent."""
+        if self._peers is None:
+            return
+        for message in self._box.read(self._membership.secret):
+            if self._peers.hear(message["post"], message["number"]) and message["asks"]:
+                self._send([message["post"]["guard"]], within_s=0.0)
 
     def _turn(self) -> int | None:
-        """Checks the worker and, now and then, the others; an exit status ends the watch."""
+        """Checks the worker and the others; an exit status ends the watch."""
         if self._exit is None:
             self._exit = self._worker.poll()
             if self._exit is not None:
                 self._listen()
                 return self._after_exit()
         now = time.monotonic()
-        if now >= self._next_write:
-            self._write()
-        if now < self._next_look:
-            return None
-        self._next_look = now + BEAT_S
-        cause = (self._peers.look(not self._muted) if self._peers else None) or self._hang(now)
+        if self._peers and now - self._turned > 3 * peers.BEAT_S:
+            self._peers.forgive(now - self._turned)  # this host slept and heard nobody
+        self._turned = now
+        self._show(now)
+        cause = (None if self._left else self._judged(now)) or self._hang(now)
         if cause is not None:
             return self._stop(cause)
         if self._wait_until is not None and now > self._wait_until:
             return self._give_up()
         return None
+
+    def _judged(self, now: float) -> str | None:
+        """Returns why the others end this process; asks those that are silent, now and then."""
+        if self._peers is None:
+            return None
+        if now >= self._next_ask:
+            self._next_ask = now + peers.BEAT_S
+            self._send(self._peers.unheard(), within_s=0.0, asks=True)
+        return self._peers.look(alone=self._exit is not None)
 
     def _after_exit(self) -> int | None:
         """Handles a worker that ended by itself."""
@@ -367,18 +351,24 @@ class _Guard:
                 "message": _ending(self._exit, self._signal),
             }
             if not aborted:
-                self._say(_failure(self._named()))
+                self._say(failure(self._named()))
         if self._post["status"] == "failed" or self._peers is None:
             return self._give_up()
-        self._wait_until = time.monotonic() + self._membership.dead_after_s + _GRACE_S
-        self._next_look = 0.0
+        self._await_cause()
         return None
+
+    def _await_cause(self) -> None:
+        """Gives another process time to be named: a broken collective has its cause elsewhere."""
+        if self._wait_until is None:
+            self._wait_until = time.monotonic() + self._membership.dead_after_s + _GRACE_S
 
     def _give_up(self) -> int:
         """Ends the watch when no other process is the cause."""
         if self._post["status"] == "broken":
-            self._say(self._note if self._note and not self._peers else _failure(self._named()))
+            self._say(self._note if self._note and not self._peers else failure(self._named()))
         self._finish("failed", self._post["message"])
+        if self._exit is None:
+            return 1
         return self._exit if self._exit > 0 else 128 - self._exit
 
     def _hang(self, now: float) -> str | None:
@@ -387,7 +377,7 @@ class _Guard:
         waits = self._post["phase"] in ("gather", "checkpoint", "export", "wait")
         if self._post["phase"] == MEETING:  # however long: each phase of the others has a limit
             return None
-        if not limit or self._exit is not None or seconds <= limit + (_GRACE_S if waits else 0):
+        if not limit or self._wait_until or seconds <= limit + (_GRACE_S if waits else 0):
             return None
         return (
             f"{name(self._post)} hangs in {place(self._post)}: for {seconds:.0f} s, and "
@@ -398,16 +388,47 @@ class _Guard:
         """Ends the worker, because another one failed or it hangs."""
         self._say(cause)
         self._finish("stopped", cause)
+        return 1
+
+    def _finish(self, status: str, message: str) -> None:
+        """Tells all others how it ended, and ends the worker if it has not."""
+        self._post |= {"status": status, "message": message}
+        self._post["phase_s"] = round(time.monotonic() - self._phase_since, 1)
         if self._exit is None:
             # Only this ends a worker that is stuck in a collective. Its reward workers see their
             # input close, and end.
             self._worker.kill()
             self._worker.wait()
-        return 1
+        if self._peers is None:
+            return
+        until = time.monotonic() + _GOODBYE_S
+        self._send(self._peers.addresses(), within_s=_GOODBYE_S / 2)
+        if self._board:
+            while self._peers.expected() and time.monotonic() < until:
+                time.sleep(_TICK_S / 5)
+                self._hear()
+            if self._left:  # together: who cannot tell has ended like this one
+                for post in self._peers.posts.values():
+                    post["status"] = status if post["status"] == "running" else post["status"]
+            self._show(time.monotonic(), at_once=True)
+            self._board.finish(_GOODBYE_S)
 
-    def _finish(self, status: str, message: str) -> None:
-        self._post |= {"status": status, "message": message}
-        self._write()
+    def _send(self, addresses: Sequence[Any], within_s: float, asks: bool = False) -> None:
+        """Sends this process's post to other guards."""
+        if addresses:
+            self._num_sent += 1
+            message = {"number": self._num_sent, "asks": asks, "post": self._post}
+            letters.send(
+                addresses, letters.sealed(message, self._membership.secret), within_s=within_s
+            )
+
+    def _show(self, now: float, at_once: bool = False) -> None:
+        """Has the posts of all processes written, on process 0."""
+        if self._board and (at_once or now >= self._next_show):
+            self._next_show = now + peers.BEAT_S
+            self._post["beat"] += 1
+            self._post["phase_s"] = round(now - self._phase_since, 1)
+            self._board.show([self._post, *self._peers.posts.values()])
 
     def _named(self) -> dict[str, Any]:
         index = self._post["process"]
@@ -421,22 +442,6 @@ class _Guard:
     def _forward(self, number: int, _frame: Any) -> None:
         self._signal = number
         self._worker.send_signal(number)
-
-    def _write(self) -> None:
-        """Writes the heartbeat file, whole or not at all; the worker reports a full disk."""
-        self._last_write = time.monotonic()
-        self._next_write = self._last_write + BEAT_S
-        if self._membership is None:
-            return
-        self._post["beat"] += 1
-        self._post["phase_s"] = round(time.monotonic() - self._phase_since, 1)
-        path = pathlib.Path(self._membership.folder) / f"{self._membership.index}.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_text(path, json.dumps(self._post) + "\n", durable=False)
-            self._muted = False
-        except OSError:
-            self._muted = True
 
 
 def _ending(code: int, forwarded: int | None) -> str:

@@ -26,6 +26,7 @@ class Mirror:
       folder: of this host.
       bucket: its copy.
       hidden: names with a dot that belong to the copy.
+      left_out: folders that do not.
       may_write: called before each look; raises to stop.
     """
 
@@ -35,10 +36,11 @@ class Mirror:
         bucket: Bucket,
         *,
         hidden: Collection[str] = (),
+        left_out: Collection[str] = (),
         may_write: Callable[[], None] = lambda: None,
     ):
         self._folder, self._bucket = folder, bucket
-        self._hidden, self._may_write = {MARK, *hidden}, may_write
+        self._hidden, self._left_out, self._may_write = {MARK, *hidden}, left_out, may_write
         self._sent: dict[str, tuple[int, int]] = {}  # name → size and time of what was sent
         self._wake, self._state = threading.Event(), threading.Condition()
         self._asked = self._done = 0  # looks asked for, and those that are over
@@ -133,7 +135,7 @@ class Mirror:
 
     def _files(self) -> Iterator[tuple[str, tuple[int, int]]]:
         for root, folders, names in os.walk(self._folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = [n for n in folders if not n.startswith(".") and n not in self._left_out]
             for name in names:
                 path = pathlib.Path(root, name)
                 if not name.startswith(".") or name in self._hidden:

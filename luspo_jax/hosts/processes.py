@@ -14,6 +14,7 @@ import hashlib
 import os
 import pathlib
 import pickle
+import secrets
 import socket
 import time
 import uuid
@@ -24,7 +25,7 @@ import jax
 import numpy as np
 
 from luspo_jax import sharding
-from luspo_jax.hosts import guard
+from luspo_jax.hosts import guard, letters, store
 
 _members: contextvars.ContextVar[tuple[int, ...] | None] = contextvars.ContextVar("members")
 _GATHERED_BYTES = 1 << 27  # per collective, over all processes
@@ -120,34 +121,50 @@ def start(
     *,
     dead_after_s: float,
     phase_timeout_s: float,
+    shared: bool = True,
+    checkpoints: str | None = None,
 ) -> None:
     """Connects the processes and, with a workdir, starts the mutual watch.
 
+    Args:
+      arguments: of `initialize`.
+      workdir: process 0 writes `processes/*.json` there, for people to read; None watches nobody.
+      dead_after_s, phase_timeout_s: of `guard.Membership`.
+      shared: whether the workdir must be one folder for all processes, which is checked. The watch
+        itself needs none.
+      checkpoints: where they are, if not in the workdir; may be the address of a bucket.
+
     Raises:
       ClusterError, AgreementError: they did not meet, or do not share the workdir.
+      StoreError: this jax does not let processes post signs of life.
     """
     initialize(arguments, dead_after_s=dead_after_s)
     if workdir is None:
         return
     folder = pathlib.Path(workdir).absolute()
-    attempt = gather(uuid.uuid4().hex)[0]
-    check_shared(folder, attempt)  # before the watch, which needs a shared folder
+    attempt, secret = gather((uuid.uuid4().hex, secrets.token_hex()))[0]
+    if shared:
+        check_shared(folder, attempt)
     guard.join(
         guard.Membership(
             folder=str(folder / "processes"),
-            checkpoints=str(folder / "checkpoints"),
+            checkpoints=checkpoints or str(folder / "checkpoints"),
             index=jax.process_index(),
             count=jax.process_count(),
             attempt=attempt,
+            secret=secret,
+            host=letters.host_towards(store.coordinator()),
             dead_after_s=dead_after_s,
             phase_timeout_s=phase_timeout_s,
-        )
+        ),
+        store.Store(f"luspo_jax/{attempt}"),
     )
 
 
 def stop() -> None:
     """Disconnects together with the others, at the end of a run."""
     if jax.distributed.is_initialized():
+        guard.leave()
         jax.distributed.shutdown()
 
 

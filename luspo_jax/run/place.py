@@ -21,6 +21,7 @@ from luspo_jax.hosts.lease import Lease
 from luspo_jax.hosts.mirror import Mirror
 
 CHECKPOINTS = "checkpoints"
+_BOARD = "processes"
 NOTE = ".checkpointed"  # step of the last checkpoint written
 # What a start reads from the bucket: what it goes on to write, or checks.
 _NEEDED = ("run.json", "metrics.jsonl", "wandb_id", NOTE)
@@ -49,7 +50,14 @@ class Place:
     @functools.cached_property
     def folder(self) -> pathlib.Path:
         """The folder of this host, where files are written; processes must be connected before."""
-        return pathlib.Path(self.name) if self._bucket is None else _scratch(self.name)
+        if self._bucket is None:
+            return pathlib.Path(self.name)
+        return _scratch(self.name, jax.process_index())
+
+    @property
+    def board(self) -> pathlib.Path:
+        """The folder of this host where, on the first one, the guard shows what processes do."""
+        return self.folder if self._bucket is None else _scratch(self.name, 0)
 
     @property
     def shared(self) -> bool:
@@ -104,13 +112,14 @@ class Place:
                 self._lock.close()
                 raise
         for path in self.folder.iterdir():
-            if path.name != ".lock":
+            if path.name not in (".lock", _BOARD):  # a guard writes what processes do
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         found = self._fetched()
         self._mirror = Mirror(
             self.folder,
             self._bucket,
             hidden=(NOTE,),
+            left_out=("wandb",),  # which W&B has
             may_write=self._held.check if self._held else lambda: None,
         )
         self._mirror.adopt(found)
@@ -172,18 +181,22 @@ class Place:
         """
         mirror, lease, lock = self._mirror, self._held, self._lock
         self._mirror = self._held = self._lock = None
+        copied = False
         try:
             if mirror is not None:
                 mirror.close(flush=complete)
-                if complete:
+                if complete and lease is not None:
                     self._drop_old_export()
+                    # What the guard says last comes after this: what it said before is not true.
+                    self._bucket.delete(self._bucket.entries(_BOARD))
+                copied = complete
         finally:
             try:
                 if lease is not None:
                     lease.close()
             finally:
                 if lock is not None:
-                    if mirror is not None and complete:
+                    if copied:
                         shutil.rmtree(self.folder, ignore_errors=True)
                     lock.close()
 
@@ -199,9 +212,8 @@ def _later(names: Iterable[str], step: int) -> list[str]:
     return [name for name, match in matches if match and int(match[2]) > step]
 
 
-def _scratch(url: str) -> pathlib.Path:
-    """Returns the folder of this process for the files of an address, in the user's cache."""
+def _scratch(url: str, index: int) -> pathlib.Path:
+    """Returns a process's folder for the files of an address, in the user's cache."""
     last = re.sub(r"[^A-Za-z0-9_.-]", "_", url.rpartition("/")[2])
     name = f"{last}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    index = jax.process_index()
     return files.user_cache() / "workdirs" / (f"{name}.process_{index}" if index else name)

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from luspo_jax.hosts.guard import BEAT_S
+from luspo_jax.hosts.peers import BEAT_S
 from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, check_fields
 from luspo_jax.learner.logprobs import REPLAYS
 from luspo_jax.learner.state import OFFLOADS

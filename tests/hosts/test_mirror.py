@@ -28,7 +28,7 @@ class Copy(Memory):
 @pytest.fixture
 def mirrored(tmp_path):
     bucket = Copy()
-    mirror = Mirror(tmp_path, bucket, hidden=(".note",))
+    mirror = Mirror(tmp_path, bucket, hidden=(".note",), left_out=("wandb",))
     yield tmp_path, bucket, mirror
     mirror.close(flush=False)
 
@@ -41,8 +41,9 @@ def test_what_changes_is_copied_and_nothing_else(mirrored):
     (folder / "a").write_text("a")
     for scratch in (".lock", ".metrics.tmp.jsonl", ".note"):
         (folder / scratch).write_text("x")
-    (folder / ".export.partial-1").mkdir()
-    (folder / ".export.partial-1" / "w").write_text("w")
+    for name in (".export.partial-1", "wandb"):
+        (folder / name).mkdir()
+        (folder / name / "w").write_text("w")
     mirror.flush()
     assert bucket.objects == {
         "rollouts/step_1.jsonl": b"r", "metrics.jsonl": b"m", "a": b"a", ".note": b"x"

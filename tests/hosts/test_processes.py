@@ -133,6 +133,46 @@ def test_agree_raises_what_differs(monkeypatch):
         processes.agree({"jax": "1.0"})
 
 
+class _Started:
+    """`processes.start` on process 1 of 2 without jax: what it checks, and whom it joins."""
+
+    def __init__(self, monkeypatch):
+        self.checked, self.joined = [], []
+        monkeypatch.setattr(processes, "initialize", lambda arguments, dead_after_s: None)
+        monkeypatch.setattr(processes.jax, "process_index", lambda: 1)
+        monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(processes, "gather", lambda value: [("attempt 0", "secret 0"), value])
+        monkeypatch.setattr(processes, "check_shared", lambda *place: self.checked.append(place))
+        monkeypatch.setattr(processes.store, "coordinator", lambda: "127.0.0.1:1234")
+        monkeypatch.setattr(processes.store, "Store", lambda folder: folder)
+        monkeypatch.setattr(processes.guard, "join", lambda *known: self.joined.append(known))
+
+    def __call__(self, workdir, **changes):
+        processes.start({}, workdir, dead_after_s=9.0, phase_timeout_s=7.0, **changes)
+        return self.joined.pop() if self.joined else None
+
+
+def test_start_joins_the_watch_of_this_start_of_the_run(monkeypatch, tmp_path):
+    start = _Started(monkeypatch)
+    membership, store = start(tmp_path)
+    assert store == "luspo_jax/attempt 0"
+    assert start.checked == [(tmp_path, "attempt 0")]
+    assert (membership.attempt, membership.secret) == ("attempt 0", "secret 0")
+    assert (membership.index, membership.count, membership.host) == (1, 2, "127.0.0.1")
+    assert (membership.dead_after_s, membership.phase_timeout_s) == (9.0, 7.0)
+    assert membership.folder == str(tmp_path / "processes")
+    assert membership.checkpoints == str(tmp_path / "checkpoints")
+
+
+def test_start_without_a_common_folder_checks_none(monkeypatch, tmp_path):
+    start = _Started(monkeypatch)
+    membership, _ = start(tmp_path, shared=False, checkpoints="gs://bucket/run/checkpoints")
+    assert start.checked == []
+    assert membership.folder == str(tmp_path / "processes")
+    assert membership.checkpoints == "gs://bucket/run/checkpoints"
+    assert start(None) is None
+
+
 def test_unequal_numbers_of_devices_are_refused():
     processes.check_devices({0: 4, 1: 4})
     with pytest.raises(processes.AgreementError, match="process 0 has 4, process 1 has 2"):
