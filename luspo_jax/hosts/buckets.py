@@ -8,8 +8,10 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -45,6 +47,8 @@ def is_bucket(path: Any) -> bool:
     """
     scheme, found, rest = str(path).partition("://")
     if not found:
+        if re.match(rf"({'|'.join(_SYSTEMS)}):/", str(path)):
+            raise BucketError(f"{path}: an address has two slashes: {path.replace(':/', '://', 1)}")
         return False
     if scheme not in _SYSTEMS:
         raise BucketError(f"{path}: {scheme}:// is not known: name a folder, gs:// or s3://")
@@ -230,6 +234,9 @@ def prepare() -> None:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
+    # They log each attempt that fails, with a traceback; what comes of it is said once, here.
+    for name in ("gcsfs", "s3fs", "botocore", "google.auth"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.suppress(ImportError):
         from gcsfs.core import GCSFileSystem
 

@@ -13,7 +13,11 @@ from luspo_jax.hosts.buckets import Bucket, BucketError
 
 # Objects that change or come after the record: Orbax's marks, and the record itself.
 _MARK = "commit_success.txt"
-_LATE = (_MARK, "checksums.json", "_CHECKPOINT_METADATA")
+# The server's checksums of a checkpoint's objects. A copy of the checkpoint elsewhere has others, so
+# the file's name says where they are valid.
+SUMS = "checksums.bucket.json"
+OF_DISK = "checksums.json"
+_LATE = (_MARK, SUMS, "_CHECKPOINT_METADATA")
 
 
 def opened(url: str) -> Bucket:
@@ -28,11 +32,33 @@ def opened(url: str) -> Bucket:
     return bucket
 
 
-def drop_unfinished(bucket: Bucket) -> None:
-    """Deletes checkpoints that lack Orbax's last mark: a killed run was writing them."""
-    names = list(bucket.entries())
-    finished = {name.split("/")[0] for name in names if name.split("/")[1:] == [_MARK]}
-    bucket.delete([name for name in names if name.split("/")[0] not in finished])
+def tidy(bucket: Bucket) -> None:
+    """Deletes checkpoints that lack Orbax's last mark: a killed run was writing them.
+
+    One that was written on a disk and copied here has our checksums instead, and gets its marks.
+
+    Raises:
+      BucketError: such a copy is not complete.
+    """
+    steps: dict[str, set[str]] = {}
+    for name in bucket.entries():
+        step, _, below = name.partition("/")
+        steps.setdefault(step, set()).add(below)
+    for step, names in steps.items():
+        if _MARK in names:
+            continue
+        if OF_DISK not in names:
+            bucket.delete([f"{step}/{name}" for name in names])
+            continue
+        missing = sorted(set(json.loads(bucket.read(f"{step}/{OF_DISK}"))) - names)
+        if missing:
+            raise BucketError(
+                f"{bucket.url}/{step} was copied from a disk, and {len(missing)} files are missing, "
+                f"such as {missing[0]}: copy it again, or delete it"
+            )
+        parts = {name.split("/")[0] for name in names if "/" in name}
+        for mark in (*(f"{part}/{_MARK}" for part in sorted(parts)), _MARK):
+            bucket.write(f"{step}/{mark}", b"copied from a disk\n")
 
 
 def kept_apart(state: Any) -> Any:
@@ -56,11 +82,17 @@ def record(bucket: Bucket, step: int) -> bytes:
         for name, entry in sorted(found.items())
         if not name.endswith(_LATE)
     }
-    return json.dumps(tags, indent=0).encode()
+    return json.dumps({"of": bucket.url, "tags": tags}, indent=0).encode()
 
 
-def differing(bucket: Bucket, step: int, stored: dict[str, str]) -> list[str]:
-    """Returns which objects of a checkpoint are missing or not as they were recorded."""
+def differing(bucket: Bucket, step: int, stored: dict[str, Any]) -> list[str]:
+    """Returns which objects of a checkpoint are missing or not as they were recorded.
+
+    A copy of another folder is not compared: its server may have other checksums.
+    """
+    if stored.get("of") != bucket.url:
+        return []
+    stored = stored["tags"]
     found = bucket.entries(str(step))
     tags = {name.partition("/")[2]: entry.tag for name, entry in found.items()}
     return [name for name, tag in stored.items() if tags.get(name) != tag]

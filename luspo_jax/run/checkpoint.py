@@ -29,7 +29,7 @@ from luspo_jax.types import TrainState
 # finished checkpoint and renames, so a save that fits leaves nothing half-written.
 _HEADROOM = 1.1
 _SHOWN = 8  # names listed per kind in an error
-_SUMS = "checksums.json"  # in a checkpoint: file → CRC-32 of its bytes
+_SUMS = bucket_checkpoints.OF_DISK  # in a checkpoint: file → CRC-32 of its bytes
 _LONGEST_S = 7200  # that a checkpoint may take to reach a bucket
 _PIECE = 1 << 24  # bytes of a file read at a time
 
@@ -96,7 +96,7 @@ class Checkpointer:
                 if processes.is_writer() and not (read_only or self._bucket):
                     self.folder.mkdir(parents=True, exist_ok=True)
             if self._bucket and processes.is_writer() and not read_only:
-                bucket_checkpoints.drop_unfinished(self._bucket)
+                bucket_checkpoints.tidy(self._bucket)
             processes.barrier("checkpoints")
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -203,7 +203,7 @@ class Checkpointer:
         """Does what comes before a checkpoint's last mark, in the background."""
         self._before_commit()
         self._bucket.write(
-            f"{self._saving}/{_SUMS}", bucket_checkpoints.record(self._bucket, self._saving)
+            f"{self._saving}/{bucket_checkpoints.SUMS}", bucket_checkpoints.record(self._bucket, self._saving)
         )
 
     def _check_space(self, written):
@@ -310,9 +310,9 @@ class Checkpointer:
 
     def _check_sums(self, step):
         """Compares the files with their checksums; an older checkpoint has none."""
-        folder = self.folder / str(step)
+        folder, name = self.folder / str(step), bucket_checkpoints.SUMS if self._bucket else _SUMS
         try:
-            stored = json.loads((folder / _SUMS).read_text())
+            stored = json.loads((folder / name).read_text())
         except FileNotFoundError:
             stored = {}
         if self._bucket is not None:

@@ -101,6 +101,32 @@ def test_a_half_written_checkpoint_does_not_count_and_goes(bucket, opened):
     assert opened(read_only=True).restore(2, _state(0.0))[0].params["w"][0, 0] == 2.5
 
 
+def test_a_checkpoint_that_was_copied_from_a_disk_goes_on_and_back(bucket, opened, tmp_path):
+    disk = Checkpointer(tmp_path / "disk")
+    disk.save(3, _state(1.5), {"n": 3}, {"tokens": np.arange(3)})
+    disk.close()
+    files = [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
+    names = {path.relative_to(tmp_path / "disk").as_posix(): path for path in files}
+    missing = next(name for name in names if name.endswith("manifest.ocdbt"))
+    for name, path in names.items():
+        if name != missing:
+            bucket.upload(name, path)
+    with pytest.raises(BucketError, match=r"3 was copied from a disk, and 1 files are missing"):
+        opened()
+    bucket.upload(missing, names[missing])
+    state, host, waiting = opened().restore(3, _state(0.0))
+    jax.tree.map(np.testing.assert_array_equal, state, _state(1.5))
+    assert (host["n"], waiting["tokens"].tolist()) == (3, [0, 1, 2])
+    ours = opened(keep_latest=2)
+    ours.save(4, _state(2.5), {"n": 4})
+    ours.wait()
+    for name in bucket.entries("4"):
+        bucket.download(name, tmp_path / "back" / name)
+    back = Checkpointer(tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, back.restore(4, _state(0.0))[0], _state(2.5))
+    back.close()
+
+
 def test_what_must_be_there_before_a_checkpoint_counts_is_waited_for(bucket, opened):
     seen = []
 
