@@ -13,8 +13,8 @@ from luspo_jax.hosts.buckets import Bucket, BucketError
 
 # Objects that change or come after the record: Orbax's marks, and the record itself.
 _MARK = "commit_success.txt"
-# The server's checksums of a checkpoint's objects. A copy of the checkpoint elsewhere has others, so
-# the file's name says where they are valid.
+# The server's checksums of a checkpoint's objects, and ours of a checkpoint on a disk: copied to
+# the other place, neither says anything.
 SUMS = "checksums.bucket.json"
 OF_DISK = "checksums.json"
 _LATE = (_MARK, SUMS, "_CHECKPOINT_METADATA")
@@ -32,33 +32,18 @@ def opened(url: str) -> Bucket:
     return bucket
 
 
-def tidy(bucket: Bucket) -> None:
+def drop_unfinished(bucket: Bucket) -> None:
     """Deletes checkpoints that lack Orbax's last mark: a killed run was writing them.
 
-    One that was written on a disk and copied here has our checksums instead, and gets its marks.
-
-    Raises:
-      BucketError: such a copy is not complete.
+    One that is being copied here from a disk stays: it has our checksums.
     """
     steps: dict[str, set[str]] = {}
     for name in bucket.entries():
         step, _, below = name.partition("/")
         steps.setdefault(step, set()).add(below)
     for step, names in steps.items():
-        if _MARK in names:
-            continue
-        if OF_DISK not in names:
+        if not names & {_MARK, OF_DISK}:
             bucket.delete([f"{step}/{name}" for name in names])
-            continue
-        missing = sorted(set(json.loads(bucket.read(f"{step}/{OF_DISK}"))) - names)
-        if missing:
-            raise BucketError(
-                f"{bucket.url}/{step} was copied from a disk, and {len(missing)} files are missing, "
-                f"such as {missing[0]}: copy it again, or delete it"
-            )
-        parts = {name.split("/")[0] for name in names if "/" in name}
-        for mark in (*(f"{part}/{_MARK}" for part in sorted(parts)), _MARK):
-            bucket.write(f"{step}/{mark}", b"copied from a disk\n")
 
 
 def kept_apart(state: Any) -> Any:
@@ -85,17 +70,20 @@ def record(bucket: Bucket, step: int) -> bytes:
     return json.dumps({"of": bucket.url, "tags": tags}, indent=0).encode()
 
 
-def differing(bucket: Bucket, step: int, stored: dict[str, Any]) -> list[str]:
+def differing(bucket: Bucket, step: int) -> list[str]:
     """Returns which objects of a checkpoint are missing or not as they were recorded.
 
-    A copy of another folder is not compared: its server may have other checksums.
+    Of one that was copied here, only which are missing: another server may have other checksums.
     """
-    if stored.get("of") != bucket.url:
-        return []
-    stored = stored["tags"]
     found = bucket.entries(str(step))
     tags = {name.partition("/")[2]: entry.tag for name, entry in found.items()}
-    return [name for name, tag in stored.items() if tags.get(name) != tag]
+    for name in (SUMS, OF_DISK):
+        if name in tags:
+            stored = json.loads(bucket.read(f"{step}/{name}"))
+            if name == SUMS and stored["of"] == bucket.url:
+                return [name for name, tag in stored["tags"].items() if tags.get(name) != tag]
+            return [name for name in stored.get("tags", stored) if name not in tags]
+    return []
 
 
 @functools.cache

@@ -96,7 +96,7 @@ class Checkpointer:
                 if processes.is_writer() and not (read_only or self._bucket):
                     self.folder.mkdir(parents=True, exist_ok=True)
             if self._bucket and processes.is_writer() and not read_only:
-                bucket_checkpoints.tidy(self._bucket)
+                bucket_checkpoints.drop_unfinished(self._bucket)
             processes.barrier("checkpoints")
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -203,7 +203,8 @@ class Checkpointer:
         """Does what comes before a checkpoint's last mark, in the background."""
         self._before_commit()
         self._bucket.write(
-            f"{self._saving}/{bucket_checkpoints.SUMS}", bucket_checkpoints.record(self._bucket, self._saving)
+            f"{self._saving}/{bucket_checkpoints.SUMS}",
+            bucket_checkpoints.record(self._bucket, self._saving),
         )
 
     def _check_space(self, written):
@@ -310,14 +311,14 @@ class Checkpointer:
 
     def _check_sums(self, step):
         """Compares the files with their checksums; an older checkpoint has none."""
-        folder, name = self.folder / str(step), bucket_checkpoints.SUMS if self._bucket else _SUMS
-        try:
-            stored = json.loads((folder / name).read_text())
-        except FileNotFoundError:
-            stored = {}
+        folder = self.folder / str(step)
         if self._bucket is not None:
-            wrong = bucket_checkpoints.differing(self._bucket, step, stored)
+            wrong = bucket_checkpoints.differing(self._bucket, step)
         else:
+            try:
+                stored = json.loads((folder / _SUMS).read_text())
+            except FileNotFoundError:
+                stored = {}
             stored = processes.gather(stored)[0]
             names = sorted(stored)
             found = _sums(folder, names[processes.share(len(names))])

@@ -21,7 +21,6 @@ from luspo_jax.hosts.lease import Lease
 from luspo_jax.hosts.mirror import Mirror
 
 CHECKPOINTS = "checkpoints"
-_COMPLETE = ("commit_success.txt", "checksums.json")  # one is written last, here or on a disk
 _BOARD = "processes"
 NOTE = ".checkpointed"  # step of the last checkpoint written
 # What a start reads from the bucket: what it goes on to write, or checks.
@@ -87,7 +86,7 @@ class Place:
         """Returns the steps of the finished checkpoints, in order."""
         if self._bucket is not None:
             paths = (name.split("/") for name in self._bucket.entries(CHECKPOINTS))
-            committed = {path[1] for path in paths if len(path) == 3 and path[2] in _COMPLETE}
+            committed = (path[1] for path in paths if path[2:] == ["commit_success.txt"])
             return sorted(int(step) for step in committed if step.isdecimal())
         return sorted(
             int(path.name)

@@ -107,12 +107,14 @@ def test_a_checkpoint_that_was_copied_from_a_disk_goes_on_and_back(bucket, opene
     disk.close()
     files = [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
     names = {path.relative_to(tmp_path / "disk").as_posix(): path for path in files}
-    missing = next(name for name in names if name.endswith("manifest.ocdbt"))
-    for name, path in names.items():
-        if name != missing:
-            bucket.upload(name, path)
-    with pytest.raises(BucketError, match=r"3 was copied from a disk, and 1 files are missing"):
-        opened()
+    missing = next(name for name in names if name.endswith("state/manifest.ocdbt"))
+    last = "3/commit_success.txt"
+    for name in names.keys() - {missing, last}:
+        bucket.upload(name, names[name])
+    assert opened().latest_step() is None
+    bucket.upload(last, names[last])
+    with pytest.raises(CheckpointError, match="not as they were written are state/manifest.ocdbt"):
+        opened().restore(3, _state(0.0))
     bucket.upload(missing, names[missing])
     state, host, waiting = opened().restore(3, _state(0.0))
     jax.tree.map(np.testing.assert_array_equal, state, _state(1.5))
