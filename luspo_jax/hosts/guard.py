@@ -393,7 +393,6 @@ class _Guard:
     def _finish(self, status: str, message: str) -> None:
         """Tells all others how it ended, and ends the worker if it has not."""
         self._post |= {"status": status, "message": message}
-        self._post["phase_s"] = round(time.monotonic() - self._phase_since, 1)
         if self._exit is None:
             # Only this ends a worker that is stuck in a collective. Its reward workers see their
             # input close, and end.
@@ -417,6 +416,7 @@ class _Guard:
         """Sends this process's post to other guards."""
         if addresses:
             self._num_sent += 1
+            self._post["phase_s"] = round(time.monotonic() - self._phase_since, 1)
             message = {"number": self._num_sent, "asks": asks, "post": self._post}
             letters.send(
                 addresses, letters.sealed(message, self._membership.secret), within_s=within_s
