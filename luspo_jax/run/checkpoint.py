@@ -108,7 +108,8 @@ class Checkpointer:
                 options=ocp.CheckpointManagerOptions(
                     best_fn=_best,
                     preservation_policy=policies.AnyPreservationPolicy(keep),
-                    cleanup_tmp_directories=not read_only,
+                    # In a bucket it would go on while the run writes; `drop_unfinished` did it.
+                    cleanup_tmp_directories=not (read_only or self._bucket),
                     read_only=read_only,
                     # A disk takes a checkpoint as fast as a copy of it could be made for later.
                     enable_async_checkpointing=self._bucket is not None,
