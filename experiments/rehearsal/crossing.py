@@ -106,7 +106,7 @@ def _collective(line, slices):
         pairs = [_numbers(pair) for pair in re.findall(r"\{([\d, ]+)\}", listed)]
         share = float(any(slices[a] != slices[b] for a, b in pairs))
     else:
-        share = max((_share(kind, [slices[i] for i in group]) for group in groups(line, len(slices))))
+        share = max(_share(kind, [slices[i] for i in group]) for group in groups(line, len(slices)))
     size = share * sum(map(_bytes, shapes))
     return (kind, tuple(f"{a}[{b}]" for a, b in shapes), size) if size else None
 
@@ -258,5 +258,7 @@ def _trip_count(line, computations):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
     lines = computations.get(condition[1], ()) if condition else ()
-    limits = [m[1] for m in (re.search(r"= s32\[\]\S* constant\((\d+)\)", one) for one in lines) if m]
+    limits = [
+        m[1] for m in (re.search(r"= s32\[\]\S* constant\((\d+)\)", one) for one in lines) if m
+    ]
     return int(limits[0]) if len(limits) == 1 else 1
