@@ -67,7 +67,7 @@ class Transfer:
 
 def slices_of(compiled: Any) -> list[int]:
     """Returns the slice of each device of a compiled program, in the program's order."""
-    for one in jax.tree.leaves(compiled.input_shardings):
+    for one in jax.tree.leaves(compiled.output_shardings):
         mesh = getattr(one, "mesh", None)
         if mesh is not None and mesh.devices.size > 1:
             return [sharding.slice_of(device) for device in mesh.devices.flat]

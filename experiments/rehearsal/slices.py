@@ -1,11 +1,14 @@
 """Several slices: the bytes that cross the network between them, and the time that this takes."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from experiments.rehearsal import costs
 from experiments.rehearsal.case import Case
+from experiments.rehearsal.crossing import Transfer
 from luspo_jax.run.memory import param_bytes
 
 _LISTED = 8  # transfers of a program in the report
@@ -41,13 +44,15 @@ def crossed(case: Case, records: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def transfers(crossing: Any) -> list[dict[str, Any]]:
-    """Returns a program's largest transfers as JSON values."""
-    return [
-        {"kind": one.kind, "shapes": list(one.shapes[:_LISTED]), "bytes": one.bytes,
-         "times": one.times, "looped": one.looped, "source": one.source}
-        for one in crossing[:_LISTED]
-    ]  # fmt: skip
+def record(crossing: Sequence[Transfer]) -> dict[str, Any]:
+    """Returns the bytes that a device receives in a call, and the largest transfers."""
+    return {
+        "across_slices_bytes": sum(one.total for one in crossing),
+        "across_slices": [
+            {**dataclasses.asdict(one), "shapes": list(one.shapes[:_LISTED])}
+            for one in crossing[:_LISTED]
+        ],
+    }
 
 
 def lines(report: dict[str, Any]) -> list[str]:
