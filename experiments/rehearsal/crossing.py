@@ -34,6 +34,7 @@ _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _NAMES = "|".join(map(re.escape, _KINDS))
 _COLLECTIVE = re.compile(rf"= (.*?) ({_NAMES}|ragged-all-to-all)(-start)?\(")
 _TRANSFER = re.compile(r"= (.*?) (send|recv)\(")
+_MOVES = re.compile(rf"= [^=\n]*? (?:{_NAMES}|send|recv)(?:-start)?\(")
 _CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -75,18 +76,24 @@ def slices_of(compiled: Any) -> list[int]:
 
 
 def transfers(text: str, slices: Sequence[int]) -> list[Transfer]:
-    """Lists what crosses slices in the HLO of a program whose devices are in these slices."""
+    """Lists what crosses slices in the HLO of a program whose devices are in these slices.
+
+    Raises:
+      ValueError: the text is not understood: a transfer lies outside all that the program calls.
+    """
     if len(set(slices)) < 2:
         return []
     computations = _computations(text)
     turns = _turns(computations)
     found = []
-    for name, lines in computations.items():
-        times, looped = turns.get(name, (0, False))
-        for line in lines if times else ():
+    for name, (times, looped) in turns.items():
+        for line in computations[name]:
             one = _collective(line, slices) or _megascale(line, len(set(slices)))
             if one is not None:
                 found.append(Transfer(*one, times, looped, _source(line)))
+    seen = sum(bool(_MOVES.search(line)) for name in turns for line in computations[name])
+    if seen != len(_MOVES.findall(text)):
+        raise ValueError("the program's text has collectives in computations that nothing calls")
     return sorted(found, key=lambda one: -one.total)
 
 
@@ -222,7 +229,7 @@ def _computations(text):
         head = _HEAD.match(line)
         if head:
             lines = found[""] if head[1] else found.setdefault(head[2], [])
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # attributes of a kernel are lines that begin with }} or "
             lines = None
         elif lines is not None:
             lines.append(line)
@@ -242,6 +249,7 @@ def _turns(computations):
                 ("branch", one.strip().lstrip("%"))
                 for branches in _BRANCHES.findall(line)
                 for one in branches.split(",")
+                if one.strip()
             ]
             for how, one in called:
                 turns = _trip_count(line, computations) if how == "body" else 1
