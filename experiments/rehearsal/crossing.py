@@ -83,12 +83,15 @@ def transfers(text: str, slices: Sequence[int]) -> list[Transfer]:
     """
     if len(set(slices)) < 2:
         return []
+    count, partitions = len(set(slices)), re.search(r"num_partitions=(\d+)", text)
+    if partitions and int(partitions[1]) < len(slices):
+        slices = [0] * int(partitions[1])  # a slice's own program: collectives stay within it
     computations = _computations(text)
     turns = _turns(computations)
     found = []
     for name, (times, looped) in turns.items():
         for line in computations[name]:
-            one = _collective(line, slices) or _megascale(line, len(set(slices)))
+            one = _collective(line, slices) or _megascale(line, count)
             if one is not None:
                 found.append(Transfer(*one, times, looped, _source(line)))
     seen = sum(bool(_MOVES.search(line)) for name in turns for line in computations[name])

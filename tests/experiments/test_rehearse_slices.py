@@ -149,6 +149,22 @@ def test_what_stays_in_a_slice_is_left_out(line):
     assert crossing.transfers(_hlo(line.replace("{{0,1},{2,3}}", "{}")), [0, 0, 0, 0]) == []
 
 
+def test_collectives_of_a_slices_own_program_stay_in_it():
+    text = "HloModule jit_f, num_partitions=4\n" + _hlo("%a = f32[8]{0} all-reduce(%x)")
+    assert len(crossing.transfers(text, [0, 0, 1, 1])) == 2
+    assert crossing.transfers(text, [0] * 4 + [1] * 4) == []
+
+
+def test_transfers_are_found_behind_a_kernel_and_none_is_lost():
+    """Attributes of a kernel are lines of their own, which look like a computation's end."""
+    line = "%a = f32[8]{0} all-reduce(%x), replica_groups={{0,2},{1,3}}"
+    kernel = '%k = f32[8]{0} custom-call(%x), frontend_attributes={x={\n"y"\n}}, metadata={}\n  '
+    assert len(crossing.transfers(_hlo(kernel + line), [0, 0, 1, 1])) == 2
+    lost = "\n%lost (p: f32[8]) -> f32[8] {\n  " + line + "\n}\n"
+    with pytest.raises(ValueError, match="computations that nothing calls"):
+        crossing.transfers(lost + _hlo(line), [0, 0, 1, 1])
+
+
 def test_a_loop_without_a_known_number_of_turns_counts_once():
     line = "%a = f32[8]{0} all-reduce(%x), replica_groups={{0,2},{1,3}}"
     found = crossing.transfers(_hlo(line, "parameter(0)"), [0, 0, 1, 1])
