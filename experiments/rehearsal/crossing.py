@@ -35,7 +35,9 @@ _NAMES = "|".join(map(re.escape, _KINDS))
 _COLLECTIVE = re.compile(rf"= (.*?) ({_NAMES}|ragged-all-to-all)(-start)?\(")
 _TRANSFER = re.compile(r"= (.*?) (send|recv)\(")
 _MOVES = re.compile(rf"= [^=\n]*? (?:{_NAMES}|send|recv)(?:-start)?\(")
-_CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
@@ -255,8 +257,9 @@ def _turns(computations):
                 if one.strip()
             ]
             for how, one in called:
-                turns = _trip_count(line, computations) if how == "body" else 1
-                visit(one, times * turns, looped or how == "body")
+                in_loop = how in ("body", "condition")
+                turns = _trip_count(line, computations) if in_loop else 1
+                visit(one, times * turns, looped or in_loop)
 
     visit("", 1, False)
     return found
