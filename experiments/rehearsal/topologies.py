@@ -98,11 +98,16 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A machine: the devices of all its hosts, and their chip."""
+    """A machine: the devices of all its hosts, and their chip.
+
+    Attributes:
+      host: devices that a host's own programs are compiled for; empty for the first of `devices`.
+    """
 
     name: str
     chip: Chip
     devices: tuple[Any, ...]
+    host: tuple[Any, ...] = ()
 
     @property
     def hosts(self) -> int:
@@ -153,7 +158,11 @@ def topology(text: str) -> Topology:
         )
     with _quiet():
         if chip.platform == "tpu":
-            return Topology(text, chip, _tpu_devices(name, sizes, slices))
+            host = ()
+            if chip.shapes == _FLAT and math.prod(sizes) > 8:
+                # libtpu 0.0.42.1 compiles no collective of a host in a larger flat slice.
+                host = _tpu_devices(name, (2, 2), 1)
+            return Topology(text, chip, _tpu_devices(name, sizes, slices), host)
         return Topology(text, chip, _gpu_devices(name, chip, sizes))
 
 

@@ -44,7 +44,10 @@ def test_the_compiler_is_asked_for_slices(monkeypatch):
     monkeypatch.setattr(described, "get_topology_desc", found)
     for text in ("2*v5p:4x4x4", "4*v6e:4x4", "v6e:4x4", "1*v6e:4x4"):
         topologies.topology(text)
-    assert asked == [("v5p:4x4x4", 2), ("v6e:4x4", 4), ("v6e:4x4", None), ("v6e:4x4", None)]
+    slices_asked = [one for one in asked if one != ("v6e:2x2", None)]  # a host by itself
+    assert slices_asked == [
+        ("v5p:4x4x4", 2), ("v6e:4x4", 4), ("v6e:4x4", None), ("v6e:4x4", None)
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- reading HLO
