@@ -12,6 +12,7 @@ decode step gathers none, and a cache larger than a device's memory is sharded a
 over context.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -150,14 +151,8 @@ def layout(
     if len(devices) == 1 and not _is_apart(devices[0]):
         return None
     shape = tuple(named.values())
-    slices = num_slices(devices)
-    if table == "train" and named["data"] % slices:
-        raise MeshError(
-            f"the devices are in {slices} slices, and only rows and sums of gradients should cross "
-            f"the network between them: mesh.data={named['data']} must be {slices} or a multiple "
-            f"of it; set mesh.data={slices} and leave the other axes to the "
-            f"{len(devices) // slices} devices of a slice"
-        )
+    if table == "train":
+        _check_slices(named["data"], devices)
     if table == "train" and devices[0].platform == "tpu":
         grid = _by_links(shape, devices)
     else:  # slice by slice, and process by process, as `on_own_devices` requires
@@ -177,6 +172,24 @@ def slice_of(device: jax.Device) -> int:
 def num_slices(devices: Sequence[jax.Device]) -> int:
     """Returns the number of TPU slices that devices are in."""
     return len({slice_of(device) for device in devices})
+
+
+def _check_slices(data, devices):
+    """Checks that only "data" spans slices, and slices have as many devices each."""
+    counts = collections.Counter(map(slice_of, devices))
+    if len(set(counts.values())) > 1:
+        raise MeshError(
+            f"the devices that train are {', '.join(map(str, counts.values()))} of {len(counts)} "
+            "slices: they must be as many of each; let rollout_mesh.apart be whole slices"
+        )
+    slices = len(counts)
+    if data % slices:
+        raise MeshError(
+            f"the devices are in {slices} slices, and only rows and sums of gradients should cross "
+            f"the network between them: mesh.data={data} must be {slices} or a multiple of it; set "
+            f"mesh.data={slices} and leave the other axes to the {len(devices) // slices} devices "
+            "of a slice"
+        )
 
 
 def _by_links(shape, devices):

@@ -107,6 +107,11 @@ def test_other_axes_stay_within_a_slice(sizes):
     assert "\n" not in str(told.value)
 
 
+def test_parts_of_slices_must_be_as_large():
+    with pytest.raises(MeshError, match="are 8, 4 of 2 slices: they must be as many of each"):
+        sharding.layout("train", {"data": 2, "fsdp": 6}, _slices(2, (2, 2, 2))[:12])
+
+
 def test_a_rollout_takes_slices_one_after_another():
     chips = _slices(2, (2, 2, 2))
     layout = sharding.layout("rollout", {"data": 4, "tensor": 4}, chips[::-1])
