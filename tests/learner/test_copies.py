@@ -73,7 +73,7 @@ def _loss(params, rows, rule, weights_RT, forward):
     found = forward(params, rows, rule=rule)
     total = jnp.sum(weights_RT * (found.logprobs_RT + 0.1 * found.entropy_RT))
     if found.router is not None:
-        total += jnp.sum(jnp.cos(jnp.arange(8)) * found.router.mass_LE)
+        total += jnp.sum(jnp.cos(jnp.arange(8))[None] * found.router.mass_LE)
     return total, found
 
 
