@@ -164,9 +164,9 @@ def layout(
 def slice_of(device: jax.Device) -> int:
     """Returns the number of a device's TPU slice; between slices there is only a network.
 
-    Other devices are in slice 0: jax numbers the hosts of GPUs in the same way.
+    Others are in slice 0, as are TPUs that do not tell: jax numbers hosts of GPUs in the same way.
     """
-    return device.slice_index if device.platform == "tpu" else 0
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:
