@@ -120,3 +120,9 @@ def test_a_rollout_takes_slices_one_after_another():
     assert dict(halfway.mesh.shape) == {**layout.mesh.shape, "data": 2, "fsdp": 2}
     assert list(halfway.mesh.devices.flat) == list(layout.mesh.devices.flat)
     assert halfway.axis_names("embed") == ("fsdp",)
+
+
+def test_only_tpus_are_in_slices():
+    gpu = types.SimpleNamespace(platform="gpu", slice_index=3)  # a host's number
+    alone = types.SimpleNamespace(platform="tpu")
+    assert [sharding.slice_of(one) for one in (gpu, alone, *_slices(2, (1, 1, 1)))] == [0, 0, 0, 1]

@@ -79,8 +79,7 @@ def route(x, kernel_DE, *, count, normalise, replayed=None, real=None, layout=No
     chosen = of_own(lax.stop_gradient(probs))
     used = chosen if replayed is None else replayed.astype(jnp.int32)
     weights = _of_experts(probs, used)
-    if normalise:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True) if normalise else weights
     sent = used if real is None else jnp.where(real[..., None], used, num_experts)
     if real is not None:
         probs = jnp.where(real[..., None], probs, 0)
