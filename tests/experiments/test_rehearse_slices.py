@@ -256,10 +256,11 @@ def _case(kind, on=None, **leaves):
     return case
 
 
-def _crossing(case):
+def _crossing(case, names=None):
     found = {}
     for program in programs.programs(case):
-        found[program.name] = programs.compiled(program).crossing
+        if names is None or program.name in names:
+            found[program.name] = programs.compiled(program).crossing
     return found
 
 
@@ -340,7 +341,11 @@ def test_only_gradients_cross_between_tpu_slices(kind):
     """What the TPU compiler makes of the same: transfers through the runtime between slices."""
     pytest.importorskip("libtpu", reason="libtpu is needed to compile for a TPU topology")
     case = _case(kind, on=topologies.topology("2*v5p:2x2x1"))
-    found = _crossing(case)
-    _check(case, found)
-    for name, ones in found.items():
-        assert not [one for one in ones if one.looped and one.total > _bound(case)], name
+    found = _crossing(case, ("hand-over", "log-probs", "update"))
+    sums = [one for one in found["update"] if _is_gradient(one) and one.bytes > 1024]
+    assert not [one for one in sums if one.looped]
+    # Arrays as small as these are padded to tiles.
+    assert 1 <= sum(one.total for one in sums) / slices.gradient_bytes(case) < 8
+    assert sum(one.total for one in found["update"] if one not in sums) <= _bound(case)
+    assert sum(one.total for one in found["log-probs"]) <= 4 * _bound(case)
+    assert not found["hand-over"]
