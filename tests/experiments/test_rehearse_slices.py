@@ -336,6 +336,7 @@ def test_the_report_tells_what_crosses_and_its_time(halves):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # needs a device
 @pytest.mark.parametrize("kind", MESHES)
 def test_only_gradients_cross_between_tpu_slices(kind):
     """What the TPU compiler makes of the same: transfers through the runtime between slices."""
