@@ -6,7 +6,9 @@ It compiles every program of the run for the named machine, at the configuration
 checks it against the machine's memory, and reports operations, bytes, a lower bound on step time,
 and how many sequences fit. It reads no weights, data or tokenizer and needs no accelerator: a TPU
 slice (v4, v5e, v5p, v6e, tpu7x) needs `pip install "jax[tpu]"`, GPUs (h100:1x8, h200:1x8,
-a100-80g:4x8: hosts × cards) need `pip install "jax[cuda13]"`; `local` is the local devices.
+a100-80g:4x8: hosts × cards) need `pip install "jax[cuda13]"`; `local` is the local devices. Several
+slices joined by the network are `--topology=2*v5p:4x4x4 --config.mesh.data=2` (v5e, v5p, v6e); what
+crosses between them is read from the compiled programs.
 
 A rollout is played at assumed lengths; with `rollout.overlap`, step after step until steps are
 alike. `--nocompile` tells the times alone, which are counted by hand.
@@ -26,7 +28,9 @@ from experiments import command
 from luspo_jax.hosts import files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config().")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Machine, as v5p:2x2x4, h100:1x8 or local.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Machine: v5p:2x2x4, 2*v5p:4x4x4, h100:1x8, local."
+)
 _JSON = flags.DEFINE_string("json", "", "File for the report as JSON.")
 _MARKDOWN = flags.DEFINE_string("markdown", "", "File for the report as Markdown.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace these files if they exist.")

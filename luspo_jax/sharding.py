@@ -12,6 +12,7 @@ decode step gathers none, and a cache larger than a device's memory is sharded a
 over context.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -33,6 +34,7 @@ _SHARED = {"heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "v
 TABLES = {
     "train": {
         **_SHARED,
+        "copies": ("data",),
         "batch": ("data", "fsdp", "expert"),
         "length": ("context",),
         "embed": ("fsdp", "context", "expert"),
@@ -47,7 +49,8 @@ TABLES = {
     },
 }
 # Halfway between the two: sharded as in the rollout, and along the embedding over the other axes.
-TABLES["handover"] = {**TABLES["rollout"], "embed": ("data", "fsdp", "expert", "context")}
+# Each slice has its own copies (`Layout.halfway`).
+TABLES["handover"] = {**TABLES["rollout"], "embed": ("fsdp", "expert", "context")}
 # What processes tell each other: a row each, on a device each.
 TABLES["processes"] = {"process": ("process",)}
 
@@ -60,16 +63,21 @@ class MeshError(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the table that shards logical axes over it; hashable, static under jit."""
+    """A mesh and the table that shards logical axes over it; hashable, static under jit.
+
+    Under `vmapped`, arrays lack the dimension that `mapped` names, and no axis is sharded over it.
+    """
 
     mesh: Mesh
     table: str
+    mapped: str | None = None
 
     def axis_names(self, axis: str | None) -> tuple[str, ...]:
         """Returns the mesh axes over which a logical axis is sharded, without those of size 1."""
         if axis is None:
             return ()
-        return tuple(name for name in TABLES[self.table][axis] if self.mesh.shape[name] > 1)
+        names = [name for name in TABLES[self.table][axis] if name != self.mapped]
+        return tuple(name for name in names if self.mesh.shape[name] > 1)
 
     def size(self, axis: str | None) -> int:
         """Returns the number of parts into which a logical axis is sharded."""
@@ -91,6 +99,18 @@ class Layout:
     def sharding(self, axes: Axes) -> NamedSharding:
         """Returns the sharding of an array."""
         return NamedSharding(self.mesh, self.spec(axes))
+
+    def halfway(self) -> "Layout":
+        """Returns the layout of a rollout's weights halfway from their layout in training.
+
+        Every slice shards them over all its devices, so that gathering them stays within a slice.
+        """
+        data, fsdp, *rest = self.mesh.devices.shape
+        slices = num_slices(self.mesh.devices.flat)
+        if data % slices:  # slices without as many copies each
+            slices = 1
+        grid = self.mesh.devices.reshape(slices, data // slices * fsdp, *rest)
+        return Layout(Mesh(grid, MESH_AXES), "handover")
 
 
 def mesh_sizes(sizes: Mapping[str, int], num_devices: int, mesh: str = "mesh") -> dict[str, int]:
@@ -131,26 +151,58 @@ def layout(
     if len(devices) == 1 and not _is_apart(devices[0]):
         return None
     shape = tuple(named.values())
+    if table == "train":
+        _check_slices(named["data"], devices)
     if table == "train" and devices[0].platform == "tpu":
         grid = _by_links(shape, devices)
-    else:  # process by process, as `on_own_devices` requires
-        by_process = sorted(devices, key=lambda device: device.process_index)
+    else:  # slice by slice, and process by process, as `on_own_devices` requires
+        by_process = sorted(devices, key=lambda one: (slice_of(one), one.process_index))
         grid = np.array(by_process).reshape(shape)
     return Layout(Mesh(grid, MESH_AXES), table)
 
 
+def slice_of(device: jax.Device) -> int:
+    """Returns the number of a device's TPU slice; between slices there is only a network.
+
+    Others are in slice 0, as are TPUs that do not tell: jax numbers hosts of GPUs in the same way.
+    """
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """Returns the number of TPU slices that devices are in."""
+    return len({slice_of(device) for device in devices})
+
+
+def _check_slices(data, devices):
+    """Checks that only "data" spans slices, and slices have as many devices each."""
+    counts = collections.Counter(map(slice_of, devices))
+    if len(set(counts.values())) > 1:
+        raise MeshError(
+            f"the devices that train are {', '.join(map(str, counts.values()))} of {len(counts)} "
+            "slices: they must be as many of each; let rollout_mesh.apart be whole slices"
+        )
+    slices = len(counts)
+    if data % slices:
+        raise MeshError(
+            f"the devices are in {slices} slices, and only rows and sums of gradients should cross "
+            f"the network between them: mesh.data={data} must be {slices} or a multiple of it; set "
+            f"mesh.data={slices} and leave the other axes to the {len(devices) // slices} devices "
+            "of a slice"
+        )
+
+
 def _by_links(shape, devices):
-    """A grid of TPUs along their links; several slices share the first axis that they divide."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    """A grid of TPUs along their links; several slices are the outer part of "data"."""
+    slices = num_slices(devices)
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    axis = next((axis for axis, size in enumerate(shape) if size % slices == 0), None)
-    if axis is None:
-        raise MeshError(f"{slices} slices divide no axis of the train mesh: set data to {slices}")
-    outer = tuple(slices if i == axis else 1 for i in range(len(shape)))
-    inner = tuple(size // part for size, part in zip(shape, outer, strict=True))
+    data, *rest = shape
     return mesh_utils.create_hybrid_device_mesh(
-        inner, outer, devices, allow_split_physical_axes=True
+        (data // slices, *rest),
+        (slices, *[1] * len(rest)),
+        devices,
+        allow_split_physical_axes=True,
     )
 
 
@@ -211,6 +263,14 @@ def shard_map(
         out_specs=_each_spec(out_axes, layout) if many else layout.spec(out_axes),
         check_vma=False,
     )
+
+
+def vmapped(function: Callable, in_axes: Any) -> Callable:
+    """Maps over "copies", a leading dimension sharded over data: each part of it works alone.
+
+    `function` is to use `dataclasses.replace(layout, mapped="data")`.
+    """
+    return jax.vmap(function, in_axes, spmd_axis_name="data")
 
 
 def _specs(axes, layout):

@@ -86,25 +86,43 @@ def _slices(count, topology):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "axis"),
-    [
-        ({"data": 2, "fsdp": -1}, 0),
-        ({"data": 4, "fsdp": 4, "tensor": 2}, 0),
-        ({"fsdp": -1}, 1),
-        ({"data": 1, "fsdp": 8, "context": 4}, 1),
-    ],
+    "sizes",
+    [{"data": 2, "fsdp": -1}, {"data": 4, "fsdp": 4, "tensor": 2}, {"data": 2, "expert": 16}],
 )
-def test_slices_share_one_axis_of_the_training_mesh(sizes, axis):
-    """Along that axis slices are whole blocks; along the others, neighbours are in one slice."""
+def test_slices_are_the_outer_part_of_data(sizes):
+    """Along it slices are whole blocks; along the other axes, neighbours are in one slice."""
     chips = _slices(2, (2, 2, 4))
     grid = sharding.layout("train", sizes, chips).mesh.devices
     assert grid.size == len({chip.id for chip in grid.flat}) == 32
     of_slice = np.vectorize(lambda chip: chip.slice_index)(grid)
-    half = np.arange(grid.shape[axis]) >= grid.shape[axis] // 2
-    expected = half.reshape([-1 if i == axis else 1 for i in range(grid.ndim)])
+    half = np.arange(grid.shape[0]) >= grid.shape[0] // 2
+    expected = half.reshape(-1, *[1] * (grid.ndim - 1))
     np.testing.assert_array_equal(of_slice, np.broadcast_to(expected, grid.shape))
 
 
-def test_slices_that_divide_no_axis_are_refused():
-    with pytest.raises(MeshError, match="6 slices divide no axis of the train mesh"):
-        sharding.layout("train", {"data": 2, "fsdp": 3}, _slices(6, (1, 1, 1)))
+@pytest.mark.parametrize("sizes", [{"fsdp": -1}, {"data": 2, "fsdp": 3}])
+def test_other_axes_stay_within_a_slice(sizes):
+    with pytest.raises(MeshError, match=r"mesh.data=\d must be 6 or a multiple of it; set") as told:
+        sharding.layout("train", sizes, _slices(6, (1, 1, 1)))
+    assert "\n" not in str(told.value)
+
+
+def test_parts_of_slices_must_be_as_large():
+    with pytest.raises(MeshError, match="are 8, 4 of 2 slices: they must be as many of each"):
+        sharding.layout("train", {"data": 2, "fsdp": 6}, _slices(2, (2, 2, 2))[:12])
+
+
+def test_a_rollout_takes_slices_one_after_another():
+    chips = _slices(2, (2, 2, 2))
+    layout = sharding.layout("rollout", {"data": 4, "tensor": 4}, chips[::-1])
+    assert [chip.slice_index for chip in layout.mesh.devices.flat] == [0] * 8 + [1] * 8
+    halfway = layout.halfway()
+    assert dict(halfway.mesh.shape) == {**layout.mesh.shape, "data": 2, "fsdp": 2}
+    assert list(halfway.mesh.devices.flat) == list(layout.mesh.devices.flat)
+    assert halfway.axis_names("embed") == ("fsdp",)
+
+
+def test_only_tpus_are_in_slices():
+    gpu = types.SimpleNamespace(platform="gpu", slice_index=3)  # a host's number
+    alone = types.SimpleNamespace(platform="tpu")
+    assert [sharding.slice_of(one) for one in (gpu, alone, *_slices(2, (1, 1, 1)))] == [0, 0, 0, 1]

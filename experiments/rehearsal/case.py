@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.command import UsageError
 from experiments.rehearsal import costs, partial, playing, tower
 from experiments.rehearsal.topologies import Topology
+from luspo_jax import sharding
 from luspo_jax.learner.plan import Plan
 from luspo_jax.learner.programs import StepPrograms
 from luspo_jax.learner.rows import Planner
@@ -250,6 +252,7 @@ def build(
     model = Model(locate.EMBEDDED, architecture(config), _NoTokenizer())
     pictures = tower.assumed(config, model.config, images, image_size)
     laid = layouts(config, model.config, topology.devices)
+    own = laid[0], _on_a_host(topology, laid[1])
     with _device_of(topology):
         return Case(
             config=config,
@@ -258,9 +261,18 @@ def build(
             model=model.config,
             rule=update_rule(config, model, laid[0]),
             layouts=laid,
-            engine=sampler(config, model, config.rollout, laid, topology.chip.usable),
-            held_out=sampler(config, model, config.eval, laid, topology.chip.usable),
+            engine=sampler(config, model, config.rollout, own, topology.chip.usable),
+            held_out=sampler(config, model, config.eval, own, topology.chip.usable),
         )
+
+
+def _on_a_host(topology, layout):
+    """Returns the rollout's layout on `Topology.host`, if it has devices of its own."""
+    own = sharding.on_own_devices(layout)
+    if own is None or not topology.host:
+        return layout
+    grid = np.array(topology.host).reshape(own.mesh.devices.shape)
+    return Layout(Mesh(grid, sharding.MESH_AXES), layout.table)
 
 
 def _device_of(topology):

@@ -217,7 +217,7 @@ def expert_pass(
         grads = 4 * expert_matrices(model) / (part.experts * t)
         own = grads / part.expert_embed
         memory += 2 * grads + 3 * own
-        links += grads * others(part.expert_embed) + 2 * own * others(part.copies)
+        links += grads * others(part.expert_embed)
     return Work(products * 2 * assigned * D * F / t, memory, links)
 
 
@@ -250,7 +250,6 @@ def backward(
     work = Work(2 * work.flops, 2 * work.memory, work.links)
     grads = 4 * M / t
     work += Work(0, 2 * grads + 3 * grads / part.embed, grads * others(part.embed))
-    work += Work(0, 0, 2 * grads / part.embed * others(part.copies))
     work += expert_pass(model, rows, part, width, gradient=True)
     products = 5 if kernel in ("cudnn", "reference") else 7
     work += attention(model, rows, part, width, products=products)
@@ -277,7 +276,6 @@ def scoring(
     if gradient:
         memory += 3 * 4 * VD / t * chunks  # the gradient is summed in float32, chunk by chunk
         links += 4 * VD / t * others(part.embed)
-        links += 2 * 4 * VD / t / part.embed * others(part.copies)
     return Work(passes * 2 * scored * VD / t, memory, links)
 
 
@@ -297,6 +295,11 @@ def training(
         + scoring(model, rows, part, width, chunk, gradient=True)
         + backward(model, rows, part, width, remat=remat, kernel=kernel)
     )
+
+
+def summed(params: float, copies: int) -> Work:
+    """Counts the sum of gradients, `params` bytes, over devices that hold the same part of them."""
+    return Work(0, 0, 2 * params * others(copies))
 
 
 def optimizer(params: float) -> Work:

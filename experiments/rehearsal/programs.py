@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, tower
+from experiments.rehearsal import costs, crossing, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.costs import Rows, Work
+from experiments.rehearsal.crossing import Transfer
 from experiments.rehearsal.playing import Played
 from experiments.rehearsal.resident import (
     device_bytes,
@@ -67,6 +68,7 @@ class Compiled:
     """Compiler output for a program; bytes are per device.
 
     Attributes:
+      crossing: what it sends between slices, the largest first.
       over_by: bytes by which the compiler refused it; 0 if it did not.
       error: its message in that case.
     """
@@ -78,6 +80,7 @@ class Compiled:
     on_host: int
     lower_seconds: float
     compile_seconds: float
+    crossing: tuple[Transfer, ...] = ()
     over_by: float = 0.0
     error: str = ""
 
@@ -93,7 +96,7 @@ def compiled(program: Program) -> Compiled:
     lowered = program.lower()
     lowered_at = time.perf_counter()
     try:
-        memory = lowered.compile().memory_analysis()
+        made = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -102,6 +105,8 @@ def compiled(program: Program) -> Compiled:
             0, 0, 0, int(needed), 0, lowered_at - started, time.perf_counter() - lowered_at,
             over_by=max(1.0, needed - there), error=str(error).splitlines()[0][:300],
         )  # fmt: skip
+    memory, compiled_at = made.memory_analysis(), time.perf_counter()
+    slices = crossing.slices_of(made)
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -109,7 +114,8 @@ def compiled(program: Program) -> Compiled:
         temporaries=memory.temp_size_in_bytes,
         on_host=memory.host_temp_size_in_bytes,
         lower_seconds=lowered_at - started,
-        compile_seconds=time.perf_counter() - lowered_at,
+        compile_seconds=compiled_at - lowered_at,
+        crossing=tuple(crossing.transfers(made.as_text(), slices)) if len(set(slices)) > 1 else (),
     )
 
 
@@ -387,7 +393,10 @@ def train_batch(case: Case) -> tuple[TrainBatch, Work]:
         remat=rule.how.remat, kernel=rule.how.attention, chunk=rule.head_chunk_tokens,
     )  # fmt: skip
     work += _tower(case, responses, gradient=True)
-    work = work * used + costs.optimizer(param_bytes(case.model, case.layouts[0], jnp.float32))
+    own = param_bytes(case.model, case.layouts[0], jnp.float32)
+    # Micro-batches add up on each copy; copies are summed at the end, slices apart (`slices`).
+    copies = case.train_parts.copies // case.topology.slices
+    work = work * used + costs.summed(own, copies) + costs.optimizer(own)
     return training_rows.abstract(case.on(batch), rule.how.layout), work
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs, resident, tower
+from experiments.rehearsal import costs, programs, resident, slices, topologies, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.programs import Compiled, Program
 from experiments.rehearsal.topologies import Topology
@@ -38,7 +38,10 @@ def rehearse(
         records[program.name] = record(case.topology, program, made)
         say(f"    {line(records[program.name])}")
     left_out = bool(case.config.length.every) and not pressure
-    return times(case, found) | {
+    told = times(case, found)
+    if case.topology.slices > 1:
+        told["across_slices"] = slices.crossed(case, records)
+    return told | {
         "programs": records,
         "not_rehearsed": ["pressure"] if left_out else [],
         "capacity": capacity(case, records),
@@ -61,6 +64,7 @@ def times(case: Case, found: list[Program]) -> dict[str, Any]:
         "pace": {"overlap": case.config.rollout.overlap, "max_age": case.config.rollout.max_age,
                  "apart": case.apart},
         "step": step(case, found),
+        **({"across_slices": slices.crossed(case, {})} if case.topology.slices > 1 else {}),
     }  # fmt: skip
 
 
@@ -93,6 +97,7 @@ def record(topology: Topology, program: Program, made: Compiled) -> dict[str, An
         "flops": program.work.flops,
         "memory_bytes": program.work.memory,
         "link_bytes": program.work.links,
+        **(slices.record(made.crossing) if topology.slices > 1 else {}),
         "seconds": taken,
         "roofline_s": taken[bound],
         "bound": bound,
@@ -130,6 +135,11 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
     moved = sum(resident.state_bytes(case, *OFFLOADS[case.config.train.offload]).values())
     if moved:
         phases["offload and back"] = [2 * moved / _HOST_LINK] * 2
+    if case.topology.slices > 1:
+        phases["gradients across slices"] = [
+            slices.gradient_seconds(case),
+            slices.gradient_seconds(case, EXPECTED["interconnect"]),
+        ]
     total = [_total(case, {name: both[i] for name, both in phases.items()}) for i in (0, 1)]
     play, tokens = case.sampled, sum(case.response_lengths)
     return {
@@ -215,6 +225,7 @@ def _machine(topology):
     chip = topology.chip
     return {
         "name": topology.name, "devices": len(topology.devices), "hosts": topology.hosts,
+        "slices": topology.slices,
         "memory_bytes": chip.memory, "reserve_bytes": chip.reserve, "flops": chip.flops,
         "memory_bandwidth": chip.bandwidth, "link_bandwidth": topology.links,
         "source": chip.source,
@@ -261,14 +272,18 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+_SIZES = ("devices", "hosts", "slices")
+
+
 def text(report: dict[str, Any]) -> str:
     """Formats the whole report in Markdown; without programs, if none was compiled."""
     compiled = "programs" in report
     usable = report["topology"]["memory_bytes"] - report["topology"]["reserve_bytes"]
     return "\n".join(
         [
-            f"**{report['topology']['name']}**, {report['topology']['devices']} devices of "
-            f"{report['topology']['hosts']} host(s); {report['meshes']}; attention "
+            f"**{report['topology']['name']}**, "
+            f"{topologies.machine(*(report['topology'][n] for n in _SIZES))}; "
+            f"{report['meshes']}; attention "
             f"{report['attention']['training']} (training), {report['attention']['prefill']} "
             f"(prompts{_of_images(report)}), {report['attention']['decoding']} (decoding).",
             "",
@@ -281,6 +296,7 @@ def text(report: dict[str, Any]) -> str:
             *([table(report), ""] if compiled else []),
             *_times(report["step"]),
             "",
+            *slices.lines(report),
             *_pace(report),
             *(_memory(report) if compiled else ["No program was compiled."]),
         ]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from experiments.command import UsageError
+from luspo_jax import sharding
 
 GIB = 2**30
 
@@ -30,7 +31,8 @@ class Chip:
       flops: peak bfloat16 operations per second (2 per multiply-add), without sparsity.
       bandwidth: bytes per second between the chip and its memory.
       links: bytes per second into the chip from others of its slice (TPU) or host (GPU).
-      network: bytes per second into the chip over the network between hosts (GPU).
+      network: bytes per second into the chip over the network between hosts (GPU) or slices (TPU);
+        0 if no public source tells it.
       host_devices: devices of one host.
       shapes: available slices, largest in each dimension; empty for GPUs.
       source: source of the numbers.
@@ -63,10 +65,10 @@ _GPU_RESERVE = (
 _GOOGLE = "cloud.google.com/tpu/docs/"
 
 
-def _tpu(gib, tflops, bandwidth, links, host_devices, shapes, page):
-    memory = gib * GIB
+def _tpu(gib, tflops, bandwidth, links, network, shapes, page):
+    memory, host_devices = gib * GIB, 8 if page.startswith("tpu7x") else 4
     return Chip("tpu", memory, _TPU_RESERVE * memory, tflops * 1e12, bandwidth * 1e9, links * 1e9,
-                links * 1e9, host_devices, shapes, _GOOGLE + page)  # fmt: skip
+                network * 1e9, host_devices, shapes, _GOOGLE + page)  # fmt: skip
 
 
 def _gpu(memory, tflops, bandwidth, links, network, source):
@@ -75,12 +77,15 @@ def _gpu(memory, tflops, bandwidth, links, network, source):
 
 
 CHIPS = {
-    "v4": _tpu(30.75, 275, 1200, 300, 4, _CUBES, "v4 (ICI 2400 Gb/s)"),
-    "v5e": _tpu(15.75, 197, 819, 200, 4, _FLAT, "v5e (ICI 400 GB/s bidirectional)"),
-    "v5p": _tpu(95.74, 459, 2765, 600, 4, (*_CUBES, "16x16x24"), "v5p (ICI 1200 GB/s bidir.)"),
-    "v6e": _tpu(31.25, 918, 1638, 400, 4, _FLAT, "v6e (ICI 800 GB/s bidirectional)"),
+    "v4": _tpu(30.75, 275, 1200, 300, 0, _CUBES, "v4 (ICI 2400 Gb/s)"),
+    "v5e": _tpu(15.75, 197, 819, 200, 3.125, _FLAT, "v5e (ICI 400 GB/s bidirectional; data-centre "
+                "network 6.4 Tb/s a pod of 256)"),
+    "v5p": _tpu(95.74, 459, 2765, 600, 6.25, (*_CUBES, "16x16x24"), "v5p (ICI 1200 GB/s bidir.; "
+                "data-centre network 50 Gb/s a chip)"),
+    "v6e": _tpu(31.25, 918, 1638, 400, 12.5, _FLAT, "v6e (ICI 800 GB/s bidirectional; data-centre "
+                "network 25.6 Tb/s a pod of 256)"),
     # Two devices per chip, each with half of it.
-    "tpu7x": _tpu(94.75, 1153, 3690, 300, 8, _CUBES, "tpu7x (a chip: 2307 TFLOP/s, 7380 GB/s, "
+    "tpu7x": _tpu(94.75, 1153, 3690, 300, 0, _CUBES, "tpu7x (a chip: 2307 TFLOP/s, 7380 GB/s, "
                   "ICI 1200 GB/s bidirectional)"),
     "h100": _gpu(84_942_979_072, 989, 3350, 450, 50, "NVIDIA data sheet, H100 SXM; DGX H100: "
                  "NVLink 900 GB/s both ways, 8 × 400 Gb/s a host"),
@@ -93,16 +98,26 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A machine: the devices of all its hosts, and their chip."""
+    """A machine: the devices of all its hosts, and their chip.
+
+    Attributes:
+      host: devices that a host's own programs are compiled for; empty for the first of `devices`.
+    """
 
     name: str
     chip: Chip
     devices: tuple[Any, ...]
+    host: tuple[Any, ...] = ()
 
     @property
     def hosts(self) -> int:
         """Returns the number of processes of a run on it."""
         return len({device.process_index for device in self.devices})
+
+    @property
+    def slices(self) -> int:
+        """Returns the number of TPU slices, joined by the network."""
+        return sharding.num_slices(self.devices)
 
     @property
     def links(self) -> float:
@@ -118,7 +133,8 @@ class Topology:
 
 
 def topology(text: str) -> Topology:
-    """Returns the machine that a flag names: "v5p:2x2x4", "h100:1x8" (hosts × cards) or "local".
+    """Returns the machine that a flag names: "v5p:2x2x4", "2*v5p:4x4x4" (slices × the slice),
+    "h100:1x8" (hosts × cards) or "local".
 
     Raises:
       UsageError: no such machine (the message lists the valid ones), or its compiler is not
@@ -126,17 +142,41 @@ def topology(text: str) -> Topology:
     """
     if text == "local":
         return Topology(text, _local_chip(), tuple(jax.devices()))
-    name, _, shape = text.partition(":")
+    one, slices = _slices(text)
+    name, _, shape = one.partition(":")
     if name not in CHIPS:
         raise UsageError(
             f"--topology={text}: no chip {name!r}; there are {', '.join(CHIPS)}, and local"
         )
     chip = CHIPS[name]
     sizes = _sizes(text, name, chip, shape)
+    if slices > 1 and (chip.platform != "tpu" or not chip.network):
+        known = [n for n, c in CHIPS.items() if c.platform == "tpu" and c.network]
+        raise UsageError(
+            f"--topology={text}: several slices can be rehearsed of {', '.join(known)}, whose "
+            f"network is published; for one, write {one}"
+        )
     with _quiet():
         if chip.platform == "tpu":
-            return Topology(text, chip, _tpu_devices(name, sizes))
+            host = ()
+            if chip.shapes == _FLAT and math.prod(sizes) > 8:
+                # libtpu 0.0.42.1 compiles no collective of a host in a larger flat slice.
+                host = _tpu_devices(name, (2, 2), 1)
+            return Topology(text, chip, _tpu_devices(name, sizes, slices), host)
         return Topology(text, chip, _gpu_devices(name, chip, sizes))
+
+
+def _slices(text):
+    """Splits "2*v5p:4x4x4" into the slice and their number."""
+    count, star, one = text.rpartition("*")
+    if not star:
+        return text, 1
+    if not count.isdecimal() or int(count) < 1:
+        raise UsageError(
+            f"--topology={text}: write the number of slices before *, as 2*v5p:4x4x4 for two of "
+            "v5p:4x4x4"
+        )
+    return one, int(count)
 
 
 def _sizes(text, name, chip, shape):
@@ -157,13 +197,15 @@ def _sizes(text, name, chip, shape):
     return sizes
 
 
-def _tpu_devices(name, sizes):
+def _tpu_devices(name, sizes, slices):
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not query cloud metadata
     settings = {}
     if name == "v4":
         settings["chip_config_name"] = "megacore"  # two cores, one device: as on Cloud
     if name in ("v5e", "v6e") and math.prod(sizes) in (1, 8):
         settings["chips_per_host_bounds"] = (*sizes, 1)  # one host has them all
+    if slices > 1:
+        settings["num_slices"] = slices
     return _described(
         "tpu", "libtpu", 'pip install "jax[tpu]"', f"{name}:{'x'.join(map(str, sizes))}", settings
     )
@@ -262,10 +304,17 @@ def _tpu_kind(name):
 
 def shown(topology: Topology) -> str:
     """Describes the machine in a line."""
-    chip = topology.chip
+    chip, slices = topology.chip, topology.slices
+    network = f", {chip.network / 1e9:.3g} GB/s network between slices" if slices > 1 else ""
     return (
-        f"{topology.name}: {len(topology.devices)} devices of {topology.hosts} host(s), each "
+        f"{topology.name}: {machine(len(topology.devices), topology.hosts, slices)}, each "
         f"{chip.memory / 1e9:.1f} GB ({chip.reserve / 1e9:.1f} kept free), "
         f"{chip.flops / 1e12:.3g} TFLOP/s bf16, {chip.bandwidth / 1e9:.0f} GB/s memory, "
-        f"{topology.links / 1e9:.0f} GB/s links"
+        f"{topology.links / 1e9:.0f} GB/s links{network}"
     )
+
+
+def machine(devices: int, hosts: int, slices: int) -> str:
+    """Describes the sizes of a machine in words."""
+    of_slices = f" in {slices} slices" if slices > 1 else ""
+    return f"{devices} devices of {hosts} host(s){of_slices}"

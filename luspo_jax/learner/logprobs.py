@@ -18,7 +18,7 @@ from luspo_jax.models.forward import Forward
 from luspo_jax.ops.attention import inverse_ring_order, ring_order
 from luspo_jax.ops.head_logprobs import head_logprobs
 from luspo_jax.sharding import Layout
-from luspo_jax.types import TokenRows
+from luspo_jax.types import RowImages, TokenRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,56 @@ def microbatch_logprobs(
     params: Mapping[str, Any], rows: TokenRows, *, rule: LogprobRule
 ) -> TokenLogprobs:
     """Computes log-probs and entropies of the masked tokens of one micro-batch; differentiable."""
+    shown = rows.images is not None
+    units_UD = _units(params, rows.images.images, rule) if shown else None
+    return _logprobs(params, rows, units_UD, rule=rule)
+
+
+def microbatch_logprobs_of_copies(
+    copies: Mapping[str, Any], rows: TokenRows, *, rule: LogprobRule
+) -> TokenLogprobs:
+    """Computes the same with a copy of the weights, [copies, …], for each part of the rows.
+
+    Each part of the mesh's data axis works alone, so the gradient by `copies` is each one's own,
+    and no sum crosses that axis. The image tower has no copies.
+
+    Args:
+      copies: from `learner.copies`.
+      rows: of one micro-batch, a multiple of the copies.
+      rule: with a layout.
+    """
+    layout, count = rule.how.layout, rule.how.layout.size("copies")
+    units_UD = None
+    if rows.images is not None:
+        units_UD = _units(copies, rows.images.images, rule)
+        rows = dataclasses.replace(rows, images=RowImages(None, rows.images.units_RT))
+    own_rule = dataclasses.replace(
+        rule, how=dataclasses.replace(rule.how, layout=dataclasses.replace(layout, mapped="data"))
+    )
+
+    def parted(x):
+        x = x.reshape(count, x.shape[0] // count, *x.shape[1:])
+        return sharding.constrain(x, ("copies", "batch", *[None] * (x.ndim - 2)), layout)
+
+    def joined(x):
+        x = x.reshape(-1, *x.shape[2:])
+        return sharding.constrain(x, ("batch", *[None] * (x.ndim - 1)), layout)
+
+    copies = {name: x for name, x in copies.items() if name != "vision"}
+    own = sharding.vmapped(functools.partial(_logprobs, rule=own_rule), (0, 0, None))
+    found = own(copies, jax.tree.map(parted, rows), units_UD)
+    router = found.router
+    if router is not None:
+        ids = router.expert_ids
+        sums = jax.tree.map(
+            lambda x: jnp.sum(x, axis=0), dataclasses.replace(router, expert_ids=None)
+        )
+        router = dataclasses.replace(sums, expert_ids=None if ids is None else joined(ids))
+    return TokenLogprobs(joined(found.logprobs_RT), joined(found.entropy_RT), router)
+
+
+def _logprobs(params, rows, units_UD, *, rule):
+    """Log-probs of rows; `units_UD` are the embeddings of their images."""
     layout = rule.how.layout
     recorded = {} if rows.expert_ids is None else vars(rows.expert_ids)
     recorded = {name: ids for name, ids in recorded.items() if ids is not None}
@@ -74,7 +124,6 @@ def microbatch_logprobs(
         check_ids(ids, rows.tokens_RT, rule.how.model, f"expert_ids.{name}")
     order, back = _ring(rows.tokens_RT.shape[1], layout)
     replayed = recorded.get(rule.replay)
-    shown = rows.images is not None
     hidden_RTD, routed = decoder.forward(
         params,
         order(rows.tokens_RT),
@@ -82,8 +131,8 @@ def microbatch_logprobs(
         order(rows.segment_ids_RT),
         how=rule.how,
         replayed_BTLK=None if replayed is None else order(replayed),
-        units_UD=_units(params, rows.images.images, rule) if shown else None,
-        index_BT=order(rows.images.units_RT) if shown else None,
+        units_UD=units_UD,
+        index_BT=None if units_UD is None else order(rows.images.units_RT),
     )
     # The state at t−1 predicts token t. Predictions are made at index t−1 and moved to the token
     # that they predict, by the alignment law of types.py. A segment begins with a prompt, so no

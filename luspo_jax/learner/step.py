@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from luspo_jax import objectives, sharding
-from luspo_jax.learner import optimizer, routers
-from luspo_jax.learner.logprobs import microbatch_logprobs, of_responses, unless_empty
+from luspo_jax.learner import copies, optimizer, routers
+from luspo_jax.learner.logprobs import (
+    microbatch_logprobs,
+    microbatch_logprobs_of_copies,
+    of_responses,
+    unless_empty,
+)
 from luspo_jax.learner.rows import split
-from luspo_jax.learner.state import UpdateRule, param_shardings, state_shardings
+from luspo_jax.learner.state import UpdateRule, state_shardings
 from luspo_jax.ops.precision import wide_type
 from luspo_jax.types import TrainBatch, TrainState
 
@@ -59,9 +64,12 @@ def update_step(
             batch.rows, rule.logprobs.how.model, replay=rule.logprobs.replay
         )
 
+    alone = copies.has_copies(rule.logprobs.how)
+    forward = microbatch_logprobs_of_copies if alone else microbatch_logprobs
+
     def loss(params, part):
         rows, responses, scale_B = part
-        found = microbatch_logprobs(params, rows, rule=rule.logprobs)
+        found = forward(params, rows, rule=rule.logprobs)
         at = (responses.starts_B, responses.response_mask_BT, layout)
         total, metrics = objectives.loss(
             objective,
@@ -90,16 +98,19 @@ def update_step(
         return total, (metrics, router)
 
     def accumulate(grads, part):
-        (_, found), new = jax.value_and_grad(loss, has_aux=True)(state.params, part)
+        (_, found), new = jax.value_and_grad(loss, has_aux=True)(params, part)
         grads = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
-        return sharding.constrain_tree(grads, param_shardings(rule.logprobs.how)), found
+        return copies.constrained(grads, rule.logprobs.how), found
 
-    # Gradients add up in float32, or in float64 if the master weights are float64.
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), state.params)
+    # Gradients add up in float32, or in float64 if the master weights are float64; over the data
+    # axis they are summed once, when all micro-batches have added to them.
+    params = copies.copied(state.params, rule.logprobs.how)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), params)
     whole = (batch.rows, batch.responses, length_scale_B)
     parts = split(whole, batch.rows.num_microbatches, layout)
     step = unless_empty(accumulate, lambda part: part[0], rule.logprobs.how.model)
     grads, found = jax.lax.scan(step, zeros, parts)
+    grads = copies.summed(grads, rule.logprobs.how)
     metrics, router = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
     if router is not None:
         metrics |= routers.router_metrics(router, balance_LE)

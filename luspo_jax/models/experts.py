@@ -73,11 +73,13 @@ def route(x, kernel_DE, *, count, normalise, replayed=None, real=None, layout=No
     logits = project(wide(x), kernel_DE, 1, ROUTER_AXES, layout, lax.Precision.HIGHEST)
     probs = jax.nn.softmax(logits, axis=-1)
     num_experts = probs.shape[-1]
-    _, chosen = lax.top_k(lax.stop_gradient(probs), count)
+    # Each device sorts its own rows: XLA may gather those of all for it.
+    axes = _rows(probs.ndim)
+    of_own = sharding.shard_map(lambda own: lax.top_k(own, count)[1], layout, [axes], axes)
+    chosen = of_own(lax.stop_gradient(probs))
     used = chosen if replayed is None else replayed.astype(jnp.int32)
     weights = _of_experts(probs, used)
-    if normalise:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True) if normalise else weights
     sent = used if real is None else jnp.where(real[..., None], used, num_experts)
     if real is not None:
         probs = jnp.where(real[..., None], probs, 0)

@@ -1,6 +1,5 @@
 """Moves weights from their training layout to their rollout layout."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +62,7 @@ def lower_rollout_params(
 
 @functools.cache
 def _moved(dtype, mesh, layout, config):
-    axes, between = decoder.param_axes(config, dtype), dataclasses.replace(layout, table="handover")
+    axes, between = decoder.param_axes(config, dtype), layout.halfway()
     start = sharding.shardings(axes, Layout(mesh, "train"))
     even = config.embed_dim % between.size("embed") == 0
     halfway = sharding.shardings(axes, between) if even else None

@@ -353,7 +353,7 @@ STACK = cases.config()  # 5 layers with experts
 ADAM = optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
 _ON_MESHES = {"model": STACK, "adam": ADAM, "replay": "sampler", "router_aux_coef": COEF,
               "remat": "full"}  # fmt: skip
-_FAST = {("fsdp 2, expert 4", False), ("expert 2, context 2, tensor 2", True)}
+_FAST = {("fsdp 2, expert 4", False), ("data 2, expert 2, tensor 2", True)}
 
 
 @functools.cache
