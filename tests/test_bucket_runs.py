@@ -1,6 +1,7 @@
 """Whole runs whose workdir is a bucket: the numbers of a local one, whatever happens on the way."""
 
 import contextlib
+import itertools
 import pathlib
 import random
 import signal
@@ -21,11 +22,11 @@ from tests.test_train import _assert_same_results, _results
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SETTINGS = (
     "--config=configs/quickstart.py",
-    "--config.num_steps=6",
+    "--config.num_steps=12",
     "--config.rollout.prompts_per_step=6",
     "--config.rollout.group_size=4",
     "--config.rollout.max_response_length=16",
-    "--config.eval.every=3",
+    "--config.eval.every=6",
     "--config.eval.num_problems=8",
     "--config.eval.num_samples=1",
     "--config.eval.num_slots=8",
@@ -69,6 +70,17 @@ class Site:
         assert found == status, text[-4000:]
         return text
 
+    def count_uploads(self):
+        """Returns a function of a request: how many objects were sent with it, 0 if it is none."""
+        sent, lock = itertools.count(1), threading.Lock()
+
+        def number(method, path):
+            with lock:
+                sends = method == "PUT" or (method == "POST" and "/upload/" in path)
+                return next(sent) if sends else 0
+
+        return number
+
     def results(self):
         """Returns what the run left in the bucket."""
         target = self.folder / "fetched"
@@ -92,16 +104,13 @@ gs_only = pytest.mark.parametrize("site", ["gs"], indirect=True)
 
 def kill_at_upload(site, process, number, *, reached):
     """Kills a run when it sends its `number`-th object, which arrives or does not."""
-    seen, lock = [0], threading.Lock()
+    sent = site.count_uploads()
 
     def answer(method, path):
-        sends = method == "PUT" or (method == "POST" and "/upload/" in path)
-        with lock:
-            seen[0] += sends
-            if sends and seen[0] == number:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return None if reached else 503
+        if sent(method, path) == number:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return None if reached else 503
         return None
 
     site.gate.answer = answer
@@ -124,7 +133,7 @@ def test_a_run_that_is_killed_goes_on_on_another_host_as_if_nothing_was(site):
     found = site.bucket.entries()
     assert {"summary.png", "run.json", "export/config.json"} <= found.keys()
     assert [n for n in found if n.startswith("tensorboard/events")]
-    assert [n.split("/")[1] for n in found if n.endswith("/commit_success.txt")][-1] == "6"
+    assert [n.split("/")[1] for n in found if n.endswith("/commit_success.txt")][-1] == "12"
     # Nothing is left on the host, and nothing was made of the address.
     assert not list(site.folder.glob("host_3/luspo_jax/workdirs/*/*"))
     assert not (ROOT / "gs:").exists()
@@ -135,28 +144,24 @@ def test_a_run_that_is_killed_goes_on_on_another_host_as_if_nothing_was(site):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_ten_kills_during_uploads_change_nothing(site, seed):
     site.run(workdir=site.folder / "straight")
-    rng, kills = random.Random(seed), 0
-    while kills < 10:
+    rng = random.Random(seed)
+    for _ in range(10):
         process = site.start()
-        number = rng.randrange(1, 50)
+        # A step sends about 18: some starts get a step further, others not.
+        number = rng.randrange(1, 25)
         status = kill_at_upload(site, process, number, reached=rng.random() < 0.5)
-        if status == 0:  # it ended before that many
-            break
         assert status == -signal.SIGKILL, site.log.read_text()[-3000:]
-        kills += 1
     site.run()
-    print(f"{kills} kills")
-    assert kills >= 4
     _assert_same_results(site.results(), _results(site.folder / "straight"))
 
 
 @pytest.mark.slow
 def test_a_server_that_is_gone_for_a_minute_costs_nothing(site):
     site.run(workdir=site.folder / "straight")
-    process, outage = site.start(), []
+    process, outage, sent = site.start(), [], site.count_uploads()
 
     def answer(method, path):
-        if "step_000002" in path:
+        if sent(method, path) == 30:  # in a checkpoint
             outage.append(True)
             site.gate.open = False
         return None
@@ -192,15 +197,14 @@ def test_a_server_that_throttles_costs_nothing(site):
 @pytest.mark.slow
 def test_a_permission_that_is_taken_away_is_one_line_and_loses_nothing(site):
     site.run(workdir=site.folder / "straight")
-    process = site.start()
+    process, sent, forbidden = site.start(), site.count_uploads(), []
 
     def answer(method, path):
-        if forbidden or "step_000003" in path:
+        if forbidden or sent(method, path) == 40:
             forbidden.append(True)
             return 403
         return None
 
-    forbidden = []
     site.gate.answer = answer
     assert process.wait(400) == 1
     lines = site.log.read_text().splitlines()
@@ -286,8 +290,8 @@ def test_a_fork_begins_from_a_bucket_and_in_one(site):
         (site.folder / "straight", site.bucket.url.replace("run", "child")),
         (site.bucket.url, str(site.folder / "child")),
     ):
-        text = site.run("--config.num_steps=7", f"--fork={parent}", workdir=child)
-        assert f"fork      : of {parent} at step 6" in text
+        text = site.run("--config.num_steps=13", f"--fork={parent}", workdir=child)
+        assert f"fork      : of {parent} at step 12" in text
     far = Bucket(site.bucket.url.replace("run", "child"))
     far.download("metrics.jsonl", site.folder / "far.jsonl")
     rows = [
@@ -298,4 +302,4 @@ def test_a_fork_begins_from_a_bucket_and_in_one(site):
         for path in (site.folder / "far.jsonl", site.folder / "child" / "metrics.jsonl")
     ]
     assert rows[0] == rows[1]
-    assert [row["step"] for row in rows[0]] == [6, 7] or [row["step"] for row in rows[0]] == [7]
+    assert [row["step"] for row in rows[0]][-1] == 13
