@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import pathlib
 import tempfile
@@ -35,11 +36,17 @@ _MAPS = pathlib.Path("/proc/self/maps")
 _MANY_MAPS = 20_000
 
 
-@pytest.fixture(scope="module", autouse=True)
+_LOOK_EVERY = 8  # tests: counting takes some milliseconds
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
 def few_programs():
-    """Drops compiled programs after a module once there are many."""
+    """Drops compiled programs once there are many."""
     yield
-    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+    if next(_tests) % _LOOK_EVERY or not _MAPS.exists():
+        return
+    if _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
         jax.clear_caches()
         gc.collect()
 

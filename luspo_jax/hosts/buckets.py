@@ -233,6 +233,7 @@ def prepare() -> None:
     # Else gcsfs asks for each bucket's kind by another service, which needs another permission.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
+    import fsspec.asyn
 
     # They log each attempt that fails, with a traceback; what comes of it is said once, here.
     for name in ("gcsfs", "s3fs", "botocore", "google.auth"):
@@ -246,6 +247,8 @@ def prepare() -> None:
             async def _call(self, *args, **kwargs):
                 return await _patiently(super()._call, "gs://", *args, **kwargs)
 
+            call = fsspec.asyn.sync_wrapper(_call)  # which open files use
+
         fsspec.register_implementation("gcs", PatientGCS, clobber=True)
         fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     with contextlib.suppress(ImportError):
@@ -256,6 +259,8 @@ def prepare() -> None:
 
             async def _call_s3(self, *args, **kwargs):
                 return await _patiently(super()._call_s3, "s3://", *args, **kwargs)
+
+            call_s3 = fsspec.asyn.sync_wrapper(_call_s3)
 
         fsspec.register_implementation("s3", PatientS3, clobber=True)
         fsspec.config.conf.setdefault("s3", {}).setdefault("use_listings_cache", False)

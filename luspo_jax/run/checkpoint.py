@@ -70,7 +70,7 @@ class Checkpointer:
     ):
         self._bucket = bucket_checkpoints.opened(str(folder)) if is_bucket(folder) else None
         self.folder = epath.Path(folder) if self._bucket else pathlib.Path(folder).absolute()
-        self._before_commit, self._saving = before_commit, 0
+        self._before_commit, self._saving, self._failed = before_commit, 0, False
         if read_only and not (self._bucket.entries() if self._bucket else self.folder.is_dir()):
             raise CheckpointError(f"{self.folder} is not there: it comes with the first checkpoint")
         # Orbax logs each save at the root logger's INFO level; the run prints its own console line.
@@ -184,7 +184,7 @@ class Checkpointer:
         Raises:
           CheckpointError: one could not be written in the background.
         """
-        with _named_os_errors(self.folder):
+        with self._watched():
             self._manager.check_for_errors()
         if self._manager.is_saving_in_progress():
             before = [step for step in self._manager.all_steps() if step != self._saving]
@@ -197,8 +197,18 @@ class Checkpointer:
         Raises:
           CheckpointError: it could not be written.
         """
-        with _named_os_errors(self.folder), self._together():
+        with self._watched(), self._together():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _watched(self):
+        """Remembers a failure in the background, of which Orbax tells every time it is asked."""
+        try:
+            with _named_os_errors(self.folder):
+                yield
+        except BaseException:
+            self._failed = True
+            raise
 
     def _complete(self):
         """Does what comes before a checkpoint's last mark, in the background."""
@@ -338,8 +348,18 @@ class Checkpointer:
         return "there is none before it: restore that folder from a copy, or start a new --workdir"
 
     def close(self) -> None:
-        """Releases Orbax's threads."""
-        self._manager.close()
+        """Releases Orbax's threads.
+
+        Raises:
+          CheckpointError: a checkpoint could not be written in the background, unless that was
+            raised before.
+        """
+        try:
+            with _named_os_errors(self.folder):
+                self._manager.close()
+        except (CheckpointError, PlaceError):
+            if not self._failed:
+                raise
 
 
 def _best(metrics: Mapping[str, float]) -> float:
@@ -432,7 +452,11 @@ def _not_orbax(record: logging.LogRecord) -> bool:
     """Returns False for Orbax's progress reports, and for its warnings that a save has no metric
     or that a reader only reads."""
     text = record.getMessage()
-    expected = ("did not provide metrics", "read_only=True", "is read only")
+    expected = (
+        "did not provide metrics", "read_only=True", "is read only",
+        # They come with the error, which is raised.
+        "in background save thread", "Save Finalize thread",
+    )  # fmt: skip
     return "orbax" not in record.pathname or not (
         record.levelno < logging.WARNING or any(words in text for words in expected)
     )

@@ -9,6 +9,7 @@ import types
 
 import gcsfs
 import pytest
+from etils import epath
 
 from luspo_jax.hosts import buckets
 from luspo_jax.hosts.buckets import Bucket, BucketError, is_bucket
@@ -90,6 +91,19 @@ def test_a_server_that_throttles_or_fails_is_tried_again(gated, status):
     gate.answer = lambda method, path: next(failures, None)
     bucket.write("a", b"1")
     assert next(failures, None) is None
+    assert bucket.read("a") == b"1"
+
+
+def test_open_files_wait_as_well(gated):
+    """By which Orbax writes what is not an array."""
+    bucket, gate = gated
+    gate.open = False
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        written = pool.submit(epath.Path(f"{bucket.url}/a").write_text, "1")
+        time.sleep(3.0)  # gcsfs alone has given up: here it sleeps a fiftieth
+        assert not written.done()
+        gate.open = True
+        written.result(60)
     assert bucket.read("a") == b"1"
 
 
