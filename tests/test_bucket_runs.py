@@ -1,7 +1,7 @@
 """Whole runs whose workdir is a bucket: the numbers of a local one, whatever happens on the way."""
 
-import contextlib
 import itertools
+import json
 import pathlib
 import random
 import signal
@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from luspo_jax.hosts.buckets import Bucket
+from luspo_jax.hosts.lease import LEASE_S
 from luspo_jax.metrics import read_metrics
 from tests import bucket_servers
 from tests.bucket_servers import BUCKET, Gate, connect, user
@@ -260,29 +261,48 @@ def test_two_hosts_that_share_only_a_bucket(site):
 
 @pytest.mark.slow
 @gs_only
+def test_a_workdir_in_use_is_refused_and_one_of_a_dead_run_taken_over(site):
+    long = (
+        "--config.num_steps=5000",
+        "--config.eval.every=0",
+        "--config.output.checkpoint_every=20",
+    )
+    first = site.start(*long)
+    _wait_for(lambda: site.bucket.read("metrics.jsonl"))
+    began = time.monotonic()
+    text = site.run(*long, status=1)
+    assert "is in use by another run, on host" in text
+    first.send_signal(signal.SIGSTOP)  # as a host that hangs: no sign of life, and not dead
+    second = site.start(*long)
+    _wait_for(lambda: site.bucket.entries(".lock").keys() == {".lock/000002.json"})
+    assert time.monotonic() - began > LEASE_S
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(100) == 1
+    assert "was taken over by host" in site.log.read_text()
+    taken = site.bucket.read("metrics.jsonl").count(b"\n")
+    _wait_for(lambda: site.bucket.read("metrics.jsonl").count(b"\n") > taken + 3)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(100) == 143
+    steps = [json.loads(line)["step"] for line in site.bucket.read("metrics.jsonl").splitlines()]
+    assert steps == list(range(len(steps)))  # the first wrote nothing into the second's
+
+
+@pytest.mark.slow
+@gs_only
 def test_bad_places_are_one_line(site):
-    first = site.start()
-    until = time.monotonic() + 200
-    while site.bucket.read("metrics.jsonl") is None and time.monotonic() < until:
-        time.sleep(0.1)
-    with _stopped(first):
-        assert "is in use by another" in site.run(status=1)
-    assert first.wait(400) == 0
+    site.run()
     assert "holds a run with another configuration" in site.run("--config.seed=9", status=1)
-    elsewhere = site.bucket.url.replace("/run", "")
+    elsewhere = site.bucket.url[:-4]
     assert "is not empty and holds no run" in site.run(workdir=elsewhere, status=1)
     assert "does the bucket gs://absent exist?" in site.run(workdir="gs://absent/x", status=1)
     assert "az:// is not known" in site.run(workdir="az://b/x", status=1)
 
 
-@contextlib.contextmanager
-def _stopped(process):
-    """A live process that moves on only afterwards; a stopped one still holds its folder."""
-    process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGCONT)
+def _wait_for(condition, seconds=300):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
@@ -291,12 +311,12 @@ def test_a_fork_begins_from_a_bucket_and_in_one(site):
     site.run(workdir=site.folder / "straight")
     site.run()
     for parent, child in (
-        (site.folder / "straight", site.bucket.url.replace("run", "child")),
+        (site.folder / "straight", f"{site.bucket.url[:-4]}/child"),
         (site.bucket.url, str(site.folder / "child")),
     ):
         text = site.run("--config.num_steps=13", f"--fork={parent}", workdir=child)
         assert f"fork      : of {parent} at step 12" in text
-    far = Bucket(site.bucket.url.replace("run", "child"))
+    far = Bucket(f"{site.bucket.url[:-4]}/child")
     far.download("metrics.jsonl", site.folder / "far.jsonl")
     rows = [
         [
