@@ -84,17 +84,19 @@ class Lease:
         lease_s: float = LEASE_S,
     ):
         self._bucket, self._flag, self._beat_s = bucket, flag, beat_s
-        self._closed, self._problem = threading.Event(), ""
-        self._own = self._taken(lease_s)
+        self._closed, self._problem, self._one = threading.Event(), "", threading.Lock()
+        self._own, self._renewed = self._taken(lease_s), time.monotonic()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Checks that the folder is still held.
+        """Checks that the folder is still held; asks the bucket if that is not known for sure.
 
         Raises:
           PlaceError: another run took it; says which.
         """
+        if not self._problem and time.monotonic() - self._renewed > 2 * self._beat_s:
+            self._look()  # this process was suspended, or the server was away
         if self._problem:
             raise PlaceError(self._problem)
 
@@ -159,11 +161,13 @@ class Lease:
 
     def _look(self):
         """Renews the lock; returns whether another has it."""
-        self._own = dataclasses.replace(self._own, beat=self._own.beat + 1)
-        self._write(self._own)
-        other = held(self._bucket)
-        if other is None or other.token == self._own.token:
-            return False
+        with self._one:
+            self._own = dataclasses.replace(self._own, beat=self._own.beat + 1)
+            self._write(self._own)
+            other = held(self._bucket)
+            if other is None or other.token == self._own.token:
+                self._renewed = time.monotonic()
+                return False
         self._problem = (
             f"{self._flag}={self._bucket.url} was taken over by {_who(other)}, because this run "
             "gave no sign of life for a while: this one has stopped"
