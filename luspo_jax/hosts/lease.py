@@ -90,15 +90,23 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Checks that the folder is still held; asks the bucket if that is not known for sure.
+        """Checks that nobody is known to have taken the folder; does not wait.
 
         Raises:
           PlaceError: another run took it; says which.
         """
-        if not self._problem and time.monotonic() - self._renewed > 2 * self._beat_s:
-            self._look()  # this process was suspended, or the server was away
         if self._problem:
             raise PlaceError(self._problem)
+
+    def confirm(self) -> None:
+        """As `check`, for sure: asks the bucket if this process was suspended or the server away.
+
+        Raises:
+          PlaceError: another run took it, or the bucket does not answer.
+        """
+        if not self._problem and time.monotonic() - self._renewed > 2 * self._beat_s:
+            self._look()
+        self.check()
 
     def close(self) -> None:
         """Releases the folder, at once for all."""

@@ -120,7 +120,7 @@ class Place:
             self._bucket,
             hidden=(NOTE,),
             left_out=("wandb",),  # which W&B has
-            may_write=self._held.check if self._held else lambda: None,
+            may_write=self._held.confirm if self._held else lambda: None,
         )
         self._mirror.adopt(found)
         buckets.wait_long()
