@@ -449,16 +449,14 @@ def _described(x):
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Returns False for Orbax's progress reports, and for its warnings that a save has no metric
-    or that a reader only reads."""
+    """Returns False for Orbax's progress reports, for its warnings that a save has no metric or that
+    a reader only reads, and for errors that are raised as well."""
     text = record.getMessage()
-    expected = (
-        "did not provide metrics", "read_only=True", "is read only",
-        # They come with the error, which is raised.
-        "in background save thread", "Save Finalize thread",
-    )  # fmt: skip
+    expected = ("did not provide metrics", "read_only=True", "is read only")
     return "orbax" not in record.pathname or not (
-        record.levelno < logging.WARNING or any(words in text for words in expected)
+        record.levelno < logging.WARNING
+        or record.exc_info  # of threads: the same error is raised where the save is waited for
+        or any(words in text for words in expected)
     )
 
 
