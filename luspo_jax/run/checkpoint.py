@@ -449,7 +449,7 @@ def _described(x):
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Returns False for Orbax's progress reports, for its warnings that a save has no metric or that
+    """Returns False for Orbax's progress reports, for warnings that a save has no metric or that
     a reader only reads, and for errors that are raised as well."""
     text = record.getMessage()
     expected = ("did not provide metrics", "read_only=True", "is read only")
