@@ -29,7 +29,10 @@ _SAY_AFTER_S = 5.0  # of waiting, until a line says so
 _BUSY = (408, 425, 429)  # HTTP: request timeout, too early, too many requests
 _AWAY = ("aiohttp.", "requests.", "urllib3.")  # modules of errors of a connection
 _AWAY_BOTO = ("HTTPClientError", "ConnectionError", "ResponseStreamingError", "ResponseParserError")
-_SLOW = ("SlowDown", "Throttling", "RequestTimeout", "InternalError", "ServiceUnavailable")
+_SLOW = (
+    "SlowDown", "Throttling", "RequestTimeout", "InternalError", "ServiceUnavailable",
+    "UNAVAILABLE", "DEADLINE_EXCEEDED",  # TensorStore
+)  # fmt: skip
 _WHOLE = 50_000_000  # bytes up to which a file is sent in one request
 
 _patience = {"seconds": SHORTLY_S}
@@ -294,7 +297,7 @@ def is_passing(error: BaseException) -> bool:
             return True
         if isinstance(one, ConnectionError | TimeoutError):
             return True
-        if kind.__module__.startswith(_AWAY):
+        if kind.__module__.startswith(_AWAY) or kind.__name__ == "TransportError":  # of google.auth
             return True
         if kind.__module__.startswith("botocore.") and any(
             base.__name__ in _AWAY_BOTO for base in kind.__mro__

@@ -7,6 +7,7 @@ import sys
 import time
 import types
 
+import aiohttp
 import gcsfs
 import pytest
 from etils import epath
@@ -150,6 +151,32 @@ def test_a_bucket_that_does_not_exist_is_named(bucket):
     other = Bucket(bucket.url.replace(BUCKET, "absent"))
     with pytest.raises(BucketError, match=r"absent.*: not found .*does the bucket .*absent exist"):
         other.write("a", b"1")
+
+
+def test_what_passes_and_what_does_not():
+    from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
+    from gcsfs.retry import HttpError
+    from google.auth.exceptions import RefreshError, TransportError
+
+    def of_s3(status, code):
+        found = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        return ClientError(found, "PutObject")
+
+    wrapped = OSError("no")
+    wrapped.__cause__ = of_s3(503, "SlowDown")
+    passing = [
+        ConnectionResetError(), TimeoutError(), aiohttp.ServerDisconnectedError(), wrapped,
+        EndpointConnectionError(endpoint_url="x"), of_s3(500, "InternalError"),
+        of_s3(400, "RequestTimeout"), HttpError({"code": 429}), HttpError({"code": "503"}),
+        TransportError("metadata server"), ValueError("UNAVAILABLE: connection"),
+    ]  # fmt: skip
+    staying = [
+        FileNotFoundError("a"), PermissionError("a"), HttpError({"code": 403}), ValueError("a"),
+        of_s3(403, "AccessDenied"), of_s3(404, "NoSuchBucket"), NoCredentialsError(),
+        RefreshError("expired"), FileExistsError("a"),
+    ]  # fmt: skip
+    assert [error for error in passing if not buckets.is_passing(error)] == []
+    assert [error for error in staying if buckets.is_passing(error)] == []
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
