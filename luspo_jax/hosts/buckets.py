@@ -198,7 +198,7 @@ def refusal(url: str, error: BaseException, verb: str = "read and write") -> str
     if is_passing(error):
         return (
             f"{url} does not answer ({type(error).__name__}: {text}): check the network and the "
-            "server; the same command goes on"
+            "server, then run the same command again"
         )
     return None
 
@@ -239,7 +239,7 @@ def prepare() -> None:
     import fsspec.asyn
 
     # They log each attempt that fails, with a traceback; what comes of it is said once, here.
-    for name in ("gcsfs", "s3fs", "botocore", "google.auth"):
+    for name in ("gcsfs", "s3fs", "fsspec", "botocore", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.suppress(ImportError):
         from gcsfs.core import GCSFileSystem

@@ -471,7 +471,7 @@ def _named_os_errors(folder: Any):
             raise
         if is_bucket(folder) and (line := buckets.refusal(str(folder), error)):
             raise CheckpointError(
-                f"a checkpoint could not be written: {line}, from the last complete checkpoint"
+                f"a checkpoint could not be written: {line}; it goes on from the last complete one"
             ) from error
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
         if full or isinstance(error, OSError):
