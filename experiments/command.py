@@ -101,6 +101,7 @@ _ADDRESSES = {
     "plot": ("workdir",),
     "export": ("workdir",),
     "evaluate": ("model", "data", "image_dir", "cache_dir"),
+    "buckets": ("bucket",),  # of experiments.bench
 }
 
 
