@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from luspo_jax import sharding
+from luspo_jax.models.low_rank import LowRank, low_rank_axes
 from luspo_jax.models.quantised import Quantised, looked_up, scaled
 from luspo_jax.ops.precision import wide, wide_type
 
@@ -18,7 +19,6 @@ from luspo_jax.ops.precision import wide, wide_type
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
     """Computes x · kernel over the last `contracted` axes of x and the first of the kernel.
 
@@ -27,8 +27,19 @@ def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
     layout, a kernel of logical `axes` is sharded over the mesh: it is gathered in x's type for use,
     and its gradient returns in the same sharding. `precision` is that of the products, a
     `lax.Precision`. A Quantised kernel's products are summed and scaled in float32; it has no
-    gradient.
+    gradient. A LowRank one gives x · W + s · (x · A) · B in x's type, and A and B have gradients.
     """
+    if not isinstance(kernel, LowRank):
+        return _project(x, kernel, contracted, axes, layout, precision)
+    inner, outer = low_rank_axes(axes, contracted)
+    low = _project(x, kernel.a, contracted, inner, layout, precision)
+    added = _project(low, kernel.b, 1, outer, layout, precision)
+    y = _project_frozen(x, kernel.base, contracted, axes, layout, precision)
+    return y + kernel.scale * added
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _project(x, kernel, contracted, axes, layout, precision):
     dims = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
     if isinstance(kernel, Quantised):
         values = gathered(kernel.values, x.dtype, axes, layout)
@@ -49,15 +60,13 @@ def gathered(kernel, dtype, axes, layout):
 
 
 def _project_forward(x, kernel, contracted, axes, layout, precision):
-    return project(x, kernel, contracted, axes, layout, precision), (x, kernel)
+    return _project(x, kernel, contracted, axes, layout, precision), (x, kernel)
 
 
 def _project_backward(contracted, axes, layout, precision, residuals, grad):
     x, kernel = residuals
     lead = x.ndim - contracted
-    outputs = (tuple(range(lead, grad.ndim)), tuple(range(contracted, kernel.ndim)))
-    whole = gathered(kernel, grad.dtype, axes, layout)
-    dx = lax.dot_general(grad, whole, (outputs, ((), ())), precision=precision)
+    dx = _input_gradient(kernel, grad, contracted, axes, layout, precision)
     local = functools.partial(_kernel_gradient, contracted, axes, layout, precision)
     if layout is not None:
         # Each device computes its own rows and positions: XLA would gather whole rows of
@@ -67,6 +76,13 @@ def _project_backward(contracted, axes, layout, precision, residuals, grad):
         inputs = (*rows, *inner[:contracted]), (*rows, *inner[contracted:])
         local = sharding.shard_map(local, layout, inputs, axes)
     return dx, local(x, grad).astype(kernel.dtype)
+
+
+def _input_gradient(kernel, grad, contracted, axes, layout, precision):
+    kept = kernel.ndim - contracted
+    outputs = (tuple(range(grad.ndim - kept, grad.ndim)), tuple(range(contracted, kernel.ndim)))
+    whole = gathered(kernel, grad.dtype, axes, layout)
+    return lax.dot_general(grad, whole, (outputs, ((), ())), precision=precision)
 
 
 def _kernel_gradient(contracted, axes, layout, precision, x, grad):
@@ -84,7 +100,24 @@ def _kernel_gradient(contracted, axes, layout, precision, x, grad):
     return sharding.summed_over_rows(dkernel, axes, layout)
 
 
-project.defvjp(_project_forward, _project_backward)
+_project.defvjp(_project_forward, _project_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _project_frozen(x, kernel, contracted, axes, layout, precision):
+    """Computes the same for a kernel without gradient, whose outer products cost nothing then."""
+    return _project(x, kernel, contracted, axes, layout, precision)
+
+
+def _frozen_forward(x, kernel, contracted, axes, layout, precision):
+    return _project(x, kernel, contracted, axes, layout, precision), kernel
+
+
+def _frozen_backward(contracted, axes, layout, precision, kernel, grad):
+    return _input_gradient(kernel, grad, contracted, axes, layout, precision), None
+
+
+_project_frozen.defvjp(_frozen_forward, _frozen_backward)
 
 
 @jax.custom_vjp

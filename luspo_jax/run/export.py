@@ -5,7 +5,7 @@ import shutil
 from typing import Any, Literal
 
 from luspo_jax.images.settings import write_limits
-from luspo_jax.models import decoder_weights, vision_weights
+from luspo_jax.models import decoder_weights, low_rank, vision_weights
 from luspo_jax.run.model import Model
 from luspo_jax.run.settings import Config
 
@@ -24,7 +24,7 @@ def export_policy(
     Args:
       config: of the run.
       model: its architecture and tokenizer.
-      params: its weights.
+      params: its weights; adapters are merged into them.
       folder: must be empty or new.
       dtype: type to store.
       overwrite: replace an earlier export of ours there; `files.OWN` if the folder belongs to the
@@ -45,7 +45,7 @@ def export_policy(
 
     decoder_weights.export(
         folder,
-        params,
+        low_rank.merged_tree(params),
         model.config,
         source=source,
         dtype=dtype,

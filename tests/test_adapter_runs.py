@@ -1,0 +1,144 @@
+"""Whole runs with a low-rank adapter: what is trained, resume, reference, mesh."""
+
+import contextlib
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from luspo_jax import train
+from luspo_jax.hosts.values import ConfigError
+from luspo_jax.learner import programs
+from luspo_jax.metrics import read_metrics
+from luspo_jax.run import workdir as workdirs
+from luspo_jax.run.build import build, facts
+from luspo_jax.run.checkpoint import Checkpointer
+from luspo_jax.run.workdir import WorkdirError
+from tests import test_train
+from tests.test_train import (
+    _assert_same_results,
+    _results,
+    _train,
+    assert_near_results,
+    without_sampler_counts,
+)
+
+model_folder = test_train.model_folder
+
+
+@pytest.fixture
+def config(model_folder):
+    config = test_train.config.__wrapped__(model_folder)
+    config.lora.rank = 4
+    config.lora.alpha = 8.0
+    config.lora.base = "float32"
+    config.objective.kl_coef = 0.1
+    config.train.learning_rate = 1e-2
+    return config
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Folder for the uninterrupted run, made by the first test that needs it."""
+    return tmp_path_factory.mktemp("straight") / "run"
+
+
+@pytest.fixture
+def finished(straight, config):
+    if not straight.exists():
+        _train(config, straight)
+    return straight
+
+
+def test_it_trains_the_adapter_alone_and_exports_the_merged_policy(finished, config):
+    metrics, _, weights = _results(finished)
+    base = load_file(f"{config.model.path}/model.safetensors")
+    changed = {name for name in base if np.any(weights[name] != base[name])}
+    assert changed == {name for name in base if "_proj." in name}
+    for name in changed:
+        assert np.linalg.matrix_rank(weights[name] - base[name], tol=1e-6) <= 4
+    assert metrics[4]["actor/kl_loss"] > 1e-6  # away from the base
+    assert metrics[1]["rollout_corr/kl"] < 1e-6
+    stored = json.loads((finished / "run.json").read_text())
+    assert stored["adapter_parameters"] == 4 * 2 * (
+        2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 24)
+    )  # fmt: skip
+
+
+def test_a_checkpoint_holds_the_adapter_alone(finished):
+    count = json.loads((finished / "run.json").read_text())["adapter_parameters"]
+    with contextlib.closing(Checkpointer(finished / "checkpoints", read_only=True)) as kept:
+        stored = kept._manager.item_metadata(4)["state"].tree
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(stored)]
+    # A and B and two moments of each, and counters; the reference is the adapter switched off.
+    assert sum(size for size in sizes if size > 1) == 3 * count
+
+
+def test_interrupted_run_goes_on_bit_for_bit(finished, config, tmp_path, monkeypatch):
+    real, calls = programs.update_step, []
+
+    def crash(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # the second update of the third step
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(programs, "update_step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        _train(config, tmp_path / "run")
+    monkeypatch.setattr(programs, "update_step", real)
+    _train(config, tmp_path / "run")
+    _assert_same_results(_results(tmp_path / "run"), _results(finished))
+
+
+def test_other_frozen_weights_are_refused(finished, config, monkeypatch):
+    run = build(config)
+    known = facts(run)
+    with pytest.raises(WorkdirError, match="base_sha256"):
+        workdirs.Workdir(finished, config, known | {"base_sha256": "0"})
+
+
+def test_a_run_on_a_mesh_is_that_of_one_device(finished, config, tmp_path):
+    config.mesh.data, config.mesh.tensor = 2, 1
+    config.rollout_mesh.context = 2
+    run = build(config, jax.devices())
+    workdir = workdirs.Workdir(tmp_path / "run", config, facts(run))
+    train.train(run, workdir)
+    workdir.close()
+    got, expected = _results(tmp_path / "run"), _results(finished)
+    assert_near_results(without_sampler_counts(got), without_sampler_counts(expected), 1e-4)
+
+
+def test_principal_parts_and_a_refreshed_reference_take_steps(config, tmp_path):
+    config.lora.init = "pissa"
+    config.lora.rslora = True
+    config.train.ref_every = 1
+    config.train.num_minibatches = 1
+    config.num_steps = 2
+    _train(config, tmp_path / "run")
+    rows = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert abs(rows[2]["actor/kl_loss"]) < 1e-9  # the reference is the policy that begins the step
+    assert rows[1]["actor/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"targets": "q_prj"}, "lora.targets: no linear layer 'q_prj'; did you mean 'q_proj'"),
+        ({"targets": " "}, "lora.targets is empty"),
+        ({"rank": 9}, "lora.rank=9 exceeds the 8 of the smaller side of layers/attention/key"),
+        ({"dropout": 0.1}, "lora.dropout"),
+        ({"init": "orthogonal"}, "lora.init"),
+        ({"experts": True}, "lora.experts is set, and the model"),
+        ({"vision": True}, "lora.vision is set, and the model"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(config, fields, message):
+    for name, value in fields.items():
+        config.lora[name] = value
+    with pytest.raises(ConfigError) as error:
+        build(config)
+    assert message in str(error.value)
