@@ -1,5 +1,6 @@
 """The decoder's arithmetic as functions of arrays, each with a suitable backward pass."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from luspo_jax import sharding
-from luspo_jax.models.low_rank import LowRank, low_rank_axes
+from luspo_jax.models.low_rank import QUANTISED, LowRank, dequantised, low_rank_axes
 from luspo_jax.models.quantised import Quantised, looked_up, scaled
 from luspo_jax.ops.precision import wide, wide_type
 
@@ -26,9 +27,12 @@ def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
     type, so float32 master weights under bfloat16 activations lose nothing to rounding. With a
     layout, a kernel of logical `axes` is sharded over the mesh: it is gathered in x's type for use,
     and its gradient returns in the same sharding. `precision` is that of the products, a
-    `lax.Precision`. A Quantised kernel's products are summed and scaled in float32; it has no
-    gradient. A LowRank one gives x · W + s · (x · A) · B in x's type, and A and B have gradients.
+    `lax.Precision`. A Quantised kernel's products are summed and scaled in float32, an Nf4 one is
+    used in x's type; neither has a gradient. A LowRank one gives x · W + s · (x · A) · B in x's
+    type, and A and B have gradients.
     """
+    if isinstance(kernel, QUANTISED):
+        return _project_frozen(x, kernel, contracted, axes, layout, precision)
     if not isinstance(kernel, LowRank):
         return _project(x, kernel, contracted, axes, layout, precision)
     inner, outer = low_rank_axes(axes, contracted)
@@ -45,8 +49,17 @@ def _project(x, kernel, contracted, axes, layout, precision):
         values = gathered(kernel.values, x.dtype, axes, layout)
         y = lax.dot_general(x, values, (dims, ((), ())), preferred_element_type=wide_type(x))
         return scaled(y, kernel.scales).astype(x.dtype)
-    whole = gathered(kernel, x.dtype, axes, layout)
+    whole = frozen(kernel, x.dtype, contracted, axes, layout)
     return lax.dot_general(x, whole, (dims, ((), ())), precision=precision)
+
+
+def frozen(kernel, dtype, contracted, axes, layout):
+    """Returns a kernel in `dtype`, gathered; one of few bits travels as it is stored."""
+    if not isinstance(kernel, QUANTISED):
+        return gathered(kernel, dtype, axes, layout)
+    lead = 0 if axes is None else sum(axis == "experts" for axis in axes)
+    values = gathered(kernel.values, kernel.values.dtype, axes, layout)
+    return dequantised(dataclasses.replace(kernel, values=values), lead, contracted).astype(dtype)
 
 
 def gathered(kernel, dtype, axes, layout):
@@ -79,9 +92,12 @@ def _project_backward(contracted, axes, layout, precision, residuals, grad):
 
 
 def _input_gradient(kernel, grad, contracted, axes, layout, precision):
-    kept = kernel.ndim - contracted
-    outputs = (tuple(range(grad.ndim - kept, grad.ndim)), tuple(range(contracted, kernel.ndim)))
-    whole = gathered(kernel, grad.dtype, axes, layout)
+    kept = len(kernel.shape) - contracted
+    outputs = (
+        tuple(range(grad.ndim - kept, grad.ndim)),
+        tuple(range(contracted, contracted + kept)),
+    )
+    whole = frozen(kernel, grad.dtype, contracted, axes, layout)
     return lax.dot_general(grad, whole, (outputs, ((), ())), precision=precision)
 
 

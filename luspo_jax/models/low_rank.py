@@ -12,14 +12,16 @@ adapted kernel is. `composed` puts both into the tree that a forward pass reads.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from luspo_jax import sharding
-from luspo_jax.models.quantised import Quantised
+from luspo_jax.models import nf4
+from luspo_jax.models.nf4 import Nf4
+from luspo_jax.models.quantised import Quantised, dense, quantise
 
 # The names of the linear layers in Hugging Face's modules → ours.
 MODULES = {
@@ -32,7 +34,8 @@ MODULES = {
     "down_proj": "down",
 }
 INITS = ("kaiming", "gaussian", "pissa")
-BASES = ("bfloat16", "float32")
+BASES = ("bfloat16", "float32", "int8", "nf4")
+QUANTISED = (Quantised, Nf4)
 _STACKED = ("layers", "experts")  # leading axes of a kernel: it is one matrix for each
 
 
@@ -74,7 +77,7 @@ class LowRank:
     """A frozen matrix and its adapter, in the place of a kernel.
 
     Attributes:
-      base: W, or its Quantised. The first field: Flax compares its shape.
+      base: W, or its Quantised or Nf4. The first field: Flax compares its shape.
       a: A, [..., in, r] with the axes of W that a product sums over.
       b: B, [..., r, out] with those that it keeps.
       scale: s; static.
@@ -141,9 +144,18 @@ def places(axes_tree: Mapping[str, Any], adapter: Adapter) -> dict[tuple[str, ..
     for keys, axes in flat:
         path = tuple(key.key for key in keys)
         if path[-1] == "kernel" and _is_adapted(path, axes, adapter):
-            lead = sum(axis in _STACKED for axis in axes)
-            found[path] = Place(axes, lead, 2 if path[-3:-1] == ("attention", "out") else 1)
+            found[path] = _place(path, axes)
     return found
+
+
+def _place(path, axes):
+    lead = sum(axis in _STACKED for axis in axes)
+    return Place(axes, lead, num_contracted(path))
+
+
+def num_contracted(path: Sequence[str]) -> int:
+    """Returns how many axes of the kernel at a path a product sums over."""
+    return 2 if tuple(path[-3:-1]) == ("attention", "out") else 1
 
 
 def _is_adapted(path, axes, adapter):
@@ -197,7 +209,11 @@ def begun(
         program = _beginning(place, adapter, layout)
         rest, made[path] = program(jax.random.fold_in(key, index), base[path])
         base[path] = base[path] if rest is None else rest
-    frozen = {path: _frozen(path, x, axes_tree, adapter.base, layout) for path, x in base.items()}
+    axes_of, frozen = dict(_flat(axes_tree)), {}
+    for path in list(base):  # one after another: each is freed once it is rounded
+        axes = axes_of[path]
+        where = sharding.shardings(_frozen_axes(path, axes, adapter.base), layout)
+        frozen[path] = _freezing(path, axes, adapter.base, where)(base.pop(path))
     return _nested(frozen), _nested(made)
 
 
@@ -236,29 +252,58 @@ def _principal(kernel, shapes, place, adapter):
 
 def float_type(adapter: Adapter) -> Any:
     """Returns the floating type of the weights beside those that are quantised."""
-    return jnp.dtype(adapter.base)
+    return jnp.dtype("bfloat16" if adapter.base in ("int8", "nf4") else adapter.base)
 
 
-def _frozen(path, x, axes_tree, kind, layout):
-    """Casts a parameter to what it is frozen as; a router stays float32."""
-    del axes_tree, layout
-    return x if "router" in path else jnp.asarray(x).astype(kind)
+@functools.cache
+def _freezing(path, axes, kind, where):
+    return jax.jit(functools.partial(_frozen, path, axes, kind), out_shardings=where)
+
+
+def _frozen(path, axes, kind, x):
+    """Rounds a parameter to what it is frozen as; a router stays float32."""
+    if "router" in path:
+        return x
+    if not _is_quantised(path, kind):
+        return x.astype("bfloat16" if kind in ("int8", "nf4") else kind)
+    place = _place(path, axes)
+    if kind == "nf4":
+        return nf4.quantise(x, place.contracted, place.lead)
+    return quantise(x, tuple(range(place.lead, place.lead + place.contracted)))
+
+
+def _frozen_axes(path, axes, kind):
+    if not _is_quantised(path, kind):
+        return axes
+    place = _place(path, axes)
+    if kind == "nf4":
+        return nf4.nf4_axes(axes, place.contracted, place.lead)
+    return Quantised(axes, (*axes[: place.lead], *axes[place.lead + place.contracted :]))
+
+
+def _is_quantised(path, kind):
+    """Whether a parameter has fewer bits: kernels of the decoder's layers, routers aside."""
+    stacked = path[0] not in ("vision", "embedding", "head")
+    return kind in ("int8", "nf4") and stacked and path[-1] == "kernel" and "router" not in path
 
 
 def base_axes(axes_tree: Mapping[str, Any], adapter: Adapter) -> Any:
     """Returns the logical axes of the frozen weights."""
-    del adapter
-    return axes_tree
-
-
-def abstract_base(abstract: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """Returns shapes and types of the frozen weights of parameters of these shapes."""
     return _nested(
-        {
-            path: jax.eval_shape(lambda x, p=path: _frozen(p, x, None, adapter.base, None), leaf)
-            for path, leaf in _flat(abstract)
-        }
+        {path: _frozen_axes(path, axes, adapter.base) for path, axes in _flat(axes_tree)}
     )
+
+
+def abstract_base(
+    abstract: Mapping[str, Any], axes_tree: Mapping[str, Any], adapter: Adapter
+) -> dict[str, Any]:
+    """Returns shapes and types of the frozen weights of parameters of these shapes."""
+    axes_of = dict(_flat(axes_tree))
+    frozen = {
+        path: jax.eval_shape(functools.partial(_frozen, path, axes_of[path], adapter.base), leaf)
+        for path, leaf in _flat(abstract)
+    }
+    return _nested(frozen)
 
 
 def composed(base: Mapping[str, Any], trained: Mapping[str, Any], scale: float) -> dict[str, Any]:
@@ -280,23 +325,44 @@ def is_composed(params: Any) -> bool:
 
 def merged(kernel: LowRank) -> jax.Array:
     """Returns W + s · A · B in float32."""
-    dense = kernel.base.astype(jnp.float32)
-    contracted = kernel.a.ndim - 1
-    lead = kernel.a.ndim + kernel.b.ndim - 2 - dense.ndim
-    contracted -= lead
-    stacked = dense.shape[:lead]
+    lead = kernel.a.ndim + kernel.b.ndim - 2 - len(kernel.shape)
+    base = dequantised(kernel.base, lead, kernel.a.ndim - 1 - lead)
+    stacked = base.shape[:lead]
     a = kernel.a.astype(jnp.float32).reshape(*stacked, -1, kernel.a.shape[-1])
     b = kernel.b.astype(jnp.float32).reshape(*stacked, kernel.a.shape[-1], -1)
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    return dense + kernel.scale * product.reshape(dense.shape)
+    return base + kernel.scale * product.reshape(base.shape)
+
+
+def dequantised(kernel: Any, lead: int, contracted: int) -> jax.Array:
+    """Returns a frozen matrix in float32; its first axes stack, the next are summed over."""
+    if isinstance(kernel, Nf4):
+        return nf4.dense(kernel)
+    if isinstance(kernel, Quantised):
+        return dense(kernel, tuple(range(lead, lead + contracted)))
+    return kernel.astype(jnp.float32)
 
 
 def merged_tree(params: Any) -> Any:
-    """Merges every LowRank of a tree, in float32, and leaves the other parameters."""
-    return jax.tree.map(
-        lambda x: merged(x) if isinstance(x, LowRank) else x,
-        params,
-        is_leaf=lambda node: isinstance(node, LowRank),
+    """Merges every LowRank of a tree, in float32, and leaves the other parameters.
+
+    Beside a LowRank, frozen matrices of fewer bits are made float32 too.
+    """
+    if not is_composed(params):
+        return params
+    kinds = (LowRank, *QUANTISED)
+
+    def one(keys, x):
+        if isinstance(x, LowRank):
+            return merged(x)
+        if not isinstance(x, QUANTISED):
+            return x
+        contracted = num_contracted([key.key for key in keys])
+        kept = 2 if keys[-2].key in ("query", "key", "value") else 1  # of a decoder's kernels
+        return dequantised(x, len(x.shape) - kept - contracted, contracted)
+
+    return jax.tree_util.tree_map_with_path(
+        one, params, is_leaf=lambda node: isinstance(node, kinds)
     )
 
 
@@ -304,7 +370,7 @@ def _flat(tree):
     return [
         (tuple(key.key for key in path), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            tree, is_leaf=lambda node: isinstance(node, Quantised)
+            tree, is_leaf=lambda node: isinstance(node, (tuple, *QUANTISED))
         )
     ]
 

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from luspo_jax.models import decoder, low_rank
-from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models import decoder, low_rank, vision
+from luspo_jax.models.decoder_config import DecoderConfig, read_config
 from luspo_jax.models.forward import Forward
 from luspo_jax.models.layers import project
 from luspo_jax.models.low_rank import Adapter, LowRank
+from tests import vl_cases
+from tests.models import expert_cases
 
 MODEL = DecoderConfig(
     model_type="qwen2",
@@ -181,3 +183,118 @@ def test_the_merged_tree_is_the_composed_one():
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected
     )
     assert not low_rank.is_composed(found)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "bfloat16"])
+def test_frozen_weights_of_few_bits(kind):
+    """The forward pass, its gradients and the hand-over all read the same rounded matrices."""
+    adapter = dataclasses.replace(ADAPTER, base=kind, targets=("q_proj", "o_proj", "down_proj"))
+    base, made = _made(adapter=adapter)
+    how = Forward(MODEL, adapter=adapter)
+    whole = decoder.whole_params(base, made, how)
+    dense = low_rank.merged_tree(whole)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(dense))
+    np.testing.assert_allclose(
+        _logits(whole, how), _logits(dense, Forward(MODEL)), rtol=2e-5, atol=2e-5
+    )
+    exact = decoder.init_params(jax.random.key(0), MODEL)
+    shift = _merged(jax.tree.map(jnp.zeros_like, exact), made, adapter.scale)
+    error = {"int8": 1 / 254, "nf4": 0.16, "bfloat16": 2**-8}[kind]
+    for name in ("query", "key", "out"):
+        w, found, low = (
+            np.asarray(tree["layers"]["attention"][name]["kernel"], np.float32)
+            for tree in (exact, dense, shift)
+        )
+        off = np.abs(found - low - w).max()
+        assert 0 < off <= error * np.abs(w).max() + 1e-6, name
+    weights = jnp.asarray(np.random.default_rng(5).normal(size=(2, 7, 19)), jnp.float32)
+    got = jax.grad(
+        lambda made: jnp.sum(_logits(decoder.whole_params(base, made, how), how) * weights)
+    )(made)
+    plain = dataclasses.replace(ADAPTER, targets=adapter.targets)
+    rounded = low_rank.merged_tree(
+        decoder.whole_params(base, jax.tree.map(jnp.zeros_like, made), how)
+    )
+    want = jax.grad(
+        lambda made: jnp.sum(_logits(low_rank.composed(rounded, made, plain.scale), how) * weights)
+    )(made)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5 * np.abs(b).max())
+
+
+def test_shapes_and_axes_of_what_is_frozen():
+    for kind in low_rank.BASES:
+        adapter = dataclasses.replace(ADAPTER, base=kind)
+        base, made = _made(adapter=adapter)
+        how, axes = Forward(MODEL, adapter=adapter), decoder.param_axes(MODEL)
+        abstract = low_rank.abstract_base(decoder.abstract_params(MODEL), axes, adapter)
+        named = jax.tree.leaves(decoder.frozen_axes(how), is_leaf=lambda x: type(x) is tuple)
+        for x, like, names in zip(
+            jax.tree.leaves(base), jax.tree.leaves(abstract), named, strict=True
+        ):
+            assert (x.shape, x.dtype) == (like.shape, like.dtype)
+            assert len(names) == x.ndim
+        like = decoder.abstract_trained(how)
+        assert jax.tree.map(jnp.shape, made) == jax.tree.map(lambda x: x.shape, like)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "nf4"])
+@pytest.mark.parametrize("experts", [True, False])
+def test_experts_are_those_of_the_merged_matrices(kind, experts):
+    model = expert_cases.config(4, 2, num_layers=2, dense_layers=(1,))
+    adapter = dataclasses.replace(ADAPTER, base=kind, experts=experts)
+    base, made = _made(model, adapter)
+    of_experts = [p for p in low_rank.places(decoder.param_axes(model), adapter) if "mlp" in p]
+    assert len(of_experts) == (6 if experts else 3)  # and of the dense layer
+    how = Forward(model, adapter=adapter)
+    whole = low_rank.merged_tree(decoder.whole_params(base, made, how))
+    rounded = low_rank.merged_tree(
+        decoder.whole_params(base, jax.tree.map(jnp.zeros_like, made), how)
+    )
+    weights = jnp.asarray(np.random.default_rng(5).normal(size=(2, 7, 96)), jnp.float32)
+
+    def ours(made):
+        out = _logits(decoder.whole_params(base, made, how), how)
+        return jnp.sum(out * weights), out
+
+    def plainly(made):
+        merged = low_rank.merged_tree(low_rank.composed(rounded, made, adapter.scale))
+        return jnp.sum(_logits(merged, Forward(model)) * weights)
+
+    (_, found), got = jax.value_and_grad(ours, has_aux=True)(made)
+    np.testing.assert_allclose(found, _logits(whole, Forward(model)), rtol=1e-4, atol=1e-4)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.grad(plainly)(made)), strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_an_image_tower_is_that_of_the_merged_matrices(tmp_path):
+    (tmp_path / "model").mkdir()
+    vl_cases.write_model(tmp_path / "model")
+    model = read_config(tmp_path / "model")
+    adapter = dataclasses.replace(ADAPTER, vision=True)
+    base, made = _made(model, adapter)
+    assert set(made["vision"]) == {"blocks", "merger"}
+    how, rng = Forward(model, adapter=adapter), np.random.default_rng(0)
+    slots = 2 * model.vision.window_slots
+    patches = rng.normal(size=(1, slots, np.prod(model.vision.patch_shape))).astype(np.float32)
+    places = np.stack([np.arange(slots) // 4, np.arange(slots) % 4], axis=-1)[None]
+    arrays = (patches, places.astype(np.int32), np.ones((1, slots), bool))
+    weights = rng.normal(size=(1, slots // 4, model.embed_dim)).astype(np.float32)
+
+    def ours(made):
+        tower = decoder.whole_params(base, made, how)["vision"]
+        out = vision.encode(tower, *arrays, how=how)
+        return jnp.sum(out * weights), out
+
+    def plainly(made):
+        tower = low_rank.merged_tree(low_rank.composed(base, made, adapter.scale))["vision"]
+        out = vision.encode(tower, *arrays, how=Forward(model))
+        return jnp.sum(out * weights), out
+
+    (_, found), got = jax.value_and_grad(ours, has_aux=True)(made)
+    (_, expected), want = jax.value_and_grad(plainly, has_aux=True)(made)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(*(jax.tree.leaves(tree["vision"]) for tree in (got, want)), strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
