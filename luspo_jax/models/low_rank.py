@@ -204,12 +204,12 @@ def begun(
       adapter: what to make.
       layout: where all of it lies.
     """
-    made, base = {}, dict(_flat(params))
+    made, base = {}, dict(flat(params))
     for index, (path, place) in enumerate(sorted(places(axes_tree, adapter).items())):
         program = _beginning(place, adapter, layout)
         rest, made[path] = program(jax.random.fold_in(key, index), base[path])
         base[path] = base[path] if rest is None else rest
-    axes_of, frozen = dict(_flat(axes_tree)), {}
+    axes_of, frozen = dict(flat(axes_tree)), {}
     for path in list(base):  # one after another: each is freed once it is rounded
         axes = axes_of[path]
         where = sharding.shardings(_frozen_axes(path, axes, adapter.base), layout)
@@ -289,19 +289,17 @@ def _is_quantised(path, kind):
 
 def base_axes(axes_tree: Mapping[str, Any], adapter: Adapter) -> Any:
     """Returns the logical axes of the frozen weights."""
-    return _nested(
-        {path: _frozen_axes(path, axes, adapter.base) for path, axes in _flat(axes_tree)}
-    )
+    return _nested({path: _frozen_axes(path, axes, adapter.base) for path, axes in flat(axes_tree)})
 
 
 def abstract_base(
     abstract: Mapping[str, Any], axes_tree: Mapping[str, Any], adapter: Adapter
 ) -> dict[str, Any]:
     """Returns shapes and types of the frozen weights of parameters of these shapes."""
-    axes_of = dict(_flat(axes_tree))
+    axes_of = dict(flat(axes_tree))
     frozen = {
         path: jax.eval_shape(functools.partial(_frozen, path, axes_of[path], adapter.base), leaf)
-        for path, leaf in _flat(abstract)
+        for path, leaf in flat(abstract)
     }
     return _nested(frozen)
 
@@ -315,6 +313,24 @@ def composed(base: Mapping[str, Any], trained: Mapping[str, Any], scale: float) 
         else:
             found[name] = composed(base[name], part, scale)
     return found
+
+
+def difference(
+    trained: Mapping[str, Any], begun: Mapping[str, Any], adapter: Adapter
+) -> tuple[Any, Adapter]:
+    """Returns s · A · B − s · A₀ · B₀ as an adapter of twice the rank, and what it is."""
+    made = {}
+    old = dict(flat(begun))
+    for path, x in flat(trained):
+        if path[-1] == "a":
+            made[path] = jnp.concatenate([x, old[path]], axis=-1)
+        else:
+            b_axis = x.ndim - _kept(path[-3]) - 1
+            made[path] = jnp.concatenate([x, -old[path]], axis=b_axis)
+    rank = 2 * adapter.rank
+    return _nested(made), dataclasses.replace(
+        adapter, rank=rank, alpha=adapter.scale * rank, rslora=False
+    )
 
 
 def is_composed(params: Any) -> bool:
@@ -350,27 +366,35 @@ def merged_tree(params: Any) -> Any:
     """
     if not is_composed(params):
         return params
-    kinds = (LowRank, *QUANTISED)
-
-    def one(keys, x):
-        if isinstance(x, LowRank):
-            return merged(x)
-        if not isinstance(x, QUANTISED):
-            return x
-        contracted = num_contracted([key.key for key in keys])
-        kept = 2 if keys[-2].key in ("query", "key", "value") else 1  # of a decoder's kernels
-        return dequantised(x, len(x.shape) - kept - contracted, contracted)
-
-    return jax.tree_util.tree_map_with_path(
-        one, params, is_leaf=lambda node: isinstance(node, kinds)
-    )
+    return _nested({path: whole_kernel(path, x) for path, x in flat(params)})
 
 
-def _flat(tree):
+def whole_kernel(path: Sequence[str], x: Any) -> Any:
+    """Returns a parameter, or a part of its stack, in float32 if it is a LowRank or of few bits."""
+    if isinstance(x, LowRank):
+        return merged(x)
+    if not isinstance(x, QUANTISED):
+        return x
+    contracted = num_contracted(path)
+    return dequantised(x, len(x.shape) - _kept(path[-2]) - contracted, contracted)
+
+
+def _kept(module):
+    """Returns how many axes a product with a module's kernel keeps."""
+    return {"query": 2, "key": 2, "value": 2, "qkv": 3}.get(module, 1)
+
+
+def is_rounded(params: Any) -> bool:
+    """Whether any matrix, adapted or not, is of few bits."""
+    return any(isinstance(getattr(x, "base", x), QUANTISED) for _, x in flat(params))
+
+
+def flat(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Returns (path, parameter) of a nested dict; of axes, (path, their tuple)."""
     return [
         (tuple(key.key for key in path), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            tree, is_leaf=lambda node: isinstance(node, (tuple, *QUANTISED))
+            tree, is_leaf=lambda node: isinstance(node, (tuple, LowRank, *QUANTISED))
         )
     ]
 

@@ -1,6 +1,7 @@
 """The low-rank adapter of a run: which matrices it has, how it begins, and its frozen weights."""
 
 import hashlib
+import pathlib
 from typing import Any
 
 import jax
@@ -8,7 +9,13 @@ import jax.numpy as jnp
 
 from luspo_jax.datasets.store import file_sha256
 from luspo_jax.hosts.values import ConfigError
-from luspo_jax.models import decoder, decoder_weights, low_rank, safetensors_folder
+from luspo_jax.models import (
+    adapter_files,
+    decoder,
+    decoder_weights,
+    low_rank,
+    safetensors_folder,
+)
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
 from luspo_jax.models.low_rank import Adapter
@@ -80,7 +87,19 @@ def beginning(config: Config, model: Model, how: Forward) -> tuple[Any, Any]:
         return weights, None
     key = jax.random.fold_in(jax.random.key(config.seed), _DRAW)
     base, trained = low_rank.begun(key, weights, decoder.param_axes(model.config), made, how.layout)
+    start = section(config, "lora").start
+    if start:
+        stored = adapter_files.read(start, model.config, made)
+        trained = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), stored, trained)
     return trained, base
+
+
+def copies_reference(config: Config) -> bool:
+    """Whether a KL term's reference is another policy than the frozen weights alone."""
+    asked = section(config, "lora")
+    if not asked.rank or asked.start or config.train.ref_every > 0:
+        return True
+    return asked.init == "pissa"  # whose principal parts are missing in the frozen weights
 
 
 def facts(config: Config, model: Model, made: Adapter | None) -> dict[str, Any]:
@@ -96,6 +115,9 @@ def facts(config: Config, model: Model, made: Adapter | None) -> dict[str, Any]:
         stored = safetensors_folder.contents(model.folder)
         digests = [file_sha256(file) for file in sorted({one.file for one in stored.values()})]
         found["base_sha256"] = hashlib.sha256("".join(digests).encode()).hexdigest()
+    start = section(config, "lora").start
+    if start:
+        found["start_sha256"] = file_sha256(pathlib.Path(start) / adapter_files.WEIGHTS)
     return found
 
 

@@ -380,10 +380,7 @@ def update_rule(config: Config, model: Model, layout: Layout | None = None) -> U
         bin_edges=section(config, "length").bins(config.rollout.max_response_length),
         router_aux_coef=config.train.router_aux_coef,
         frozen=("vision",) if _freezes(config, model.config) and not how.adapter else (),
-        # Principal parts taken from the base are missing in it, and a refreshed one is another's.
-        copies_reference=not how.adapter
-        or how.adapter.init == "pissa"
-        or getattr(config.train, "ref_every", 0) > 0,
+        copies_reference=adapters.copies_reference(config),
     )
 
 

@@ -9,14 +9,14 @@ from tqdm import tqdm
 from luspo_jax.experience import measures
 from luspo_jax.experience.groups import Rollouts
 from luspo_jax.experience.held_out import Evaluation
-from luspo_jax.hosts import files, guard, processes
+from luspo_jax.hosts import guard, processes
 from luspo_jax.learner.state import parked, without_base
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.run import writers
 from luspo_jax.run.beginning import Carried, begin, host_state
 from luspo_jax.run.build import Run
 from luspo_jax.run.checkpoint import Checkpointer
-from luspo_jax.run.export import export_policy
+from luspo_jax.run.export import export_result
 from luspo_jax.run.profile import Profile
 from luspo_jax.run.workdir import Workdir
 from luspo_jax.types import TrainState
@@ -178,14 +178,13 @@ class Keeper:
         run, export = self.run, None
         self._complete()
         if run.settings.output.export:
-            folder, export = self.workdir.path / "export", f"{self.workdir.name}/export"
 
             def write():
-                policy = run.policy(state)
-                export_policy(run.config, run.model, policy, folder, overwrite=files.OWN)
+                return export_result(run, state, self.workdir.path)
 
             with guard.phase("export"):
-                run.roles.trained(write, "export")
+                if run.roles.trained(write, "export"):
+                    export = f"{self.workdir.name}/export"
         return Outcome(self._evaluations, export)
 
     def _held_out_metrics(self, measured):

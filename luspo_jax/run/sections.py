@@ -109,6 +109,7 @@ class LoraSettings:
     experts: bool = False  # Adapt those of a mixture's experts too.
     vision: bool = False  # Adapt all linear layers of the vision tower.
     init: str = "kaiming"  # How A begins, or gaussian; or pissa: A and B from W's largest parts.
+    start: str = ""  # A folder in PEFT's format to begin from; empty = at the model's own policy.
     dropout: float = 0.0
     base: str = "bfloat16"  # What the frozen weights are stored as.
 
@@ -127,6 +128,8 @@ class LoraSettings:
         for name in self.names:
             if name not in MODULES:
                 yield f"lora.targets: no linear layer {name!r}; {nearest(name, MODULES)}"
+        if self.start and self.init == "pissa":
+            yield "lora.start begins from an adapter, and lora.init=pissa from parts of W: set one"
         if not self.names:
             yield "lora.targets is empty: name linear layers, as q_proj,v_proj, or all-linear"
 

@@ -1,6 +1,7 @@
 """Low-rank adapters: forward pass and gradients against explicit W + s · A · B."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from luspo_jax.models.decoder_config import DecoderConfig, read_config
 from luspo_jax.models.forward import Forward
 from luspo_jax.models.layers import project
 from luspo_jax.models.low_rank import Adapter, LowRank
-from tests import vl_cases
 from tests.models import expert_cases
 
 MODEL = DecoderConfig(
@@ -268,10 +268,8 @@ def test_experts_are_those_of_the_merged_matrices(kind, experts):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
-def test_an_image_tower_is_that_of_the_merged_matrices(tmp_path):
-    (tmp_path / "model").mkdir()
-    vl_cases.write_model(tmp_path / "model")
-    model = read_config(tmp_path / "model")
+def test_an_image_tower_is_that_of_the_merged_matrices():
+    model = read_config(pathlib.Path(__file__).parent / "vision_goldens" / "tied")
     adapter = dataclasses.replace(ADAPTER, vision=True)
     base, made = _made(model, adapter)
     assert set(made["vision"]) == {"blocks", "merger"}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from luspo_jax.hosts import files, guard, processes
+from luspo_jax.hosts import guard, processes
 from luspo_jax.hosts.guard import Preempted
 from luspo_jax.hosts.preemption import Notice
 from luspo_jax.learner import demonstrations
@@ -18,7 +18,7 @@ from luspo_jax.learner.state import abstract_state, initial_state, with_base, wi
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.run import writers
 from luspo_jax.run.checkpoint import Checkpointer
-from luspo_jax.run.export import export_policy
+from luspo_jax.run.export import export_result
 from luspo_jax.run.keeping import due
 from luspo_jax.run.sft.build import SftRun
 from luspo_jax.run.sft.measure import HeldOut, measure
@@ -216,8 +216,7 @@ class _Keeper:
         run, export = self.run, None
         self._complete()
         if run.settings.output.export:
-            folder, export = self.workdir.path / "export", f"{self.workdir.name}/export"
             with guard.phase("export"):
-                policy = run.policy(state)
-                export_policy(run.config, run.model, policy, folder, overwrite=files.OWN)
+                if export_result(run, state, self.workdir.path):
+                    export = f"{self.workdir.name}/export"
         return SftOutcome(self._evaluations, export)
