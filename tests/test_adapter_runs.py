@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments.evaluation import policy
 from luspo_jax import train
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.learner import programs
 from luspo_jax.metrics import read_metrics
+from luspo_jax.models import adapter_files
+from luspo_jax.models.safetensors_folder import WeightsError
 from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.build import build, facts
 from luspo_jax.run.checkpoint import Checkpointer
+from luspo_jax.run.export import export_policy
 from luspo_jax.run.workdir import WorkdirError
 from tests import test_train
 from tests.test_train import (
@@ -124,12 +128,52 @@ def test_principal_parts_and_a_refreshed_reference_take_steps(config, tmp_path):
     assert rows[1]["actor/grad_norm"] > 0
 
 
+def test_the_adapter_is_written_in_pefts_format_and_begun_from(finished, config, tmp_path):
+    run = build(config)
+    made = run.rule.logprobs.how.adapter
+    stored = adapter_files.read(finished / "adapter", run.model.config, made)
+    config.lora.start = str(finished / "adapter")
+    again = build(config)
+    jax.tree.map(np.testing.assert_array_equal, again.initial_params(), stored)
+    assert again.rule.copies_reference  # it begins there, not at the model's own policy
+    assert facts(again)["start_sha256"] != facts(again)["base_sha256"]
+    config.lora.targets = "q_proj"
+    with pytest.raises(WeightsError, match="is not of this model and lora"):
+        build(config).initial_params()
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_frozen_weights_of_few_bits_take_steps_and_are_not_merged_unasked(config, tmp_path, base):
+    config.lora.base = base
+    config.num_steps = 2
+    config.length.every = 1
+    config.length.share = 0.5
+    config.model.rollout_dtype = "bfloat16"
+    config.rollout.mismatch_limit = 1.0
+    config.train.packing = True
+    config.train.microbatch_tokens = 96
+    outcome = _train(config, tmp_path / "run")
+    assert outcome.export is None
+    assert not (tmp_path / "run" / "export").exists()
+    rows = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert 0 < rows[1]["rollout_corr/kl"] < 0.1  # the sampler's weights are rounded once more
+    assert np.isfinite(rows[1]["length/pressure/own"])
+    tensors = load_file(tmp_path / "run" / "adapter" / adapter_files.WEIGHTS)
+    assert all(np.any(x) for x in tensors.values())  # B left zero everywhere
+    stored = policy.stored_policy(tmp_path / "run", "latest")
+    with pytest.raises(ConfigError, match="say into which type"):
+        export_policy(stored.config, stored.model, stored.params, tmp_path / "merged")
+    export_policy(stored.config, stored.model, stored.params, tmp_path / "merged", dtype="bfloat16")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"targets": "q_prj"}, "lora.targets: no linear layer 'q_prj'; did you mean 'q_proj'"),
         ({"targets": " "}, "lora.targets is empty"),
         ({"rank": 9}, "lora.rank=9 exceeds the 8 of the smaller side of layers/attention/key"),
+        ({"start": "adapter", "init": "pissa"}, "lora.start begins from an adapter"),
         ({"dropout": 0.1}, "lora.dropout"),
         ({"init": "orthogonal"}, "lora.init"),
         ({"experts": True}, "lora.experts is set, and the model"),
