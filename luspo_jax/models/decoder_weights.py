@@ -24,13 +24,7 @@ from jax.experimental import multihost_utils
 
 from luspo_jax import sharding
 from luspo_jax.hosts import files, processes
-from luspo_jax.models import (
-    decoder,
-    low_rank,
-    safetensors_folder,
-    vision_config,
-    vision_weights,
-)
+from luspo_jax.models import decoder, low_rank, safetensors_folder, vision_config, vision_weights
 from luspo_jax.models.decoder_config import ConfigError, DecoderConfig, decoder_config, hf_config
 from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError, listed
 
