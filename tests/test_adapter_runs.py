@@ -16,6 +16,7 @@ from luspo_jax.learner import programs
 from luspo_jax.metrics import read_metrics
 from luspo_jax.models import adapter_files
 from luspo_jax.models.safetensors_folder import WeightsError
+from luspo_jax.run import beginning
 from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.build import build, facts
 from luspo_jax.run.checkpoint import Checkpointer
@@ -140,6 +141,40 @@ def test_the_adapter_is_written_in_pefts_format_and_begun_from(finished, config,
     config.lora.targets = "q_proj"
     with pytest.raises(WeightsError, match="is not of this model and lora"):
         build(config).initial_params()
+
+
+def test_a_sampler_reads_the_adapter_apart(finished, config, tmp_path):
+    """The same run up to rounding: tokens are drawn by log-probs that differ in the last bits."""
+    config.rollout.lora = "apart"
+    config.num_steps = 1
+    run = build(config)
+    state = beginning.begin_state(run)
+    assert run.rollout_params(run.policy(state))["embedding"] is state.base["embedding"]
+    _train(config, tmp_path / "run")
+    got, expected = (
+        list(read_metrics(folder / "metrics.jsonl"))[1] for folder in (tmp_path / "run", finished)
+    )
+    for name in ("reward", "response_length/mean", "actor/grad_norm"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-4)
+    assert got["rollout_corr/kl"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora__rank": 0}, "rollout.lora=apart is of an adapter"),
+        ({"model__rollout_dtype": "int8"}, "reads the weights as lora.base stores them"),
+        ({"rollout_mesh__data": 2, "mesh__fsdp": 2}, "use rollout.lora=merged on a mesh"),
+    ],
+)
+def test_an_adapter_that_cannot_be_apart_is_refused(config, fields, message):
+    config.rollout.lora = "apart"
+    for name, value in fields.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    with pytest.raises(ConfigError) as error:
+        build(config, jax.devices()[:2] if "mesh__fsdp" in fields else None)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])

@@ -21,6 +21,7 @@ from luspo_jax.models.forward import Forward
 from luspo_jax.models.low_rank import Adapter
 from luspo_jax.run.model import Model
 from luspo_jax.run.settings import Config, section
+from luspo_jax.sharding import Layout
 
 _DRAW = 1  # folded into the key of the run's seed, which itself draws random weights
 
@@ -92,6 +93,28 @@ def beginning(config: Config, model: Model, how: Forward) -> tuple[Any, Any]:
         stored = adapter_files.read(start, model.config, made)
         trained = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), stored, trained)
     return trained, base
+
+
+def check_rollout(config: Config, made: Adapter | None, layout: Layout | None) -> None:
+    """Refuses an adapter apart from its weights in a rollout that cannot read the trainer's.
+
+    Raises:
+      ConfigError: naming the field to change.
+    """
+    if config.rollout.lora == "merged":
+        return
+    if made is None:
+        raise ConfigError("rollout.lora=apart is of an adapter, and lora.rank=0 trains the weights")
+    if config.model.rollout_dtype == "int8":
+        raise ConfigError(
+            "rollout.lora=apart reads the weights as lora.base stores them: set that, and "
+            "model.rollout_dtype to the type of activations"
+        )
+    if layout is not None:
+        raise ConfigError(
+            "rollout.lora=apart reads the trainer's frozen weights where they lie, on one device: "
+            "use rollout.lora=merged on a mesh"
+        )
 
 
 def copies_reference(config: Config) -> bool:

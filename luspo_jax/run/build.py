@@ -153,6 +153,8 @@ class Run:
 
         All processes must call, those that only sample with anything.
         """
+        if self.settings.rollout.lora == "apart":
+            return params
         how = {
             "config": self.model.config,
             "layout": self.rollout_layout,
@@ -178,6 +180,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     _check_model(settings, model.config)
     layout, rollout_layout = layouts(settings, model.config, devices)
     rule = update_rule(settings, model, layout)
+    adapters.check_rollout(settings, rule.logprobs.how.adapter, rollout_layout)
     return Run(
         config=config,
         settings=settings,
@@ -459,7 +462,10 @@ def training_forward(config: Config, model: DecoderConfig, layout: Layout | None
 def sampling_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
     """Returns the forward pass of the sampler; rows hold one prompt each."""
     dtype = activation_type(config.model.rollout_dtype)
-    return _forward(config, model, layout, packed=False, dtype=dtype)
+    rollout = getattr(config, "rollout", None)  # supervised fine-tuning has none
+    apart = rollout is not None and rollout.lora == "apart"
+    made = adapters.adapter(config, model) if apart else None
+    return _forward(config, model, layout, packed=False, dtype=dtype, adapter=made)
 
 
 def _forward(config, model, layout, *, packed, **settings):

@@ -105,6 +105,8 @@ def room_for_pages(
 
 def _rollout_weights(config, model, rollout):
     """Bytes of the sampler's weights on a device; 0 if it reads the master weights."""
+    if config.rollout.lora == "apart":
+        return 0
     as_they_are = rollout is None and jnp.dtype(config.model.rollout_dtype) == jnp.float32
     if as_they_are and not section(config, "lora").rank:
         return 0

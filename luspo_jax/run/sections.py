@@ -258,6 +258,9 @@ class RolloutSettings:
     # Which complete groups a step takes: those that began first (begun), or the shortest, unless
     # others are due. The latter needs rollout.overlap.
     order: str = "begun"
+    # How the sampler reads a low-rank adapter: "merged" into a copy of the weights, in
+    # model.rollout_dtype; or "apart", beside the trainer's own frozen weights, on one device.
+    lora: str = "merged"
     # Largest |sampler − trainer| log-prob difference of one token allowed at the first step. In
     # float32 more than 0.05 is a bug; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21
     # at temperature 1, 0.44 at 0.6) and more in larger runs: set 1 there. Real bugs make nats.
@@ -283,6 +286,7 @@ class RolloutSettings:
         "max_age": Number(0, 2**16),
         "late": OneOf(("wait", "drop")),
         "order": OneOf(("begun", "shortest")),
+        "lora": OneOf(("merged", "apart")),
         "mismatch_limit": Number(0, 1e30, open_low=True, why="rounding is never 0"),
     }
 
