@@ -444,7 +444,7 @@ def _one_of_each_part(leaf, layer, number, size):
 
 def _check_params(params, config):
     shapes = [
-        {"/".join(path): leaf.shape for path, leaf in low_rank.flat(tree)}
+        {"".join(f"[{name!r}]" for name in path): x.shape for path, x in low_rank.flat(tree)}
         for tree in (params, _abstract(config))
     ]
     wrong = sorted(
