@@ -202,6 +202,12 @@ def test_frozen_weights_of_few_bits_take_steps_and_are_not_merged_unasked(config
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def test_an_averaged_reference_is_refused(config):
+    config.train.ref_every, config.train.ref_decay = 1, 0.9
+    with pytest.raises(ConfigError, match="is no average of policies"):
+        build(config)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -39,13 +39,13 @@ Start = tuple[TrainState, int, list[tuple[int, Evaluation]], Carried]
 _TAKEN_ALONG = {
     "stream": ("data.", "seed", "datasets", "template_hash", "model.tokenizer"),
     "surplus": (
-        "data.", "seed", "datasets", "template_hash", "model.", "reward.", "scorers", "rollout.",
-        "shaping.",
+        "data.", "seed", "datasets", "template_hash", "model.", "lora.", "reward.", "scorers",
+        "rollout.", "shaping.",
     ),
     "duals": ("reward.group", "scorers"),
     "length": ("length.", "objective.", "rollout."),
     "evaluations": (
-        "data.", "datasets", "template_hash", "model.", "reward.", "scorers", "eval.",
+        "data.", "datasets", "template_hash", "model.", "lora.", "reward.", "scorers", "eval.",
         "rollout.max_response_length",
     ),
 }  # fmt: skip
