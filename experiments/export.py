@@ -16,7 +16,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or address of the run.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier export in --out.")
 _STEP = flags.DEFINE_string("step", "latest", "Which checkpoint: latest, best, or a step.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Stored type.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "Stored type; float32, but to be said where an adapter has frozen weights of few bits.",
+)
 
 
 def main() -> None:

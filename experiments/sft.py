@@ -64,7 +64,8 @@ def description(run: Any) -> str:
 
     settings, how, model = run.settings, run.rule.logprobs.how, run.model.config
     tokens = settings.rows_per_microbatch * settings.row_length
-    memory = state_memory(model, how.layout) | pass_memory(settings, model, how.layout, tokens)
+    held = state_memory(model, how.layout, how.adapter)
+    memory = held | pass_memory(settings, model, how.layout, tokens)
     shown = {k: v for k, v in fields.flat(run.config).items() if v is not None and v != ""}
     steps, train = settings.num_steps, settings.train
     epochs = steps * train.batch_size / len(run.data.stream)

@@ -98,7 +98,7 @@ def rollout_step(
       The new state, what the next step needs, and the responses with all their fields.
     """
     with timed(metrics, "step"):
-        policy = Policy(run.rollout_params(state.params), version=step)
+        policy = Policy(run.rollout_params(run.policy(state)), version=step)
         with notice.interruptible() if notice else contextlib.nullcontext():
             rollouts, waiting = take(run.asker, policy, carried.waiting, step, metrics)
         following = beside and beside.begin(run.asker, policy, waiting, step)

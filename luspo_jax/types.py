@@ -174,3 +174,17 @@ class TrainState:
     skipped_updates: jax.Array
     ref_params: Any = None
     marked_params: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdapterState(TrainState):
+    """The same of a run that trains a low-rank adapter: params and their copies are the adapter's.
+
+    A class of its own, so that checkpoints, which leave the base out, are those of a TrainState.
+
+    Attributes:
+      base: the frozen weights, which no update changes.
+    """
+
+    base: Any = None

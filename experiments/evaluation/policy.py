@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from luspo_jax import sharding
 from luspo_jax.hosts.buckets import Bucket, is_bucket
-from luspo_jax.learner.state import abstract_state
+from luspo_jax.learner.state import abstract_state, policy_params, with_base
 from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.rollout.handover import rollout_params
-from luspo_jax.run import fields
+from luspo_jax.run import adapters, fields
 from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.build import update_rule
 from luspo_jax.run.checkpoint import Checkpointer, CheckpointError
@@ -126,16 +126,19 @@ def stored_policy(workdir: str | os.PathLike, step: str, *, spread: bool = False
         cut = sharding.layout("train", {"fsdp": -1}) if spread else None
         if sharding.misfits(cut, {"hidden_size": ("embed", model.config.embed_dim)}):
             cut = sharding.layout("train", {"data": -1})
-        state, _, _ = checkpointer.restore(number, _abstract_state(config, model, cut))
-    return StoredPolicy(config, model, state.params, number)
+        rule, marked = _rule(config, model, cut)
+        state, _, _ = checkpointer.restore(number, abstract_state(rule, marked=marked))
+    how = rule.logprobs.how
+    if how.adapter is not None:
+        state = with_base(state, adapters.beginning(config, model, how)[1])
+    return StoredPolicy(config, model, policy_params(state, how), number)
 
 
-def _abstract_state(config, model, layout):
-    """Returns the shapes of a run's state, of either kind."""
+def _rule(config, model, layout):
+    """Returns the rule of a run of either kind, and whether its state has room for a mark."""
     if kind_of(config) is SftSettings:
-        return abstract_state(sft.update_rule(check_sft(config), model, layout))
-    rule = update_rule(config, model, layout)
-    return abstract_state(rule, marked=section(config, "length").every > 0)
+        return sft.update_rule(check_sft(config), model, layout), False
+    return update_rule(config, model, layout), section(config, "length").every > 0
 
 
 def _check(model, layout):

@@ -240,6 +240,11 @@ def build(
             "weights through their memory, at a rate that is not known here: rehearse with "
             "rollout_mesh.apart=0, or on one host"
         )
+    if config.lora.rank:
+        raise UsageError(
+            f"lora.rank={config.lora.rank}: the programs of an adapter are not rehearsed; "
+            "experiments.train --dry_run estimates its memory"
+        )
     longest = max_length or config.rollout.max_response_length
     if not 1 <= longest <= config.rollout.max_response_length:
         raise UsageError(

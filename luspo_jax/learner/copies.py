@@ -58,7 +58,7 @@ def _shardings(how):
     if not has_copies(how):
         return param_shardings(how)
     places = {}
-    for name, axes in decoder.param_axes(how.model).items():
+    for name, axes in decoder.trained_axes(how).items():
         first = () if name == _WHOLE else ("copies",)
         places[name] = sharding.shardings(_after(first, axes), how.layout)
     return places

@@ -73,7 +73,7 @@ def microbatch_logprobs(
 
 
 def microbatch_logprobs_of_copies(
-    copies: Mapping[str, Any], rows: TokenRows, *, rule: LogprobRule
+    copies: Mapping[str, Any], rows: TokenRows, *, rule: LogprobRule, base: Any = None
 ) -> TokenLogprobs:
     """Computes the same with a copy of the weights, [copies, …], for each part of the rows.
 
@@ -84,11 +84,13 @@ def microbatch_logprobs_of_copies(
       copies: from `learner.copies`.
       rows: of one micro-batch, a multiple of the copies.
       rule: with a layout.
+      base: the frozen weights of an adapter, which have no copies.
     """
     layout, count = rule.how.layout, rule.how.layout.size("copies")
     units_UD = None
     if rows.images is not None:
-        units_UD = _units(copies, rows.images.images, rule)
+        tower = decoder.whole_params(base, copies, rule.how)
+        units_UD = _units(tower, rows.images.images, rule)
         rows = dataclasses.replace(rows, images=RowImages(None, rows.images.units_RT))
     own_rule = dataclasses.replace(
         rule, how=dataclasses.replace(rule.how, layout=dataclasses.replace(layout, mapped="data"))
@@ -103,8 +105,13 @@ def microbatch_logprobs_of_copies(
         return sharding.constrain(x, ("batch", *[None] * (x.ndim - 1)), layout)
 
     copies = {name: x for name, x in copies.items() if name != "vision"}
-    own = sharding.vmapped(functools.partial(_logprobs, rule=own_rule), (0, 0, None))
-    found = own(copies, jax.tree.map(parted, rows), units_UD)
+
+    def of_one(copy, base, rows, units_UD):
+        params = decoder.whole_params(base, copy, rule.how)
+        return _logprobs(params, rows, units_UD, rule=own_rule)
+
+    own = sharding.vmapped(of_one, (0, None, 0, None))
+    found = own(copies, base, jax.tree.map(parted, rows), units_UD)
     router = found.router
     if router is not None:
         ids = router.expert_ids

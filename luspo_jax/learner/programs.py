@@ -9,7 +9,7 @@ import numpy as np
 from luspo_jax.learner.logprobs import LogprobRule, TokenLogprobs, row_logprobs
 from luspo_jax.learner.plan import Plan
 from luspo_jax.learner.rows import Planner, abstract_token_rows
-from luspo_jax.learner.state import UpdateRule
+from luspo_jax.learner.state import UpdateRule, policy_params
 from luspo_jax.learner.step import update_step
 from luspo_jax.types import Images, ResponseRows, TokenRows, TrainBatch, TrainState
 
@@ -19,7 +19,7 @@ class LogprobPass:
     """A pass without gradients over the responses of a step.
 
     Attributes:
-      policy: the field of the train state that holds the parameters.
+      policy: the field of the train state that holds it.
       logprobs: how log-probs are computed.
       kept: whether later stages read the log-probs; else they are only compared with the sampler's.
       record_experts: whether the routers' expert ids are kept.
@@ -32,11 +32,14 @@ class LogprobPass:
 
     def __call__(self, state: TrainState, rows: TokenRows) -> TokenLogprobs:
         """Computes the log-probs of rows on the devices."""
-        return row_logprobs(getattr(state, self.policy), rows, **self._static)
+        return row_logprobs(self._params(state), rows, **self._static)
 
     def lower(self, state: TrainState, rows: TokenRows) -> Any:
         """Returns the lowered program; state and rows may be shapes."""
-        return row_logprobs.lower(getattr(state, self.policy), rows, **self._static)
+        return row_logprobs.lower(self._params(state), rows, **self._static)
+
+    def _params(self, state):
+        return policy_params(state, self.logprobs.how, self.policy)
 
     @property
     def _static(self):

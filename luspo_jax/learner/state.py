@@ -14,7 +14,7 @@ from luspo_jax.models import decoder
 from luspo_jax.models.forward import Forward
 from luspo_jax.objectives import Objective
 from luspo_jax.ops.precision import wide_type
-from luspo_jax.types import TrainState
+from luspo_jax.types import AdapterState, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ class UpdateRule:
       bin_edges: edges of the length bins in metrics, in tokens; empty for none.
       frozen: top-level names of parameters that a step does not change, weight decay included.
       router_aux_coef: weight of the load-balancing loss; needs recorded expert ids.
+      copies_reference: whether the state holds the reference policy of a KL term; if not, it is the
+        frozen weights, with the adapter switched off.
     """
 
     logprobs: LogprobRule
@@ -38,6 +40,7 @@ class UpdateRule:
     bin_edges: tuple[int, ...] = ()
     router_aux_coef: float = 0.0
     frozen: tuple[str, ...] = ()
+    copies_reference: bool = True
 
 
 def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> TrainState:
@@ -55,7 +58,7 @@ def initial_state(params: Any, rule: UpdateRule, *, marked: bool = False) -> Tra
 
 def abstract_state(rule: UpdateRule, *, marked: bool = False) -> TrainState:
     """Returns shapes, types and shardings of `initial_state`; allocates nothing."""
-    params = decoder.abstract_params(rule.logprobs.how.model)
+    params = decoder.abstract_trained(rule.logprobs.how)
     state = jax.eval_shape(functools.partial(_fresh, rule=rule, marked=marked), params)
     if rule.logprobs.how.layout is None:
         return state
@@ -88,13 +91,48 @@ def state_shardings(state: TrainState, rule: UpdateRule) -> TrainState | None:
 
 
 def param_shardings(how: Forward) -> Any:
-    """Returns the shardings of the parameters; None on one device."""
-    return sharding.shardings(decoder.param_axes(how.model), how.layout)
+    """Returns the shardings of what a step changes, weights or adapter; None on one device."""
+    return sharding.shardings(decoder.trained_axes(how), how.layout)
+
+
+def with_base(state: TrainState, base: Any) -> TrainState:
+    """Returns the state of an adapter and its frozen weights; the state itself if `base` is None.
+
+    The next update donates them with the rest.
+    """
+    return state if base is None else AdapterState(**_fields(state), base=base)
+
+
+def without_base(state: TrainState) -> TrainState:
+    """Returns what a checkpoint holds of a state."""
+    fields = _fields(state)
+    fields.pop("base", None)
+    return TrainState(**fields)
+
+
+def _fields(state):
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def policy_params(state: TrainState, how: Forward, policy: str = "params") -> Any:
+    """Returns what a forward pass of a policy reads.
+
+    Args:
+      state: of any kind; `NO_STATE` has no policy.
+      how: of the update, which says whether there is an adapter.
+      policy: the field that holds it; where it is None, the policy is the frozen weights alone.
+    """
+    params = getattr(state, policy)
+    if how.adapter is None:
+        return params
+    base = getattr(state, "base", None)
+    return base if params is None else decoder.whole_params(base, params, how)
 
 
 def _fresh(params, rule, marked):
     params = jax.tree.map(lambda x: jnp.array(x, wide_type(x)), params)
-    reference = jax.tree.map(jnp.copy, params) if rule.objective.kl_coef else None
+    copied = rule.objective.kl_coef and rule.copies_reference
+    reference = jax.tree.map(jnp.copy, params) if copied else None
     return TrainState(
         params,
         rule.optimizer.init(params),

@@ -15,7 +15,8 @@ from luspo_jax.learner.logprobs import (
     unless_empty,
 )
 from luspo_jax.learner.rows import split
-from luspo_jax.learner.state import UpdateRule, state_shardings
+from luspo_jax.learner.state import UpdateRule, state_shardings, with_base, without_base
+from luspo_jax.models import decoder
 from luspo_jax.ops.precision import wide_type
 from luspo_jax.types import TrainBatch, TrainState
 
@@ -64,12 +65,18 @@ def update_step(
             batch.rows, rule.logprobs.how.model, replay=rule.logprobs.replay
         )
 
-    alone = copies.has_copies(rule.logprobs.how)
-    forward = microbatch_logprobs_of_copies if alone else microbatch_logprobs
+    how, base = rule.logprobs.how, getattr(state, "base", None)
+    state = without_base(state)
+
+    def forward(params, rows):
+        if copies.has_copies(how):
+            return microbatch_logprobs_of_copies(params, rows, rule=rule.logprobs, base=base)
+        params = decoder.whole_params(base, params, how)
+        return microbatch_logprobs(params, rows, rule=rule.logprobs)
 
     def loss(params, part):
         rows, responses, scale_B = part
-        found = forward(params, rows, rule=rule.logprobs)
+        found = forward(params, rows)
         at = (responses.starts_B, responses.response_mask_BT, layout)
         total, metrics = objectives.loss(
             objective,
@@ -100,21 +107,26 @@ def update_step(
     def accumulate(grads, part):
         (_, found), new = jax.value_and_grad(loss, has_aux=True)(params, part)
         grads = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
-        return copies.constrained(grads, rule.logprobs.how), found
+        return copies.constrained(grads, how), found
 
     # Gradients add up in float32, or in float64 if the master weights are float64; over the data
     # axis they are summed once, when all micro-batches have added to them.
-    params = copies.copied(state.params, rule.logprobs.how)
+    params = copies.copied(state.params, how)
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), params)
     whole = (batch.rows, batch.responses, length_scale_B)
     parts = split(whole, batch.rows.num_microbatches, layout)
-    step = unless_empty(accumulate, lambda part: part[0], rule.logprobs.how.model)
+    step = unless_empty(accumulate, lambda part: part[0], how.model)
     grads, found = jax.lax.scan(step, zeros, parts)
-    grads = copies.summed(grads, rule.logprobs.how)
+    grads = copies.summed(grads, how)
     metrics, router = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
     if router is not None:
         metrics |= routers.router_metrics(router, balance_LE)
-    return _step(state, grads, rate, metrics, rule)
+    state, metrics = _step(state, grads, rate, metrics, rule)
+    if base is not None:
+        base = sharding.constrain_tree(
+            base, sharding.shardings(decoder.frozen_axes(how), how.layout)
+        )
+    return with_base(state, base), metrics
 
 
 def _step(state, grads, rate, metrics, rule):

@@ -128,7 +128,8 @@ def before_update(
 ) -> TrainState:
     """Measures the previous step's update on responses new to it, and marks this step's start."""
     if sampled is not None and _due(settings, step - 1):
-        length, reward = laboratory.taken(lab, state.params, state.marked_params, sampled)
+        base = getattr(state, "base", None)
+        length, reward = laboratory.taken(lab, state.params, state.marked_params, sampled, base)
         metrics.add("length/pressure/taken", length)
         metrics.add("length/reward_pressure/taken", reward)
     return mark_params(state) if _due(settings, step) else state
@@ -146,7 +147,8 @@ def after_update(
     """Measures each objective's push on length in this step, for the metrics and for steering."""
     if sampled is None or not _due(settings, step):
         return length
-    found = laboratory.measure(lab, state.marked_params, state.params, sampled, length.alpha_shift)
+    policies, base = (state.marked_params, state.params), getattr(state, "base", None)
+    found = laboratory.measure(lab, *policies, sampled, length.alpha_shift, base)
     metrics.update(laboratory.metrics(found))
     pressure, slope = laboratory.own_slope(lab, found)
     return steering.measured(length, settings, pressure=pressure, slope=slope)

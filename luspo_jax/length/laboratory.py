@@ -19,6 +19,7 @@ from luspo_jax.length import pressure
 from luspo_jax.length.candidates import Rescorer, candidate
 from luspo_jax.length.pressure import Candidate, Half, Pressure
 from luspo_jax.length.settings import LengthSettings
+from luspo_jax.models import decoder
 from luspo_jax.objectives import Objective
 from luspo_jax.rollout import Response
 from luspo_jax.types import TokenRows
@@ -133,7 +134,12 @@ def chosen(sampled: Sampled, *, version: int, share: float, num_groups: int) -> 
 
 
 def measure(
-    lab: Laboratory, params: Any, end_params: Any, sampled: Sampled, alpha_shift: float
+    lab: Laboratory,
+    params: Any,
+    end_params: Any,
+    sampled: Sampled,
+    alpha_shift: float,
+    base: Any = None,
 ) -> dict[str, Pressure]:
     """Measures the pressure of every objective at the start of a step, and as NAME/end at its end.
 
@@ -146,9 +152,10 @@ def measure(
       end_params: the policy after the step's updates.
       sampled: output of `chosen`.
       alpha_shift: shift of an adaptive length scale.
+      base: the frozen weights of an adapter; None without one.
     """
     sides = [_half(_part(sampled, side), lab) for side in pressure.halves(sampled.group_ids_B)]
-    result = _measure(params, end_params, *sides, np.float32(alpha_shift), lab=lab)
+    result = _measure(base, params, end_params, *sides, np.float32(alpha_shift), lab=lab)
     return jax.device_get(result)
 
 
@@ -189,18 +196,20 @@ def _abstract_rewards(lab, responses):
     return {"other_rewards": dict.fromkeys(lab.rewards, numbers_B), "parts": parts}
 
 
-def lower_measure(lab: Laboratory, params: Any, half: Half) -> Any:
+def lower_measure(lab: Laboratory, params: Any, half: Half, base: Any = None) -> Any:
     """Returns the lowered program of `measure`, to inspect its memory; computes nothing.
 
     `params` may be shapes with shardings, `half` the result of `abstract_half`; `end_params` are
     assumed to be sharded as `params`, and the other half as `half`.
     """
-    return _measure.lower(params, params, half, half, np.float32(0), lab=lab)
+    return _measure.lower(base, params, params, half, half, np.float32(0), lab=lab)
 
 
-def taken(lab: Laboratory, params: Any, old_params: Any, sampled: Sampled) -> tuple[float, float]:
+def taken(
+    lab: Laboratory, params: Any, old_params: Any, sampled: Sampled, base: Any = None
+) -> tuple[float, float]:
     """Returns the first-order change in mean length and reward by the update from `old_params`."""
-    return jax.device_get(_taken(params, old_params, _half(sampled, lab), lab=lab))
+    return jax.device_get(_taken(base, params, old_params, _half(sampled, lab), lab=lab))
 
 
 def metrics(measured: Mapping[str, Pressure]) -> dict[str, float]:
@@ -235,8 +244,8 @@ def own_slope(lab: Laboratory, measured: Mapping[str, Pressure]) -> tuple[float,
 
 
 @functools.partial(jax.jit, static_argnames=("lab",))
-def _measure(params, end_params, half_a, half_b, alpha_shift, *, lab):
-    compute, parts = _logprobs(lab), _num_parts(lab, half_a.rewards_B.shape[0])
+def _measure(base, params, end_params, half_a, half_b, alpha_shift, *, lab):
+    compute, parts = _logprobs(lab, base), _num_parts(lab, half_a.rewards_B.shape[0])
     half_a, half_b = (
         dataclasses.replace(
             half,
@@ -245,7 +254,7 @@ def _measure(params, end_params, half_a, half_b, alpha_shift, *, lab):
         for half in (half_a, half_b)
     )
     if lab.reads_tokens:
-        squares = _collisions(lab)
+        squares = _collisions(lab, base)
         half_a, half_b = (
             dataclasses.replace(
                 half, collision_BT=pressure.half_logprobs(squares, params, half, num_parts=parts)
@@ -266,10 +275,10 @@ def _measure(params, end_params, half_a, half_b, alpha_shift, *, lab):
 
 
 @functools.partial(jax.jit, static_argnames=("lab",))
-def _taken(params, old_params, half, *, lab):
+def _taken(base, params, old_params, half, *, lab):
     change = jax.tree.map(lambda new, old: new - old, params, old_params)
     parts = _num_parts(lab, half.rewards_B.shape[0])
-    found = pressure.taken(_logprobs(lab), params, change, half, num_parts=parts)
+    found = pressure.taken(_logprobs(lab, base), params, change, half, num_parts=parts)
     return _whole(found, lab)
 
 
@@ -279,23 +288,25 @@ def _whole(tree, lab):
     return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim, layout), tree)
 
 
-def _logprobs(lab):
+def _logprobs(lab, base):
     """Returns the function (params, a micro-batch of a half) → log-probs of its responses."""
 
     def compute(params, part):
         rows, starts_B, mask_BT = part
+        params = decoder.whole_params(base, params, lab.rule.how)
         found = microbatch_logprobs(params, rows, rule=lab.rule)
         return of_responses(found.logprobs_RT, starts_B, mask_BT, lab.rule.how.layout)
 
     return compute
 
 
-def _collisions(lab):
+def _collisions(lab, base):
     """Returns the function (params, a micro-batch of a half) → Σ_v π_v² at its tokens."""
     rule = dataclasses.replace(lab.rule, collision=True)
 
     def compute(params, part):
         rows, starts_B, mask_BT = part
+        params = decoder.whole_params(base, params, rule.how)
         found = microbatch_logprobs(params, rows, rule=rule)
         return of_responses(found.collision_RT, starts_B, mask_BT, rule.how.layout)
 

@@ -17,6 +17,13 @@ from luspo_jax.models import vision
 from luspo_jax.models.decoder_layers import REMAT, Decoder
 from luspo_jax.models.experts import EXPERT_AXES, ROUTER_AXES, Routed, check_ids
 from luspo_jax.models.forward import Forward
+from luspo_jax.models.low_rank import (
+    abstract_adapter,
+    adapter_axes,
+    base_axes,
+    composed,
+    merged_tree,
+)
 from luspo_jax.models.quantised import (
     Quantised,
     is_quantised,
@@ -36,17 +43,21 @@ __all__ = [
     "REMAT",
     "Routed",
     "abstract_params",
+    "abstract_trained",
     "cast",
     "cut_sizes",
     "decode_step",
     "empty_pages",
     "forward",
+    "frozen_axes",
     "head_kernel",
     "hidden_states",
     "init_params",
     "logits",
     "param_axes",
     "prefill",
+    "trained_axes",
+    "whole_params",
 ]
 
 INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
@@ -297,10 +308,12 @@ def cast(params, dtype):
     """Casts parameters to the types of `abstract_params`: routers stay float32.
 
     int8 rounds each matrix to a Quantised one, and leaves those that are; others are bfloat16.
+    Adapters are merged into their matrices first, in float32.
 
     Raises:
       ValueError: int8, naming a kernel that it does not cover.
     """
+    params = merged_tree(params)
     if is_quantised(dtype):
         params, dtype = quantise_tree(params), jnp.bfloat16
 
@@ -350,6 +363,30 @@ def param_axes(config, dtype=jnp.float32):
     if config.vision is not None:
         tree["vision"] = vision.param_axes(config.vision)
     return tree if config.tie_embeddings else tree | {"head": matrix}
+
+
+def trained_axes(how):
+    """Returns the logical axes of what a step changes: the parameters', or the adapter's."""
+    axes = param_axes(how.model)
+    return axes if how.adapter is None else adapter_axes(axes, how.adapter)
+
+
+def abstract_trained(how):
+    """Returns shapes and types, float32, of what a step changes."""
+    params = abstract_params(how.model)
+    if how.adapter is None:
+        return params
+    return abstract_adapter(params, param_axes(how.model), how.adapter)
+
+
+def frozen_axes(how):
+    """Returns the logical axes of the frozen weights of an adapter."""
+    return base_axes(param_axes(how.model), how.adapter)
+
+
+def whole_params(base, trained, how):
+    """Returns what a forward pass reads: what is trained, or `base` with the adapter in place."""
+    return trained if how.adapter is None else composed(base, trained, how.adapter.scale)
 
 
 def cut_sizes(config):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from luspo_jax import sharding
+from luspo_jax.models.adapted_experts import adapted_mlp
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.experts import expert_mlp, route
 from luspo_jax.models.forward import Forward
@@ -170,7 +171,9 @@ class Experts(nn.Module):
             real=real,
             layout=layout,
         )
-        return expert_mlp(x, sent, weights, kernels, self.how.expert_kernel, layout), routed
+        # A sampler's kernels of few bits are multiplied as they are.
+        mlp = expert_mlp if self.how.adapter is None else adapted_mlp
+        return mlp(x, sent, weights, kernels, self.how.expert_kernel, layout), routed
 
 
 class Layer(nn.Module):

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from luspo_jax import sharding
 from luspo_jax.hosts import files, processes
-from luspo_jax.models import decoder, safetensors_folder, vision_config, vision_weights
+from luspo_jax.models import decoder, low_rank, safetensors_folder, vision_config, vision_weights
 from luspo_jax.models.decoder_config import ConfigError, DecoderConfig, decoder_config, hf_config
 from luspo_jax.models.safetensors_folder import TYPES, Planned, WeightsError, listed
 
@@ -322,7 +322,8 @@ def export(
 
     Args:
       folder: must not exist yet or be empty, unless `overwrite`.
-      params: as from `load_params` or `init_params`, on the host or on devices.
+      params: as from `load_params` or `init_params`, on the host or on devices; adapters in them
+        are merged, a tensor at a time.
       config: of `params`.
       source: folder whose config, generation config and tokenizer files are copied.
       dtype: type to store: float32, bfloat16 or float16.
@@ -405,11 +406,15 @@ def _raise_together(problem, layout):
 
 
 def _reader(params, entry):
-    return lambda: entry.to_hf(_on_host(_leaf(params, entry.path), entry.place))
+    def tensor():
+        parts = jax.tree.map(lambda x: on_host(x, entry.place), _leaf(params, entry.path))
+        return entry.to_hf(np.asarray(low_rank.whole_kernel(entry.path, parts)))
+
+    return tensor
 
 
-def _on_host(leaf, place):
-    """Returns a parameter, or one layer or expert of it, whole on each host."""
+def on_host(leaf, place):
+    """Returns an array, or one layer or expert of it, whole on each host."""
     part = _picked(leaf, place)
     if part is leaf and isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
         part = jnp.copy(leaf)  # a sharded array keeps its host copy
@@ -439,8 +444,8 @@ def _one_of_each_part(leaf, layer, number, size):
 
 def _check_params(params, config):
     shapes = [
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in flat}
-        for flat in map(jax.tree_util.tree_leaves_with_path, (params, _abstract(config)))
+        {"".join(f"[{name!r}]" for name in path): x.shape for path, x in low_rank.flat(tree)}
+        for tree in (params, _abstract(config))
     ]
     wrong = sorted(
         key for key in {*shapes[0], *shapes[1]} if shapes[0].get(key) != shapes[1].get(key)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.low_rank import Adapter
 from luspo_jax.sharding import Layout
 
 
@@ -21,6 +22,7 @@ class Forward:
       expert_kernel: an implementation of `ops.grouped_matmul`.
       remat: what of a layer is kept for the backward pass, a key of `decoder.REMAT`.
       layout: where parameters, rows, positions and heads lie; None on one device.
+      adapter: what is trained in place of the weights; None where they are.
     """
 
     model: DecoderConfig
@@ -31,6 +33,7 @@ class Forward:
     expert_kernel: str = "reference"
     remat: str = "none"
     layout: Layout | None = None
+    adapter: Adapter | None = None
 
     def with_reference_kernels(self) -> "Forward":
         """The same without kernels, whose backward pass may be differentiated."""

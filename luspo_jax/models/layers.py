@@ -1,5 +1,6 @@
 """The decoder's arithmetic as functions of arrays, each with a suitable backward pass."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from luspo_jax import sharding
+from luspo_jax.models.low_rank import QUANTISED, LowRank, dequantised, low_rank_axes
 from luspo_jax.models.quantised import Quantised, looked_up, scaled
 from luspo_jax.ops.precision import wide, wide_type
 
@@ -18,7 +20,6 @@ from luspo_jax.ops.precision import wide, wide_type
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
     """Computes x · kernel over the last `contracted` axes of x and the first of the kernel.
 
@@ -26,16 +27,39 @@ def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
     type, so float32 master weights under bfloat16 activations lose nothing to rounding. With a
     layout, a kernel of logical `axes` is sharded over the mesh: it is gathered in x's type for use,
     and its gradient returns in the same sharding. `precision` is that of the products, a
-    `lax.Precision`. A Quantised kernel's products are summed and scaled in float32; it has no
-    gradient.
+    `lax.Precision`. A Quantised kernel's products are summed and scaled in float32, an Nf4 one is
+    used in x's type; neither has a gradient. A LowRank one gives x · W + s · (x · A) · B in x's
+    type, and A and B have gradients.
     """
+    if isinstance(kernel, QUANTISED):
+        return _project_frozen(x, kernel, contracted, axes, layout, precision)
+    if not isinstance(kernel, LowRank):
+        return _project(x, kernel, contracted, axes, layout, precision)
+    inner, outer = low_rank_axes(axes, contracted)
+    low = _project(x, kernel.a, contracted, inner, layout, precision)
+    added = _project(low, kernel.b, 1, outer, layout, precision)
+    y = _project_frozen(x, kernel.base, contracted, axes, layout, precision)
+    return y + kernel.scale * added
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _project(x, kernel, contracted, axes, layout, precision):
     dims = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
     if isinstance(kernel, Quantised):
         values = gathered(kernel.values, x.dtype, axes, layout)
         y = lax.dot_general(x, values, (dims, ((), ())), preferred_element_type=wide_type(x))
         return scaled(y, kernel.scales).astype(x.dtype)
-    whole = gathered(kernel, x.dtype, axes, layout)
+    whole = frozen(kernel, x.dtype, contracted, axes, layout)
     return lax.dot_general(x, whole, (dims, ((), ())), precision=precision)
+
+
+def frozen(kernel, dtype, contracted, axes, layout):
+    """Returns a kernel in `dtype`, gathered; one of few bits travels as it is stored."""
+    if not isinstance(kernel, QUANTISED):
+        return gathered(kernel, dtype, axes, layout)
+    lead = 0 if axes is None else sum(axis == "experts" for axis in axes)
+    values = gathered(kernel.values, kernel.values.dtype, axes, layout)
+    return dequantised(dataclasses.replace(kernel, values=values), lead, contracted).astype(dtype)
 
 
 def gathered(kernel, dtype, axes, layout):
@@ -49,15 +73,13 @@ def gathered(kernel, dtype, axes, layout):
 
 
 def _project_forward(x, kernel, contracted, axes, layout, precision):
-    return project(x, kernel, contracted, axes, layout, precision), (x, kernel)
+    return _project(x, kernel, contracted, axes, layout, precision), (x, kernel)
 
 
 def _project_backward(contracted, axes, layout, precision, residuals, grad):
     x, kernel = residuals
     lead = x.ndim - contracted
-    outputs = (tuple(range(lead, grad.ndim)), tuple(range(contracted, kernel.ndim)))
-    whole = gathered(kernel, grad.dtype, axes, layout)
-    dx = lax.dot_general(grad, whole, (outputs, ((), ())), precision=precision)
+    dx = _input_gradient(kernel, grad, contracted, axes, layout, precision)
     local = functools.partial(_kernel_gradient, contracted, axes, layout, precision)
     if layout is not None:
         # Each device computes its own rows and positions: XLA would gather whole rows of
@@ -67,6 +89,16 @@ def _project_backward(contracted, axes, layout, precision, residuals, grad):
         inputs = (*rows, *inner[:contracted]), (*rows, *inner[contracted:])
         local = sharding.shard_map(local, layout, inputs, axes)
     return dx, local(x, grad).astype(kernel.dtype)
+
+
+def _input_gradient(kernel, grad, contracted, axes, layout, precision):
+    kept = len(kernel.shape) - contracted
+    outputs = (
+        tuple(range(grad.ndim - kept, grad.ndim)),
+        tuple(range(contracted, contracted + kept)),
+    )
+    whole = frozen(kernel, grad.dtype, contracted, axes, layout)
+    return lax.dot_general(grad, whole, (outputs, ((), ())), precision=precision)
 
 
 def _kernel_gradient(contracted, axes, layout, precision, x, grad):
@@ -84,7 +116,24 @@ def _kernel_gradient(contracted, axes, layout, precision, x, grad):
     return sharding.summed_over_rows(dkernel, axes, layout)
 
 
-project.defvjp(_project_forward, _project_backward)
+_project.defvjp(_project_forward, _project_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _project_frozen(x, kernel, contracted, axes, layout, precision):
+    """Computes the same for a kernel without gradient, whose outer products cost nothing then."""
+    return _project(x, kernel, contracted, axes, layout, precision)
+
+
+def _frozen_forward(x, kernel, contracted, axes, layout, precision):
+    return _project(x, kernel, contracted, axes, layout, precision), kernel
+
+
+def _frozen_backward(contracted, axes, layout, precision, kernel, grad):
+    return _input_gradient(kernel, grad, contracted, axes, layout, precision), None
+
+
+_project_frozen.defvjp(_frozen_forward, _frozen_backward)
 
 
 @jax.custom_vjp

@@ -70,6 +70,11 @@ def quantise(kernel: jax.Array, contracted: tuple[int, ...]) -> Quantised:
     return Quantised(values, jnp.squeeze(scales, contracted))
 
 
+def dense(kernel: Quantised, contracted: tuple[int, ...]) -> jax.Array:
+    """Returns q · s in float32, of a matrix whose axes `contracted` a product sums over."""
+    return kernel.values.astype(jnp.float32) * jnp.expand_dims(kernel.scales, contracted)
+
+
 def quantise_tree(params: Any) -> Any:
     """Rounds the matrices of a decoder to int8, and leaves those that are, and what is no matrix.
 

@@ -234,12 +234,12 @@ def write_shards(
         )
     shards = _shards(tensors, sizes, max_shard_bytes)
     if len(shards) == 1:
-        _write_file(folder / WEIGHTS, shards[0], dtype)
+        write_file(folder / WEIGHTS, shards[0], dtype)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard, dtype)
+        write_file(folder / name, shard, dtype)
         weight_map |= {tensor.name: name for tensor in shard}
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -256,7 +256,8 @@ def _shards(tensors, sizes, max_shard_bytes):
     return shards
 
 
-def _write_file(file, tensors, dtype):
+def write_file(file: pathlib.Path, tensors: list[Planned], dtype: str) -> None:
+    """Writes one file of tensors in order, one in memory at a time."""
     code, numpy_dtype = TYPES[dtype]
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:

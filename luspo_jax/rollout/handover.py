@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from luspo_jax import sharding
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.low_rank import is_composed
 from luspo_jax.sharding import Layout
 
 
@@ -28,7 +29,8 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
     """
     dtype = jnp.dtype(dtype)
     if layout is None:
-        return params if dtype == jnp.float32 else cast_program(dtype)(params)
+        as_it_is = dtype == jnp.float32 and not is_composed(params)
+        return params if as_it_is else cast_program(dtype)(params)
     trained_on = jax.tree.leaves(params)[0].sharding
     if trained_on.device_set.isdisjoint(layout.mesh.devices.flat):
         # Devices of their own: the cast is made where the weights lie, and then each part travels.

@@ -14,7 +14,7 @@ from luspo_jax.experience.groups import Waiting
 from luspo_jax.experience.held_out import Evaluation
 from luspo_jax.experience.stored import from_stored, to_stored
 from luspo_jax.hosts import processes
-from luspo_jax.learner.state import abstract_state, initial_state
+from luspo_jax.learner.state import abstract_state, initial_state, with_base
 from luspo_jax.length.accounting import AccountState
 from luspo_jax.length.steering import LengthState
 from luspo_jax.run.build import Run
@@ -39,13 +39,13 @@ Start = tuple[TrainState, int, list[tuple[int, Evaluation]], Carried]
 _TAKEN_ALONG = {
     "stream": ("data.", "seed", "datasets", "template_hash", "model.tokenizer"),
     "surplus": (
-        "data.", "seed", "datasets", "template_hash", "model.", "reward.", "scorers", "rollout.",
-        "shaping.",
+        "data.", "seed", "datasets", "template_hash", "model.", "lora.", "reward.", "scorers",
+        "rollout.", "shaping.",
     ),
     "duals": ("reward.group", "scorers"),
     "length": ("length.", "objective.", "rollout."),
     "evaluations": (
-        "data.", "datasets", "template_hash", "model.", "reward.", "scorers", "eval.",
+        "data.", "datasets", "template_hash", "model.", "lora.", "reward.", "scorers", "eval.",
         "rollout.max_response_length",
     ),
 }  # fmt: skip
@@ -94,6 +94,8 @@ def _begin(run, checkpointer, fork) -> Start:
 def _restored(run, checkpointer, step, changed=()) -> Start:
     like = abstract_state(run.rule, marked=run.length.every > 0)
     state, host, waiting = checkpointer.restore(step, like)
+    if run.rule.logprobs.how.adapter is not None:
+        state = with_base(state, run.initial_parts()[1])
     kept = {name for name, roots in _TAKEN_ALONG.items() if not _begins(changed, roots)}
     if "stream" in kept:
         run.data.stream.set_state(host["stream"])
@@ -139,7 +141,8 @@ def _told(fork):
 
 def begin_state(run: Run) -> TrainState:
     """Returns the state of a run that has taken no step."""
-    return initial_state(run.initial_params(), run.rule, marked=run.length.every > 0)
+    params, base = run.initial_parts()
+    return with_base(initial_state(params, run.rule, marked=run.length.every > 0), base)
 
 
 def host_state(

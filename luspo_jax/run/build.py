@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from luspo_jax import sharding
@@ -22,7 +21,7 @@ from luspo_jax.learner import optimizer
 from luspo_jax.learner.logprobs import LogprobRule
 from luspo_jax.learner.programs import StepPrograms
 from luspo_jax.learner.rows import Planner
-from luspo_jax.learner.state import UpdateRule
+from luspo_jax.learner.state import UpdateRule, policy_params
 from luspo_jax.length import laboratory
 from luspo_jax.length.candidates import Rescorer
 from luspo_jax.length.laboratory import Laboratory
@@ -36,13 +35,14 @@ from luspo_jax.rewards.group import GroupScorer
 from luspo_jax.rollout import Cache, Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
 from luspo_jax.rollout.sending import sent_params
-from luspo_jax.run import checks
+from luspo_jax.run import adapters, checks
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.data import Data, load_data
 from luspo_jax.run.memory import device_memory, room_for_pages
 from luspo_jax.run.model import Model, load_model
 from luspo_jax.run.settings import Config, Settings, section
 from luspo_jax.sharding import Layout, MeshError
+from luspo_jax.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,20 +137,24 @@ class Run:
         return accuracy_part(self.settings)
 
     def initial_params(self) -> Any:
-        """Returns the base policy's weights, or random ones if so configured."""
-        model, layout = self.settings.model, self.rule.logprobs.how.layout
-        if model.random_weights:
-            key = jax.random.key(self.settings.seed)
-            return decoder.init_params(key, self.model.config, layout=layout)
-        return decoder_weights.load_params(
-            self.model.folder, self.model.config, dtype=jnp.float32, layout=layout
-        )
+        """Returns the weights that training begins with, random ones if so configured."""
+        return self.initial_parts()[0]
+
+    def initial_parts(self) -> tuple[Any, Any]:
+        """Returns (what is trained, the frozen weights of an adapter): `adapters.beginning`."""
+        return adapters.beginning(self.settings, self.model, self.rule.logprobs.how)
+
+    def policy(self, state: TrainState) -> Any:
+        """Returns the policy's weights, an adapter in its place."""
+        return policy_params(state, self.rule.logprobs.how)
 
     def rollout_params(self, params: Any) -> Any:
         """Returns the policy's weights as the sampler reads them, in the processes that sample.
 
         All processes must call, those that only sample with anything.
         """
+        if self.settings.rollout.lora == "apart":
+            return params
         how = {
             "config": self.model.config,
             "layout": self.rollout_layout,
@@ -176,6 +180,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     _check_model(settings, model.config)
     layout, rollout_layout = layouts(settings, model.config, devices)
     rule = update_rule(settings, model, layout)
+    adapters.check_rollout(settings, rule.logprobs.how.adapter, rollout_layout)
     return Run(
         config=config,
         settings=settings,
@@ -363,8 +368,10 @@ def mesh_advice(config: Config, train: Layout | None) -> str:
 
 def update_rule(config: Config, model: Model, layout: Layout | None = None) -> UpdateRule:
     """Returns the rule of an optimizer step, which includes the mesh layout of the train state."""
+    logprobs = _logprob_rule(config, model.config, layout)
+    how = logprobs.how
     return UpdateRule(
-        logprobs=_logprob_rule(config, model.config, layout),
+        logprobs=logprobs,
         objective=section(config, "objective"),
         optimizer=optimizer.adamw(
             b1=config.train.b1,
@@ -375,7 +382,8 @@ def update_rule(config: Config, model: Model, layout: Layout | None = None) -> U
         max_grad_norm=config.train.max_grad_norm,
         bin_edges=section(config, "length").bins(config.rollout.max_response_length),
         router_aux_coef=config.train.router_aux_coef,
-        frozen=("vision",) if _freezes(config, model.config) else (),
+        frozen=("vision",) if _freezes(config, model.config) and not how.adapter else (),
+        copies_reference=adapters.copies_reference(config),
     )
 
 
@@ -447,13 +455,17 @@ def _sampler(config, model, asked, layout):
 def training_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
     """Returns the forward pass of the trainer on this platform."""
     used = {"dtype": config.model.dtype, "remat": config.model.remat}
+    used["adapter"] = adapters.adapter(config, model)
     return _forward(config, model, layout, packed=config.train.packing, **used)
 
 
 def sampling_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
     """Returns the forward pass of the sampler; rows hold one prompt each."""
     dtype = activation_type(config.model.rollout_dtype)
-    return _forward(config, model, layout, packed=False, dtype=dtype)
+    rollout = getattr(config, "rollout", None)  # supervised fine-tuning has none
+    apart = rollout is not None and rollout.lora == "apart"
+    made = adapters.adapter(config, model) if apart else None
+    return _forward(config, model, layout, packed=False, dtype=dtype, adapter=made)
 
 
 def _forward(config, model, layout, *, packed, **settings):
@@ -480,4 +492,5 @@ def facts(run: Run) -> dict[str, Any]:
             dataclasses.asdict(report) for report in (*run.data.reports, run.data.held_out_report)
         ],
         "parameters": decoder_weights.num_params(run.model.config),
+        **adapters.facts(run.settings, run.model, run.rule.logprobs.how.adapter),
     }

@@ -232,6 +232,11 @@ def _wrong_together(config: ConfigDict) -> Iterator[str]:
     yield from _wrong_age(config)
     if config.train.ref_every > 0 and not _of_objective(config, "kl_coef"):
         yield "train.ref_every refreshes the reference of a KL term, but objective.kl_coef is 0"
+    if config.lora.rank and config.train.ref_every > 0 and config.train.ref_decay:
+        yield (
+            f"train.ref_decay={config.train.ref_decay:g} averages A and B of a low-rank adapter, "
+            "whose product is no average of policies: set it to 0, which copies"
+        )
     yield from _wrong_wandb(config)
     if "objective" in sound:
         yield from _wrong_group(config, sound["objective"])

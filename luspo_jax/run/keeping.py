@@ -9,14 +9,14 @@ from tqdm import tqdm
 from luspo_jax.experience import measures
 from luspo_jax.experience.groups import Rollouts
 from luspo_jax.experience.held_out import Evaluation
-from luspo_jax.hosts import files, guard, processes
-from luspo_jax.learner.state import parked
+from luspo_jax.hosts import guard, processes
+from luspo_jax.learner.state import parked, without_base
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.run import writers
 from luspo_jax.run.beginning import Carried, begin, host_state
 from luspo_jax.run.build import Run
 from luspo_jax.run.checkpoint import Checkpointer
-from luspo_jax.run.export import export_policy
+from luspo_jax.run.export import export_result
 from luspo_jax.run.profile import Profile
 from luspo_jax.run.workdir import Workdir
 from luspo_jax.types import TrainState
@@ -99,7 +99,7 @@ class Keeper:
         self.workdir.drop_after(start)
         if not evaluations:
             with guard.phase("evaluate"):
-                evaluations = [(start, run.evaluate(state.params))]
+                evaluations = [(start, run.evaluate(run.policy(state)))]
             self._writer.write(start, self._held_out_metrics(evaluations[0][1]))
         self._evaluations, self._start = evaluations, start
         return state, carried
@@ -133,7 +133,7 @@ class Keeper:
         output, last = run.settings.output, taken == run.settings.num_steps
         if last or due(run.settings.eval.every, taken):
             with timed(metrics, "testing"):
-                measured = run.evaluate(state.params)
+                measured = run.evaluate(run.policy(state))
             metrics.update(self._held_out_metrics(measured))
             self._evaluations.append((taken, measured))
         self._bar.update()
@@ -157,7 +157,7 @@ class Keeper:
     def _save(self, taken, state, carried, score):
         host, waiting = host_state(self.run, self._evaluations, carried)
         with guard.phase("checkpoint"):
-            self._checkpointer.save(taken, state, host, waiting, metric=score)
+            self._checkpointer.save(taken, without_base(state), host, waiting, metric=score)
 
     def _note(self):
         """Notes the newest complete checkpoint, if it is a new one."""
@@ -178,13 +178,13 @@ class Keeper:
         run, export = self.run, None
         self._complete()
         if run.settings.output.export:
-            folder, export = self.workdir.path / "export", f"{self.workdir.name}/export"
 
             def write():
-                export_policy(run.config, run.model, state.params, folder, overwrite=files.OWN)
+                return export_result(run, state, self.workdir.path)
 
             with guard.phase("export"):
-                run.roles.trained(write, "export")
+                if run.roles.trained(write, "export"):
+                    export = f"{self.workdir.name}/export"
         return Outcome(self._evaluations, export)
 
     def _held_out_metrics(self, measured):

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 
 from luspo_jax import sharding
 from luspo_jax.learner.state import OFFLOADS
-from luspo_jax.models import decoder
+from luspo_jax.models import decoder, low_rank
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
+from luspo_jax.models.low_rank import Adapter
 from luspo_jax.models.quantised import activation_type
 from luspo_jax.rollout.engine import PREFILL_TOKENS
+from luspo_jax.run import adapters
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.settings import Config, section
 from luspo_jax.sharding import Layout
@@ -40,11 +43,12 @@ def memory_estimate(
     """
     sizes = batch_arithmetic(config)
     train, rollout = layouts
-    params = param_bytes(model, train, jnp.float32)
+    made = adapters.adapter(config, model)
+    trained = trained_bytes(model, train, made)
     return {
-        **state_memory(model, train),
-        "reference policy": params if section(config, "objective").kl_coef else 0,
-        "policy before a measured update": params if config.length.every else 0,
+        **state_memory(model, train, made),
+        "reference policy": trained if _has_reference(config) else 0,
+        "policy before a measured update": trained if config.length.every else 0,
         "rollout weights": _rollout_weights(config, model, rollout),
         "rollout pages": pages,
         **pass_memory(config, model, train, sizes.rows_per_microbatch * sizes.row_length),
@@ -76,12 +80,14 @@ def room_for_pages(
     """
     train, rollout = layouts
     own = sharding.on_own_devices(rollout)
-    params = param_bytes(model, train, jnp.float32)
+    made = adapters.adapter(config, model)
+    trained = trained_bytes(model, train, made)
     held = {
-        "params": params,
-        "opt_state": 2 * params,
-        "ref_params": params if section(config, "objective").kl_coef else 0,
-        "marked_params": params if config.length.every else 0,
+        "params": trained,
+        "opt_state": 2 * trained,
+        "ref_params": trained if _has_reference(config) else 0,
+        "marked_params": trained if config.length.every else 0,
+        "base": 0 if made is None else base_bytes(model, train, made),
     }
     gone = OFFLOADS[config.train.offload]
     state = sum(size for name, size in held.items() if name not in gone)
@@ -99,18 +105,34 @@ def room_for_pages(
 
 def _rollout_weights(config, model, rollout):
     """Bytes of the sampler's weights on a device; 0 if it reads the master weights."""
-    if rollout is None and jnp.dtype(config.model.rollout_dtype) == jnp.float32:
+    if config.rollout.lora == "apart":
+        return 0
+    as_they_are = rollout is None and jnp.dtype(config.model.rollout_dtype) == jnp.float32
+    if as_they_are and not section(config, "lora").rank:
         return 0
     return param_bytes(model, rollout, config.model.rollout_dtype)
 
 
-def state_memory(model: DecoderConfig, layout: Layout | None) -> dict[str, int]:
+def _has_reference(config):
+    """Whether the state holds the reference policy of a KL term."""
+    return bool(section(config, "objective").kl_coef) and adapters.copies_reference(config)
+
+
+def state_memory(
+    model: DecoderConfig, layout: Layout | None, made: Adapter | None = None
+) -> dict[str, int]:
     """Returns the bytes of weights, moments and gradients on one device, by name."""
-    params = param_bytes(model, layout, jnp.float32)
+    trained = trained_bytes(model, layout, made)
+    weights = {"master weights (float32)": trained}
+    if made is not None:
+        weights = {
+            f"frozen weights ({made.base})": base_bytes(model, layout, made),
+            "adapter (float32)": trained,
+        }
     return {
-        "master weights (float32)": params,
-        "Adam moments (float32)": 2 * params,
-        "gradients (float32)": params,
+        **weights,
+        "Adam moments (float32)": 2 * trained,
+        "gradients (float32)": trained,
     }
 
 
@@ -142,14 +164,32 @@ def param_bytes(model: DecoderConfig, layout: Layout | None, dtype: Any) -> int:
     Mesh axes differ by parameter: experts are sharded over the expert axis, norms over none.
     """
     params = decoder.abstract_params(model, jnp.dtype(dtype))
-    axes = jax.tree.leaves(
-        decoder.param_axes(model, dtype), is_leaf=lambda node: isinstance(node, tuple)
-    )
-    return sum(
+    return _tree_bytes(params, decoder.param_axes(model, dtype), layout)
+
+
+@functools.cache  # traces the model
+def trained_bytes(model: DecoderConfig, layout: Layout | None, made: Adapter | None) -> int:
+    """Returns the bytes of one device's shard of what is trained: weights, or an adapter."""
+    how = Forward(model, adapter=made)
+    return _tree_bytes(decoder.abstract_trained(how), decoder.trained_axes(how), layout)
+
+
+@functools.cache  # traces the model
+def base_bytes(model: DecoderConfig, layout: Layout | None, made: Adapter) -> int:
+    """Returns the bytes of one device's shard of an adapter's frozen weights."""
+    axes = decoder.param_axes(model)
+    frozen = low_rank.abstract_base(decoder.abstract_params(model), axes, made)
+    return _tree_bytes(frozen, decoder.frozen_axes(Forward(model, adapter=made)), layout)
+
+
+def _tree_bytes(tree, axes_tree, layout):
+    axes = jax.tree.leaves(axes_tree, is_leaf=lambda node: isinstance(node, tuple))
+    bits = sum(
         math.prod(layout.sharding(names).shard_shape(x.shape) if layout else x.shape)
-        * x.dtype.itemsize
-        for x, names in zip(jax.tree.leaves(params), axes, strict=True)
+        * (4 if x.dtype == jnp.uint4 else 8 * x.dtype.itemsize)
+        for x, names in zip(jax.tree.leaves(tree), axes, strict=True)
     )
+    return -(-bits // 8)
 
 
 def _parts(layout, *axes):

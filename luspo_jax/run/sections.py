@@ -13,10 +13,20 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from luspo_jax.hosts.peers import BEAT_S
-from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, check_fields
+from luspo_jax.hosts.values import (
+    SEED,
+    TEMPERATURE,
+    Number,
+    OneOf,
+    Rule,
+    Text,
+    check_fields,
+    nearest,
+)
 from luspo_jax.learner.logprobs import REPLAYS
 from luspo_jax.learner.state import OFFLOADS
 from luspo_jax.models.decoder import REMAT
+from luspo_jax.models.low_rank import BASES, INITS, MODULES
 from luspo_jax.ops import attention, grouped_matmul
 from luspo_jax.run.data_sections import open_section
 
@@ -84,6 +94,51 @@ class ModelSettings:
         if self.stop_token_ids == "none":
             return ()
         return tuple(int(part) for part in self.stop_token_ids.split(",") if part.strip())
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """The low-rank adapter that is trained in place of the weights (luspo_jax.models.low_rank)."""
+
+    rank: int = 0  # Of every adapted matrix; 0 = train the weights themselves.
+    alpha: float = 32.0  # x · A · B counts alpha / rank times.
+    rslora: bool = False  # alpha / √rank times instead.
+    # Comma-separated names of Hugging Face's linear layers, as q_proj,v_proj; or all-linear: those
+    # of attention and MLP. The head, the embedding and routers have no adapter.
+    targets: str = "all-linear"
+    experts: bool = False  # Adapt those of a mixture's experts too.
+    vision: bool = False  # Adapt all linear layers of the vision tower.
+    init: str = "kaiming"  # How A begins, or gaussian; or pissa: A and B from W's largest parts.
+    start: str = ""  # A folder in PEFT's format to begin from; empty = at the model's own policy.
+    dropout: float = 0.0
+    base: str = "bfloat16"  # What the frozen weights are stored as.
+
+    RULES: ClassVar[dict[str, Rule]] = {
+        "rank": _COUNT,
+        "alpha": Number(0, 1e6, open_low=True),
+        "init": OneOf(INITS),
+        "dropout": Number(0, 0, why="the sampler drops nothing, and would be another policy"),
+        "base": OneOf(BASES),
+    }
+
+    def __post_init__(self):
+        check_fields(self, "lora.", self._wrong())
+
+    def _wrong(self):
+        for name in self.names:
+            if name not in MODULES:
+                yield f"lora.targets: no linear layer {name!r}; {nearest(name, MODULES)}"
+        if self.start and self.init == "pissa":
+            yield "lora.start begins from an adapter, and lora.init=pissa from parts of W: set one"
+        if not self.names:
+            yield "lora.targets is empty: name linear layers, as q_proj,v_proj, or all-linear"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Returns the names of `targets`, in one order and once each."""
+        asked = {part.strip() for part in self.targets.split(",") if part.strip()}
+        asked = set(MODULES) if asked == {"all-linear"} else asked
+        return tuple(sorted(asked))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +258,9 @@ class RolloutSettings:
     # Which complete groups a step takes: those that began first (begun), or the shortest, unless
     # others are due. The latter needs rollout.overlap.
     order: str = "begun"
+    # How the sampler reads a low-rank adapter: "merged" into a copy of the weights, in
+    # model.rollout_dtype; or "apart", beside the trainer's own frozen weights, on one device.
+    lora: str = "merged"
     # Largest |sampler − trainer| log-prob difference of one token allowed at the first step. In
     # float32 more than 0.05 is a bug; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21
     # at temperature 1, 0.44 at 0.6) and more in larger runs: set 1 there. Real bugs make nats.
@@ -228,6 +286,7 @@ class RolloutSettings:
         "max_age": Number(0, 2**16),
         "late": OneOf(("wait", "drop")),
         "order": OneOf(("begun", "shortest")),
+        "lora": OneOf(("merged", "apart")),
         "mismatch_limit": Number(0, 1e30, open_low=True, why="rounding is never 0"),
     }
 

@@ -24,6 +24,7 @@ from luspo_jax.run.data_sections import DataSettings
 from luspo_jax.run.sections import (
     EvalSettings,
     HostsSettings,
+    LoraSettings,
     MeshSettings,
     ModelSettings,
     OutputSettings,
@@ -45,6 +46,7 @@ class Settings:
     seed: int = 0  # Of all random draws except held-out responses (eval.seed).
     num_steps: int = 100  # Rollout steps.
     model: ModelSettings
+    lora: LoraSettings
     mesh: MeshSettings
     rollout_mesh: RolloutMeshSettings
     data: DataSettings

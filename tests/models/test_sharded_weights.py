@@ -351,5 +351,5 @@ def test_no_stack_of_experts_is_gathered_for_one(sizes):
     assert memory.output_size_in_bytes == leaf_LEDF.addressable_shards[0].data[0, 0].nbytes
     assert not re.search("all-|collective|permute", compiled.as_text())
     for expert in range(8):
-        found = decoder_weights._on_host(leaf_LEDF, (0, expert))
+        found = decoder_weights.on_host(leaf_LEDF, (0, expert))
         np.testing.assert_array_equal(found, np.asarray(leaf_LEDF)[0, expert])

@@ -1,11 +1,19 @@
 """What of a device's memory the rollout's pages get."""
 
+import dataclasses
+import json
+
 import pytest
 
 from configs import quickstart
 from luspo_jax.hosts.values import ConfigError
+from luspo_jax.models import decoder_weights, low_rank
+from luspo_jax.models.decoder_config import decoder_config
+from luspo_jax.models.locate import ARCHITECTURES
+from luspo_jax.models.low_rank import Adapter
 from luspo_jax.run import build, checks
-from luspo_jax.run.memory import room_for_pages
+from luspo_jax.run.adapters import num_trained
+from luspo_jax.run.memory import room_for_pages, state_memory
 from luspo_jax.run.model import load_model
 
 NOWHERE = (None, None)
@@ -73,3 +81,24 @@ def test_the_pool_is_what_is_asked_for_and_never_more_than_can_be_used(model):
 def test_pages_that_cannot_be_are_refused_by_name(model, fields, message):
     with pytest.raises(ConfigError, match=message):
         _sampler(model, **fields)
+
+
+def test_an_adapter_leaves_its_bytes_and_those_of_the_frozen_weights():
+    """A 7B's state: 16 bytes a weight, or 2 (bfloat16), 1 or about 1/2, and 16 of an adapter."""
+    model = decoder_config(json.loads((ARCHITECTURES / "Qwen--Qwen2.5-7B.json").read_text()))
+    count = decoder_weights.num_params(model)
+    whole = sum(state_memory(model, None).values())
+    assert whole == 16 * count
+    adapter = Adapter(rank=16, alpha=32.0)
+    sizes = {
+        kind: state_memory(model, None, dataclasses.replace(adapter, base=kind))
+        for kind in low_rank.BASES
+    }
+    small = {kind: sum(found.values()) for kind, found in sizes.items()}
+    trained = sizes["nf4"]["adapter (float32)"]
+    assert small["bfloat16"] == 2 * count + 4 * trained
+    assert trained == 4 * num_trained(model, adapter)
+    tables = 2 * model.vocab_size * model.embed_dim  # embedding and head stay bfloat16
+    matrices = count - tables
+    assert small["nf4"] - 4 * trained == pytest.approx(2 * tables + matrices * (4.5 / 8), rel=1e-2)
+    assert small["int8"] - 4 * trained == pytest.approx(2 * tables + matrices, rel=1e-2)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from luspo_jax import sharding
@@ -15,17 +14,19 @@ from luspo_jax.learner.demonstrations import nll_objective
 from luspo_jax.learner.logprobs import LogprobRule
 from luspo_jax.learner.programs import LogprobPass, StepPrograms
 from luspo_jax.learner.rows import Planner
-from luspo_jax.learner.state import UpdateRule
-from luspo_jax.models import decoder, decoder_weights
+from luspo_jax.learner.state import UpdateRule, policy_params
+from luspo_jax.models import decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.rollout import Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
+from luspo_jax.run import adapters
 from luspo_jax.run import build as rl
 from luspo_jax.run.checks import check_sft
 from luspo_jax.run.model import Model, load_model
 from luspo_jax.run.sft.data import SftData, load_data
 from luspo_jax.run.sft.sections import SftSettings
 from luspo_jax.sharding import Layout, MeshError
+from luspo_jax.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +61,16 @@ class SftRun:
         return LogprobPass("params", self.rule.logprobs)
 
     def initial_params(self) -> Any:
-        """Returns the model's weights, or random ones if so configured."""
-        layout = self.rule.logprobs.how.layout
-        if self.settings.model.random_weights:
-            key = jax.random.key(self.settings.seed)
-            return decoder.init_params(key, self.model.config, layout=layout)
-        return decoder_weights.load_params(
-            self.model.folder, self.model.config, dtype=jnp.float32, layout=layout
-        )
+        """Returns the weights that training begins with, random ones if so configured."""
+        return self.initial_parts()[0]
+
+    def initial_parts(self) -> tuple[Any, Any]:
+        """Returns (what is trained, the frozen weights of an adapter): `adapters.beginning`."""
+        return adapters.beginning(self.settings, self.model, self.rule.logprobs.how)
+
+    def policy(self, state: TrainState) -> Any:
+        """Returns the policy's weights, an adapter in its place."""
+        return policy_params(state, self.rule.logprobs.how)
 
     def rollout_params(self, params: Any) -> Any:
         """Returns the weights as the sampler reads them."""
@@ -154,9 +157,10 @@ def planner(settings: SftSettings, model: DecoderConfig, layout: Layout | None) 
 def update_rule(settings: SftSettings, model: Model, layout: Layout | None = None) -> UpdateRule:
     """Returns the rule of an optimizer step; a vision tower, which sees nothing, stays as it is."""
     train, sees = settings.train, model.config.vision is not None
+    how = rl.training_forward(settings, model.config, layout)
     return UpdateRule(
         logprobs=LogprobRule(
-            rl.training_forward(settings, model.config, layout),
+            how,
             head_chunk_tokens=settings.model.head_chunk_tokens,
             freeze_vision=sees,
         ),
@@ -166,7 +170,7 @@ def update_rule(settings: SftSettings, model: Model, layout: Layout | None = Non
         ),
         max_grad_norm=train.max_grad_norm,
         router_aux_coef=train.router_aux_coef,
-        frozen=("vision",) if sees else (),
+        frozen=("vision",) if sees and how.adapter is None else (),
     )
 
 
@@ -204,4 +208,5 @@ def facts(run: SftRun) -> dict[str, Any]:
         "datasets": [dataclasses.asdict(report) for report in run.data.reports],
         "demonstrations": run.data.stream.get_state()["examples_hash"],
         "parameters": decoder_weights.num_params(run.model.config),
+        **adapters.facts(run.settings, run.model, run.rule.logprobs.how.adapter),
     }

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from luspo_jax.hosts import files, guard, processes
+from luspo_jax.hosts import guard, processes
 from luspo_jax.hosts.guard import Preempted
 from luspo_jax.hosts.preemption import Notice
 from luspo_jax.learner import demonstrations
-from luspo_jax.learner.state import abstract_state, initial_state
+from luspo_jax.learner.state import abstract_state, initial_state, with_base, without_base
 from luspo_jax.metrics import StepMetrics, timed
 from luspo_jax.run import writers
 from luspo_jax.run.checkpoint import Checkpointer
-from luspo_jax.run.export import export_policy
+from luspo_jax.run.export import export_result
 from luspo_jax.run.keeping import due
 from luspo_jax.run.sft.build import SftRun
 from luspo_jax.run.sft.measure import HeldOut, measure
@@ -143,8 +143,11 @@ class _Keeper:
         latest = self._checkpointer.latest_step()
         processes.agree({"the checkpoint to continue from": latest})
         if latest is None:
-            return initial_state(self.run.initial_params(), self.run.rule), 0
+            params, base = self.run.initial_parts()
+            return with_base(initial_state(params, self.run.rule), base), 0
         state, host, _ = self._checkpointer.restore(latest, abstract_state(self.run.rule))
+        if self.run.rule.logprobs.how.adapter is not None:
+            state = with_base(state, self.run.initial_parts()[1])
         self.run.data.stream.set_state(host["stream"])
         self._evaluations = [(step, HeldOut(**values)) for step, values in host["evaluations"]]
         return state, latest
@@ -185,7 +188,7 @@ class _Keeper:
             "evaluations": [(n, dataclasses.asdict(found)) for n, found in self._evaluations],
         }
         with guard.phase("checkpoint"):
-            self._checkpointer.save(taken, state, host, metric=score)
+            self._checkpointer.save(taken, without_base(state), host, metric=score)
 
     def _complete(self):
         """Waits for the checkpoint that is being written."""
@@ -213,7 +216,7 @@ class _Keeper:
         run, export = self.run, None
         self._complete()
         if run.settings.output.export:
-            folder, export = self.workdir.path / "export", f"{self.workdir.name}/export"
             with guard.phase("export"):
-                export_policy(run.config, run.model, state.params, folder, overwrite=files.OWN)
+                if export_result(run, state, self.workdir.path):
+                    export = f"{self.workdir.name}/export"
         return SftOutcome(self._evaluations, export)

@@ -117,7 +117,7 @@ def answers(run: SftRun, state: TrainState) -> list[AnswerRecord]:
     requests = [Request(d.prompt.prompt_id, d.prompt.tokens, d.images) for d in own]
     found = []
     if requests:
-        weights = run.rollout_params(state.params)
+        weights = run.rollout_params(run.policy(state))
         found, _ = run.sampler.generate(
             weights, requests, group_size=settings.num_samples, seed=settings.seed
         )

@@ -11,6 +11,7 @@ from luspo_jax.prompts.demonstrations import TOO_LONG, TURNS
 from luspo_jax.prompts.templates import TEMPLATES
 from luspo_jax.run.sections import (
     HostsSettings,
+    LoraSettings,
     MeshSettings,
     ModelSettings,
     RolloutMeshSettings,
@@ -221,6 +222,7 @@ class SftSettings:
     seed: int = 0  # Of the order of demonstrations, of what is held out, and of random weights.
     num_steps: int = 200  # Optimizer steps.
     model: ModelSettings
+    lora: LoraSettings
     mesh: MeshSettings
     rollout_mesh: RolloutMeshSettings  # Of the answers to held-out prompts.
     data: DemonstrationSettings

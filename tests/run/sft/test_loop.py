@@ -185,6 +185,32 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(finished, conf
     _assert_same(_results(tmp_path / "run"), _results(finished))
 
 
+def test_an_adapter_is_trained_alone_and_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
+    config.lora.rank = 2
+    config.lora.base = "float32"
+    _train(config, tmp_path / "straight")
+    real, calls = programs.update_step, []
+
+    def crash(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(programs, "update_step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        _train(config, tmp_path / "run")
+    monkeypatch.setattr(programs, "update_step", real)
+    _train(config, tmp_path / "run")
+    got, expected = _results(tmp_path / "run"), _results(tmp_path / "straight")
+    _assert_same(got, expected)
+    base = load_file(pathlib.Path(config.model.path) / "model.safetensors")
+    changed = {name for name in base if np.any(got[2][name] != base[name])}
+    assert changed == {name for name in base if "_proj." in name}
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    assert got[0][4]["held_out/loss"] < got[0][0]["held_out/loss"] - 0.1
+
+
 def test_a_finished_run_runs_again_without_change_and_another_is_refused(finished, config):
     before = _results(finished)
     outcome = _train(config, finished)
