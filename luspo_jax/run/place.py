@@ -214,6 +214,7 @@ def _later(names: Iterable[str], step: int) -> list[str]:
 
 def _scratch(url: str, index: int) -> pathlib.Path:
     """Returns a process's folder for the files of an address, in the user's cache."""
-    last = re.sub(r"[^A-Za-z0-9_.-]", "_", url.rpartition("/")[2])
-    name = f"{last}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    return files.user_cache() / "workdirs" / (f"{name}.process_{index}" if index else name)
+    last = re.sub(r"[^A-Za-z0-9_.-]", "_", url.rpartition("/")[2])  # the title of figures
+    digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+    own = f"{digest}.process_{index}" if index else digest
+    return files.user_cache() / "workdirs" / own / last
