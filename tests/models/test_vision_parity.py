@@ -10,7 +10,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="live parity needs torch (pip install '.[parity]')")
 
 import transformers  # noqa: E402
-from make_vision_goldens import (  # noqa: E402
+
+from luspo_jax.models import decoder, vision  # noqa: E402
+from luspo_jax.models.decoder_config import read_config  # noqa: E402
+from luspo_jax.models.decoder_weights import export, load_params, weight_table  # noqa: E402
+from luspo_jax.models.forward import Forward  # noqa: E402
+from tests.models.make_vision_goldens import (  # noqa: E402
     CASES,
     VARIANTS,
     inputs_of,
@@ -21,18 +26,13 @@ from make_vision_goldens import (  # noqa: E402
     reference_units,
     rows_of,
 )
-from test_vision import (  # noqa: E402
+from tests.models.test_vision import (  # noqa: E402
     arrays_of,
     batch_of,
     greedy_of,
     logits_of,
     raster_units,
 )
-
-from luspo_jax.models import decoder, vision  # noqa: E402
-from luspo_jax.models.decoder_config import read_config  # noqa: E402
-from luspo_jax.models.decoder_weights import export, load_params, weight_table  # noqa: E402
-from luspo_jax.models.forward import Forward  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("strict_dtypes")]
 

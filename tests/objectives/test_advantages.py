@@ -2,12 +2,12 @@
 
 import jax
 import numpy as np
-import numpy_objectives
 import pytest
 
 from luspo_jax import objectives
 from luspo_jax.objectives import Objective, validate_group_size
 from luspo_jax.objectives.advantages import ADVANTAGES
+from tests.objectives import numpy_objectives
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -5,12 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_objectives import binary_kl, m2po_kept, within_binary_kl
-from objective_cases import batch_of, case, denominators_of, loss_grad_metrics
 
 from luspo_jax import objectives
 from luspo_jax.objectives import corrections, preset
 from luspo_jax.objectives.kl import bernoulli_kl
+from tests.objectives.numpy_objectives import binary_kl, m2po_kept, within_binary_kl
+from tests.objectives.objective_cases import batch_of, case, denominators_of, loss_grad_metrics
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from objective_cases import case, whole_step
 
 from luspo_jax import objectives
 from luspo_jax.objectives import Objective
 from luspo_jax.objectives.length_scales import LENGTH_SCALES
+from tests.objectives.objective_cases import case, whole_step
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -1,11 +1,11 @@
 """Every preset against an independent float64 transcription of its formula."""
 
 import numpy as np
-import numpy_objectives
 import pytest
-from objective_cases import ALL, LOADED, case, whole_step
 
 from luspo_jax.objectives import PRESETS
+from tests.objectives import numpy_objectives
+from tests.objectives.objective_cases import ALL, LOADED, case, whole_step
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes", "x64")
 

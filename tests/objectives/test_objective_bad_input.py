@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from objective_cases import batch_of, case, denominators_of
 
 from luspo_jax import objectives
 from luspo_jax.objectives import PRESETS, Objective, preset
 from luspo_jax.objectives.objective import CHOICES, RANGES
+from tests.objectives.objective_cases import batch_of, case, denominators_of
 
 REFUSED = {
     "unknown ratio": (

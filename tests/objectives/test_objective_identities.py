@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from objective_cases import case, lengths, whole_step
 
 from luspo_jax.objectives import PRESETS, preset
+from tests.objectives.objective_cases import case, lengths, whole_step
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes", "x64")
 

@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from objective_cases import (
+
+from luspo_jax import objectives
+from tests.objectives.objective_cases import (
     ALL,
     B,
     T,
@@ -16,8 +18,6 @@ from objective_cases import (
     loss_grad_metrics,
     whole_step,
 )
-
-from luspo_jax import objectives
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -5,7 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from objective_cases import (
+
+from luspo_jax import objectives
+from luspo_jax.objectives import PRESETS, Objective, PolicyBatch, preset, reward_adjustment
+from luspo_jax.objectives.corrections import CORRECTIONS
+from luspo_jax.objectives.kl import KL_ESTIMATORS
+from tests.objectives.objective_cases import (
     LOADED,
     batch_of,
     case,
@@ -16,11 +21,6 @@ from objective_cases import (
     step_with_means,
     whole_step,
 )
-
-from luspo_jax import objectives
-from luspo_jax.objectives import PRESETS, Objective, PolicyBatch, preset, reward_adjustment
-from luspo_jax.objectives.corrections import CORRECTIONS
-from luspo_jax.objectives.kl import KL_ESTIMATORS
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -5,11 +5,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from objective_cases import B, batch_of, case, denominators_of, lengths, loss_grad_metrics
 
 from luspo_jax import objectives
 from luspo_jax.metrics import declared
 from luspo_jax.objectives import preset
+from tests.objectives.objective_cases import (
+    B,
+    batch_of,
+    case,
+    denominators_of,
+    lengths,
+    loss_grad_metrics,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from objective_cases import denominators_of, loss_grad, loss_grad_metrics
 
 from luspo_jax import objectives
 from luspo_jax.objectives import PRESETS, PolicyBatch, preset
+from tests.objectives.objective_cases import denominators_of, loss_grad, loss_grad_metrics
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes", "x64")
 

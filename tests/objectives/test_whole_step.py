@@ -7,12 +7,19 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_objectives
 import pytest
-from objective_cases import ALL, PART_WEIGHTS, batch_of, case, denominators_of, loss_grad_metrics
 
 from luspo_jax import objectives
 from luspo_jax.objectives import Objective, preset
+from tests.objectives import numpy_objectives
+from tests.objectives.objective_cases import (
+    ALL,
+    PART_WEIGHTS,
+    batch_of,
+    case,
+    denominators_of,
+    loss_grad_metrics,
+)
 
 OWN = ("logprobs_BT", "response_mask_BT", "rewards_B", "group_ids_B")
 # What a fresh process may load for the loss: jax, and what jax itself loads.
