@@ -1,0 +1,18 @@
+"""LUSPO on DAPO-Math-17k with a low-rank adapter of Qwen2.5-7B, on one card of 80 GB.
+"""
+
+from configs import qwen2_5_7b_dapo17k
+
+
+def get_config():
+    config = qwen2_5_7b_dapo17k.get_config()
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.train.learning_rate = 1e-5
+    config.rollout.prompts_per_step = 32
+    config.rollout.max_response_length = 8192
+    config.rollout.num_slots = 256
+    config.eval.num_slots = 256
+    config.train.num_minibatches = 4  # 8 prompts each.
+    config.train.microbatch_tokens = 2048 + 8192  # One row.
+    return config
