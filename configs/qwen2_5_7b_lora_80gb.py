@@ -1,5 +1,4 @@
-"""LUSPO on DAPO-Math-17k with a low-rank adapter of Qwen2.5-7B, on one card of 80 GB.
-"""
+"""LUSPO on DAPO-Math-17k with a low-rank adapter of Qwen2.5-7B, on one card of 80 GB."""
 
 from configs import qwen2_5_7b_dapo17k
 

@@ -13,6 +13,7 @@ have gradients as trained ones.
 """
 
 import dataclasses
+import functools
 import math
 
 from experiments.rehearsal import costs
@@ -41,6 +42,7 @@ class Beside:
     values: int
 
 
+@functools.cache  # traces the model
 def beside(model: DecoderConfig, adapter: Adapter) -> Beside:
     """Counts an adapter's matrices in the layers."""
     shapes = decoder.abstract_params(model)

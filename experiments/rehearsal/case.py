@@ -102,6 +102,13 @@ class Case:
         return trained_bytes(self.model, self.layouts[0], self.adapter)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Returns the bytes of a checkpoint of all devices, which leaves frozen weights out."""
+        one = trained_bytes(self.model, None, self.adapter)
+        copies = (self.state.ref_params, self.state.marked_params)
+        return one * (3 + sum(copy is not None for copy in copies))
+
+    @property
     def hands_over(self) -> bool:
         """Whether the sampler has weights of its own; if not, it reads the trainer's."""
         if self.config.rollout.lora == "apart":

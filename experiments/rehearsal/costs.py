@@ -29,8 +29,8 @@ in one piece, as a row rarely ends where a page does; and the experts that its a
 each equally likely: E·(1 − (1 − 1/E)ⁿ) for n assignments. Without an expert axis, few rows have
 theirs picked out (read, written, read). Devices decode in step, so the fullest decides.
 
-Left out: norms, rotations, element-wise work that compilers fuse, latencies, sampling, block
-tables, partial sums of a kernel.
+Left out: norms, rotations, fused element-wise work, latencies, sampling, block tables, partial sums
+of a kernel.
 """
 
 import dataclasses
@@ -266,10 +266,9 @@ def backward(
         work += _matrix_pass(model, rows, part, width, share=1 - last / M)
     if with_attention:
         work += attention(model, rows, part, width, products=2)
-    if frozen:
-        return work
-    # Rows of the embedding travel as activations, and their gradients.
-    work += Work(0, 4 * tokens * model.embed_dim, c * tokens * model.embed_dim * others(part.embed))
+    if not frozen:  # rows of the embedding travel as activations, and their gradients
+        values = tokens * model.embed_dim
+        work += Work(0, 4 * values, c * values * others(part.embed))
     return work
 
 
@@ -332,8 +331,7 @@ class Kernels:
     Attributes:
       width: bytes of an entry; of int8, each output channel has a float32 scale besides.
       copied: whether a layer's experts are first written out in the activations' type.
-      cached: bytes of an element of keys or values in pages, with its part of a scale; 0 for those
-        of activations.
+      cached: bytes of a key's element in pages, its part of a scale included; 0: as activations.
     """
 
     width: int

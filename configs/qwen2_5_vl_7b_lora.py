@@ -1,0 +1,17 @@
+"""LUSPO on ViRL39K with a low-rank adapter of Qwen2.5-VL-7B-Instruct, on one card of 80 GB."""
+
+from configs import qwen2_5_vl_7b_virl39k
+
+
+def get_config():
+    config = qwen2_5_vl_7b_virl39k.get_config()
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.train.freeze_vision = True
+    config.train.learning_rate = 1e-5
+    config.rollout.prompts_per_step = 32
+    config.rollout.num_slots = 256
+    config.eval.num_slots = 256
+    config.train.num_minibatches = 4  # 8 prompts each.
+    config.train.microbatch_tokens = 4 * (2048 + 4096)  # Four rows.
+    return config
