@@ -77,21 +77,10 @@ def dense(kernel: Nf4) -> jax.Array:
     """Returns t[c] · m, float32."""
     stacked, inner, _ = _parts(kernel.shape, kernel.contracted, kernel.kept)
     inputs, lead = math.prod(inner), len(stacked)
-    levels = _levels(kernel.values.astype(jnp.int32))
+    levels = jnp.asarray(LEVELS, jnp.float32)[kernel.values.astype(jnp.int32)]
     each = jnp.repeat(kernel.largest, BLOCK, axis=lead)
     each = jax.lax.slice_in_dim(each, 0, inputs, axis=lead)
     return levels * each.reshape(kernel.shape)
-
-
-def _levels(codes):
-    """Looks up t[c] by the bits of c: choices that fuse with what follows, where a gather may not,
-    and which a TPU computes for many numbers at a time."""
-    found = [jnp.float32(level) for level in LEVELS]
-    for bit in range(4):
-        on = (codes >> bit) & 1 == 1
-        pairs = zip(found[::2], found[1::2], strict=True)
-        found = [jnp.where(on, high, low) for low, high in pairs]
-    return found[0]
 
 
 def nf4_axes(axes: tuple[str | None, ...], contracted: int, lead: int) -> Nf4:
