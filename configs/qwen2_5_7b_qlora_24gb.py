@@ -6,11 +6,9 @@ from configs import qwen2_5_7b_lora_80gb
 def get_config():
     config = qwen2_5_7b_lora_80gb.get_config()
     config.lora.base = "nf4"
-    config.rollout.lora = "apart"
     config.data.max_prompt_length = 1024
+    config.reward.options.overlong.buffer = 256
+    config.rollout.lora = "apart"  # A merged copy in bfloat16 would fill the card.
     config.rollout.max_response_length = 2048
-    config.reward.options.overlong.buffer = 512
-    config.rollout.num_slots = 64
-    config.eval.num_slots = 64
     config.train.microbatch_tokens = 1024 + 2048  # One row.
     return config

@@ -8,8 +8,8 @@ Conventions are those of `costs`; beside a layers' forward pass over n tokens:
     nf4       entries are read as they are stored, written in the activations' type, and read
 
 A backward pass has input gradients alone of frozen matrices, and both of A and B; what remat
-recomputes is recomputed of all of it. Experts of few bits, or adapted ones, are made whole too, and
-have gradients as trained ones.
+recomputes is recomputed of all of it. Experts of few bits are made whole too, adapted ones as
+W + s · A · B, forward and again backward; of the latter, gradients are by the whole matrices.
 """
 
 import dataclasses
@@ -74,7 +74,24 @@ def training(
         work += _frozen(model, adapter, part, width, adapter.base == "nf4")
         work += _low(model, adapter, tokens, part, width, recomputed=True)
     work += _low(model, adapter, tokens, part, width) * 2
-    return work + _frozen(model, adapter, part, width, few)
+    work += _frozen(model, adapter, part, width, few)
+    return work + _experts(model, adapter, tokens, part)
+
+
+def _experts(model, adapter, tokens, part):
+    """Counts what an update takes beyond `costs.expert_pass`, which has all kernels' gradients."""
+    if not model.num_experts:
+        return Work()
+    names = {low_rank.MODULES[name] for name in adapter.targets}
+    wanted = len(names & {"gate", "up", "down"}) if adapter.experts else 0
+    share, t = 1 - wanted / 3, part.tensor
+    assigned = model.num_expert_layers * tokens * model.experts_per_token
+    gradients = costs.expert_matrices(model) / (part.experts * t)
+    flops = -share * 3 * 2 * assigned * model.embed_dim * model.expert_dim / t
+    # A · B is made twice, and has two gradients.
+    flops += wanted / 3 * 4 * 2 * adapter.rank * gradients
+    memory = -share * 4 * gradients * (2 + 3 / part.expert_embed)
+    return Work(flops, memory, -share * 4 * gradients * others(part.expert_embed))
 
 
 def _low(model, adapter, tokens, part, width, *, recomputed=False):

@@ -12,7 +12,7 @@ from luspo_jax.hosts.values import ConfigError
 from luspo_jax.learner.state import initial_state, with_base, without_base
 from luspo_jax.learner.step import update_step
 from luspo_jax.models import decoder, low_rank
-from tests.experiments.test_rehearse import SMALL, machine, products, tiny
+from tests.experiments.test_rehearse import SMALL, machine, products, tiny, tiny_experts
 
 LORA = {"lora__rank": 4, "model__remat": "full"}
 
@@ -87,6 +87,25 @@ def test_operations_of_an_update_leave_out_gradients_of_frozen_weights(remat, ta
     low = 6 * rows.tokens * adapted.beside(case.model, case.adapter).entries
     whole = costs.training(case.model, rows, Parts(), 4, **settings)
     assert found - low < 0.85 * whole.flops
+
+
+@pytest.mark.parametrize(
+    "leaves", [{"lora__base": "int8"}, {"lora__experts": True, "lora__targets": "q_proj,up_proj"}]
+)
+def test_operations_of_an_update_with_experts_leave_them_out_too(leaves):
+    config = tiny_experts(
+        **SMALL, **LORA | {"lora__targets": "q_proj,o_proj"} | leaves,
+        model__expert_kernel="reference",
+    )  # fmt: skip
+    case = cases.build(config, machine(1), mean_length=12)
+    found, rows = traced_update(case)
+    settings = {"remat": "full", "kernel": "reference", "chunk": 64}
+    counted = costs.training(case.model, rows, Parts(), 4, **settings, frozen=True)
+    counted += adapted.training(case.model, case.adapter, rows, Parts(), 4, remat="full")
+    # The reference multiplies every row with every kernel: 8 times as many products.
+    pass_of_one = costs.expert_pass(case.model, rows, Parts(), 4, gradient=False).flops / 3
+    taken = 8 + (leaves.get("lora__experts", False))
+    assert found == pytest.approx(counted.flops + 7 * taken * pass_of_one, rel=1e-3)
 
 
 def test_entries_of_an_adapter_are_those_that_are_trained():
