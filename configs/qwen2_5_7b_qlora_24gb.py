@@ -3,8 +3,9 @@
 Command : bash launch/one_host.sh --config=configs/qwen2_5_7b_qlora_24gb.py --workdir=runs/qlora_7b
 Hardware: one GPU with 24 GB (RTX 4090; A10G and L4 were not rehearsed).
 Memory  : frozen weights are 5.9 GB, the adapter with its moments 0.48 GB, which is also what a
-          checkpoint has; keys and values take 57 kB a token. At the start the model's weights are
-          there in bfloat16, 15.2 GB; rounding them, a stack at a time, takes up to 20 GB in all.
+          checkpoint has; keys and values take 57 kB a token. At the start the host holds the
+          weights in bfloat16, 15.2 GB, and rounding them, a stack at a time, takes up to 15 GB of
+          the card (by the compiler, as below).
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 1,000 a step
           takes at least 5.1 min on rtx4090:1x1 (expected 11.1); an update takes 9.1 GB a
           device, and 19.2 of 23.3 GB in use at most, in the rollout, which reads the
