@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from luspo_jax import sharding
 from luspo_jax.learner.state import OFFLOADS
-from luspo_jax.models import decoder, low_rank
+from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
 from luspo_jax.models.low_rank import Adapter
@@ -177,19 +177,23 @@ def trained_bytes(model: DecoderConfig, layout: Layout | None, made: Adapter | N
 @functools.cache  # traces the model
 def base_bytes(model: DecoderConfig, layout: Layout | None, made: Adapter) -> int:
     """Returns the bytes of one device's shard of an adapter's frozen weights."""
-    axes = decoder.param_axes(model)
-    frozen = low_rank.abstract_base(decoder.abstract_params(model), axes, made)
-    return _tree_bytes(frozen, decoder.frozen_axes(Forward(model, adapter=made)), layout)
+    how = Forward(model, adapter=made)
+    return _tree_bytes(decoder.abstract_frozen(how), decoder.frozen_axes(how), layout)
 
 
 def _tree_bytes(tree, axes_tree, layout):
     axes = jax.tree.leaves(axes_tree, is_leaf=lambda node: isinstance(node, tuple))
-    bits = sum(
+    size = sum(
         math.prod(layout.sharding(names).shard_shape(x.shape) if layout else x.shape)
-        * (4 if x.dtype == jnp.uint4 else 8 * x.dtype.itemsize)
+        * value_bytes(x.dtype)
         for x, names in zip(jax.tree.leaves(tree), axes, strict=True)
     )
-    return -(-bits // 8)
+    return math.ceil(size)
+
+
+def value_bytes(dtype: Any) -> float:
+    """Returns the bytes of an array's value on a device; 4 bits are packed, but not on a CPU."""
+    return 0.5 if jnp.dtype(dtype) == jnp.uint4 else jnp.dtype(dtype).itemsize
 
 
 def _parts(layout, *axes):
