@@ -14,6 +14,7 @@ from luspo_jax import train
 from luspo_jax.hosts.roles import Roles
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.learner import programs
+from luspo_jax.learner.state import parked
 from luspo_jax.metrics import read_metrics
 from luspo_jax.models import adapter_files, low_rank
 from luspo_jax.models.safetensors_folder import WeightsError
@@ -150,9 +151,9 @@ def test_the_adapter_is_written_in_pefts_format_and_begun_from(finished, config,
         None,
         ({"data": 8}, {"data": 8}),
         ({"fsdp": 8}, {"data": 8}),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}),
+        ({"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "context": 4}),
     ],
-    ids=["one device", "data", "fsdp", "tensor"],
+    ids=["one device", "data", "fsdp", "context"],
 )
 def test_a_sampler_reads_the_adapter_apart(finished, config, tmp_path, sizes):
     """The same run up to rounding: tokens are drawn by log-probs that differ in the last bits."""
@@ -160,8 +161,7 @@ def test_a_sampler_reads_the_adapter_apart(finished, config, tmp_path, sizes):
     config.num_steps = 1
     if sizes is not None:
         for section, mesh in zip(("mesh", "rollout_mesh"), sizes, strict=True):
-            for axis, default in {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}.items():
-                config[section][axis] = mesh.get(axis, default)
+            config[section].update({"data": 1} | ({"fsdp": 1} if section == "mesh" else {}) | mesh)
     run = build(config, None if sizes is None else jax.devices())
     state = beginning.begin_state(run)
     weights = run.rollout_params(run.policy(state))
@@ -226,6 +226,23 @@ def test_frozen_weights_of_few_bits_take_steps_and_are_not_merged_unasked(config
         export_policy(stored.config, stored.model, stored.params, tmp_path / "merged")
     export_policy(stored.config, stored.model, stored.params, tmp_path / "merged", dtype="bfloat16")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_parts_that_wait_on_the_host_change_nothing(config, tmp_path):
+    """Moments and the reference, a copy of the adapter here; and what a layer kept of itself."""
+    config.train.ref_every = 1
+    config.num_steps = 2
+    _train(config, tmp_path / "run")
+    config.train.offload, config.model.remat = "both", "offload"
+    run = build(config)
+    state = parked(beginning.begin_state(run), "both")
+    kinds = {"params": "device", "base": "device", "opt_state": "pinned_host",
+             "ref_params": "pinned_host"}  # fmt: skip
+    for name, kind in kinds.items():
+        found = {x.sharding.memory_kind for x in jax.tree.leaves(getattr(state, name))}
+        assert found == {kind}, name
+    _train(config, tmp_path / "parked")
+    assert_near_results(_results(tmp_path / "parked"), _results(tmp_path / "run"), 1e-4)
 
 
 def test_an_averaged_reference_is_refused(config):
