@@ -124,3 +124,18 @@ def test_an_adapter_apart_samples_as_the_merged_weights_of_one_device(model, bas
     for logits, response in zip(found, responses, strict=True):
         own = cases.log_softmax(logits)[np.arange(len(response.tokens)), response.tokens]
         np.testing.assert_allclose(response.logprobs, own, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_an_adapter_apart_travels_to_devices_of_their_own(base):
+    adapter = Adapter(rank=2, alpha=4.0, base=base)
+    train = sharding.layout("train", {"fsdp": 4}, jax.devices()[:4])
+    rollout = sharding.layout("rollout", {"data": 2, "tensor": 2}, jax.devices()[4:])
+    how, axes = Forward(MODEL, layout=train, adapter=adapter), decoder.param_axes(MODEL)
+    params = jax.device_put(cases.random_params(MODEL), sharding.shardings(axes, train))
+    frozen, made = low_rank.begun(jax.random.key(1), params, axes, adapter, train)
+    spread = decoder.whole_params(frozen, made, how)
+    placed = handover.apart_params(spread, how=how, layout=rollout)
+    for x, original in zip(*map(jax.tree.leaves, (placed, spread)), strict=True):
+        assert x.sharding.device_set == set(jax.devices()[4:])
+        np.testing.assert_array_equal(x, np.asarray(original))
