@@ -12,7 +12,7 @@ LORA_RATE = 10 * FULL_RATE  # of A and B, as is usual
 
 
 def _lora(rank):
-    # alpha / rank is 2 at every rank, so that a rate means the same.
+    # The scale, alpha / rank, is 2 at every rank.
     return {
         "lora.rank": rank,
         "lora.alpha": 2.0 * rank,
