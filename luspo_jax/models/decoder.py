@@ -59,6 +59,7 @@ __all__ = [
     "param_axes",
     "prefill",
     "trained_axes",
+    "whole_axes",
     "whole_params",
 ]
 
@@ -395,6 +396,12 @@ def frozen_axes(how):
 def whole_params(base, trained, how):
     """Returns what a forward pass reads: what is trained, or `base` with the adapter in place."""
     return trained if how.adapter is None else composed(base, trained, how.adapter.scale)
+
+
+def whole_axes(how):
+    """Returns the logical axes of what a forward pass reads, with those of an adapter in place."""
+    axes = param_axes(how.model)
+    return axes if how.adapter is None else whole_params(frozen_axes(how), trained_axes(how), how)
 
 
 def cut_sizes(config):

@@ -104,9 +104,11 @@ def room_for_pages(
 
 
 def _rollout_weights(config, model, rollout):
-    """Bytes of the sampler's weights on a device; 0 if it reads the master weights."""
+    """Bytes of the sampler's weights on a device; 0 if it reads the trainer's."""
     if config.rollout.lora == "apart":
-        return 0
+        made = adapters.adapter(config, model)
+        parts = (base_bytes(model, rollout, made), trained_bytes(model, rollout, made))
+        return sum(parts) if rollout else 0
     as_they_are = rollout is None and jnp.dtype(config.model.rollout_dtype) == jnp.float32
     if as_they_are and not section(config, "lora").rank:
         return 0
