@@ -32,7 +32,7 @@ from luspo_jax.ops.sizes import rounded_up
 from luspo_jax.rollout import Engine
 from luspo_jax.run import adapters, checks
 from luspo_jax.run.arithmetic import BatchArithmetic, batch_arithmetic
-from luspo_jax.run.build import layouts, planner, sampler, update_rule
+from luspo_jax.run.build import layouts, planner, roles, sampler, update_rule
 from luspo_jax.run.memory import param_bytes, trained_bytes
 from luspo_jax.run.model import Model
 from luspo_jax.sharding import Layout
@@ -289,7 +289,8 @@ def build(
     model = Model(locate.EMBEDDED, architecture(config), _NoTokenizer())
     pictures = tower.assumed(config, model.config, images, image_size)
     laid = layouts(config, model.config, topology.devices)
-    adapters.check_rollout(config, adapters.adapter(config, model.config), laid[1])
+    made = adapters.adapter(config, model.config)
+    adapters.check_rollout(config, made, roles(config, topology.devices))
     own = laid[0], _on_a_host(topology, laid[1])
     with _device_of(topology):
         return Case(

@@ -159,11 +159,12 @@ def test_an_update_takes_less_memory_than_that_of_all_weights():
     assert sizes["adapter"]["arguments"] < 0.4 * sizes["whole"]["arguments"]
 
 
-def test_apart_the_sampler_reads_the_trainers_weights():
+@pytest.mark.parametrize("devices", [1, 4])
+def test_apart_the_sampler_reads_the_trainers_weights(devices):
     leaves = {"lora__base": "nf4", "model__rollout_dtype": "bfloat16", "model__dtype": "bfloat16"}
     leaves["rollout__mismatch_limit"] = 1.0
-    apart = adapted_case(**leaves, rollout__lora="apart")
-    merged = adapted_case(**leaves)
+    apart = adapted_case(devices, **leaves, rollout__lora="apart")
+    merged = adapted_case(devices, **leaves)
     assert "hand-over" in {p.name for p in programs.programs(merged)}
     assert "hand-over" not in {p.name for p in programs.programs(apart)}
     assert resident.weights_bytes(apart) == 0
@@ -198,7 +199,8 @@ def test_the_report_says_what_is_trained():
 
 @pytest.mark.parametrize(
     ("devices", "leaves", "told"),
-    [(1, {"lora__rank": 999}, "lora.rank=999"), (4, {"rollout__lora": "apart"}, "on a mesh"),
+    [(1, {"lora__rank": 999}, "lora.rank=999"),
+     (4, {"model__rollout_dtype": "int8", "rollout__lora": "apart"}, "lora.base"),
      (1, {"lora__experts": True}, "lora.experts")],
 )  # fmt: skip
 def test_what_a_run_refuses_is_refused(devices, leaves, told):
