@@ -72,6 +72,20 @@ EXTRAS_REQUIRE = {
     "tasks": ["reasoning-gym==0.1.25"],
 }
 
+LIBRARY = find_packages(include=["luspo_jax", "luspo_jax.*", "luspo"])
+# The launchers and configurations that the program `luspo` runs. A checkout has them at the top and
+# runs them as `python -m experiments.train`, so they import each other as `experiments` and
+# `configs`. A wheel must not: many projects have folders of these names, and if two wheels bring
+# them, pip mixes their files. So a wheel has them in luspo/checkout, which only the program puts on
+# its path, first (luspo/program.py): neither a user's `experiments` in the working folder nor one
+# in site-packages can be taken for ours, and `import experiments` elsewhere does not find ours.
+# Studies stay in the checkout: their results are documents.
+LAUNCHERS = find_packages(
+    include=["experiments", "experiments.*", "configs", "configs.*"],
+    exclude=["experiments.studies", "experiments.studies.*"],
+)
+SHIPPED = "luspo.checkout"
+
 setup(
     name="luspo_jax",
     version="0.1.0",
@@ -80,9 +94,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # Launchers and configurations are run from a checkout: `python -m experiments.train`.
-    packages=find_packages(include=["luspo_jax", "luspo_jax.*"]),
-    package_data={"luspo_jax.models": ["embedded/*/*", "architectures/*"]},
+    packages=[*LIBRARY, *(f"{SHIPPED}.{package}" for package in LAUNCHERS)],
+    package_dir={f"{SHIPPED}.{name}": name for name in ("experiments", "configs")},
+    package_data={
+        "luspo_jax.models": ["embedded/*/*", "architectures/*"],
+        f"{SHIPPED}.experiments": ["*.tsv"],
+    },
+    entry_points={"console_scripts": ["luspo = luspo.program:main"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

@@ -95,13 +95,13 @@ def join(config: Any, arguments: dict[str, Any], workdir: str | None) -> None:
         phase_timeout_s=config.hosts.phase_timeout_s,
     )
     print(processes.describe(arguments), flush=True)
-    root = pathlib.Path(processes.__file__).parents[2]
+    library, launchers = pathlib.Path(processes.__file__).parents[1], pathlib.Path(__file__).parent
     processes.agree(
         {
             **{f"--config.{name}": value for name, value in fields.flat(config).items()},
             "python": platform.python_version(),
             **workdirs.package_versions(),
-            **processes.source_hashes(root / "luspo_jax", root / "experiments"),
+            **processes.source_hashes(library, launchers),
         }
     )
 

@@ -21,6 +21,13 @@ from absl import flags
 
 from luspo_jax.hosts import fetched, files, guard
 
+installed = False  # whether the program `luspo` runs the launcher
+
+
+def spoken(module: str) -> str:
+    """Returns how the user calls a launcher: `python -m experiments.train`, or `luspo train`."""
+    return f"luspo {module.rpartition('.')[2]}" if installed else f"python -m {module}"
+
 
 class UsageError(ValueError):
     """The flags do not determine what to do."""
@@ -356,5 +363,7 @@ def _wrong_entry(field: str, section: str, value: str) -> str | None:
 
 
 def _refuse(message: str, status: int) -> int:
-    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {fetched.shown(message)}\n")
+    name = os.path.basename(sys.argv[0])
+    name = spoken(name.removesuffix(".py")) if installed else name
+    sys.stderr.write(f"{name}: {fetched.shown(message)}\n")
     return status

@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments import command
 from luspo_jax.hosts.values import ConfigError, nearest
 from luspo_jax.run import checks, fields
 
@@ -50,7 +51,8 @@ class Sweep:
     """Runs that differ in a few fields.
 
     Attributes:
-      base: configuration file, from the repository's root or absolute.
+      base: configuration file, from the folder that holds `configs`, the working folder, or
+        absolute.
       axes: axis → level → fields; the variants are all combinations of levels. If two axes set one
         field, the later axis wins.
       members: name → fields, additional variants outside the grid.
@@ -178,7 +180,8 @@ def config_of(sweep: Sweep, member: Member) -> ConfigDict:
 def base_config(path: str) -> ConfigDict:
     """Returns the result of a configuration file's `get_config()`."""
     file = pathlib.Path(path)
-    file = file if file.is_absolute() else ROOT / file
+    if (ROOT / file).is_file():  # else of the working folder
+        file = ROOT / file
     if not file.is_file():
         raise ConfigError(f'the sweep\'s base "{path}" does not exist')
     config = _given_by(file, "get_config")
@@ -218,13 +221,13 @@ def launch_line(sweep: Sweep, member: Member, workdir: pathlib.Path, sweep_file:
     folder = member.folder(workdir)
     leaves = dict(member.variant.fields)
     if any(v is None or isinstance(v, Mapping) or _open(name) for name, v in leaves.items()):
-        words = ["experiments.sweep", f"--sweep={sweep_file}", f"--only={member.name}"]
-        words.append(f"--workdir={workdir}")
+        module = "experiments.sweep"
+        words = [f"--sweep={sweep_file}", f"--only={member.name}", f"--workdir={workdir}"]
     else:
         flags = [f"--config.{name}={value}" for name, value in leaves.items()]
-        words = ["experiments.train", f"--config={sweep.base}", *flags]
+        module, words = "experiments.train", [f"--config={sweep.base}", *flags]
         words += [f"--config.seed={member.seed}", f"--workdir={folder}"]
-    return "python -m " + " ".join(shlex.quote(word) for word in words)
+    return " ".join([command.spoken(module), *(shlex.quote(word) for word in words)])
 
 
 def _open(name):

@@ -48,9 +48,9 @@ class DataSettings:
     template_chat: bool | None = None
     system_prompt: str = ""  # For a chat template; empty = the template's own.
     enable_thinking: bool | None = None  # Passed to the chat template if set.
-    # For models that read images; 0 = as in the model's preprocessor_config.json.
+    # Of an image, for models that read them; 0 = as in the model's preprocessor_config.json.
     min_pixels: int = 0
-    max_pixels: int = 0
+    max_pixels: int = 0  # The same.
     image_column: str = ""  # Empty = the dataset's; in a file, image or images.
     image_dir: str = ""  # Folder or address of images; empty = the data file's.
     eval_image_dir: str = ""  # The same for a held-out set with its own file.
@@ -58,10 +58,10 @@ class DataSettings:
     text_blank: int = 0  # Side of a white image for problems without one; 0 = none.
     image_workers: int = 0  # Processes that decode images; 0 = one per core, at most 8.
     max_prompt_length: int = 1024  # Tokens; longer prompts are dropped and counted.
-    # Fewest and most tokens that a prompt may ask for, drawn for each problem; the template states
-    # the number as {target_length}. Both 0 = prompts ask for no length.
+    # Fewest tokens that a prompt may ask for: drawn for each problem, and stated by the template as
+    # {target_length}. Both bounds 0 = prompts ask for no length.
     length_target_low: int = 0
-    length_target_high: int = 0
+    length_target_high: int = 0  # Most tokens that a prompt may ask for.
 
     RULES: ClassVar[dict[str, Rule]] = {
         "name": OneOf(DATASETS),

@@ -110,7 +110,7 @@ class LoraSettings:
     vision: bool = False  # Adapt all linear layers of the vision tower.
     init: str = "kaiming"  # How A begins, or gaussian; or pissa: A and B from W's largest parts.
     start: str = ""  # A folder in PEFT's format to begin from; empty = at the model's own policy.
-    dropout: float = 0.0
+    dropout: float = 0.0  # Of the adapter's input; only 0: the sampler would be another policy.
     base: str = "bfloat16"  # What the frozen weights are stored as.
 
     RULES: ClassVar[dict[str, Rule]] = {
@@ -336,14 +336,14 @@ class TrainSettings:
     num_epochs: int = 1  # Passes over the rollouts.
     learning_rate: float = 1e-6  # After the warm-up.
     warmup_steps: int = 20  # Rollout steps.
-    b1: float = 0.9  # Of AdamW, as are the next three.
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    b1: float = 0.9  # Of AdamW.
+    b2: float = 0.999  # Of AdamW.
+    eps: float = 1e-8  # Of AdamW.
+    weight_decay: float = 0.0  # Of AdamW.
     max_grad_norm: float = 1.0  # 0 = off.
     # Interval in rollout steps of π_ref ← ref_decay · π_ref + (1 − ref_decay) · π; 0 = never.
     ref_every: int = 0
-    ref_decay: float = 0.0
+    ref_decay: float = 0.0  # The same formula's; 0 = π_ref becomes π.
 
     RULES: ClassVar[dict[str, Rule]] = {
         "num_minibatches": _SIZE,

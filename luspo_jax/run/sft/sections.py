@@ -27,8 +27,8 @@ class DemonstrationSettings:
 
     name: str = "file"  # file, or a task of datasets.demonstrations.GENERATED.
     path: str = ""  # A jsonl, json, csv or parquet file, or hub:OWNER/NAME/FILE.
-    prompt_column: str = "prompt"
-    response_column: str = "response"
+    prompt_column: str = "prompt"  # Of prompts.
+    response_column: str = "response"  # Of their answers.
     # Column of chat messages, a list of {role, content}; if set, the two above are not read.
     messages_column: str = ""
     turns: str = "last"  # Answers of a chat that are trained on: the last, or all.
@@ -36,11 +36,12 @@ class DemonstrationSettings:
     held_out_path: str = ""  # File of held-out rows, with the same columns.
     held_out_fraction: float = 0.0  # Or: the share of `path` to hold out, drawn by `seed`.
     drop_bad_rows: bool = False  # Leave out and count rows that cannot be used.
-    # How a prompt is put to the model, as in RL: data.template and the three after it.
+    # How a prompt is put to the model: a name of luspo_jax.prompts.templates.TEMPLATES, or a text
+    # with {problem} in it. This and the next three are as in RL.
     template: str = "plain"
-    template_chat: bool | None = None
-    system_prompt: str = ""
-    enable_thinking: bool | None = None
+    template_chat: bool | None = None  # Whether such a text is a message of a chat.
+    system_prompt: str = ""  # For a chat template; empty = the template's own.
+    enable_thinking: bool | None = None  # Passed to the chat template if set.
     max_length: int = 1024  # Tokens of prompt and answer.
     # Longer demonstrations are left out and counted (drop), lose their end (cut), or stop the run
     # (refuse).
@@ -101,13 +102,13 @@ class SftTrainSettings:
     aggregation: str = "token-mean"
     router_aux_coef: float = 0.0  # Weight of the load-balancing loss of a mixture of experts.
     learning_rate: float = 1e-5  # After the warm-up.
-    warmup_steps: int = 20
+    warmup_steps: int = 20  # Optimizer steps.
     schedule: str = "constant"  # After the warm-up, over num_steps: a key of optimizer.SCHEDULES.
     final_rate: float = 0.1  # Share of learning_rate where a schedule that falls ends.
-    b1: float = 0.9  # Of AdamW, as are the next three.
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    b1: float = 0.9  # Of AdamW.
+    b2: float = 0.999  # Of AdamW.
+    eps: float = 1e-8  # Of AdamW.
+    weight_decay: float = 0.0  # Of AdamW.
     max_grad_norm: float = 1.0  # 0 = off.
 
     RULES: ClassVar[dict[str, Rule]] = {

@@ -1,0 +1,1 @@
+"""The installed program `luspo`: a door to the launchers of `experiments`."""
