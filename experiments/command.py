@@ -19,6 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from absl import flags
 
+from experiments import versions
 from luspo_jax.hosts import fetched, files, guard
 
 installed = False  # whether the program `luspo` runs the launcher
@@ -80,6 +81,8 @@ def call(
     warnings.showwarning = lambda message, *_, **__: sys.stderr.write(
         f"warning: {fetched.shown(str(message))}\n"
     )
+    if pair := versions.untested(versions.installed()):
+        sys.stderr.write(f"warning: {pair}\n")
     try:
         main()
     except guard.Preempted:

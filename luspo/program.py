@@ -17,7 +17,6 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 
 from luspo import completion, fields, places
 
@@ -209,6 +208,8 @@ def _completion(rest):
 
 
 def _version(rest):
+    from importlib import metadata  # as slow as all the rest
+
     try:
         return f"luspo_jax {metadata.version('luspo_jax')}"
     except metadata.PackageNotFoundError:
