@@ -150,6 +150,10 @@ def one(task: str, options: dict[str, Any], show: int) -> str:
 
 def main() -> None:
     """Shows one task, lists all, or writes the tables."""
+    try:
+        gym_tasks.version()
+    except ValueError as error:
+        raise command.UsageError(str(error)) from error
     if _WRITE.value:
         page = pathlib.Path(_WRITE.value)
         write_section(

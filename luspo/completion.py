@@ -148,7 +148,8 @@ def fish(known: Mapping[str, Words]) -> str:
     for command, said in known.items():
         after = f"complete -c luspo -n '__fish_seen_subcommand_from {command}'"
         if said.names:
-            lines.append(f"{after} -a {_fish(' '.join(said.names))}")
+            files = "" if said.flags else " -f"  # the door's own commands read none
+            lines.append(f"{after}{files} -a {_fish(' '.join(said.names))}")
         for f in said.flags:
             value = f" -x -a {_fish(' '.join(f.values))}" if f.values else " -r" * f.takes_value
             lines.append(f"{after} -l {f.name}{value} -d {_fish(_short(f.about))}")

@@ -15,7 +15,9 @@ from experiments import house_map
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = sorted(
-    p for folder in ("luspo_jax", "experiments", "configs") for p in (ROOT / folder).rglob("*.py")
+    p
+    for folder in ("luspo_jax", "luspo", "experiments", "configs")
+    for p in (ROOT / folder).rglob("*.py")
 )
 
 

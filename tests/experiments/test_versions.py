@@ -8,10 +8,20 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from experiments import command, versions
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _listed(name):
+    """Returns what setup.py asks for: INSTALL_REQUIRES, or an extra."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    values = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    if name in values:
+        return ast.literal_eval(values[name])
+    return ast.literal_eval(values["EXTRAS_REQUIRE"])[name]
 
 
 @pytest.mark.parametrize(
@@ -38,12 +48,7 @@ def test_a_pair_is_tested_or_named(jax, flax, tested):
 
 
 def test_the_pairs_are_those_that_the_package_asks_for():
-    (listed,) = (
-        node.value.elts
-        for node in ast.parse((ROOT / "setup.py").read_text()).body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "INSTALL_REQUIRES"
-    )
-    needs = [Requirement(entry.value) for entry in listed]
+    needs = [Requirement(text) for text in _listed("INSTALL_REQUIRES")]
     for python, pair in zip(("3.11", "3.12"), versions.TESTED, strict=True):
         for package, (low, high) in pair.items():
             (asked,) = (
@@ -52,6 +57,26 @@ def test_the_pairs_are_those_that_the_package_asks_for():
                 if need.name == package and need.marker.evaluate({"python_version": python})
             )
             assert asked == SpecifierSet(f">={low},<{high}")
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_the_lock_has_what_the_package_asks_for(python):
+    """One version of each package for this Python, within the bounds of setup.py."""
+    here = {"python_version": python, "python_full_version": f"{python}.0"}
+    locked = {}
+    for line in (ROOT / "requirements" / "lock.txt").read_text().splitlines():
+        entry = Requirement(line) if line[:1].isalpha() else None
+        if entry and (entry.marker is None or entry.marker.evaluate(here)):
+            name, (pinned,) = canonicalize_name(entry.name), entry.specifier
+            assert pinned.operator == "=="
+            assert name not in locked
+            locked[name] = pinned.version
+    asked = [Requirement(text) for name in ("INSTALL_REQUIRES", "test") for text in _listed(name)]
+    assert len(asked) > 30
+    for need in asked:
+        if need.marker is None or need.marker.evaluate(here):
+            version = locked[canonicalize_name(need.name)]
+            assert need.specifier.contains(version), need
 
 
 def test_the_pair_installed_here_is_tested():
