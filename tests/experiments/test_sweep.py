@@ -188,6 +188,19 @@ def test_a_stored_configuration_comes_back_with_the_options_of_rewards():
     assert again.reward.options.overlong.factor == 0.3
 
 
+def test_the_base_is_shipped_or_of_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert spec.base_config("configs/quickstart.py").num_steps == 80
+    own = tmp_path / "mine.py"
+    own.write_text(
+        "from luspo_jax.run.fields import default_config\n"
+        "def get_config():\n    config = default_config()\n    config.num_steps = 17\n"
+        "    return config\n"
+    )
+    assert spec.base_config("mine.py").num_steps == 17
+    assert spec.base_config(str(own)).num_steps == 17
+
+
 def test_launch_lines_set_every_field():
     sweep = _sweep()
     for member in spec.check(sweep):
