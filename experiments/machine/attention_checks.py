@@ -42,9 +42,7 @@ def without_a_kernel(part: str, name: str, reason: str) -> Check:
     return Check(part, name, 0.0, absent)
 
 
-def choices(
-    resolve: Callable[[str], Any], kinds: tuple[str, ...] = TYPES
-) -> tuple[list[str], str]:
+def choices(resolve: Callable[[str], Any], kinds: tuple[str, ...] = TYPES) -> tuple[list[str], str]:
     """Returns the types that a kernel takes here, and why it takes no other.
 
     Args:
@@ -309,9 +307,7 @@ def prefilled(name: str, dtype: str, known: Known) -> list[Agreed]:
 
     @jax.jit
     def attended(query, new, pool):
-        return write_and_attend(
-            query, new, pool, jnp.int32(1), runs=runs, implementation=name
-        )[0]
+        return write_and_attend(query, new, pool, jnp.int32(1), runs=runs, implementation=name)[0]
 
     got = _wide(attended(query_RTNH, new, pool))
     found, want = [], []

@@ -26,9 +26,7 @@ def checks(device: jax.Device) -> Iterator[Check]:
     yield Check("machine", "software and devices", 0.0, facts)
     for dtype in ("float32", "bfloat16"):
         for size in (1024, 2048) if device.platform == "cpu" else (4096, 8192, 16384):
-            yield Check(
-                "rates", f"{PRODUCT}, {dtype}, {size} × {size}", 2.0, _product(dtype, size)
-            )
+            yield Check("rates", f"{PRODUCT}, {dtype}, {size} × {size}", 2.0, _product(dtype, size))
     yield Check("rates", READING, 3.0, reading)
     yield Check("rates", COPYING, 3.0, copying)
 
