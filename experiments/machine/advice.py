@@ -4,7 +4,6 @@ import functools
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from experiments.machine import decoding, shapes, training
 from experiments.machine.rates import PRODUCT, READING, best
 from experiments.machine.records import Advised, Check, Predicted, Skipped
 from experiments.machine.running import Known
+from experiments.machine.units import shown_bytes, shown_time
 from experiments.rehearsal import case as cases
 from experiments.rehearsal import costs, programs
 from experiments.rehearsal.case import Case
@@ -68,8 +68,8 @@ def whole(known: Known) -> list[Advised]:
     made = built(known)
     needed, room = _state_bytes(made), _room(made)
     parts = state_memory(made.model, made.layouts[0], made.adapter)
-    told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    reason = f"{told} GB: {needed / 1e9:.2f} of {room / 1e9:.1f} GB, counted"
+    told = ", ".join(f"{name} {shown_bytes(size)}" for name, size in parts.items())
+    reason = f"{told}: {shown_bytes(needed)} of {shown_bytes(room)}, counted"
     if needed <= room:
         return [Advised("model.path", made.config.model.path, made.config.model.path, reason)]
     return [
@@ -120,7 +120,7 @@ def attentions(known: Known) -> list[Advised]:
     fastest = min(seconds, key=seconds.get)
     now = made.config.model.attention
     value = now if how.attention == fastest else fastest
-    told = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in seconds.items())
+    told = ", ".join(f"{name} {shown_time(s)}" for name, s in seconds.items())
     short = "" if measured == length else f" of {length:,}"
     alone = ", the only one here" if len(seconds) == 1 else ""
     reason = f"a row of {measured:,}{short} tokens, forward and backward: {told}{alone}"
@@ -176,7 +176,7 @@ def microbatches(known: Known) -> list[Advised | Predicted]:
     fastest = min(seconds, key=seconds.get)
     if now in seconds and seconds[now] <= (1 + _NEAR) * seconds[fastest]:
         fastest = now
-    told = ", ".join(f"{value:,}: {s:.3g} s" for value, s in seconds.items())
+    told = ", ".join(f"{value:,}: {shown_time(s)}" for value, s in seconds.items())
     reason = f"an update of {made.sizes.responses_per_minibatch} responses by {field}: {told}"
     reason += f"; {', '.join(map(str, over))} would not fit" if over else ""
     found = [Advised(field, now, fastest, f"{reason}; measured")]
@@ -224,9 +224,9 @@ def _largest_that_fits(known, made, field, now, options, about):
     sizes = {value: _estimate(changed(made, {field: value})) for value in options}
     fit = [value for value, size in sizes.items() if size <= _room(made)]
     order = max if made.config.train.packing else min
-    told = ", ".join(f"{value:,}: {size / 1e9:.2f} GB" for value, size in sizes.items())
+    told = ", ".join(f"{value:,}: {shown_bytes(size)}" for value, size in sizes.items())
     reason = (
-        f"bytes by {field}: {told}; of {_room(made) / 1e9:.1f} GB; estimated, because an update "
+        f"bytes by {field}: {told}; of {shown_bytes(_room(made))}; estimated, because an update "
         f"takes about {about:.0f} s here"
     )
     value = order(fit) if fit else "smaller micro-batches or rows"
@@ -245,11 +245,11 @@ def recomputation(known: Known) -> list[Advised]:
         number = other.on(jax.ShapeDtypeStruct((), jnp.float32))
         lowered = other.programs.lower_update(other.state, batch, number)
         needed = training.needed_bytes(lowered.compile())
-        told.append(f"{remat} {needed / 1e9:.3g} GB")
+        told.append(f"{remat} {shown_bytes(needed)}")
         if needed <= _room(made):
             value = remat
             break
-    reason = f"an update takes {', '.join(told)} of {_room(made) / 1e9:.1f} GB; compiled, not run"
+    reason = f"an update takes {', '.join(told)} of {shown_bytes(_room(made))}; compiled, not run"
     if value is None:
         return [Advised("model.remat", now, "full, and smaller micro-batches", reason)]
     if _REMAT.index(now if now in _REMAT else "full") > _REMAT.index(value):
@@ -302,7 +302,7 @@ def slots(known: Known) -> list[Advised]:
         Advised("rollout.num_slots", rollout.num_slots, value, reason),
         Advised(
             "rollout.cache_gb", rollout.cache_gb, rollout.cache_gb,
-            f"{use}, {pages * engine.page_bytes / 1e9:.3g} GB: {held:,} responses of "
+            f"{use}, {shown_bytes(pages * engine.page_bytes)}: {held:,} responses of "
             f"{mean:,.0f} tokens or {int(pool // longest):,} of the longest, {longest:,}; a step "
             f"has {responses:,}"
             + ("" if held >= min(responses, value) else ": FEWER THAN num_slots, others wait"),

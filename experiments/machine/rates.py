@@ -44,6 +44,8 @@ def facts(known: Known) -> list[Fact]:
         Fact("processor", f"{_processor()}, {cores()} cores"),
         Fact("memory of the host", f"{host_memory() / 1e9:.1f} GB"),
     ]
+    if known.tiny:
+        found.append(Fact("sizes", "TINY: no rate and no time below holds"))
     driver = _driver()
     if driver:
         found.append(Fact("driver", driver))

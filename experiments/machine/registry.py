@@ -18,8 +18,8 @@ from experiments.machine.records import Check
 from experiments.machine.running import Known
 from luspo_jax.sharding import available_devices
 
-# What tells most in the least time comes first; kernels and advice have the rest between them.
-_MODULES = (rates, agreement, attention_checks, product_checks, decoding, training, advice)
+# What is right comes before what is fast; where time is short, decode steps are left out first.
+_MODULES = (rates, agreement, attention_checks, product_checks, training, advice, decoding)
 _ALWAYS = ("machine", "rates")  # what others rest on
 
 

@@ -1,4 +1,4 @@
-"""A checkup's outcomes as tables: in the terminal, as JSON, and as a page that holds all it needs."""
+"""A checkup's outcomes as tables: in the terminal, as JSON, and as a page that needs nothing else."""
 
 import html
 import json
@@ -20,13 +20,13 @@ from experiments.machine.records import (
     Outcome,
     Predicted,
     Rate,
-    Record,
     Training,
     plain,
 )
+from experiments.machine.units import shown_bytes, shown_operations, shown_time
 
 Row = tuple[str, ...]
-_WIDTH = 100
+_WIDTH = 120
 
 
 def _of_fact(one: Fact) -> Row:
@@ -35,8 +35,13 @@ def _of_fact(one: Fact) -> Row:
 
 def _of_rate(one: Rate) -> Row:
     if one.kind.startswith("matrix"):
-        return one.kind, one.dtype, f"{one.size:,} × {one.size:,}", f"{_flops(one.per_second)}/s"
-    return one.kind, one.dtype, _bytes(one.size), f"{_bytes(one.per_second)}/s"
+        return (
+            one.kind,
+            one.dtype,
+            f"{one.size:,} × {one.size:,}",
+            f"{shown_operations(one.per_second)}/s",
+        )
+    return one.kind, one.dtype, shown_bytes(one.size), f"{shown_bytes(one.per_second)}/s"
 
 
 def _of_gap(one: Gap) -> Row:
@@ -47,24 +52,24 @@ def _of_gap(one: Gap) -> Row:
 
 
 def _of_decoding(one: Decoding) -> Row:
-    bound = "" if one.compute_s <= one.bandwidth_s else f"; products {_time(one.compute_s)}"
+    bound = "" if one.compute_s <= one.bandwidth_s else f"; products {shown_time(one.compute_s)}"
     return (
-        one.model, one.dtype, f"{one.rows:,}", f"{one.context:,}", _time(one.seconds),
-        f"{_time(one.bandwidth_s)} for {_bytes(one.bytes)}{bound}",
+        one.model, one.dtype, f"{one.rows:,}", f"{one.context:,}", shown_time(one.seconds),
+        f"{shown_time(one.bandwidth_s)} for {shown_bytes(one.bytes)}{bound}",
         f"{one.share:.0%}", f"{one.tokens_per_second:,.0f}",
     )  # fmt: skip
 
 
 def _of_training(one: Training) -> Row:
     return (
-        one.model, one.dtype, one.how, f"{one.rows:,} × {one.length:,}", _time(one.seconds),
-        f"{_flops(one.flops)} ({_flops(one.computed_flops)} with recomputation)",
+        one.model, one.dtype, one.how, f"{one.rows:,} × {one.length:,}", shown_time(one.seconds),
+        f"{shown_operations(one.flops)}, {shown_operations(one.computed_flops)}",
         f"{one.share:.0%}", f"{one.tokens_per_second:,.0f}",
     )  # fmt: skip
 
 
 def _of_predicted(one: Predicted) -> Row:
-    shown = _time if one.unit == "s" else _bytes
+    shown = shown_time if one.unit == "s" else shown_bytes
     if one.measured is None:
         return one.what, shown(one.predicted), "–", "–", one.note
     ratio = f"{one.predicted / one.measured:.2f}" if one.measured else "–"
@@ -84,7 +89,7 @@ _TABLES: dict[type, tuple[str, Row, Callable[[Any], Row]]] = {
           _of_gap),
     Decoding: ("decoding", ("model", "type", "rows", "context", "a step", "bound of bandwidth",
                             "reached", "tokens/s"), _of_decoding),
-    Training: ("training", ("model", "type", "how", "tokens", "an update", "operations needed",
+    Training: ("training", ("model", "type", "how", "tokens", "an update", "needed, computed",
                             "of matrix rate", "tokens/s"), _of_training),
     Predicted: ("rehearsal", ("what", "predicted", "measured", "ratio", ""), _of_predicted),
     Advised: ("advice", ("field", "now", "set", "because"), _of_advised),
@@ -198,11 +203,9 @@ def _table(titles: Row, rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in table:
         head = "  " + "".join(f"{cell:{width}}  " for cell, width in zip(row, widths, strict=False))
-        if indent > _WIDTH * 2 // 3:  # a line of its own
-            lines += [head.rstrip()]
-            lines += textwrap.wrap(row[-1], _WIDTH - 8) and [
-                f"        {line}" for line in textwrap.wrap(row[-1], _WIDTH - 8)
-            ]
+        if indent + min(24, len(row[-1])) > _WIDTH:  # lines of their own
+            lines.append(head.rstrip())
+            lines += [f"        {line}" for line in textwrap.wrap(row[-1], _WIDTH - 8)]
             continue
         tail = textwrap.wrap(row[-1], max(24, _WIDTH - indent)) or [""]
         lines.append((head + tail[0]).rstrip())
@@ -253,24 +256,3 @@ def page(outcomes: Sequence[Outcome], title: str, seconds: float) -> str:
 def _cell(text):
     kind = f' class="{text}"' if text in (OK, FAIL) else ""
     return f"<td{kind}>{html.escape(text)}</td>"
-
-
-def _time(seconds):
-    if seconds >= 0.1:
-        return f"{seconds:.3g} s"
-    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.3g} µs"
-
-
-def _scaled(value, unit):
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value / 1e3:.3g} k{unit}"
-
-
-def _bytes(size):
-    return _scaled(size, "B")
-
-
-def _flops(count):
-    return _scaled(count, "FLOP")

@@ -92,14 +92,18 @@ def run(
       known: receives what is found.
       say: called with a line as each check ends.
     """
-    outcomes = []
+    outcomes, took, foreseen = [], 0.0, 0.0
     for number, check in enumerate(checks, 1):
-        outcome = _outcome(check, known)
+        # A machine that was slower than foreseen so far will be.
+        pace = max(1.0, took / foreseen) if foreseen else 1.0
+        outcome = _outcome(check, known, pace)
         known.found += outcome.records
         outcomes.append(outcome)
         note = f": {outcome.note}" if outcome.note else ""
-        took = f" ({outcome.seconds:.1f} s)" if outcome.status in (OK, FAIL) else ""
-        say(f"[{number}/{len(checks)}] {check.part}: {check.name}: {outcome.status}{note}{took}")
+        if outcome.status in (OK, FAIL):
+            took, foreseen = took + outcome.seconds, foreseen + check.about_s
+            note += f" ({outcome.seconds:.1f} s)"
+        say(f"[{number}/{len(checks)}] {check.part}: {check.name}: {outcome.status}{note}")
     return outcomes
 
 
@@ -108,14 +112,14 @@ def passed(outcomes: Sequence[Outcome]) -> bool:
     return all(outcome.status != FAIL for outcome in outcomes)
 
 
-def _outcome(check, known):
+def _outcome(check, known, pace):
     def ended(status, note="", records=()):
         return Outcome(check.part, check.name, status, note, time.monotonic() - started, records)
 
     started = time.monotonic()
-    if known.left < check.about_s:
-        left = max(0.0, known.left)
-        return ended(SKIPPED, f"takes about {check.about_s:.0f} s, and {left:.0f} s are left")
+    about, left = pace * check.about_s, max(0.0, known.left)
+    if left < about:
+        return ended(SKIPPED, f"takes about {about:.0f} s, and {left:.0f} s are left")
     try:
         records = tuple(check.run(known))
     except Absent as reason:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.machine.records import Skipped
 from experiments.machine.rates import PRODUCT, READING
+from experiments.machine.records import Skipped
 from experiments.machine.running import Known
 from experiments.rehearsal import case as cases
 from experiments.rehearsal.case import Case
