@@ -154,6 +154,8 @@ def microbatches(known: Known) -> list[Advised | Predicted]:
     made = _fitting(known)
     field, options = _options(made)
     now = functools.reduce(getattr, field.split("."), made.config)
+    if known.tiny:
+        options = options[:1]
     work = programs.train_batch(made)[1]
     about = work.flops / (_SHARE * made.topology.chip.flops)
     if made.lengths.images or made.model.num_experts:
@@ -270,7 +272,8 @@ def slots(known: Known) -> list[Advised]:
     mean = made.lengths.prompt + made.lengths.mean
     held = int(pool // mean)
     rates, how = {}, "estimated at the bound of bandwidth or products"
-    counts = sorted({n for n in (1, 8, 32, 128, 512, responses) if n <= responses})
+    tried = (8,) if known.tiny else (1, 8, 32, 128, 512, responses)
+    counts = sorted({n for n in tried if n <= responses} or {responses})
     sampled = decoder.abstract_params(made.model, jnp.dtype(made.config.model.rollout_dtype))
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sampled))
     context = min(int(mean), longest - engine.chunk_length - 1)

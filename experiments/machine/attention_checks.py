@@ -223,7 +223,7 @@ def ring(known: Known) -> list[Agreed]:
 
 
 def _pool(rng, lengths, size, K, H, dtype):
-    """(pool of two layers, tables, by row the keys and values [K, n, H] that layer 1 gives back)."""
+    """(pool of two layers, tables, by row what layer 1 gives back: keys and values [K, n, H])."""
     used = [-(-(n + 1) // size) for n in lengths]
     count, width = 1 + sum(used), max(used)
     tables_BM = np.zeros((len(lengths), width), np.int32)

@@ -1,4 +1,4 @@
-"""A checkup's outcomes as tables: in the terminal, as JSON, and as a page that needs nothing else."""
+"""A checkup's outcomes as tables: in the terminal, as JSON, and as a self-contained page."""
 
 import html
 import json
