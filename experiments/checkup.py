@@ -14,6 +14,7 @@ It takes at most about --minutes: what does not fit is left out, and the report 
 
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -23,10 +24,10 @@ from ml_collections import config_flags
 from experiments import command
 from luspo_jax.hosts import files
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_USUAL = pathlib.Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", str(_ROOT / "configs" / "quickstart.py"), "File with get_config(), to advise on."
+    "config", None, "File with get_config(), to advise on; unset = the quickstart's."
 )
 _MINUTES = flags.DEFINE_float("minutes", 8.0, "Time that it may take.", 0.0)
 _PARTS = flags.DEFINE_list("parts", [], "Only these parts, as kernels,rates; unset = all.")
@@ -88,5 +89,13 @@ def _name():
     return pathlib.Path(path).stem
 
 
+def call() -> int:
+    """Calls `main` with the flags; returns the exit status."""
+    # Not the flag's default, which is read, and its fields set, before any error is caught.
+    if not any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:]):
+        sys.argv.insert(1, f"--config={_USUAL}")
+    return command.call(main)
+
+
 if __name__ == "__main__":
-    sys.exit(command.call(main))
+    sys.exit(call())

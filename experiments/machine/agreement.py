@@ -41,6 +41,8 @@ def embedded(dtype: str, known: Known) -> list[Gap]:
     # All responses are one micro-batch.
     config.eval.num_problems = config.rollout.prompts_per_step = 4 if known.tiny else 32
     config.rollout.group_size, config.train.num_minibatches = _GROUP, 1
+    if known.tiny:
+        config.rollout.max_response_length = config.rollout.chunk_length = 16
     run = build(config, [known.device])
     state = initial_state(run.initial_params(), run.rule)
     one = run.programs.passes(check=True)["old"]

@@ -54,7 +54,7 @@ def choices(resolve: Callable[[str], Any], kinds: tuple[str, ...] = TYPES) -> tu
         try:
             resolve(kind)
         except ValueError as error:
-            reason = reason or str(error).split("; ")[0]
+            reason = reason or str(error).split("; ")[0].partition("' ")[2]
         else:
             fit.append(kind)
     return fit, reason

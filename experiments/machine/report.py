@@ -144,8 +144,8 @@ def _kernels(outcomes):
         agreed = [one for one in outcome.records if isinstance(one, Agreed)]
         errors = "; ".join(_error(one) for one in agreed)
         limits = "; ".join(f"{one.tolerance:g}" for one in agreed)
-        rows.append((outcome.name, outcome.status, errors or outcome.note, limits))
-    return ("kernel", "", "error / largest value", "tolerance"), rows
+        rows.append((outcome.name, outcome.status, limits, errors or outcome.note))
+    return ("kernel", "", "tolerance", "error / largest value"), rows
 
 
 def _error(one):

@@ -53,10 +53,10 @@ def silent(_):
     """Says nothing."""
 
 
-def known(seconds=1e4):
+def known(seconds=1e4, tiny=True):
     """What is known before the first check, at the smallest sizes."""
     deadline = time.monotonic() + seconds
-    return registry.known(quickstart.get_config(), "quickstart", deadline=deadline, tiny=True)
+    return registry.known(quickstart.get_config(), "quickstart", deadline=deadline, tiny=tiny)
 
 
 @pytest.fixture(scope="module")
@@ -309,20 +309,22 @@ def test_the_shape_follows_from_rate_and_time(monkeypatch):
 
 def test_of_a_large_shape_as_many_layers_are_trained_as_fit(monkeypatch):
     before = known()
-    for memory, layers in ((1e12, 0), (80e9, 15), (24e9, 2)):
-        monkeypatch.setattr(shapes, "device_memory", lambda _, memory=memory: memory)
-        try:
-            shape = shapes.fitted(before, shapes.LARGE, beside=0.2)
-        except records.Skipped:
-            shape = None
-        if layers == 2:
-            assert shape is None
-            continue
-        assert bool(shape.layers) == bool(layers)
-        size = shapes.STATE_BYTES * shapes.parameters(shape)
-        assert size <= 0.9 * 0.8 * memory
-    more = shapes.parameters(shapes.Shape("x", shapes.LARGE.path, shape.layers + 1)) if shape else 0
-    assert not more
+    room = 0.9 * 0.8 * 80e9
+
+    def fitted(memory):
+        monkeypatch.setattr(shapes, "device_memory", lambda _: memory)
+        return shapes.fitted(before, shapes.LARGE, beside=0.2)
+
+    def size(layers):
+        one = shapes.Shape("x", shapes.LARGE.path, layers)
+        return shapes.STATE_BYTES * shapes.parameters(one)
+
+    assert fitted(1e12) == shapes.LARGE
+    shape = fitted(80e9)
+    assert size(shape.layers) <= room < size(shape.layers + 1)
+    assert str(shape) == f"Qwen2.5-7B, {shape.layers} layers"
+    with pytest.raises(records.Skipped, match="two layers of Qwen2"):
+        fitted(16e9)
 
 
 def test_a_run_that_cannot_fit_is_told_so(monkeypatch):
@@ -345,7 +347,7 @@ def test_a_slow_machine_estimates_what_it_cannot_time():
 
 
 def test_packed_rows_are_advised_by_their_own_field():
-    before = _fast(known(), 1e3)
+    before = _fast(known(tiny=False), 1e3)
     before.config.train.packing = True
     before.config.train.microbatch_tokens = 4 * 56
     (found,) = advice.microbatches(before)
@@ -424,7 +426,7 @@ def test_the_json_has_every_outcome(outcomes):
 
 _PATCHED = """
 import sys
-from experiments import checkup, command
+from experiments import checkup
 from experiments.machine import records, registry
 
 def wrong(_):
@@ -436,7 +438,7 @@ def checks(device, parts):
 
 registry.checks = checks
 sys.argv = ["checkup.py", *ARGUMENTS]
-sys.exit(command.call(checkup.main))
+sys.exit(checkup.call())
 """
 
 
@@ -472,6 +474,7 @@ def test_the_command_writes_whole_files_and_exits_with_what_it_found(tmp_path):
         (["--config=nowhere.py"], "--config cannot be loaded"),
         (["--config.rollout.slots=3"], "no field 'rollout.slots'"),
         (["--json=a", "--html=a"], "name two files"),
+        (["-config", "nowhere.py"], "--config cannot be loaded"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message):
@@ -488,4 +491,5 @@ def test_absent_and_skipped_are_told_apart():
 
     found = running.run([Check("kernels", "x", 0.0, gone)], known(), say=silent)
     assert (found[0].status, found[0].note) == (ABSENT, "runs on tpu")
+    assert _run("attention: splash").note == "runs on tpu, not on cpu"
     assert ABSENT == "not on this platform"
