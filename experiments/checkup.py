@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import command
+from experiments.machine.records import PARTS
 from luspo_jax.hosts import files
 
 _USUAL = pathlib.Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
@@ -46,14 +47,13 @@ def main() -> None:
     if _JSON.value and _HTML.value and _same(_JSON.value, _HTML.value):
         raise command.UsageError(f"--json and --html are both {_JSON.value}: name two files")
     config = command.config_value(_CONFIG)
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    if asked and "cpu" not in asked.split(","):
-        os.environ["JAX_PLATFORMS"] = f"{asked},cpu"  # the host computes what kernels must find
-    from experiments.machine import registry, report, running
-
-    unknown = sorted(set(_PARTS.value) - set(running.PARTS))
+    unknown = sorted(set(_PARTS.value) - set(PARTS))
     if unknown:
-        raise command.UsageError(f"--parts={unknown[0]}: there are {', '.join(running.PARTS)}")
+        raise command.UsageError(f"--parts={unknown[0]}: there are {', '.join(PARTS)}")
+    from experiments.machine import registry, report, running
+    from luspo_jax.run.checks import check
+
+    check(config)
     known = registry.known(
         config,
         _name(),
@@ -94,6 +94,10 @@ def call() -> int:
     # Not the flag's default, which is read, and its fields set, before any error is caught.
     if not any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:]):
         sys.argv.insert(1, f"--config={_USUAL}")
+    # The host computes what kernels must find. Set before jax is imported, as configurations do.
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if asked and "cpu" not in asked.split(","):
+        os.environ["JAX_PLATFORMS"] = f"{asked},cpu"
     return command.call(main)
 
 

@@ -9,16 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.command import UsageError
 from experiments.machine import decoding, shapes, training
 from experiments.machine.rates import PRODUCT, READING, best
 from experiments.machine.records import Advised, Check, Predicted, Skipped
-from experiments.machine.running import Known
+from experiments.machine.running import Known, out_of_memory
 from experiments.machine.units import shown_bytes, shown_time
 from experiments.rehearsal import case as cases
 from experiments.rehearsal import costs, programs
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.search import changed
+from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models import decoder
+from luspo_jax.models.safetensors_folder import WeightsError
 from luspo_jax.ops import attention
 from luspo_jax.run.memory import state_memory
 from luspo_jax.sharding import MeshError
@@ -47,11 +50,13 @@ def built(known: Known) -> Case:
     one = shapes.topology(known)
     try:
         return cases.build(known.config, one)
-    except MeshError as error:
+    except MeshError:
         raise Skipped(
-            f"measured on one device, and {known.config_name} takes more: rehearse it "
-            f"({str(error).splitlines()[-1]})"
+            f"{known.config_name} takes more devices than the one that is measured: "
+            "experiments.rehearse tells of those"
         ) from None
+    except (ConfigError, UsageError, WeightsError, OSError) as error:
+        raise Skipped(f"{known.config_name}: {' '.join(str(error).split())}") from None
 
 
 def _state_bytes(made):
@@ -171,7 +176,12 @@ def microbatches(known: Known) -> list[Advised | Predicted]:
         if _estimate(other) > _room(made):
             over.append(value)
             continue
-        seconds[value] = training.timed(other)[0]
+        try:
+            seconds[value] = training.timed(other)[0]
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            over.append(value)
         took = time.monotonic() - started
     if not seconds:
         return [_largest_that_fits(known, made, field, now, options, about)]
@@ -246,8 +256,13 @@ def recomputation(known: Known) -> list[Advised]:
         batch, _ = programs.train_batch(other)
         number = other.on(jax.ShapeDtypeStruct((), jnp.float32))
         lowered = other.programs.lower_update(other.state, batch, number)
-        needed = training.needed_bytes(lowered.compile())
-        told.append(f"{remat} {shown_bytes(needed)}")
+        try:
+            needed = training.needed_bytes(lowered.compile())
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            needed = math.inf
+        told.append(f"{remat} {shown_bytes(needed) if math.isfinite(needed) else 'too much'}")
         if needed <= _room(made):
             value = remat
             break

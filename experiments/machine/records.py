@@ -7,6 +7,17 @@ from typing import Any
 
 OK, FAIL, SKIPPED, ABSENT = "ok", "FAIL", "skipped", "not on this platform"
 
+PARTS = {
+    "machine": "The machine",
+    "kernels": "Kernels against a plain computation in float64",
+    "rates": "What the machine can do",
+    "agreement": "Sampler against trainer",
+    "decoding": "A decode step",
+    "training": "A training step",
+    "rehearsal": "What the rehearsal predicts of the measured step",
+    "advice": "What to set",
+}
+
 
 class Absent(Exception):
     """What is to be checked does not exist here; the message says why."""
@@ -207,7 +218,7 @@ class Check:
     """One thing to find out.
 
     Attributes:
-      part: of the report, a key of `running.PARTS`.
+      part: of the report, a key of PARTS.
       name: what is checked.
       about_s: seconds that it takes on two slow cores; left out when fewer are left.
       run: returns the records; raises Absent or Skipped.

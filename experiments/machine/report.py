@@ -11,6 +11,7 @@ from experiments.machine.records import (
     ABSENT,
     FAIL,
     OK,
+    PARTS,
     SKIPPED,
     Advised,
     Agreed,
@@ -116,7 +117,7 @@ def parts(outcomes: Sequence[Outcome]) -> list[tuple[str, Row, list[Row], list[s
     """Returns (heading, titles, rows, notes) of every part, in order; notes say what is missing."""
     records = [record for outcome in outcomes for record in outcome.records]
     found = []
-    for part, heading in running.PARTS.items():
+    for part, heading in PARTS.items():
         titles, rows = (), []
         for kind, (of, names, cells) in _TABLES.items():
             mine = [cells(one) for one in records if of == part and type(one) is kind]

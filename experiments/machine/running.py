@@ -20,17 +20,6 @@ from experiments.machine.records import (
     Skipped,
 )
 
-PARTS = {
-    "machine": "The machine",
-    "kernels": "Kernels against a plain computation in float64",
-    "rates": "What the machine can do",
-    "agreement": "Sampler against trainer",
-    "decoding": "A decode step",
-    "training": "A training step",
-    "rehearsal": "What the rehearsal predicts of the measured step",
-    "advice": "What to set",
-}
-
 
 @dataclasses.dataclass
 class Known:
@@ -127,10 +116,17 @@ def _outcome(check, known, pace):
     except Skipped as reason:
         return ended(SKIPPED, str(reason))
     except Exception as error:  # Whatever a kernel raises is what is looked for.
+        if out_of_memory(error):
+            return ended(SKIPPED, f"out of memory: {_first_line(error)}")
         return ended(FAIL, f"{type(error).__name__}: {_first_line(error)}")
     if all(getattr(record, "passed", True) for record in records):
         return ended(OK, records=records)
     return ended(FAIL, "beyond the tolerance", records)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether jax says that something does not fit."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _first_line(error):

@@ -72,7 +72,7 @@ def outcomes():
 def test_every_check_of_a_cpu_passes_or_is_of_another_platform(outcomes):
     wrong = [o for o in outcomes if o.status == FAIL]
     assert not wrong
-    assert {o.part for o in outcomes if o.status == OK} == {*running.PARTS} - {"rehearsal"}
+    assert {o.part for o in outcomes if o.status == OK} == {*records.PARTS} - {"rehearsal"}
     assert all(o.note for o in outcomes if o.status != OK)
 
 
@@ -288,7 +288,7 @@ def test_parts_bring_what_they_rest_on():
     device = jax.devices()[0]
     parts = {check.part for check in registry.checks(device, ["rehearsal"])}
     assert parts == {"machine", "rates", "training"}
-    assert {check.part for check in registry.checks(device)} == {*running.PARTS} - {"rehearsal"}
+    assert {check.part for check in registry.checks(device)} == {*records.PARTS} - {"rehearsal"}
 
 
 def _fast(before, per_second):
@@ -401,7 +401,7 @@ def test_the_page_has_every_part_and_loads_nothing(outcomes):
     text = report.page(outcomes, "A <title>", 12.0)
     page = _Page(text)
     assert not page.open
-    assert page.headings == list(running.PARTS.values())
+    assert page.headings == list(records.PARTS.values())
     assert page.links == ["data:,"]
     assert "<script" not in text
     assert "A &lt;title&gt;" in text
@@ -473,6 +473,7 @@ def test_the_command_writes_whole_files_and_exits_with_what_it_found(tmp_path):
         (["--parts=kernel"], "there are machine, kernels"),
         (["--config=nowhere.py"], "--config cannot be loaded"),
         (["--config.rollout.slots=3"], "no field 'rollout.slots'"),
+        (["--config.rollout.num_slots=0"], "rollout.num_slots=0 must"),
         (["--json=a", "--html=a"], "name two files"),
         (["-config", "nowhere.py"], "--config cannot be loaded"),
     ],
