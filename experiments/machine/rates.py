@@ -18,6 +18,7 @@ from luspo_jax.run.memory import device_memory
 PRODUCT, READING, COPYING = "matrix products", "reading memory", "reading and writing memory"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda13-plugin",
              "jax-cuda12-plugin", "jax-rocm7-plugin")  # fmt: skip
+BUSY = "OTHERS USE THIS MACHINE"
 _REPEATS = 5
 
 
@@ -52,7 +53,7 @@ def facts(known: Known) -> list[Fact]:
     if hasattr(os, "getloadavg"):
         load = os.getloadavg()[0]
         busy = load > 0.5 + cores() / 8
-        note = "; OTHERS USE THIS MACHINE: its rates and times will not hold" if busy else ""
+        note = f"; {BUSY}: its rates and times will not hold" if busy else ""
         found.append(Fact("load before", f"{load:.1f}{note}"))
     return found
 

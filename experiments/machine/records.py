@@ -259,7 +259,7 @@ def plain(value: Any) -> Any:
             for name, member in vars(type(value)).items()
             if isinstance(member, property)
         }
-        return {"kind": type(value).__name__.lower(), **found, **shares}
+        return {"record": type(value).__name__.lower(), **found, **shares}
     if isinstance(value, Mapping):
         return {str(name): plain(one) for name, one in value.items()}
     if isinstance(value, tuple | list):

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.machine import running
+from experiments.machine import rates, running
 from experiments.machine.records import (
     ABSENT,
     FAIL,
@@ -179,6 +179,9 @@ def ending(outcomes: Sequence[Outcome], seconds: float) -> list[str]:
         lines.append("To set: " + "  ".join(settings))
     elif any(isinstance(one, Advised) for outcome in outcomes for one in outcome.records):
         lines.append("Nothing to set: the configuration's values are as good as any measured.")
+    facts = [one for outcome in outcomes for one in outcome.records if isinstance(one, Fact)]
+    if any(rates.BUSY in one.value for one in facts):
+        lines.append("Others used the machine: run it again alone before you trust a time.")
     if counts[SKIPPED]:
         lines.append("Skipped checks run with more time, as --minutes=30, or more memory.")
     return lines

@@ -106,7 +106,7 @@ def _record(known, made, name, seconds):
     return Training(
         model=name,
         dtype=how.dtype,
-        how=f"attention {how.attention}, remat {how.remat}",
+        how=f"{how.attention}, remat {how.remat}",
         rows=plan.num_responses,
         length=plan.row_length,
         microbatches=used,
