@@ -50,6 +50,10 @@ def main() -> None:
     unknown = sorted(set(_PARTS.value) - set(PARTS))
     if unknown:
         raise command.UsageError(f"--parts={unknown[0]}: there are {', '.join(PARTS)}")
+    if "rollout" not in config:
+        raise command.UsageError(
+            f"--config={_name()}: a supervised run samples nothing; name a run of experiments.train"
+        )
     from experiments.machine import registry, report, running
     from luspo_jax.run.checks import check
 

@@ -77,13 +77,11 @@ def whole(known: Known) -> list[Advised]:
     reason = f"{told}: {shown_bytes(needed)} of {shown_bytes(room)}, counted"
     if needed <= room:
         return [Advised("model.path", made.config.model.path, made.config.model.path, reason)]
-    return [
-        Advised(
-            "model.path", made.config.model.path,
-            "more devices, an adapter (lora.rank), or a smaller model",
-            f"{reason}: IT DOES NOT FIT; experiments.rehearse finds machines that it fits",
-        )
-    ]  # fmt: skip
+    reason += (
+        ": take more devices, an adapter (lora.rank) or a smaller model; experiments.rehearse "
+        "finds machines that it fits"
+    )
+    return [Advised("model.path", made.config.model.path, None, reason)]
 
 
 def _fitting(known):
@@ -241,8 +239,9 @@ def _largest_that_fits(known, made, field, now, options, about):
         f"bytes by {field}: {told}; of {shown_bytes(_room(made))}; estimated, because an update "
         f"takes about {about:.0f} s here"
     )
-    value = order(fit) if fit else "smaller micro-batches or rows"
-    return Advised(field, now, value, reason)
+    if not fit:
+        return Advised(field, now, None, f"{reason}: rows must be shorter or more parts")
+    return Advised(field, now, order(fit), reason)
 
 
 def recomputation(known: Known) -> list[Advised]:
@@ -268,7 +267,7 @@ def recomputation(known: Known) -> list[Advised]:
             break
     reason = f"an update takes {', '.join(told)} of {shown_bytes(_room(made))}; compiled, not run"
     if value is None:
-        return [Advised("model.remat", now, "full, and smaller micro-batches", reason)]
+        return [Advised("model.remat", now, None, f"{reason}: micro-batches must be smaller")]
     if _REMAT.index(now if now in _REMAT else "full") > _REMAT.index(value):
         reason += f"; {now!r} recomputes for nothing"
     return [Advised("model.remat", now, value, reason)]
@@ -279,7 +278,7 @@ def recomputation(known: Known) -> list[Advised]:
 
 def slots(known: Known) -> list[Advised]:
     """Times decode steps of the configuration's own model at several numbers of rows."""
-    made = built(known)
+    made = _fitting(known)
     engine, rollout = made.engine, made.config.rollout
     responses = made.responses()
     pages = engine.pages_of(engine.cache.gb * 1e9, responses)

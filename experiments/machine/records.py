@@ -200,7 +200,7 @@ class Advised:
     Attributes:
       field: of the configuration.
       now: its value.
-      value: what to set; equal to `now` if it is right.
+      value: what to set; equal to `now` if it is right, None if nothing fits.
       reason: the measurement or estimate that it rests on.
     """
 

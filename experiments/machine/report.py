@@ -79,6 +79,7 @@ def _of_predicted(one: Predicted) -> Row:
 
 def _of_advised(one: Advised) -> Row:
     mark = "as it is" if one.now == one.value else f"SET {one.value}"
+    mark = "DOES NOT FIT" if one.value is None else mark
     return one.field, str(one.now), mark, one.reason
 
 
@@ -169,21 +170,18 @@ def ending(outcomes: Sequence[Outcome], seconds: float) -> list[str]:
             + ". Do not train with these. If one raised an error, those after it may fail for "
             "that alone."
         )  # fmt: skip
-    settings = [
-        f"--config.{one.field}={one.value}"
-        for outcome in outcomes
-        for one in outcome.records
-        if isinstance(one, Advised) and one.value != one.now
-    ]
-    if settings:
-        lines.append("To set: " + "  ".join(settings))
-    elif any(isinstance(one, Advised) for outcome in outcomes for one in outcome.records):
+    advised = [r for outcome in outcomes for r in outcome.records if isinstance(r, Advised)]
+    lines += [f"DOES NOT FIT: {one.field}: {one.reason}." for one in advised if one.value is None]
+    changes = [one for one in advised if one.value not in (None, one.now)]
+    if changes:
+        lines.append("To set: " + "  ".join(f"--config.{c.field}={c.value}" for c in changes))
+    elif advised and all(one.value is not None for one in advised):
         lines.append("Nothing to set: the configuration's values are as good as any measured.")
     facts = [one for outcome in outcomes for one in outcome.records if isinstance(one, Fact)]
     if any(rates.BUSY in one.value for one in facts):
         lines.append("Others used the machine: run it again alone before you trust a time.")
     if counts[SKIPPED]:
-        lines.append("Skipped checks run with more time, as --minutes=30, or more memory.")
+        lines.append("Skipped checks say why above; for more time, --minutes=30.")
     return lines
 
 

@@ -344,11 +344,23 @@ def test_a_run_that_cannot_fit_is_told_so(monkeypatch):
     monkeypatch.setattr(shapes, "device_memory", lambda _: 1e6)
     before.config.rollout.cache_gb = 0.01
     (found,) = advice.whole(before)
-    assert found.value != found.now
-    assert "IT DOES NOT FIT" in found.reason
+    assert found.value is None
+    assert "adapter" in found.reason
     assert "does not fit" in _message(before, advice.microbatches)
     ending = report.ending([Outcome("advice", "fits", OK, "", 0.0, (found,))], 1.0)
-    assert any(line.startswith("To set:") for line in ending)
+    assert any(line.startswith("DOES NOT FIT: model.path: master weights") for line in ending)
+    assert not any("--config" in line or "Nothing" in line for line in ending)
+
+
+def test_changes_are_told_as_flags():
+    change = Advised("train.num_microbatches", 1, 2, "x")
+    same = Advised("model.remat", "none", "none", "y")
+
+    def ending(*records):
+        return report.ending([Outcome("advice", "a", OK, "", 0.0, records)], 1.0)
+
+    assert "To set: --config.train.num_microbatches=2" in ending(change, same)
+    assert any(line.startswith("Nothing to set") for line in ending(same))
 
 
 def test_a_slow_machine_estimates_what_it_cannot_time():
@@ -485,6 +497,7 @@ def test_the_command_writes_whole_files_and_exits_with_what_it_found(tmp_path):
         (["--config=nowhere.py"], "--config cannot be loaded"),
         (["--config.rollout.slots=3"], "no field 'rollout.slots'"),
         (["--config.rollout.num_slots=0"], "rollout.num_slots=0 must"),
+        (["--config=configs/sft_label_sums.py"], "a supervised run samples nothing"),
         (["--json=a", "--html=a"], "name two files"),
     ],
 )
