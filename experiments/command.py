@@ -198,7 +198,8 @@ def config_value(flag: Any) -> Any:
         list(flag.value)
     except (OSError, TypeError) as error:
         cause = error.__cause__ or error
-        raise UsageError(f"--config cannot be loaded: {type(cause).__name__}: {cause}") from error
+        said = " ".join(str(cause).split())
+        raise UsageError(f"--config cannot be loaded: {type(cause).__name__}: {said}") from error
     return flag.value
 
 
