@@ -21,6 +21,7 @@ DEFAULTS = {
     TRL: {"microbatches": 1, "compile": False},
     TUNIX: {"microbatches": 1},
 }
+_AGAIN = 2  # rounds of twice the tokens, at most
 _SAME = {"float32": 1e-3, "bfloat16": 0.1}  # nats by which sides may differ on a prompt
 
 
@@ -90,6 +91,8 @@ def measure_task(task: Task, plan: Plan, say: Callable[[str], Any] = print) -> d
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="luspo_bench_"))
         sides, tried = _begin(task, plan, pathlib.Path(folder), stack, say)
         versions = {name: sides[name].versions for name in plan.pythons}
+        for name in plan.pythons:
+            rates |= sides[name].ready.get("matmul", {})
         taken = _take(task, plan, sides, say)
     return {
         "task": {**task.spec(), "folder": task.folder.name},
@@ -111,7 +114,7 @@ def doubled(task: Task, plan: Plan, first: Mapping[str, Any], say: Callable = pr
     operations.
     """
     found = {name: values["settings"] for name, values in first["settings"].items()}
-    again = dataclasses.replace(plan, search=False, settings=found)
+    again = dataclasses.replace(plan, search=False, settings=found, steps=min(plan.steps, _AGAIN))
     second = measure_task(task.doubled(), again, say)
     update = {
         side: second["medians"][side]["update"] / first["medians"][side]["update"]

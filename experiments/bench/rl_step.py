@@ -23,7 +23,7 @@ from experiments import command
 from luspo_jax.hosts import files
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-_REAL = {"prompts": 4, "group": 4, "response_length": 128}
+_REAL = {"prompts": 2, "group": 4, "response_length": 256}
 
 _WORKLOAD = flags.DEFINE_enum("workload", "synthetic", ["synthetic", "smollm2"], "What a step is.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Rounds that count.", lower_bound=1)
@@ -32,6 +32,9 @@ _PEERS = flags.DEFINE_list("peers", ["trl", "tunix"], "Whom to compare with; non
 _TRL = flags.DEFINE_string("trl_python", "", "Python with TRL; empty: this one, if it has.")
 _TUNIX = flags.DEFINE_string("tunix_python", "", "Python with Tunix; empty: this one, if it has.")
 _SEARCH = flags.DEFINE_bool("search", True, "Find each side's fastest settings first.")
+_SETTINGS = flags.DEFINE_string(
+    "settings", None, "File that --json wrote, whose settings hold; nothing is searched."
+)
 _DOUBLE = flags.DEFINE_bool("double", False, "Measure responses of twice the tokens, too.")
 _SET = flags.DEFINE_multi_string("set", [], "Field of our configuration: train.packing=True.")
 _DATA = flags.DEFINE_string(
@@ -45,10 +48,10 @@ _MICROBATCHES = flags.DEFINE_integer("microbatches", 1, "Without search: parts o
 _TRL_MICROBATCHES = flags.DEFINE_integer("trl_microbatches", 1, "Likewise, of TRL's.", 1)
 _TRL_COMPILE = flags.DEFINE_bool("trl_compile", False, "Without search: torch.compile.")
 _TUNIX_MICROBATCHES = flags.DEFINE_integer("tunix_microbatches", 1, "Likewise, of Tunix's.", 1)
-flags.DEFINE_integer("prompts", None, "Prompts a step; unset: 8, of smollm2 4.")
+flags.DEFINE_integer("prompts", None, "Prompts a step; unset: 8, of smollm2 2.")
 flags.DEFINE_integer("group", None, "Responses to each; unset: 8, of smollm2 4.")
 flags.DEFINE_integer("prompt_length", 64, "Tokens of a synthetic prompt.")
-flags.DEFINE_integer("response_length", None, "Tokens of a response; unset: 128.")
+flags.DEFINE_integer("response_length", None, "Tokens of a response; unset: 128, 256.")
 flags.DEFINE_integer("embed_dim", 256, "D of the synthetic model, as are the next.")
 flags.DEFINE_integer("layers", 4, "L.")
 flags.DEFINE_integer("heads", 8, "N.")
@@ -94,15 +97,26 @@ def plan(say=print):
         steps=_STEPS.value,
         warmup=_WARMUP.value,
         pythons=pythons,
-        search=_SEARCH.value,
-        settings={
-            compare.OURS: {"train.num_microbatches": _MICROBATCHES.value},
-            compare.TRL: {"microbatches": _TRL_MICROBATCHES.value, "compile": _TRL_COMPILE.value},
-            compare.TUNIX: {"microbatches": _TUNIX_MICROBATCHES.value},
-        },
+        search=_SEARCH.value and not _SETTINGS.value,
+        settings=_settings(),
         fields=dict(set_field(text) for text in _SET.value),
         seed=_SEED.value,
     )
+
+
+def _settings():
+    """Returns the settings of each side where nothing is searched."""
+    from experiments.bench import compare
+
+    given = {
+        compare.OURS: {"train.num_microbatches": _MICROBATCHES.value},
+        compare.TRL: {"microbatches": _TRL_MICROBATCHES.value, "compile": _TRL_COMPILE.value},
+        compare.TUNIX: {"microbatches": _TUNIX_MICROBATCHES.value},
+    }
+    if _SETTINGS.value:
+        found = json.loads(pathlib.Path(_SETTINGS.value).read_text(encoding="utf-8"))
+        given |= {side: values["settings"] for side, values in found["settings"].items()}
+    return given
 
 
 def _fields(kind):

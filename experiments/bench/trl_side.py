@@ -83,10 +83,10 @@ class Turns(TrainerCallback):
 
     def __init__(self):
         self._steps = serving.Steps(**serving.versions(PACKAGES))
-        self.trainer, self.lengths, self.logprob = None, (), 0.0
+        self.trainer, self.lengths, self.checks = None, (), {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        control.should_training_stop = not self._steps.begin(logprob=self.logprob)
+        control.should_training_stop = not self._steps.begin(**self.checks)
         if control.should_training_stop:
             sys.exit()  # the loop takes its first step in any case
 
@@ -119,7 +119,10 @@ def train(spec):
         trainer.remove_callback(PrinterCallback)
         trainer.time_generation(lengths, spec["end"])
         turns.trainer = trainer
-        turns.logprob = logprob(trainer.model, spec["prompt_tokens"][0])
+        turns.checks = {
+            "logprob": logprob(trainer.model, spec["prompt_tokens"][0]),
+            "matmul": matmul_rate(spec["dtype"]),
+        }
         before = trainer.model.get_input_embeddings().weight.detach().clone()
         trainer.train()
     if torch.equal(before, trainer.model.get_input_embeddings().weight):
@@ -132,6 +135,18 @@ def logprob(model, tokens):
     with torch.inference_mode():
         logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
     return logprobs.gather(-1, ids[0, 1:, None]).mean().item()
+
+
+def matmul_rate(dtype, size=2048, repeats=5):
+    """Returns torch's operations per second of a large square product on the CPU, the best."""
+    if torch.cuda.is_available():
+        return {}
+    seconds, x = [], torch.randn(size, size, dtype=getattr(torch, dtype))
+    for _ in range(1 + repeats):  # the first starts the threads
+        started = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - started)
+    return {"torch": 2 * size**3 / min(seconds)}
 
 
 def arguments(spec, responses):

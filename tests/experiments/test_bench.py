@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -410,3 +411,24 @@ def test_rewards_of_the_peers_are_those_of_ours():
     ours = exact(step_task.PATTERN)
     found = [ours.check(Sample(text, step_task.ANSWER)).value for text in texts]
     assert serving.rewards(texts) == found
+
+
+def test_flags_select_the_task_and_the_peers(tmp_path):
+    """The command itself, with the settings of an earlier run and without peers."""
+    earlier, found = tmp_path / "earlier.json", tmp_path / "found.json"
+    settled = {OURS: {"settings": {"train.num_microbatches": 4}}}
+    earlier.write_text(json.dumps({"settings": settled}), encoding="utf-8")
+    sizes = ["prompts", "group", "prompt_length", "response_length", "embed_dim", "layers",
+             "heads", "kv_heads", "head_dim", "mlp_dim", "vocab"]  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-m", "experiments.bench.rl_step", "--peers=none", "--steps=1",
+         f"--settings={earlier}", f"--json={found}", "--set=train.b1=0.8",
+         *(f"--{name}={getattr(TINY, name)}" for name in sizes)],
+        cwd=peer.ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(found.read_text(encoding="utf-8"))
+    assert record["settings"] == settled
+    assert not record["plan"]["search"]
+    assert record["generated_tokens"] == 2 * 4 * 6
+    assert step_markdown.section([record]).count("\n|") == 3
