@@ -173,6 +173,8 @@ def _take(task, plan, sides, say):
         step = sides[turn.side].step()
         if step.lengths != task.flat_lengths:
             raise RuntimeError(f"{turn.side} made responses of other lengths: {step.lengths}")
+        if turn.round == plan.steps - 1 and not step.moved:
+            raise RuntimeError(f"{turn.side} has not changed its weights: no update was taken")
         timed = Timed(turn.round, turn.side, step.seconds, step.cores, step.phases)
         taken.append(timed)
         parts = ", ".join(f"{name} {value:.3f}" for name, value in timed.phases.items())

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -79,16 +79,24 @@ class Steps:
 
     def __init__(self, **ready):
         self._channel, self._clock, self._ready = Channel(), Clock(), ready
-        self._phases: dict[str, float] | None = None
 
     def begin(self, **checks) -> bool:
         """Answers that the side is ready, with its versions; returns whether a step is wanted."""
         self._channel.answer(ready=self._ready, **checks)
         return self._wait()
 
-    def end(self, phases: dict[str, float], lengths: Sequence[int]) -> bool:
-        """Answers for the step that ends now; returns whether another is wanted."""
-        self._channel.answer(**self._clock.read(), phases=phases, lengths=list(lengths))
+    def end(
+        self, phases: dict[str, float], lengths: Sequence[int], moved: Callable[[], bool]
+    ) -> bool:
+        """Answers for the step that ends now; returns whether another is wanted.
+
+        Args:
+          phases: seconds of its parts.
+          lengths: tokens of its responses.
+          moved: tells whether the weights are others than in the beginning; it is not timed.
+        """
+        took = self._clock.read()
+        self._channel.answer(**took, phases=phases, lengths=list(lengths), moved=moved())
         return self._wait()
 
     def _wait(self):

@@ -7,12 +7,14 @@ from experiments.bench.turns import OURS
 
 BEGIN = "<!-- step: python -m experiments.bench.readme_table -->"
 END = "<!-- end of step -->"
+_LEAD = """One RL step of ours and of other libraries in turn
+(`python -m experiments.bench.rl_step`, [experiments/bench](experiments/bench/README.md))."""
 _PHASES = ("generation", "update", "step")
 
 
 def section(records: Sequence[dict[str, Any]]) -> str:
     """Returns the text of all records."""
-    return "\n\n".join(_text(record) for record in records)
+    return "\n\n".join([_LEAD, *(_text(record) for record in records)])
 
 
 def with_section(text: str, found: str) -> str:

@@ -27,12 +27,14 @@ class Step:
         others used them, or if threads waited.
       phases: wall seconds of the named parts.
       lengths: of the responses, prompt by prompt.
+      moved: whether its steps so far have changed the weights.
     """
 
     seconds: float
     cores: float
     phases: dict[str, float]
     lengths: list[int]
+    moved: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

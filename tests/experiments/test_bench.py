@@ -96,13 +96,18 @@ def test_ours_makes_each_response_as_long_as_it_is_told(task, tmp_path):
     side.close()
 
 
-def test_lengths_other_than_the_tasks_are_refused(task):
+def test_a_side_that_does_other_work_is_refused(task):
     class Short:
         def step(self):
             return Step(1.0, 1.0, {"update": 1.0}, [6] * 7 + [5])
 
-    with pytest.raises(RuntimeError, match=f"{OURS} made responses of other lengths"):
-        compare._take(task, Plan(steps=1, pause=0), {OURS: Short()}, lambda line: None)
+    class Still:
+        def step(self):
+            return Step(1.0, 1.0, {"update": 1.0}, [6] * 8, moved=False)
+
+    for side, message in [(Short(), "made responses of other"), (Still(), "has not changed")]:
+        with pytest.raises(RuntimeError, match=f"{OURS} {message}"):
+            compare._take(task, Plan(steps=1, pause=0), {OURS: side}, lambda line: None)
 
 
 def test_the_real_model_has_lengths_of_its_own_text(tmp_path):
