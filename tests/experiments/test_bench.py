@@ -112,11 +112,11 @@ def test_a_side_that_does_other_work_is_refused(task):
 
 def test_the_real_model_has_lengths_of_its_own_text(tmp_path):
     _needs_smollm2()
-    sizes = Workload(prompts=2, group=2, response_length=4)
+    sizes = Workload(prompts=2, group=4, response_length=4)
     task = step_task.real(sizes, tmp_path, seed=0)
     assert "chain_sum" in task.name
     assert all(1 <= n <= 4 for n in task.flat_lengths)
-    assert len(task.flat_lengths) == 4
+    assert len(task.flat_lengths) == 8
     # It knows its own prompts: far better than 49,152 equal chances.
     assert -math.log(49_152) / 2 < task.logprob() < 0
     record = compare.measure_task(task, Plan(steps=1, pause=0), lambda line: None)
@@ -142,13 +142,13 @@ def test_peers_take_turns_with_ours(task, side):
 def test_peers_end_a_real_models_responses_where_they_are_told(tmp_path, side):
     _needs_smollm2()
     python = _python(side)
-    sizes = Workload(prompts=2, group=2, response_length=4)
-    task = step_task.real(sizes, tmp_path, seed=0).with_lengths([4, 1, 2, 3])
+    sizes = Workload(prompts=2, group=4, response_length=4)
+    task = step_task.real(sizes, tmp_path, seed=0).with_lengths([4, 1, 2, 3, 3, 4, 1, 2])
     plan = Plan(
         steps=1, pause=0, pythons={side: python}, settings={side: {"microbatches": 2} | _off(side)}
     )
     record = compare.measure_task(task, plan, lambda line: None)  # refuses other lengths
-    assert record["task"]["lengths"] == ((4, 1), (2, 3))
+    assert record["task"]["lengths"] == ((4, 1, 2, 3), (3, 4, 1, 2))
 
 
 def _off(side):
