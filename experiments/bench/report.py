@@ -1,20 +1,21 @@
 """Results of a benchmark: medians by phase, paired ratios, and distance from the machine's rate."""
 
+import dataclasses
 import importlib.metadata
 import math
 import os
 import pathlib
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import scipy.stats
 
+from experiments.bench.step_task import Task
 from experiments.bench.turns import OURS, Timed
-from experiments.bench.work import Work
-from experiments.bench.workload import Workload
+from experiments.bench.work import Work, step_work
 
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "numpy", "torch", "trl", "transformers", "accelerate",
@@ -96,24 +97,70 @@ def environment_lines(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def told(
+    task: Task,
+    taken: Sequence[Timed],
+    sides: Sequence[str],
+    rates: dict[str, float],
+    say: Callable[[str], Any],
+) -> dict[str, Any]:
+    """Prints tables and ratios of a task; returns them as JSON values."""
+    prompts = [len(tokens) for tokens in task.prompt_tokens]
+    least, padded = (
+        step_work(task.model, prompts, task.lengths, prompts_once=once) for once in (True, False)
+    )
+    say("")
+    say(work_lines(least, padded, rates))
+    say("")
+    lines, medians = table(task.generated, taken, sides, least, max(rates.values()))
+    say(lines)
+    ratios = {}
+    for peer in sides[1:]:
+        lines, ratios[peer] = ratio_lines(taken, peer)
+        say(lines)
+    if ratios:
+        say("All sides sample and score the same tokens, so these are the ratios per token too.")
+    return {
+        "generated_tokens": task.generated,
+        "matmul_flops_per_s": rates,
+        "work_flops": {"least": dataclasses.asdict(least), "padded": dataclasses.asdict(padded)},
+        "medians": medians,
+        "ratios": ratios,
+    }
+
+
 def table(
-    workload: Workload, taken: Sequence[Timed], sides: Sequence[str], work: Work, rate: float
-) -> str:
-    """Formats the medians of every side, one line each."""
+    tokens: int, taken: Sequence[Timed], sides: Sequence[str], work: Work, rate: float
+) -> tuple[str, dict[str, dict[str, float]]]:
+    """Returns the medians of every side, one line each, and as numbers.
+
+    Args:
+      tokens: that a step samples; it scores as many.
+      taken: all turns.
+      sides: in order.
+      work: the least that a step needs.
+      rate: operations a second of a large matrix product.
+    """
     lines = [
         f"{'median seconds':16}{'generation':>12}{'update':>9}{'rest':>8}{'step':>9}"
-        f"{'tokens/s':>10}{'cores used':>12}{'of matmul rate':>16}"
+        f"{'sampled/s':>11}{'scored/s':>10}{'cores':>7}{'of matmul rate: update, step':>30}"
     ]
-    tokens = workload.responses * workload.response_length
+    medians = {}
     for side in sides:
         steps = measured(taken, side)
-        m, cores = phases(steps), statistics.median(s.cores for s in steps)
-        share = work.total / m["step"] / rate
+        m = phases(steps)
+        m["cores"] = statistics.median(s.cores for s in steps)
+        m["sampled_tokens_per_s"] = tokens / m["generation"]
+        m["scored_tokens_per_s"] = tokens / m["update"]
+        m["update_of_matmul_rate"] = work.update / m["update"] / rate
+        m["step_of_matmul_rate"] = work.total / m["step"] / rate
+        medians[side] = m
         lines.append(
             f"{side:16}{m['generation']:12.3f}{m['update']:9.3f}{m['rest']:8.3f}{m['step']:9.3f}"
-            f"{tokens / m['step']:10.0f}{cores:12.2f}{share:16.1%}"
+            f"{m['sampled_tokens_per_s']:11.0f}{m['scored_tokens_per_s']:10.0f}{m['cores']:7.2f}"
+            f"{m['update_of_matmul_rate']:22.1%}{m['step_of_matmul_rate']:8.1%}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines), medians
 
 
 def ratio_lines(taken: Sequence[Timed], peer: str) -> tuple[str, dict]:
@@ -146,7 +193,7 @@ def work_lines(least: Work, padded: Work, rates: dict[str, float]) -> str:
             f"{work.total / rate:.2f} s at that rate"
         )
     lines.append(
-        "  (least: a prompt once a group, head on responses; padded: in every row, on all)"
+        "  (least: a prompt once a group, head on responses; padded: equal rows, head on all)"
     )
     return "\n".join(lines)
 

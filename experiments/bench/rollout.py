@@ -10,7 +10,6 @@ in one round goes second in the next; ratios are formed inside a round. Workload
            of as many tokens in all
 """
 
-import ast
 import contextlib
 import dataclasses
 import importlib.util
@@ -117,7 +116,7 @@ def peers(work, folder: pathlib.Path, stack: contextlib.ExitStack, say) -> dict:
 def measure(folder: pathlib.Path, say=print) -> dict:
     """Takes all turns; returns everything measured as JSON values."""
     from experiments.bench import report, turns
-    from experiments.bench.sampling_sides import Engine, check_lengths
+    from experiments.bench.sampling_sides import Engine, check_lengths, set_field
 
     environment = report.environment()
     say(report.environment_lines(environment))
@@ -125,7 +124,7 @@ def measure(folder: pathlib.Path, say=print) -> dict:
     for work in asked.values():
         say(str(work))
     first = next(iter(asked.values()))
-    fields = dict(_field(text) for text in _SET.value)
+    fields = dict(set_field(text) for text in _SET.value)
     with contextlib.ExitStack() as stack:
         sides = {
             name: Engine(work, dtype=_DTYPE.value, fields_set=fields)
@@ -173,16 +172,6 @@ def _told(asked, sides, taken, say):
         lines, caches[name] = told.cache(work, sides[name], taken[name][-1])
         say(f"{name}: the last round's cache\n{lines}")
     return {"turns": told.record(taken), "ratios": ratios, "cache": caches}
-
-
-def _field(text):
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise command.UsageError(f"--set={text} must be field=value")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 def main() -> None:

@@ -3,14 +3,13 @@
 `python -m experiments.bench.sampling_peer KIND SPEC`: loads the model of the JSON file SPEC (a
 `sampling_work.Work` and settings), answers {"ready": versions} on stdout, and then, to every line
 with a seed, {"seconds": …, "cores": …, "lengths": […]}: what sampling took once, without loading.
-Nothing of this project is imported, so that a python without jax will do.
+Nothing of luspo_jax is imported, so that a python without jax will do.
 """
 
-import importlib.metadata
-import json
 import os
 import sys
-import time
+
+from experiments.bench import serving
 
 
 class Transformers:
@@ -171,37 +170,16 @@ def ended(row, stops):
     return next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
 
 
-def versions(packages):
-    """Returns the versions of those that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def main(kind, path):
     """Serves the turns."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print to stdout
-
-    def answer(**values):
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
-    with open(path, encoding="utf-8") as file:
-        spec = json.load(file)
-    side = KINDS[kind](spec)
-    answer(ready=versions(side.packages))
-    for line in sys.stdin:
+    channel, clock = serving.Channel(), serving.Clock()
+    side = KINDS[kind](serving.spec(path))
+    channel.answer(ready=serving.versions(side.packages))
+    while line := channel.question():
         getattr(side, "before", lambda: None)()
-        used, started = time.process_time(), time.perf_counter()
+        clock.start()
         lengths = side.sample(int(line))
-        seconds = time.perf_counter() - started
-        cores = (time.process_time() - used) / seconds
-        answer(seconds=seconds, cores=cores, lengths=lengths)
+        channel.answer(**clock.read(), lengths=lengths)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """The sides of the sampler's benchmark: our engine here, the others each in a process."""
 
+import ast
 import dataclasses
-import json
-import os
 import pathlib
-import subprocess
 import time
 import types
 from collections.abc import Mapping
@@ -13,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import command
+from experiments.bench import peer
 from experiments.bench.sampling_work import Work
 from luspo_jax.models import decoder_weights
 from luspo_jax.rollout import Request
 from luspo_jax.run import build, checks, fields
 from luspo_jax.run.model import load_model
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Engine:
         return Sampled(seconds - stats.compile_seconds, cores, lengths, stats)
 
 
-class Peer:
+class Peer(peer.Peer):
     """Another library, sampling in a process of its own whenever it is asked."""
 
     def __init__(self, kind: str, python: str, spec: Mapping[str, Any], folder: pathlib.Path):
@@ -125,42 +123,27 @@ class Peer:
         Raises:
           RuntimeError: it ended; the message has the last lines that it wrote.
         """
-        self.kind, self._log = kind, folder / f"{kind}.log"
-        path = folder / f"{kind}.json"
-        path.write_text(json.dumps({**spec, "scratch": str(folder / kind)}), encoding="utf-8")
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        environment["PYTHONPATH"] = str(ROOT)
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [python, "-m", "experiments.bench.sampling_peer", kind, str(path)],
-                cwd=folder, env=environment, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-            )  # fmt: skip
-        self.versions = self._answer()["ready"]
+        command = [python, "-m", "experiments.bench.sampling_peer", kind]
+        super().__init__(kind, command, spec, folder)
 
     def sample(self, seed: int) -> Sampled:
         """Samples everything once."""
-        self._process.stdin.write(f"{seed}\n")
-        self._process.stdin.flush()
-        return Sampled(**self._answer())
+        return Sampled(**self.ask(seed))
 
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.stdout.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
-    def _answer(self):
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            said = self._log.read_text(errors="replace").splitlines()[-8:]
-            raise RuntimeError(f"{self.kind} ended: " + "\n".join(said))
-        return json.loads(line)
+def set_field(text: str) -> tuple[str, Any]:
+    """Reads --set=field=value.
+
+    Raises:
+      UsageError: there is no value.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise command.UsageError(f"--set={text} must be field=value")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def check_lengths(work: Work, sampled: Sampled, side: str) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 PAUSE = 0.3  # seconds between steps: spinning threads of the last one go to sleep
@@ -18,15 +18,32 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """What a side tells of one step.
+
+    Attributes:
+      seconds: wall time.
+      cores: its process's CPU seconds per second, all threads: well under the machine's cores if
+        others used them, or if threads waited.
+      phases: wall seconds of the named parts.
+      lengths: of the responses, prompt by prompt.
+      moved: whether its steps so far have changed the weights.
+    """
+
+    seconds: float
+    cores: float
+    phases: dict[str, float]
+    lengths: list[int]
+    moved: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Timed:
     """A completed turn.
 
     Attributes:
       round, side: which turn.
-      seconds: wall time.
-      cores: this process's CPU seconds per second, all threads: well under the machine's cores if
-        others used them, or if threads waited.
-      phases: wall seconds of the named parts.
+      seconds, cores, phases: as of its Step.
     """
 
     round: int
@@ -62,30 +79,3 @@ def alternate(sides: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, l
         if turn.round >= 0:
             seconds[turn.side].append(time.perf_counter() - started)
     return seconds
-
-
-def take(
-    turns: Sequence[Turn],
-    step: Callable[[], dict[str, float]],
-    taken: Callable[[Timed], None],
-    *,
-    pause: float = PAUSE,
-) -> Generator[None, dict[str, float], None]:
-    """Runs our steps, and yields at another side's turn.
-
-    The other side sends the phases of its step as soon as it is done. So its own training loop
-    stays in charge: it is timed as its users run it, from one step's end to the next.
-
-    Args:
-      turns: in order.
-      step: takes one step of ours and returns its phases.
-      taken: called with every step as it is done.
-      pause: seconds of rest before each step.
-    """
-    for turn in turns:
-        rest(pause)
-        used, started = time.process_time(), time.perf_counter()
-        phases = step() if turn.side == OURS else (yield)
-        seconds = time.perf_counter() - started
-        cores = (time.process_time() - used) / seconds
-        taken(Timed(turn.round, turn.side, seconds, cores, phases))

@@ -7,11 +7,12 @@ so is everything that an implementation computes twice.
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from experiments.bench.workload import Workload
+from luspo_jax.models.decoder_config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,53 +29,58 @@ class Work:
         return self.prefill + self.decode + self.update
 
 
-def step_work(w: Workload, *, prompts_once: bool) -> Work:
+def step_work(
+    model: DecoderConfig,
+    prompts: Sequence[int],
+    lengths: Sequence[Sequence[int]],
+    *,
+    prompts_once: bool,
+) -> Work:
     """Counts the operations that one RL step needs.
 
     Args:
-      w: the sizes.
+      model: a dense decoder.
+      prompts: tokens of each.
+      lengths: tokens of every response, by prompt.
       prompts_once: whether the training pass computes a prompt once for its whole group, and the
         head on response tokens only: the mathematical minimum. Otherwise every row includes its own
-        prompt and the head covers every token, as padded rows are mostly computed.
+        prompt, is padded to the longest prompt and the longest response, and the head covers every
+        token, as padded rows are mostly computed; sampling is the same.
     """
-    P, B, S, R = w.prompts, w.responses, w.prompt_length, w.response_length
-    matrices = 2 * w.layers * layer_parameters(w)
-    head = 2 * w.embed_dim * w.vocab
-    pair = 4 * w.layers * w.heads * w.head_dim  # one query with one key, all layers
-    prompt_pairs = S * (S + 1) / 2
-    response_pairs = R * S + R * (R + 1) / 2
-    prefill = P * (S * matrices + prompt_pairs * pair + head)
+    matrices = 2 * model.num_layers * layer_parameters(model)
+    head = 2 * model.embed_dim * model.vocab_size
+    pair = 4 * model.num_layers * model.num_heads * model.head_dim  # a query and a key, all layers
+    rows = [(S, R) for S, group in zip(prompts, lengths, strict=True) for R in group]
+    prefill = sum(S * matrices + _pairs(0, S) * pair + head for S in prompts)
     # The last response token is sampled but never read; the first comes from the prefill.
-    decode = B * ((R - 1) * (matrices + head) + (response_pairs - S - R) * pair)
-    rows = P if prompts_once else B
-    scored = B * R + (0 if prompts_once else B * S)
-    forward = (rows * S + B * R) * matrices + scored * head
-    forward += (rows * prompt_pairs + B * response_pairs) * pair
+    decode = sum((R - 1) * (matrices + head) + _pairs(S, R - 1) * pair for S, R in rows)
+    if prompts_once:
+        forward = sum(S * matrices + _pairs(0, S) * pair for S in prompts)
+        forward += sum(R * (matrices + head) + _pairs(S, R) * pair for S, R in rows)
+    else:
+        T = max(prompts) + max(R for _, R in rows)
+        forward = len(rows) * (T * (matrices + head) + _pairs(0, T) * pair)
     return Work(prefill, decode, 3 * forward)  # backward: twice the forward
 
 
-def layer_parameters(w: Workload) -> int:
+def _pairs(before: int, count: int) -> int:
+    """Queries with the keys that they see: `count` tokens after `before` others."""
+    return count * before + count * (count + 1) // 2
+
+
+def layer_parameters(model: DecoderConfig) -> int:
     """Counts the entries of a layer's matrices."""
-    attention = w.embed_dim * w.head_dim * (2 * w.heads + 2 * w.kv_heads)
-    return attention + 3 * w.embed_dim * w.mlp_dim
+    attention = model.embed_dim * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    return attention + 3 * model.embed_dim * model.mlp_dim
 
 
 def matmul_rates(dtype: str, *, size: int | None = None, repeats: int = 5) -> dict[str, float]:
-    """Measures operations per second of a large square product: the best of `repeats`, by library.
-
-    Torch is measured if it has been imported, on the CPU.
-    """
-    import sys
-
+    """Measures operations per second of a large square product: of each library the best."""
     on_cpu = jax.devices()[0].platform == "cpu"
     size = size or (2048 if on_cpu else 8192)
     x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(jnp.matmul)
     rates = {"jax": _rate(lambda: product(x, x).block_until_ready(), size, repeats)}
-    if "torch" in sys.modules and on_cpu:
-        torch = sys.modules["torch"]
-        y = torch.randn(size, size, dtype=getattr(torch, dtype))
-        rates["torch"] = _rate(lambda: y @ y, size, repeats)
     return rates
 
 

@@ -77,7 +77,7 @@ class Workload:
             qkv_bias=False,
             qk_norm=True,
             tie_embeddings=True,
-            max_position=self.prompt_length + self.response_length,
+            max_position=self.prompt_length + 2 * self.response_length,  # may be doubled
         )
 
     def __str__(self) -> str:

@@ -218,7 +218,7 @@ class Engine:
         _check_call(group_size, seed, step)
         for request in requests:
             self._check_request(request)
-            self._check_begun(request, group_size)
+            self._check_group(request, group_size)
         counts = collections.Counter(request.key for request in requests)
         twice = sorted(prompt_id for (_, prompt_id), count in counts.items() if count > 1)
         if twice:
@@ -250,14 +250,16 @@ class Engine:
             raise ValueError(
                 f"{name} has tokens outside [0, vocab_size {self.how.model.vocab_size})"
             )
-        if request.limit is not None and request.limit < 1:
-            raise ValueError(f"{name} has limit {request.limit}; it must be >= 1, or None")
         batch.check(tokens, request.images, self.how.model, name)
         if self.how.model.vision is not None and tokens[-1] == self.how.model.image_token_id:
             raise ValueError(f"{name} ends with an image; a response follows text")
 
-    def _check_begun(self, request, group_size):
+    def _check_group(self, request, group_size):
         name = f"prompt_id {request.prompt_id}"
+        if isinstance(request.limit, tuple) and len(request.limit) != group_size:
+            raise ValueError(f"{name} has {len(request.limit)} limits, not {group_size}")
+        if min(request.limits(group_size, self.sampling.max_response_length)) < 1:
+            raise ValueError(f"{name} has limit {request.limit}; it must be >= 1, or None")
         if request.begun and len(request.begun) != group_size:
             raise ValueError(f"{name} has {len(request.begun)} responses begun, not {group_size}")
         if request.step is not None and not 0 <= request.step < ID_LIMIT:

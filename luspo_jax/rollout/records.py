@@ -17,6 +17,7 @@ class Request:
       tokens: token ids, one or more; an image has one placeholder per image token.
       images: the images, each with `patches()` and `grid_thw`, like `PreparedImage`.
       limit: tokens after which its responses are cut, if fewer than the sampling's; None for those.
+        Of a tuple, the entries are those of the responses.
       step: the step that began it, which keys its noise too; None for the step of the call.
       begun: its responses so far, one for each sample; empty if none has begun.
     """
@@ -24,9 +25,14 @@ class Request:
     prompt_id: int
     tokens: tuple[int, ...] | np.ndarray
     images: tuple[Any, ...] = ()
-    limit: int | None = None
+    limit: int | tuple[int, ...] | None = None
     step: int | None = None
     begun: tuple["Response", ...] = ()
+
+    def limits(self, group_size: int, longest: int) -> list[int]:
+        """Returns the most tokens of each response, where the sampling allows `longest`."""
+        own = self.limit if isinstance(self.limit, tuple) else (self.limit,) * group_size
+        return [longest if limit is None else min(longest, limit) for limit in own]
 
     @property
     def key(self) -> tuple[int | None, int]:

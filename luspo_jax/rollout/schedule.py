@@ -195,12 +195,12 @@ def samples_of(
     """
     longest, samples = sampling.max_response_length, []
     for index, request in enumerate(requests):
-        for sample_id in range(group_size):
+        for sample_id, limit in enumerate(request.limits(group_size, longest)):
             sample = Sample(
                 request,
                 index * group_size + sample_id,
                 sample_id,
-                len(request.tokens) + min(longest, request.limit or longest),
+                len(request.tokens) + limit,
                 len(request.tokens),
                 step=step if request.step is None else request.step,
             )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import sys
 
 import numpy as np
@@ -177,9 +176,3 @@ def test_speed_ups_are_gains_over_costs():
     ups = ngram.speed_ups(gains, 1, 4, cost)
     assert ups["packed"] == pytest.approx(1.5 / 1.5)
     assert ups["padded"] == pytest.approx(1.5 / (0.5 * 1.0 + 0.5 * 2.5))
-
-
-def test_bench_modules_that_other_pythons_run_import_nothing_of_ours():
-    text = pathlib.Path(sampling_peer.__file__).read_text()
-    assert "luspo_jax" not in text
-    assert "from experiments" not in text

@@ -252,6 +252,18 @@ def test_a_request_may_have_a_limit_of_its_own():
     assert [len(r.tokens) for r in responses] == [n for n in range(1, 7) for _ in range(3)]
 
 
+def test_each_response_to_a_request_may_have_a_limit_of_its_own():
+    requests = [dataclasses.replace(r, limit=(i + 2, 1, 40)) for i, r in enumerate(RAGGED)]
+    responses, _ = _generate(_engine(Sampling(31, ())), requests)
+    assert [len(r.tokens) for r in responses] == [n for i in range(6) for n in (i + 2, 1, 31)]
+    whole = _generate(_engine(Sampling(31, ())), RAGGED)[0]
+    for mine, other in zip(responses, whole, strict=True):  # a limit changes nothing before it
+        np.testing.assert_array_equal(mine.tokens, other.tokens[: len(mine.tokens)])
+    for limit, message in [((1, 2), "2 limits, not 3"), ((1, 0, 2), ">= 1")]:
+        with pytest.raises(ValueError, match=message):
+            _generate(requests=[dataclasses.replace(RAGGED[0], limit=limit)])
+
+
 @pytest.mark.parametrize("other", [{"seed": 6}, {"step": 3}])
 def test_seed_and_step_change_the_noise(other):
     mine, others = _generate()[0], _generate(**other)[0]
