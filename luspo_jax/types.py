@@ -11,7 +11,8 @@ Shape suffixes, as in `logprobs_BT`:
 The alignment law: every `_BT` array is indexed by the token its values belong to. A sequence is
 a prompt followed by its response; `logprobs_BT[b, t]` is the log-probability of token t of sequence
 b given the tokens before it. Token 0, which nothing predicts, is masked. Masks are boolean.
-`segment_ids_RT` is 0 on padding and ≥ 1 elsewhere; tokens see only their own segment.
+`segment_ids_RT` is 0 on padding and ≥ 1 elsewhere; tokens see only their own segment and, in the
+branch of a prompt that several responses share, the prompt (`ops.segments`).
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ class TokenRows:
       tokens_RT: int32 token ids.
       positions_RT: int32 rotary positions, counted from 0 in each segment; [R, T, 3] for a model
         that reads images.
-      segment_ids_RT: int32, 1, 2, … along a row, 0 on padding.
+      segment_ids_RT: int32, 1, 2, … along a row, more for branches; 0 on padding.
       response_mask_RT: bool, the tokens whose log-probs are computed.
       rows_per_microbatch: rows that are computed together; static.
       expert_ids: recorded choices of the routers of a mixture of experts; None without experts.
@@ -113,7 +114,8 @@ class ResponseRows:
     A plan pads each micro-batch with empty responses, all of whose values are 0.
 
     Attributes:
-      starts_B: int32 start of each sequence, r·T + t for row r of its micro-batch and position t.
+      starts_B: int32 start of each sequence, r·T + t for row r of its micro-batch and position t;
+        of one whose prompt lies elsewhere, where it would start with the prompt before it.
       response_mask_BT: bool, the tokens that are trained on.
       advantages_B: float32 advantage of each response.
       group_ids_B: int32, equal for the responses of one prompt.

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from luspo_jax.learner.plan import one_a_row, packed
-from luspo_jax.learner.rows import Planner, token_rows
+from luspo_jax.learner.rows import Planner, prompt_trunks, token_rows
 from luspo_jax.types import ResponseRows, TrainBatch
 
 
@@ -22,11 +22,16 @@ def lengths_of(prompts, responses):
     return np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
 
 
-def plan_of(prompts, responses, *, width, microbatches=1, pack=0, rows_at_once=1):
-    """One response a row in so many micro-batches, or dense rows of `pack` tokens."""
+def plan_of(prompts, responses, *, width, microbatches=1, pack=0, rows_at_once=1, share=False):
+    """One response a row in so many micro-batches, or dense rows of `pack` tokens.
+
+    With `share`, these hold equal prompts once.
+    """
     lengths_B = lengths_of(prompts, responses)
     if pack:
-        return packed(lengths_B, width=width, row_length=pack, rows_per_microbatch=rows_at_once)
+        trunks = prompt_trunks([Prompt(np.asarray(p)) for p in prompts]) if share else None
+        sizes = {"width": width, "row_length": pack, "rows_per_microbatch": rows_at_once}
+        return packed(lengths_B, trunks=trunks, **sizes)
     at_once = len(lengths_B) // microbatches
     return one_a_row(lengths_B, width=width, rows_per_microbatch=at_once)
 

@@ -247,6 +247,7 @@ def planner(config: Config, model: DecoderConfig, layout: Layout | None) -> Plan
         num_buckets=config.train.num_length_buckets,
         rows_per_microbatch=sizes.rows_per_microbatch,
         pack_length=sizes.pack_length,
+        share_prompts=shares_prompts(config, model, layout),
         pictured_at_once=sizes.responses_per_minibatch,
         layout=layout,
     )
@@ -456,7 +457,20 @@ def training_forward(config: Config, model: DecoderConfig, layout: Layout | None
     """Returns the forward pass of the trainer on this platform."""
     used = {"dtype": config.model.dtype, "remat": config.model.remat}
     used["adapter"] = adapters.adapter(config, model)
+    used["branches"] = shares_prompts(config, model, layout)
     return _forward(config, model, layout, packed=config.train.packing, **used)
+
+
+def shares_prompts(config: Config, model: DecoderConfig, layout: Layout | None) -> bool:
+    """Returns whether training rows hold a prompt once for several of its responses."""
+    asked = getattr(config.train, "share_prompts", "off")  # supervised fine-tuning has no groups
+    if asked == "off" or not config.train.packing or config.rollout.group_size == 1:
+        return False
+    if asked == "on":
+        return True
+    # A balancing loss counts every token of every response. Splash would have to run twice.
+    how = _forward(config, model, layout, packed=True, dtype=config.model.dtype)
+    return not config.train.router_aux_coef and how.attention != "splash"
 
 
 def sampling_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
@@ -468,7 +482,7 @@ def sampling_forward(config: Config, model: DecoderConfig, layout: Layout | None
     return _forward(config, model, layout, packed=False, dtype=dtype, adapter=made)
 
 
-def _forward(config, model, layout, *, packed, **settings):
+def _forward(config, model, layout, *, packed, branches=False, **settings):
     how = Forward(
         model,
         attention=config.model.attention,
@@ -478,7 +492,7 @@ def _forward(config, model, layout, *, packed, **settings):
         **settings,
     )
     try:
-        return kernels.resolved(how, packed=packed)
+        return kernels.resolved(how, packed=packed, branches=branches)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from None
 
