@@ -6,9 +6,9 @@ It compiles every program of the run for the named machine, at the configuration
 checks it against the machine's memory, and reports operations, bytes, a lower bound on step time,
 and how many sequences fit. It reads no weights, data or tokenizer and needs no accelerator: a TPU
 slice (v4, v5e, v5p, v6e, tpu7x) needs `pip install "jax[tpu]"`, GPUs (h100:1x8, h200:1x8,
-a100-80g:4x8: hosts × cards) need `pip install "jax[cuda13]"`; `local` is the local devices. Several
-slices joined by the network are `--topology=2*v5p:4x4x4 --config.mesh.data=2` (v5e, v5p, v6e); what
-crosses between them is read from the compiled programs.
+a100-80g:4x8, rtx4090:1x1: hosts × cards) need `pip install "jax[cuda13]"`; `local` is the local
+devices. Several slices joined by the network are `--topology=2*v5p:4x4x4 --config.mesh.data=2`
+(v5e, v5p, v6e); what crosses between them is read from the compiled programs.
 
 A rollout is played at assumed lengths; with `rollout.overlap`, step after step until steps are
 alike. `--nocompile` tells the times alone, which are counted by hand.
@@ -56,7 +56,7 @@ def main() -> None:
     if _TOPOLOGY.value != "local":
         # Nothing runs here: programs are compiled for absent devices.
         os.environ["JAX_PLATFORMS"] = "cpu"
-        if _TOPOLOGY.value.split(":")[0] in ("h100", "h200", "a100-80g"):
+        if _TOPOLOGY.value.split(":")[0] in ("h100", "h200", "a100-80g", "rtx4090"):
             os.environ["JAX_PLATFORMS"] = "cpu,cuda"
             os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
             os.environ["CUDA_VISIBLE_DEVICES"] = "-1"

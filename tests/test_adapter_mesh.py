@@ -90,6 +90,24 @@ def test_a_step_of_a_mixture_is_that_of_one_device(mesh, base):
     _check(MIXTURE, adapter, expert_cases.MESHES[mesh])
 
 
+@pytest.mark.parametrize("mesh", ["data2-fsdp4", "fsdp4-tensor2"])
+def test_principal_parts_are_those_of_one_device(mesh):
+    """Of one kernel the singular vectors could have the other sign, and training another path."""
+    adapter = dataclasses.replace(ADAPTER, init="pissa")
+    axes = decoder.param_axes(DENSE)
+    params = decoder.init_params(jax.random.key(0), DENSE)
+    layout = sharding.layout("train", test_mesh.MESHES[mesh], jax.devices())
+    spread = jax.device_put(params, sharding.shardings(axes, layout))
+    expected = low_rank.begun(jax.random.key(1), params, axes, adapter, None)
+    got = low_rank.begun(jax.random.key(1), spread, axes, adapter, layout)
+    for part, of_axes in zip(got, (axes, low_rank.adapter_axes(axes, adapter)), strict=True):
+        where = sharding.shardings(of_axes, layout)
+        same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), part, where)
+        assert all(jax.tree.leaves(same))
+    assert test_mesh._worst(*map(jax.device_get, (got, expected))) <= 2e-6
+    _check(DENSE, adapter, test_mesh.MESHES[mesh])
+
+
 def _check(model, adapter, sizes):
     expected = _stepped(model, adapter, None)
     got = _stepped(model, adapter, sizes)

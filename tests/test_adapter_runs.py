@@ -11,12 +11,14 @@ from safetensors.numpy import load_file
 
 from experiments.evaluation import policy
 from luspo_jax import train
+from luspo_jax.hosts.roles import Roles
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.learner import programs
+from luspo_jax.learner.state import parked
 from luspo_jax.metrics import read_metrics
-from luspo_jax.models import adapter_files
+from luspo_jax.models import adapter_files, low_rank
 from luspo_jax.models.safetensors_folder import WeightsError
-from luspo_jax.run import beginning
+from luspo_jax.run import adapters, beginning
 from luspo_jax.run import workdir as workdirs
 from luspo_jax.run.build import build, facts
 from luspo_jax.run.checkpoint import Checkpointer
@@ -143,20 +145,38 @@ def test_the_adapter_is_written_in_pefts_format_and_begun_from(finished, config,
         build(config).initial_params()
 
 
-def test_a_sampler_reads_the_adapter_apart(finished, config, tmp_path):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        None,
+        ({"data": 8}, {"data": 8}),
+        ({"fsdp": 8}, {"data": 8}),
+        ({"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "context": 4}),
+    ],
+    ids=["one device", "data", "fsdp", "context"],
+)
+def test_a_sampler_reads_the_adapter_apart(finished, config, tmp_path, sizes):
     """The same run up to rounding: tokens are drawn by log-probs that differ in the last bits."""
     config.rollout.lora = "apart"
     config.num_steps = 1
-    run = build(config)
+    if sizes is not None:
+        for section, mesh in zip(("mesh", "rollout_mesh"), sizes, strict=True):
+            config[section].update({"data": 1} | ({"fsdp": 1} if section == "mesh" else {}) | mesh)
+    run = build(config, None if sizes is None else jax.devices())
     state = beginning.begin_state(run)
-    assert run.rollout_params(run.policy(state))["embedding"] is state.base["embedding"]
-    _train(config, tmp_path / "run")
+    weights = run.rollout_params(run.policy(state))
+    if sizes is None:
+        assert weights["embedding"] is state.base["embedding"]
+    assert low_rank.is_composed(weights)
+    with workdirs.Workdir(tmp_path / "run", config, facts(run)) as workdir:
+        train.train(run, workdir)
     got, expected = (
         list(read_metrics(folder / "metrics.jsonl"))[1] for folder in (tmp_path / "run", finished)
     )
     for name in ("reward", "response_length/mean", "actor/grad_norm"):
         assert got[name] == pytest.approx(expected[name], rel=1e-4)
     assert got["rollout_corr/kl"] < 1e-6
+    assert got["rollout_corr/max_abs_diff"] <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -164,7 +184,6 @@ def test_a_sampler_reads_the_adapter_apart(finished, config, tmp_path):
     [
         ({"lora__rank": 0}, "rollout.lora=apart is of an adapter"),
         ({"model__rollout_dtype": "int8"}, "reads the weights as lora.base stores them"),
-        ({"rollout_mesh__data": 2, "mesh__fsdp": 2}, "use rollout.lora=merged on a mesh"),
     ],
 )
 def test_an_adapter_that_cannot_be_apart_is_refused(config, fields, message):
@@ -173,8 +192,15 @@ def test_an_adapter_that_cannot_be_apart_is_refused(config, fields, message):
         section, field = name.split("__")
         config[section][field] = value
     with pytest.raises(ConfigError) as error:
-        build(config, jax.devices()[:2] if "mesh__fsdp" in fields else None)
+        build(config)
     assert message in str(error.value)
+
+
+def test_an_adapter_is_not_apart_in_processes_that_only_sample(config):
+    config.rollout.lora = "apart"
+    run = build(config)
+    with pytest.raises(ConfigError, match="where processes sample that do not train"):
+        adapters.check_rollout(run.settings, run.rule.logprobs.how.adapter, Roles((0,), (1,)))
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
@@ -200,6 +226,23 @@ def test_frozen_weights_of_few_bits_take_steps_and_are_not_merged_unasked(config
         export_policy(stored.config, stored.model, stored.params, tmp_path / "merged")
     export_policy(stored.config, stored.model, stored.params, tmp_path / "merged", dtype="bfloat16")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_parts_that_wait_on_the_host_change_nothing(config, tmp_path):
+    """Moments and the reference, a copy of the adapter here; and what a layer kept of itself."""
+    config.train.ref_every = 1
+    config.num_steps = 2
+    _train(config, tmp_path / "run")
+    config.train.offload, config.model.remat = "both", "offload"
+    run = build(config)
+    state = parked(beginning.begin_state(run), "both")
+    kinds = {"params": "device", "base": "device", "opt_state": "pinned_host",
+             "ref_params": "pinned_host"}  # fmt: skip
+    for name, kind in kinds.items():
+        found = {x.sharding.memory_kind for x in jax.tree.leaves(getattr(state, name))}
+        assert found == {kind}, name
+    _train(config, tmp_path / "parked")
+    assert_near_results(_results(tmp_path / "parked"), _results(tmp_path / "run"), 1e-4)
 
 
 def test_an_averaged_reference_is_refused(config):

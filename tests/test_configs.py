@@ -36,6 +36,9 @@ PAPER = ("qwen2_5_7b_dapo17k", "qwen3_30b_a3b_dapo17k")
 VISUAL = "qwen2_5_vl_7b_virl39k"
 SMALL = ("qwen3_0_6b_gsm8k", "qwen3_1_7b_dapo17k")
 REASONING = ("deepseek_r1_distill_qwen_1_5b_dapo17k", "deepseek_r1_distill_qwen_7b_dapo17k")
+LORA = ("qwen2_5_7b_lora_80gb", "qwen2_5_7b_qlora_24gb", "qwen2_5_7b_lora_v5e8")
+VISUAL_LORA = "qwen2_5_vl_7b_lora"
+ADAPTED = (*LORA, VISUAL_LORA)
 
 
 def _module(name):
@@ -61,7 +64,7 @@ def test_each_can_run_and_says_how(name):
     assert _module(name).get_config() is not config
 
 
-@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING])
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING, *ADAPTED])
 def test_headers_are_honest_and_their_recipe_exists(name):
     text = _module(name).__doc__
     assert "not run" in text
@@ -80,6 +83,10 @@ def test_headers_are_honest_and_their_recipe_exists(name):
         (VISUAL, {"h100:1x8": "h100_vl", "v5p:2x2x4": "v5p_vl"}),
         (REASONING[0], {"h100:1x8": "h100_r1_1_5b", "v5p:2x2x4": "v5p_r1_1_5b"}),
         (REASONING[1], {"h100:1x8": "h100_r1_7b", "v5p:2x2x4": "v5p_r1_7b"}),
+        (LORA[0], {"h100:1x1": "h100_lora"}),
+        (LORA[1], {"rtx4090:1x1": "rtx4090_qlora"}),
+        (LORA[2], {"v5e:2x4": "v5e_lora"}),
+        (VISUAL_LORA, {"h100:1x1": "h100_vl_lora"}),
     ],
 )
 def test_rehearsed_times_of_a_header_are_those_of_the_study(config, tables):
@@ -208,7 +215,7 @@ def test_reward_on_reasoning_models_is_the_boxed_answer_after_the_reasoning(resp
     assert scored.value == value
 
 
-@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING])
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING, *ADAPTED])
 @pytest.mark.parametrize(
     ("preset", "ratio", "scale", "low", "high"),
     [
@@ -306,6 +313,9 @@ TOPOLOGIES = [
     *((name, n, {}, {"fsdp": n}, 8) for name in SMALL for n in (1, 2, 4, 8)),
     *((name, n, {}, {"fsdp": n}, 16) for name in REASONING for n in (4, 8, 16)),
     *((REASONING[0], n, {}, {"fsdp": n}, 16) for n in (1, 2)),
+    *((name, 1, {}, {}, 1) for name in LORA[:2]),
+    (LORA[2], 8, {}, {"fsdp": 8}, 8),
+    (VISUAL_LORA, 1, {}, {}, 4),
 ]
 
 
@@ -370,7 +380,7 @@ def _rehearsals(name):
         yield math.prod(int(size) for size in machine.split("x")), config
 
 
-@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING])
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING, *ADAPTED])
 def test_a_rehearsal_that_a_header_prints_fits_its_machine_as_printed(name):
     rehearsals = list(_rehearsals(name))
     assert rehearsals
@@ -401,7 +411,7 @@ def test_sixteen_devices_need_what_the_header_says():
     ]
 
 
-@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING])
+@pytest.mark.parametrize("name", [*PAPER, VISUAL, *SMALL, *REASONING, *ADAPTED])
 def test_sequences_fit_the_model(name):
     config = _config(name)
     longest = config.data.max_prompt_length + config.rollout.max_response_length
@@ -428,6 +438,39 @@ def test_headers_state_the_memory_that_the_sizes_give():
         assert f"weights and Adam's moments are {written} GB" in text
         token = page_bytes(model, config.model.rollout_dtype, 1) / 1e3
         assert f"keys and values take {token:.0f} kB a token" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        (LORA[0], "h100_lora"),
+        (LORA[1], "rtx4090_qlora"),
+        (LORA[2], "v5e_lora"),
+        (VISUAL_LORA, "h100_vl_lora"),
+    ],
+)
+def test_headers_of_adapters_state_their_memory(name, table):
+    """The state by the sizes, and the rehearsed peaks by the study, which fit the machine."""
+    config, text = _config(name), " ".join(_module(name).__doc__.split())
+    model = decoder_config(architecture(config.model.path))
+    memory = memory_estimate(config, model, (None, None), 0)
+    frozen, adapter = (
+        memory[key] for key in (f"frozen weights ({config.lora.base})", "adapter (float32)")
+    )
+    assert f"frozen weights are {frozen / 1e9:.1f} GB" in text
+    assert f"its moments {3 * adapter / 1e9:.2f} GB" in text
+    token = page_bytes(model, config.model.rollout_dtype, 1) / 1e3
+    assert f"keys and values take {token:.0f} kB a token" in text
+    folder = ROOT / "experiments/studies/rehearsal"
+    found = json.loads((folder / f"{table}.json").read_text())
+    assert found["fits"]
+    assert found["checkpoint_bytes"] == 3 * adapter
+    update = found["programs"]["update"]["bytes"]
+    taken = (update["arguments"] + update["temporaries"]) / 1e9
+    most = max(one["peak_bytes"] for one in found["programs"].values()) / 1e9
+    usable = found["programs"]["update"]["usable_bytes"] / 1e9
+    assert f"an update takes {taken:.1f} GB a device" in text
+    assert f"{most:.1f} of {usable:.1f} GB in use at most" in text
 
 
 def test_experts_of_the_paper_run_are_read():

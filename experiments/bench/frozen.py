@@ -3,8 +3,8 @@
 import dataclasses
 
 
-def rule(workload, length_scale):
-    """Returns LUSPO's update with another length scale."""
+def rule(workload, length_scale="length", adapter=None):
+    """Returns LUSPO's update, with another length scale or of an adapter."""
     from luspo_jax import objectives
     from luspo_jax.learner import optimizer
     from luspo_jax.learner.logprobs import LogprobRule
@@ -14,11 +14,41 @@ def rule(workload, length_scale):
     fields = {"reference_length": 64.0} if length_scale in ("power", "log") else {}
     fields |= {"length_cap": 64.0} if length_scale == "capped" else {}
     return UpdateRule(
-        logprobs=LogprobRule(Forward(workload.model), head_chunk_tokens=2048),
+        logprobs=LogprobRule(Forward(workload.model, adapter=adapter), head_chunk_tokens=2048),
         objective=objectives.preset("luspo", length_scale=length_scale, **fields),
         optimizer=optimizer.adamw(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0),
         max_grad_norm=1.0,
     )
+
+
+def updates(rules, states, batch):
+    """Compiles the update of each rule: returns what each costs, and functions that take a step.
+
+    Args:
+      rules, states: by name; the states are used up.
+      batch: of `rollout`.
+    """
+    import jax
+
+    from luspo_jax.learner.step import update_step
+
+    rate = jax.numpy.float32(1e-6)
+    costs, steps, held = {}, {}, dict(states)
+
+    def stepper(name, program):
+        def step():
+            held[name], _ = jax.block_until_ready(program(held[name], batch, rate))
+
+        return step
+
+    for name, rule in rules.items():
+        program = update_step.lower(held[name], batch, rate, rule=rule).compile()
+        steps[name] = stepper(name, program)
+        costs[name] = {
+            "flops": program.cost_analysis()["flops"],
+            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        }
+    return costs, steps
 
 
 def rollout(workload):

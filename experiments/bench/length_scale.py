@@ -6,7 +6,6 @@ and temporary bytes, and the ratio of their times, pair by pair. Responses have 
 
 import json
 import sys
-import time
 
 from absl import flags
 
@@ -24,33 +23,16 @@ def measure(workload, *, pairs: int, length_scale: str) -> dict:
     """Returns operations, bytes and paired times of updates with and without a length scale."""
     import jax
 
-    from experiments.bench import frozen
+    from experiments.bench import frozen, turns
     from experiments.bench.report import paired
     from luspo_jax.learner.state import initial_state
-    from luspo_jax.learner.step import update_step
     from luspo_jax.models import decoder
 
     rules = {name: frozen.rule(workload, name) for name in (length_scale, "none")}
-    batch = frozen.rollout(workload)
     params = decoder.init_params(jax.random.key(0), workload.model)
-    rate = jax.numpy.float32(1e-6)
-    compiled, states, costs = {}, {}, {}
-    for name, rule in rules.items():
-        states[name] = initial_state(params, rule)
-        program = update_step.lower(states[name], batch, rate, rule=rule).compile()
-        compiled[name] = program
-        costs[name] = {
-            "flops": program.cost_analysis()["flops"],
-            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
-        }
-    seconds = {name: [] for name in rules}
-    for pair in range(-2, pairs):
-        # The side that goes first in one pair goes second in the next.
-        for name in sorted(rules, reverse=pair % 2 == 1):
-            started = time.perf_counter()
-            states[name], _ = jax.block_until_ready(compiled[name](states[name], batch, rate))
-            if pair >= 0:
-                seconds[name].append(time.perf_counter() - started)
+    states = {name: initial_state(params, rule) for name, rule in rules.items()}
+    costs, updates = frozen.updates(rules, states, frozen.rollout(workload))
+    seconds = turns.alternate(updates, pairs)
     ratio = paired(seconds[length_scale], seconds["none"])
     return {"workload": str(workload), "costs": costs, "seconds": seconds, "ratio": ratio}
 
@@ -59,13 +41,10 @@ def main() -> None:
     """Measures and prints."""
     if _JSON.value:
         files.check_file(_JSON.value, flag="--json", overwrite=_OVERWRITE.value)
-    from experiments.bench.workload import Workload
+    from experiments.bench.workload import SMALL, Workload
 
-    small = Workload(prompts=2, group=2, prompt_length=8, response_length=16, embed_dim=32,
-                     layers=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=32, vocab=64)  # fmt: skip
-    found = measure(
-        small if _SMALL.value else Workload(), pairs=_PAIRS.value, length_scale=_SCALE.value
-    )
+    workload = SMALL if _SMALL.value else Workload()
+    found = measure(workload, pairs=_PAIRS.value, length_scale=_SCALE.value)
     scaled, plain, ratio = found["costs"][_SCALE.value], found["costs"]["none"], found["ratio"]
     print(found["workload"])
     for name in plain:

@@ -6,8 +6,8 @@ log-probs with and without Σ_v π_v²; then what both, and forming the advantag
 """
 
 import dataclasses
+import functools
 import sys
-import time
 
 from absl import flags
 
@@ -23,7 +23,7 @@ def measure(workload, *, pairs: int) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from experiments.bench import frozen
+    from experiments.bench import frozen, turns
     from luspo_jax import objectives
     from luspo_jax.learner.logprobs import row_logprobs
     from luspo_jax.learner.state import initial_state
@@ -62,27 +62,16 @@ def measure(workload, *, pairs: int) -> dict:
         mask_BT, batch.responses.old_logprobs_BT, jnp.full(mask_BT.shape, 0.5)
     )
 
-    def form(_):
+    def form():
         jax.block_until_ready(
             objectives.advantages(
                 otb, rewards_B, batch.responses.group_ids_B, lengths_B, tokens=tokens
             )
         )
 
-    found = _alternate({"tokens": update, "responses": update}, pairs)
-    return found | _alternate({"collision": score, "without": score, "forming": form}, pairs)
-
-
-def _alternate(sides, pairs):
-    """Returns seconds of each side; the side that goes first in one round goes last in the next."""
-    seconds = {name: [] for name in sides}
-    for pair in range(-2, pairs):
-        for name in sorted(sides, reverse=pair % 2 == 1):
-            started = time.perf_counter()
-            sides[name](name)
-            if pair >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+    sides = {name: functools.partial(update, name) for name in batches}
+    passes = {name: functools.partial(score, name) for name in rules} | {"forming": form}
+    return turns.alternate(sides, pairs) | turns.alternate(passes, pairs)
 
 
 def main() -> None:
@@ -90,11 +79,9 @@ def main() -> None:
     import numpy as np
 
     from experiments.bench.report import paired
-    from experiments.bench.workload import Workload
+    from experiments.bench.workload import SMALL, Workload
 
-    small = Workload(prompts=2, group=2, prompt_length=8, response_length=16, embed_dim=32,
-                     layers=1, heads=2, kv_heads=1, head_dim=16, mlp_dim=32, vocab=64)  # fmt: skip
-    workload = small if _SMALL.value else Workload()
+    workload = SMALL if _SMALL.value else Workload()
     seconds = measure(workload, pairs=_PAIRS.value)
     print(workload)
     for one, other in (("tokens", "responses"), ("collision", "without")):

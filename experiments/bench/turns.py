@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 PAUSE = 0.3  # seconds between steps: spinning threads of the last one go to sleep
 OURS = "luspo_jax"
@@ -46,6 +47,21 @@ def order(sides: Sequence[str], *, warmup: int, steps: int) -> list[Turn]:
 def rest(seconds: float = PAUSE) -> None:
     """Pauses between turns."""
     time.sleep(seconds)
+
+
+def alternate(sides: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
+    """Returns seconds of every side, `pairs` times after two that do not count.
+
+    The side that goes first in one round goes last in the next. A side must wait for what it
+    computes.
+    """
+    seconds = {name: [] for name in sides}
+    for turn in order(tuple(sides), warmup=2, steps=pairs):
+        started = time.perf_counter()
+        sides[turn.side]()
+        if turn.round >= 0:
+            seconds[turn.side].append(time.perf_counter() - started)
+    return seconds
 
 
 def take(

@@ -90,6 +90,22 @@ class Workload:
         )
 
 
+# A step of a moment, to try a benchmark.
+SMALL = Workload(
+    prompts=2,
+    group=2,
+    prompt_length=8,
+    response_length=16,
+    embed_dim=32,
+    layers=1,
+    heads=2,
+    kv_heads=1,
+    head_dim=16,
+    mlp_dim=32,
+    vocab=64,
+)
+
+
 def words(vocab: int) -> list[str]:
     """Returns token texts: number and parity, so that a text shows what the reward requires."""
     return [f"{token}{'eo'[token % 2]}" for token in range(vocab)]

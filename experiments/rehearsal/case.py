@@ -18,15 +18,22 @@ from luspo_jax import sharding
 from luspo_jax.learner.plan import Plan
 from luspo_jax.learner.programs import StepPrograms
 from luspo_jax.learner.rows import Planner
-from luspo_jax.learner.state import UpdateRule, abstract_state
+from luspo_jax.learner.state import (
+    UpdateRule,
+    abstract_base,
+    abstract_state,
+    policy_params,
+    with_base,
+)
 from luspo_jax.models import locate
 from luspo_jax.models.decoder_config import DecoderConfig, decoder_config
+from luspo_jax.models.low_rank import Adapter
 from luspo_jax.ops.sizes import rounded_up
 from luspo_jax.rollout import Engine
-from luspo_jax.run import checks
+from luspo_jax.run import adapters, checks
 from luspo_jax.run.arithmetic import BatchArithmetic, batch_arithmetic
-from luspo_jax.run.build import layouts, planner, sampler, update_rule
-from luspo_jax.run.memory import param_bytes
+from luspo_jax.run.build import layouts, planner, roles, sampler, update_rule
+from luspo_jax.run.memory import param_bytes, trained_bytes
 from luspo_jax.run.model import Model
 from luspo_jax.sharding import Layout
 from luspo_jax.types import TrainState
@@ -84,10 +91,40 @@ class Case:
         """Parameters of the model."""
         return param_bytes(self.model, None, jnp.float32) // 4
 
+    @property
+    def adapter(self) -> Adapter | None:
+        """What is trained in place of the weights; None where they are."""
+        return self.rule.logprobs.how.adapter
+
+    @property
+    def trained_bytes(self) -> int:
+        """Returns the bytes on a device of what is trained, weights or adapter."""
+        return trained_bytes(self.model, self.layouts[0], self.adapter)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Returns the bytes of a checkpoint of all devices, which leaves frozen weights out."""
+        one = trained_bytes(self.model, None, self.adapter)
+        copies = (self.state.ref_params, self.state.marked_params)
+        return one * (3 + sum(copy is not None for copy in copies))
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether the sampler has weights of its own; if not, it reads the trainer's."""
+        if self.config.rollout.lora == "apart":
+            return False
+        as_they_are = self.layouts[0] is None and self.config.model.rollout_dtype == "float32"
+        return self.adapter is not None or self.apart > 0 or not as_they_are
+
     @functools.cached_property
     def state(self) -> TrainState:
         """Shapes and places of the train state."""
-        return self.on(abstract_state(self.rule, marked=self.config.length.every > 0))
+        state = abstract_state(self.rule, marked=self.config.length.every > 0)
+        return self.on(with_base(state, abstract_base(self.rule.logprobs.how)))
+
+    def policy(self, name: str = "params") -> Any:
+        """Returns shapes and places of what a forward pass of a policy reads."""
+        return policy_params(self.state, self.rule.logprobs.how, name)
 
     @property
     def width(self) -> int:
@@ -240,11 +277,6 @@ def build(
             "weights through their memory, at a rate that is not known here: rehearse with "
             "rollout_mesh.apart=0, or on one host"
         )
-    if config.lora.rank:
-        raise UsageError(
-            f"lora.rank={config.lora.rank}: the programs of an adapter are not rehearsed; "
-            "experiments.train --dry_run estimates its memory"
-        )
     longest = max_length or config.rollout.max_response_length
     if not 1 <= longest <= config.rollout.max_response_length:
         raise UsageError(
@@ -257,6 +289,8 @@ def build(
     model = Model(locate.EMBEDDED, architecture(config), _NoTokenizer())
     pictures = tower.assumed(config, model.config, images, image_size)
     laid = layouts(config, model.config, topology.devices)
+    made = adapters.adapter(config, model.config)
+    adapters.check_rollout(config, made, roles(config, topology.devices))
     own = laid[0], _on_a_host(topology, laid[1])
     with _device_of(topology):
         return Case(

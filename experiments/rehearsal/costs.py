@@ -29,8 +29,8 @@ in one piece, as a row rarely ends where a page does; and the experts that its a
 each equally likely: E·(1 − (1 − 1/E)ⁿ) for n assignments. Without an expert axis, few rows have
 theirs picked out (read, written, read). Devices decode in step, so the fullest decides.
 
-Left out: norms, rotations, element-wise work that compilers fuse, latencies, sampling, block
-tables, partial sums of a kernel.
+Left out: norms, rotations, fused element-wise work, latencies, sampling, block tables, partial sums
+of a kernel.
 """
 
 import dataclasses
@@ -239,17 +239,25 @@ RECOMPUTED = {"none": (0, 0), "full": (1, 1), "attention": (1, 0), "offload": (1
 
 
 def backward(
-    model: DecoderConfig, rows: Rows, part: Parts, width: int, *, remat: str, kernel: str
+    model: DecoderConfig,
+    rows: Rows,
+    part: Parts,
+    width: int,
+    *,
+    remat: str,
+    kernel: str,
+    frozen: bool = False,
 ) -> Work:
-    """Counts the layers' backward pass, with recomputation."""
+    """Counts the layers' backward pass, with recomputation; of `frozen` matrices only by inputs."""
     M, c, t = matrices(model), width, part.tensor
     tokens = rows.tokens / part.tokens
     layers, with_attention = RECOMPUTED[remat]
     # The products themselves twice; weights gathered once more, gradients reduced in float32.
     work = _matrix_pass(model, rows, part, width)
-    work = Work(2 * work.flops, 2 * work.memory, work.links)
-    grads = 4 * M / t
-    work += Work(0, 2 * grads + 3 * grads / part.embed, grads * others(part.embed))
+    if not frozen:
+        work = Work(2 * work.flops, 2 * work.memory, work.links)
+        grads = 4 * M / t
+        work += Work(0, 2 * grads + 3 * grads / part.embed, grads * others(part.embed))
     work += expert_pass(model, rows, part, width, gradient=True)
     products = 5 if kernel in ("cudnn", "reference") else 7
     work += attention(model, rows, part, width, products=products)
@@ -258,22 +266,30 @@ def backward(
         work += _matrix_pass(model, rows, part, width, share=1 - last / M)
     if with_attention:
         work += attention(model, rows, part, width, products=2)
-    # Rows of the embedding travel as activations, and their gradients.
-    work += Work(0, 4 * tokens * model.embed_dim, c * tokens * model.embed_dim * others(part.embed))
+    if not frozen:  # rows of the embedding travel as activations, and their gradients
+        values = tokens * model.embed_dim
+        work += Work(0, 4 * values, c * values * others(part.embed))
     return work
 
 
 def scoring(
-    model: DecoderConfig, rows: Rows, part: Parts, width: int, chunk: int, *, gradient: bool
+    model: DecoderConfig,
+    rows: Rows,
+    part: Parts,
+    width: int,
+    chunk: int,
+    *,
+    gradient: bool,
+    frozen: bool = False,
 ) -> Work:
     """Counts the head over the unmasked tokens, forward, and backward with `gradient`."""
     VD, t = head(model), part.tensor
     scored = rows.scored / part.tokens
-    passes, touched, gathers = (4, 7, 2) if gradient else (1, 3, 1)
+    passes, touched, gathers = (4 - frozen, 7 - frozen, 2) if gradient else (1, 3, 1)
     chunks = math.ceil(scored / chunk) if scored else 0
     memory = 4 * touched * scored * model.vocab_size / t + passes * chunks * width * VD / t
     links = gathers * width * VD / t * others(part.embed)
-    if gradient:
+    if gradient and not frozen:
         memory += 3 * 4 * VD / t * chunks  # the gradient is summed in float32, chunk by chunk
         links += 4 * VD / t * others(part.embed)
     return Work(passes * 2 * scored * VD / t, memory, links)
@@ -288,12 +304,13 @@ def training(
     remat: str,
     kernel: str,
     chunk: int,
+    frozen: bool = False,
 ) -> Work:
     """Counts one micro-batch of an update: forward, head, backward."""
     return (
         forward(model, rows, part, width)
-        + scoring(model, rows, part, width, chunk, gradient=True)
-        + backward(model, rows, part, width, remat=remat, kernel=kernel)
+        + scoring(model, rows, part, width, chunk, gradient=True, frozen=frozen)
+        + backward(model, rows, part, width, remat=remat, kernel=kernel, frozen=frozen)
     )
 
 
@@ -314,8 +331,7 @@ class Kernels:
     Attributes:
       width: bytes of an entry; of int8, each output channel has a float32 scale besides.
       copied: whether a layer's experts are first written out in the activations' type.
-      cached: bytes of an element of keys or values in pages, with its part of a scale; 0 for those
-        of activations.
+      cached: bytes of a key's element in pages, its part of a scale included; 0: as activations.
     """
 
     width: int

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments.rehearsal import adapted, costs, crossing, tower
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, crossing, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.costs import Rows, Work
 from experiments.rehearsal.crossing import Transfer
@@ -145,15 +145,15 @@ def _hand_over(case):
     dtype = jnp.dtype(case.config.model.rollout_dtype)
     if case.apart:
         return [_hand_over_apart(case, dtype)]
-    if train is None and dtype == jnp.float32:
-        return []  # the sampler reads the master weights
+    if not case.hands_over:
+        return []
     args = {"config": case.model, "layout": rollout, "dtype": dtype}
-    beside = parked(case, "params")
-    own, cast = (param_bytes(case.model, train, kind) for kind in (jnp.float32, dtype))
+    beside = parked(case, "params", "base")
+    own, cast = _handed_bytes(case, dtype)
     work = costs.hand_over(own, cast, weights_bytes(case))
 
     def lower():
-        return handover.lower_rollout_params(case.state.params, **args)
+        return handover.lower_rollout_params(case.policy(), **args)
 
     if train is None or same_order(train.sharding(()), rollout):
         return [Program("hand-over", lower, work, 1, beside)]
@@ -173,7 +173,7 @@ def _hand_over(case):
         return handover.lower_rollout_params(jax.tree.unflatten(treedef, made), **args)
 
     only_cast = Work(0, own + cast, 0)
-    beside_cast = {**beside, **state_bytes(case, "params")}
+    beside_cast = {**beside, **state_bytes(case, "params", "base")}
     return [
         Program("hand-over cast", lower, only_cast, 1, beside),
         Program("hand-over", move, work, 1, beside_cast),
@@ -182,17 +182,23 @@ def _hand_over(case):
 
 def _hand_over_apart(case, dtype):
     """Returns the cast, made where the weights lie; jax then moves each part to other devices."""
-    own, cast = (param_bytes(case.model, case.layouts[0], kind) for kind in (jnp.float32, dtype))
+    own, cast = _handed_bytes(case, dtype)
     wanted = weights_bytes(case)
     return Program(
         "hand-over",
         lambda: handover.lower_rollout_params(
-            case.state.params, config=case.model, layout=None, dtype=dtype
+            case.policy(), config=case.model, layout=None, dtype=dtype
         ),
         Work(0, own + cast + wanted, wanted),
         1,
-        kept(case, "params"),
+        kept(case, "params", "base"),
     )
+
+
+def _handed_bytes(case, dtype):
+    """(bytes on a device of the trainer's weights, adapter included; of the same cast to dtype)."""
+    own = sum(state_bytes(case, "params", "base").values())
+    return own, param_bytes(case.model, case.layouts[0], dtype)
 
 
 # ---------------------------------------------------------------- rollout
@@ -211,7 +217,10 @@ HELD_OUT = " (held out)"
 
 def _sampler(case, engine, play, suffix):
     """Returns prefill, copy pages and decode of one host."""
-    beside = parked(case)
+    # What the sampler reads of the trainer's is among its arguments.
+    read = () if case.hands_over else ("params", "base")
+    beside = parked(case, *read)
+    copying = {**parked(case), "rollout weights": weights_bytes(case)}
     arrays = functools.cache(functools.partial(rollout_arrays, case, engine, play))
 
     def prefill():
@@ -241,7 +250,6 @@ def _sampler(case, engine, play, suffix):
     one_step = sum((chunk_work(case, engine, one) for one in play.chunks), Work()) * (
         1 / sum(one.steps for one in play.chunks)
     )
-    held = {**beside, "rollout weights": weights_bytes(case)}
     return [
         Program(
             f"prefill{suffix}",
@@ -255,7 +263,7 @@ def _sampler(case, engine, play, suffix):
             copy_pages,
             costs.copy_pages(copied, engine.page_bytes),
             play.copies / copied,
-            held,
+            copying,
         ),
         Program(
             f"decode chunk{suffix}",
@@ -271,6 +279,7 @@ def prefill_work(case: Case, engine: Any, runs: costs.Runs) -> Work:
     """Returns the work of one prefill; with images, one prompt a row."""
     part, width = case.rollout_parts, engine.dtype.itemsize
     work = costs.prefill(case.model, runs, part, width, kernels(case))
+    work += _apart(case, engine, runs.rows * runs.length / part.batch)
     if pictures := case.lengths.images:
         images = case.prefilled_images(runs.rows, engine.row_multiple)
         whole = dataclasses.replace(part, length=1)
@@ -284,7 +293,15 @@ def chunk_work(case: Case, engine: Any, chunk: Any) -> Work:
     one = costs.decode_step(
         case.model, step, case.rollout_parts, engine.dtype.itemsize, kernels(case)
     )
-    return one * chunk.steps
+    return (one + _apart(case, engine, chunk.rows / case.rollout_parts.batch)) * chunk.steps
+
+
+def _apart(case, engine, tokens):
+    """Work of a sampler that reads an adapter beside the frozen weights, over so many tokens."""
+    made = engine.how.adapter
+    if made is None:
+        return Work()
+    return adapted.forward(case.model, made, tokens, case.rollout_parts, engine.dtype.itemsize)
 
 
 def rollout_arrays(case: Case, engine: Any, play: Played) -> dict[str, Any]:
@@ -292,7 +309,10 @@ def rollout_arrays(case: Case, engine: Any, play: Played) -> dict[str, Any]:
     model, how = case.model, engine.how
     dtype = jnp.dtype(case.config.model.rollout_dtype)
     axes = decoder.param_axes(model, dtype)
-    params = case.on_host(decoder.abstract_params(model, dtype), axes)
+    if case.hands_over:
+        params = case.on_host(decoder.abstract_params(model, dtype), axes)
+    else:
+        params = case.policy()
     pages = jax.eval_shape(
         functools.partial(
             decoder.empty_pages,
@@ -333,6 +353,7 @@ def _training(case):
     found, programs, state = [], case.programs, case.state
     for number, (name, one) in enumerate(programs.passes(stale=case.stale).items()):
         rows, times, work = pass_rows(case, one.record_experts)
+        # With an adapter, a reference that is not copied is the frozen weights alone.
         gone = {"params": "ref_params", "ref_params": "params"}[one.policy]
         found.append(
             Program(
@@ -341,7 +362,7 @@ def _training(case):
                 work,
                 times,
                 state_bytes(case, "opt_state", gone, "marked_params"),
-                functools.partial(device_bytes, (getattr(state, one.policy), rows)),
+                functools.partial(device_bytes, (case.policy(one.policy), rows)),
             )
         )
     batch, work = train_batch(case)
@@ -372,6 +393,8 @@ def pass_rows(case: Case, record_experts: bool) -> tuple[TokenRows, int, Work]:
     work = costs.forward(case.model, micro, part, width) + costs.scoring(
         case.model, micro, part, width, rule.head_chunk_tokens, gradient=False
     )
+    if made := case.adapter:
+        work += adapted.forward(case.model, made, micro.tokens / part.tokens, part, width)
     work = (work + _tower(case, responses, gradient=False)) * used
     if record_experts:
         # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
@@ -391,9 +414,13 @@ def train_batch(case: Case) -> tuple[TrainBatch, Work]:
     work = costs.training(
         case.model, micro, case.train_parts, case.width,
         remat=rule.how.remat, kernel=rule.how.attention, chunk=rule.head_chunk_tokens,
+        frozen=case.adapter is not None,
     )  # fmt: skip
+    if made := case.adapter:
+        part, remat = case.train_parts, rule.how.remat
+        work += adapted.training(case.model, made, micro, part, case.width, remat=remat)
     work += _tower(case, responses, gradient=True)
-    own = param_bytes(case.model, case.layouts[0], jnp.float32)
+    own = case.trained_bytes
     # Micro-batches add up on each copy; copies are summed at the end, slices apart (`slices`).
     copies = case.train_parts.copies // case.topology.slices
     work = work * used + costs.summed(own, copies) + costs.optimizer(own)
@@ -407,7 +434,8 @@ def _tower(case, responses, *, gradient):
         return Work()
     args = (case.model.vision, cases.images_at_once(case, responses), pictures.slots,
             case.train_parts, case.width)  # fmt: skip
-    frozen, how = rule.freeze_vision or not gradient, rule.how
+    how = rule.how
+    frozen = rule.freeze_vision or not gradient or not (how.adapter is None or how.adapter.vision)
     return tower.training(*args, frozen=frozen, remat=how.remat, kernel=how.vision_attention)
 
 
@@ -438,7 +466,9 @@ def _pressure(case):
     beside = state_bytes(case, "opt_state", "ref_params")
     return Program(
         "pressure",
-        lambda: laboratory.lower_measure(lab, case.state.params, case.on(half)),
+        lambda: laboratory.lower_measure(
+            lab, case.state.params, case.on(half), getattr(case.state, "base", None)
+        ),
         work,
         1 / config.length.every,
         beside,

@@ -12,6 +12,7 @@ from experiments.rehearsal.case import Case
 from experiments.rehearsal.programs import Compiled, Program
 from experiments.rehearsal.topologies import Topology
 from luspo_jax.learner.state import OFFLOADS
+from luspo_jax.run import adapters
 
 # Shares of the peak that a run is expected to reach, for the estimate beside the roofline: MaxText
 # publishes 45 % of a v5p's compute for pre-training, verl 31 to 40 % of an H100's for RL updates;
@@ -58,6 +59,8 @@ def times(case: Case, found: list[Program]) -> dict[str, Any]:
         "meshes": cases.whole_host(case),
         "attention": _attention(case),
         "parameters": case.num_params,
+        "adapter": _adapter(case),
+        "checkpoint_bytes": case.checkpoint_bytes,
         "lengths": {"prompt": case.lengths.prompt, "mean": case.lengths.mean,
                     "longest": case.lengths.longest, **tower.described(case.lengths.images)},
         "batch": str(case.sizes),
@@ -65,6 +68,18 @@ def times(case: Case, found: list[Program]) -> dict[str, Any]:
                  "apart": case.apart},
         "step": step(case, found),
         **({"across_slices": slices.crossed(case, {})} if case.topology.slices > 1 else {}),
+    }  # fmt: skip
+
+
+def _adapter(case):
+    """What is trained in place of the weights; None where they are."""
+    made = case.adapter
+    if made is None:
+        return None
+    return {
+        "rank": made.rank, "numbers": adapters.num_trained(case.model, made), "base": made.base,
+        "state_bytes": resident.state_bytes(case, "base", "params", "opt_state"),
+        "rollout": case.config.rollout.lora,
     }  # fmt: skip
 
 
@@ -293,6 +308,7 @@ def text(report: dict[str, Any]) -> str:
             f" and up to {report['lengths']['longest']:,}{_pictures(report)}. A device has "
             f"{usable / 1e9:.2f} GB to use.",
             "",
+            *_trained(report),
             *([table(report), ""] if compiled else []),
             *_times(report["step"]),
             "",
@@ -301,6 +317,22 @@ def text(report: dict[str, Any]) -> str:
             *(_memory(report) if compiled else ["No program was compiled."]),
         ]
     )
+
+
+def _trained(report):
+    """Describes an adapter, and what a checkpoint holds."""
+    one = report["adapter"]
+    if one is None:
+        return []
+    sizes = {name: _gb(size) for name, size in one["state_bytes"].items()}
+    reads = "them as they are" if one["rollout"] == "apart" else "a merged copy"
+    return [
+        f"An adapter of rank {one['rank']}, {one['numbers']:,} numbers, is trained beside frozen "
+        f"weights in {one['base']}: a device holds {sizes['base']} GB of these, and "
+        f"{sizes['params']} GB of the adapter with {sizes['opt_state']} GB of moments; the sampler "
+        f"reads {reads}. A checkpoint has {_gb(report['checkpoint_bytes'])} GB.",
+        "",
+    ]
 
 
 def _times(taken):

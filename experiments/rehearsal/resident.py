@@ -9,26 +9,28 @@ import jax.numpy as jnp
 from experiments.rehearsal import costs
 from experiments.rehearsal.case import Case
 from luspo_jax.learner.state import OFFLOADS
-from luspo_jax.run.memory import param_bytes
+from luspo_jax.run.memory import base_bytes, param_bytes, value_bytes
 
 
 def device_bytes(tree: Any) -> float:
     """Returns the bytes that a device holds of arrays, by their shapes and shardings."""
     return sum(
-        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
+        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * value_bytes(x.dtype)
         for x in jax.tree.leaves(tree)
     )
 
 
 def state_bytes(case: Case, *names: str) -> dict[str, float]:
     """Returns the bytes on a device of the given parts of the train state, if present."""
-    one = param_bytes(case.model, case.layouts[0], jnp.float32)
+    one, made = case.trained_bytes, case.adapter
     marked = case.config.length.every > 0
+    referred = case.rule.objective.kl_coef and case.rule.copies_reference
     sizes = {
         "params": one,
         "opt_state": 2 * one,
-        "ref_params": one if case.rule.objective.kl_coef else 0,
+        "ref_params": one if referred else 0,
         "marked_params": one if marked else 0,
+        "base": base_bytes(case.model, case.layouts[0], made) if made else 0,
     }
     return {name: sizes[name] for name in names if sizes[name]}
 
@@ -41,14 +43,14 @@ def parked(case: Case, *without: str) -> dict[str, float]:
 def kept(case: Case, *without: str) -> dict[str, float]:
     """The train state between steps where training is, what is offloaded left out."""
     gone = {*OFFLOADS[case.config.train.offload], *without}
-    names = ("params", "opt_state", "ref_params", "marked_params")
+    names = ("params", "opt_state", "ref_params", "marked_params", "base")
     return state_bytes(case, *[name for name in names if name not in gone])
 
 
 def weights_bytes(case: Case) -> float:
-    """Returns the bytes of the sampler's weights on a device; 0 if it reads the master weights."""
+    """Returns the bytes of the sampler's weights on a device; 0 if it reads the trainer's."""
     dtype = jnp.dtype(case.config.model.rollout_dtype)
-    if case.layouts[0] is None and dtype == jnp.float32 and not case.apart:
+    if not case.hands_over:
         return 0
     return param_bytes(case.model, case.engine.layout, dtype)
 

@@ -313,10 +313,12 @@ def _counted_training(case, name):
     inside = 0 if case.config.model.remat == "none" and not scores else layer
     inside += model.experts_per_token * (6 * model.embed_dim + 7 * model.expert_dim)
     activations = width * tokens * (model.num_layers * kept + inside) / part.tensor
-    head = costs.head(model) / part.tensor * (width + (0 if scores else 4))
+    unsummed = scores or case.adapter is not None
+    head = costs.head(model) / part.tensor * (width + (0 if unsummed else 4))
     logits = 8 * case.config.model.head_chunk_tokens * model.vocab_size / part.tensor
     activations += _counted_images(case, name)
-    state = sum(resident.state_bytes(case, "params", "opt_state", "ref_params").values())
+    names = ("params", "opt_state", "ref_params", "base")
+    state = sum(resident.state_bytes(case, *names).values())
     gradients = 2 * resident.state_bytes(case, "params")["params"]
     return state + gradients + activations + head + logits
 

@@ -4,12 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from experiments.rehearsal import costs
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.crossing import Transfer
-from luspo_jax.run.memory import param_bytes
 
 _LISTED = 8  # transfers of a program in the report
 
@@ -20,7 +17,7 @@ def gradient_bytes(case: Case) -> float:
     Its own part of them, in float32, summed over S slices: 2 · (S − 1)/S of it. The k copies within
     a slice are summed before, so each has a k-th to sum across.
     """
-    own, slices = param_bytes(case.model, case.layouts[0], jnp.float32), case.topology.slices
+    own, slices = case.trained_bytes, case.topology.slices
     within = case.train_parts.copies // slices
     return 2 * own * costs.others(slices) / max(1, within)
 

@@ -93,6 +93,9 @@ CHIPS = {
                  "NVLink 900 GB/s both ways, 8 × 400 Gb/s a host"),
     "a100-80g": _gpu(85_100_068_864, 312, 2039, 300, 25, "NVIDIA data sheet, A100 SXM; DGX A100: "
                      "NVLink 600 GB/s both ways, 8 × 200 Gb/s a host"),
+    # Its memory is the least that users' out-of-memory messages tell, 23.61 to 23.68 GiB.
+    "rtx4090": _gpu(23.61 * GIB, 165.2, 1008, 32, 0, "NVIDIA Ada GPU architecture white paper, "
+                    "RTX 4090, bfloat16 summed in float32; PCIe 4.0 × 16, no NVLink"),
 }  # fmt: skip
 
 
@@ -245,19 +248,26 @@ class _quiet:
 
 
 # XLA's GpuTargetConfig by its public fields: multiprocessors and their limits come from the CUDA
-# programming guide's table for compute capability 8.0 and 9.0.
-_SHARED = {"9": (233_472, 232_448), "8": (167_936, 166_912)}  # per multiprocessor, block (opt-in)
+# programming guide's table for compute capability 8.0, 8.9 and 9.0.
+_LIMITS = {  # shared memory per multiprocessor and block (opt-in), threads per multiprocessor
+    "9.0": (233_472, 232_448, 2048),
+    "8.9": (102_400, 101_376, 1536),
+    "8.0": (167_936, 166_912, 2048),
+}
 _CARDS = {
-    "h100": ("NVIDIA H100 80GB HBM3", 132, "9", 128, 52_428_800, 1.98),
-    "h200": ("NVIDIA H200 141GB HBM3e", 132, "9", 128, 52_428_800, 1.98),
-    "a100-80g": ("NVIDIA A100-SXM4-80GB", 108, "8", 64, 41_943_040, 1.41),
+    "h100": ("NVIDIA H100 80GB HBM3", 132, "9.0", 128, 52_428_800, 1.98),
+    "h200": ("NVIDIA H200 141GB HBM3e", 132, "9.0", 128, 52_428_800, 1.98),
+    "a100-80g": ("NVIDIA A100-SXM4-80GB", 108, "8.0", 64, 41_943_040, 1.41),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", 128, "8.9", 128, 75_497_472, 2.52),
 }
 
 
 def gpu_target(name: str) -> str:
     """Returns the GpuTargetConfig of a card as text proto, which XLA compiles for."""
-    title, cores, major, units, cache, clock = _CARDS[name]
-    chip, (a_core, a_block) = CHIPS[name], _SHARED[major]
+    title, cores, capability, units, cache, clock = _CARDS[name]
+    chip, (a_core, a_block, threads) = CHIPS[name], _LIMITS[capability]
+    major, minor = capability.split(".")
+    minor = f" minor: {minor}" if minor != "0" else ""
     extension = "ACCELERATED_FEATURES" if major == "9" else "NONE"
     return f"""
     gpu_device_info {{
@@ -266,11 +276,11 @@ def gpu_target(name: str) -> str:
       l2_cache_size: {cache}
       shared_memory_per_block: 49152 shared_memory_per_core: {a_core}
       shared_memory_per_block_optin: {a_block}
-      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
       registers_per_core_limit: 65536 registers_per_block_limit: 65536
       block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
       thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-      cuda_compute_capability {{ major: {major} feature_extension: {extension} }}
+      cuda_compute_capability {{ major: {major}{minor} feature_extension: {extension} }}
       driver_version: "13.0.0" runtime_version: "13.0.0" dnn_version: "9.10.0"
       compile_time_toolkit_version: "13.0.0"
     }}
@@ -286,8 +296,9 @@ def _local_chip() -> Chip:
     """Returns the chip of the local devices: known cards by name, others measured."""
     device = jax.devices()[0]
     kind = device.device_kind.lower()
+    card = kind.replace(" ", "")
     for name, chip in CHIPS.items():
-        if device.platform == "gpu" and name.split("-")[0] in kind:
+        if device.platform == "gpu" and name.split("-")[0] in card:
             stats = device.memory_stats() or {}
             memory = stats.get("bytes_limit", chip.usable)  # all memory taken by jax is usable
             return dataclasses.replace(chip, memory=memory, reserve=0.0)

@@ -60,12 +60,23 @@ def abstract_state(rule: UpdateRule, *, marked: bool = False) -> TrainState:
     """Returns shapes, types and shardings of `initial_state`; allocates nothing."""
     params = decoder.abstract_trained(rule.logprobs.how)
     state = jax.eval_shape(functools.partial(_fresh, rule=rule, marked=marked), params)
-    if rule.logprobs.how.layout is None:
-        return state
+    return _placed(state, state_shardings(state, rule))
+
+
+def abstract_base(how: Forward) -> Any:
+    """Returns shapes, types and shardings of the frozen weights; None without an adapter."""
+    if how.adapter is None:
+        return None
+    where = sharding.shardings(decoder.frozen_axes(how), how.layout)
+    return _placed(decoder.abstract_frozen(how), where)
+
+
+def _placed(shapes, where):
+    """Adds shardings to shapes; none on one device."""
+    if where is None:
+        return shapes
     return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        state,
-        state_shardings(state, rule),
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
     )
 
 

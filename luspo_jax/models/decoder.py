@@ -19,6 +19,7 @@ from luspo_jax.models.experts import EXPERT_AXES, ROUTER_AXES, Routed, check_ids
 from luspo_jax.models.forward import Forward
 from luspo_jax.models.low_rank import (
     abstract_adapter,
+    abstract_base,
     adapter_axes,
     base_axes,
     composed,
@@ -42,6 +43,7 @@ from luspo_jax.sharding import constrain
 __all__ = [
     "REMAT",
     "Routed",
+    "abstract_frozen",
     "abstract_params",
     "abstract_trained",
     "cast",
@@ -57,6 +59,7 @@ __all__ = [
     "param_axes",
     "prefill",
     "trained_axes",
+    "whole_axes",
     "whole_params",
 ]
 
@@ -297,8 +300,9 @@ def abstract_params(config, dtype=jnp.float32):
     how = Forward(config)
     attend_fn = functools.partial(_attend_sequence, how=how)
     init = Decoder(how, attend_fn, param_dtype=dtype).init
+    key = jax.eval_shape(jax.random.key, 0)  # the default device may be one to compile for
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(init, jax.random.key(0), tokens_BT, tokens_BT, tokens_BT)["params"]
+    tree = jax.eval_shape(init, key, tokens_BT, tokens_BT, tokens_BT)["params"]
     if config.vision is not None:
         tree = {**tree, "vision": vision.abstract_params(config.vision, dtype)}
     return tree
@@ -379,6 +383,11 @@ def abstract_trained(how):
     return abstract_adapter(params, param_axes(how.model), how.adapter)
 
 
+def abstract_frozen(how):
+    """Returns shapes and types of the frozen weights of an adapter."""
+    return abstract_base(abstract_params(how.model), param_axes(how.model), how.adapter)
+
+
 def frozen_axes(how):
     """Returns the logical axes of the frozen weights of an adapter."""
     return base_axes(param_axes(how.model), how.adapter)
@@ -387,6 +396,12 @@ def frozen_axes(how):
 def whole_params(base, trained, how):
     """Returns what a forward pass reads: what is trained, or `base` with the adapter in place."""
     return trained if how.adapter is None else composed(base, trained, how.adapter.scale)
+
+
+def whole_axes(how):
+    """Returns the logical axes of what a forward pass reads, with those of an adapter in place."""
+    axes = param_axes(how.model)
+    return axes if how.adapter is None else whole_params(frozen_axes(how), trained_axes(how), how)
 
 
 def cut_sizes(config):

@@ -188,7 +188,7 @@ def abstract_adapter(
 
 def begun(
     key: jax.Array,
-    params: Mapping[str, Any],
+    params: dict[str, Any],
     axes_tree: Mapping[str, Any],
     adapter: Adapter,
     layout: sharding.Layout | None,
@@ -199,18 +199,18 @@ def begun(
 
     Args:
       key: of the draws; the mesh does not change what is drawn.
-      params: the model's weights.
+      params: the model's weights; emptied, so that each is freed when it has been rounded.
       axes_tree: their logical axes.
       adapter: what to make.
       layout: where all of it lies.
     """
-    made, base = {}, dict(flat(params))
+    made, base = {}, _taken(params)
     for index, (path, place) in enumerate(sorted(places(axes_tree, adapter).items())):
         program = _beginning(place, adapter, layout)
         rest, made[path] = program(jax.random.fold_in(key, index), base[path])
         base[path] = base[path] if rest is None else rest
     axes_of, frozen = dict(flat(axes_tree)), {}
-    for path in list(base):  # one after another: each is freed once it is rounded
+    for path in list(base):  # one after another
         axes = axes_of[path]
         where = sharding.shardings(_frozen_axes(path, axes, adapter.base), layout)
         frozen[path] = _freezing(path, axes, adapter.base, where)(base.pop(path))
@@ -397,6 +397,13 @@ def flat(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
             tree, is_leaf=lambda node: isinstance(node, (tuple, LowRank, *QUANTISED))
         )
     ]
+
+
+def _taken(tree):
+    """Returns path → parameter of a nested dict, which is empty then."""
+    found = dict(flat(tree))
+    tree.clear()
+    return found
 
 
 def _nested(by_path):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from luspo_jax import sharding
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.low_rank import is_composed
 from luspo_jax.sharding import Layout
 
@@ -31,18 +32,41 @@ def rollout_params(params: Any, *, config: DecoderConfig, layout: Layout | None,
     if layout is None:
         as_it_is = dtype == jnp.float32 and not is_composed(params)
         return params if as_it_is else cast_program(dtype)(params)
+    return _placed(params, Forward(config), layout, dtype)
+
+
+def apart_params(params: Any, *, how: Forward, layout: Layout | None) -> Any:
+    """Shards frozen weights and their adapter by the rollout's table, each in the type it has.
+
+    On one device they are those of the trainer.
+
+    Args:
+      params: the frozen weights with the adapter in place, in the training layout.
+      how: of the trainer.
+      layout: the rollout's, as in `rollout_params`.
+    """
+    if layout is None:
+        return params
+    return _placed(params, Forward(how.model, adapter=how.adapter), layout, None)
+
+
+def _placed(params, how, layout, dtype):
+    """Casts and shards; `dtype` is None where an adapter stays apart."""
+    axes = _axes(how, dtype)
     trained_on = jax.tree.leaves(params)[0].sharding
     if trained_on.device_set.isdisjoint(layout.mesh.devices.flat):
         # Devices of their own: the cast is made where the weights lie, and then each part travels.
-        own = sharding.shardings(decoder.param_axes(config, dtype), layout)
-        return jax.device_put(cast_program(dtype)(params), own)
+        return jax.device_put(cast_program(dtype)(params), sharding.shardings(axes, layout))
     if not sharding.same_order(trained_on, layout):
         # The devices of the mesh were ordered by their links; XLA wants one order in a program.
         params = cast_program(dtype)(params)
         params = jax.device_put(params, sharding.in_order_of(layout, params))
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    placed = _moved(dtype, mesh, layout, config)(params)
-    return sharding.own_part(placed, decoder.param_axes(config, dtype), layout)
+    return sharding.own_part(_moved(dtype, mesh, layout, how)(params), axes, layout)
+
+
+def _axes(how, dtype):
+    return decoder.whole_axes(how) if dtype is None else decoder.param_axes(how.model, dtype)
 
 
 def lower_rollout_params(
@@ -59,14 +83,14 @@ def lower_rollout_params(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
     )
     mesh = jax.tree.leaves(places)[0].mesh
-    return _moved(jnp.dtype(dtype), mesh, layout, config).lower(params)
+    return _moved(jnp.dtype(dtype), mesh, layout, Forward(config)).lower(params)
 
 
 @functools.cache
-def _moved(dtype, mesh, layout, config):
-    axes, between = decoder.param_axes(config, dtype), layout.halfway()
+def _moved(dtype, mesh, layout, how):
+    axes, between = _axes(how, dtype), layout.halfway()
     start = sharding.shardings(axes, Layout(mesh, "train"))
-    even = config.embed_dim % between.size("embed") == 0
+    even = how.model.embed_dim % between.size("embed") == 0
     halfway = sharding.shardings(axes, between) if even else None
 
     def move(params):
@@ -85,4 +109,4 @@ def cast_program(dtype: Any) -> Callable[[Any], Any]:
 
 
 def _cast_all(params, dtype):
-    return decoder.cast(params, dtype)
+    return params if dtype is None else decoder.cast(params, dtype)

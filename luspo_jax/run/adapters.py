@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from luspo_jax.datasets.store import file_sha256
+from luspo_jax.hosts.roles import Roles
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.models import (
     adapter_files,
@@ -21,7 +22,6 @@ from luspo_jax.models.forward import Forward
 from luspo_jax.models.low_rank import Adapter
 from luspo_jax.run.model import Model
 from luspo_jax.run.settings import Config, section
-from luspo_jax.sharding import Layout
 
 _DRAW = 1  # folded into the key of the run's seed, which itself draws random weights
 
@@ -95,7 +95,7 @@ def beginning(config: Config, model: Model, how: Forward) -> tuple[Any, Any]:
     return trained, base
 
 
-def check_rollout(config: Config, made: Adapter | None, layout: Layout | None) -> None:
+def check_rollout(config: Config, made: Adapter | None, roles: Roles) -> None:
     """Refuses an adapter apart from its weights in a rollout that cannot read the trainer's.
 
     Raises:
@@ -110,10 +110,10 @@ def check_rollout(config: Config, made: Adapter | None, layout: Layout | None) -
             "rollout.lora=apart reads the weights as lora.base stores them: set that, and "
             "model.rollout_dtype to the type of activations"
         )
-    if layout is not None:
+    if roles.split:
         raise ConfigError(
-            "rollout.lora=apart reads the trainer's frozen weights where they lie, on one device: "
-            "use rollout.lora=merged on a mesh"
+            "rollout.lora=apart is not implemented where processes sample that do not train: use "
+            "rollout.lora=merged with rollout_mesh.apart over several processes"
         )
 
 

@@ -33,7 +33,7 @@ from luspo_jax.models.quantised import activation_type
 from luspo_jax.rewards import Scorer
 from luspo_jax.rewards.group import GroupScorer
 from luspo_jax.rollout import Cache, Engine, Sampling
-from luspo_jax.rollout.handover import rollout_params
+from luspo_jax.rollout.handover import apart_params, rollout_params
 from luspo_jax.rollout.sending import sent_params
 from luspo_jax.run import adapters, checks
 from luspo_jax.run.arithmetic import batch_arithmetic
@@ -154,7 +154,7 @@ class Run:
         All processes must call, those that only sample with anything.
         """
         if self.settings.rollout.lora == "apart":
-            return params
+            return apart_params(params, how=self.rule.logprobs.how, layout=self.rollout_layout)
         how = {
             "config": self.model.config,
             "layout": self.rollout_layout,
@@ -180,7 +180,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     _check_model(settings, model.config)
     layout, rollout_layout = layouts(settings, model.config, devices)
     rule = update_rule(settings, model, layout)
-    adapters.check_rollout(settings, rule.logprobs.how.adapter, rollout_layout)
+    adapters.check_rollout(settings, rule.logprobs.how.adapter, roles(settings, devices))
     return Run(
         config=config,
         settings=settings,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from luspo_jax import sharding
 from luspo_jax.learner.state import OFFLOADS
-from luspo_jax.models import decoder, low_rank
+from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
 from luspo_jax.models.low_rank import Adapter
@@ -104,9 +104,11 @@ def room_for_pages(
 
 
 def _rollout_weights(config, model, rollout):
-    """Bytes of the sampler's weights on a device; 0 if it reads the master weights."""
+    """Bytes of the sampler's weights on a device; 0 if it reads the trainer's."""
     if config.rollout.lora == "apart":
-        return 0
+        made = adapters.adapter(config, model)
+        parts = (base_bytes(model, rollout, made), trained_bytes(model, rollout, made))
+        return sum(parts) if rollout else 0
     as_they_are = rollout is None and jnp.dtype(config.model.rollout_dtype) == jnp.float32
     if as_they_are and not section(config, "lora").rank:
         return 0
@@ -177,19 +179,23 @@ def trained_bytes(model: DecoderConfig, layout: Layout | None, made: Adapter | N
 @functools.cache  # traces the model
 def base_bytes(model: DecoderConfig, layout: Layout | None, made: Adapter) -> int:
     """Returns the bytes of one device's shard of an adapter's frozen weights."""
-    axes = decoder.param_axes(model)
-    frozen = low_rank.abstract_base(decoder.abstract_params(model), axes, made)
-    return _tree_bytes(frozen, decoder.frozen_axes(Forward(model, adapter=made)), layout)
+    how = Forward(model, adapter=made)
+    return _tree_bytes(decoder.abstract_frozen(how), decoder.frozen_axes(how), layout)
 
 
 def _tree_bytes(tree, axes_tree, layout):
     axes = jax.tree.leaves(axes_tree, is_leaf=lambda node: isinstance(node, tuple))
-    bits = sum(
+    size = sum(
         math.prod(layout.sharding(names).shard_shape(x.shape) if layout else x.shape)
-        * (4 if x.dtype == jnp.uint4 else 8 * x.dtype.itemsize)
+        * value_bytes(x.dtype)
         for x, names in zip(jax.tree.leaves(tree), axes, strict=True)
     )
-    return -(-bits // 8)
+    return math.ceil(size)
+
+
+def value_bytes(dtype: Any) -> float:
+    """Returns the bytes of an array's value on a device; 4 bits are packed, but not on a CPU."""
+    return 0.5 if jnp.dtype(dtype) == jnp.uint4 else jnp.dtype(dtype).itemsize
 
 
 def _parts(layout, *axes):

@@ -259,7 +259,7 @@ class RolloutSettings:
     # others are due. The latter needs rollout.overlap.
     order: str = "begun"
     # How the sampler reads a low-rank adapter: "merged" into a copy of the weights, in
-    # model.rollout_dtype; or "apart", beside the trainer's own frozen weights, on one device.
+    # model.rollout_dtype; or "apart", beside the frozen weights as lora.base stores them.
     lora: str = "merged"
     # Largest |sampler − trainer| log-prob difference of one token allowed at the first step. In
     # float32 more than 0.05 is a bug; in bfloat16 rounding makes 0.2 to 0.5 (a model of 135M: 0.21

@@ -15,7 +15,8 @@ from experiments.sweeps import report, runner, spec
 from experiments.sweeps.report import estimate, paired
 from experiments.sweeps.spec import Member, Outcome, Sweep
 from luspo_jax.hosts.values import ConfigError
-from luspo_jax.run import fields
+from luspo_jax.run import adapters, fields
+from luspo_jax.run.model import load_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASE = "configs/quickstart.py"
@@ -301,6 +302,22 @@ def test_table_has_means_intervals_and_paired_differences(finished):
     assert "0.3050 ± 0.0635" in text
     for name in ("curves.png", "outcomes.png", "table.md", "results.csv"):
         assert (workdir / name).stat().st_size > 0
+
+
+def test_ranks_of_an_adapter_are_beside_full_weights():
+    sweep = spec.load("configs/sweeps/lora_rank.py")
+    found = {}
+    for member in spec.check(sweep):
+        config = spec.config_of(sweep, member)
+        model = load_model(config).config
+        made = adapters.adapter(config, model)
+        count = 0 if made is None else adapters.num_trained(model, made)
+        found[member.variant.name] = (count, made and made.scale, config.train.learning_rate)
+        assert spec.baseline_of(sweep, member.variant) == "full"
+    # Of rank r: r · (inputs + outputs) of each of 7 matrices of 3 layers.
+    per_rank = 3 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 128))
+    lora = {str(r): (r * per_rank, 2.0, pytest.approx(2e-3)) for r in (1, 8, 32)}
+    assert found == {"full": (0, None, 2e-4), **lora}
 
 
 def test_dry_run_prints_launch_lines_and_writes_nothing(tmp_path):

@@ -1,5 +1,7 @@
 """A real sweep in its own processes: killed and run again, and with a member that fails."""
 
+import csv
+import json
 import os
 import pathlib
 import signal
@@ -24,14 +26,18 @@ def get_sweep():
             "rollout.prompts_per_step": 4, "rollout.group_size": 4, "output.tensorboard": False,
             "output.export": False, "output.checkpoint_every": 1,
         },
-        members={
+        members={MEMBERS},
+        seeds=(0, 1),
+        baseline={"member": "BASELINE"},
+    )
+"""
+OBJECTIVES = """
             "gspo": {"objective.preset": "gspo"},
             "luspo": {"objective.preset": "luspo"},
-            BROKEN
-        },
-        seeds=(0, 1),
-        baseline={"member": "gspo"},
-    )
+"""
+RANKS = """
+            "full": {},
+            "rank 1": {"lora.rank": 1, "lora.base": "float32"},
 """
 BROKEN = """
             "broken": {
@@ -41,11 +47,11 @@ BROKEN = """
 """
 
 
-def _start(tmp_path, workdir, *, broken=False):
+def _start(tmp_path, workdir, members=OBJECTIVES, baseline="gspo"):
     file = tmp_path / "sweep.py"
     (tmp_path / "bad.py").write_text("def fails(response, answer):\n    raise OSError('no disk')\n")
-    extra = BROKEN.replace("REWARD", str(tmp_path / "bad.py")) if broken else ""
-    file.write_text(SWEEP.replace("BROKEN", extra))
+    members = members.replace("REWARD", str(tmp_path / "bad.py"))
+    file.write_text(SWEEP.replace("MEMBERS", members).replace("BASELINE", baseline))
     return subprocess.Popen(
         [
             sys.executable, "-m", "experiments.sweep", f"--sweep={file}",
@@ -55,14 +61,29 @@ def _start(tmp_path, workdir, *, broken=False):
     )  # fmt: skip
 
 
+def _csv(file):
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def _tables(workdir):
     return [(workdir / name).read_text() for name in ("table.md", "table.csv", "results.csv")]
 
 
-def test_killed_in_the_middle_and_run_again_gives_the_same_table(tmp_path):
+@pytest.mark.parametrize(
+    ("members", "baseline", "until"),
+    [
+        (OBJECTIVES, "gspo", "*/*/finished.json"),
+        (RANKS, "full", "rank_1/*/checkpoints/1/commit_success.txt"),  # amid an adapter's run
+    ],
+    ids=["objectives", "ranks"],
+)
+def test_killed_in_the_middle_and_run_again_gives_the_same_table(
+    tmp_path, members, baseline, until
+):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    first = _start(tmp_path, cut)
-    while not list(cut.glob("members/*/*/finished.json")):
+    first = _start(tmp_path, cut, members, baseline)
+    while not list(cut.glob(f"members/{until}")):
         assert first.poll() is None, first.stdout.read()
         time.sleep(0.2)
     children = psutil.Process(first.pid).children(recursive=True)
@@ -72,14 +93,19 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_table(tmp_path):
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     assert len(list(cut.glob("members/*/*/finished.json"))) < 4
     for workdir in (cut, whole):
-        run = _start(tmp_path, workdir)
+        run = _start(tmp_path, workdir, members, baseline)
         output, _ = run.communicate(timeout=600)
         assert run.returncode == 0, output
     assert _tables(cut) == _tables(whole)
+    if members == RANKS:
+        rows = {row["member"]: row for row in _csv(whole / "table.csv")}
+        assert float(rows["rank 1"]["Δ accuracy ±95%"]) >= 0
+        stored = (json.loads(f.read_text()) for f in whole.glob("members/*/seed_0/run.json"))
+        assert sorted(found.get("adapter_parameters", 0) for found in stored) == [0, 3 * 1024]
 
 
 def test_a_member_that_fails_is_reported_and_the_others_finish(tmp_path):
-    run = _start(tmp_path, tmp_path / "out", broken=True)
+    run = _start(tmp_path, tmp_path / "out", OBJECTIVES + BROKEN)
     output, _ = run.communicate(timeout=600)
     assert run.returncode != 0
     assert "FAILED broken/seed_0" in output

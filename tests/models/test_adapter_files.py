@@ -104,7 +104,7 @@ def test_principal_parts_are_stored_beside_the_models_own_weights(tmp_path):
     adapter = dataclasses.replace(ADAPTER, init="pissa")
     params = decoder.init_params(jax.random.key(0), MODEL)
     base, begun = low_rank.begun(
-        jax.random.key(1), params, decoder.param_axes(MODEL), adapter, None
+        jax.random.key(1), dict(params), decoder.param_axes(MODEL), adapter, None
     )
     rng = np.random.default_rng(0)
     made = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), begun)

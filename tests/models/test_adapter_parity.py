@@ -13,10 +13,18 @@ peft = pytest.importorskip("peft", reason="live parity of adapters needs peft")
 import transformers  # noqa: E402
 
 from luspo_jax.learner import optimizer  # noqa: E402
-from luspo_jax.models import adapter_files, decoder, decoder_weights, low_rank  # noqa: E402
+from luspo_jax.models import (  # noqa: E402
+    adapter_files,
+    decoder,
+    decoder_weights,
+    low_rank,
+    vision,
+)
 from luspo_jax.models.forward import Forward  # noqa: E402
+from tests.models.make_vision_goldens import CASES, inputs_of, rows_of  # noqa: E402
 from tests.models.test_adapter_files import PICTURES, _model  # noqa: E402
 from tests.models.test_low_rank import _made  # noqa: E402
+from tests.models.test_vision import arrays_of, batch_of  # noqa: E402
 
 # What peft reads of transformers, which renames it.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -123,3 +131,56 @@ def test_an_adapter_that_peft_saves_is_read(tmp_path):
     found = _ours(decoder.whole_params(base, read, how), how, jnp.asarray(tokens, jnp.int32))
     out = theirs(input_ids=torch.tensor(tokens)).logits.detach().numpy()
     assert np.abs(found - out).max() <= 2e-5 * np.abs(out).max()
+
+
+@pytest.mark.slow
+def test_gradients_of_the_towers_adapter_are_those_of_peft(tmp_path):
+    """Of every A and B that images reach, tower and merger, and of the decoder behind them."""
+    model, adapter = _model("pictures")
+    base, made = _made(model, adapter)
+    how = Forward(model, adapter=adapter)
+    decoder_weights.export(tmp_path / "base", base, model, source=PICTURES)
+    adapter_files.write(tmp_path / "adapter", made, model, adapter)
+    plain = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True)
+    named = {
+        name.replace(".default", ""): p for name, p in theirs.named_parameters() if "lora_" in name
+    }
+    rows = rows_of(CASES["mixed_batch"], plain.config, seed=3)
+    batch = batch_of(rows, model)
+    weights = np.random.default_rng(5).normal(size=(*batch.tokens_BT.shape, model.vocab_size))
+    weights = np.where(batch.segments_BT[..., None] > 0, weights, 0).astype(np.float32)
+
+    def ours(made):
+        params = decoder.whole_params(base, made, how)
+        units = vision.encode(params["vision"], *arrays_of(batch.patches), how=how)
+        hidden_BTD = decoder.hidden_states(
+            params,
+            batch.tokens_BT,
+            batch.positions_BT3,
+            batch.segments_BT,
+            how=how,
+            units_UD=units.reshape(-1, model.embed_dim),
+            index_BT=batch.index_BT,
+        )
+        out = jnp.einsum("btd,vd->btv", hidden_BTD, decoder.head_kernel(params))
+        return jnp.sum(out * weights), out
+
+    (_, found), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(made)
+    out = theirs(**inputs_of(rows, plain.config)).logits
+    (out * torch.tensor(weights)).sum().backward()
+    expected = out.detach().numpy()
+    own = batch.segments_BT > 0
+    assert np.abs(found - expected)[own].max() <= 2e-5 * np.abs(expected).max()
+    seen = 0
+    for name, (path, place, shape) in adapter_files.tensor_table(model, adapter).items():
+        ours_of = np.asarray(low_rank.at(grads, path))[place].reshape(shape[::-1]).T
+        of_peft = named[name].grad.numpy()
+        size = np.abs(of_peft).max()
+        assert size > 1e-3, name
+        assert np.abs(ours_of - of_peft).max() <= 1e-4 * size, name
+        seen += path[0] == "vision"
+    # qkv, proj and an MLP of three in each block; the two of the merger.
+    assert seen == 2 * (5 * model.vision.depth + 2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,8 @@ def test_the_forward_pass_and_gradients_are_those_of_the_merged_matrices(remat):
 
 def test_an_adapter_that_begins_changes_nothing_and_b_has_a_gradient_everywhere():
     params = decoder.init_params(jax.random.key(0), MODEL)
-    base, made = low_rank.begun(jax.random.key(1), params, decoder.param_axes(MODEL), ADAPTER, None)
+    axes = decoder.param_axes(MODEL)
+    base, made = low_rank.begun(jax.random.key(1), dict(params), axes, ADAPTER, None)
     how = Forward(MODEL, adapter=ADAPTER)
     np.testing.assert_array_equal(
         _logits(decoder.whole_params(base, made, how), how), _logits(params, Forward(MODEL))
@@ -147,13 +149,30 @@ def test_a_frozen_kernel_has_no_gradient(contracted):
     assert np.asarray(grads.b).any()
 
 
+@pytest.mark.parametrize("base", ["bfloat16", "nf4"])
+def test_weights_are_freed_one_after_another_while_they_are_rounded(base, monkeypatch):
+    params = decoder.init_params(jax.random.key(0), MODEL, jnp.bfloat16)
+    alive = [weakref.ref(x) for x in jax.tree.leaves(params)]
+    counts, freezing = [], low_rank._freezing
+
+    def counted(*args):
+        counts.append(sum(ref() is not None for ref in alive))
+        return freezing(*args)
+
+    monkeypatch.setattr(low_rank, "_freezing", counted)
+    adapter = dataclasses.replace(ADAPTER, base=base)
+    low_rank.begun(jax.random.key(1), params, decoder.param_axes(MODEL), adapter, None)
+    assert counts == list(range(len(alive), 0, -1))
+    assert not any(ref() is not None for ref in alive)
+
+
 @pytest.mark.parametrize("init", low_rank.INITS)
 def test_how_an_adapter_begins(init):
     adapter = dataclasses.replace(ADAPTER, init=init, alpha=2.0, rslora=True)
     assert adapter.scale == pytest.approx(2 / 3**0.5)
     params = decoder.init_params(jax.random.key(0), MODEL)
     axes = decoder.param_axes(MODEL)
-    base, made = low_rank.begun(jax.random.key(1), params, axes, adapter, None)
+    base, made = low_rank.begun(jax.random.key(1), dict(params), axes, adapter, None)
     for path, place in low_rank.places(axes, adapter).items():
         whole, rest = (np.asarray(low_rank.at(tree, path)) for tree in (params, base))
         a, b = (np.asarray(low_rank.at(made, path)[name]) for name in "ab")

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import math
 
+import jax
 import pytest
 
 from configs import quickstart
+from luspo_jax import sharding
 from luspo_jax.hosts.values import ConfigError
-from luspo_jax.models import decoder_weights, low_rank
+from luspo_jax.models import decoder, decoder_weights, low_rank
 from luspo_jax.models.decoder_config import decoder_config
+from luspo_jax.models.forward import Forward
 from luspo_jax.models.locate import ARCHITECTURES
 from luspo_jax.models.low_rank import Adapter
-from luspo_jax.run import build, checks
+from luspo_jax.run import adapters, build, checks, memory
 from luspo_jax.run.adapters import num_trained
 from luspo_jax.run.memory import room_for_pages, state_memory
 from luspo_jax.run.model import load_model
@@ -102,3 +106,27 @@ def test_an_adapter_leaves_its_bytes_and_those_of_the_frozen_weights():
     matrices = count - tables
     assert small["nf4"] - 4 * trained == pytest.approx(2 * tables + matrices * (4.5 / 8), rel=1e-2)
     assert small["int8"] - 4 * trained == pytest.approx(2 * tables + matrices, rel=1e-2)
+
+
+def test_a_rollout_that_reads_an_adapter_apart_has_a_part_of_its_own_on_a_mesh():
+    model = decoder_config(json.loads((ARCHITECTURES / "Qwen--Qwen2.5-7B.json").read_text()))
+    config = quickstart.get_config()
+    config.lora.rank, config.lora.alpha, config.lora.base = 4, 8.0, "float32"
+    config.rollout.lora = "apart"
+    layout = sharding.layout("rollout", {"data": 2, "tensor": 4}, jax.devices())
+
+    assert memory._rollout_weights(checks.check(config), model, None) == 0
+    made = adapters.adapter(config, model)
+    how = Forward(model, adapter=made)
+    shapes = low_rank.composed(
+        decoder.abstract_params(model), decoder.abstract_trained(how), made.scale
+    )
+    where = sharding.shardings(decoder.whole_axes(how), layout)
+    expected = sum(
+        4 * math.prod(place.shard_shape(x.shape))
+        for x, place in zip(*map(jax.tree.leaves, (shapes, where)), strict=True)
+    )
+    found = memory._rollout_weights(checks.check(config), model, layout)
+    assert found == expected > 0
+    config.rollout.lora = "merged"
+    assert memory._rollout_weights(checks.check(config), model, layout) < expected
