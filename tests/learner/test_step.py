@@ -332,7 +332,7 @@ def _shared(row_length, rows_at_once):
 
 
 # A group in a row; several; groups cut into parts, each with a prompt of its own.
-@pytest.mark.parametrize("sizes", [(28, 1), (112, 1), (16, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(28, 1), (112, 1), (20, 2)], ids=str)
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_step_that_shares_prompts_is_the_same_step(params64, name, sizes):
     groups = np.repeat([0, 1], 4)
