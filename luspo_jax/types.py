@@ -76,6 +76,36 @@ class RowImages:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Where sequences, and the trunks that some continue, lie in the rows of each micro-batch.
+
+    Positions are those of a micro-batch's concatenated rows. A trunk is what several sequences
+    share (`ops.segments`); own tokens are those behind it.
+
+    Attributes:
+      starts_B: int32 first own token of each sequence.
+      counts_B: int32 number of its own tokens; 0 for none.
+      trunks_B: int32 index of its trunk in the micro-batch; of others the number of trunks.
+      trunk_starts_C: int32 first token of each trunk.
+      trunk_counts_C: int32 number of its tokens; 0 for none.
+      places_RT: int32 place of each token in the micro-batch's arrays [B, width] and, behind them,
+        [C, trunk_width]; of padding the number of places.
+      width: at least the largest of `counts_B`; static.
+      trunk_width: at least the largest of `trunk_counts_C`, 0 without trunks; static.
+    """
+
+    starts_B: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    counts_B: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    trunks_B: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    trunk_starts_C: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    trunk_counts_C: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    places_RT: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    width: int = dataclasses.field(metadata={"static": True})
+    trunk_width: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TokenRows:
     """The model's input: sequences in rows of one length, grouped into micro-batches.
 
@@ -90,6 +120,7 @@ class TokenRows:
       rows_per_microbatch: rows that are computed together; static.
       expert_ids: recorded choices of the routers of a mixture of experts; None without experts.
       images: None if the rows have no images.
+      sequences: for attention that gathers them (`ops.gathered_attention`); else None.
     """
 
     tokens_RT: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
@@ -99,6 +130,7 @@ class TokenRows:
     rows_per_microbatch: int = dataclasses.field(metadata={"static": True})
     expert_ids: ExpertIds | None = dataclasses.field(default=None, metadata=CUT_BY_ROWS)
     images: RowImages | None = dataclasses.field(default=None, metadata=CUT_BY_ROWS)
+    sequences: Sequences | None = dataclasses.field(default=None, metadata=CUT_BY_ROWS)
 
     @property
     def num_microbatches(self) -> int:

@@ -140,6 +140,7 @@ def _logprobs(params, rows, units_UD, *, rule):
         replayed_BTLK=None if replayed is None else order(replayed),
         units_UD=units_UD,
         index_BT=None if units_UD is None else order(rows.images.units_RT),
+        sequences=rows.sequences,
     )
     # The state at t−1 predicts token t. Predictions are made at index t−1 and moved to the token
     # that they predict, by the alignment law of types.py. A segment begins with a prompt, so no

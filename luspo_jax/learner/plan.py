@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from luspo_jax.ops import segments
-from luspo_jax.ops.sizes import bucket_count
+from luspo_jax.ops.sizes import bucket_count, bucket_length
+from luspo_jax.types import Sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +175,58 @@ class Plan:
     def positions(self) -> list[np.ndarray]:
         """Returns the position of each token of each sequence in the rows, one after another."""
         return np.split(self._at, np.cumsum(self.lengths_B)[:-1])
+
+    def gathered(self, num_lengths: int, longest: int) -> Sequences:
+        """Returns where sequences and trunks lie, for attention that gathers them.
+
+        Args:
+          num_lengths: number of possible widths, equally spaced up to `longest`.
+          longest: the largest possible sequence length.
+        """
+        parts, size = self.num_microbatches, self.rows_per_microbatch * self.row_length
+        B = self.responses_per_microbatch
+        firsts_B = self.rows_B * self.row_length
+        sharing_B = self.shared_B > 0
+        keys_B = np.where(sharing_B, firsts_B + self.trunks_B, -1)
+        starts_C, of_B = np.unique(keys_B, return_inverse=True)
+        counts_C = np.zeros(len(starts_C), np.int64)
+        counts_C[of_B] = self.shared_B
+        first = int(starts_C[0] < 0)  # the one of all that share nothing
+        starts_C, counts_C, of_B = starts_C[first:], counts_C[first:], of_B - first
+        parts_C = starts_C // size
+        C = bucket_count(np.bincount(parts_C).max()) if len(starts_C) else 0
+        numbers_C = _number_within(parts_C, starts_C)
+        own_B = self.lengths_B - self.shared_B
+        width = bucket_length(int(own_B.max()), longest, num_buckets=num_lengths)
+        trunk_width = bucket_count(counts_C.max()) if C else 0
+        num_places = B * width + C * trunk_width
+
+        def of_sequences(values_B, fill=0):
+            laid = np.full(parts * B, fill, np.int32)
+            laid[self.places_B] = values_B
+            return laid
+
+        def of_trunks(values_C):
+            laid = np.zeros(parts * C, np.int32)
+            laid[parts_C * C + numbers_C] = values_C
+            return laid
+
+        places_N = np.full(parts * size, num_places, np.int32)
+        own_starts_B = firsts_B + self.starts_B
+        places_N[_runs(own_starts_B, own_B)] = _runs(self.places_B % B * width, own_B)
+        places_N[_runs(starts_C, counts_C)] = _runs(B * width + numbers_C * trunk_width, counts_C)
+        trunks_B = np.full(len(own_B), C)
+        trunks_B[sharing_B] = numbers_C[of_B[sharing_B]]
+        return Sequences(
+            starts_B=of_sequences(own_starts_B % size),
+            counts_B=of_sequences(own_B),
+            trunks_B=of_sequences(trunks_B, fill=C),
+            trunk_starts_C=of_trunks(starts_C % size),
+            trunk_counts_C=of_trunks(counts_C),
+            places_RT=places_N.reshape(-1, self.row_length),
+            width=width,
+            trunk_width=trunk_width,
+        )
 
     @functools.cached_property
     def _at(self):
@@ -369,7 +422,7 @@ def _checked(lengths_B, most):
 def _runs(starts_B, sizes_B):
     """Returns start, start + 1, … for each run, concatenated."""
     ends_B = np.cumsum(sizes_B)
-    return np.arange(ends_B[-1]) + np.repeat(starts_B - (ends_B - sizes_B), sizes_B)
+    return np.arange(int(np.sum(sizes_B))) + np.repeat(starts_B - (ends_B - sizes_B), sizes_B)
 
 
 def _spread(lengths_B, row_length, rows_per_microbatch):

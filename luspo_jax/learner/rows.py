@@ -31,6 +31,7 @@ class Planner:
       rows_per_microbatch: rows that are computed together.
       pack_length: tokens of a dense row; 0 lays one sequence per row.
       share_prompts: whether dense rows hold a prompt once for several of its responses.
+      gathers: whether attention gathers the sequences of dense rows (`ops.gathered_attention`).
       pictured_at_once: responses with images that a pass without gradients lays out at once.
       layout: the mesh layout of rows; None on one device.
     """
@@ -42,6 +43,7 @@ class Planner:
     pack_length: int = 0
     pictured_at_once: int = 1
     share_prompts: bool = False
+    gathers: bool = False
     layout: Layout | None = None
 
     def width(self, lengths_B: np.ndarray) -> int:
@@ -111,7 +113,14 @@ def token_rows(
         rows_per_microbatch=plan.rows_per_microbatch,
         expert_ids=expert_ids,
         images=_images(planner, plan, prompts, lengths),
+        sequences=_sequences(planner, plan),
     )
+
+
+def _sequences(planner, plan):
+    if not (planner.gathers and planner.pack_length):
+        return None
+    return plan.gathered(planner.num_buckets, planner.longest)
 
 
 def _positions(prompts, lengths, model):
@@ -173,6 +182,9 @@ def abstract_token_rows(
         rows_per_microbatch=plan.rows_per_microbatch,
         expert_ids=ids,
         images=None if images is None else RowImages(images, ints_RT),
+        sequences=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _sequences(planner, plan)
+        ),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from luspo_jax.ops import reference_attention
+from luspo_jax.ops import gathered_attention, reference_attention
 from luspo_jax.ops.attention_blocks import Inputs, Results
 from luspo_jax.ops.ring_attention import (
     backward_ring,
@@ -28,6 +28,7 @@ from luspo_jax.ops.ring_attention import (
     ring_order,
 )
 from luspo_jax.sharding import Layout, shard_map
+from luspo_jax.types import Sequences
 
 __all__ = ["IMPLEMENTATIONS", "attention", "inverse_ring_order", "resolve", "ring_order"]
 
@@ -65,6 +66,7 @@ def attention(
     causal=True,
     implementation="reference",
     layout: Layout | None = None,
+    sequences: Sequences | None = None,
 ):
     """Returns softmax(q·k / √H) v over the keys that a segment sees and that are not in the future.
 
@@ -84,6 +86,7 @@ def attention(
       implementation: a key of IMPLEMENTATIONS, from `resolve`.
       layout: how arrays are sharded over a mesh; each device computes its own rows, heads and
         positions.
+      sequences: where those of causal attention lie, to gather them on one device; else None.
 
     Returns:
       Weighted values [B, T, N, H] in the type of the queries.
@@ -98,6 +101,8 @@ def attention(
             f"use one of {sorted(IMPLEMENTATIONS)}"
             + (", as ops.attention.resolve chooses" if implementation == "auto" else "")
         )
+    if sequences is not None and layout is None and implementation == "reference":
+        return gathered_attention.attention(query_BTNH, key_BSKH, value_BSKH, sequences)
     arrays = (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
     if causal and layout is None and implementation == "reference":
         return reference_attention.attention(*arrays)
