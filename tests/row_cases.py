@@ -36,10 +36,11 @@ def plan_of(prompts, responses, *, width, microbatches=1, pack=0, rows_at_once=1
     return one_a_row(lengths_B, width=width, rows_per_microbatch=at_once)
 
 
-def rows_of(model, plan, prompts, responses, *, masks=None, expert_ids=None, layout=None):
+def rows_of(model, plan, prompts, responses, *, masks=None, expert_ids=None, **of_planner):
     """TokenRows of prompts and responses, arrays of tokens; every response token is masked in."""
     masks = [np.ones(len(r), bool) for r in responses] if masks is None else masks
-    planner = Planner(model, plan.width, 1, plan.rows_per_microbatch, layout=layout)
+    fields = {"pack_length": plan.row_length} | of_planner
+    planner = Planner(model, plan.width, 1, plan.rows_per_microbatch, **fields)
     return token_rows(
         planner,
         plan,
@@ -51,12 +52,18 @@ def rows_of(model, plan, prompts, responses, *, masks=None, expert_ids=None, lay
 
 
 def batch_of(model, plan, prompts, responses, *, advantages, groups, masks=None, **known):
-    """TrainBatch; `known` has log-probs or entropies, an array a response, by their names."""
+    """TrainBatch; `known` has log-probs or entropies, an array a response, by their names.
+
+    With `gathers`, attention gathers the sequences of its rows.
+    """
     masks = [np.ones(len(r), bool) for r in responses] if masks is None else masks
     expert_ids = known.pop("expert_ids", None)
+    gathers = known.pop("gathers", False)
     known.setdefault("sampler_logprobs", [np.zeros(len(r), np.float32) for r in responses])
     return TrainBatch(
-        rows=rows_of(model, plan, prompts, responses, masks=masks, expert_ids=expert_ids),
+        rows=rows_of(
+            model, plan, prompts, responses, masks=masks, expert_ids=expert_ids, gathers=gathers
+        ),
         responses=ResponseRows(
             starts_B=plan.place_one(plan.firsts_B),
             response_mask_BT=plan.place(masks),

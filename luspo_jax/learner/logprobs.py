@@ -138,8 +138,7 @@ def _logprobs(params, rows, units_UD, *, rule):
         order(rows.segment_ids_RT),
         how=rule.how,
         replayed_BTLK=None if replayed is None else order(replayed),
-        units_UD=units_UD,
-        index_BT=None if units_UD is None else order(rows.images.units_RT),
+        images=None if units_UD is None else (units_UD, order(rows.images.units_RT)),
         sequences=rows.sequences,
     )
     # The state at t−1 predicts token t. Predictions are made at index t−1 and moved to the token

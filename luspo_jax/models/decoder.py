@@ -118,8 +118,7 @@ def forward(
     *,
     how,
     replayed_BTLK=None,
-    units_UD=None,
-    index_BT=None,
+    images=None,
     sequences=None,
 ):
     """Returns (hidden states [B, T, D] after the final norm, Routed or None).
@@ -134,9 +133,9 @@ def forward(
         `ops.attention.ring_order`.
       replayed_BTLK: expert ids to use in place of the routers' choice, L the layers that have
         experts; None where routers choose.
-      units_UD: embeddings of images, from `vision.encode`; None without images.
-      index_BT: int32 row of `units_UD` that stands in place of a token's embedding, −1 where the
-        token's own does (`images.layout.token_units`).
+      images: (units [U, D], index [B, T]): embeddings of images, from `vision.encode`, and the int32
+        row of them that stands in place of a token's embedding, −1 where the token's own does
+        (`images.layout.token_units`); None without images.
       sequences: `types.Sequences` of dense rows, for attention that gathers them.
     """
     decoder = Decoder(how, functools.partial(_attend_sequence, how=how))
@@ -145,7 +144,6 @@ def forward(
         check_ids(replayed_BTLK, tokens_BT, how.model, "replayed_BTLK")
         replayed = jnp.moveaxis(replayed_BTLK, -2, 0)
     shape = tokens_BT.shape
-    images = None if units_UD is None else (units_UD, index_BT)
     arrays = (tokens_BT, positions_BT, segment_ids_BT, sequences, images)
     if sequences is not None and not how.model.num_experts:
         # XLA on a CPU sums over [1, tokens, …] many times slower than over [tokens / 64, 64, …],
@@ -190,8 +188,8 @@ def prefill(
       pages: the pool.
       runs: `paged_prefill.Runs`; tokens after a row's count are ignored.
       how: the Forward.
-      units_UD: as in `forward`.
-      index_RT: as `index_BT` in `forward`.
+      units_UD: units of images, as in `forward`.
+      index_RT: their index.
     """
     layout = how.layout
     tokens_RT = sharding.constrain(tokens_RT, ("batch", None), layout)

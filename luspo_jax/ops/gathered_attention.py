@@ -88,7 +88,7 @@ def _blocks(arrays, sequences):
 
 
 def _real(counts, width):
-    return jnp.arange(width) < counts[:, None]
+    return jnp.arange(width)[None] < counts[:, None]
 
 
 def _taken(x_RT, sequences):

@@ -246,6 +246,7 @@ def planner(config: Config, model: DecoderConfig, layout: Layout | None) -> Plan
         rows_per_microbatch=sizes.rows_per_microbatch,
         pack_length=sizes.pack_length,
         share_prompts=forwards.shares_prompts(config, model, layout),
+        gathers=forwards.gathers(config, model, layout),
         pictured_at_once=sizes.responses_per_minibatch,
         layout=layout,
     )

@@ -30,6 +30,14 @@ def shares_prompts(config: Config, model: DecoderConfig, layout: Layout | None) 
     return not config.train.router_aux_coef and how.attention != "splash"
 
 
+def gathers(config: Config, model: DecoderConfig, layout: Layout | None) -> bool:
+    """Returns whether attention gathers the sequences of packed rows, as no kernel skips others."""
+    if not config.train.packing or layout is not None:
+        return False
+    how = _forward(config, model, layout, packed=True, dtype=config.model.dtype)
+    return how.attention == "reference"
+
+
 def sampling(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
     """Returns the forward pass of the sampler; rows hold one prompt each."""
     dtype = activation_type(config.model.rollout_dtype)

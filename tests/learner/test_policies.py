@@ -41,6 +41,12 @@ LAYOUTS = {
     "dense": {"rows_per_microbatch": 2, "pack_length": 20},
     "one dense row": {"rows_per_microbatch": 1, "pack_length": 48},
     "shared prompts": {"rows_per_microbatch": 2, "pack_length": 24, "share_prompts": True},
+    "gathered": {
+        "rows_per_microbatch": 1,
+        "pack_length": 20,
+        "share_prompts": True,
+        "gathers": True,
+    },
 }
 
 
@@ -150,7 +156,7 @@ def test_a_mesh_says_what_one_device_says(layout):
         np.testing.assert_allclose(found.logprobs[k], _alone(DENSE, index)[0], atol=ATOL)
 
 
-@pytest.mark.parametrize("layout", ["two micro-batches", "dense", "shared prompts"])
+@pytest.mark.parametrize("layout", ["two micro-batches", "dense", "shared prompts", "gathered"])
 def test_tokens_that_are_not_trained_on_are_zero_and_change_no_other(layout):
     masks = [np.arange(n) % 3 != 1 for n in LENGTHS]
     masks[3] = np.zeros(LENGTHS[3], bool)  # a response that does not count
@@ -174,7 +180,7 @@ def test_a_pass_names_the_policy_it_is_of():
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (4, 2, 0, 5, 3, 1)], ids=str)
 @pytest.mark.parametrize(
-    "layout", ["one row at a time", "two micro-batches", "dense", "shared prompts"]
+    "layout", ["one row at a time", "two micro-batches", "dense", "shared prompts", "gathered"]
 )
 def test_experts_are_recorded_sequence_by_sequence(layout, order):
     planner = _planner(EXPERTS, **LAYOUTS[layout])
