@@ -133,7 +133,7 @@ def forward(
         `ops.attention.ring_order`.
       replayed_BTLK: expert ids to use in place of the routers' choice, L the layers that have
         experts; None where routers choose.
-      images: (units [U, D], index [B, T]): embeddings of images, from `vision.encode`, and the int32
+      images: (units [U, D], index [B, T]): embeddings of images, by `vision.encode`, and the int32
         row of them that stands in place of a token's embedding, −1 where the token's own does
         (`images.layout.token_units`); None without images.
       sequences: `types.Sequences` of dense rows, for attention that gathers them.

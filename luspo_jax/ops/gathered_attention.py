@@ -115,7 +115,9 @@ def _tokens(sequences):
         kinds.append((sequences.trunk_starts_C, sequences.trunk_counts_C, sequences.trunk_width))
     at = [
         jnp.where(
-            _real(counts, width), starts[:, None] + jnp.arange(width), sequences.places_RT.size
+            _real(counts, width),
+            starts[:, None] + jnp.arange(width)[None],
+            sequences.places_RT.size,
         )
         for starts, counts, width in kinds
     ]

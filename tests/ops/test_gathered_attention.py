@@ -47,7 +47,7 @@ def test_values_and_gradients_are_those_of_the_rows(seed, share):
         want, plain = jax.vjp(
             lambda *x, ids=ids_RT: reference_attention.attention(*x, ids), *arrays
         )
-        real = ids_RT[..., None, None] > 0
+        real = (ids_RT[..., None, None] > 0).astype(np.float32)
         np.testing.assert_allclose(got * real, want * real, atol=3e-6)
         for a, b in zip(back(grad * real), plain(grad * real), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
