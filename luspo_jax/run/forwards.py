@@ -20,14 +20,26 @@ def training(config: Config, model: DecoderConfig, layout: Layout | None) -> For
 
 def shares_prompts(config: Config, model: DecoderConfig, layout: Layout | None) -> bool:
     """Returns whether training rows hold a prompt once for several of its responses."""
-    asked = getattr(config.train, "share_prompts", "off")  # supervised fine-tuning has no groups
-    if asked == "off" or not config.train.packing or config.rollout.group_size == 1:
-        return False
+    return not why_not_shared(config, model, layout)
+
+
+def why_not_shared(config: Config, model: DecoderConfig, layout: Layout | None) -> str:
+    """Returns why every response has a prompt of its own in training rows; "" if they share."""
+    asked = getattr(config.train, "share_prompts", None)  # supervised fine-tuning has no groups
+    if asked is None or asked == "off":
+        return "train.share_prompts=off"
+    if not config.train.packing:
+        return "rows hold one response each, train.packing=False"
+    if config.rollout.group_size == 1:
+        return "a prompt has one response"
     if asked == "on":
-        return True
-    # A balancing loss counts every token of every response. Splash would have to run twice.
+        return ""
+    if config.train.router_aux_coef:
+        return "train.router_aux_coef balances experts over every response's own tokens"
     how = _forward(config, model, layout, packed=True, dtype=config.model.dtype)
-    return not config.train.router_aux_coef and how.attention != "splash"
+    if how.attention == "splash":
+        return "splash attention would run twice; train.share_prompts=on does it"
+    return ""
 
 
 def gathers(config: Config, model: DecoderConfig, layout: Layout | None) -> bool:
