@@ -240,7 +240,7 @@ def description(run: Any) -> str:
         f"{run.data.template_hash}",
         f"rewards   : {', '.join((run.scorer.labels | run.group_scorer.labels).values())}",
         *(f"note      : {line}" for line in length_controls.notices(run.settings)),
-        f"batch     : {arithmetic}",
+        f"batch     : {arithmetic}{_sharing(run)}",
         *([f"in flight : {_pace(run)}"] if pace.overlap or run.apart else []),
         f"pages     : {pages - 1:,} of {sampler.page_tokens} tokens in "
         f"{pages * sampler.page_bytes / 1e9:.2f} GB a device, {sampler.how.paged_attention} "
@@ -250,6 +250,16 @@ def description(run: Any) -> str:
         + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size),
     ]
     return "\n".join(["configuration", *lines])
+
+
+def _sharing(run):
+    """Says whether responses share their prompt in training, or why not."""
+    from luspo_jax.run import forwards
+
+    why = forwards.why_not_shared(run.settings, run.model.config, run.rule.logprobs.how.layout)
+    if not why:
+        return "; a prompt is computed once for the responses that share its row"
+    return f"; a prompt is computed with every response: {why}"
 
 
 def _pace(run):

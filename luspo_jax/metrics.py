@@ -187,6 +187,7 @@ _DECLARED = [
     Metric("shaping/*", "sum", "", "rounds, groups or responses of the step's data shaping"),
     Metric("packing/padding", "mean", "", "share of the computed tokens that is padding"),
     Metric("packing/microbatches", "mean", "", "micro-batches of an optimizer step"),
+    Metric("packing/shared", "mean", "", "share of the tokens not computed, as a prompt is shared"),
     Metric("packing/rows", "mean", "rows", "packed rows of an optimizer step"),
     Metric("timing_s/*", "sum", "s", "seconds spent in a phase of the step"),
     Metric("perf/total_num_tokens", "sum", "tokens", "prompt and response tokens of the step"),

@@ -11,7 +11,8 @@ Shape suffixes, as in `logprobs_BT`:
 The alignment law: every `_BT` array is indexed by the token its values belong to. A sequence is
 a prompt followed by its response; `logprobs_BT[b, t]` is the log-probability of token t of sequence
 b given the tokens before it. Token 0, which nothing predicts, is masked. Masks are boolean.
-`segment_ids_RT` is 0 on padding and ≥ 1 elsewhere; tokens see only their own segment.
+`segment_ids_RT` is 0 on padding and ≥ 1 elsewhere; tokens see only their own segment and, in the
+branch of a prompt that several responses share, the prompt (`ops.segments`).
 """
 
 import dataclasses
@@ -75,6 +76,36 @@ class RowImages:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Where sequences, and the trunks that some continue, lie in the rows of each micro-batch.
+
+    Positions are those of a micro-batch's concatenated rows. A trunk is what several sequences
+    share (`ops.segments`); own tokens are those behind it.
+
+    Attributes:
+      starts_B: int32 first own token of each sequence.
+      counts_B: int32 number of its own tokens; 0 for none.
+      trunks_B: int32 index of its trunk in the micro-batch; of others the number of trunks.
+      trunk_starts_C: int32 first token of each trunk.
+      trunk_counts_C: int32 number of its tokens; 0 for none.
+      places_RT: int32 place of each token in the micro-batch's arrays [B, width] and, behind them,
+        [C, trunk_width]; of padding the number of places.
+      width: at least the largest of `counts_B`; static.
+      trunk_width: at least the largest of `trunk_counts_C`, 0 without trunks; static.
+    """
+
+    starts_B: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    counts_B: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    trunks_B: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    trunk_starts_C: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    trunk_counts_C: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    places_RT: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
+    width: int = dataclasses.field(metadata={"static": True})
+    trunk_width: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TokenRows:
     """The model's input: sequences in rows of one length, grouped into micro-batches.
 
@@ -84,11 +115,12 @@ class TokenRows:
       tokens_RT: int32 token ids.
       positions_RT: int32 rotary positions, counted from 0 in each segment; [R, T, 3] for a model
         that reads images.
-      segment_ids_RT: int32, 1, 2, … along a row, 0 on padding.
+      segment_ids_RT: int32, 1, 2, … along a row, more for branches; 0 on padding.
       response_mask_RT: bool, the tokens whose log-probs are computed.
       rows_per_microbatch: rows that are computed together; static.
       expert_ids: recorded choices of the routers of a mixture of experts; None without experts.
       images: None if the rows have no images.
+      sequences: for attention that gathers them (`ops.gathered_attention`); else None.
     """
 
     tokens_RT: jax.Array = dataclasses.field(metadata=CUT_BY_ROWS)
@@ -98,6 +130,7 @@ class TokenRows:
     rows_per_microbatch: int = dataclasses.field(metadata={"static": True})
     expert_ids: ExpertIds | None = dataclasses.field(default=None, metadata=CUT_BY_ROWS)
     images: RowImages | None = dataclasses.field(default=None, metadata=CUT_BY_ROWS)
+    sequences: Sequences | None = dataclasses.field(default=None, metadata=CUT_BY_ROWS)
 
     @property
     def num_microbatches(self) -> int:
@@ -113,7 +146,8 @@ class ResponseRows:
     A plan pads each micro-batch with empty responses, all of whose values are 0.
 
     Attributes:
-      starts_B: int32 start of each sequence, r·T + t for row r of its micro-batch and position t.
+      starts_B: int32 start of each sequence, r·T + t for row r of its micro-batch and position t;
+        of one whose prompt lies elsewhere, where it would start with the prompt before it.
       response_mask_BT: bool, the tokens that are trained on.
       advantages_B: float32 advantage of each response.
       group_ids_B: int32, equal for the responses of one prompt.

@@ -35,18 +35,22 @@ class Beside:
       entries: of A and B.
       last: entries of B in the last product of each layer, which remat does not recompute.
       values: that a token's products with them read and write.
+      products: multiplications of all A · B.
+      last_products: those of the last product of each layer.
     """
 
     entries: int
     last: int
     values: int
+    products: int
+    last_products: int
 
 
 @functools.cache  # traces the model
 def beside(model: DecoderConfig, adapter: Adapter) -> Beside:
     """Counts an adapter's matrices in the layers."""
     shapes = decoder.abstract_params(model)
-    entries = last = values = 0
+    entries = last = values = products = last_products = 0
     for path, place in low_rank.places(decoder.param_axes(model), adapter).items():
         if path[0] == "vision" or "experts" in place.axes:
             continue
@@ -55,7 +59,9 @@ def beside(model: DecoderConfig, adapter: Adapter) -> Beside:
         entries += layers * adapter.rank * (inputs + outputs)
         values += layers * (inputs + 2 * adapter.rank + outputs)
         last += layers * adapter.rank * outputs * (path[-2] == "down")
-    return Beside(entries, last, values)
+        products += layers * adapter.rank * inputs * outputs
+        last_products += layers * adapter.rank * inputs * outputs * (path[-2] == "down")
+    return Beside(entries, last, values, products, last_products)
 
 
 def forward(model: DecoderConfig, adapter: Adapter, tokens: float, part: Parts, width: int) -> Work:
@@ -69,6 +75,14 @@ def training(
 ) -> Work:
     """Counts what a micro-batch of an update takes beyond `costs.training` of frozen weights."""
     tokens, few = rows.tokens / part.tokens, adapter.base in ("int8", "nf4")
+    if width == 4 and part == Parts():  # W + s · A · B, as models.layers.project does
+        found, again = beside(model, adapter), costs.RECOMPUTED[remat][0]
+        times = 3 if again else 2
+        flops = 2 * (times * found.products - again * found.last_products)
+        work = _frozen(model, adapter, part, width, whole=True) * times
+        work += Work(flops, times * width * found.entries)
+        work += _low(model, adapter, tokens, part, width) * 2
+        return work + _experts(model, adapter, tokens, part)
     work = forward(model, adapter, tokens, part, width)
     if costs.RECOMPUTED[remat][0]:
         work += _frozen(model, adapter, part, width, adapter.base == "nf4")

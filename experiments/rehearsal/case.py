@@ -321,10 +321,20 @@ def _device_of(topology):
     return jax.default_device(topology.devices[0])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    """What a planner reads of a prompt; those of one group have equal tokens."""
+
+    tokens: np.ndarray
+    images: tuple = ()
+
+
 def plan(case: Case, responses: int) -> Plan:
     """Where the first `responses` of a step lie in rows, at the assumed lengths."""
     lengths_B = np.array(case.response_lengths[:responses]) + case.lengths.prompt
-    return case.planner.plan(lengths_B, row_length(case))
+    groups = np.arange(responses) // case.sizes.group_size
+    prompts = [_Prompt(np.full(case.lengths.prompt, group, np.int32)) for group in groups]
+    return case.planner.plan(lengths_B, row_length(case), prompts)
 
 
 def images_at_once(case: Case, responses: int) -> int:

@@ -15,7 +15,18 @@ def microbatch(case: Case, plan: Plan) -> tuple[Rows, int]:
     used, at_once, long = plan.used_microbatches, plan.rows_per_microbatch, plan.row_length
     tokens = int(plan.lengths_B.sum()) - case.lengths.prompt * len(plan.lengths_B)
     counted = math.ceil(tokens / used)
-    return Rows(at_once * long, costs.causal_pairs(at_once, long), counted), used
+    return Rows(at_once * long, _pairs(case, plan), counted), used
+
+
+def _pairs(case, plan):
+    """Returns pairs of a query and a key in one micro-batch of a plan."""
+    planner = case.planner
+    if not (planner.gathers and planner.pack_length):
+        return costs.causal_pairs(plan.rows_per_microbatch, plan.row_length)
+    found = plan.gathered(planner.num_buckets, planner.longest)
+    B, C = (len(x) // plan.num_microbatches for x in (found.starts_B, found.trunk_starts_C))
+    own = costs.causal_pairs(B, found.width) + B * found.width * found.trunk_width
+    return own + costs.causal_pairs(C, found.trunk_width)
 
 
 def images(case: Case, plan: Plan) -> Images | None:

@@ -313,7 +313,7 @@ def train_batch(
     prompts, responses = (
         [column[i] for i in chosen] for column in (rollouts.prompts, rollouts.responses)
     )
-    plan = planner.plan(sequence_lengths(prompts, responses), width)
+    plan = planner.plan(sequence_lengths(prompts, responses), width, prompts)
     known = {
         f"{name}_BT": plan.place([getattr(r, name) for r in responses])
         for name in (

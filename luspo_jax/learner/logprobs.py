@@ -138,8 +138,8 @@ def _logprobs(params, rows, units_UD, *, rule):
         order(rows.segment_ids_RT),
         how=rule.how,
         replayed_BTLK=None if replayed is None else order(replayed),
-        units_UD=units_UD,
-        index_BT=None if units_UD is None else order(rows.images.units_RT),
+        images=None if units_UD is None else (units_UD, order(rows.images.units_RT)),
+        sequences=rows.sequences,
     )
     # The state at t−1 predicts token t. Predictions are made at index t−1 and moved to the token
     # that they predict, by the alignment law of types.py. A segment begins with a prompt, so no
@@ -222,12 +222,16 @@ def of_responses(
 ) -> jax.Array:
     """Rearranges values of a micro-batch's rows to one row per response, [R, T] -> [B, T'], masked.
 
-    A sequence is one slice: cheaper than an index for every token.
+    A sequence is one slice: cheaper than an index for every token. What it shares with others is
+    never wanted, and may lie elsewhere: a slice then begins before its own tokens.
     """
     values_RT = sharding.constrain(values_RT, (None, None), layout)
     width = mask_BT.shape[1]
-    flat = jnp.pad(values_RT.reshape(-1), (0, width))  # a slice may run past the last row
-    values_BT = jax.vmap(lambda start: jax.lax.dynamic_slice(flat, (start,), (width,)))(starts_B)
+    # A slice may run past the last row, and begin before the first.
+    flat = jnp.pad(values_RT.reshape(-1), (width, width))
+    values_BT = jax.vmap(lambda start: jax.lax.dynamic_slice(flat, (start,), (width,)))(
+        starts_B + width
+    )
     return jnp.where(mask_BT, values_BT, 0.0)
 
 

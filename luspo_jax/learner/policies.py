@@ -54,13 +54,10 @@ def laid(planner: Planner, prompts: Sequence[Any], responses: Sequence[Any]) -> 
     lengths_B = sequence_lengths(prompts, responses)
     width = planner.width(lengths_B)
     size = planner.pictured_at_once if any(p.images for p in prompts) else len(prompts)
+    parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
     return [
-        Laid(
-            prompts[start : start + size],
-            responses[start : start + size],
-            planner.plan(lengths_B[start : start + size], width),
-        )
-        for start in range(0, len(prompts), size)
+        Laid(prompts[part], responses[part], planner.plan(lengths_B[part], width, prompts[part]))
+        for part in parts
     ]
 
 

@@ -61,12 +61,12 @@ def sequence_ids(router: RouterPass, plan: Plan, layout: Layout | None) -> list[
     the rows of a whole step take more host memory than its sequences.
     """
     found: list[np.ndarray | None] = [None] * len(plan.lengths_B)
+    positions, size = plan.positions(), plan.rows_per_microbatch * plan.row_length
     for part in range(router.expert_ids.shape[0]):
         rows = np.asarray(_on_every_device(router.expert_ids, np.int32(part), layout=layout))
         flat = rows.reshape(-1, *rows.shape[2:])
         for i in np.flatnonzero(plan.parts_B == part):
-            start = plan.firsts_B[i]
-            found[i] = flat[start : start + plan.lengths_B[i]].copy()
+            found[i] = flat[positions[i] - part * size]
     return found
 
 

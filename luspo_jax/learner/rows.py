@@ -12,7 +12,7 @@ import numpy as np
 
 from luspo_jax import sharding
 from luspo_jax.images import batch
-from luspo_jax.learner.plan import Plan, one_a_row, packed, segment_numbers
+from luspo_jax.learner.plan import Plan, Trunks, one_a_row, packed
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.experts import id_type
 from luspo_jax.ops.sizes import bucket_length
@@ -30,6 +30,8 @@ class Planner:
       num_buckets: number of row lengths to compile for, equally spaced up to `longest`.
       rows_per_microbatch: rows that are computed together.
       pack_length: tokens of a dense row; 0 lays one sequence per row.
+      share_prompts: whether dense rows hold a prompt once for several of its responses.
+      gathers: whether attention gathers the sequences of dense rows (`ops.gathered_attention`).
       pictured_at_once: responses with images that a pass without gradients lays out at once.
       layout: the mesh layout of rows; None on one device.
     """
@@ -40,18 +42,37 @@ class Planner:
     rows_per_microbatch: int
     pack_length: int = 0
     pictured_at_once: int = 1
+    share_prompts: bool = False
+    gathers: bool = False
     layout: Layout | None = None
 
     def width(self, lengths_B: np.ndarray) -> int:
         """Returns the length of arrays with one row per response: the longest sequence's bucket."""
         return bucket_length(int(np.max(lengths_B)), self.longest, num_buckets=self.num_buckets)
 
-    def plan(self, lengths_B: np.ndarray, width: int) -> Plan:
-        """Returns the plan of sequences with these lengths."""
+    def plan(self, lengths_B: np.ndarray, width: int, prompts: Sequence[Any] | None = None) -> Plan:
+        """Returns the plan of sequences with these lengths.
+
+        Args:
+          lengths_B: tokens of each sequence.
+          width: of arrays with one row per response.
+          prompts: of each sequence, which those of equal ones share if the run does.
+        """
         sizes = {"width": width, "rows_per_microbatch": self.rows_per_microbatch}
         if self.pack_length:
-            return packed(lengths_B, row_length=self.pack_length, **sizes)
+            trunks = prompt_trunks(prompts) if self.share_prompts and prompts else None
+            return packed(lengths_B, row_length=self.pack_length, trunks=trunks, **sizes)
         return one_a_row(lengths_B, **sizes)
+
+
+def prompt_trunks(prompts: Sequence[Any]) -> Trunks:
+    """Returns what sequences of equal prompts may share: all but the prompt's last token."""
+    ids: dict[tuple, int] = {}
+    keys = [(p.tokens.tobytes(), *(image.sha for image in p.images)) for p in prompts]
+    return Trunks(
+        np.array([ids.setdefault(key, len(ids)) for key in keys]),
+        np.array([len(p.tokens) - 1 for p in prompts]),
+    )
 
 
 def token_rows(
@@ -84,18 +105,22 @@ def token_rows(
         for prompt, mask in zip(prompts, masks, strict=True)
     ]
     lengths = [len(tokens) for tokens in sequences]
-    numbers = segment_numbers(plan)
     return TokenRows(
         tokens_RT=plan.lay(sequences),
         positions_RT=plan.lay(_positions(prompts, lengths, planner.model)),
-        segment_ids_RT=plan.lay(
-            [np.full(n, number, np.int32) for n, number in zip(lengths, numbers, strict=True)]
-        ),
+        segment_ids_RT=plan.lay(plan.segments()),
         response_mask_RT=plan.lay(masked),
         rows_per_microbatch=plan.rows_per_microbatch,
         expert_ids=expert_ids,
         images=_images(planner, plan, prompts, lengths),
+        sequences=_sequences(planner, plan),
     )
+
+
+def _sequences(planner, plan):
+    if not (planner.gathers and planner.pack_length):
+        return None
+    return plan.gathered(planner.num_buckets, planner.longest)
 
 
 def _positions(prompts, lengths, model):
@@ -157,6 +182,9 @@ def abstract_token_rows(
         rows_per_microbatch=plan.rows_per_microbatch,
         expert_ids=ids,
         images=None if images is None else RowImages(images, ints_RT),
+        sequences=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _sequences(planner, plan)
+        ),
     )
 
 

@@ -67,7 +67,8 @@ INIT_STDDEV = 0.02  # initializer_range of the Qwen configurations
 _MATRICES = ("kernel", "embedding", "head")  # leaves drawn at random, by their last key
 
 
-def _attend_sequence(query, key, value, pages, layer, segment_ids_BT, *, how):
+def _attend_sequence(query, key, value, pages, layer, context, *, how):
+    segment_ids_BT, sequences = context
     out = attend(
         query,
         key,
@@ -75,6 +76,7 @@ def _attend_sequence(query, key, value, pages, layer, segment_ids_BT, *, how):
         segment_ids_BT=segment_ids_BT,
         implementation=how.attention,
         layout=how.layout,
+        sequences=sequences,
     )
     return out, pages
 
@@ -116,8 +118,8 @@ def forward(
     *,
     how,
     replayed_BTLK=None,
-    units_UD=None,
-    index_BT=None,
+    images=None,
+    sequences=None,
 ):
     """Returns (hidden states [B, T, D] after the final norm, Routed or None).
 
@@ -131,25 +133,36 @@ def forward(
         `ops.attention.ring_order`.
       replayed_BTLK: expert ids to use in place of the routers' choice, L the layers that have
         experts; None where routers choose.
-      units_UD: embeddings of images, from `vision.encode`; None without images.
-      index_BT: int32 row of `units_UD` that stands in place of a token's embedding, −1 where the
-        token's own does (`images.layout.token_units`).
+      images: (units [U, D], index [B, T]): embeddings of images, by `vision.encode`, and the int32
+        row of them that stands in place of a token's embedding, −1 where the token's own does
+        (`images.layout.token_units`); None without images.
+      sequences: `types.Sequences` of dense rows, for attention that gathers them.
     """
     decoder = Decoder(how, functools.partial(_attend_sequence, how=how))
     replayed = None
     if replayed_BTLK is not None:
         check_ids(replayed_BTLK, tokens_BT, how.model, "replayed_BTLK")
         replayed = jnp.moveaxis(replayed_BTLK, -2, 0)
+    shape = tokens_BT.shape
+    arrays = (tokens_BT, positions_BT, segment_ids_BT, sequences, images)
+    if sequences is not None and not how.model.num_experts:
+        # XLA on a CPU sums over [1, tokens, …] many times slower than over [tokens / 64, 64, …],
+        # and to gathered sequences the rows are one.
+        width = math.gcd(shape[1], 64)
+        arrays = jax.tree.map(
+            lambda x: x.reshape(-1, width, *x.shape[2:]) if x.shape[:2] == shape else x, arrays
+        )
+    tokens_BT, positions_BT, segment_ids_BT, sequences, images = arrays
     hidden_BTD, _, routed = decoder.apply(
         {"params": params},
         tokens_BT,
         positions_BT,
-        segment_ids_BT,
+        (segment_ids_BT, sequences),
         real=segment_ids_BT > 0,
         replayed=replayed,
-        images=None if units_UD is None else (units_UD, index_BT),
+        images=images,
     )
-    return hidden_BTD, routed
+    return hidden_BTD.reshape(*shape, -1), routed
 
 
 def prefill(
@@ -175,8 +188,8 @@ def prefill(
       pages: the pool.
       runs: `paged_prefill.Runs`; tokens after a row's count are ignored.
       how: the Forward.
-      units_UD: as in `forward`.
-      index_RT: as `index_BT` in `forward`.
+      units_UD: units of images, as in `forward`.
+      index_RT: their index.
     """
     layout = how.layout
     tokens_RT = sharding.constrain(tokens_RT, ("batch", None), layout)
@@ -302,7 +315,7 @@ def abstract_params(config, dtype=jnp.float32):
     init = Decoder(how, attend_fn, param_dtype=dtype).init
     key = jax.eval_shape(jax.random.key, 0)  # the default device may be one to compile for
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(init, key, tokens_BT, tokens_BT, tokens_BT)["params"]
+    tree = jax.eval_shape(init, key, tokens_BT, tokens_BT, (tokens_BT, None))["params"]
     if config.vision is not None:
         tree = {**tree, "vision": vision.abstract_params(config.vision, dtype)}
     return tree

@@ -7,12 +7,13 @@ from luspo_jax.models.forward import Forward
 from luspo_jax.ops import attention, grouped_matmul
 
 
-def resolved(how: Forward, *, packed: bool = False) -> Forward:
+def resolved(how: Forward, *, packed: bool = False, branches: bool = False) -> Forward:
     """`how` with the kernels that are meant on the platform of its layout.
 
     Args:
       how: each kernel is "auto" or a name.
       packed: whether a row may hold more than one segment.
+      branches: whether responses may share the prompt before them.
 
     Raises:
       ValueError: beginning with the field whose name is unknown, or of a kernel that does not fit.
@@ -25,6 +26,7 @@ def resolved(how: Forward, *, packed: bool = False) -> Forward:
             attention.resolve,
             how.attention,
             packed=packed,
+            branches=branches,
             head_dim=how.model.head_dim,
             context=how.layout.size("length") if how.layout else 1,
             **needs,

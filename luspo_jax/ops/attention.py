@@ -4,6 +4,7 @@
 |---|---|---|
 | reference | all | loops in plain XLA (`reference_attention`); alone has second derivatives |
 | splash | TPU | the Pallas kernels that come with jax (`splash_attention`) |
+| splash_branches | TPU | the same, twice, for rows with branches (`splash_branches`) |
 | flash_gpu | GPU | Pallas kernels that read segment ids (`gpu_attention`) |
 | cudnn | GPU | cuDNN's, which takes lengths and not segment ids: one segment a row only |
 
@@ -17,7 +18,7 @@ from typing import Any
 
 import jax
 
-from luspo_jax.ops import reference_attention
+from luspo_jax.ops import gathered_attention, reference_attention
 from luspo_jax.ops.attention_blocks import Inputs, Results
 from luspo_jax.ops.ring_attention import (
     backward_ring,
@@ -27,6 +28,7 @@ from luspo_jax.ops.ring_attention import (
     ring_order,
 )
 from luspo_jax.sharding import Layout, shard_map
+from luspo_jax.types import Sequences
 
 __all__ = ["IMPLEMENTATIONS", "attention", "inverse_ring_order", "resolve", "ring_order"]
 
@@ -34,11 +36,19 @@ __all__ = ["IMPLEMENTATIONS", "attention", "inverse_ring_order", "resolve", "rin
 IMPLEMENTATIONS = {
     "reference": "reference_attention",
     "splash": "splash_attention",
+    "splash_branches": "splash_branches",
     "flash_gpu": "gpu_attention",
     "cudnn": "cudnn_attention",
 }
 _GPUS = ("gpu", "cuda", "rocm")
-_PLATFORMS = {"splash": ("tpu",), "flash_gpu": _GPUS, "cudnn": ("gpu", "cuda")}
+_PLATFORMS = {
+    "splash": ("tpu",),
+    "splash_branches": ("tpu",),
+    "flash_gpu": _GPUS,
+    "cudnn": ("gpu", "cuda"),
+}
+
+_CHOICES = ("splash", "splash_branches", "cudnn", "flash_gpu")  # of "auto", the best first
 
 _QUERY = ("batch", "length", "heads", None)
 _KEY = ("batch", "length", "kv_heads", None)
@@ -56,8 +66,11 @@ def attention(
     causal=True,
     implementation="reference",
     layout: Layout | None = None,
+    sequences: Sequences | None = None,
 ):
-    """Returns softmax(q·k / √H) v over the keys of the same segment that are not in the future.
+    """Returns softmax(q·k / √H) v over the keys that a segment sees and that are not in the future.
+
+    What a segment sees is told in `ops.segments`: itself, and a branch its trunk.
 
     Order is that of the arrays (S = T). If the layout shards the length, the arrays are in
     `ring_order` and the order before that permutation counts. Query head n reads key head n // (N /
@@ -73,6 +86,7 @@ def attention(
       implementation: a key of IMPLEMENTATIONS, from `resolve`.
       layout: how arrays are sharded over a mesh; each device computes its own rows, heads and
         positions.
+      sequences: where those of causal attention lie, to gather them on one device; else None.
 
     Returns:
       Weighted values [B, T, N, H] in the type of the queries.
@@ -87,6 +101,8 @@ def attention(
             f"use one of {sorted(IMPLEMENTATIONS)}"
             + (", as ops.attention.resolve chooses" if implementation == "auto" else "")
         )
+    if sequences is not None and layout is None and implementation == "reference":
+        return gathered_attention.attention(query_BTNH, key_BSKH, value_BSKH, sequences)
     arrays = (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT)
     if causal and layout is None and implementation == "reference":
         return reference_attention.attention(*arrays)
@@ -106,11 +122,12 @@ def resolve(
     dtype="bfloat16",
     context: int = 1,
     second_derivatives: bool = False,
+    branches: bool = False,
 ) -> str:
     """Resolves "auto" to an implementation, and refuses one that does not fit.
 
-    "auto" is splash on TPU; on GPU cudnn if it fits, else flash_gpu; elsewhere, or if these do not
-    fit, the reference.
+    "auto" is splash on TPU, or splash_branches; on GPU cudnn if it fits, else flash_gpu; elsewhere,
+    or if these do not fit, the reference.
 
     Args:
       implementation: "auto" or a key of IMPLEMENTATIONS.
@@ -120,6 +137,7 @@ def resolve(
       dtype: type of queries, keys and values.
       context: number of devices over which a row's length is sharded.
       second_derivatives: whether the backward pass is differentiated, as for length pressure.
+      branches: whether rows may hold branches.
 
     Returns:
       A key of IMPLEMENTATIONS.
@@ -134,9 +152,10 @@ def resolve(
         "dtype": jax.numpy.dtype(dtype).name,
         "context": context,
         "second_derivatives": second_derivatives,
+        "branches": branches,
     }
     if implementation == "auto":
-        fit = (name for name in ("splash", "cudnn", "flash_gpu") if not _unfit(name, **needs))
+        fit = (name for name in _CHOICES if not _unfit(name, **needs))
         return next(fit, "reference")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -152,7 +171,7 @@ def resolve(
     return implementation
 
 
-def _unfit(name, *, platform, packed, head_dim, dtype, context, second_derivatives):
+def _unfit(name, *, platform, packed, head_dim, dtype, context, second_derivatives, branches):
     """Returns why an implementation does not fit; None if it does."""
     if name == "reference":
         return None
@@ -160,6 +179,8 @@ def _unfit(name, *, platform, packed, head_dim, dtype, context, second_derivativ
         return f"runs on {' or '.join(_PLATFORMS[name])}, not on {platform}"
     if second_derivatives:
         return "has no second derivatives, which length pressure takes"
+    if name == "splash" and branches:
+        return "sees only tokens of one segment, and responses that share a prompt see two"
     if name == "cudnn" and packed:
         return "takes lengths and not segment ids, so packed rows would see each other's tokens"
     if name == "cudnn" and context > 1:
@@ -170,7 +191,7 @@ def _unfit(name, *, platform, packed, head_dim, dtype, context, second_derivativ
         return f"takes head sizes up to 128 that are multiples of 8, not {head_dim}"
     if dtype == "float64":
         return "does not take float64"
-    least, most = (8, 256) if name == "splash" else (16, 128)
+    least, most = (8, 256) if name.startswith("splash") else (16, 128)
     if name != "cudnn" and not least <= head_dim <= most:
         return f"takes head sizes of {least} to {most}, not {head_dim}"
     return None

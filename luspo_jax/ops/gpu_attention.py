@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from luspo_jax.ops.attention_blocks import Inputs, Results
 from luspo_jax.ops.precision import wide
+from luspo_jax.ops.segments import sees
 
 _QUERIES, _KEYS = 128, 64  # per tile of the forward pass
 _TILE = 64  # queries and keys per tile of the backward pass
@@ -247,8 +248,8 @@ def _columns(ref, head_dim):
 
 
 def _seen(ids_q, ids_k, first_query, first_key, causal):
-    same = ids_q[:, None] == ids_k[None, :]
+    seen = sees(ids_q[:, None], ids_k[None, :])
     if not causal:
-        return same
+        return seen
     queries = first_query + jnp.arange(ids_q.shape[0])
-    return same & (queries[:, None] >= (first_key + jnp.arange(ids_k.shape[0]))[None, :])
+    return seen & (queries[:, None] >= (first_key + jnp.arange(ids_k.shape[0]))[None, :])

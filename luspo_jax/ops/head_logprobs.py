@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from luspo_jax import sharding
+from luspo_jax.ops.moves import moved
 from luspo_jax.ops.precision import wide_type
 from luspo_jax.sharding import Layout
 
@@ -43,7 +44,7 @@ def head_logprobs(
       targets_BT: int32 target tokens.
       mask_BT: bool, the positions to compute.
       temperature: divides the logits, > 0.
-      chunk_tokens: tokens (rows × positions) per device whose logits exist at one time.
+      chunk_tokens: tokens (rows × positions) per device whose logits exist at one time, at most.
       layout: sharding of rows, positions and weights.
       collision: also compute Σp²; nothing then carries a gradient.
 
@@ -119,21 +120,60 @@ def _vocabulary(kernel_VD, dtype, layout):
     return _Vocabulary(kernel_VD, layout.axis_names("vocab"))
 
 
-def _chunk_length(chunk_tokens, rows_BT):
-    return min(max(1, chunk_tokens // rows_BT.shape[0]), rows_BT.shape[1])
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """Tokens that are computed together, [chunks, b, c]; b · c are `_chunk_tokens`.
+
+    On one device those that the mask asks for come first, so that no chunk but one holds others.
+
+    Attributes:
+      shape: of the arrays [B, T].
+      parts: (b, c); on a mesh b is B, because its rows stay where they are.
+      order: int32 token of each place, B · T for none; None on a mesh.
+      places: int32 place of each token.
+    """
+
+    shape: tuple[int, int]
+    parts: tuple[int, int]
+    order: jax.Array | None = None
+    places: jax.Array | None = None
+
+    def cut(self, x_BT):
+        """Cuts [B, T, …] into [chunks, b, c, …], zeros where there are no tokens."""
+        if self.order is not None:
+            flat = moved(x_BT.reshape(-1, *x_BT.shape[2:]), self.order, self.places)
+            return flat.reshape(-1, *self.parts, *x_BT.shape[2:])
+        batch, chunk = self.parts
+        x_BT = jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % chunk), *[(0, 0)] * (x_BT.ndim - 2)))
+        return x_BT.reshape(batch, -1, chunk, *x_BT.shape[2:]).swapaxes(0, 1)
+
+    def joined(self, x_NBC):
+        """Undoes `cut`."""
+        rest = x_NBC.shape[3:]
+        if self.order is not None:
+            flat = moved(x_NBC.reshape(-1, *rest), self.places, self.order)
+            return flat.reshape(*self.shape, *rest)
+        x_BT = x_NBC.swapaxes(0, 1).reshape(self.shape[0], -1, *rest)
+        return x_BT[:, : self.shape[1]]
 
 
-def _to_chunks(x_BT, chunk):
-    """Reshapes [B, T, ...] to [⌈T/chunk⌉, B, chunk, ...], zeros at the end."""
-    x_BT = jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % chunk), *[(0, 0)] * (x_BT.ndim - 2)))
-    batch, length = x_BT.shape[:2]
-    return x_BT.reshape(batch, length // chunk, chunk, *x_BT.shape[2:]).swapaxes(0, 1)
+_TOGETHER = 32  # tokens on the last axis of a chunk: XLA on CPU reduces [1, tokens, V] slowly
 
 
-def _from_chunks(x_NBC, length):
-    chunks, batch, chunk = x_NBC.shape[:3]
-    x_BT = x_NBC.swapaxes(0, 1).reshape(batch, chunks * chunk, *x_NBC.shape[3:])
-    return x_BT[:, :length]
+def _chunks(chunk_tokens, mask_BT, layout):
+    B, T = mask_BT.shape
+    if layout is not None:
+        return _Chunks((B, T), (B, min(max(1, chunk_tokens // B), T)))
+    size = min(chunk_tokens, B * T)
+    parts = (size // _TOGETHER, _TOGETHER) if size >= _TOGETHER else (1, size)
+    size = parts[0] * parts[1]
+    wanted_N = mask_BT.reshape(-1)
+    counted_N = jnp.cumsum(wanted_N, dtype=jnp.int32)
+    others_N = counted_N[-1] + jnp.arange(B * T, dtype=jnp.int32) - counted_N
+    places_N = jnp.where(wanted_N, counted_N - 1, others_N)
+    order_N = jnp.argsort(places_N).astype(jnp.int32)
+    order_N = jnp.pad(order_N, (0, -(B * T) % size), constant_values=B * T)
+    return _Chunks((B, T), parts, order_N, places_N)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -155,7 +195,7 @@ def _scored_parts(scale, chunk_tokens, layout, inputs, *, collision):
 def _forward(scale, chunk_tokens, layout, inputs, *, collision):
     hidden_BTD, kernel_VD, targets_BT, mask_BT = inputs
     vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
-    chunk = _chunk_length(chunk_tokens, targets_BT)
+    chunks = _chunks(chunk_tokens, mask_BT, layout)
 
     def score(hidden_BCD, targets_BC):
         logits_BCV = vocabulary.logits(hidden_BCD, scale)
@@ -181,9 +221,9 @@ def _forward(scale, chunk_tokens, layout, inputs, *, collision):
         out = jax.lax.cond(jnp.any(mask_BC), score, nothing, hidden_BCD, targets_BC)
         return None, tuple(jnp.where(mask_BC, x_BC, 0.0) for x_BC in out)
 
-    xs = tuple(_to_chunks(x, chunk) for x in (hidden_BTD, targets_BT, mask_BT))
+    xs = tuple(chunks.cut(x) for x in (hidden_BTD, targets_BT, mask_BT))
     _, chunked = jax.lax.scan(one_chunk, None, xs)
-    return tuple(_from_chunks(x, targets_BT.shape[1]) for x in chunked)
+    return tuple(chunks.joined(x) for x in chunked)
 
 
 def _scored_backward(scale, chunk_tokens, layout, residuals, cotangents):
@@ -198,13 +238,14 @@ def _scored_backward(scale, chunk_tokens, layout, residuals, cotangents):
 def _backward(scale, chunk_tokens, layout, inputs, entropy_BT, normalizer_BT, *cotangents):
     hidden_BTD, kernel_VD, targets_BT, mask_BT = inputs
     vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
-    chunk = _chunk_length(chunk_tokens, targets_BT)
+    chunks = _chunks(chunk_tokens, mask_BT, layout)
+    # On a CPU the product's left side is transposed by a slow copy: that of the hidden states is
+    # the smaller one. Elsewhere the gradient's own order saves a copy of it at the end.
+    transposed = layout is None and sharding.available_devices()[0].platform == "cpu"
 
     # Length pressure differentiates this in the cotangents; a chunk's logits are not kept.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def grads(
-        carry_VD, hidden_BCD, targets_BC, entropy_BC, normalizer_BC, d_logprob_BC, d_entropy_BC
-    ):
+    def grads(carry, hidden_BCD, targets_BC, entropy_BC, normalizer_BC, d_logprob_BC, d_entropy_BC):
         logp_BCV = vocabulary.logits(hidden_BCD, scale) - normalizer_BC[..., None]
         # d log p / dz = 1[target] − p ;  dH / dz = −p (log p + H)
         d_logits_BCV = -jnp.exp(logp_BCV) * (
@@ -219,32 +260,35 @@ def _backward(scale, chunk_tokens, layout, inputs, entropy_BT, normalizer_BT, *c
                 preferred_element_type=wide_type(hidden_BCD),
             )
         )
-        d_kernel_VD = jnp.einsum(
-            "bcv,bcd->vd", d_logits_BCV, hidden_BCD, preferred_element_type=wide_type(hidden_BCD)
+        d_kernel = jnp.einsum(
+            "bcd,bcv->dv" if transposed else "bcd,bcv->vd",
+            hidden_BCD,
+            d_logits_BCV,
+            preferred_element_type=wide_type(hidden_BCD),
         )
-        return carry_VD + d_kernel_VD, d_hidden_BCD.astype(hidden_BTD.dtype)
+        return carry + d_kernel, d_hidden_BCD.astype(hidden_BTD.dtype)
 
-    def nothing(carry_VD, hidden_BCD, *_):
-        return carry_VD, jnp.zeros_like(hidden_BCD)
+    def nothing(carry, hidden_BCD, *_):
+        return carry, jnp.zeros_like(hidden_BCD)
 
-    def one_chunk(carry_VD, xs):
+    def one_chunk(carry, xs):
         mask_BC, *rest = xs
-        return jax.lax.cond(jnp.any(mask_BC), grads, nothing, carry_VD, *rest)
+        return jax.lax.cond(jnp.any(mask_BC), grads, nothing, carry, *rest)
 
     d_logprobs_BT, d_entropy_BT = (
         jnp.where(mask_BT, x_BT, 0.0).astype(wide_type(hidden_BTD)) for x_BT in cotangents
     )
     xs = tuple(
-        _to_chunks(x, chunk)
+        chunks.cut(x)
         for x in (
             mask_BT, hidden_BTD, targets_BT, entropy_BT, normalizer_BT, d_logprobs_BT, d_entropy_BT
         )
     )  # fmt: skip
-    zeros_VD = jnp.zeros(vocabulary.kernel_VD.shape, wide_type(kernel_VD))
-    d_kernel_VD, d_hidden = jax.lax.scan(one_chunk, zeros_VD, xs)
-    return _from_chunks(d_hidden, targets_BT.shape[1]), sharding.summed_over_rows(
-        d_kernel_VD, _KERNEL, layout
-    )
+    shape = vocabulary.kernel_VD.shape
+    start = jnp.zeros(shape[::-1] if transposed else shape, wide_type(kernel_VD))
+    d_kernel, d_hidden = jax.lax.scan(one_chunk, start, xs)
+    d_kernel_VD = d_kernel.T if transposed else d_kernel
+    return chunks.joined(d_hidden), sharding.summed_over_rows(d_kernel_VD, _KERNEL, layout)
 
 
 _scored.defvjp(_scored_forward, _scored_backward)

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from luspo_jax.ops.attention_blocks import Inputs, Results
 from luspo_jax.ops.precision import wide, wide_type
+from luspo_jax.ops.segments import sees
 
 NEGATIVE = -1e30  # finite: the exponential of a masked score is exactly zero, never NaN
 
@@ -285,12 +286,12 @@ def _backward_chunk(causal, keys, dkv, first, queries):
 
 def _mask(segments_R1C, segments_RS, first):
     """Returns [R, 1, C, 1, S]: whether query first + c sees key s; no order without `first`."""
-    same_RCS = segments_R1C[:, 0, :, None] == segments_RS[:, None, :]
+    seen_RCS = sees(segments_R1C[:, 0, :, None], segments_RS[:, None, :])
     if first is not None:
         queries_C = first + jnp.arange(segments_R1C.shape[2])
         past_CS = queries_C[:, None] >= jnp.arange(segments_RS.shape[1])[None, :]
-        same_RCS &= past_CS[None]
-    return same_RCS[:, None, :, None]
+        seen_RCS &= past_CS[None]
+    return seen_RCS[:, None, :, None]
 
 
 def _dot(a, b, axis_a, axis_b):

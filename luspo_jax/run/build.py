@@ -26,16 +26,14 @@ from luspo_jax.length import laboratory
 from luspo_jax.length.candidates import Rescorer
 from luspo_jax.length.laboratory import Laboratory
 from luspo_jax.length.settings import LengthSettings
-from luspo_jax.models import decoder, decoder_weights, kernels
+from luspo_jax.models import decoder, decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig
-from luspo_jax.models.forward import Forward
-from luspo_jax.models.quantised import activation_type
 from luspo_jax.rewards import Scorer
 from luspo_jax.rewards.group import GroupScorer
 from luspo_jax.rollout import Cache, Engine, Sampling
 from luspo_jax.rollout.handover import apart_params, rollout_params
 from luspo_jax.rollout.sending import sent_params
-from luspo_jax.run import adapters, checks
+from luspo_jax.run import adapters, checks, forwards
 from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.data import Data, load_data
 from luspo_jax.run.memory import device_memory, room_for_pages
@@ -247,6 +245,8 @@ def planner(config: Config, model: DecoderConfig, layout: Layout | None) -> Plan
         num_buckets=config.train.num_length_buckets,
         rows_per_microbatch=sizes.rows_per_microbatch,
         pack_length=sizes.pack_length,
+        share_prompts=forwards.shares_prompts(config, model, layout),
+        gathers=forwards.gathers(config, model, layout),
         pictured_at_once=sizes.responses_per_minibatch,
         layout=layout,
     )
@@ -389,7 +389,7 @@ def update_rule(config: Config, model: Model, layout: Layout | None = None) -> U
 
 def _logprob_rule(config, model, layout):
     return LogprobRule(
-        how=training_forward(config, model, layout),
+        how=forwards.training(config, model, layout),
         temperature=config.rollout.temperature,
         head_chunk_tokens=config.model.head_chunk_tokens,
         replay=config.train.router_replay,
@@ -435,7 +435,7 @@ def sampler(
 def _sampler(config, model, asked, layout):
     chosen = config.rollout
     return Engine(
-        sampling_forward(config, model.config, sharding.on_own_devices(layout)),
+        forwards.sampling(config, model.config, sharding.on_own_devices(layout)),
         Sampling(
             max_response_length=config.rollout.max_response_length,
             stop_token_ids=model.stop_token_ids,
@@ -450,37 +450,6 @@ def _sampler(config, model, asked, layout):
         record_experts=asked is config.rollout and model.config.num_experts > 0,
         cache=Cache(chosen.cache_gb or None, chosen.page_size, chosen.cache_dtype),
     )
-
-
-def training_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
-    """Returns the forward pass of the trainer on this platform."""
-    used = {"dtype": config.model.dtype, "remat": config.model.remat}
-    used["adapter"] = adapters.adapter(config, model)
-    return _forward(config, model, layout, packed=config.train.packing, **used)
-
-
-def sampling_forward(config: Config, model: DecoderConfig, layout: Layout | None) -> Forward:
-    """Returns the forward pass of the sampler; rows hold one prompt each."""
-    dtype = activation_type(config.model.rollout_dtype)
-    rollout = getattr(config, "rollout", None)  # supervised fine-tuning has none
-    apart = rollout is not None and rollout.lora == "apart"
-    made = adapters.adapter(config, model) if apart else None
-    return _forward(config, model, layout, packed=False, dtype=dtype, adapter=made)
-
-
-def _forward(config, model, layout, *, packed, **settings):
-    how = Forward(
-        model,
-        attention=config.model.attention,
-        vision_attention=config.model.attention,
-        expert_kernel=config.model.expert_kernel,
-        layout=layout,
-        **settings,
-    )
-    try:
-        return kernels.resolved(how, packed=packed)
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from None
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -325,6 +325,9 @@ class TrainSettings:
     packing: bool = False
     microbatch_tokens: int = 0  # Limit of rows × pack_length of a packed micro-batch.
     pack_length: int = 0  # Tokens of a packed row; 0 = the longest sequence allowed.
+    # Packed rows hold a prompt once for several of its responses: "on", "off", or "auto": where
+    # attention then costs no more (on GPU and CPU).
+    share_prompts: str = "auto"
     num_length_buckets: int = 4  # Possible row lengths of a step: each compiles once.
     # What moves to host memory during the rollout: a key of learner.state.OFFLOADS.
     offload: str = "none"
@@ -350,6 +353,7 @@ class TrainSettings:
         "num_microbatches": _SIZE,
         "microbatch_tokens": Number(0, 2**28),
         "pack_length": Number(0, 2**25),
+        "share_prompts": OneOf(("auto", "on", "off")),
         "num_length_buckets": _SIZE,
         "offload": OneOf(OFFLOADS),
         "router_replay": OneOf(REPLAYS),
@@ -381,6 +385,14 @@ class TrainSettings:
                     f"train.{field}={getattr(self, field)} is of packed rows: set "
                     "train.packing=True"
                 )
+        if self.share_prompts == "on" and not self.packing:
+            yield "train.share_prompts=on is of packed rows: set train.packing=True"
+        if self.share_prompts == "on" and self.router_aux_coef:
+            yield (
+                f"train.router_aux_coef={self.router_aux_coef} balances experts over all tokens of "
+                "all responses, and train.share_prompts=on computes some of them once: set it to "
+                "auto or off"
+            )
         if self.packing and self.num_microbatches != 1:
             yield (
                 f"train.num_microbatches={self.num_microbatches} cannot be set with train.packing: "

@@ -168,6 +168,17 @@ SMALL = {"data__max_prompt_length": 8, "rollout__max_response_length": 24,
          "train__microbatch_tokens": 4 * 32, "train__num_minibatches": 4}  # fmt: skip
 
 
+def gathered_rows(rows, model):
+    """(Rows of a micro-batch whose sequences are gathered into squares, operations of the products
+    that sum the gradients of the keys of shared prompts)."""
+    found, parts = rows.sequences, rows.num_microbatches
+    B, C = (len(x) // parts for x in (found.starts_B, found.trunk_starts_C))
+    pairs = B * found.width * (found.width + found.trunk_width) + C * found.trunk_width**2
+    tokens = rows.rows_per_microbatch * rows.tokens_RT.shape[1]
+    of_keys = found.trunk_width * model.num_kv_heads * model.head_dim
+    return Rows(tokens, pairs, tokens), 2 * 2 * B * C * of_keys * model.num_layers
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "attention"])
 def test_operations_of_an_update_are_those_of_its_program(remat):
     case = cases.build(tiny(model__remat=remat, **SMALL), machine(1), mean_length=12)
@@ -175,10 +186,8 @@ def test_operations_of_an_update_are_those_of_its_program(remat):
     number = jax.ShapeDtypeStruct((), np.float32)
     state = abstract_state(case.rule)
     traced = update_step.trace(state, batch, number, number, rule=case.rule)
-    R, T = batch.rows.tokens_RT.shape
-    at_once = batch.rows.rows_per_microbatch
     # At 32 tokens the reference attention computes whole squares, and the head every chunk.
-    rows = Rows(at_once * T, at_once * T * T, at_once * T)
+    rows, sums = gathered_rows(batch.rows, case.model)
     counted = costs.training(
         case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=64
     )
@@ -187,7 +196,7 @@ def test_operations_of_an_update_are_those_of_its_program(remat):
     if remat != "none":
         model = case.model
         last = 2 * rows.tokens * model.num_layers * model.embed_dim * model.mlp_dim
-    found = products(traced.jaxpr.jaxpr) / (R // at_once)
+    found = products(traced.jaxpr.jaxpr) / batch.rows.num_microbatches - sums
     assert found == pytest.approx(counted.flops + last, rel=1e-3) or found == pytest.approx(
         counted.flops, rel=1e-3
     )
@@ -355,8 +364,7 @@ def test_operations_of_an_update_with_experts_are_those_of_its_program(remat):
     number = jax.ShapeDtypeStruct((), np.float32)
     state = abstract_state(case.rule)
     traced = update_step.trace(state, batch, number, number, rule=case.rule)
-    (R, T), at_once = batch.rows.tokens_RT.shape, batch.rows.rows_per_microbatch
-    rows = Rows(at_once * T, at_once * T * T, at_once * T)
+    rows, sums = gathered_rows(batch.rows, case.model)
     counted = costs.training(
         case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=64
     )
@@ -365,7 +373,7 @@ def test_operations_of_an_update_with_experts_are_those_of_its_program(remat):
         costs.expert_pass(case.model, rows, Parts(), 4, gradient=gradient).flops
         for gradient in (False, True)
     )
-    found = products(traced.jaxpr.jaxpr) / (R // at_once)
+    found = products(traced.jaxpr.jaxpr) / batch.rows.num_microbatches - sums
     assert found == pytest.approx(counted.flops + 7 * products_of_experts, rel=1e-3)
 
 

@@ -12,7 +12,14 @@ from luspo_jax.hosts.values import ConfigError
 from luspo_jax.learner.state import initial_state, with_base, without_base
 from luspo_jax.learner.step import update_step
 from luspo_jax.models import decoder, low_rank, nf4
-from tests.experiments.test_rehearse import SMALL, machine, products, tiny, tiny_experts
+from tests.experiments.test_rehearse import (
+    SMALL,
+    gathered_rows,
+    machine,
+    products,
+    tiny,
+    tiny_experts,
+)
 
 LORA = {"lora__rank": 4, "model__remat": "full"}
 
@@ -66,10 +73,8 @@ def traced_update(case):
     number = jax.ShapeDtypeStruct((), np.float32)
     traced = update_step.trace(case.state, batch, number, number, rule=case.rule)
     needed, _ = partial_eval.dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.out_avals))
-    R, T = batch.rows.tokens_RT.shape
-    at_once = batch.rows.rows_per_microbatch
-    rows = Rows(at_once * T, at_once * T * T, at_once * T)
-    return products(needed) / (R // at_once), rows
+    rows, sums = gathered_rows(batch.rows, case.model)
+    return products(needed) / batch.rows.num_microbatches - sums, rows
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj"])

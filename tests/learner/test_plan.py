@@ -188,6 +188,79 @@ def test_sequences_that_fit_no_row_are_named(lengths, message):
         _plan(np.array(lengths, int), row_length=8)
 
 
+# ---------------------------------------------------------------- prompts laid once
+
+
+def _grouped(rng):
+    """Groups of up to six responses to one prompt, of a token at least; some prompts recur."""
+    groups = int(rng.integers(1, 9))
+    asked = [rng.integers(1, 19, size=rng.integers(1, 12)) for _ in range(groups)]
+    members = rng.permutation(np.repeat(np.arange(groups), rng.integers(1, 7, size=groups)))
+    responses = [rng.integers(1, 19, size=rng.integers(1, 12)) for _ in members]
+    return [asked[i] for i in members], responses
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_each_token_sees_its_own_sequence_and_no_other(seed):
+    rng = np.random.default_rng(seed)
+    prompts, responses = _grouped(rng)
+    row_length, at_once = int(rng.integers(24, 120)), int(rng.integers(1, 4))
+    plan = row_cases.plan_of(
+        prompts, responses, width=24, pack=row_length, rows_at_once=at_once, share=True
+    )
+    rows = row_cases.rows_of(MODEL, plan, prompts, responses)
+    assert rows.tokens_RT.shape == (plan.num_microbatches * at_once, row_length)
+    ids_N, tokens_N, positions_N, mask_N = (
+        x.reshape(-1)
+        for x in (rows.segment_ids_RT, rows.tokens_RT, rows.positions_RT, rows.response_mask_RT)
+    )
+    rows_N = np.arange(ids_N.size) // row_length
+    order_N = np.arange(ids_N.size)
+    for prompt, response, at in zip(prompts, responses, plan.positions(), strict=True):
+        np.testing.assert_array_equal(tokens_N[at], [*prompt, *response])
+        np.testing.assert_array_equal(positions_N[at], np.arange(len(at)))
+        np.testing.assert_array_equal(mask_N[at], [False] * len(prompt) + [True] * len(response))
+        for index in (len(prompt) - 1, len(at) - 1):
+            query = at[index]
+            own = (ids_N == ids_N[query]) | (ids_N == ids_N[query] % 65536)
+            seen = own & (rows_N == rows_N[query]) & (order_N <= query)
+            np.testing.assert_array_equal(np.flatnonzero(seen), at[: index + 1])
+    assert mask_N.sum() == sum(map(len, responses))
+    assert (ids_N > 0).sum() == round((1 - plan.metrics["packing/shared"]) * plan.lengths_B.sum())
+
+
+def test_prompts_are_shared_where_that_takes_less():
+    """Eight responses of 10 tokens to each of 16 prompts of 40: in rows of their own 6,400 tokens,
+    of groups 16 · (39 + 8 · 11).
+    """
+    prompts = [np.full(40, group) for group in range(16) for _ in range(8)]
+    responses = [np.arange(10)] * 128
+    sizes = {"width": 50, "pack": 256, "rows_at_once": 1}
+    plan = row_cases.plan_of(prompts, responses, share=True, **sizes)
+    assert plan.used_microbatches == 8
+    assert plan.metrics["packing/shared"] == pytest.approx(1 - 16 * (39 + 8 * 11) / 6400)
+    without = row_cases.plan_of(prompts, responses, **sizes)
+    assert (without.used_microbatches, without.metrics["packing/shared"]) == (26, 0)
+    # Rows that hold one sequence share nothing.
+    own = row_cases.plan_of(prompts, responses, width=50, pack=50, share=True)
+    assert not own.shared_B.any()
+    # Nor do prompts of one token.
+    one = row_cases.plan_of([[3]] * 8, [[5, 6]] * 8, width=5, pack=64, share=True)
+    assert not one.shared_B.any()
+
+
+def test_ten_thousand_sequences_that_share_are_planned_at_once():
+    lengths = _lengths(10_000, 0, longest=2_000) + 500
+    trunks = plans.Trunks(np.arange(10_000) // 16, np.full(10_000, 499))
+    started = time.process_time()
+    plan = plans.packed(
+        lengths, width=32768, row_length=32768, rows_per_microbatch=1, trunks=trunks
+    )
+    assert time.process_time() - started < 5
+    assert plan.metrics["packing/shared"] > 0.02
+    assert plan.used_microbatches <= _plan(lengths).used_microbatches
+
+
 # ---------------------------------------------------------------- what the model makes of them
 
 

@@ -40,6 +40,13 @@ LAYOUTS = {
     "few widths": {"rows_per_microbatch": 2, "num_buckets": 1},
     "dense": {"rows_per_microbatch": 2, "pack_length": 20},
     "one dense row": {"rows_per_microbatch": 1, "pack_length": 48},
+    "shared prompts": {"rows_per_microbatch": 2, "pack_length": 24, "share_prompts": True},
+    "gathered": {
+        "rows_per_microbatch": 1,
+        "pack_length": 20,
+        "share_prompts": True,
+        "gathers": True,
+    },
 }
 
 
@@ -133,7 +140,7 @@ def test_a_response_says_what_it_says_alone(layout, order):
     assert (found.expert_ids, found.agreement) == (None, None)
 
 
-@pytest.mark.parametrize("layout", ["two micro-batches", "dense"])
+@pytest.mark.parametrize("layout", ["two micro-batches", "dense", "shared prompts"])
 def test_a_mesh_says_what_one_device_says(layout):
     mesh = sharding.layout("train", {"data": 2, "fsdp": 2}, jax.devices()[:4])
     sizes = LAYOUTS[layout] | {"rows_per_microbatch": 4}
@@ -149,7 +156,7 @@ def test_a_mesh_says_what_one_device_says(layout):
         np.testing.assert_allclose(found.logprobs[k], _alone(DENSE, index)[0], atol=ATOL)
 
 
-@pytest.mark.parametrize("layout", ["two micro-batches", "dense"])
+@pytest.mark.parametrize("layout", ["two micro-batches", "dense", "shared prompts", "gathered"])
 def test_tokens_that_are_not_trained_on_are_zero_and_change_no_other(layout):
     masks = [np.arange(n) % 3 != 1 for n in LENGTHS]
     masks[3] = np.zeros(LENGTHS[3], bool)  # a response that does not count
@@ -172,7 +179,9 @@ def test_a_pass_names_the_policy_it_is_of():
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (4, 2, 0, 5, 3, 1)], ids=str)
-@pytest.mark.parametrize("layout", ["one row at a time", "two micro-batches", "dense"])
+@pytest.mark.parametrize(
+    "layout", ["one row at a time", "two micro-batches", "dense", "shared prompts", "gathered"]
+)
 def test_experts_are_recorded_sequence_by_sequence(layout, order):
     planner = _planner(EXPERTS, **LAYOUTS[layout])
     found = _logprobs(EXPERTS, planner, _pass(EXPERTS, record_experts=True), order=order)

@@ -319,6 +319,43 @@ def test_packed_step_is_the_same_step(params64, placement):
     _assert_same_step(params64, _batch(), packed, rule, 1e-9)
 
 
+def _shared(row_length, rows_at_once):
+    """A plan of dense rows that hold equal prompts once."""
+
+    def plan(prompts, responses):
+        sizes = {"pack": row_length, "rows_at_once": rows_at_once, "share": True}
+        laid = row_cases.plan_of(prompts, responses, width=14, **sizes)
+        assert (laid.shared_B > 0).sum() >= 6
+        return laid
+
+    return plan
+
+
+# A group in a row; several; groups cut into parts, each with a prompt of its own.
+@pytest.mark.parametrize(
+    ("name", "sizes", "gathers"),
+    [("luspo", (28, 1), False), ("luspo", (112, 1), True), ("luspo", (20, 2), True),
+     ("dapo", (20, 2), False), ("dapo", (28, 1), True)],
+)  # fmt: skip
+def test_a_step_that_shares_prompts_is_the_same_step(params64, name, sizes, gathers):
+    groups = np.repeat([0, 1], 4)
+    asked = [np.arange(3, 8), np.arange(5, 9)]
+    changes = {"prompts": [asked[group] for group in groups]}
+    rule = _rule(name, logprobs=LOGPROBS64)
+    own = _batch(changes=changes)
+    shared = _batch(changes=changes | {"gathers": gathers}, plan=_shared(*sizes))
+    assert (shared.rows.sequences is not None) == gathers
+    _assert_same_step(params64, own, shared, rule, 1e-9)
+
+
+@pytest.mark.parametrize("placement", ["row by row", "all in one row"])
+def test_gathered_attention_makes_the_same_step(params64, placement):
+    gathered = _batch(plan=_dense(**PLACEMENTS[placement]), changes={"gathers": True})
+    assert gathered.rows.sequences.trunk_width == 0
+    rule = _rule("luspo", logprobs=LOGPROBS64)
+    _assert_same_step(params64, _batch(), gathered, rule, 1e-9)
+
+
 # Each reads arrays that the other does not: corrections, entropies of the whole minibatch; tokens
 # or sequences in the denominator; other rows of a group in the length scale.
 TERMS = {

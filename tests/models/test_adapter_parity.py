@@ -162,8 +162,7 @@ def test_gradients_of_the_towers_adapter_are_those_of_peft(tmp_path):
             batch.positions_BT3,
             batch.segments_BT,
             how=how,
-            units_UD=units.reshape(-1, model.embed_dim),
-            index_BT=batch.index_BT,
+            images=(units.reshape(-1, model.embed_dim), batch.index_BT),
         )
         out = jnp.einsum("btd,vd->btv", hidden_BTD, decoder.head_kernel(params))
         return jnp.sum(out * weights), out

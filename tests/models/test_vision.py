@@ -117,8 +117,7 @@ def _logits(params, units_UD, arrays, config):
         positions_BT,
         segments_BT,
         how=Forward(config),
-        units_UD=units_UD,
-        index_BT=index_BT,
+        images=(units_UD, index_BT),
     )
     return jnp.einsum("btd,vd->btv", hidden_BTD, decoder.head_kernel(params))
 
@@ -377,8 +376,7 @@ def test_hidden_states_on_a_mesh_are_those_of_one_device():
             positions[:, order],
             segments[:, order],
             how=how,
-            units_UD=units.reshape(-1, config.embed_dim),
-            index_BT=index[:, order],
+            images=(units.reshape(-1, config.embed_dim), index[:, order]),
         )
         weights = jnp.sin(jnp.asarray(order, jnp.float32))[None, :, None]
         return jnp.sum(jnp.where(segments[:, order, None] > 0, hidden * weights, 0.0))

@@ -23,6 +23,17 @@ def inputs(B, T, N, K, H, dtype=np.float32):
     return query, key, value, segments
 
 
+def branched(B, T, N, K, H):
+    """The same, rows with two trunks with branches, a segment without, and padding."""
+    query, key, value, segments = inputs(B, T, N, K, H)
+    rng = np.random.default_rng(B + T)
+    for row in segments:
+        ids = [1, 1 + 65536, 1 + 2 * 65536, 2, 3, 3 + 65536, 3 + 2 * 65536, 3 + 3 * 65536, 0]
+        cuts = np.sort(rng.choice(np.arange(1, T), len(ids) - 1, replace=False))
+        row[:] = np.repeat(ids, np.diff([0, *cuts, T]))
+    return query, key, value, segments
+
+
 def cotangent(query):
     """What the output's gradient is taken along."""
     return np.random.default_rng(0).normal(size=query.shape).astype(query.dtype)
@@ -34,6 +45,7 @@ def dense(query, key, value, segments, grad, causal=True):
     (B, T, N, H), K = query.shape, key.shape[2]
     key_N, value_N = (np.repeat(x, N // K, axis=2) for x in (key, value))
     sees = segments[:, :, None] == segments[:, None]
+    sees |= segments[:, :, None] % 65536 == segments[:, None]  # what a branch continues
     sees &= np.tri(T, dtype=bool) | (not causal)
     scores = np.einsum("btnh,bsnh->bnts", query, key_N) / np.sqrt(H)
     scores = np.where(sees[:, None], scores, -np.inf)

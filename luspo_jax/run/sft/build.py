@@ -19,7 +19,7 @@ from luspo_jax.models import decoder_weights
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.rollout import Engine, Sampling
 from luspo_jax.rollout.handover import rollout_params
-from luspo_jax.run import adapters
+from luspo_jax.run import adapters, forwards
 from luspo_jax.run import build as rl
 from luspo_jax.run.checks import check_sft
 from luspo_jax.run.model import Model, load_model
@@ -157,7 +157,7 @@ def planner(settings: SftSettings, model: DecoderConfig, layout: Layout | None) 
 def update_rule(settings: SftSettings, model: Model, layout: Layout | None = None) -> UpdateRule:
     """Returns the rule of an optimizer step; a vision tower, which sees nothing, stays as it is."""
     train, sees = settings.train, model.config.vision is not None
-    how = rl.training_forward(settings, model.config, layout)
+    how = forwards.training(settings, model.config, layout)
     return UpdateRule(
         logprobs=LogprobRule(
             how,
@@ -187,7 +187,7 @@ def _sampler(settings, model, data, layout) -> Engine | None:
             f"{model.config.max_position} (max_position_embeddings): at most {room} are left"
         )
     return Engine(
-        rl.sampling_forward(settings, model.config, sharding.on_own_devices(layout)),
+        forwards.sampling(settings, model.config, sharding.on_own_devices(layout)),
         Sampling(
             max_response_length=asked.max_response_length,
             stop_token_ids=model.stop_token_ids,
