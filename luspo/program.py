@@ -9,7 +9,6 @@ of a configuration. Nothing here imports jax: `luspo --help` answers at once.
 import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import io
 import os
 import pathlib
@@ -42,7 +41,7 @@ COMMANDS = {
     "evaluate": Command("measure a model on benchmarks", "model"),
     "sweep": Command("run variants × seeds, and compare them", "sweep"),
     "rehearse": Command("compile a run for a machine that is not there", "config", "Settings"),
-    "checkup": Command("check that this machine computes what it should"),
+    "checkup": Command("check that this machine computes what it should", "config", "Settings"),
     "status": Command("say what runs are doing"),
     "show": Command("show a run's responses"),
     "plot": Command("draw a run's reward, length and accuracy", "workdir"),
@@ -126,8 +125,6 @@ def run(name: str, given: Sequence[str]) -> int:
     # The program's own `experiments` comes before any other; modules of the working folder, such
     # as a user's rewards, are found as `python -m` finds them, but last.
     sys.path[:] = [folder, *(p for p in sys.path if p != folder), os.getcwd()]
-    if importlib.util.find_spec(module) is None:
-        raise Refused(f"{name} does not come with this version")
     from experiments import command
 
     command.installed = True

@@ -87,8 +87,6 @@ from absl import flags, logging  # which defines flags too
 from luspo.program import COMMANDS
 before, said = set(flags.FLAGS), {}
 for name in COMMANDS:
-    if name == "checkup":
-        continue
     importlib.import_module(f"experiments.{name}")
     mine = set(flags.FLAGS) - before
     said[name] = {n: [flags.FLAGS[n].help, getattr(flags.FLAGS[n].parser, "enum_values", []),
