@@ -53,19 +53,20 @@ def parts(task: Task, side: str) -> list[dict[str, Any]]:
 
 def others(task: Task, side: str, best: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns what else a side offers, around its best parts: torch.compile of TRL's; rows of ours
-    that are packed, where lengths differ."""
+    that are packed."""
     if side == TRL:
         return [{**best, "compile": True}]
-    if side == OURS and len(set(task.flat_lengths)) > 1:
-        row = task.longest_prompt + task.longest
+    if side == OURS:  # packed rows of a micro-batch each, with prompts once
         tokens = sum(
-            len(prompt) + length
+            len(prompt) + sum(n + 1 for n in group)
             for prompt, group in zip(task.prompt_tokens, task.lengths, strict=True)
-            for length in group
         )
+        least = task.longest_prompt + task.longest
+        sizes = {max(least, -(-tokens // n)) for n in _PARTS}
+        rows = sorted({-(-size // 32) * 32 for size in sizes})
         return [
-            {"train.packing": True, "train.microbatch_tokens": row * -(-tokens // (n * row))}
-            for n in _PARTS[:-1]
+            {"train.packing": True, "train.microbatch_tokens": row, "train.pack_length": row}
+            for row in rows
         ]
     return []
 

@@ -7,6 +7,7 @@ from experiments.rehearsal import costs, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.costs import Rows
 from luspo_jax.learner.plan import Plan
+from luspo_jax.learner.rows import gathered
 from luspo_jax.types import Images
 
 
@@ -20,10 +21,9 @@ def microbatch(case: Case, plan: Plan) -> tuple[Rows, int]:
 
 def _pairs(case, plan):
     """Returns pairs of a query and a key in one micro-batch of a plan."""
-    planner = case.planner
-    if not (planner.gathers and planner.pack_length):
+    found = gathered(case.planner, plan)
+    if found is None:
         return costs.causal_pairs(plan.rows_per_microbatch, plan.row_length)
-    found = plan.gathered(planner.num_buckets, planner.longest)
     B, C = (len(x) // plan.num_microbatches for x in (found.starts_B, found.trunk_starts_C))
     own = costs.causal_pairs(B, found.width) + B * found.width * found.trunk_width
     return own + costs.causal_pairs(C, found.trunk_width)

@@ -17,7 +17,7 @@ from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.experts import id_type
 from luspo_jax.ops.sizes import bucket_length
 from luspo_jax.sharding import Layout
-from luspo_jax.types import ExpertIds, Images, RowImages, TokenRows
+from luspo_jax.types import ExpertIds, Images, RowImages, Sequences, TokenRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +113,19 @@ def token_rows(
         rows_per_microbatch=plan.rows_per_microbatch,
         expert_ids=expert_ids,
         images=_images(planner, plan, prompts, lengths),
-        sequences=_sequences(planner, plan),
+        sequences=gathered(planner, plan),
     )
 
 
-def _sequences(planner, plan):
+_WIDTHS = 8  # of gathered sequences, at least
+
+
+def gathered(planner: Planner, plan: Plan) -> Sequences | None:
+    """Returns where a plan's sequences lie if attention gathers them; else None."""
     if not (planner.gathers and planner.pack_length):
         return None
-    return plan.gathered(planner.num_buckets, planner.longest)
+    # Own tokens lack the prompts that are shared: of few widths, one of them would be far too wide.
+    return plan.gathered(max(planner.num_buckets, _WIDTHS), planner.longest)
 
 
 def _positions(prompts, lengths, model):
@@ -183,7 +188,7 @@ def abstract_token_rows(
         expert_ids=ids,
         images=None if images is None else RowImages(images, ints_RT),
         sequences=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _sequences(planner, plan)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), gathered(planner, plan)
         ),
     )
 
