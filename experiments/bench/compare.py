@@ -172,7 +172,9 @@ def _take(task, plan, sides, say):
         turns.rest(plan.pause)
         step = sides[turn.side].step()
         if step.lengths != task.flat_lengths:
-            raise RuntimeError(f"{turn.side} made responses of other lengths: {step.lengths}")
+            raise RuntimeError(
+                f"{turn.side} made responses of other lengths: {step.lengths}, not {task.flat_lengths}"
+            )
         if turn.round == plan.steps - 1 and not step.moved:
             raise RuntimeError(f"{turn.side} has not changed its weights: no update was taken")
         timed = Timed(turn.round, turn.side, step.seconds, step.cores, step.phases)

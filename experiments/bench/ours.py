@@ -35,6 +35,8 @@ class Ours:
         """
         self._task = task
         run = build(configuration(task, folder, settings=settings, seed=seed))
+        # Every response has the length that it is told, whatever the model's files say of its end.
+        run.sampler.sampling = dataclasses.replace(run.sampler.sampling, stop_token_ids=())
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(run.scorer)
         limits = dict(zip(task.prompt_tokens, task.lengths, strict=True))
@@ -119,7 +121,7 @@ def configuration(task: Task, folder: pathlib.Path, *, settings: Mapping[str, An
     chosen = {
         "seed": seed,
         "model.path": str(task.folder),
-        "model.stop_token_ids": "none",  # every response has the length that it is told
+        "model.stop_token_ids": "none",  # the synthetic model has no end, and says so
         "model.dtype": task.dtype,
         "model.rollout_dtype": task.dtype,
         "data.name": "file",

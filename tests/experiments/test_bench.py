@@ -227,11 +227,11 @@ def test_a_search_stops_where_parts_no_longer_pay_and_survives_failures(task):
 def test_settings_divide_the_work(task):
     assert [s["microbatches"] for s in settings.parts(task, TUNIX)] == [1, 2]
     assert [s["microbatches"] for s in settings.parts(task, TRL)] == [1, 2, 4, 8]
-    assert settings.others(task, OURS, {}) == []
     ragged = task.with_lengths([1, 6, 3, 2, 5, 5, 1, 4])
     packed = settings.others(ragged, OURS, {})
-    # 27 response tokens and eight prompts of five, in rows of 5 + 6.
-    assert [s["train.microbatch_tokens"] for s in packed] == [77, 44, 22]
+    # Two prompts of five, 27 response tokens and one more for each of eight: in one row, or parts.
+    assert [s["train.microbatch_tokens"] for s in packed] == [32, 64]
+    assert all(s["train.pack_length"] == s["train.microbatch_tokens"] for s in packed)
 
 
 def test_files_hold_prompts_of_the_exact_length_that_all_sides_read(tmp_path):
