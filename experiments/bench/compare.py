@@ -173,7 +173,7 @@ def _take(task, plan, sides, say):
         step = sides[turn.side].step()
         if step.lengths != task.flat_lengths:
             raise RuntimeError(
-                f"{turn.side} made responses of other lengths: {step.lengths}, not {task.flat_lengths}"
+                f"{turn.side} made responses of lengths {step.lengths}, not {task.flat_lengths}"
             )
         if turn.round == plan.steps - 1 and not step.moved:
             raise RuntimeError(f"{turn.side} has not changed its weights: no update was taken")
