@@ -51,12 +51,12 @@ def updates(rules, states, batch):
     return costs, steps
 
 
-def rollout(workload):
-    """Returns the batch of one update, on the devices."""
+def rollout(workload, pack_length=0):
+    """Returns the batch of one update, on the devices, in packed rows of a micro-batch each if they
+    have a length; those hold a prompt once."""
     import jax
     import numpy as np
 
-    from luspo_jax.learner.plan import one_a_row
     from luspo_jax.learner.rows import Planner, token_rows
     from luspo_jax.types import ResponseRows, TrainBatch
 
@@ -68,24 +68,25 @@ def rollout(workload):
     rng = np.random.default_rng(0)
     rows = workload.responses
     lengths = rng.integers(workload.response_length // 8, workload.response_length + 1, rows)
-    prompts = [Prompt(x) for x in rng.integers(1, workload.vocab, (rows, workload.prompt_length))]
+    asked = rng.integers(1, workload.vocab, (workload.prompts, workload.prompt_length))
+    prompts = [Prompt(x) for x in np.repeat(asked, workload.group, axis=0)]
     responses = [rng.integers(1, workload.vocab, n) for n in lengths]
-    width, at_once = (
-        workload.prompt_length + workload.response_length,
-        rows // workload.microbatches,
-    )
-    plan = one_a_row(lengths + workload.prompt_length, width=width, rows_per_microbatch=at_once)
+    width = workload.prompt_length + workload.response_length
+    at_once = 1 if pack_length else rows // workload.microbatches
+    packing = {"pack_length": pack_length, "share_prompts": True, "gathers": True}
+    planner = Planner(workload.model, width, 1, at_once, **packing if pack_length else {})
+    plan = planner.plan(lengths + workload.prompt_length, width, prompts)
     masks = [np.ones(n, bool) for n in lengths]
     old_BT = plan.place([np.full(n, -np.log(workload.vocab), np.float32) for n in lengths])
     batch = TrainBatch(
-        rows=token_rows(
-            Planner(workload.model, width, 1, at_once), plan, prompts, responses, masks
-        ),
+        rows=token_rows(planner, plan, prompts, responses, masks),
         responses=ResponseRows(
-            starts_B=plan.firsts_B,
+            starts_B=plan.place_one(plan.firsts_B),
             response_mask_BT=plan.place(masks),
-            advantages_B=rng.normal(size=rows).astype(np.float32),
-            group_ids_B=np.repeat(np.arange(workload.prompts, dtype=np.int32), workload.group),
+            advantages_B=plan.place_one(rng.normal(size=rows).astype(np.float32)),
+            group_ids_B=plan.place_one(
+                np.repeat(np.arange(workload.prompts, dtype=np.int32), workload.group)
+            ),
             sampler_logprobs_BT=old_BT,
             old_logprobs_BT=old_BT,
         ),

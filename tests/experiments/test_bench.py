@@ -437,3 +437,25 @@ def test_flags_select_the_task_and_the_peers(tmp_path):
     assert not record["plan"]["search"]
     assert record["generated_tokens"] == 2 * 4 * 6
     assert step_markdown.section([record]).count("\n|") == 3
+
+
+@pytest.mark.parametrize("pack_length", [0, 64])
+def test_operations_of_an_update_are_told_with_their_functions(pack_length):
+    from experiments.bench import operations
+    from experiments.bench.workload import SMALL
+
+    found = operations.measure(SMALL, pack_length=pack_length)
+    spent = found["operations"]
+    assert found["seconds"] > 0
+    assert list(spent.values()) == sorted(spent.values(), key=lambda x: -x[0])
+    products = [origin for _, calls, _, origin in spent.values() if origin.endswith("dot_general")]
+    assert any("mlp" in origin and "transpose" in origin for origin in products)
+
+
+def test_an_adapters_update_counts_fewer_operations(tmp_path):
+    command = [sys.executable, "-m", "experiments.bench.adapters", "--small", "--pairs=2"]
+    command += ["--bases=bfloat16", f"--json={tmp_path / 'found.json'}"]
+    subprocess.run(command, check=True, capture_output=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["costs"]["bfloat16"]["flops"] < found["costs"]["full"]["flops"]
+    assert len(found["ratios"]["bfloat16"]["ratios"]) == 2

@@ -29,6 +29,7 @@ FILES = {
     "bench.rl_step": ["--json={place}"],
     "bench.instruments": ["--json={place}"],
     "bench.length_scale": ["--json={place}", "--small"],
+    "bench.adapters": ["--json={place}", "--small"],
     "studies.rehearsal.calibrate": ["--out={place}"],
 }
 
