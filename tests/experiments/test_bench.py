@@ -105,7 +105,7 @@ def test_a_side_that_does_other_work_is_refused(task):
         def step(self):
             return Step(1.0, 1.0, {"update": 1.0}, [6] * 8, moved=False)
 
-    for side, message in [(Short(), "made responses of other"), (Still(), "has not changed")]:
+    for side, message in [(Short(), "made responses of lengths"), (Still(), "has not changed")]:
         with pytest.raises(RuntimeError, match=f"{OURS} {message}"):
             compare._take(task, Plan(steps=1, pause=0), {OURS: side}, lambda line: None)
 
