@@ -102,6 +102,8 @@ def main():
         if what == "exit":
             os._exit(7)
         if what == "ctrl-c":
+            # Tests in a shell's background are begun with SIGINT ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.kill(os.getpid(), signal.SIGINT)
         if what == "raise":
             raise ValueError("bad data on this host")
