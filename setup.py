@@ -39,6 +39,12 @@ INSTALL_REQUIRES = [
     "rich>=13",  # responses in the terminal: experiments.show (flax needs it too)
 ]
 
+DOCS = [
+    "mkdocs>=1.6,<2",  # documents to a site, its links checked; hooks are of version 1
+    "mkdocs-material>=9.6,<10",  # its theme: search, tables, dark mode, nothing from elsewhere
+    "pymdown-extensions>=10.9",  # fences in lists, bare addresses, GitHub's anchors of headings
+]
+
 EXTRAS_REQUIRE = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
@@ -57,7 +63,9 @@ EXTRAS_REQUIRE = {
         "moto[s3]>=5",  # a server of S3, by flask
         "flask>=3",
         "flask-cors>=5",
+        *DOCS,  # the site is built by a test
     ],
+    "docs": DOCS,
     # Comparison with other implementations; torch is never a runtime dependency.
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
     "notebooks": ["jupyterlab", "ipykernel", "nbclient", "nbstripout", "pandas"],
@@ -81,10 +89,13 @@ LIBRARY = find_packages(include=["luspo_jax", "luspo_jax.*", "luspo"])
 # them, pip mixes their files. So a wheel has them in luspo/checkout, which only the program puts on
 # its path, first (luspo/program.py): neither a user's `experiments` in the working folder nor one
 # in site-packages can be taken for ours, and `import experiments` elsewhere does not find ours.
-# Studies stay in the checkout: their results are documents.
+# Studies stay in the checkout, as their results are documents, and so does the site of these.
 LAUNCHERS = find_packages(
     include=["experiments", "experiments.*", "configs", "configs.*"],
-    exclude=["experiments.studies", "experiments.studies.*"],
+    exclude=[
+        *("experiments.studies", "experiments.studies.*"),
+        "experiments.site",  # documents are of the checkout
+    ],
 )
 SHIPPED = "luspo.checkout"
 

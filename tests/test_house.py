@@ -48,8 +48,8 @@ def test_files_stay_readable():
     assert not long
 
 
-def test_the_map_in_the_readme_is_the_library():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_map_in_the_documents_is_the_library():
+    text = house_map.PAGE.read_text(encoding="utf-8")
     assert house_map.with_map(text, house_map.house_map()) == text, (
         "python -m experiments.house_map"
     )
