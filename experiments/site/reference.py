@@ -15,9 +15,8 @@ _FEW = 16  # names that a cell lists
 
 _FIELDS = """\
 Every field of `config`, from the comments where it is declared. A flag sets one:
-`--config.{example}`; an unknown name is refused, and the message has the nearest one. In a terminal,
-`luspo fields {prefix}` lists those that begin so. What `--dry_run` prints is the configuration with
-all that was left to it filled in.
+`--config.{example}`; an unknown name is refused, and the message has the nearest one.
+In a terminal, `luspo fields{kind} {prefix}` lists those that begin so.
 """
 _METRICS = """\
 Every metric, from its declaration in `luspo_jax/metrics.py`. `*` stands for one or more parts of a
@@ -67,7 +66,8 @@ def fields_page(kind: str, title: str, example: str) -> str:
     rules = settings.rules(getattr(settings, kind))
     chosen = {f"objective.{name}": OneOf(names) for name, names in CHOICES.items()}
     prefix = example.partition("_")[0]
-    parts = [f"# {title}\n", _FIELDS.format(example=example, prefix=prefix)]
+    option = {"SftSettings": " --sft"}.get(kind, "")
+    parts = [f"# {title}\n", _FIELDS.format(example=example, prefix=prefix, kind=option)]
     for section in fields.sections(kind):
         parts.append(f"\n## {section.name or 'The run'}\n\n{_escaped(section.about)}\n")
         parts.append("| field | type | default | meaning |\n|---|---|---|---|")

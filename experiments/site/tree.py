@@ -31,9 +31,7 @@ def documents() -> tuple[str, ...]:
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     return tuple(
-        path
-        for path in sorted(listed)
-        if (ROOT / path).is_file() and not path.startswith(_APART)
+        path for path in sorted(listed) if (ROOT / path).is_file() and not path.startswith(_APART)
     )
 
 
