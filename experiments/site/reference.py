@@ -12,6 +12,7 @@ from luspo_jax.hosts.values import Number, OneOf, Rule, Text
 from luspo_jax.metrics import METRICS
 
 _FEW = 16  # names that a cell lists
+_NO_LIMIT = r" and at most (\d{8,}|\de\+\d+)"  # a bound that keeps a number finite
 
 _FIELDS = """\
 Every field of `config`, from the comments where it is declared. A flag sets one:
@@ -118,7 +119,7 @@ def _allowed(rule: Rule | None) -> str:
         names = ", ".join(f"`{name}`" if name else "empty" for name in rule.names)
         return f"One of {names}" + (f", or a text with `{rule.mark}`." if rule.mark else ".")
     if isinstance(rule, Number):
-        return f"Allowed: {rule}."
+        return f"Allowed: {re.sub(_NO_LIMIT, '', str(rule))}."
     return "Must be set." if isinstance(rule, Text) and rule.remedy.startswith("name") else ""
 
 
