@@ -46,10 +46,12 @@ DOCS = [
 ]
 
 EXTRAS_REQUIRE = {
+    "docs": DOCS,
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "test": [
         "pytest>=8",
+        *DOCS,  # a test builds the site
         "pytest-xdist>=3.6",  # two workers
         "hypothesis>=6.100",  # identities of the objectives as properties
         "import-linter>=2.1",  # the one-way imports of CONTRIBUTING.md
@@ -63,9 +65,7 @@ EXTRAS_REQUIRE = {
         "moto[s3]>=5",  # a server of S3, by flask
         "flask>=3",
         "flask-cors>=5",
-        *DOCS,  # the site is built by a test
     ],
-    "docs": DOCS,
     # Comparison with other implementations; torch is never a runtime dependency.
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
     "notebooks": ["jupyterlab", "ipykernel", "nbclient", "nbstripout", "pandas"],
