@@ -126,6 +126,15 @@ def test_the_reference_says_what_a_value_may_be():
     assert "`wait`, `drop`" in row
 
 
+def test_documents_link_each_other_in_the_checkout_as_well():
+    """Where they are read without the site, a link is a path from the document's own folder."""
+    for path in tree.documents():
+        if path.endswith(".md"):
+            text = (tree.ROOT / path).read_text(encoding="utf-8")
+            missing = [x for x in tree.linked(text, path) if not (tree.ROOT / x).exists()]
+            assert not missing, path
+
+
 def test_links_are_rewritten_outside_of_code_only():
     text = "[a](../CONTRIBUTING.md#style) `[b](c.md)` [`d`](../configs/quickstart.py) [e](#f)\n"
     fence = "```\n[g](h.md)\n```\n[i](https://j.example/k.md) ![l](../experiments/studies/m/n.png)"
