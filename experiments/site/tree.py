@@ -25,11 +25,14 @@ _APART = ("luspo_jax/models/embedded/",)
 
 @functools.cache
 def documents() -> tuple[str, ...]:
-    """Returns the Markdown files and pictures of the checkout that the site shows, as paths."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md", "*.png"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
+    """Returns the Markdown files and pictures of the checkout that the site shows, as paths.
+
+    These are the tracked ones, and in docs/ new ones as well.
+    """
+    command = ["git", "ls-files", "*.md", "*.png"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    new = (path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").iterdir())
+    listed = {*ran.stdout.split(), *(path for path in new if path.endswith((".md", ".png")))}
     return tuple(
         path for path in sorted(listed) if (ROOT / path).is_file() and not path.startswith(_APART)
     )
@@ -47,7 +50,7 @@ def place(path: str) -> str:
     if not path.endswith((".md", ".png")):
         return f"{_FILES}{path}.md"
     folder, name = posixpath.split(path)
-    name = {"README.md": "index.md"}.get(name, name)
+    name = "index.md" if name == "README.md" else name
     return posixpath.join(folder, name if folder else name.lower())
 
 
