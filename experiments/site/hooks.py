@@ -1,7 +1,12 @@
 """What mkdocs calls while it builds the site (`hooks` of mkdocs.yml)."""
 
+import pathlib
 import posixpath
 import re
+import sys
+
+# The program `mkdocs`, unlike `python -m mkdocs`, does not look into the checkout it is run in.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from experiments.site import reference, tree
 
