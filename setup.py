@@ -39,11 +39,19 @@ INSTALL_REQUIRES = [
     "rich>=13",  # responses in the terminal: experiments.show (flax needs it too)
 ]
 
+DOCS = [
+    "mkdocs>=1.6,<2",  # documents to a site, its links checked; hooks are of version 1
+    "mkdocs-material>=9.6,<10",  # its theme: search, tables, dark mode, nothing from elsewhere
+    "pymdown-extensions>=10.9",  # fences in lists, bare addresses, GitHub's anchors of headings
+]
+
 EXTRAS_REQUIRE = {
+    "docs": DOCS,
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "test": [
         "pytest>=8",
+        *DOCS,  # a test builds the site
         "pytest-xdist>=3.6",  # two workers
         "hypothesis>=6.100",  # identities of the objectives as properties
         "import-linter>=2.1",  # the one-way imports of CONTRIBUTING.md
@@ -81,10 +89,13 @@ LIBRARY = find_packages(include=["luspo_jax", "luspo_jax.*", "luspo"])
 # them, pip mixes their files. So a wheel has them in luspo/checkout, which only the program puts on
 # its path, first (luspo/program.py): neither a user's `experiments` in the working folder nor one
 # in site-packages can be taken for ours, and `import experiments` elsewhere does not find ours.
-# Studies stay in the checkout: their results are documents.
+# Studies stay in the checkout, as their results are documents, and so does the site of these.
 LAUNCHERS = find_packages(
     include=["experiments", "experiments.*", "configs", "configs.*"],
-    exclude=["experiments.studies", "experiments.studies.*"],
+    exclude=[
+        *("experiments.studies", "experiments.studies.*"),
+        "experiments.site",  # documents are of the checkout
+    ],
 )
 SHIPPED = "luspo.checkout"
 
