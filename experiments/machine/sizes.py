@@ -32,12 +32,17 @@ from luspo_jax.hosts.values import ConfigError
 from luspo_jax.run import fields
 from luspo_jax.sharding import MeshError
 
-FIELDS = ("train.packing", "train.pack_length", "train.microbatch_tokens", "train.num_microbatches")
+CHUNK = "model.head_chunk_tokens"
+FIELDS = (
+    *("train.packing", "train.pack_length", "train.microbatch_tokens", "train.num_microbatches"),
+    CHUNK,
+)
 FILE = "sizes.json"
 Sizes = dict[str, Any]  # field → value
 
 _TOKENS = (1024, 2048, 4096, 8192, 16384)  # of a device's packed micro-batch
 _ROWS = (1, 2, 4, 8, 16)  # micro-batches of an update in rows of one response each
+_CHUNKS = (512, 1024, 2048, 4096)  # tokens whose logits exist at once
 _ENOUGH = 1.1  # so many times the least seconds end the search among larger ones
 _LIKE_NOW = 0.97  # what is not faster than this part of the configured sizes is no reason to move
 
@@ -101,17 +106,16 @@ def with_sizes(config: ConfigDict, sizes: Sizes) -> ConfigDict:
 def shown(sizes: Sizes) -> str:
     """Describes sizes in a line, as flags."""
     unset = {"train.pack_length": 0, "train.microbatch_tokens": 0, "train.num_microbatches": 1}
-    return " ".join(
-        f"--config.{name}={value}" for name, value in sizes.items() if value != unset.get(name)
-    )
+    told = {name: value for name, value in sizes.items() if value != unset.get(name)}
+    return " ".join(f"--config.{name}={value}" for name, value in told.items())
 
 
 def options(made: Case) -> Iterator[list[Sizes]]:
     """Yields lists of sizes: rows of one response in more and more parts; longer dense rows."""
-    responses = made.sizes.responses_per_minibatch
+    responses, chunk = made.sizes.responses_per_minibatch, made.config.model.head_chunk_tokens
     own = [count for count in _ROWS if responses % count == 0]
     base = {"train.packing": False, "train.pack_length": 0, "train.microbatch_tokens": 0}
-    yield [{**base, "train.num_microbatches": count} for count in own]
+    yield [{**base, "train.num_microbatches": count, CHUNK: chunk} for count in own]
     parts, longest = made.train_parts.batch, made.sizes.tokens_per_row
     most = responses * longest
     lengths = sorted({max(longest, tokens) for tokens in _TOKENS if tokens <= most} or {longest})
@@ -121,6 +125,7 @@ def options(made: Case) -> Iterator[list[Sizes]]:
             "train.pack_length": length,
             "train.microbatch_tokens": length * parts,
             "train.num_microbatches": 1,
+            CHUNK: chunk,
         }
         for length in lengths
     ]
@@ -129,33 +134,43 @@ def options(made: Case) -> Iterator[list[Sizes]]:
 def measured(made: Case, say: Callable[[str], None]) -> list[tuple[Sizes, float]]:
     """Returns sizes and least seconds of an update, for all that was measured, as configured first.
 
-    Sizes that do not fit are left out, and in a list of options those after a slower one.
+    The head's chunks are varied with the fastest rows. Sizes that do not fit are left out, and in a
+    list of options those after a slower one.
     """
     say(
         f"sizes     : measuring updates of {made.sizes.responses_per_minibatch} responses, "
         f"{made.lengths.mean:g} tokens each on average"
     )
-    now = _sizes_of(made.config)
     found: list[tuple[Sizes, float]] = []
-    for group in ([now], *options(made)):
-        least = None
-        for sizes in group:
-            if any(sizes == known for known, _ in found):
-                continue
+    for group in ([_sizes_of(made.config)], *options(made)):
+        _measure(made, group, found, say)
+    if not found:
+        raise UsageError(
+            "--measure_sizes: no update fits: make rows shorter (experiments.rehearse)"
+        )
+    best = min(found, key=lambda pair: pair[1])[0]
+    larger = [chunk for chunk in _CHUNKS if chunk > best[CHUNK]]
+    smaller = [chunk for chunk in reversed(_CHUNKS) if chunk < best[CHUNK]]
+    for chunks in (larger, smaller):
+        _measure(made, [best, *({**best, CHUNK: chunk} for chunk in chunks)], found, say)
+    return found
+
+
+def _measure(made, group, found, say):
+    """Adds what was measured of a list of sizes, until one is slower than those before."""
+    known, least = {shown(sizes): seconds for sizes, seconds in found}, None
+    for sizes in group:
+        seconds = known.get(shown(sizes))
+        if seconds is None:
             seconds = _seconds(made, sizes)
             if seconds is None:
                 say(f"            {shown(sizes)}: does not fit")
                 continue
             say(f"            {shown(sizes)}: {shown_time(seconds)}")
             found.append((sizes, seconds))
-            if least is not None and seconds > _ENOUGH * least:
-                break
-            least = seconds if least is None else min(seconds, least)
-    if not found:
-        raise UsageError(
-            "--measure_sizes: no update fits: make rows shorter (experiments.rehearse)"
-        )
-    return found
+        if least is not None and seconds > _ENOUGH * least:
+            return
+        least = seconds if least is None else min(seconds, least)
 
 
 def fastest(seconds: list[tuple[Sizes, float]], now: Sizes) -> Sizes:
@@ -184,19 +199,19 @@ def _seconds(made, sizes):
 
 
 def _sizes_of(config):
-    return {name: config.train[name.removeprefix("train.")] for name in FIELDS}
+    return {name: config[section][field] for name in FIELDS for section, field in [name.split(".")]}
 
 
 def _described(made):
     """What decides which sizes are fastest."""
-    device, model = made.topology.devices[0], made.config.model
+    device = made.topology.devices[0]
     how = made.rule.logprobs.how
     return {
         "device": f"{len(made.topology.devices)} × {device.device_kind}",
         "processor": processor() if device.platform == "cpu" else "",
         "jax": jax.__version__,
         "model": dataclasses.asdict(made.model),
-        "how": [how.dtype, how.products, how.attention, how.remat, model.head_chunk_tokens],
+        "how": [how.dtype, how.products, how.attention, how.remat],
         "adapter": str(made.adapter),
         "mesh": str(made.layouts[0] and made.layouts[0].mesh.shape),
         "responses": [made.sizes.group_size, made.sizes.responses_per_minibatch],

@@ -16,7 +16,7 @@ ALL = topologies.topology("local")
 ONE = dataclasses.replace(ALL, devices=ALL.devices[:1])
 resolved = functools.partial(sizes.resolved, topology=ONE)
 OWN = {"train.packing": False, "train.pack_length": 0, "train.microbatch_tokens": 0}
-NOW = {**OWN, "train.num_microbatches": 1}
+NOW = {**OWN, "train.num_microbatches": 1, sizes.CHUNK: 2048}
 
 
 def dense(length):
@@ -25,6 +25,7 @@ def dense(length):
         "train.pack_length": length,
         "train.microbatch_tokens": length,
         "train.num_microbatches": 1,
+        sizes.CHUNK: 2048,
     }
 
 
@@ -46,6 +47,8 @@ def seconds(monkeypatch):
     def measure(case):
         train = case.config.train
         key = train.pack_length or -train.num_microbatches
+        if case.config.model.head_chunk_tokens != 2048:
+            key = (key, case.config.model.head_chunk_tokens)
         timed.append(key)
         return table.get(key, 1.0), None
 
@@ -72,8 +75,9 @@ def test_the_fastest_sizes_are_taken_and_remembered(config, seconds, tmp_path):
     assert first.train.packing
     assert first.train.pack_length == first.train.microbatch_tokens == 1024
     assert not config.train.packing  # the caller's own is as it was
-    # After a slower one no more parts are tried, and no longer rows.
-    assert timed == [-1, -2, -4, 1024, 2048][: len(timed)]
+    # After a slower one no more parts are tried, and no longer rows; then chunks of the fastest.
+    assert timed[:4] == [-1, -2, -4, 1024]
+    assert timed[-2:] == [(1024, 4096), (1024, 1024)]
     again = resolved(config, None, say=said.append, cache=tmp_path)
     assert again.train == first.train
     assert len(timed) == len(set(timed))
@@ -82,6 +86,14 @@ def test_the_fastest_sizes_are_taken_and_remembered(config, seconds, tmp_path):
     resolved(config, None, say=said.append, cache=tmp_path)
     assert len(timed) > len(set(timed))
     assert len(json.loads((tmp_path / sizes.FILE).read_text())) == 2
+
+
+def test_chunks_of_the_head_are_varied_with_the_fastest_rows(config, seconds, tmp_path):
+    table, timed = seconds
+    table |= {-1: 0.3, (-1, 4096): 0.5, (-1, 1024): 0.2, (-1, 512): 0.21}
+    found = resolved(config, None, say=lambda _: None, cache=tmp_path)
+    assert (found.train.packing, found.model.head_chunk_tokens) == (False, 1024)
+    assert timed[-3:] == [(-1, 4096), (-1, 1024), (-1, 512)]
 
 
 def test_a_gain_within_chance_moves_nothing(config, seconds, tmp_path):
