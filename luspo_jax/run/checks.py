@@ -1,7 +1,6 @@
 """Checks that a configuration can run, within its sections and across them."""
 
 import functools
-import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from luspo_jax.run.data_sections import SOURCE_FIELDS
 from luspo_jax.run.fields import wrong_fields
 from luspo_jax.run.settings import Settings, sections_of
 from luspo_jax.run.sft.sections import SftSettings
+from luspo_jax.run.trackers.registry import not_installed
 
 # Reward → the dataset whose items it scores.
 _OWN_DATASET = dict.fromkeys(("reasoning_gym", "reasoning_gym_solved"), "reasoning_gym")
@@ -71,7 +71,7 @@ def _wrong_sft(config: ConfigDict) -> Iterator[str]:
     """Yields values of supervised fine-tuning that conflict, within or across sections."""
     built, problems = sections_of(config, SftSettings)
     yield from problems
-    yield from _wrong_wandb(config)
+    yield from _wrong_trackers(built)
     if not problems:
         try:
             SftSettings(**built)
@@ -237,7 +237,7 @@ def _wrong_together(config: ConfigDict) -> Iterator[str]:
             f"train.ref_decay={config.train.ref_decay:g} averages A and B of a low-rank adapter, "
             "whose product is no average of policies: set it to 0, which copies"
         )
-    yield from _wrong_wandb(config)
+    yield from _wrong_trackers(sound)
     if "objective" in sound:
         yield from _wrong_group(config, sound["objective"])
     keep, group_size = config.shaping.gfpo_keep, config.rollout.group_size
@@ -249,13 +249,10 @@ def _wrong_together(config: ConfigDict) -> Iterator[str]:
         yield from _wrong_length(config, sound["length"])
 
 
-def _wrong_wandb(config: ConfigDict) -> Iterator[str]:
-    wandb = config.output.wandb_project
-    if wandb and importlib.util.find_spec("wandb") is None:
-        yield (
-            f"output.wandb_project={wandb!r}: wandb is not installed: pip install wandb, or leave "
-            "the field empty"
-        )
+def _wrong_trackers(built: Mapping[str, Any]) -> Iterator[str]:
+    """Yields trackers that are not installed, if their names are valid."""
+    if "output" in built:
+        yield from not_installed(built["output"].trackers)
 
 
 def _wrong_metric(config: ConfigDict) -> Iterator[str]:

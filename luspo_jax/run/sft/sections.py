@@ -9,6 +9,7 @@ from luspo_jax.learner.demonstrations import AGGREGATIONS
 from luspo_jax.learner.optimizer import SCHEDULES
 from luspo_jax.prompts.demonstrations import TOO_LONG, TURNS
 from luspo_jax.prompts.templates import TEMPLATES
+from luspo_jax.run.output_sections import SftOutputSettings
 from luspo_jax.run.sections import (
     HostsSettings,
     LoraSettings,
@@ -193,27 +194,6 @@ class SftEvalSettings:
                 f"eval.num_samples={self.num_samples} must be 1 at eval.temperature=0: greedy "
                 "answers are all alike"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class SftOutputSettings:
-    """What a run writes, and when."""
-
-    checkpoint_every: int = 50  # Optimizer steps; 0 = only at the end.
-    keep_latest: int = 1  # Checkpoints.
-    keep_best: int = 1  # By held-out loss.
-    tensorboard: bool = True  # Write TensorBoard files.
-    wandb_project: str = ""  # Empty = no Weights & Biases.
-    export: bool = True  # Write a Hugging Face folder at the end.
-
-    RULES: ClassVar[dict[str, Rule]] = {
-        "checkpoint_every": _COUNT,
-        "keep_latest": _SIZE,
-        "keep_best": _COUNT,
-    }
-
-    def __post_init__(self):
-        check_fields(self, "output.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
