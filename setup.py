@@ -57,11 +57,21 @@ EXTRAS_REQUIRE = {
         "moto[s3]>=5",  # a server of S3, by flask
         "flask>=3",
         "flask-cors>=5",
+        "wandb>=0.31",  # the extras wandb, mlflow and trackio, each without a network
+        "mlflow-skinny>=3.17",
+        "sqlalchemy>=2",
+        "alembic>=1.13",
+        "trackio>=0.43",
     ],
     # Comparison with other implementations; torch is never a runtime dependency.
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
     "notebooks": ["jupyterlab", "ipykernel", "nbclient", "nbstripout", "pandas"],
-    "wandb": ["wandb"],
+    # Trackers (output.trackers).
+    "wandb": ["wandb>=0.31"],
+    # MLflow's client; with a database of its own (sqlite:///…), which is what it takes without a
+    # server, sqlalchemy and alembic too. All of MLflow (`mlflow ui`) is three times as large.
+    "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"],
+    "trackio": ["trackio>=0.43"],
     # Buckets as workdirs, models and data: by fsspec, which etils and Orbax use as well.
     "gs": ["gcsfs>=2025.9"],
     "s3": ["s3fs>=2025.9"],

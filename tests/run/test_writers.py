@@ -13,7 +13,7 @@ from luspo_jax.run.writers import MetricsWriter, console_line
 
 @pytest.fixture
 def writer(tmp_path):
-    writer = MetricsWriter(tmp_path / "run", tensorboard=False, console=None)
+    writer = MetricsWriter(tmp_path / "run", console=None)
     yield writer
     writer.close()
 
@@ -74,13 +74,13 @@ def _contents(folder):
 
 
 def test_a_killed_and_continued_run_leaves_the_same_files(tmp_path):
-    whole = MetricsWriter(tmp_path / "whole", tensorboard=False, console=None)
+    whole = MetricsWriter(tmp_path / "whole", console=None)
     _run(whole, 1, 8)
-    killed = MetricsWriter(tmp_path / "killed", tensorboard=False, console=None)
+    killed = MetricsWriter(tmp_path / "killed", console=None)
     _run(killed, 1, 6)
     with killed.path.open("a") as stream:
         stream.write('{"step": 7, "rewa')  # cut off by the kill
-    resumed = MetricsWriter(tmp_path / "killed", tensorboard=False, console=None)
+    resumed = MetricsWriter(tmp_path / "killed", console=None)
     resumed.truncate_after(4)
     assert sorted(_contents(tmp_path / "killed"))[-1].endswith("step_000004.jsonl")
     _run(resumed, 5, 8)
@@ -130,40 +130,6 @@ def test_the_console_line_is_short_and_says_what_is_there():
 
 def test_the_console_gets_each_step(tmp_path):
     lines = []
-    writer = MetricsWriter(tmp_path, tensorboard=False, num_steps=2, console=lines.append)
+    writer = MetricsWriter(tmp_path, num_steps=2, console=lines.append)
     _run(writer, 1, 2)
     assert [line.split(" | ")[0] for line in lines] == ["step 1/2", "step 2/2"]
-
-
-def test_tensorboard_files_purge_what_a_resume_undoes(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
-    writer = MetricsWriter(tmp_path, console=None)
-    writer.write(1, {"reward": 1.0, "actor/grad_norm": math.nan})
-    writer.write(2, {"reward": 2.0})
-    writer.close()
-    writer = MetricsWriter(tmp_path, console=None)
-    writer.truncate_after(1)
-    writer.write(2, {"reward": 3.0})
-    writer.close()
-    events = []
-    for path in sorted((tmp_path / "tensorboard").iterdir()):
-        data = path.read_bytes()
-        while data:  # records of TensorFlow's format: length, checksum, data, checksum
-            size = int.from_bytes(data[:8], "little")
-            events.append(Event.FromString(data[12 : 12 + size]))
-            data = data[12 + size + 4 :]
-    scalars = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
-    assert scalars.count((1, "reward", 1.0)) == 1
-    assert (2, "reward", 3.0) in scalars
-    assert not any(tag == "actor/grad_norm" for _, tag, _ in scalars)
-    purges = [e.step for e in events if e.session_log.status == e.session_log.START]
-    assert purges == [2]
-
-
-def test_wandb_without_the_package_is_refused_with_the_remedy(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RuntimeError, match="pip install wandb"):
-        MetricsWriter(tmp_path, wandb_project="p")
