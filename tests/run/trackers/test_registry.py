@@ -58,7 +58,5 @@ def test_the_old_field_names_the_new_one():
     config = get_config()
     with config.unlocked():
         config.output.wandb_project = "p"
-    with pytest.raises(
-        ConfigError, match=r"output\.wandb_project: it is output\.project now"
-    ):
+    with pytest.raises(ConfigError, match=r"output\.wandb_project: it is output\.project now"):
         checks.check(config)

@@ -9,50 +9,9 @@ import pytest
 from luspo_jax.metrics import AnswerRecord, RolloutRecord
 from luspo_jax.run.trackers.sending import MEMORY, Trackers, completions
 from luspo_jax.run.trackers.tracker import About, Table
+from tests.run.trackers.tracker_cases import Raising, Recorder
 
 NAN = float("nan")
-
-
-class Recorder:
-    """A tracker that remembers what it is told."""
-
-    PACKAGE, EXTRA = "json", ""
-
-    def __init__(self, overwrites=False):
-        self.OVERWRITES, self.calls, self.main = overwrites, [], threading.get_ident()
-
-    def prepare(self):
-        pass
-
-    def _add(self, *call):
-        assert threading.get_ident() != self.main
-        self.calls.append(call)
-
-    def start(self, about, known):
-        self._add("start", about.after, known)
-        return known or "new"
-
-    def log(self, step, numbers):
-        self._add("log", step, dict(numbers))
-
-    def table(self, step, table):
-        self._add("table", step, table)
-
-    def close(self, *, failed):
-        self._add("close", failed)
-
-
-class Raising(Recorder):
-    """Raises in one of its methods."""
-
-    def __init__(self, where):
-        super().__init__()
-        self._where = where
-
-    def _add(self, *call):
-        super()._add(*call)
-        if call[0] == self._where:
-            raise OSError(28, "no space\nleft")
 
 
 def _trackers(tmp_path, say=None, closing_s=10.0, **trackers):

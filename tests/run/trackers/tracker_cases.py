@@ -1,4 +1,6 @@
-"""A run that a tracker is told of: five steps, of which the last two are repeated."""
+"""Trackers that remember and that raise; and a run whose steps are in part repeated."""
+
+import threading
 
 from luspo_jax.metrics import RolloutRecord, read_metrics
 from luspo_jax.run.trackers.registry import TRACKERS
@@ -53,3 +55,45 @@ def interrupted_run(folder, name):
     for row in rows.values():
         del row["actor/lr"]  # not a number: no tracker gets it
     return rows
+
+
+class Recorder:
+    """A tracker that remembers what it is told."""
+
+    PACKAGE, EXTRA = "json", ""
+
+    def __init__(self, overwrites=False):
+        self.OVERWRITES, self.calls, self.main = overwrites, [], threading.get_ident()
+
+    def prepare(self):
+        pass
+
+    def _add(self, *call):
+        assert threading.get_ident() != self.main
+        self.calls.append(call)
+
+    def start(self, about, known):
+        self._add("start", about.after, known)
+        return known or "new"
+
+    def log(self, step, numbers):
+        self._add("log", step, dict(numbers))
+
+    def table(self, step, table):
+        self._add("table", step, table)
+
+    def close(self, *, failed):
+        self._add("close", failed)
+
+
+class Raising(Recorder):
+    """Raises in one of its methods."""
+
+    def __init__(self, where):
+        super().__init__()
+        self._where = where
+
+    def _add(self, *call):
+        super()._add(*call)
+        if call[0] == self._where:
+            raise OSError(28, "no space\nleft")
