@@ -77,7 +77,7 @@ def load_data(config: Config, model: Model) -> Data:
     train, reports = _training_set(data, renderer.columns)
     name, path, image_dir = held_out_place(data)
     held_out, held_out_report = _held_out_set(data, renderer.columns)
-    files = _files(name, path, data.eval_split, image_dir)
+    files = _files((name, path, data.eval_split), image_dir, _held_out_selection(data))
     tested = dataclasses.replace(renderer, image_files=files)
     trained = "data.mixture" if data.mixture else f"data.name={data.name}"
     _check_sight(model, trained, train, reports)
@@ -188,14 +188,14 @@ def image_preparer(config: Config, model: Model) -> ImagePreparer | None:
 def _image_files(data):
     """Returns where the images of the training problems are."""
     if not data.mixture:
-        return _files(data.name, data.path, data.split, data.image_dir)
+        place = data.name, data.path, data.split
+        return _files(place, data.image_dir, _selection(vars(data)))
     return ImageFiles(
         of_source={
             name: _files(
-                source["name"],
-                source.get("path", ""),
-                source.get("split", "train"),
+                (source["name"], source.get("path", ""), source.get("split", "train")),
                 source.get("image_dir", ""),
+                _selection(source),
             )
             for name, source in data.mixture.items()
         }
@@ -220,8 +220,26 @@ def held_out_options(data) -> Mapping[str, Any]:
     return data.options if held_out_place(data)[0] == data.name else {}
 
 
-def _files(name, path, split, image_dir):
-    source = datasets.image_source(name, path or None, split)
+def _selection(fields):
+    """Returns which rows are taken, of `data` or of a source of its mixture."""
+    names = (field.name for field in dataclasses.fields(datasets.Selection))
+    return datasets.Selection(**{name: fields[name] for name in names if name in fields})
+
+
+def _held_out_selection(data):
+    """Returns which rows of the held-out set are taken; its table is that of training, if any."""
+    same = held_out_place(data)[:2] == (data.name, data.path)
+    return datasets.Selection(
+        subset=data.eval_subset or (data.subset if same else ""),
+        filter=data.eval_filter,
+        limit=data.eval_limit,
+        streaming=data.streaming and data.eval_limit > 0,
+    )
+
+
+def _files(place, image_dir, selection):
+    name, path, split = place
+    source = datasets.image_source(name, path or None, split, selection)
     return ImageFiles(source, fetched.local(image_dir) if image_dir else None)
 
 
@@ -236,6 +254,7 @@ def _held_out_set(data, keep):
         path or None,
         data.eval_split,
         columns=_columns(vars(data), keep, "eval_", default),
+        selection=_held_out_selection(data),
         **_shared(data),
         **held_out_options(data),
     )
@@ -254,6 +273,7 @@ def _training_set(data, keep):
             data.path or None,
             data.split,
             columns=columns,
+            selection=_selection(vars(data)),
             **_shared(data),
             **data.options,
         )
@@ -265,6 +285,7 @@ def _training_set(data, keep):
             source.get("path") or None,
             source.get("split", "train"),
             columns=_columns(source, keep),
+            selection=_selection(source),
             **_shared(data),
         )
         weights[key] = source.get("weight", 1.0)

@@ -4,11 +4,12 @@ import dataclasses
 from typing import ClassVar
 
 from luspo_jax.datasets.demonstrations import GENERATED
-from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Rule, check_fields
+from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, check_fields
 from luspo_jax.learner.demonstrations import AGGREGATIONS
 from luspo_jax.learner.optimizer import SCHEDULES
 from luspo_jax.prompts.demonstrations import TOO_LONG, TURNS
 from luspo_jax.prompts.templates import TEMPLATES
+from luspo_jax.run.data_sections import wrong_filter
 from luspo_jax.run.output_sections import SftOutputSettings
 from luspo_jax.run.sections import (
     HostsSettings,
@@ -27,7 +28,15 @@ class DemonstrationSettings:
     """Demonstrations to train on and held out, and how they become tokens."""
 
     name: str = "file"  # file, or a task of datasets.demonstrations.GENERATED.
-    path: str = ""  # A jsonl, json, csv or parquet file, or hub:OWNER/NAME/FILE.
+    # Jsonl, json, csv or parquet files: one, several as "DIR/*.parquet", a folder, an address, or
+    # hub:OWNER/NAME, perhaps with /FILE, /FOLDER or /PATTERN.
+    path: str = ""
+    split: str = "train"  # Of a folder or repository.
+    subset: str = ""  # Of a repository or folder with several tables.
+    filter: str = ""  # Rows to take, held-out ones too; as in RL.
+    limit: int = 0  # Only the first so many rows of `path`, before the filter; 0 = all.
+    # Read these rows of hub:OWNER/NAME without downloading its files; needs the package datasets.
+    streaming: bool = False
     prompt_column: str = "prompt"  # Of prompts.
     response_column: str = "response"  # Of their answers.
     # Column of chat messages, a list of {role, content}; if set, the two above are not read.
@@ -50,6 +59,8 @@ class DemonstrationSettings:
 
     RULES: ClassVar[dict[str, Rule]] = {
         "name": OneOf(("file", *GENERATED)),
+        "split": Text("say train, or another split of the folder or repository"),
+        "limit": Number(0, 2**53),
         "turns": OneOf(TURNS),
         "held_out_fraction": Number(0, 1, open_high=True),
         "template": OneOf(TEMPLATES, mark="{problem}"),
@@ -69,6 +80,12 @@ class DemonstrationSettings:
                 yield f"data.{field} is of data.name=file: {self.name} is generated"
         if not own and self.held_out_fraction:
             yield f"data.held_out_fraction: {self.name} has a test split of its own; leave it at 0"
+        yield from wrong_filter("data.filter", self.filter)
+        if own and self.streaming and not self.limit:
+            yield "data.streaming takes the first data.limit rows: set data.limit"
+        for field in () if own else ("subset", "filter", "limit", "streaming"):
+            if getattr(self, field):
+                yield f"data.{field} is of data.name=file: {self.name} is generated"
         if self.held_out_path and self.held_out_fraction:
             yield "data.held_out_path and data.held_out_fraction both hold rows out: set one"
         if self.messages_column and self.template != "plain":
