@@ -53,7 +53,7 @@ _MEANT = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 def _translated(sign: str) -> str:
     """Returns a part of a pattern as a regular expression."""
     if len(sign) > 2 and sign[0] == "[":
-        inside = sign[1:-1].replace("\\", "\\\\")
+        inside = re.sub(r"([\\\[^&|~])", r"\\\1", sign[1:-1])
         return f"[^{inside[1:]}]" if inside[0] == "!" else f"[{inside}]"
     return _MEANT.get(sign) or re.escape(sign)
 
@@ -116,7 +116,7 @@ def _tables(card: str) -> dict[str, Any]:
     listed = lines.get("configs") if isinstance(lines, Mapping) else None
     return {
         str(table.get("config_name", "default")): table
-        for table in listed or []
+        for table in (listed if isinstance(listed, list) else [])
         if isinstance(table, Mapping) and table.get("data_files")
     }
 
