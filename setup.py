@@ -67,7 +67,7 @@ EXTRAS_REQUIRE = {
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
     "notebooks": ["jupyterlab", "ipykernel", "nbclient", "nbstripout", "pandas"],
     # Streams of datasets on the hub (data.streaming); files of the hub need no more than is here.
-    "datasets": ["datasets>=4"],
+    "datasets": ["datasets>=5"],
     # Trackers (output.trackers).
     "wandb": ["wandb>=0.31"],
     # MLflow's client; with a database of its own (sqlite:///…), which is what it takes without a

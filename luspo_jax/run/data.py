@@ -31,6 +31,7 @@ class Data:
       held_out_report: the same for the held-out set.
       examples: training problems, and held-out problems.
       renderer: of the training prompts.
+      held_out_renderer: of the held-out ones, whose images are elsewhere.
       refused: held-out problems that are not asked: reason → number.
     """
 
@@ -40,6 +41,7 @@ class Data:
     held_out_report: datasets.Report
     examples: tuple[Sequence[datasets.Example], Sequence[datasets.Example]]
     renderer: prompts.Renderer
+    held_out_renderer: prompts.Renderer
     refused: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -102,7 +104,8 @@ def load_data(config: Config, model: Model) -> Data:
             f"{refusals[0].detail}"
         )
     refused = collections.Counter(refusal.reason for refusal in refusals)
-    return Data(stream, records, reports, held_out_report, (train, wanted), renderer, refused)
+    examples = train, wanted
+    return Data(stream, records, reports, held_out_report, examples, renderer, tested, refused)
 
 
 def _renderer(data, model, preparer, seed):
