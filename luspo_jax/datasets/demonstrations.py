@@ -41,8 +41,6 @@ def read_demonstrations(
     path: str | pathlib.Path,
     columns: Columns,
     split: str = "train",
-    *,
-    drop_bad_rows: bool = False,
     selection: Selection = ALL,
 ) -> tuple[list[Example], Report]:
     """Reads the demonstrations of a file: each an Example whose answer is the response.
@@ -55,7 +53,6 @@ def read_demonstrations(
       path: .jsonl, .json, .csv or .parquet files, as `sources.found` reads it.
       columns: to read.
       split: of a folder or repository.
-      drop_bad_rows: leave out and count unusable rows, instead of refusing the file.
       selection: which rows are taken.
 
     Raises:
@@ -71,10 +68,10 @@ def read_demonstrations(
             else:
                 examples.append(_example(row, columns, number, place))
         except DataError as error:
-            if keeps is not None and not (examples or filtered or drop_bad_rows):
+            if keeps is not None and not (examples or filtered or selection.drop_bad_rows):
                 raise  # at the first row: a filter is easily wrong
             bad.add(error)
-    if bad.count and not (drop_bad_rows and examples):
+    if bad.count and not (selection.drop_bad_rows and examples):
         raise bad.error(len(examples))
     if not examples:
         left_out = f": data.filter leaves out all {filtered:,}" * bool(filtered)

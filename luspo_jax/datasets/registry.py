@@ -70,7 +70,6 @@ def load(
     *,
     data_dir: str | pathlib.Path | None = None,
     columns: Columns | None = None,
-    drop_bad_rows: bool = False,
     selection: Selection = ALL,
     **options,
 ) -> tuple[Sequence[Example], Report]:
@@ -85,7 +84,6 @@ def load(
       data_dir: folder of the built dataset; by default the user's cache. In a bucket it is kept for
         other hosts, and read from the user's cache.
       columns: columns of the file that replace the dataset's own, and more to keep; None for none.
-      drop_bad_rows: leave out and count unusable rows, instead of refusing the file.
       selection: which rows are taken.
       **options: a generator's own options.
 
@@ -95,7 +93,7 @@ def load(
     """
     entry, columns = _entry(name), columns or Columns()
     if not isinstance(entry, Table):
-        if path or columns.problem or columns.answer or columns.image or selection != ALL:
+        if path or columns.problem or columns.answer or columns.image or selection.chooses:
             given = f" (path {path!r})" if path else ""
             raise DataError(
                 f"dataset {name!r} is generated: it takes no path, no columns and no selection of "
@@ -113,17 +111,18 @@ def load(
     paths = _files(name, path, split, selection)
     table = entry.with_columns(columns)
     digest = _sha256(table, paths)
-    rows = filters.made(selection.filter), selection.limit
-    read_from = (table.meta, table.fields, table.identity, table.images, table.keep, drop_bad_rows)
+    filters.made(selection.filter)  # a wrong one is refused even where its rows are built already
+    read_from = (table.meta, table.fields, table.identity, table.images, table.keep)
     # A part of the rows has a key of its own; that of all of them is as it was.
-    part = (selection.filter, selection.limit) if any(rows) else ()
-    key = _key(READER_VERSION, digest, table.problem, table.answer, *read_from, *part)
+    part = (selection.filter, selection.limit) if selection.filter or selection.limit else ()
+    how = (*read_from, selection.drop_bad_rows, *part)
+    key = _key(READER_VERSION, digest, table.problem, table.answer, *how)
     remote = Bucket(f"{str(data_dir).rstrip('/')}/{name}/{key}") if is_bucket(data_dir) else None
     here = data_dir if data_dir and remote is None else default_data_dir()
 
     def read(scratch: pathlib.Path) -> tuple[Iterable[bytes], Report]:
         spool = (scratch / "rows").open("w+b")
-        kept, counts = read_file(table, paths, spool, drop_bad_rows=drop_bad_rows, part=rows)
+        kept, counts = read_file(table, paths, spool, selection)
         if columns.image and not counts.pictured:
             _refuse_blind(table, paths[0], columns.image)
         facts = dataclasses.asdict(counts)

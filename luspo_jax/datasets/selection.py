@@ -24,12 +24,19 @@ class Selection:
       filter: rows to take, as `filters.Filter` reads it; empty for all.
       limit: the first so many rows, before the filter; 0 for all.
       streaming: read these rows from the hub without downloading files; needs a limit.
+      drop_bad_rows: leave out and count unusable rows, instead of refusing the source.
     """
 
     subset: str = ""
     filter: str = ""
     limit: int = 0
     streaming: bool = False
+    drop_bad_rows: bool = False
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it takes less than everything."""
+        return bool(self.subset or self.filter or self.limit or self.streaming)
 
 
 ALL = Selection()

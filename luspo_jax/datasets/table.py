@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
+from luspo_jax.datasets import filters
 from luspo_jax.datasets.example import DataError, Example
-from luspo_jax.datasets.filters import Filter
 from luspo_jax.datasets.images import Reference, references
 from luspo_jax.datasets.rows import Refuse, Row, column, read_rows, rows_of, step_in
+from luspo_jax.datasets.selection import ALL, Selection
 
 # Part of every built dataset's key: raise it when a rule from rows to examples changes.
 READER_VERSION = 4
@@ -323,9 +324,7 @@ def read_file(
     table: Table,
     paths: Sequence[pathlib.Path],
     spool: BinaryIO,
-    *,
-    drop_bad_rows: bool = False,
-    part: tuple[Filter | None, int] = (None, 0),
+    selection: Selection = ALL,
 ) -> tuple[Kept, Counts]:
     """Reads the examples of files in order of first appearance, one per distinct problem.
 
@@ -337,16 +336,15 @@ def read_file(
       table: their columns.
       paths: the files, which are read as one.
       spool: file to which kept examples are written.
-      drop_bad_rows: whether to leave out and count unusable rows.
-      part: which rows to keep, None for all; and how many to look at, the first ones, 0 for all.
+      selection: which rows to take.
 
     Raises:
       DataError: unusable rows, all in one message; or no example at all.
     """
-    keeps, limit = part
+    keeps, drop_bad_rows = filters.made(selection.filter), selection.drop_bad_rows
     kept, counts, bad = Kept(spool), Counts(), BadRows(paths[0])
     merged = _Merged(table, kept, counts)
-    rows = itertools.islice(rows_of(paths, bad.add, table.rows), limit or None)
+    rows = itertools.islice(rows_of(paths, bad.add, table.rows), selection.limit or None)
     for place, number, row in rows:
         try:
             if keeps is not None and not keeps.keeps(row, place):

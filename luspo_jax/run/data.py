@@ -192,13 +192,13 @@ def _image_files(data):
     """Returns where the images of the training problems are."""
     if not data.mixture:
         place = data.name, data.path, data.split
-        return _files(place, data.image_dir, _selection(vars(data)))
+        return _files(place, data.image_dir, _selection(data))
     return ImageFiles(
         of_source={
             name: _files(
                 (source["name"], source.get("path", ""), source.get("split", "train")),
                 source.get("image_dir", ""),
-                _selection(source),
+                _selection(data, source),
             )
             for name, source in data.mixture.items()
         }
@@ -223,10 +223,11 @@ def held_out_options(data) -> Mapping[str, Any]:
     return data.options if held_out_place(data)[0] == data.name else {}
 
 
-def _selection(fields):
+def _selection(data, source=None):
     """Returns which rows are taken, of `data` or of a source of its mixture."""
+    given = {"drop_bad_rows": data.drop_bad_rows, **(vars(data) if source is None else source)}
     names = (field.name for field in dataclasses.fields(datasets.Selection))
-    return datasets.Selection(**{name: fields[name] for name in names if name in fields})
+    return datasets.Selection(**{name: given[name] for name in names if name in given})
 
 
 def _held_out_selection(data):
@@ -237,6 +238,7 @@ def _held_out_selection(data):
         filter=data.eval_filter,
         limit=data.eval_limit,
         streaming=data.streaming and data.eval_limit > 0,
+        drop_bad_rows=data.drop_bad_rows,
     )
 
 
@@ -264,7 +266,7 @@ def _held_out_set(data, keep):
 
 
 def _shared(data):
-    return {"data_dir": data.cache_dir or None, "drop_bad_rows": data.drop_bad_rows}
+    return {"data_dir": data.cache_dir or None}
 
 
 def _training_set(data, keep):
@@ -276,7 +278,7 @@ def _training_set(data, keep):
             data.path or None,
             data.split,
             columns=columns,
-            selection=_selection(vars(data)),
+            selection=_selection(data),
             **_shared(data),
             **data.options,
         )
@@ -288,7 +290,7 @@ def _training_set(data, keep):
             source.get("path") or None,
             source.get("split", "train"),
             columns=_columns(source, keep),
-            selection=_selection(source),
+            selection=_selection(data, source),
             **_shared(data),
         )
         weights[key] = source.get("weight", 1.0)

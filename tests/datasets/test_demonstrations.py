@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from luspo_jax.datasets import DataError
+from luspo_jax.datasets import DataError, Selection
 from luspo_jax.datasets.demonstrations import (
     GENERATED,
     Columns,
@@ -91,7 +91,7 @@ def test_bad_rows_are_named_by_file_row_and_column(row, columns, message, tmp_pa
         read_demonstrations(path, columns)
     assert str(refused.value).startswith(f"{path}, row 2: ")
     assert message in str(refused.value)
-    examples, report = read_demonstrations(path, columns, drop_bad_rows=True)
+    examples, report = read_demonstrations(path, columns, selection=Selection(drop_bad_rows=True))
     assert [e.id for e in examples] == [1, 3]
     assert (report.rows, report.unusable) == (3, 1)
 
@@ -99,7 +99,7 @@ def test_bad_rows_are_named_by_file_row_and_column(row, columns, message, tmp_pa
 def test_all_bad_rows_come_in_one_message(tmp_path):
     path = _file(tmp_path, [{"prompt": "p", "response": ""}] * 3)
     with pytest.raises(DataError, match=r"3 rows cannot be used; rows 1, 2, 3: column 'response'"):
-        read_demonstrations(path, PAIRS, drop_bad_rows=True)
+        read_demonstrations(path, PAIRS, selection=Selection(drop_bad_rows=True))
     with pytest.raises(DataError, match="no rows"):
         read_demonstrations(_file(tmp_path, [], "empty.jsonl"), PAIRS)
     with pytest.raises(DataError, match="no file"):

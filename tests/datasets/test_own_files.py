@@ -80,7 +80,9 @@ def test_all_bad_rows_are_named_at_once_or_left_out_and_counted(tmp_path):
     path = _jsonl(tmp_path / "x.jsonl", *rows)
     with pytest.raises(DataError, match=r"2 rows cannot be used; rows 2, 5: .*drop_bad_rows"):
         _load(path, tmp_path / "cache")
-    examples, report = _load(path, tmp_path / "cache", drop_bad_rows=True)
+    examples, report = _load(
+        path, tmp_path / "cache", selection=datasets.Selection(drop_bad_rows=True)
+    )
     assert (len(examples), report.unusable) == (5, 2)
     assert "2 rows that cannot be used left out" in str(report)
 

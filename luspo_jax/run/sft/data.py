@@ -109,10 +109,13 @@ def _examples(
             for split, part in zip(("train", "test"), parts, strict=True)
         )
     columns = Columns(data.prompt_column, data.response_column, data.messages_column)
-    taken = Selection(data.subset, data.filter, data.limit, data.streaming)
+    held = Selection(filter=data.filter, drop_bad_rows=data.drop_bad_rows)
+    taken = dataclasses.replace(
+        held, subset=data.subset, limit=data.limit, streaming=data.streaming
+    )
     examples, report = _read("path", data, columns, taken)
     if data.held_out_path:
-        held_out, other = _read("held_out_path", data, columns, Selection(filter=data.filter))
+        held_out, other = _read("held_out_path", data, columns, held)
         return (examples, held_out), (report, other)
     if data.held_out_fraction:
         return split_off(examples, data.held_out_fraction, settings.seed), (report,)
@@ -125,8 +128,7 @@ def _read(field, data, columns, selection):
             getattr(data, field),
             columns,
             data.split,
-            drop_bad_rows=data.drop_bad_rows,
-            selection=selection,
+            selection,
         )
     except DataError as error:
         raise DataError(f"data.{field}: {error}") from None
