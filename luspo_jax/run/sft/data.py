@@ -109,27 +109,22 @@ def _examples(
             for split, part in zip(("train", "test"), parts, strict=True)
         )
     columns = Columns(data.prompt_column, data.response_column, data.messages_column)
-    held = Selection(filter=data.filter, drop_bad_rows=data.drop_bad_rows)
-    taken = dataclasses.replace(
-        held, subset=data.subset, limit=data.limit, streaming=data.streaming
-    )
-    examples, report = _read("path", data, columns, taken)
+    held = Selection(data.subset, data.filter, drop_bad_rows=data.drop_bad_rows)
+    taken = dataclasses.replace(held, limit=data.limit, streaming=data.streaming)
+    examples, report = _read(("path", data.path, data.split), columns, taken)
     if data.held_out_path:
-        held_out, other = _read("held_out_path", data, columns, held)
+        place = "held_out_path", data.held_out_path, data.held_out_split
+        held_out, other = _read(place, columns, held)
         return (examples, held_out), (report, other)
     if data.held_out_fraction:
         return split_off(examples, data.held_out_fraction, settings.seed), (report,)
     return (examples, []), (report,)
 
 
-def _read(field, data, columns, selection):
+def _read(place, columns, selection):
+    field, path, split = place
     try:
-        return read_demonstrations(
-            getattr(data, field),
-            columns,
-            data.split,
-            selection,
-        )
+        return read_demonstrations(path, columns, split, selection)
     except DataError as error:
         raise DataError(f"data.{field}: {error}") from None
 

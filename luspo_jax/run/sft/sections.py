@@ -44,6 +44,7 @@ class DemonstrationSettings:
     turns: str = "last"  # Answers of a chat that are trained on: the last, or all.
     train_on_prompt: bool = False  # Train on every token instead of answers only.
     held_out_path: str = ""  # File of held-out rows, with the same columns.
+    held_out_split: str = "test"  # Of that, if it is a folder or repository.
     held_out_fraction: float = 0.0  # Or: the share of `path` to hold out, drawn by `seed`.
     drop_bad_rows: bool = False  # Leave out and count rows that cannot be used.
     # How a prompt is put to the model: a name of luspo_jax.prompts.templates.TEMPLATES, or a text
@@ -60,6 +61,7 @@ class DemonstrationSettings:
     RULES: ClassVar[dict[str, Rule]] = {
         "name": OneOf(("file", *GENERATED)),
         "split": Text("say train, or another split of the folder or repository"),
+        "held_out_split": Text("say test, or another split of the folder or repository"),
         "limit": Number(0, 2**53),
         "turns": OneOf(TURNS),
         "held_out_fraction": Number(0, 1, open_high=True),
