@@ -1,5 +1,6 @@
 """Metrics and rollouts are written whole, and cut back on resume."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 
 from luspo_jax.metrics import RolloutRecord, read_metrics
+from luspo_jax.run.trackers.sending import Trackers
+from luspo_jax.run.trackers.tracker import About
 from luspo_jax.run.writers import MetricsWriter, console_line
+from tests.run.trackers import tracker_cases
 
 
 @pytest.fixture
@@ -133,3 +137,14 @@ def test_the_console_gets_each_step(tmp_path):
     writer = MetricsWriter(tmp_path, num_steps=2, console=lines.append)
     _run(writer, 1, 2)
     assert [line.split(" | ")[0] for line in lines] == ["step 1/2", "step 2/2"]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_trackers_know_whether_a_run_came_to_its_end(tmp_path, fails):
+    tracker = tracker_cases.Recorder()
+    trackers = Trackers({"one": tracker}, About(tmp_path, "p", "", "r"))
+    writer = MetricsWriter(tmp_path, trackers=trackers, console=None)
+    with contextlib.suppress(ZeroDivisionError), contextlib.closing(writer):
+        writer.write(1, {"reward": 1.0})
+        assert 1 / (not fails)
+    assert tracker.calls[-1] == ("close", fails)

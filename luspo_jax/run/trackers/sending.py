@@ -105,7 +105,7 @@ class _Sender:
         self._calls: queue.Queue = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"tracker {name}")
         self._after, self._off, self._told, self._failed = -1, False, False, False
-        self._problem, self._lost = "", 0
+        self._problem, self._asked, self._done = "", 0, 0  # steps to log, and logged
 
     def begin_after(self, step: int) -> None:
         self._after = step
@@ -123,15 +123,19 @@ class _Sender:
         self._send(step, lambda tracker: tracker.table(step, table), last=None)
 
     def _send(self, step, call, last) -> None:
-        if not self._off and (self._tracker.OVERWRITES or step > self._seen):
-            if not self._thread.ident:
-                self._thread.start()
-            try:
-                self._calls.put_nowait((call, last))
-            except queue.Full:
-                self._lost += last is not None
-                self._problem = self._problem or f"it is more than {_WAITING} calls behind"
+        if self._tracker.OVERWRITES or step > self._seen:
+            self._asked += last is not None
+            if not self._off:
+                self._put((call, last))
         self._tell()
+
+    def _put(self, item) -> None:
+        if not self._thread.ident:
+            self._thread.start()
+        try:
+            self._calls.put_nowait(item)
+        except queue.Full:
+            self._problem = self._problem or f"it is more than {_WAITING} calls behind"
 
     def _tell(self) -> None:
         if self._problem and not self._told:
@@ -156,9 +160,9 @@ class _Sender:
             try:
                 call(self._tracker)
                 if last is not None:
+                    self._done += 1
                     self._remember(last)
             except Exception as error:
-                self._lost += last is not None
                 self._problem = self._problem or _words(error)
         if not self._off:
             try:
@@ -172,12 +176,8 @@ class _Sender:
 
     def end(self, failed: bool) -> None:
         self._failed = failed
-        if not self._thread.ident:
-            return
-        try:
-            self._calls.put_nowait(None)
-        except queue.Full:
-            self._problem = self._problem or "it is too far behind to be ended"
+        if self._thread.ident:
+            self._put(None)
 
     def wait(self, until: float) -> None:
         if not self._thread.ident:
@@ -186,8 +186,9 @@ class _Sender:
         if self._thread.is_alive():
             self._problem = self._problem or "it has not sent everything in time"
         self._tell()
-        if self._lost:
-            steps = f"{self._lost:,} step{'s' * (self._lost != 1)}"
+        lost = self._asked - self._done
+        if lost:
+            steps = f"{lost:,} step{'s' * (lost != 1)}"
             self._say(f"warning: tracker {self._name} lacks {steps}, which metrics.jsonl has")
 
 
