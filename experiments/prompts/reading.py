@@ -92,7 +92,7 @@ def preview(config: Any, num: int, most: int, *, held_out: bool = False) -> Prev
     if kind_of(config) is not Settings:
         return _of_demonstrations(config, num, held_out)
     checks.check(config)
-    model = load_model(config)
+    model = load_model(config, weights=False)
     data = load_problems(config, model)
     try:
         return _of_problems(config, model, data, num, most, held_out)
@@ -122,7 +122,7 @@ def _of_problems(config, model: Model, data: Data, num, most, held_out) -> Previ
 
 def _of_demonstrations(config, num, held_out) -> Preview:
     settings = checks.check_sft(config)
-    model = load_model(config)
+    model = load_model(config, weights=False)
     data = load_demonstrations(settings, model)
     found = data.held_out[:num] if held_out else data.stream.take(min(num, len(data.stream)))
     total = len(data.held_out) if held_out else len(data.stream)

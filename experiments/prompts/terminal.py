@@ -8,7 +8,8 @@ from experiments.responses import texts
 
 _STYLES = ("black on #a8d8df", "black on #f5d7a1")  # by turns
 _SPECIAL, _TRAINED = "bold white on #7a3e9d", "underline"
-_BAR, _END = "  ┊ ", "▏"  # before a line; after a token where there are no colours
+_BAR = "  ┊ "
+_END, _TRAINED_END = "▏", "▍"  # after a token, where there are no colours
 
 
 def show(found: Preview, to: Console, *, ids: bool = False) -> None:
@@ -57,7 +58,8 @@ def coloured(pieces: tuple[Piece, ...], *, colours: bool = True) -> Text:
             style = f"{style} {_TRAINED}"
         said = written(piece)
         if not colours:
-            said = f"{said[:-1]}{_END}\n" if said.endswith("\n") else f"{said}{_END}"
+            end = _TRAINED_END if piece.trained else _END
+            said = f"{said[:-1]}{end}\n" if said.endswith("\n") else f"{said}{end}"
         text.append(said, style)
     return text
 

@@ -164,11 +164,12 @@ def test_no_text_acts_on_a_terminal(colour):
 
 def test_neighbouring_tokens_are_told_apart():
     tokens = (Piece((1,), "a"), Piece((2,), "b\n"), Piece((3,), "<s>", True, repeats=3))
+    tokens = (*tokens, Piece((4,), "c", trained=True))
     found = reading.Preview("t", (), (reading.Shown("prompt 1", tokens, "4"),))
     out = _shown(found, ids=True)
     assert len({*re.findall(r"(\x1b\[[\d;]*m)(?:a|b↵|<s>×3)", out)}) == 3
     plain = _shown(found, colour=False, ids=True)
-    assert "  ┊ a▏b↵▏\n  ┊ <s>×3▏\n  answer  4\n  ids  1 2 3\n" in plain
+    assert "  ┊ a▏b↵▏\n  ┊ <s>×3▏c▍\n  answer  4\n  ids  1 2 3 4\n" in plain
 
 
 def test_a_page_holds_everything_and_runs_nothing(tmp_path):
