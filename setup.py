@@ -71,7 +71,7 @@ EXTRAS_REQUIRE = {
     # Trackers (output.trackers).
     "wandb": ["wandb>=0.31"],
     # MLflow's client; with a database of its own (sqlite:///…), which is what it takes without a
-    # server, sqlalchemy and alembic too. All of MLflow (`mlflow ui`) is three times as large.
+    # server, sqlalchemy and alembic too. `mlflow ui` is in the whole package, mlflow.
     "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"],
     "trackio": ["trackio>=0.43"],
     # Buckets as workdirs, models and data: by fsspec, which etils and Orbax use as well.

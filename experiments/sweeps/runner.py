@@ -163,22 +163,10 @@ def _task(member, config, fingerprint, workdir) -> Task:
     return {
         "folder": str(folder),
         "log": str(log.absolute()),
-        "config": _named(fields.flat(config), workdir.resolve().name, member.name),
+        "config": fields.flat(config) | spec.tracked(config, member, workdir),
         "fingerprint": fingerprint,
         "compile_cache": str((workdir / ".compile_cache").absolute()),
     }
-
-
-def _named(leaves, sweep, member):
-    """Returns fields by which trackers show a sweep's members together, under their names.
-
-    Names that the sweep gives itself stay. They are no part of what a member is: its fingerprint
-    is without them.
-    """
-    if not leaves["output.trackers"]:
-        return leaves
-    given = {"output.group": sweep, "output.run_name": member}
-    return leaves | {name: leaves[name] or value for name, value in given.items()}
 
 
 def _run_all(waiting, parallel, bar, failures, environment):

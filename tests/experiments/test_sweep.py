@@ -366,6 +366,9 @@ def test_trackers_show_the_members_of_a_sweep_together(monkeypatch, tmp_path):
         named = {k: task["config"][f"output.{k}"] for k in ("project", "group", "run_name")}
         assert named == {"project": "p", "group": "study", "run_name": member.name}
         assert task["fingerprint"] == fields.fingerprint(spec.config_of(sweep, member))
+        line = spec.launch_line(sweep, member, tmp_path / "study", "s.py")
+        assert "--config.output.group=study" in line
+        assert f"--config.output.run_name={member.name}" in shlex.split(line)
     tasks.clear()
     runner.run(_sweep(), tmp_path / "untracked")
     assert {task["config"]["output.group"] for _, task in tasks} == {""}

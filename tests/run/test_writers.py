@@ -4,11 +4,16 @@ import contextlib
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 
+from luspo_jax.hosts import processes
 from luspo_jax.metrics import RolloutRecord, read_metrics
+from luspo_jax.run import writers
+from luspo_jax.run.output_sections import OutputSettings
+from luspo_jax.run.trackers import registry
 from luspo_jax.run.trackers.sending import Trackers
 from luspo_jax.run.trackers.tracker import About
 from luspo_jax.run.writers import MetricsWriter, console_line
@@ -148,3 +153,19 @@ def test_trackers_know_whether_a_run_came_to_its_end(tmp_path, fails):
         writer.write(1, {"reward": 1.0})
         assert 1 / (not fails)
     assert tracker.calls[-1] == ("close", fails)
+
+
+def test_only_the_first_process_writes_and_starts_trackers(tmp_path, monkeypatch):
+    def start():
+        raise AssertionError("a tracker was made")
+
+    monkeypatch.setitem(registry.TRACKERS, "wandb", start)
+    monkeypatch.setattr(processes, "is_writer", lambda: False)
+    output = OutputSettings(trackers="wandb")
+    run = types.SimpleNamespace(settings=types.SimpleNamespace(output=output, num_steps=2))
+    silent = writers.writer(run, types.SimpleNamespace(path=tmp_path, name="r"), None)
+    silent.show_completions(1, [_rollout(1)])
+    silent.write(1, {"reward": 1.0})
+    silent.write_rollouts(1, [_rollout(1)])
+    silent.close()
+    assert not list(tmp_path.iterdir())
