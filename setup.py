@@ -39,11 +39,19 @@ INSTALL_REQUIRES = [
     "rich>=13",  # responses in the terminal: experiments.show (flax needs it too)
 ]
 
+DOCS = [
+    "mkdocs>=1.6,<2",  # documents to a site, its links checked; hooks are of version 1
+    "mkdocs-material>=9.6,<10",  # its theme: search, tables, dark mode, nothing from elsewhere
+    "pymdown-extensions>=10.9",  # fences in lists, bare addresses, GitHub's anchors of headings
+]
+
 EXTRAS_REQUIRE = {
+    "docs": DOCS,
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "test": [
         "pytest>=8",
+        *DOCS,  # a test builds the site
         "pytest-xdist>=3.6",  # two workers
         "hypothesis>=6.100",  # identities of the objectives as properties
         "import-linter>=2.1",  # the one-way imports of CONTRIBUTING.md
@@ -57,11 +65,10 @@ EXTRAS_REQUIRE = {
         "moto[s3]>=5",  # a server of S3, by flask
         "flask>=3",
         "flask-cors>=5",
-        "wandb>=0.31",  # the extras wandb, mlflow and trackio, each without a network
+        "wandb>=0.31",  # the extras wandb and mlflow, without a network
         "mlflow-skinny>=3.17",
         "sqlalchemy>=2",
         "alembic>=1.13",
-        "trackio>=0.43",
     ],
     # Comparison with other implementations; torch is never a runtime dependency.
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
@@ -73,7 +80,7 @@ EXTRAS_REQUIRE = {
     # MLflow's client; with a database of its own (sqlite:///…), which is what it takes without a
     # server, sqlalchemy and alembic too. `mlflow ui` is in the whole package, mlflow.
     "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"],
-    "trackio": ["trackio>=0.43"],
+    "trackio": ["trackio>=0.43"],  # not in test: it holds pillow below 13
     # Buckets as workdirs, models and data: by fsspec, which etils and Orbax use as well.
     "gs": ["gcsfs>=2025.9"],
     "s3": ["s3fs>=2025.9"],
@@ -93,10 +100,13 @@ LIBRARY = find_packages(include=["luspo_jax", "luspo_jax.*", "luspo"])
 # them, pip mixes their files. So a wheel has them in luspo/checkout, which only the program puts on
 # its path, first (luspo/program.py): neither a user's `experiments` in the working folder nor one
 # in site-packages can be taken for ours, and `import experiments` elsewhere does not find ours.
-# Studies stay in the checkout: their results are documents.
+# Studies stay in the checkout, as their results are documents, and so does the site of these.
 LAUNCHERS = find_packages(
     include=["experiments", "experiments.*", "configs", "configs.*"],
-    exclude=["experiments.studies", "experiments.studies.*"],
+    exclude=[
+        *("experiments.studies", "experiments.studies.*"),
+        "experiments.site",  # documents are of the checkout
+    ],
 )
 SHIPPED = "luspo.checkout"
 

@@ -1,0 +1,1 @@
+"""Launchers, sweeps, benches and studies around `luspo_jax`."""

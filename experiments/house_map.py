@@ -1,6 +1,7 @@
-"""Writes README.md's annotated tree of the library from the first lines of module docstrings.
+"""Writes the annotated tree of the library from the first lines of module docstrings.
 
-`python -m experiments.house_map` writes it between the marks in README.md; a test compares the two.
+`python -m experiments.house_map` writes it between the marks in docs/structure.md; a test compares
+the two.
 """
 
 import ast
@@ -8,6 +9,7 @@ import pathlib
 import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "structure.md"
 BEGIN, END = "<!-- map: python -m experiments.house_map -->", "<!-- end of map -->"
 _WIDTH, _INDENT = 100, 16
 
@@ -28,14 +30,14 @@ def house_map(root: pathlib.Path = ROOT) -> str:
 
 
 def with_map(text: str, tree: str) -> str:
-    """Returns README's text with the tree between its marks.
+    """Returns the page's text with the tree between its marks.
 
     Raises:
       ValueError: the marks are missing.
     """
     start, end = text.find(BEGIN), text.find(END)
     if not 0 <= start < end:
-        raise ValueError(f"README.md must hold {BEGIN!r} and then {END!r}")
+        raise ValueError(f"docs/structure.md must hold {BEGIN!r} and then {END!r}")
     return f"{text[:start]}{BEGIN}\n```\n{tree}\n```\n{text[end:]}"
 
 
@@ -55,10 +57,9 @@ def _about(path: pathlib.Path) -> str:
 
 
 def main() -> None:
-    """Writes the map into README.md."""
-    readme = ROOT / "README.md"
-    text = with_map(readme.read_text(encoding="utf-8"), house_map())
-    readme.write_text(text, encoding="utf-8")
+    """Writes the map into its page."""
+    text = with_map(PAGE.read_text(encoding="utf-8"), house_map())
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class WarmStart:
             max_grad_norm=1.0,
             router_aux_coef=models.BALANCE.value if config.num_experts else 0.0,
         )
-        self._programs = StepPrograms(rule, 1)
+        self._programs = StepPrograms(rule)
         self._rng = np.random.default_rng(SEED.value)
         self._state = initial_state(decoder.init_params(jax.random.key(SEED.value), config), rule)
         self.step = 0

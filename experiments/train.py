@@ -4,7 +4,9 @@ Any field of the configuration can be set by flag: `--config.rollout.group_size=
 same command again resumes the run. `--dry_run` prints what would run, and stops. `--fork=RUN`
 begins a new workdir from a checkpoint of another run (`--fork_step`; by default its latest), with
 any fields changed; run.json lists them. `--profile_steps=4-6` writes a trace of these steps into
-the workdir's folder `profile`.
+the workdir's folder `profile`. `--measure_sizes` times updates in micro-batches of several sizes,
+packed rows among them, and takes the fastest; later runs of such shapes on this machine do so
+without measuring.
 
 On several hosts: the same command on each, with `--coordinator=HOST:PORT --num_processes=N
 --process_id=I`, or with `--distributed=auto` on a TPU pod or under SLURM, Open MPI or Kubernetes.
@@ -22,6 +24,12 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: metrics, checkpoints, export.")
 _FORK = flags.DEFINE_string("fork", None, "Workdir of a run to begin from; it is not changed.")
 _FORK_STEP = flags.DEFINE_integer("fork_step", None, "Checkpoint to begin from; the latest.", 0)
+_MEASURE = flags.DEFINE_bool(
+    "measure_sizes", False, "Take the sizes of micro-batches whose updates are fastest here."
+)
+_MEASURED_LENGTH = flags.DEFINE_float(
+    "measured_length", None, "Assumed mean tokens of a response there; a quarter of the longest.", 1
+)
 _PROFILE = flags.DEFINE_string("profile_steps", "", "Rollout steps to trace: FIRST-LAST.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved run and stop.")
 
@@ -42,6 +50,8 @@ def main() -> None:
         raise command.UsageError("--fork_step is of --fork: name the workdir to begin from")
     if several is not None:
         cluster.join(config, several, None if _DRY_RUN.value else _WORKDIR.value)
+    if _MEASURE.value:
+        config = _measured(config)
     remote = buckets.is_bucket(_WORKDIR.value or "")
     profile = profiles.Profile(
         None if remote else _WORKDIR.value, traced, several=several is not None
@@ -77,6 +87,18 @@ def main() -> None:
         if outcome.export:
             print(f"export: {outcome.export}")
     processes.stop()
+
+
+def _measured(config):
+    """Returns the configuration with measured sizes; a run that continues keeps its own."""
+    from experiments.machine import sizes
+    from luspo_jax.hosts import processes
+    from luspo_jax.run import workdir as workdirs
+
+    begun = workdirs.is_begun(_WORKDIR.value)
+    known = workdirs.stored_config(_WORKDIR.value) if begun else None
+    say = print if processes.is_writer() else (lambda _: None)
+    return sizes.resolved(config, known, mean_length=_MEASURED_LENGTH.value, say=say)
 
 
 def _begins(fork) -> str:

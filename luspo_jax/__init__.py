@@ -1,0 +1,1 @@
+"""Reinforcement learning with verifiable rewards that measures and controls response length."""

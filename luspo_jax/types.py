@@ -156,9 +156,12 @@ class ResponseRows:
       old_logprobs_BT: float32 under the old policy: the one that starts the step, and for tokens
         that an earlier policy sampled the one that `Objective.old_policy` says; None if it equals
         the policy being updated (one minibatch, one epoch), which saves the extra pass.
+      starts_step_B: bool, responses whose old policy is the one being updated, as this is the
+        step's first update; their `old_logprobs_BT` are not read. None if that holds of none.
       old_entropy_BT: float32 entropies of the policy that starts the step; None unless the
         objective ranks them.
-      ref_logprobs_BT: float32 under the reference policy; None without a KL term.
+      ref_logprobs_BT: float32 under the reference policy; None without a KL term, and where the
+        update computes them.
       token_weights_BT: float32 factor on each token's loss; None for 1.
       ages_BT: int32 steps that the policy took between sampling each token and this step; None if
         the policy that starts the step sampled all that the step trains on.
@@ -172,6 +175,7 @@ class ResponseRows:
     group_ids_B: jax.Array
     sampler_logprobs_BT: jax.Array | None
     old_logprobs_BT: jax.Array | None = None
+    starts_step_B: jax.Array | None = None
     old_entropy_BT: jax.Array | None = None
     ref_logprobs_BT: jax.Array | None = None
     token_weights_BT: jax.Array | None = None

@@ -48,8 +48,8 @@ def test_files_stay_readable():
     assert not long
 
 
-def test_the_map_in_the_readme_is_the_library():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_map_in_the_documents_is_the_library():
+    text = house_map.PAGE.read_text(encoding="utf-8")
     assert house_map.with_map(text, house_map.house_map()) == text, (
         "python -m experiments.house_map"
     )
@@ -132,3 +132,37 @@ def test_extras_that_are_asked_for_are_named_as_their_packages_name_them():
     for need in needs:
         if need.extras and (need.marker is None or need.marker.evaluate()):
             assert need.extras <= set(metadata(need.name).get_all("Provides-Extra")), need
+
+
+def _public(body, prefix=""):
+    """Yields (name, node) of public classes and functions, also inside of classes and branches."""
+    for node in body:
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            yield from _public(node.body, prefix)
+        named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if named and not node.name.startswith("_"):
+            yield f"{prefix}{node.name}", node
+            if isinstance(node, ast.ClassDef):
+                yield from _public(node.body, f"{prefix}{node.name}.")
+
+
+def test_every_public_name_has_a_docstring():
+    missing = []
+    for folder in ("luspo_jax", "luspo", "experiments"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            module = ast.parse(path.read_text(encoding="utf-8"))
+            names = [("the module", module), *_public(module.body)]
+            if path.name.startswith("_") and path.name not in ("__init__.py", "__main__.py"):
+                continue
+            place = path.relative_to(ROOT)
+            missing += [f"{place}: {name}" for name, n in names if not ast.get_docstring(n)]
+    assert not missing
+
+
+def test_the_readme_is_for_a_newcomer():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 120
+    commands = re.findall(r"^```\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
+    assert len(commands) == 2
+    assert commands[0].startswith("pip install -e . && python -m experiments.train ")
+    assert commands[1] == "pip install -e '.[test]' && pytest"

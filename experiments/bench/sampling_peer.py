@@ -40,6 +40,7 @@ class Transformers:
         self._width = width
 
     def sample(self, seed):
+        """Samples once, and returns the lengths of all responses."""
         from transformers import GenerationConfig, StoppingCriteriaList, set_seed
 
         set_seed(seed)
@@ -113,6 +114,7 @@ class Trl:
         self._trainer.model_wrapped = self._trainer.model.train()
 
     def sample(self, seed):
+        """Samples once, and returns the lengths of all responses."""
         self._torch.manual_seed(seed)
         _, responses, *_ = self._trainer._generate(self._texts)  # no public name
         return [len(tokens) for tokens in responses]
@@ -153,9 +155,11 @@ class Vllm:
         ]  # fmt: skip
 
     def before(self):
+        """Empties the prefix cache, outside of what is timed."""
         self._llm.reset_prefix_cache()
 
     def sample(self, seed):
+        """Samples once, and returns the lengths of all responses."""
         # Its noise goes on from call to call: a seed of its own for each request is slower.
         prompts = [{"prompt_token_ids": list(tokens)} for tokens in self._spec["prompts"]]
         found = self._llm.generate(prompts, self._params, use_tqdm=False)

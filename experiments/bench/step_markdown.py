@@ -1,32 +1,46 @@
-"""README.md's section of one RL step, from what `experiments.bench.rl_step` measured."""
+"""The documents' sections of one RL step, from what `experiments.bench.rl_step` measured."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from experiments.bench.turns import OURS
 
-BEGIN = "<!-- step: python -m experiments.bench.readme_table -->"
-END = "<!-- end of step -->"
+# What a section stands between: the tables of docs/speed.md, and README.md's lines of them.
+TABLES = ("<!-- step: python -m experiments.bench.readme_table -->", "<!-- end of step -->")
+SUMMARY = ("<!-- speed: python -m experiments.bench.readme_table -->", "<!-- end of speed -->")
 _LEAD = """One RL step of ours and of other libraries in turn
-(`python -m experiments.bench.rl_step`, [experiments/bench](experiments/bench/README.md))."""
+(`python -m experiments.bench.rl_step`, [experiments/bench](../experiments/bench/README.md))."""
 _PHASES = ("generation", "update", "step")
 
 
 def section(records: Sequence[dict[str, Any]]) -> str:
-    """Returns the text of all records."""
+    """Returns the tables of all records."""
     return "\n\n".join([_LEAD, *(_text(record) for record in records)])
 
 
-def with_section(text: str, found: str) -> str:
-    """Returns README's text with the section between its marks.
+def summary(records: Sequence[dict[str, Any]]) -> str:
+    """Returns a line per record: the seconds of a step over those of each other side."""
+    lines = []
+    for record in records:
+        sides = [
+            f"{_ratio(ratios['step'])} of {_named(record, side)}'s"
+            for side, ratios in record["ratios"].items()
+        ]
+        lines.append(f"- {record['task']['name']}: {', '.join(sides)}")
+    return "\n".join(lines)
+
+
+def with_section(text: str, found: str, marks: tuple[str, str]) -> str:
+    """Returns a document's text with the section between its marks.
 
     Raises:
       ValueError: the marks are missing.
     """
-    start, end = text.find(BEGIN), text.find(END)
+    begin, stop = marks
+    start, end = text.find(begin), text.find(stop)
     if not 0 <= start < end:
-        raise ValueError(f"README.md must hold {BEGIN!r} and then {END!r}")
-    return f"{text[:start]}{BEGIN}\n{found}\n{text[end:]}"
+        raise ValueError(f"the document must hold {begin!r} and then {stop!r}")
+    return f"{text[:start]}{begin}\n{found}\n{text[end:]}"
 
 
 def _text(record):
@@ -65,15 +79,19 @@ def _text(record):
 
 def _row(record, side):
     median = record["medians"][side]
-    package = record["versions"].get(side, {})
-    version = package.get(side) or package.get(f"google-{side}")
-    cells = [f"{side} {version}" if version else side]
+    cells = [_named(record, side)]
     cells += [f"{median[phase]:.2f}" for phase in _PHASES]
     cells += [f"{100 * median[f'{part}_of_matmul_rate']:.0f} %" for part in ("update", "step")]
     if side != OURS:
         cells += [_ratio(record["ratios"][side][phase]) for phase in _PHASES]
         return "| " + " | ".join(cells) + " |"
     return "| " + " | ".join(cells) + " |" + " |" * len(_PHASES)
+
+
+def _named(record, side):
+    package = record["versions"].get(side, {})
+    version = package.get(side) or package.get(f"google-{side}")
+    return f"{side} {version}" if version else side
 
 
 def _ratio(numbers):

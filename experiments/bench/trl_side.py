@@ -51,6 +51,7 @@ class TimedTrainer(GRPOTrainer):
     update_began = None
 
     def compute_loss(self, *args, **kwargs):
+        """Notes when the first micro-batch of an update begins."""
         if self.update_began is None:
             self.update_began = time.perf_counter()
         return super().compute_loss(*args, **kwargs)
@@ -86,12 +87,14 @@ class Turns(TrainerCallback):
         self.trainer, self.lengths, self.checks, self._before = None, (), {}, None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Says what was checked, and waits for the first turn."""
         self._before = self._embedding().clone()
         control.should_training_stop = not self._steps.begin(**self.checks)
         if control.should_training_stop:
             sys.exit()  # the loop takes its first step in any case
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Reports the phases of a step, and waits for the next turn."""
         phases = self.trainer.take_phases()
         control.should_training_stop = not self._steps.end(
             phases, self.lengths, lambda: not torch.equal(self._before, self._embedding())

@@ -40,18 +40,23 @@ class Tokens:
         self._tokenizer, self._pad, self._end = AutoTokenizer.from_pretrained(folder), pad, end
 
     def encode(self, text, **kwargs):
+        """Returns the ids of a text, none added."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids, **kwargs):
+        """Returns the text of ids."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def bos_id(self):
+        """Returns no id to begin with."""
         return None  # a prompt's own text has one where the model wants one
 
     def eos_id(self):
+        """Returns the id that ends a response."""
         return self._end
 
     def pad_id(self):
+        """Returns the id of padding."""
         return self._pad
 
 

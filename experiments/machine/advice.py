@@ -171,7 +171,7 @@ def microbatches(known: Known) -> list[Advised | Predicted]:
             break
         started = time.monotonic()
         other = changed(made, {field: value})
-        if _estimate(other) > _room(made):
+        if estimated_bytes(other) > _room(made):
             over.append(value)
             continue
         try:
@@ -219,8 +219,8 @@ def _options(made):
     return "train.num_microbatches", [n for n in dict.fromkeys(tried) if rows % n == 0]
 
 
-def _estimate(made):
-    """Bytes of an update, by the run's own estimate."""
+def estimated_bytes(made):
+    """Returns the bytes of an update, by the run's own estimate."""
     from luspo_jax.run.memory import pass_memory
 
     tokens = made.sizes.rows_per_microbatch * made.sizes.row_length
@@ -231,7 +231,7 @@ def _estimate(made):
 def _largest_that_fits(known, made, field, now, options, about):
     """The advice on micro-batches that are not timed: the largest of which the estimate fits."""
     del known
-    sizes = {value: _estimate(changed(made, {field: value})) for value in options}
+    sizes = {value: estimated_bytes(changed(made, {field: value})) for value in options}
     fit = [value for value, size in sizes.items() if size <= _room(made)]
     order = max if made.config.train.packing else min
     told = ", ".join(f"{value:,}: {shown_bytes(size)}" for value, size in sizes.items())

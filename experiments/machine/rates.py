@@ -42,7 +42,7 @@ def facts(known: Known) -> list[Fact]:
         Fact("platform", " ".join(str(device.client.platform_version).split())[:200]),
         Fact("devices", f"{len(same)} × {device.device_kind}; {_checked(len(same))}"),
         Fact("memory of a device", f"{device_memory(device) / 1e9:.1f} GB"),
-        Fact("processor", f"{_processor()}, {cores()} cores"),
+        Fact("processor", f"{processor()}, {cores()} cores"),
         Fact("memory of the host", f"{host_memory() / 1e9:.1f} GB"),
     ]
     if known.tiny:
@@ -81,7 +81,8 @@ def _versions():
             continue
 
 
-def _processor():
+def processor() -> str:
+    """Returns the name of the machine's processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(x for x in file if x.startswith("model name")).partition(":")[2].strip()

@@ -154,10 +154,10 @@ def batch_of(made: Case) -> TrainBatch:
     masks = [np.ones(n, bool) for n in sizes]
     logprobs_BT = plan.place([np.full(n, -np.log(vocabulary), np.float32) for n in sizes])
     known = {
-        "starts_B": plan.firsts_B,
+        "starts_B": plan.place_one(plan.firsts_B),
         "response_mask_BT": plan.place(masks),
-        "advantages_B": rng.normal(size=count).astype(np.float32),
-        "group_ids_B": np.arange(count, dtype=np.int32) // made.sizes.group_size,
+        "advantages_B": plan.place_one(rng.normal(size=count).astype(np.float32)),
+        "group_ids_B": plan.place_one(np.arange(count, dtype=np.int32) // made.sizes.group_size),
     }
     for field in dataclasses.fields(ResponseRows):
         like = getattr(abstract, field.name)

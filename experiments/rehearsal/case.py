@@ -84,7 +84,8 @@ class Case:
     @property
     def programs(self) -> StepPrograms:
         """The programs of a step that train."""
-        return StepPrograms(self.rule, self.sizes.updates_per_step)
+        train = self.config.train
+        return StepPrograms(self.rule, train.num_minibatches, train.num_epochs)
 
     @property
     def num_params(self) -> int:
@@ -329,9 +330,11 @@ class _Prompt:
     images: tuple = ()
 
 
-def plan(case: Case, responses: int) -> Plan:
-    """Where the first `responses` of a step lie in rows, at the assumed lengths."""
-    lengths_B = np.array(case.response_lengths[:responses]) + case.lengths.prompt
+def plan(case: Case, responses: int, start: int = 0) -> Plan:
+    """Where `responses` of a step, from the one numbered `start`, lie in rows, at the assumed
+    lengths."""
+    chosen = slice(start, start + responses)
+    lengths_B = np.array(case.response_lengths[chosen]) + case.lengths.prompt
     groups = np.arange(responses) // case.sizes.group_size
     prompts = [_Prompt(np.full(case.lengths.prompt, group, np.int32)) for group in groups]
     return case.planner.plan(lengths_B, row_length(case), prompts)

@@ -28,6 +28,7 @@ from experiments.rehearsal.resident import (
 )
 from experiments.rehearsal.rows import images, microbatch
 from luspo_jax.learner import rows as training_rows
+from luspo_jax.learner.programs import LogprobPass
 from luspo_jax.learner.rows import abstract_token_rows
 from luspo_jax.length import laboratory
 from luspo_jax.models import decoder
@@ -352,7 +353,7 @@ def _prompt_images(case, engine, prompts, length):
 def _training(case):
     found, programs, state = [], case.programs, case.state
     for number, (name, one) in enumerate(programs.passes(stale=case.stale).items()):
-        rows, times, work = pass_rows(case, one.record_experts)
+        rows, times, work = pass_rows(case, one)
         # With an adapter, a reference that is not copied is the frozen weights alone.
         gone = {"params": "ref_params", "ref_params": "params"}[one.policy]
         found.append(
@@ -380,29 +381,36 @@ def _training(case):
     return found
 
 
-def pass_rows(case: Case, record_experts: bool) -> tuple[TokenRows, int, Work]:
+def pass_rows(case: Case, one: LogprobPass) -> tuple[TokenRows, int, Work]:
     """(rows, calls, work of one) of a pass over the responses of a step.
 
     With images, a call reads the responses of a minibatch.
     """
     sizes, pictured = case.sizes, case.lengths.images is not None
-    responses = sizes.responses_per_minibatch if pictured else sizes.responses_per_step
-    plan = cases.plan(case, responses)
+    spared = one.policy == "params" and case.programs.spares_first(stale=case.stale)
+    start = sizes.responses_per_minibatch if spared else 0
+    left = sizes.responses_per_step - start
+    responses = sizes.responses_per_minibatch if pictured else left
+    plan = cases.plan(case, responses, start)
+    work = _pass_work(case, plan)
+    if one.record_experts:
+        # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
+        micro, used = microbatch(case, plan)
+        ids = costs.recorded_bytes(case.model) * micro.tokens
+        work += Work(0, 0, ids * used * (1 - 1 / case.train_parts.batch))
+    rows = abstract_token_rows(case.planner, plan, ("sampler",), images(case, plan))
+    return training_rows.abstract(case.on(rows), one.logprobs.how.layout), left // responses, work
+
+
+def _pass_work(case, plan):
+    """The work of a pass without gradients over the rows of a plan."""
     micro, used = microbatch(case, plan)
-    part, width, rule = case.train_parts, case.width, case.rule.logprobs
-    work = costs.forward(case.model, micro, part, width) + costs.scoring(
-        case.model, micro, part, width, rule.head_chunk_tokens, gradient=False
-    )
+    part, width, chunk = case.train_parts, case.width, case.rule.logprobs.head_chunk_tokens
+    work = costs.forward(case.model, micro, part, width)
+    work += costs.scoring(case.model, micro, part, width, chunk, gradient=False)
     if made := case.adapter:
         work += adapted.forward(case.model, made, micro.tokens / part.tokens, part, width)
-    work = (work + _tower(case, responses, gradient=False)) * used
-    if record_experts:
-        # Micro-batch by micro-batch every device gets the experts of all rows, for its host.
-        ids = costs.recorded_bytes(case.model) * micro.tokens
-        work += Work(0, 0, ids * used * (1 - 1 / part.batch))
-    rows = abstract_token_rows(case.planner, plan, ("sampler",), images(case, plan))
-    times = case.config.train.num_minibatches if pictured else 1
-    return training_rows.abstract(case.on(rows), rule.how.layout), times, work
+    return (work + _tower(case, len(plan.lengths_B), gradient=False)) * used
 
 
 def train_batch(case: Case) -> tuple[TrainBatch, Work]:
@@ -420,10 +428,12 @@ def train_batch(case: Case) -> tuple[TrainBatch, Work]:
         part, remat = case.train_parts, rule.how.remat
         work += adapted.training(case.model, made, micro, part, case.width, remat=remat)
     work += _tower(case, responses, gradient=True)
+    refers = case.rule.objective.kl_coef > 0 and batch.responses.ref_logprobs_BT is None
+    referred = _pass_work(case, plan) if refers else Work()
     own = case.trained_bytes
     # Micro-batches add up on each copy; copies are summed at the end, slices apart (`slices`).
     copies = case.train_parts.copies // case.topology.slices
-    work = work * used + costs.summed(own, copies) + costs.optimizer(own)
+    work = work * used + referred + costs.summed(own, copies) + costs.optimizer(own)
     return training_rows.abstract(case.on(batch), rule.how.layout), work
 
 

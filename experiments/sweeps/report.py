@@ -295,6 +295,7 @@ def outcomes_figure(
 
 
 def finished_rows(sweep, variant, seed, workdir):
+    """Returns the metrics of a member, or None if its run has not finished."""
     member = Member(variant, seed)
     state, _ = runner.standing(member.folder(workdir), spec.config_of(sweep, member))
     return rows_of(member, workdir) if state == "finished" else None
@@ -345,6 +346,7 @@ def _number(value):
 
 
 def pyplot():
+    """Returns matplotlib.pyplot, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -84,6 +84,7 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """Its levels, joined by commas."""
         return ",".join(level for _, level in self.levels)
 
 
@@ -96,6 +97,7 @@ class Member:
 
     @property
     def name(self) -> str:
+        """Its variant and its seed, joined by a slash."""
         return f"{self.variant.name}/seed_{self.seed}"
 
     def folder(self, workdir: pathlib.Path) -> pathlib.Path:

@@ -16,7 +16,8 @@ class Judge(Protocol):
 
     labels: Mapping[str, str]
 
-    def score_batch(self, samples: Sequence[Sample]) -> list[Reward]: ...
+    def score_batch(self, samples: Sequence[Sample]) -> list[Reward]:
+        """Returns the verdict on each sample, in their order."""
 
     def __enter__(self) -> "Judge": ...
 

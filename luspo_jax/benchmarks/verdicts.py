@@ -108,6 +108,7 @@ class VisualBenchmark:
 
     @property
     def label(self) -> str:
+        """The scorer with its version, as results carry it."""
         return f"{self.id}@{self.version}"
 
 

@@ -175,6 +175,12 @@ class Rollouts:
         ]
         return Rollouts(groups, self.version)
 
+    def parted(self, count: int) -> tuple["Rollouts", "Rollouts"]:
+        """Returns the first `count` groups and the others."""
+        return tuple(
+            Rollouts(part, self.version) for part in (self.groups[:count], self.groups[count:])
+        )
+
 
 def _enriched(responses, columns):
     return [

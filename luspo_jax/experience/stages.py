@@ -38,7 +38,7 @@ def with_logprobs(
     metrics: StepMetrics,
     mismatch_limit: float | None = None,
 ) -> tuple[Rollouts, int]:
-    """Adds log-probs of the old and the reference policy if the objective reads them.
+    """Adds log-probs of the old and the reference policy that no update computes itself.
 
     Args:
       rollouts: rewarded responses.
@@ -54,32 +54,45 @@ def with_logprobs(
     Raises:
       MismatchError: sampler and trainer disagree.
     """
-    check = mismatch_limit is not None
-    passes = programs.passes(stale=not rollouts.fresh_B.all(), check=check)
-    plans = laid(planner, rollouts.prompts, rollouts.responses)
+    check, stale = mismatch_limit is not None, not rollouts.fresh_B.all()
+    passes = programs.passes(stale=stale, check=check)
+    width = planner.width(sequence_lengths(rollouts.prompts, rollouts.responses))
+    first, rest = rollouts.parted(_spared_groups(rollouts, programs, stale))
     with timed(metrics, "old_log_prob"):
         if "old" in passes:
+            read = rollouts if check else rest
+            plans = laid(planner, read.prompts, read.responses, width)
             found = policy_logprobs(state, passes["old"], plans, planner)
-            gap = largest_gap(rollouts, found)
-            # A continued run checks too, and must not report what an uninterrupted one does not.
-            if passes["old"].kept or rollouts.version == 0:
-                metrics.add("rollout_corr/max_abs_diff", gap)
             if check:
-                check_gap(gap, mismatch_limit)
+                check_gap(largest_gap(rollouts, found), mismatch_limit)
+            # A continued run checks too, and must not report what an uninterrupted one does not.
+            if rollouts.version > 0:
+                read, found = rest, found.last(len(rest.responses))
+            if passes["old"].kept or rollouts.version == 0:
+                metrics.add("rollout_corr/max_abs_diff", largest_gap(read, found))
             if passes["old"].kept:
-                rollouts = with_old_logprobs(
-                    rollouts,
-                    found,
+                known = with_old_logprobs(
+                    rest,
+                    found.last(len(rest.responses)),
                     old_policy=programs.rule.objective.old_policy,
                     keep_entropy=programs.keeps_entropy,
                 )
+                rollouts = Rollouts([*first.groups, *known.groups], rollouts.version)
                 if found.agreement is not None:  # without this pass, the update reports it
                     metrics.add("router/agreement/sampler_old", found.agreement)
     with timed(metrics, "ref"):
         if "ref" in passes:
+            plans = laid(planner, rollouts.prompts, rollouts.responses, width)
             found = policy_logprobs(state, passes["ref"], plans, planner)
             rollouts = rollouts.enriched(ref_logprobs=found.logprobs)
-    return rollouts, plans[0].plan.width
+    return rollouts, width
+
+
+def _spared_groups(rollouts, programs, stale):
+    """Returns how many groups, the first, need no pass of the old policy."""
+    if not programs.spares_first(stale=stale):
+        return 0
+    return len(np.split(np.unique(rollouts.group_ids_B), programs.minibatches)[0])
 
 
 def with_old_logprobs(
@@ -154,8 +167,8 @@ def check_gap(gap: float, limit: float) -> None:
         raise MismatchError(
             f"sampler and trainer log-probs of the same tokens differ by up to {gap:.3g} nats at "
             f"the first step, more than rollout.mismatch_limit={limit:g}: in float32 this is a "
-            "fault; in bfloat16 rounding makes 0.2 to 0.5 and more in large runs: set the limit to "
-            "1, or model.rollout_dtype=float32"
+            "fault; in bfloat16 (model.products, too) rounding makes 0.2 to 0.5 and more in large "
+            "runs: set the limit to 1, or float32"
         )
 
 
@@ -316,12 +329,10 @@ def train_batch(
     plan = planner.plan(sequence_lengths(prompts, responses), width, prompts)
     known = {
         f"{name}_BT": plan.place([getattr(r, name) for r in responses])
-        for name in (
-            *("old_logprobs", "old_entropy", "ref_logprobs"),
-            *("token_advantages", "segment_starts"),
-        )
+        for name in ("old_entropy", "ref_logprobs", "token_advantages", "segment_starts")
         if getattr(responses[0], name) is not None
     }
+    known |= _old_logprobs(rollouts, plan, responses)
     if _trains_on_stale(rollouts):
         ages = [np.int64(rollouts.version) - r.versions for r in responses]
         known["ages_BT"] = plan.place([x.astype(np.int32) for x in ages])
@@ -339,6 +350,23 @@ def train_batch(
         **known,
     )
     return TrainBatch(rows, objective_rows), dict(plan.metrics)
+
+
+def _old_logprobs(rollouts, plan, responses):
+    # Of the whole step, as ages are: the first minibatch has the structure of the others.
+    missing = [values is None for values in rollouts.column("old_logprobs")]
+    if all(missing):
+        return {}
+    values = [
+        np.zeros(len(r.tokens), np.float32) if r.old_logprobs is None else r.old_logprobs
+        for r in responses
+    ]
+    known = {"old_logprobs_BT": plan.place(values)}
+    if any(missing):
+        known["starts_step_B"] = plan.place_one(
+            np.array([r.old_logprobs is None for r in responses])
+        )
+    return known
 
 
 def _trains_on_stale(rollouts):

@@ -19,11 +19,14 @@ _NEWS_S = 0.5  # until a new phase is in the store
 class TextStore(Protocol):
     """One text for each process; see `luspo_jax.hosts.store.Store`."""
 
-    def put(self, index: int, text: str) -> None: ...
+    def put(self, index: int, text: str) -> None:
+        """Replaces the text of a process."""
 
-    def texts(self) -> list[str]: ...
+    def texts(self) -> list[str]:
+        """Returns the texts of all processes that have put one."""
 
-    def meet(self, label: str, timeout_s: float) -> None: ...
+    def meet(self, label: str, timeout_s: float) -> None:
+        """Waits until all processes are here; `label` names the place."""
 
 
 class Signs:

@@ -45,6 +45,11 @@ class LogprobRule:
     collision: bool = False
 
 
+def of_reference(rule: LogprobRule) -> LogprobRule:
+    """Returns the rule of the reference policy, whose routers choose for themselves."""
+    return dataclasses.replace(rule, replay="none")
+
+
 # Router replay: "old" is R2 and "sampler" R3 of arXiv:2512.01374.
 REPLAYS = ("none", "old", "sampler")
 
@@ -141,6 +146,8 @@ def _logprobs(params, rows, units_UD, *, rule):
         images=None if units_UD is None else (units_UD, order(rows.images.units_RT)),
         sequences=rows.sequences,
     )
+    if rule.how.rounds_products:
+        hidden_RTD = hidden_RTD.astype(jnp.bfloat16)
     # The state at t−1 predicts token t. Predictions are made at index t−1 and moved to the token
     # that they predict, by the alignment law of types.py. A segment begins with a prompt, so no
     # prediction that is used crosses a segment border.

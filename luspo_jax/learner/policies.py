@@ -45,14 +45,31 @@ class PolicyLogprobs:
     agreement: float | None
     collisions: list[np.ndarray] | None = None
 
+    def last(self, count: int) -> "PolicyLogprobs":
+        """Returns the results of the last `count` responses."""
+        lists = ("logprobs", "entropies", "expert_ids", "collisions")
+        start = len(self.logprobs) - count
+        known = {name: values for name in lists if (values := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **{name: x[start:] for name, x in known.items()})
 
-def laid(planner: Planner, prompts: Sequence[Any], responses: Sequence[Any]) -> list[Laid]:
+
+def laid(
+    planner: Planner,
+    prompts: Sequence[Any],
+    responses: Sequence[Any],
+    width: int | None = None,
+) -> list[Laid]:
     """Plans the rows of all responses; with images, in parts as large as an update's.
 
     Pixels take more memory than all else, and a micro-batch of few prompts encodes few images.
+
+    Args:
+      planner: of the run.
+      prompts, responses: of each sequence.
+      width: of arrays with one row per response; None is that of these responses.
     """
     lengths_B = sequence_lengths(prompts, responses)
-    width = planner.width(lengths_B)
+    width = planner.width(lengths_B) if width is None else width
     size = planner.pictured_at_once if any(p.images for p in prompts) else len(prompts)
     parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
     return [

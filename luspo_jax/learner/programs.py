@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from luspo_jax.learner.logprobs import LogprobRule, TokenLogprobs, row_logprobs
+from luspo_jax.learner.logprobs import LogprobRule, TokenLogprobs, of_reference, row_logprobs
 from luspo_jax.learner.plan import Plan
 from luspo_jax.learner.rows import Planner, abstract_token_rows
 from luspo_jax.learner.state import UpdateRule, policy_params
@@ -52,33 +52,44 @@ class StepPrograms:
 
     Attributes:
       rule: of the update.
-      updates_per_step: optimizer steps of a rollout step.
+      minibatches: optimizer steps of a pass over the responses.
+      epochs: passes over the responses.
     """
 
     rule: UpdateRule
-    updates_per_step: int
+    minibatches: int = 1
+    epochs: int = 1
 
     def passes(self, *, stale: bool = False, check: bool = False) -> dict[str, LogprobPass]:
         """Returns the passes of a step before its updates, by name, in order.
 
         A step of one update needs no pass for the old policy, because the update's own forward pass
         computes its log-probs, unless another policy sampled some tokens (`stale`) or tokens of the
-        whole step compete. `check` compares sampler and trainer in any case.
+        whole step compete. `check` compares sampler and trainer in any case. An update that reads
+        its responses for the only time computes the reference policy's log-probs, too, unless the
+        reward needs them before.
         """
         objective, logprobs = self.rule.objective, self.rule.logprobs
-        kept = (
-            self.updates_per_step > 1 or objective.ranks_tokens or objective.kl_in_reward or stale
-        )
+        several = self.minibatches * self.epochs > 1
+        kept = several or objective.ranks_tokens or objective.kl_in_reward or stale
         found = {}
         if kept or check:
             record = kept and logprobs.how.model.num_experts > 0
             told = dataclasses.replace(logprobs, collision=objective.token_advantages)
             found["old"] = LogprobPass("params", told, kept, record)
-        if objective.kl_coef > 0:
-            # Its routers choose for themselves: expert ids of another policy do not apply.
-            own = dataclasses.replace(logprobs, replay="none")
-            found["ref"] = LogprobPass("ref_params", own)
+        if objective.kl_coef > 0 and (objective.kl_in_reward or self.epochs > 1):
+            found["ref"] = LogprobPass("ref_params", of_reference(logprobs))
         return found
+
+    def spares_first(self, *, stale: bool = False) -> bool:
+        """Whether the pass of the old policy leaves out what the first update reads.
+
+        That update's own forward pass is the old policy's. Later epochs would need its log-probs
+        again, and replayed experts their ids before it.
+        """
+        objective, model = self.rule.objective, self.rule.logprobs.how.model
+        early = objective.ranks_tokens or objective.kl_in_reward or model.num_experts > 0
+        return self.minibatches > 1 and self.epochs == 1 and not (early or stale)
 
     @property
     def keeps_entropy(self) -> bool:
@@ -113,6 +124,8 @@ class StepPrograms:
         numbers_BT = jax.ShapeDtypeStruct((B, T), np.float32)
         known = {f"{name}_logprobs_BT": numbers_BT for name in passes}
         objective = self.rule.objective
+        if self.spares_first(stale=stale):
+            known["starts_step_B"] = jax.ShapeDtypeStruct((B,), bool)
         if self.keeps_entropy:
             known["old_entropy_BT"] = numbers_BT
         if objective.token_advantages:

@@ -11,11 +11,18 @@ from luspo_jax.learner import copies, optimizer, routers
 from luspo_jax.learner.logprobs import (
     microbatch_logprobs,
     microbatch_logprobs_of_copies,
+    of_reference,
     of_responses,
     unless_empty,
 )
 from luspo_jax.learner.rows import split
-from luspo_jax.learner.state import UpdateRule, state_shardings, with_base, without_base
+from luspo_jax.learner.state import (
+    UpdateRule,
+    policy_params,
+    state_shardings,
+    with_base,
+    without_base,
+)
 from luspo_jax.models import decoder
 from luspo_jax.ops.precision import wide_type
 from luspo_jax.types import TrainBatch, TrainState
@@ -66,6 +73,9 @@ def update_step(
         )
 
     how, base = rule.logprobs.how, getattr(state, "base", None)
+    reference = None
+    if objective.kl_coef > 0 and batch.responses.ref_logprobs_BT is None:
+        reference = policy_params(state, how, "ref_params")
     state = without_base(state)
 
     def forward(params, rows):
@@ -77,23 +87,12 @@ def update_step(
     def loss(params, part):
         rows, responses, scale_B = part
         found = forward(params, rows)
-        at = (responses.starts_B, responses.response_mask_BT, layout)
+        referred = None
+        if reference is not None:
+            referred = microbatch_logprobs(reference, rows, rule=of_reference(rule.logprobs))
         total, metrics = objectives.loss(
             objective,
-            objectives.PolicyBatch(
-                logprobs_BT=of_responses(found.logprobs_RT, *at),
-                old_logprobs_BT=responses.old_logprobs_BT,
-                advantages_B=responses.advantages_B,
-                response_mask_BT=responses.response_mask_BT,
-                length_scale_B=scale_B,
-                entropy_BT=of_responses(found.entropy_RT, *at),
-                ref_logprobs_BT=responses.ref_logprobs_BT,
-                sampler_logprobs_BT=responses.sampler_logprobs_BT,
-                token_weights_BT=responses.token_weights_BT,
-                ages_BT=responses.ages_BT,
-                token_advantages_BT=responses.token_advantages_BT,
-                segment_starts_BT=responses.segment_starts_BT,
-            ),
+            _policy_batch(responses, scale_B, found, referred, layout),
             denominators,
             bin_edges=rule.bin_edges,
         )
@@ -127,6 +126,39 @@ def update_step(
             base, sharding.shardings(decoder.frozen_axes(how), how.layout)
         )
     return with_base(state, base), metrics
+
+
+def _policy_batch(responses, scale_B, found, referred, layout):
+    """Returns the objective's input of a micro-batch.
+
+    Args:
+      responses: `ResponseRows`.
+      scale_B: length scale of each.
+      found: `TokenLogprobs` of the policy that is updated.
+      referred: of the reference policy; None where `responses` has them, or nothing reads them.
+      layout: the mesh layout of rows.
+    """
+    at = (responses.starts_B, responses.response_mask_BT, layout)
+    logprobs_BT = of_responses(found.logprobs_RT, *at)
+    old_BT, ref_BT = responses.old_logprobs_BT, responses.ref_logprobs_BT
+    if responses.starts_step_B is not None:
+        old_BT = jnp.where(responses.starts_step_B[:, None], logprobs_BT, old_BT)
+    if referred is not None:
+        ref_BT = of_responses(referred.logprobs_RT, *at)
+    return objectives.PolicyBatch(
+        logprobs_BT=logprobs_BT,
+        old_logprobs_BT=old_BT,
+        advantages_B=responses.advantages_B,
+        response_mask_BT=responses.response_mask_BT,
+        length_scale_B=scale_B,
+        entropy_BT=of_responses(found.entropy_RT, *at),
+        ref_logprobs_BT=ref_BT,
+        sampler_logprobs_BT=responses.sampler_logprobs_BT,
+        token_weights_BT=responses.token_weights_BT,
+        ages_BT=responses.ages_BT,
+        token_advantages_BT=responses.token_advantages_BT,
+        segment_starts_BT=responses.segment_starts_BT,
+    )
 
 
 def _step(state, grads, rate, metrics, rule):

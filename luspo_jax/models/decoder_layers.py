@@ -16,6 +16,7 @@ from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.experts import expert_mlp, route
 from luspo_jax.models.forward import Forward
 from luspo_jax.models.layers import (
+    BFLOAT16_PRODUCTS,
     add_bias,
     embed,
     project,
@@ -68,7 +69,7 @@ class Projection(nn.Module):
     axes: tuple[str, ...]
     features: tuple[int, ...]
     param_dtype: Any
-    layout: Any
+    how: Forward
     use_bias: bool = False
     contracted: int = 1
 
@@ -76,7 +77,8 @@ class Projection(nn.Module):
     def __call__(self, x):
         shape = x.shape[x.ndim - self.contracted :] + self.features
         kernel = self.param("kernel", _zeros, shape, self.param_dtype)
-        y = project(x, kernel, self.contracted, self.axes, self.layout)
+        precision = BFLOAT16_PRODUCTS if self.how.rounds_products else None
+        y = project(x, kernel, self.contracted, self.axes, self.how.layout, precision)
         if self.use_bias:
             bias = self.param("bias", _zeros, self.features, self.param_dtype)
             y = add_bias(y, bias)
@@ -96,12 +98,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, pages, layer, rotation, context):
-        c, layout = self.how.model, self.how.layout
+        c = self.how.model
         heads, kv_heads = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
 
         def projected(name, features, axis):
             axes = ("embed", axis, "head_dim")
-            of = Projection(axes, features, self.param_dtype, layout, c.qkv_bias, name=name)
+            of = Projection(axes, features, self.param_dtype, self.how, c.qkv_bias, name=name)
             return of(x)
 
         query = projected("query", heads, "heads")
@@ -113,7 +115,7 @@ class Attention(nn.Module):
         out, pages = self.attend_fn(query, key, value, pages, layer, context)
         axes = ("heads", "head_dim", "embed")
         merge = Projection(
-            axes, (c.embed_dim,), self.param_dtype, layout, c.out_bias, 2, name="out"
+            axes, (c.embed_dim,), self.param_dtype, self.how, c.out_bias, 2, name="out"
         )
         return merge(out), pages
 
@@ -129,7 +131,7 @@ class MLP(nn.Module):
         c = self.how.model
 
         def projection(name, axes, features):
-            return Projection(axes, (features,), self.param_dtype, self.how.layout, name=name)
+            return Projection(axes, (features,), self.param_dtype, self.how, name=name)
 
         gate, up = (projection(name, ("embed", "mlp"), c.mlp_dim)(x) for name in ("gate", "up"))
         return projection("down", ("mlp", "embed"), c.embed_dim)(swiglu(gate, up))

@@ -21,6 +21,8 @@ class Forward:
         decides on "auto", as it knows the pages.
       expert_kernel: an implementation of `ops.grouped_matmul`.
       remat: what of a layer is kept for the backward pass, a key of `decoder.REMAT`.
+      products: "bfloat16" rounds the operands of the decoder's projections and of the head's
+        products to it, with sums in float32, where `dtype` is float32; "" leaves them as they are.
       layout: where parameters, rows, positions and heads lie; None on one device.
       adapter: what is trained in place of the weights; None where they are.
     """
@@ -32,8 +34,14 @@ class Forward:
     paged_attention: str = "auto"
     expert_kernel: str = "reference"
     remat: str = "none"
+    products: str = ""
     layout: Layout | None = None
     adapter: Adapter | None = None
+
+    @property
+    def rounds_products(self) -> bool:
+        """Whether operands of products are rounded to bfloat16."""
+        return self.products == "bfloat16" and self.dtype == "float32"
 
     def with_reference_kernels(self) -> "Forward":
         """The same without kernels, whose backward pass may be differentiated."""

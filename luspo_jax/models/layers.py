@@ -20,6 +20,19 @@ from luspo_jax.ops.precision import wide, wide_type
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
+# Of float32 operands, rounded to bfloat16 for the product, whose sums are float32.
+BFLOAT16_PRODUCTS = lax.DotAlgorithmPreset.BF16_BF16_F32
+
+
+def _product(x, y, dims, precision, preferred=None):
+    """Computes `lax.dot_general`; XLA on CPU knows BFLOAT16_PRODUCTS by their operands alone."""
+    if precision is BFLOAT16_PRODUCTS and x.dtype == jnp.float32:
+        x, y, precision, preferred = (*(a.astype(jnp.bfloat16) for a in (x, y)), None, jnp.float32)
+    return lax.dot_general(
+        x, y, (dims, ((), ())), precision=precision, preferred_element_type=preferred
+    )
+
+
 def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
     """Computes x · kernel over the last `contracted` axes of x and the first of the kernel.
 
@@ -27,9 +40,10 @@ def project(x, kernel, contracted=1, axes=None, layout=None, precision=None):
     type, so float32 master weights under bfloat16 activations lose nothing to rounding. With a
     layout, a kernel of logical `axes` is sharded over the mesh: it is gathered in x's type for use,
     and its gradient returns in the same sharding. `precision` is that of the products, a
-    `lax.Precision`. A Quantised kernel's products are summed and scaled in float32, an Nf4 one is
-    used in x's type; neither has a gradient. A LowRank one gives x · W + s · (x · A) · B in x's
-    type, or x · (W + s · A · B) in float32 without a layout, and A and B have gradients.
+    `lax.Precision` or BFLOAT16_PRODUCTS. A Quantised kernel's products are summed and scaled in
+    float32, an Nf4 one is used in x's type; neither has a gradient. A LowRank one gives
+    x · W + s · (x · A) · B in x's type, or x · (W + s · A · B) in float32 without a layout, and A
+    and B have gradients.
     """
     if isinstance(kernel, QUANTISED):
         return _project_frozen(x, kernel, contracted, axes, layout, precision)
@@ -52,7 +66,7 @@ def _project(x, kernel, contracted, axes, layout, precision):
         y = lax.dot_general(x, values, (dims, ((), ())), preferred_element_type=wide_type(x))
         return scaled(y, kernel.scales).astype(x.dtype)
     whole = frozen(kernel, x.dtype, contracted, axes, layout)
-    return lax.dot_general(x, whole, (dims, ((), ())), precision=precision)
+    return _product(x, whole, dims, precision)
 
 
 def frozen(kernel, dtype, contracted, axes, layout):
@@ -100,7 +114,7 @@ def _input_gradient(kernel, grad, contracted, axes, layout, precision):
         tuple(range(contracted, contracted + kept)),
     )
     whole = frozen(kernel, grad.dtype, contracted, axes, layout)
-    return lax.dot_general(grad, whole, (outputs, ((), ())), precision=precision)
+    return _product(grad, whole, outputs, precision)
 
 
 def _kernel_gradient(contracted, axes, layout, precision, x, grad):
@@ -112,12 +126,8 @@ def _kernel_gradient(contracted, axes, layout, precision, x, grad):
     # transposed, which XLA would undo without the barrier.
     ends = x.reshape(rows, -1), grad.reshape(rows, -1)
     narrow = 8 * ends[1].shape[1] <= ends[0].shape[1]
-    product = lax.dot_general(
-        *(ends[::-1] if narrow else ends),
-        (((0,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=wide_type(x),
-    )
+    ordered = ends[::-1] if narrow else ends
+    product = _product(*ordered, ((0,), (0,)), precision, wide_type(x))
     dkernel = (lax.optimization_barrier(product).T if narrow else product).reshape(shape)
     return sharding.summed_over_rows(dkernel, axes, layout)
 

@@ -74,6 +74,7 @@ class Verifier:
 
     @property
     def label(self) -> str:
+        """The rule with its version, as runs and results carry it."""
         return f"{self.id}@{self.version}"
 
 

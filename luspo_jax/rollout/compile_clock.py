@@ -25,6 +25,7 @@ class CompileClock:
 
     @property
     def seconds(self):
+        """Seconds of tracing and compiling; those of nested traces count once."""
         return sum(end - start for start, end in self._intervals)
 
     def _listen(self, event, duration, **_):

@@ -106,10 +106,12 @@ class Engine:
 
     @property
     def layout(self):
+        """Where arrays lie on the mesh; None on one device."""
         return self.how.layout
 
     @property
     def dtype(self):
+        """Type of activations, products and the cache."""
         return jnp.dtype(self.how.dtype)
 
     @property

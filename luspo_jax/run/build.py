@@ -207,7 +207,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
             rescorer=functools.partial(rescorer, settings),
         ),
         planner=planner(settings, model.config, layout),
-        programs=StepPrograms(rule, batch_arithmetic(settings).updates_per_step),
+        programs=StepPrograms(rule, settings.train.num_minibatches, settings.train.num_epochs),
         rollout_layout=rollout_layout,
         roles=roles(settings, devices),
     )

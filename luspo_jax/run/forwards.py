@@ -14,6 +14,7 @@ def training(config: Config, model: DecoderConfig, layout: Layout | None) -> For
     """Returns the forward pass of the trainer on this platform."""
     used = {"dtype": config.model.dtype, "remat": config.model.remat}
     used["adapter"] = adapters.adapter(config, model)
+    used["products"] = config.model.products
     used["branches"] = shares_prompts(config, model, layout)
     return _forward(config, model, layout, packed=config.train.packing, **used)
 

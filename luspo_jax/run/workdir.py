@@ -202,6 +202,11 @@ def check_place(path: str | os.PathLike) -> None:
     Place(path)
 
 
+def is_begun(workdir: str | os.PathLike) -> bool:
+    """Returns whether a workdir holds a run, whole or damaged."""
+    return Place(workdir).read("run.json") is not None
+
+
 def stored_config(workdir: str | os.PathLike) -> ConfigDict:
     """Returns the configuration of the run in a workdir.
 

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from luspo_jax import objectives
@@ -18,8 +19,10 @@ from luspo_jax.learner.policies import (
     policy_logprobs,
     sequence_lengths,
 )
-from luspo_jax.learner.programs import LogprobPass
+from luspo_jax.learner.programs import LogprobPass, StepPrograms
 from luspo_jax.learner.rows import Planner
+from luspo_jax.learner.state import UpdateRule
+from luspo_jax.metrics import StepMetrics
 from luspo_jax.models import decoder
 from luspo_jax.models.decoder_config import DecoderConfig
 from luspo_jax.models.forward import Forward
@@ -496,3 +499,61 @@ def test_old_logprobs_do_not_depend_on_order_packing_or_microbatches(layout, ord
     assert found[1, 0][0][0] == sampled[2][0]
     assert found[1, 0][0][1] == 0  # not trained on
     assert found[0, 0][0].all()
+
+
+@pytest.mark.parametrize("check", [False, True], ids=["unchecked", "checked"])
+@pytest.mark.parametrize("layout", ["one row at a time", "dense"])
+def test_the_first_minibatch_needs_no_pass(layout, check):
+    """Its update's own forward pass is the old policy's; a check reads it and keeps nothing."""
+    rollouts = _rollouts(mixed=False)
+    logprobs = LogprobRule(Forward(MODEL), head_chunk_tokens=16)
+    rule = UpdateRule(logprobs, preset("grpo"), optax.sgd(1.0), 0.0)
+    whole = StepPrograms(rule, minibatches=2, epochs=2)
+    found, told = [], []
+    for programs in (whole, StepPrograms(rule, minibatches=2)):
+        metrics = StepMetrics()
+        after, width = stages.with_logprobs(
+            rollouts,
+            _state(),
+            programs,
+            _planner(**LAYOUTS[layout]),
+            metrics,
+            1e9 if check else None,
+        )
+        found.append(after.column("old_logprobs"))
+        told.append(metrics.values["rollout_corr/max_abs_diff"][0][0])
+    assert found[1][:2] == [None, None]
+    for got, want in zip(found[1][2:], found[0][2:], strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    gaps = [
+        np.abs(old - r.logprobs)[r.trained].max(initial=0)
+        for old, r in zip(found[0], rollouts.responses, strict=True)
+    ]
+    assert max(gaps[:2]) > max(gaps[2:])  # or the next line could not tell
+    np.testing.assert_allclose(told, [max(gaps), max(gaps[2:])], rtol=1e-4)
+    after = after.enriched(advantage=[0.0] * 5)
+    batch = stages.train_batch(after, _planner(rows_per_microbatch=1), np.arange(2), width)[
+        0
+    ].responses
+    other = stages.train_batch(after, _planner(rows_per_microbatch=1), np.arange(2, 5), width)[
+        0
+    ].responses
+    assert batch.starts_step_B[:2].all()
+    assert not other.starts_step_B.any()
+    assert other.old_logprobs_BT.any()
+
+
+def test_a_check_of_the_first_minibatch_still_refuses():
+    rollouts = _rollouts(mixed=False)
+    wrong = [values - 50 * (i == 0) for i, values in enumerate(rollouts.column("logprobs"))]
+    rule = UpdateRule(LogprobRule(Forward(MODEL)), preset("grpo"), optax.sgd(1.0), 0.0)
+    programs = StepPrograms(rule, minibatches=2)
+    with pytest.raises(stages.MismatchError):
+        stages.with_logprobs(
+            rollouts.enriched(logprobs=wrong),
+            _state(),
+            programs,
+            _planner(rows_per_microbatch=1),
+            StepMetrics(),
+            40.0,
+        )

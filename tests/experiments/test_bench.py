@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -372,17 +373,33 @@ def test_the_readmes_table_says_what_was_measured(tmp_path):
     assert "2 prompts × 2 responses of 3 to 5 tokens" in text
     assert "trl microbatches=1, compile=True" in text
     assert "2.10 times the least work: luspo_jax 2.05, trl 2.40 times the seconds" in text
-    readme, mark = tmp_path / "README.md", step_markdown.BEGIN
-    readme.write_text(f"before\n{mark}\nold\n{step_markdown.END}\nafter\n", encoding="utf-8")
-    new = step_markdown.with_section(readme.read_text(encoding="utf-8"), text)
-    assert new == f"before\n{mark}\n{text}\n{step_markdown.END}\nafter\n"
+    begin, end = step_markdown.TABLES
+    new = step_markdown.with_section(f"before\n{begin}\nold\n{end}\nafter\n", text, (begin, end))
+    assert new == f"before\n{begin}\n{text}\n{end}\nafter\n"
     with pytest.raises(ValueError, match="must hold"):
-        step_markdown.with_section("nothing", text)
+        step_markdown.with_section("nothing", text, (begin, end))
 
 
-def test_the_readme_has_a_place_for_the_table():
+def test_the_readmes_lines_are_of_the_tables():
+    """What `readme_table` wrote into README.md stands in docs/speed.md as well."""
+    record = _record()
+    assert step_markdown.summary([record]) == (
+        f"- {record['task']['name']}: 0.50 (0.50 … 0.50) of trl 1.16.0's"
+    )
+    speed = (peer.ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     readme = (peer.ROOT / "README.md").read_text(encoding="utf-8")
-    step_markdown.with_section(readme, "")
+    step_markdown.with_section(speed, "", step_markdown.TABLES)
+    begin, end = step_markdown.SUMMARY
+    step_markdown.with_section(readme, "", (begin, end))
+    lines = readme.partition(begin)[2].partition(end)[0].strip().splitlines()
+    assert lines
+    for line in lines:
+        task, _, sides = line.removeprefix("- ").partition(": ")
+        table = speed.partition(f"{task}: ")[2].partition("Settings")[0]
+        for ratio, side in re.findall(r"([\d.]+ \([\d.]+ … [\d.]+\)) of (\w+ [\d.]+)'s", sides):
+            (row,) = [row for row in table.splitlines() if row.startswith(f"| {side} |")]
+            assert row.endswith(f"| {ratio} |")
+        assert sides.count(" of ") == sides.count("'s") > 0
 
 
 @pytest.mark.parametrize(

@@ -542,6 +542,7 @@ BROUGHT = {
     "text": (False, {}),
     "entropies": (False, {"objective__top_entropy_quantile": 0.2}),
     "a reference": (False, {"objective__kl_coef": 0.1}),
+    "a reference, several epochs": (False, {"objective__kl_coef": 0.1, "train__num_epochs": 2}),
     "one update": (False, {"train__num_minibatches": 1}),
     "one update, whose tokens compete": (
         False, {"train__num_minibatches": 1, "objective__correction": "m2po"}),
@@ -569,7 +570,7 @@ def test_shapes_are_those_that_a_run_would_bring(name, rows, monkeypatch):
     wanted = case.programs.passes(stale=case.stale)
     assert list(passes) == list(wanted)
     for which, one in wanted.items():
-        made, _, _ = programs.pass_rows(case, one.record_experts)
+        made, _, _ = programs.pass_rows(case, one)
         assert_same_shapes(made, passes[which])
         assert made.tokens_RT.sharding == passes[which].tokens_RT.sharding
 
@@ -581,36 +582,40 @@ def test_rows_of_a_mixture_come_with_recorded_experts():
         assert recorded.shape == (*rows.tokens_RT.shape, 2, 2)
         assert recorded.dtype == np.uint8
         assert recorded.sharding.spec[0] == rows.tokens_RT.sharding.spec[0]
-    rows, _, _ = programs.pass_rows(case, True)
+    rows, _, _ = programs.pass_rows(case, case.programs.passes()["old"])
     assert rows.expert_ids.old is None
 
 
 @pytest.mark.parametrize("make", [tiny, tiny_experts])
 def test_one_update_with_a_reference_passes_over_the_responses_once(make):
-    """The reference's pass: log-probs and experts of the old policy are those of the update."""
+    """The update's own: log-probs and experts of the old policy are those of its forward pass, and
+    the reference policy's are computed beside them."""
     config = make(objective__kl_coef=0.1, train__num_minibatches=1)
     case = cases.build(config, machine(), mean_length=100)
-    (name,) = case.programs.passes()
-    one = case.programs.passes()[name]
-    assert (name, one.policy, one.record_experts) == ("ref", "ref_params", False)
-    (program,) = (p for p in programs.programs(case) if "log-probs" in p.name)
-    assert program.calls == 1
-    batch, _ = programs.train_batch(case)
-    assert batch.responses.ref_logprobs_BT is not None
+    assert case.programs.passes() == {}
+    assert not [p for p in programs.programs(case) if "log-probs" in p.name]
+    batch, work = programs.train_batch(case)
+    assert batch.responses.ref_logprobs_BT is None
     assert batch.responses.old_logprobs_BT is None
+    alone = cases.build(make(train__num_minibatches=1), machine(), mean_length=100)
+    _, without = programs.train_batch(alone)
+    assert 1.2 < work.flops / without.flops < 1.5  # of three to four forward passes
     if case.model.num_experts:
         assert batch.rows.expert_ids.sampler is not None
         assert batch.rows.expert_ids.old is None
-    several = cases.build(make(objective__kl_coef=0.1), machine(), mean_length=100)
+    several = make(objective__kl_coef=0.1, train__num_epochs=2)
+    several = cases.build(several, machine(), mean_length=100)
     batch, _ = programs.train_batch(several)
     assert list(several.programs.passes()) == ["old", "ref"]
     assert batch.responses.old_logprobs_BT is not None
+    assert batch.responses.ref_logprobs_BT is not None
     if case.model.num_experts:
         assert batch.rows.expert_ids.old is not None
 
 
 def test_every_pass_is_among_what_settings_of_training_change():
-    case = cases.build(tiny(objective__kl_coef=0.1), machine(), mean_length=100)
+    config = tiny(objective__kl_coef=0.1, train__num_epochs=2)
+    case = cases.build(config, machine(), mean_length=100)
     names = [p.name for p in programs.programs(case) if "log-probs" in p.name]
     assert names == ["log-probs", "log-probs (ref)"]
     assert set(names) < set(search._TRAINING)

@@ -139,7 +139,7 @@ def test_rows_are_those_that_a_run_would_bring(folder, packed, monkeypatch):
     made = batch.rows.images.images.patches_ISC
     assert made.sharding == real.rows.images.images.patches_ISC.sharding
     assert list(passes) == ["old"]
-    assert_same_shapes(programs.pass_rows(case, False)[0], passes["old"])
+    assert_same_shapes(programs.pass_rows(case, case.programs.passes()["old"])[0], passes["old"])
     # Several micro-batches, and in each no more images than the prompts of a minibatch.
     parts = cases.plan(case, count).num_microbatches
     assert parts > 1

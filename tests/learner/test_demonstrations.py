@@ -74,7 +74,7 @@ def _planner(model=MODEL, *, num_buckets=4, rows_per_microbatch=6, **fields):
 def _stepped(params, rule, planner, shown):
     """(gradients, metrics) of one step."""
     state = initial_state(params, rule)
-    state, metrics = update(StepPrograms(rule, 1), planner, state, shown, rate=1.0)
+    state, metrics = update(StepPrograms(rule), planner, state, shown, rate=1.0)
     return jax.device_get(state.opt_state[0].mu), metrics
 
 

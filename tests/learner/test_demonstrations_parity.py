@@ -35,7 +35,7 @@ def test_loss_and_gradient_are_those_of_transformers(pack_length, tmp_path):
     )
     planner = Planner(model, 16, 4, 2 if pack_length else 6, pack_length)
     state = initial_state(params, rule)
-    state, metrics = update(StepPrograms(rule, 1), planner, state, shown, rate=1.0)
+    state, metrics = update(StepPrograms(rule), planner, state, shown, rate=1.0)
     grads = jax.tree.map(np.asarray, state.opt_state[0].mu)
     decoder_weights.export(tmp_path / "grads", grads, model)
 

@@ -9,7 +9,7 @@ import pytest
 
 from luspo_jax import objectives
 from luspo_jax.learner import optimizer, state
-from luspo_jax.learner.logprobs import LogprobRule, row_logprobs
+from luspo_jax.learner.logprobs import LogprobRule, of_responses, row_logprobs
 from luspo_jax.learner.plan import one_a_row
 from luspo_jax.learner.state import UpdateRule
 from luspo_jax.learner.step import update_step
@@ -134,6 +134,64 @@ def test_step_does_not_depend_on_microbatches_padding_or_row_order(params64, nam
         for key, (total, count) in metrics.items():
             np.testing.assert_allclose(got_metrics[key][0], total, rtol=1e-6, atol=1e-9)
             np.testing.assert_allclose(got_metrics[key][1], count, rtol=1e-6)
+
+
+@pytest.mark.parametrize("plan", ["one a row", "dense"])
+def test_a_step_computes_the_log_probs_of_the_reference_that_rows_lack(params64, plan):
+    """In its own micro-batches; the reference is another policy than the one that is updated."""
+    lay = {} if plan == "dense" else {"microbatches": 4}
+    rule = _rule(logprobs=LOGPROBS64)
+    start = state.initial_state(params64, rule)
+    moved = jax.tree.map(lambda x: x * 2, start.ref_params)
+    start = dataclasses.replace(start, ref_params=moved)
+    batch = _batch(plan=_dense() if plan == "dense" else None, **lay)
+    values = row_logprobs(moved, batch.rows, rule=LOGPROBS64)
+    own, parts = batch.responses, batch.rows.num_microbatches
+    cut = [
+        np.split(np.asarray(x), parts)
+        for x in (values.logprobs_RT, own.starts_B, own.response_mask_BT)
+    ]
+    ref_BT = np.concatenate([of_responses(*part, None) for part in zip(*cut, strict=True)])
+    given = dataclasses.replace(batch, responses=dataclasses.replace(own, ref_logprobs_BT=ref_BT))
+    lacks = dataclasses.replace(batch, responses=dataclasses.replace(own, ref_logprobs_BT=None))
+    found = []
+    for each in (given, lacks):
+        copy = jax.tree.map(jnp.copy, start)
+        new, metrics = update_step(copy, each, np.float32(1.0), rule=rule)
+        found.append(jax.device_get((new.opt_state[0].mu, metrics)))
+        np.testing.assert_array_equal(new.ref_params["embedding"], moved["embedding"])
+    _assert_same(found[1][0], found[0][0], 1e-9)
+    total, count = found[1][1]["actor/kl_loss"]
+    assert total / count > 1e-3
+    np.testing.assert_allclose(total, found[0][1]["actor/kl_loss"][0], rtol=1e-6)
+
+
+def test_a_step_of_rounded_products_is_the_step_up_to_their_rounding(params):
+    rounded = dataclasses.replace(LOGPROBS, how=Forward(MODEL, products="bfloat16"))
+    exact, _ = _step(params, _batch(), _rule())
+    found, _ = _step(params, _batch(), _rule(logprobs=rounded))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        scale = np.linalg.norm(b)
+        assert np.linalg.norm(a - b) <= 0.03 * scale
+    embeddings = found["embedding"] - exact["embedding"]
+    assert np.abs(embeddings).max() > 1e-5 * np.abs(exact["embedding"]).max()
+
+
+def test_responses_that_start_a_step_have_their_own_old_policy(params64):
+    """Whatever stands in the place of their old log-probs; others keep theirs."""
+    rule, batch = _rule(logprobs=LOGPROBS64), _batch(microbatches=2)
+    own = batch.responses
+    alone = dataclasses.replace(batch, responses=dataclasses.replace(own, old_logprobs_BT=None))
+    starts_B = np.ones(len(own.starts_B), bool)
+    marked = dataclasses.replace(own, starts_step_B=starts_B)
+    expected, _ = _step(params64, alone, rule)
+    found, metrics = _step(params64, dataclasses.replace(batch, responses=marked), rule)
+    _assert_same(found, expected, 1e-9)
+    assert metrics["actor/ppo_kl"][0] == 0
+    unmarked = dataclasses.replace(own, starts_step_B=~starts_B)
+    found, _ = _step(params64, dataclasses.replace(batch, responses=unmarked), rule)
+    expected, _ = _step(params64, batch, rule)
+    _assert_same(found, expected, 1e-9)
 
 
 def test_step_does_not_depend_on_empty_rows(params64):

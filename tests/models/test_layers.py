@@ -1,5 +1,7 @@
 """The written backward passes against automatic differentiation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,28 @@ def test_projection_sums_the_gradient_of_float32_weights_in_float32():
     dx, dkernel = vjp(jnp.ones_like(y))
     assert (y.dtype, dx.dtype, dkernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     assert dkernel[0, 0] == 4097  # 4096 in bfloat16
+
+
+def test_products_of_rounded_operands_are_summed_in_float32():
+    """Value and both gradients, against float64 products of operands rounded to bfloat16."""
+    rng = np.random.default_rng(0)
+    x, kernel, grad = (
+        rng.normal(size=s).astype(np.float32) for s in ((3, 70, 16), (16, 4, 9), (3, 70, 4, 9))
+    )
+    product = functools.partial(layers.project, precision=layers.BFLOAT16_PRODUCTS)
+    y, back = jax.vjp(product, x, kernel)
+    dx, dkernel = back(jnp.asarray(grad))
+    rounded = [a.astype(jnp.bfloat16).astype(np.float64) for a in (x, kernel, grad)]
+    for found, equation, pair in (
+        (y, "btd,dhk->bthk", (0, 1)),
+        (dx, "bthk,dhk->btd", (2, 1)),
+        (dkernel, "btd,bthk->dhk", (0, 2)),
+    ):
+        wanted = np.einsum(equation, *(rounded[i] for i in pair))
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
+        exact = np.einsum(equation, *((x, kernel, grad)[i].astype(np.float64) for i in pair))
+        assert np.abs(found - exact).max() > 1e-3 * np.abs(exact).max()
 
 
 def test_rms_norm_is_float32_inside():

@@ -116,7 +116,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Sf
         data=data,
         rule=rule,
         planner=planner(settings, model.config, train),
-        programs=StepPrograms(rule, 1),
+        programs=StepPrograms(rule),
         sampler=_sampler(settings, model, data, rollout),
         rollout_layout=rollout,
     )
