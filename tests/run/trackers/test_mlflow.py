@@ -13,14 +13,22 @@ def test_names_are_those_that_mlflow_takes():
     assert metric_name("a/α%") == "a/α_"  # letters of any script pass
 
 
-def test_a_store_holds_every_step_once_in_one_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "file://{folder}/mlruns",
+        pytest.param("sqlite:///{folder}/store.db", marks=pytest.mark.slow),  # makes its tables
+    ],
+)
+def test_a_store_holds_every_step_once_in_one_run(tmp_path, monkeypatch, uri):
     pytest.importorskip("mlflow", reason="needs the extra mlflow")
     pytest.importorskip("sqlalchemy", reason="needs the extra mlflow")
     from mlflow.tracking import MlflowClient
 
     monkeypatch.chdir(tmp_path)  # where MLflow puts artifacts
-    uri = f"sqlite:///{tmp_path}/store.db"
+    uri = uri.format(folder=tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     rows = interrupted_run(tmp_path / "run", "mlflow")
     client = MlflowClient(uri)
     (experiment,) = [e for e in client.search_experiments() if e.name == "rl"]
