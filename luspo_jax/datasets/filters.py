@@ -84,7 +84,7 @@ class Filter:
                 f"{place}: data.filter={self.text!r}: no column {missing.args[0]!r}; "
                 f"{nearest(missing.args[0], names_in(row))}"
             ) from None
-        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise DataError(
                 f"{place}: data.filter={self.text!r} cannot be computed ({error}): of texts take "
                 "int(…) or float(…), and test for null before, as in `x is not None and x > 3`"
