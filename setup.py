@@ -65,11 +65,22 @@ EXTRAS_REQUIRE = {
         "moto[s3]>=5",  # a server of S3, by flask
         "flask>=3",
         "flask-cors>=5",
+        "wandb>=0.31",  # the extras wandb and mlflow, without a network
+        "mlflow-skinny>=3.17",
+        "sqlalchemy>=2",
+        "alembic>=1.13",
     ],
     # Comparison with other implementations; torch is never a runtime dependency.
     "parity": ["torch>=2.6", "trl>=1.16", "accelerate", "datasets"],
     "notebooks": ["jupyterlab", "ipykernel", "nbclient", "nbstripout", "pandas"],
-    "wandb": ["wandb"],
+    # Streams of datasets on the hub (data.streaming); files of the hub need no more than is here.
+    "datasets": ["datasets>=5"],
+    # Trackers (output.trackers).
+    "wandb": ["wandb>=0.31"],
+    # MLflow's client; with a database of its own (sqlite:///…), which is what it takes without a
+    # server, sqlalchemy and alembic too. `mlflow ui` is in the whole package, mlflow.
+    "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"],
+    "trackio": ["trackio>=0.43"],  # not in test: it holds pillow below 13
     # Buckets as workdirs, models and data: by fsspec, which etils and Orbax use as well.
     "gs": ["gcsfs>=2025.9"],
     "s3": ["s3fs>=2025.9"],

@@ -43,6 +43,7 @@ COMMANDS = {
     "rehearse": Command("compile a run for a machine that is not there", "config", "Settings"),
     "checkup": Command("check that this machine computes what it should", "config", "Settings"),
     "status": Command("say what runs are doing"),
+    "preview": Command("show the first prompts, token by token", "config", "Settings"),
     "show": Command("show a run's responses"),
     "plot": Command("draw a run's reward, length and accuracy", "workdir"),
     "export": Command("write a checkpoint as a Hugging Face folder", "workdir"),

@@ -27,6 +27,8 @@ from luspo_jax.run.arithmetic import batch_arithmetic
 from luspo_jax.run.build import build, facts
 from luspo_jax.run.checkpoint import CheckpointError
 from luspo_jax.run.memory import memory_estimate
+from luspo_jax.run.trackers import registry
+from tests.run.trackers import tracker_cases
 
 MODEL = DecoderConfig(
     model_type="qwen3",
@@ -679,3 +681,30 @@ def test_a_run_may_be_older_than_the_name_of_a_field():
     assert fields.changes(old, config) == {"model.expert_kernel": ("blocks", "auto")}
     fields.assign(config, old)
     assert config.model.expert_kernel == "blocks"
+
+
+def test_a_tracker_shows_what_the_files_hold_and_one_that_fails_ends_nothing(
+    config, tmp_path, monkeypatch
+):
+    good, bad = tracker_cases.Recorder(), tracker_cases.Raising("log")
+    monkeypatch.setattr(checks, "not_installed", lambda text: ())
+    monkeypatch.setitem(registry.TRACKERS, "mlflow", lambda: good)
+    monkeypatch.setitem(registry.TRACKERS, "wandb", lambda: bad)
+    config.num_steps, config.output.export = 2, False
+    config.output.trackers, config.output.run_name = "mlflow,wandb", "mine"
+    config.output.completions_every, config.output.num_completions = 2, 3
+    _train(config, tmp_path / "run")
+    rows = {row.pop("step"): row for row in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    logged = {call[1]: call[2] for call in good.calls if call[0] == "log"}
+    assert list(logged) == list(rows) == [0, 1, 2]
+    for step, row in rows.items():
+        assert logged[step] == {k: v for k, v in row.items() if np.isfinite(v)}
+    ((_, step, table),) = [call for call in good.calls if call[0] == "table"]
+    dumped = (tmp_path / "run" / "rollouts" / "step_000002.jsonl").read_text().splitlines()
+    expected = [json.loads(line) for line in dumped[:3]]
+    assert step == 2
+    assert [dict(zip(table.columns, row, strict=True)) for row in table.rows] == [
+        {name: record[name] for name in table.columns} for record in expected
+    ]
+    assert {"prompt", "response", "reward", "advantage", "length", "truncated"} < {*table.columns}
+    assert good.calls[-1] == ("close", False)

@@ -75,6 +75,22 @@ def check_place(path: pathlib.Path, *, overwrite: bool) -> None:
         )
 
 
+def head(title: str, style: str = "") -> str:
+    """Returns the beginning of a page, up to its heading.
+
+    Args:
+      title: safe in HTML.
+      style: rules besides those of all pages.
+    """
+    return (
+        f'{_BEGINNING}\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,">\n<title>{title}</title>\n<style>{_STYLE}{style}'
+        f"</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
+    )
+
+
 def write(
     path: pathlib.Path,
     run: Stored,
@@ -113,13 +129,7 @@ def write(
 def _begin(out: TextIO, run: Stored, steps: Sequence[int]) -> None:
     name = _safe(run.folder.resolve().name)
     title = f"{name}, step {steps[0]}" if len(steps) == 1 else f"{name}, {len(steps)} steps"
-    out.write(
-        f'{_BEGINNING}\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>{title}</title>\n<style>{_STYLE}</style>\n'
-        f"</head>\n<body>\n<h1>{title}</h1>\n"
-    )
+    out.write(head(title))
     if len(steps) > 1:
         links = " ".join(f'<a href="#step-{number}">{number}</a>' for number in steps)
         out.write(f"<p>Steps: {links}</p>\n")

@@ -163,7 +163,7 @@ def _task(member, config, fingerprint, workdir) -> Task:
     return {
         "folder": str(folder),
         "log": str(log.absolute()),
-        "config": fields.flat(config),
+        "config": fields.flat(config) | spec.tracked(config, member, workdir),
         "fingerprint": fingerprint,
         "compile_cache": str((workdir / ".compile_cache").absolute()),
     }

@@ -215,6 +215,18 @@ def check(sweep: Sweep) -> list[Member]:
     return members(sweep)
 
 
+def tracked(config: ConfigDict, member: Member, workdir: pathlib.Path) -> dict[str, str]:
+    """Returns the fields by which trackers show a sweep's members together, under their names.
+
+    Names that the sweep gives itself stay. They are no part of what a member is: its fingerprint
+    is without them.
+    """
+    if not config.output.trackers:
+        return {}
+    given = {"group": workdir.resolve().name, "run_name": member.name}
+    return {f"output.{name}": config.output[name] or value for name, value in given.items()}
+
+
 def launch_line(sweep: Sweep, member: Member, workdir: pathlib.Path, sweep_file: str) -> str:
     """Returns a command that runs one member, for a cluster.
 
@@ -226,6 +238,7 @@ def launch_line(sweep: Sweep, member: Member, workdir: pathlib.Path, sweep_file:
         module = "experiments.sweep"
         words = [f"--sweep={sweep_file}", f"--only={member.name}", f"--workdir={workdir}"]
     else:
+        leaves |= tracked(config_of(sweep, member), member, workdir)
         flags = [f"--config.{name}={value}" for name, value in leaves.items()]
         module, words = "experiments.train", [f"--config={sweep.base}", *flags]
         words += [f"--config.seed={member.seed}", f"--workdir={folder}"]

@@ -7,6 +7,7 @@ from luspo_jax.datasets.example import DataError, Example, Report
 from luspo_jax.datasets.mixture import Mixture
 from luspo_jax.datasets.overlap import Overlap, overlap
 from luspo_jax.datasets.registry import DATASETS, image_source, load
+from luspo_jax.datasets.selection import Selection
 from luspo_jax.datasets.table import Columns
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Mixture",
     "Overlap",
     "Report",
+    "Selection",
     "image_source",
     "load",
     "overlap",

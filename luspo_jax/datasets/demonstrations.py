@@ -2,20 +2,20 @@
 
 import collections
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from luspo_jax.datasets import label_sums
+from luspo_jax.datasets import filters, label_sums, sources
 from luspo_jax.datasets.example import DataError, Example, Report
-from luspo_jax.datasets.hub import hub_file, is_hub
 from luspo_jax.datasets.label_sums import LabelSums
-from luspo_jax.datasets.rows import SUFFIXES, Row, column, read_rows
-from luspo_jax.datasets.store import file_sha256
+from luspo_jax.datasets.rows import Row, column, rows_of
+from luspo_jax.datasets.selection import ALL, Selection
 from luspo_jax.datasets.table import BadRows, encodable, text
-from luspo_jax.hosts import buckets, fetched, files
+from luspo_jax.hosts import fetched
 from luspo_jax.hosts.values import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -38,7 +38,10 @@ class Columns:
 
 @fetched.addressed()
 def read_demonstrations(
-    path: str | pathlib.Path, columns: Columns, *, drop_bad_rows: bool = False
+    path: str | pathlib.Path,
+    columns: Columns,
+    split: str = "train",
+    selection: Selection = ALL,
 ) -> tuple[list[Example], Report]:
     """Reads the demonstrations of a file: each an Example whose answer is the response.
 
@@ -47,41 +50,42 @@ def read_demonstrations(
     blanks at their ends included. Rows that repeat are kept: how often a text occurs is its weight.
 
     Args:
-      path: a .jsonl, .json, .csv or .parquet file, its address in a bucket, or
-        "hub:OWNER/NAME/FILE".
+      path: .jsonl, .json, .csv or .parquet files, as `sources.found` reads it.
       columns: to read.
-      drop_bad_rows: leave out and count unusable rows, instead of refusing the file.
+      split: of a folder or repository.
+      selection: which rows are taken.
 
     Raises:
       DataError: no such file, or unusable rows, all in one message: file, row and column.
     """
-    file = _local(path)
-    if not file.is_file():
-        raise DataError(f"no file {file}: name a {', '.join(SUFFIXES)} file of demonstrations")
-    bad, examples = BadRows(file), []
-    for number, row in read_rows(file, bad.add):
+    paths = sources.found(path, split, selection)
+    keeps, bad = filters.made(selection.filter), BadRows(paths[0])
+    examples, filtered = [], 0
+    for place, number, row in itertools.islice(rows_of(paths, bad.add), selection.limit or None):
         try:
-            examples.append(_example(row, columns, number, f"{file}, row {number}"))
+            if keeps is not None and not keeps.keeps(row, place):
+                filtered += 1
+            else:
+                examples.append(_example(row, columns, number, place))
         except DataError as error:
+            if keeps is not None and not (examples or filtered or selection.drop_bad_rows):
+                raise  # at the first row: a filter is easily wrong
             bad.add(error)
-    if bad.count and not (drop_bad_rows and examples):
+    if bad.count and not (selection.drop_bad_rows and examples):
         raise bad.error(len(examples))
     if not examples:
-        raise DataError(f"{file}: there are no rows in it")
-    rows = len(examples) + bad.count
-    report = Report("file", file.name, file_sha256(file), rows, len(examples), unusable=bad.count)
+        left_out = f": data.filter leaves out all {filtered:,}" * bool(filtered)
+        raise DataError(f"{paths[0]}: there are no rows in it{left_out}")
+    report = Report(
+        "file",
+        sources.described(paths),
+        sources.sha256(paths),
+        len(examples) + bad.count,
+        len(examples),
+        unusable=bad.count,
+        filtered=filtered,
+    )
     return examples, report
-
-
-def _local(path: str | pathlib.Path) -> pathlib.Path:
-    if is_hub(path):
-        return hub_file(str(path), "train", SUFFIXES)
-    if not buckets.is_bucket(path):
-        return files.local(path)
-    try:
-        return fetched.place(str(path), lambda name: False)
-    except FileNotFoundError as error:
-        raise DataError(f"{error}: name a {', '.join(SUFFIXES)} file of demonstrations") from error
 
 
 def _example(row: Row, columns: Columns, number: int, place: str) -> Example:

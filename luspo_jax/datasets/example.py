@@ -39,6 +39,7 @@ class Report:
       conflicts: problems dropped because their rows disagree on the answer.
       unusable: unreadable rows left out, if the caller allows that.
       pictured: examples with images.
+      filtered: rows left out by a filter; they are no part of `rows`.
     """
 
     name: str
@@ -50,11 +51,20 @@ class Report:
     conflicts: int = 0
     unusable: int = 0
     pictured: int = 0
+    filtered: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the counts that a run depends on; without a filter, as before there were any."""
+        found = dataclasses.asdict(self)
+        return found if self.filtered else {k: v for k, v in found.items() if k != "filtered"}
 
     def __str__(self) -> str:
         unusable = f", {self.unusable:,} rows that cannot be used left out" * bool(self.unusable)
+        read = f"{self.rows:,} rows"
+        if self.filtered:
+            read += f" (of {self.rows + self.filtered:,}, which data.filter leaves)"
         return (
-            f"{self.name}: {self.examples:,} examples from {self.rows:,} rows of {self.source} "
+            f"{self.name}: {self.examples:,} examples from {read} of {self.source} "
             f"({self.duplicates:,} duplicates merged, {self.conflicts:,} problems with conflicting "
             f"answers dropped{unusable})"
         )

@@ -33,13 +33,14 @@ class ImageFiles:
     """Where the images of a set of problems are.
 
     Attributes:
-      source: the data file (or folder of problems) read; None if all images are generated.
-      image_dir: folder that paths are relative to, if not the data file's. A path is also searched
-        for in its subfolder `images`, and without its innermost folder.
+      source: the data file (or folder of problems) read; several that are read as one; None if all
+        images are generated.
+      image_dir: folder that paths are relative to, if not the (first) data file's. A path is also
+        searched for in its subfolder `images`, and without its innermost folder.
       of_source: for a mixture, the ImageFiles of each source by name.
     """
 
-    source: str | pathlib.Path | None = None
+    source: str | pathlib.Path | tuple[pathlib.Path, ...] | None = None
     image_dir: str | pathlib.Path | None = None
     of_source: Mapping[str, "ImageFiles"] = dataclasses.field(default_factory=dict)
 
@@ -50,7 +51,8 @@ class ImageFiles:
         return [self._stored(reference) for reference in example.meta.get("images", ())]
 
     def _stored(self, reference: Reference) -> StoredImage:
-        place = f"{self.source or reference.get('generated')}, row {reference['row']}"
+        source, row = _located(self.source, reference)
+        place = f"{source or reference.get('generated')}, row {row}"
         name = reference.get("path") or reference.get("column")
         return StoredImage(
             f"{place}, image {name}" if name else place, functools.partial(self._read, reference)
@@ -61,10 +63,33 @@ class ImageFiles:
             return GENERATORS[reference["generated"]](reference)
         if self.source is None:
             raise ImageError("missing", f"no data file is known for {reference}")
+        source, row = _located(self.source, reference)
         try:
-            return read_bytes(reference, self.source, image_dir=self.image_dir)
+            return read_bytes({**reference, "row": row}, source, image_dir=self.image_dir)
         except (DataError, OSError) as error:
             raise ImageError("missing", str(error)) from error
+
+
+def _located(source, reference: Reference) -> tuple[Any, int]:
+    """Returns (the data file of a reference, the row in it); of several, rows count through."""
+    row = reference["row"]
+    if not isinstance(source, tuple):
+        return source, row
+    if "column" not in reference:
+        return source[0], row
+    for file in source:
+        rows = _rows_of(file, file.stat().st_mtime_ns)
+        if row <= rows:
+            break
+        row -= rows
+    return file, row
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows_of(file: pathlib.Path, stamp: int) -> int:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_metadata(file).num_rows
 
 
 def image_name(reference: Reference) -> str:

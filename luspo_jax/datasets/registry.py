@@ -6,17 +6,18 @@ import inspect
 import pathlib
 from collections.abc import Iterable, Sequence
 
+from luspo_jax.datasets import filters, sources
 from luspo_jax.datasets.contests import AIME, AMC, MATH500
 from luspo_jax.datasets.dapo_math import DAPO_LAYOUT
 from luspo_jax.datasets.example import DataError, Example, Report
 from luspo_jax.datasets.geometry3k import GEOMETRY3K
 from luspo_jax.datasets.gsm8k import GSM8K
-from luspo_jax.datasets.hub import hub_file, is_hub
 from luspo_jax.datasets.label_lookup import LabelLookup
 from luspo_jax.datasets.label_sums import LabelSums
 from luspo_jax.datasets.open_problems import MINERVA, OLYMPIADBENCH
 from luspo_jax.datasets.reasoning_gym import reasoning_gym
-from luspo_jax.datasets.rows import SUFFIXES, names_in
+from luspo_jax.datasets.rows import names_in
+from luspo_jax.datasets.selection import ALL, Selection
 from luspo_jax.datasets.shapes import Shapes
 from luspo_jax.datasets.store import build_once, default_data_dir, file_sha256
 from luspo_jax.datasets.table import READER_VERSION, Columns, Table, read_file
@@ -69,21 +70,21 @@ def load(
     *,
     data_dir: str | pathlib.Path | None = None,
     columns: Columns | None = None,
-    drop_bad_rows: bool = False,
+    selection: Selection = ALL,
     **options,
 ) -> tuple[Sequence[Example], Report]:
     """Loads a dataset as a random-access sequence of examples, with a report on its rows.
 
     Args:
       name: a key of DATASETS.
-      path: the file; a folder with `{split}.jsonl` or `.parquet`, `.json`, `.csv`; either at the
-        address of a bucket, or "hub:OWNER/NAME[@REVISION][/FILE]", which are downloaded; None for a
-        generator.
-      split: the split; it applies to folders and generators only, since a file is one split.
+      path: files, as `sources.found` reads it: one, several by a pattern, a folder, the address of
+        a bucket, or "hub:OWNER/NAME[@REVISION][/FILE, FOLDER or PATTERN]"; None for a generator.
+      split: the split; it applies to folders, repositories and generators, since a file is one
+        split.
       data_dir: folder of the built dataset; by default the user's cache. In a bucket it is kept for
         other hosts, and read from the user's cache.
       columns: columns of the file that replace the dataset's own, and more to keep; None for none.
-      drop_bad_rows: leave out and count unusable rows, instead of refusing the file.
+      selection: which rows are taken.
       **options: a generator's own options.
 
     Raises:
@@ -92,10 +93,11 @@ def load(
     """
     entry, columns = _entry(name), columns or Columns()
     if not isinstance(entry, Table):
-        if path or columns.problem or columns.answer or columns.image:
+        if path or columns.problem or columns.answer or columns.image or selection.chooses:
             given = f" (path {path!r})" if path else ""
             raise DataError(
-                f"dataset {name!r} is generated: it takes no path and no columns{given}"
+                f"dataset {name!r} is generated: it takes no path, no columns and no selection of "
+                f"rows{given}"
             )
         try:
             inspect.signature(entry).bind(split=split, **options)
@@ -106,21 +108,26 @@ def load(
         return examples, Report(name, origin, "", len(examples), len(examples))
     if options:
         raise DataError(f"dataset {name!r} has no options {sorted(options)}")
-    file = _file(name, path, split)
+    paths = _files(name, path, split, selection)
     table = entry.with_columns(columns)
-    digest = _sha256(table, file)
-    read_from = (table.meta, table.fields, table.identity, table.images, table.keep, drop_bad_rows)
-    key = _key(READER_VERSION, digest, table.problem, table.answer, *read_from)
+    digest = _sha256(table, paths)
+    filters.made(selection.filter)  # a wrong one is refused even where its rows are built already
+    read_from = (table.meta, table.fields, table.identity, table.images, table.keep)
+    # A part of the rows has a key of its own; that of all of them is as it was.
+    part = (selection.filter, selection.limit) if selection.filter or selection.limit else ()
+    how = (*read_from, selection.drop_bad_rows, *part)
+    key = _key(READER_VERSION, digest, table.problem, table.answer, *how)
     remote = Bucket(f"{str(data_dir).rstrip('/')}/{name}/{key}") if is_bucket(data_dir) else None
     here = data_dir if data_dir and remote is None else default_data_dir()
 
     def read(scratch: pathlib.Path) -> tuple[Iterable[bytes], Report]:
         spool = (scratch / "rows").open("w+b")
-        kept, counts = read_file(table, file, spool, drop_bad_rows=drop_bad_rows)
+        kept, counts = read_file(table, paths, spool, selection)
         if columns.image and not counts.pictured:
-            _refuse_blind(table, file, columns.image)
+            _refuse_blind(table, paths[0], columns.image)
         facts = dataclasses.asdict(counts)
-        return kept.lines(), Report(name, file.name, digest, examples=len(kept), **facts)
+        report = Report(name, sources.described(paths), digest, examples=len(kept), **facts)
+        return kept.lines(), report
 
     return build_once(files.local(here) / name / key, read, kept=remote)
 
@@ -135,23 +142,30 @@ def _refuse_blind(table: Table, file: pathlib.Path, image: str) -> None:
 
 
 def image_source(
-    name: str, path: str | pathlib.Path | None = None, split: str = "train"
-) -> pathlib.Path | None:
+    name: str,
+    path: str | pathlib.Path | None = None,
+    split: str = "train",
+    selection: Selection = ALL,
+) -> pathlib.Path | tuple[pathlib.Path, ...] | None:
     """Returns the file (or folder of problems) that `load` reads; image paths are relative to it.
 
-    Arguments and errors as for `load`. None for a generator.
+    Arguments and errors as for `load`. Several files if there are; None for a generator.
     """
-    return _file(name, path, split) if isinstance(_entry(name), Table) else None
+    if not isinstance(_entry(name), Table):
+        return None
+    paths = _files(name, path, split, selection)
+    return paths[0] if len(paths) == 1 else paths
 
 
 def _key(*what) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
-def _sha256(table: Table, source: pathlib.Path) -> str:
-    """Returns the hex digest of a file, or of a problem folder's file names and digests."""
+def _sha256(table: Table, paths: tuple[pathlib.Path, ...]) -> str:
+    """Returns the digest of files, or of a problem folder's file names and digests."""
+    source = paths[0]
     if source.is_file():
-        return file_sha256(source)
+        return sources.sha256(paths)
     found = sorted(source.glob(table.folder))
     return _key(*((str(file.relative_to(source)), file_sha256(file)) for file in found))
 
@@ -165,38 +179,16 @@ def _entry(name: str):
     )
 
 
-def _file(name: str, path: str | pathlib.Path | None, split: str) -> pathlib.Path:
-    """Returns the file of the split."""
+def _files(
+    name: str, path: str | pathlib.Path | None, split: str, selection: Selection
+) -> tuple[pathlib.Path, ...]:
+    """Returns the files of the split."""
+    origin = DATASETS[name].origin
     if not path:
-        raise DataError(f"dataset {name!r} needs a path to its file ({DATASETS[name].origin})")
-    if is_hub(path):
-        return hub_file(str(path), split, SUFFIXES)
-    pattern = DATASETS[name].folder
-    place = _in_bucket(path, split, pattern) if is_bucket(path) else files.local(path)
-    for folder in (place, place / split) if pattern else ():
-        if any(folder.glob(pattern)):
-            return folder
-    if place.is_dir():
-        found = [file for name in _names(split) if (file := place / name).is_file()]
-        if len(found) != 1:
-            present = ", ".join(sorted(p.name for p in place.iterdir())) or "nothing"
-            raise DataError(f"{place}: need one file {split}.*, the folder holds {present}")
-        return found[0]
-    if not place.is_file():
-        raise DataError(
-            f"dataset {name!r}: no file {place}; download it from "
-            f"{DATASETS[name].origin or 'its source'} or correct the path"
-        )
-    return place
-
-
-def _in_bucket(url: str | pathlib.Path, split: str, pattern: str) -> pathlib.Path:
-    """Downloads a file, or of a folder the split's file, or all if it is one of problems."""
+        raise DataError(f"dataset {name!r} needs a path to its file ({origin})")
     try:
-        return fetched.place(str(url), lambda name: pattern or name in _names(split))
-    except FileNotFoundError as error:
-        raise DataError(f"{error}; need one file {split}.*, or name the file itself") from error
-
-
-def _names(split: str) -> list[str]:
-    return [f"{split}{suffix}" for suffix in SUFFIXES]
+        return sources.found(path, split, selection, pattern=DATASETS[name].folder, origin=origin)
+    except DataError as error:
+        if str(error).startswith("no file"):
+            raise DataError(f"dataset {name!r}: {error}") from None
+        raise

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from luspo_jax.datasets.example import DataError
 from luspo_jax.hosts import files
 
@@ -38,6 +40,33 @@ def read_rows(path: pathlib.Path, refuse: Refuse = stop) -> Iterator[tuple[int, 
         yield from _READERS[_kind(path)](path, refuse)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def rows_of(
+    paths: Sequence[pathlib.Path],
+    refuse: Refuse,
+    read: Callable[[pathlib.Path, Refuse], Iterator[tuple[int, Row]]] = read_rows,
+) -> Iterator[tuple[str, int, Row]]:
+    """Yields (file and row in words, number among the rows of all files, row), with a progress bar.
+
+    Arguments as for `read_rows`, which `read` replaces.
+    """
+    before = 0
+    for path in paths:
+        number, rows = 0, read(path, refuse)
+        for number, row in tqdm(
+            rows, f"reading {path.name}", _about(path), disable=None, delay=1, unit=" rows"
+        ):
+            yield f"{path}, row {number}", before + number, row
+        before += number
+
+
+def _about(path: pathlib.Path) -> int | None:
+    """Estimates the rows of a file of lines, for a progress bar."""
+    if path.suffix.lower() not in (".jsonl", ".csv"):
+        return None
+    with path.open("rb") as stream:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
 
 
 def _kind(path: pathlib.Path) -> str:

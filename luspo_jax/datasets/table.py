@@ -3,6 +3,7 @@
 import array
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -11,11 +12,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
-
+from luspo_jax.datasets import filters
 from luspo_jax.datasets.example import DataError, Example
 from luspo_jax.datasets.images import Reference, references
-from luspo_jax.datasets.rows import Refuse, Row, column, read_rows, step_in
+from luspo_jax.datasets.rows import Refuse, Row, column, read_rows, rows_of, step_in
+from luspo_jax.datasets.selection import ALL, Selection
 
 # Part of every built dataset's key: raise it when a rule from rows to examples changes.
 READER_VERSION = 4
@@ -121,11 +122,13 @@ class Table:
         Raises:
           DataError: a missing or invalid column; names the place and the column.
         """
-        problem = _cell(row, self.problem, self.clean_problem, place)
+        earlier, problem = _asked(row, self.problem, self.clean_problem, place)
         answer = _cell(row, self.answer, self.clean_answer, place)
         meta = {name: row[name] for name in self.meta if row.get(name) is not None}
         meta |= {name: column(row, names, place)[1] for name, names in self.fields.items()}
         meta |= {name: _cell(row, (name,), text, place) for name in self.keep}
+        if earlier:
+            meta[EARLIER] = earlier
         if self.identity:
             meta["id"] = "/".join(_cell(row, part, answer_text, place) for part in self.identity)
             if self.images:
@@ -147,6 +150,41 @@ class Table:
                 "which is meant"
             )
         return next(iter(found.values()), [])
+
+
+EARLIER = "earlier_messages"  # in `meta`: what is said before the problem, in a conversation
+
+
+def _asked(row: Row, names, clean, place: str) -> tuple[list[dict[str, str]], str]:
+    """Returns (the messages before it, the problem): of a list of messages the last is the problem.
+
+    Raises:
+      DataError: a list that is no conversation which ends with a message of the user.
+    """
+    name, value = column(row, names, place)
+    if not isinstance(value, list):
+        return [], _cell(row, names, clean, place)
+    fields = {"role", "content"}
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, Mapping) or not fields <= set(message):
+            raise DataError(
+                f"{place}: column {name!r} is a list, and its part {number} no message with role "
+                "and content"
+            )
+        if not isinstance(message["content"], str):
+            raise DataError(
+                f"{place}: column {name!r}, message {number}: its content is no text; of images "
+                "name their column, data.image_column"
+            )
+    if not value or value[-1]["role"] != "user":
+        last = f"ends with a message of the {value[-1]['role']}" if value else "is empty"
+        raise DataError(f"{place}: column {name!r} {last}: the last must be the user's")
+    *before, last = value
+    try:
+        said = [{"role": m["role"], "content": encodable(m["content"])} for m in before]
+        return said, encodable(clean(last["content"]))
+    except ValueError as error:
+        raise DataError(f"{place}: column {name!r} {error}") from error
 
 
 def _cell(row: Row, names: tuple[str, ...], clean: Callable[[Any], str], place: str) -> str:
@@ -178,13 +216,14 @@ def encodable(text: str) -> str:
 
 @dataclasses.dataclass
 class Counts:
-    """Rows read, rows merged, problems dropped, rows left out, problems with images."""
+    """Rows by what became of them, dropped problems, and problems with images: as of a Report."""
 
     rows: int = 0
     duplicates: int = 0
     conflicts: int = 0
     unusable: int = 0
     pictured: int = 0
+    filtered: int = 0
 
 
 class Kept:
@@ -277,44 +316,57 @@ _NAMED = 10  # rows named in a message
 def read_examples(table: Table, path: pathlib.Path) -> tuple[list[Example], Counts]:
     """Reads the examples of a file into memory; see `read_file`."""
     with tempfile.TemporaryFile() as spool:
-        kept, counts = read_file(table, path, spool)
+        kept, counts = read_file(table, [path], spool)
         return list(kept), counts
 
 
 def read_file(
-    table: Table, path: pathlib.Path, spool: BinaryIO, *, drop_bad_rows: bool = False
+    table: Table,
+    paths: Sequence[pathlib.Path],
+    spool: BinaryIO,
+    selection: Selection = ALL,
 ) -> tuple[Kept, Counts]:
-    """Reads the examples of a file in order of first appearance, one per distinct problem.
+    """Reads the examples of files in order of first appearance, one per distinct problem.
 
     Rows with the same problem, character by character, and the same answer are merged; a problem
     whose rows disagree on the answer is dropped. Every row of a table with an identity is kept, and
     so is every row with images, because theirs may differ.
 
     Args:
-      table: its columns.
-      path: the file.
+      table: their columns.
+      paths: the files, which are read as one.
       spool: file to which kept examples are written.
-      drop_bad_rows: whether to leave out and count unusable rows.
+      selection: which rows to take.
 
     Raises:
       DataError: unusable rows, all in one message; or no example at all.
     """
-    kept, counts, bad = Kept(spool), Counts(), BadRows(path)
+    keeps, drop_bad_rows = filters.made(selection.filter), selection.drop_bad_rows
+    kept, counts, bad = Kept(spool), Counts(), BadRows(paths[0])
     merged = _Merged(table, kept, counts)
-    rows = table.rows(path, bad.add)
-    for number, row in tqdm(
-        rows, f"reading {path.name}", _about(path), disable=None, delay=1, unit=" rows"
-    ):
+    rows = itertools.islice(rows_of(paths, bad.add, table.rows), selection.limit or None)
+    for place, number, row in rows:
         try:
-            merged.add(row, f"{path}, row {number}", number)
+            if keeps is not None and not keeps.keeps(row, place):
+                counts.filtered += 1
+                continue
+            merged.add(row, place, number)
         except DataError as error:
+            if keeps is not None and not (counts.rows or counts.filtered or drop_bad_rows):
+                raise  # at the first row: a filter is easily wrong, and a file may be long
             bad.add(error)
     counts.conflicts = merged.drop_conflicts()
     if bad.count and not (drop_bad_rows and counts.rows):
         raise bad.error(counts.rows)
     counts.unusable = bad.count
     if not len(kept):
-        raise DataError(f"{path}: no examples ({counts.rows} rows, {counts.conflicts} conflicts)")
+        if counts.filtered and not counts.rows:
+            raise DataError(
+                f"{paths[0]}: data.filter={keeps.text!r} keeps none of {counts.filtered:,} rows"
+            )
+        raise DataError(
+            f"{paths[0]}: no examples ({counts.rows} rows, {counts.conflicts} conflicts)"
+        )
     return kept, counts
 
 
@@ -330,7 +382,8 @@ class _Merged:
     def add(self, row: Row, place: str, number: int) -> None:
         problem, answer, meta = self._table.parse(row, place, number)
         images, identified = bool(meta.get("images")), bool(self._table.identity)
-        key = _digest(meta["id"] if identified else problem)
+        earlier = _ENCODE(meta[EARLIER]) if EARLIER in meta else ""
+        key = _digest(meta["id"] if identified else problem + earlier)
         first = None if images and not identified else self._places.get(key)
         if first is None:
             at = self._kept.add(problem, answer, meta, place)
@@ -356,11 +409,3 @@ class _Merged:
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _about(path: pathlib.Path) -> int | None:
-    """Estimates the rows of a file of lines, for a progress bar."""
-    if path.suffix.lower() not in (".jsonl", ".csv"):
-        return None
-    with path.open("rb") as stream:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))

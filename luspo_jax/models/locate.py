@@ -11,7 +11,8 @@ from luspo_jax.hosts import buckets, fetched, files
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
 ARCHITECTURES = pathlib.Path(__file__).parent / "architectures"
 # Files of a model that are downloaded: others beside them may be large.
-_NEEDED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+_WEIGHTS = "*.safetensors"
+_NEEDED = ("*.json", _WEIGHTS, "*.txt", "*.jinja", "*.model")
 _SEPARATOR = "--"  # OWNER--NAME.json, as in the hub's cache; no id on the hub contains it
 
 
@@ -20,12 +21,16 @@ def embedded_models() -> list[str]:
     return sorted(p.name for p in EMBEDDED.iterdir() if (p / "config.json").is_file())
 
 
-def model_folder(path: str) -> pathlib.Path:
+def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
     """Returns the folder of "embedded:NAME", "hub:OWNER/NAME[@REVISION]" or "gguf:FILE", or a path.
 
     A hub id is downloaded, and so is an address of a bucket, gs://… or s3://…, a GGUF file's too.
     Of a GGUF file (or an installed package that contains one) a folder is made in the user's cache,
     the first time.
+
+    Args:
+      path: of the model.
+      weights: whether weights are downloaded from the hub too.
 
     Raises:
       FileNotFoundError: names what is missing and what is available.
@@ -40,7 +45,8 @@ def model_folder(path: str) -> pathlib.Path:
             )
         return EMBEDDED / name
     if path.startswith("hub:"):
-        return _download(path.removeprefix("hub:"))
+        wanted = [name for name in _NEEDED if weights or name != _WEIGHTS]
+        return _download(path.removeprefix("hub:"), wanted)
     if path.startswith("gguf:"):
         from luspo_jax.models import gguf_folder  # with jax, which a folder does not need
 
@@ -110,7 +116,7 @@ def _fetched(url: str) -> pathlib.Path:
     return folder
 
 
-def _download(name: str) -> pathlib.Path:
+def _download(name: str, wanted: list[str]) -> pathlib.Path:
     # Imported here, so that nothing uses the network unless a hub id is named.
     from huggingface_hub import snapshot_download
 
@@ -120,7 +126,7 @@ def _download(name: str) -> pathlib.Path:
             snapshot_download(
                 repo,
                 revision=revision or None,
-                allow_patterns=list(_NEEDED),
+                allow_patterns=wanted,
             )
         )
     except Exception as error:  # The hub raises a dozen types with the same remedy.

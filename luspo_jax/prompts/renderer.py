@@ -11,6 +11,7 @@ import numpy as np
 
 from luspo_jax.datasets import DataError, Example
 from luspo_jax.datasets.images import ImageFiles
+from luspo_jax.datasets.table import EARLIER
 from luspo_jax.images.preparer import ImagePreparer, ImageRefusal, PreparedImage
 from luspo_jax.prompts.templates import TARGET, Template, template
 
@@ -155,14 +156,21 @@ class Renderer:
 
         Raises:
           ValueError: the problem marks places for another number of images.
-          DataError: the template names a column that is not in `columns`.
+          DataError: the template names a column that is not in `columns`; or they hold messages
+            before the problem (`table.EARLIER`), and the template is no chat.
         """
+        earlier = (columns or {}).get(EARLIER, [])
+        if earlier and not self._template.chat:
+            raise DataError(
+                f"template {self.template!r} is no chat, and the problem ends a conversation: take "
+                "data.template=chat, or name the text of one message, as in prompt.0.content"
+            )
         message = self._template.fill(problem, columns)
         pieces = self._pieces(message, num_images)
         if not self._template.chat:
             return f"{VISION_START}{IMAGE_TOKEN}{VISION_END}".join(pieces)
-        messages = [{"role": "user", "content": _content(pieces)}]
-        if self.system_prompt:
+        messages = [*earlier, {"role": "user", "content": _content(pieces)}]
+        if self.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return self.chat_text(messages)
 

@@ -457,9 +457,7 @@ def facts(run: Run) -> dict[str, Any]:
     return {
         "template_hash": run.data.template_hash,
         "scorers": {**run.scorer.labels, **run.group_scorer.labels},
-        "datasets": [
-            dataclasses.asdict(report) for report in (*run.data.reports, run.data.held_out_report)
-        ],
+        "datasets": [report.facts() for report in (*run.data.reports, run.data.held_out_report)],
         "parameters": decoder_weights.num_params(run.model.config),
         **adapters.facts(run.settings, run.model, run.rule.logprobs.how.adapter),
     }

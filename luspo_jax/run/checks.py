@@ -1,7 +1,6 @@
 """Checks that a configuration can run, within its sections and across them."""
 
 import functools
-import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,10 +20,11 @@ from luspo_jax.rewards.group import group_reward
 from luspo_jax.rewards.record import run as judge
 from luspo_jax.rewards.registry import verifier
 from luspo_jax.run import length_controls
-from luspo_jax.run.data_sections import SOURCE_FIELDS
+from luspo_jax.run.data_sections import SOURCE_FIELDS, wrong_filter
 from luspo_jax.run.fields import wrong_fields
 from luspo_jax.run.settings import Settings, sections_of
 from luspo_jax.run.sft.sections import SftSettings
+from luspo_jax.run.trackers.registry import not_installed
 
 # Reward → the dataset whose items it scores.
 _OWN_DATASET = dict.fromkeys(("reasoning_gym", "reasoning_gym_solved"), "reasoning_gym")
@@ -71,7 +71,7 @@ def _wrong_sft(config: ConfigDict) -> Iterator[str]:
     """Yields values of supervised fine-tuning that conflict, within or across sections."""
     built, problems = sections_of(config, SftSettings)
     yield from problems
-    yield from _wrong_wandb(config)
+    yield from _wrong_trackers(built)
     if not problems:
         try:
             SftSettings(**built)
@@ -154,9 +154,12 @@ def _wrong_datasets(data: ConfigDict) -> Iterator[str]:
             yield f"data.options={shown(options)}: only a generated data.name has options"
     else:
         wrong = list(_wrong_generator("data.", data.name, data.split, options))
+        wrong += _of_files("data.", data, data.name, ("subset", "filter", "limit", "streaming"))
         if wrong:
             yield from wrong
             return
+    if not isinstance(DATASETS[held_out], Table):
+        yield from _of_files("data.eval_", data, held_out, ("subset", "filter", "limit"))
     if isinstance(DATASETS[held_out], Table):
         if own:
             yield f"data.eval_options={shown(own)}: only a generated held-out set has options"
@@ -165,6 +168,16 @@ def _wrong_datasets(data: ConfigDict) -> Iterator[str]:
     else:
         own = options if held_out == data.name else {}
         yield from _wrong_split("data.eval_", held_out, data.eval_split, own)
+
+
+def _of_files(prefix: str, data: ConfigDict, name: str, fields: Sequence[str]) -> list[str]:
+    """Returns a line for each field that chooses rows of a file, where problems are generated."""
+    return [
+        f"{prefix}{field}={data[f'{prefix}{field}'.removeprefix('data.')]!r} chooses rows of "
+        f"files, and {name} is generated"
+        for field in fields
+        if data[f"{prefix}{field}".removeprefix("data.")]
+    ]
 
 
 def _wrong_generator(
@@ -212,6 +225,10 @@ def _wrong_source(place: str, source: Any) -> Iterator[str]:
             problem = refusal(f"{place}.{name}", source[name], *SOURCE_FIELDS[name])
             if problem:
                 yield problem
+    if isinstance(source.get("filter"), str):
+        yield from wrong_filter(f"{place}.filter", source["filter"])
+    if source.get("streaming") and not source.get("limit"):
+        yield f"{place}.streaming takes the first rows: set {place}.limit"
     if "name" not in source:
         yield f"{place}: it needs a name, one of luspo_jax.datasets.DATASETS"
     elif source["name"] == "reasoning_gym":
@@ -237,7 +254,7 @@ def _wrong_together(config: ConfigDict) -> Iterator[str]:
             f"train.ref_decay={config.train.ref_decay:g} averages A and B of a low-rank adapter, "
             "whose product is no average of policies: set it to 0, which copies"
         )
-    yield from _wrong_wandb(config)
+    yield from _wrong_trackers(sound)
     if "objective" in sound:
         yield from _wrong_group(config, sound["objective"])
     keep, group_size = config.shaping.gfpo_keep, config.rollout.group_size
@@ -249,13 +266,10 @@ def _wrong_together(config: ConfigDict) -> Iterator[str]:
         yield from _wrong_length(config, sound["length"])
 
 
-def _wrong_wandb(config: ConfigDict) -> Iterator[str]:
-    wandb = config.output.wandb_project
-    if wandb and importlib.util.find_spec("wandb") is None:
-        yield (
-            f"output.wandb_project={wandb!r}: wandb is not installed: pip install wandb, or leave "
-            "the field empty"
-        )
+def _wrong_trackers(built: Mapping[str, Any]) -> Iterator[str]:
+    """Yields trackers that are not installed, if their names are valid."""
+    if "output" in built:
+        yield from not_installed(built["output"].trackers)
 
 
 def _wrong_metric(config: ConfigDict) -> Iterator[str]:

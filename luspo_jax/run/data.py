@@ -31,6 +31,7 @@ class Data:
       held_out_report: the same for the held-out set.
       examples: training problems, and held-out problems.
       renderer: of the training prompts.
+      held_out_renderer: of the held-out ones, whose images are elsewhere.
       refused: held-out problems that are not asked: reason → number.
     """
 
@@ -40,6 +41,7 @@ class Data:
     held_out_report: datasets.Report
     examples: tuple[Sequence[datasets.Example], Sequence[datasets.Example]]
     renderer: prompts.Renderer
+    held_out_renderer: prompts.Renderer
     refused: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -77,7 +79,7 @@ def load_data(config: Config, model: Model) -> Data:
     train, reports = _training_set(data, renderer.columns)
     name, path, image_dir = held_out_place(data)
     held_out, held_out_report = _held_out_set(data, renderer.columns)
-    files = _files(name, path, data.eval_split, image_dir)
+    files = _files((name, path, data.eval_split), image_dir, _held_out_selection(data))
     tested = dataclasses.replace(renderer, image_files=files)
     trained = "data.mixture" if data.mixture else f"data.name={data.name}"
     _check_sight(model, trained, train, reports)
@@ -102,7 +104,8 @@ def load_data(config: Config, model: Model) -> Data:
             f"{refusals[0].detail}"
         )
     refused = collections.Counter(refusal.reason for refusal in refusals)
-    return Data(stream, records, reports, held_out_report, (train, wanted), renderer, refused)
+    examples = train, wanted
+    return Data(stream, records, reports, held_out_report, examples, renderer, tested, refused)
 
 
 def _renderer(data, model, preparer, seed):
@@ -188,14 +191,14 @@ def image_preparer(config: Config, model: Model) -> ImagePreparer | None:
 def _image_files(data):
     """Returns where the images of the training problems are."""
     if not data.mixture:
-        return _files(data.name, data.path, data.split, data.image_dir)
+        place = data.name, data.path, data.split
+        return _files(place, data.image_dir, _selection(data))
     return ImageFiles(
         of_source={
             name: _files(
-                source["name"],
-                source.get("path", ""),
-                source.get("split", "train"),
+                (source["name"], source.get("path", ""), source.get("split", "train")),
                 source.get("image_dir", ""),
+                _selection(data, source),
             )
             for name, source in data.mixture.items()
         }
@@ -220,8 +223,28 @@ def held_out_options(data) -> Mapping[str, Any]:
     return data.options if held_out_place(data)[0] == data.name else {}
 
 
-def _files(name, path, split, image_dir):
-    source = datasets.image_source(name, path or None, split)
+def _selection(data, source=None):
+    """Returns which rows are taken, of `data` or of a source of its mixture."""
+    given = {"drop_bad_rows": data.drop_bad_rows, **(vars(data) if source is None else source)}
+    names = (field.name for field in dataclasses.fields(datasets.Selection))
+    return datasets.Selection(**{name: given[name] for name in names if name in given})
+
+
+def _held_out_selection(data):
+    """Returns which rows of the held-out set are taken; its table is that of training, if any."""
+    same = held_out_place(data)[:2] == (data.name, data.path)
+    return datasets.Selection(
+        subset=data.eval_subset or (data.subset if same else ""),
+        filter=data.eval_filter,
+        limit=data.eval_limit,
+        streaming=data.streaming and data.eval_limit > 0,
+        drop_bad_rows=data.drop_bad_rows,
+    )
+
+
+def _files(place, image_dir, selection):
+    name, path, split = place
+    source = datasets.image_source(name, path or None, split, selection)
     return ImageFiles(source, fetched.local(image_dir) if image_dir else None)
 
 
@@ -236,13 +259,14 @@ def _held_out_set(data, keep):
         path or None,
         data.eval_split,
         columns=_columns(vars(data), keep, "eval_", default),
+        selection=_held_out_selection(data),
         **_shared(data),
         **held_out_options(data),
     )
 
 
 def _shared(data):
-    return {"data_dir": data.cache_dir or None, "drop_bad_rows": data.drop_bad_rows}
+    return {"data_dir": data.cache_dir or None}
 
 
 def _training_set(data, keep):
@@ -254,6 +278,7 @@ def _training_set(data, keep):
             data.path or None,
             data.split,
             columns=columns,
+            selection=_selection(data),
             **_shared(data),
             **data.options,
         )
@@ -265,6 +290,7 @@ def _training_set(data, keep):
             source.get("path") or None,
             source.get("split", "train"),
             columns=_columns(source, keep),
+            selection=_selection(data, source),
             **_shared(data),
         )
         weights[key] = source.get("weight", 1.0)

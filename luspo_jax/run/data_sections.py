@@ -1,14 +1,16 @@
 """The section of the data: problems, and how they become prompts."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from luspo_jax.datasets import DATASETS
+from luspo_jax.datasets.filters import Filter, FilterError
 from luspo_jax.hosts.values import Number, OneOf, Rule, Text, check_fields, shown
 from luspo_jax.prompts.templates import TARGET, TEMPLATES
 
 _LONGEST = 2**24  # tokens
+_ROWS = Number(0, 2**53)
 _SPLIT = Text("say train, or another split of the dataset")
 
 
@@ -22,19 +24,34 @@ class DataSettings:
     """Problems for training and evaluation, and how they become prompts."""
 
     name: str = ""  # One of luspo_jax.datasets.DATASETS.
-    path: str = ""  # File of a dataset that is not generated; or its address, gs://… or s3://….
-    split: str = "train"  # Of a dataset with several splits.
+    # File of a dataset that is not generated, several as "DIR/*.parquet", or a folder of them; or
+    # their address, gs://… or s3://…; or hub:OWNER/NAME, perhaps with /FILE, /FOLDER or /PATTERN.
+    path: str = ""
+    split: str = "train"  # Of a dataset, folder or repository with several splits.
+    subset: str = ""  # Of a repository or folder with several tables.
+    # Rows to take, such as 'difficulty >= 3 and source != "x"'; empty = all. See docs/data.md.
+    filter: str = ""
+    limit: int = 0  # Only the first so many rows, before the filter; 0 = all.
+    # Read these rows of hub:OWNER/NAME without downloading its files, and the held-out ones if
+    # eval_limit is set; once, into the user's cache. Needs the package datasets.
+    streaming: bool = False
     options: Mapping[str, Any] = open_section()  # Of a generated dataset.
-    # Several training sources instead of `name`: your name → {name, path, split, weight,
-    # problem_column, answer_column, image_column, image_dir}; weight is a share of the prompts.
+    # Several training sources instead of `name`: your name → {name, path, split, subset, filter,
+    # limit, streaming, weight, problem_column, answer_column, image_column, image_dir}; weight is a
+    # share of the prompts.
     mixture: Mapping[str, Any] = open_section()
     eval_name: str = ""  # Held-out set; empty = data.name.
     # Of a generated held-out set; empty = data.options, if the dataset is the same.
     eval_options: Mapping[str, Any] = open_section()
     eval_path: str = ""  # Empty = data.path, if the dataset is the same.
     eval_split: str = "test"  # Of the held-out set.
+    eval_subset: str = ""  # The same; empty = data.subset, if the path is the same.
+    eval_filter: str = ""  # The same; empty = all rows, whatever data.filter is.
+    eval_limit: int = 0  # The same as data.limit.
     cache_dir: str = ""  # Folder or address for built datasets; empty = the user's cache folder.
-    problem_column: str = ""  # Of the user's own jsonl or parquet.
+    # Of the user's own files; with dots for nested ones, as prompt.0.content. A list of messages,
+    # {role, content}, is a conversation whose last message is the problem.
+    problem_column: str = ""
     answer_column: str = ""  # The same.
     eval_problem_column: str = ""  # Of the held-out set; empty = as the training set's.
     eval_answer_column: str = ""  # The same.
@@ -66,6 +83,8 @@ class DataSettings:
     RULES: ClassVar[dict[str, Rule]] = {
         "name": OneOf(DATASETS),
         "split": _SPLIT,
+        "limit": _ROWS,
+        "eval_limit": _ROWS,
         "eval_name": OneOf(("", *DATASETS)),
         "eval_split": Text("say test, or another split of the dataset"),
         "template": OneOf(TEMPLATES, mark="{problem}"),
@@ -95,8 +114,21 @@ class DataSettings:
                 f"data.template={template} is a named one, which says so itself"
             )
         yield from self._wrong_targets()
+        yield from self._wrong_selection()
         if 0 < self.max_pixels < self.min_pixels:
             yield f"data.min_pixels={self.min_pixels} exceeds data.max_pixels={self.max_pixels}"
+
+    def _wrong_selection(self):
+        for field in ("filter", "eval_filter"):
+            yield from wrong_filter(f"data.{field}", getattr(self, field))
+        if self.streaming and not self.limit:
+            yield "data.streaming takes the first data.limit rows: set data.limit"
+        for field in ("subset", "filter", "limit", "streaming") if self.mixture else ():
+            if getattr(self, field):
+                yield (
+                    f"data.{field} is of data.name: with data.mixture, set it in its sources, "
+                    f"such as data.mixture.{next(iter(self.mixture))}"
+                )
 
     def _wrong_targets(self):
         low, high = self.length_target_low, self.length_target_high
@@ -120,11 +152,24 @@ class DataSettings:
             )
 
 
+def wrong_filter(field: str, text: str) -> Iterator[str]:
+    """Yields a line if a field holds no filter."""
+    try:
+        if text:
+            Filter(text)
+    except FilterError as error:
+        yield f"{field}={error}"
+
+
 # Field of a source in data.mixture → (type, rule for its value).
 SOURCE_FIELDS: dict[str, tuple[type, Rule | None]] = {
     "name": (str, OneOf(DATASETS)),
     "path": (str, None),
     "split": (str, _SPLIT),
+    "subset": (str, None),
+    "filter": (str, None),
+    "limit": (int, _ROWS),
+    "streaming": (bool, None),
     "weight": (float, Number(0, 1e15, open_low=True)),
     "problem_column": (str, None),
     "answer_column": (str, None),

@@ -69,7 +69,10 @@ OPEN_SECTIONS = (
 
 
 # Field of an older version → its present name.
-RENAMED = {"model.experts": "model.expert_kernel"}
+RENAMED = {
+    "model.experts": "model.expert_kernel",
+    "output.wandb_project": "output.project",
+}
 
 
 def wrong_fields(config: Mapping[str, Any], kind: type = Settings) -> Iterator[str]:

@@ -141,6 +141,8 @@ class Keeper:
             return
         if due(output.dump_every, taken):
             self._writer.write_rollouts(taken, measures.records(rollouts))
+        if due(output.completions_every, taken):
+            self._writer.show_completions(taken, measures.records(rollouts))
         self._writer.write(taken, {"training/global_step": taken, **metrics.result()})
         if last or due(output.checkpoint_every, taken):
             self._save(taken, state, carried, measured.accuracy if measured else None)

@@ -57,12 +57,17 @@ class Model:
 
 
 @fetched.addressed()
-def load_model(config: Config) -> Model:
-    """Loads architecture and tokenizer of `config.model`."""
+def load_model(config: Config, *, weights: bool = True) -> Model:
+    """Loads architecture and tokenizer of `config.model`.
+
+    Args:
+      config: the configuration.
+      weights: whether weights are downloaded too, of a model on the hub; none are read here.
+    """
     settings = section(config, "model")
     from transformers import AutoTokenizer  # Slow to import; nothing else here needs it.
 
-    folder = model_folder(settings.path)
+    folder = model_folder(settings.path, weights=weights)
     if settings.random_weights:
         path = folder / "config.json"
         if not path.is_file():
@@ -71,7 +76,7 @@ def load_model(config: Config) -> Model:
         architecture = decoder_config(hf)
     else:
         architecture = read_config(folder)
-    source = model_folder(settings.tokenizer) if settings.tokenizer else folder
+    source = model_folder(settings.tokenizer, weights=False) if settings.tokenizer else folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers raises many types for a missing or broken file

@@ -19,12 +19,13 @@ from luspo_jax.hosts import buckets, files, processes
 from luspo_jax.hosts.buckets import Bucket
 from luspo_jax.hosts.lease import Lease
 from luspo_jax.hosts.mirror import Mirror
+from luspo_jax.run.trackers import sending as trackers
 
 CHECKPOINTS = "checkpoints"
 _BOARD = "processes"
 NOTE = ".checkpointed"  # step of the last checkpoint written
 # What a start reads from the bucket: what it goes on to write, or checks.
-_NEEDED = ("run.json", "metrics.jsonl", "wandb_id", NOTE)
+_NEEDED = ("run.json", "metrics.jsonl", trackers.MEMORY, NOTE)
 _TRACED = re.compile(r"profile/(process_\d+/)?steps\.json")
 _OF_STEPS = re.compile(r"(rollouts|answers)/step_(\d+)\.jsonl")
 

@@ -451,29 +451,6 @@ class EvalSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputSettings:
-    """What a run writes, and when."""
-
-    checkpoint_every: int = 10  # Rollout steps; 0 = only at the end.
-    keep_latest: int = 2  # Checkpoints.
-    keep_best: int = 1  # By held-out accuracy.
-    dump_every: int = 1  # Rollout steps between dumps of all responses; 0 = never.
-    tensorboard: bool = True  # Write TensorBoard files.
-    wandb_project: str = ""  # Empty = no Weights & Biases.
-    export: bool = True  # Write a Hugging Face folder at the end.
-
-    RULES: ClassVar[dict[str, Rule]] = {
-        "checkpoint_every": _COUNT,
-        "keep_latest": _SIZE,
-        "keep_best": _COUNT,
-        "dump_every": _COUNT,
-    }
-
-    def __post_init__(self):
-        check_fields(self, "output.")
-
-
-@dataclasses.dataclass(frozen=True)
 class HostsSettings:
     """Settings of a run of several processes; see luspo_jax.hosts.guard."""
 

@@ -21,13 +21,13 @@ from luspo_jax.hosts.values import (
 from luspo_jax.length.settings import LengthSettings
 from luspo_jax.objectives import Objective
 from luspo_jax.run.data_sections import DataSettings
+from luspo_jax.run.output_sections import OutputSettings
 from luspo_jax.run.sections import (
     EvalSettings,
     HostsSettings,
     LoraSettings,
     MeshSettings,
     ModelSettings,
-    OutputSettings,
     RewardSettings,
     RolloutMeshSettings,
     RolloutSettings,

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,6 +25,10 @@ from luspo_jax.run import fields
 from luspo_jax.run.build import Run
 from luspo_jax.run.memory import peak_memory
 from luspo_jax.run.sft.build import SftRun
+from luspo_jax.run.trackers import registry
+from luspo_jax.run.trackers.registry import TENSORBOARD, TRACKERS
+from luspo_jax.run.trackers.sending import Trackers, completions
+from luspo_jax.run.trackers.tracker import About
 from luspo_jax.run.workdir import Workdir
 
 ROLLOUTS, ANSWERS = "rollouts", "answers"  # folders: of training, and to held-out prompts
@@ -52,14 +56,13 @@ def console_line(step: int, num_steps: int | None, values: Mapping[str, float]) 
 
 
 class MetricsWriter:
-    """Writes each step to metrics.jsonl, TensorBoard, the console and, if asked, W&B.
+    """Writes each step to metrics.jsonl, the console and the trackers.
 
     Args:
       workdir: folder of the run.
-      tensorboard: whether to write TensorBoard files.
-      wandb_project: project on Weights & Biases; empty for none.
-      config: shown by W&B as the run's configuration.
+      trackers: of the run; None for none.
       num_steps: steps of the whole run, for the console.
+      num_completions: responses of a step that trackers show at most.
       console: called with the console line; None for no console.
     """
 
@@ -67,17 +70,15 @@ class MetricsWriter:
         self,
         workdir: str | os.PathLike,
         *,
-        tensorboard: bool = True,
-        wandb_project: str = "",
-        config: Mapping[str, Any] | None = None,
+        trackers: Trackers | None = None,
         num_steps: int | None = None,
+        num_completions: int = 0,
         console: Callable[[str], None] | None = print,
     ):
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._num_steps, self._console = num_steps, console
-        self._wants_tensorboard, self._tensorboard, self._purge_step = tensorboard, None, None
-        self._wandb = _wandb_run(self._workdir, wandb_project, config) if wandb_project else None
+        self._trackers, self._num_completions = trackers, num_completions
 
     @property
     def path(self) -> pathlib.Path:
@@ -94,26 +95,10 @@ class MetricsWriter:
             declared(name)
         numbers = {name: float(value) for name, value in values.items()}
         _append(self.path, json_line(step, numbers))
-        if self._wants_tensorboard:
-            self._write_tensorboard(step, numbers)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+        if self._trackers is not None:
+            self._trackers.log(step, numbers)
         if self._console is not None:
             self._console(console_line(step, self._num_steps, numbers))
-
-    def _write_tensorboard(self, step: int, numbers: Mapping[str, float]) -> None:
-        if self._tensorboard is None:
-            from tensorboardX import SummaryWriter
-
-            folder = self._workdir / "tensorboard"
-            # TensorBoard's own file names tell runs apart only by the second.
-            self._tensorboard = SummaryWriter(
-                str(folder), purge_step=self._purge_step, filename_suffix=f".from_{step}"
-            )
-        for name, value in numbers.items():
-            if math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
 
     def truncate_after(self, step: int) -> None:
         """Deletes everything after a step, as a resumed run must."""
@@ -131,7 +116,8 @@ class MetricsWriter:
             number = path.stem.removeprefix("step_")
             if number.isdecimal() and int(number) > step:  # other files are not ours
                 path.unlink()
-        self._purge_step = step + 1
+        if self._trackers is not None:
+            self._trackers.begin_after(step)
 
     def write_rollouts(
         self, step: int, records: Iterable[RolloutRecord | AnswerRecord], folder: str = ROLLOUTS
@@ -143,12 +129,15 @@ class MetricsWriter:
         files.write_text(path, "".join(lines))
         return path
 
+    def show_completions(self, step: int, records: Iterable[RolloutRecord | AnswerRecord]) -> None:
+        """Shows the first responses of a step in the trackers; before its metrics are written."""
+        if self._trackers is not None and self._num_completions:
+            self._trackers.table(step, completions(records, self._num_completions))
+
     def close(self) -> None:
-        """Closes the writers."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Ends the trackers; during an exception, as of a run that did not come to its end."""
+        if self._trackers is not None:
+            self._trackers.close(failed=sys.exc_info()[0] is not None)
 
 
 class SilentWriter:
@@ -165,6 +154,9 @@ class SilentWriter:
     ) -> None:
         """Does nothing."""
 
+    def show_completions(self, step: int, records: Iterable[RolloutRecord | AnswerRecord]) -> None:
+        """Does nothing."""
+
     def close(self) -> None:
         """Does nothing."""
 
@@ -178,37 +170,27 @@ def _append(path: pathlib.Path, line: str) -> None:
         os.close(descriptor)
 
 
-def _wandb_run(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | None):
-    """Returns the W&B run of a workdir; a resumed run keeps its W&B run."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise RuntimeError(
-            "W&B was asked for, but wandb is not installed: pip install wandb, or leave "
-            "output.wandb_project empty"
-        ) from error
-    id_file = workdir / "wandb_id"
-    if not id_file.exists():
-        files.write_text(id_file, wandb.util.generate_id())
-    return wandb.init(
-        project=project,
-        id=id_file.read_text(),
-        resume="allow",
-        dir=str(workdir),
-        config=dict(config or {}),
-    )
-
-
 def writer(run: Run | SftRun, workdir: Workdir, bar: tqdm) -> MetricsWriter | SilentWriter:
     """Returns the process's writer; times, throughput and memory are those of process 0."""
     if not processes.is_writer():
         return SilentWriter()
     output = run.settings.output
+    about = About(
+        workdir.path,
+        output.project or "luspo_jax",
+        output.group,
+        output.run_name or pathlib.PurePath(workdir.name).name,
+        {k: v for k, v in fields.flat(run.config).items() if v is not None},
+    )
+    made = {name: TRACKERS[name]() for name in registry.names(output.trackers)}
+    if output.tensorboard:
+        made["tensorboard"] = TENSORBOARD()
+    for tracker in made.values():
+        tracker.prepare()
     return MetricsWriter(
         workdir.path,
-        tensorboard=output.tensorboard,
-        wandb_project=output.wandb_project,
-        config=fields.flat(run.config),
+        trackers=Trackers(made, about, bar.write) if made else None,
+        num_completions=output.num_completions,
         num_steps=run.settings.num_steps,
         console=bar.write,
     )

@@ -68,7 +68,7 @@ def test_errors_name_the_address(gs):
             datasets.load("file", f"{gs.url}/{path}")
     with pytest.raises(DataError, match=rf"^{gs.url}/x.jsonl: 3 rows .*prompt"):
         read_demonstrations(f"{gs.url}/x.jsonl", Columns())
-    with pytest.raises(DataError, match=f"^{gs.url}/d: .*name a .jsonl"):
+    with pytest.raises(DataError, match=f"^{gs.url}/d: .*need one file train"):
         read_demonstrations(f"{gs.url}/d", Columns())
 
 

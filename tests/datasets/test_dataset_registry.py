@@ -119,7 +119,7 @@ def test_generated_tasks_have_disjoint_splits(name):
         ("zzz", "x", "known: aime24, aime25"),
         ("math500", None, "needs a path to its file .*MATH-500"),
         ("math500", "absent.jsonl", "no file .*download it from .*MATH-500"),
-        ("math500", ".", "need one file train"),
+        ("math500", ".", "0 files fit split .train."),
     ],
 )
 def test_wrong_names_and_places_are_refused(tmp_path, name, path, message):

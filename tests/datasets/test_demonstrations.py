@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from luspo_jax.datasets import DataError
+from luspo_jax.datasets import DataError, Selection
 from luspo_jax.datasets.demonstrations import (
     GENERATED,
     Columns,
@@ -91,7 +91,7 @@ def test_bad_rows_are_named_by_file_row_and_column(row, columns, message, tmp_pa
         read_demonstrations(path, columns)
     assert str(refused.value).startswith(f"{path}, row 2: ")
     assert message in str(refused.value)
-    examples, report = read_demonstrations(path, columns, drop_bad_rows=True)
+    examples, report = read_demonstrations(path, columns, selection=Selection(drop_bad_rows=True))
     assert [e.id for e in examples] == [1, 3]
     assert (report.rows, report.unusable) == (3, 1)
 
@@ -99,7 +99,7 @@ def test_bad_rows_are_named_by_file_row_and_column(row, columns, message, tmp_pa
 def test_all_bad_rows_come_in_one_message(tmp_path):
     path = _file(tmp_path, [{"prompt": "p", "response": ""}] * 3)
     with pytest.raises(DataError, match=r"3 rows cannot be used; rows 1, 2, 3: column 'response'"):
-        read_demonstrations(path, PAIRS, drop_bad_rows=True)
+        read_demonstrations(path, PAIRS, selection=Selection(drop_bad_rows=True))
     with pytest.raises(DataError, match="no rows"):
         read_demonstrations(_file(tmp_path, [], "empty.jsonl"), PAIRS)
     with pytest.raises(DataError, match="no file"):
@@ -128,3 +128,21 @@ def test_what_is_made_is_right(name):
         right = str(sum(int(c) for c in example.problem if c.isdigit()) % 5)
         assert score({"gsm8k": 1.0}, example.answer, right).value == 1.0
     assert SumTraces("train", 3)[0].answer.count("=") == 3
+
+
+def test_several_files_a_filter_and_a_limit(tmp_path):
+    for part in range(2):
+        rows = [{"prompt": f"p{part}{n}", "response": "r", "level": n} for n in range(4)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"train-{part}.jsonl").write_text(text)
+    chosen = Selection(filter="level != 1", limit=6)
+    for path in (tmp_path, f"{tmp_path}/*.jsonl"):
+        examples, report = read_demonstrations(path, PAIRS, selection=chosen)
+        assert [(e.id, e.problem) for e in examples] == [
+            (1, "p00"), (3, "p02"), (4, "p03"), (5, "p10")
+        ]  # fmt: skip
+        assert (report.rows, report.filtered, report.source) == (4, 2, "train-0.jsonl and 1 more")
+    with pytest.raises(DataError, match=r"row 1: data\.filter='x > 1': no column 'x'"):
+        read_demonstrations(path, PAIRS, selection=Selection(filter="x > 1"))
+    with pytest.raises(DataError, match="leaves out all 8"):
+        read_demonstrations(path, PAIRS, selection=Selection(filter="level > 9"))

@@ -26,6 +26,7 @@ FOLDERS = {
 FILES = {
     "rehearse": [QUICKSTART, "--topology=local", "--json={place}"],
     "show": ["somewhere", "--html={place}"],
+    "preview": [QUICKSTART, "--html={place}"],
     "bench.rl_step": ["--json={place}"],
     "bench.instruments": ["--json={place}"],
     "bench.length_scale": ["--json={place}", "--small"],

@@ -15,7 +15,7 @@ from experiments.sweeps import report, runner, spec
 from experiments.sweeps.report import estimate, paired
 from experiments.sweeps.spec import Member, Outcome, Sweep
 from luspo_jax.hosts.values import ConfigError
-from luspo_jax.run import adapters, fields
+from luspo_jax.run import adapters, checks, fields
 from luspo_jax.run.model import load_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -354,3 +354,25 @@ def test_a_missing_sweep_file_is_one_line(tmp_path):
     assert ran.returncode != 0
     assert "--sweep=nothing.py does not exist" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_trackers_show_the_members_of_a_sweep_together(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "not_installed", lambda text: ())
+    sweep, tasks = _sweep(fixed={"output.trackers": "wandb", "output.project": "p"}), []
+    monkeypatch.setattr(runner, "_run_all", lambda waiting, *_: tasks.extend(waiting))
+    runner.run(sweep, tmp_path / "study")
+    assert tasks
+    for member, task in tasks:
+        named = {k: task["config"][f"output.{k}"] for k in ("project", "group", "run_name")}
+        assert named == {"project": "p", "group": "study", "run_name": member.name}
+        assert task["fingerprint"] == fields.fingerprint(spec.config_of(sweep, member))
+        line = spec.launch_line(sweep, member, tmp_path / "study", "s.py")
+        assert "--config.output.group=study" in line
+        assert f"--config.output.run_name={member.name}" in shlex.split(line)
+    tasks.clear()
+    runner.run(_sweep(), tmp_path / "untracked")
+    assert {task["config"]["output.group"] for _, task in tasks} == {""}
+    own = {"output.trackers": "wandb", "output.group": "mine", "output.run_name": "x"}
+    tasks.clear()
+    runner.run(_sweep(fixed=own), tmp_path / "own")
+    assert {task["config"]["output.group"] for _, task in tasks} == {"mine"}

@@ -36,6 +36,7 @@ CASES = [
     ("evaluate", ["--model=m", "--benchmarks=aime24"], ["m", "--benchmarks=aime24"]),
     ("status", ["a", "b", "--json"], ["a", "b", "--json"]),
     ("show", ["w", "--step=3"], ["w", "--step=3"]),
+    ("preview", [QUICKSTART, "--num=1"], ["quickstart", "--num=1"]),
     ("plot", ["--workdir=w"], ["w"]),
     ("export", ["--workdir=w", "--out=o"], ["w", "--out=o"]),
     ("tasks", ["--task=gcd"], ["gcd"]),

@@ -140,3 +140,15 @@ def test_they_are_installed_with_the_package(monkeypatch):
     patterns = given["package_data"]["luspo_jax.models"]
     found = {file for pattern in patterns for file in locate.ARCHITECTURES.parent.glob(pattern)}
     assert set(locate.ARCHITECTURES.glob("*")) <= found
+
+
+def test_a_prompt_needs_no_weights(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda repo, **how: asked.append((repo, how["allow_patterns"])) or str(tmp_path),
+    )
+    for weights in (True, False):
+        assert model_folder("hub:o/n", weights=weights) == tmp_path
+    (_, everything), (_, rest) = asked
+    assert set(everything) - set(rest) == {"*.safetensors"}

@@ -332,3 +332,18 @@ def test_the_hash_of_prompts_that_ask_for_lengths_is_their_own():
     assert text.startswith("1+1\n\n")
     assert "about 12 tokens" in text
     assert text.endswith("\\boxed{}.")
+
+
+def test_a_conversation_is_asked_as_it_was_said():
+    earlier = [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]
+    example = Example(1, "last", "", {"earlier_messages": earlier})
+    (found,) = outcomes([example], Renderer(Characters(), "Q: {problem}"), max_length=99)
+    assert found.text == "<system>S<user>u<user>Q: last<assistant>"
+    own = Renderer(Characters(), "chat", "mine")
+    (found,) = outcomes([example], own, max_length=99)
+    assert found.text == "<system>S<user>u<user>last<assistant>"  # its own, not ours
+    example = Example(1, "last", "", {"earlier_messages": earlier[1:]})
+    (found,) = outcomes([example], own, max_length=99)
+    assert found.text == "<system>mine<user>u<user>last<assistant>"
+    with pytest.raises(DataError, match=r"is no chat.*prompt\.0\.content"):
+        outcomes([example], PLAIN, max_length=99)

@@ -15,6 +15,7 @@ from luspo_jax.datasets import DataError
 from luspo_jax.hosts import processes
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.images.settings import read_settings
+from luspo_jax.run import checks
 from luspo_jax.run.build import build
 from luspo_jax.run.data import held_out_place, load_data
 from luspo_jax.run.export import export_policy
@@ -35,6 +36,78 @@ def _load(config):
     data = load_data(config, model)
     data.close()
     return data
+
+
+def _numbered(path, count, **more):
+    rows = [{"problem": f"p{n}?", "answer": str(n), "level": n % 3, **more} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rows_are_chosen_by_fields_and_each_set_has_its_own(tmp_path):
+    config = text_config()
+    config.data.name, config.data.eval_name, config.data.options = "file", "", {}
+    config.data.path = _numbered(tmp_path / "train.jsonl", 12)
+    config.data.eval_path = _numbered(tmp_path / "test.jsonl", 9)
+    config.data.cache_dir = str(tmp_path / "built")
+    config.data.filter, config.data.limit = "level == 1", 8
+    config.data.eval_filter, config.data.eval_limit = "level != 1", 5
+    data = _load(config)
+    assert [e.answer for e in data.examples[0]] == ["1", "4", "7"]
+    assert [p.example.answer for p in data.held_out] == ["0", "2", "3"]
+    config.data.eval_filter, config.data.eval_limit = "", 0
+    assert len(_load(config).held_out) == 9
+    source = {"name": "file", "path": config.data.path, "filter": "level == 2", "limit": 9}
+    config.data.filter, config.data.limit = "", 0
+    config.data.mixture = {"a": source, "b": {"name": "label_sums"}}
+    data = _load(config)
+    assert [data.examples[0][n].answer for n in range(3)] == ["2", "5", "8"]
+    assert data.reports[0].filtered == 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"filter": "level >"}, r"data\.filter='level >' cannot be read"),
+        ({"eval_filter": "open('x')"}, r"data\.eval_filter=\"open\('x'\)\" is not for filters"),
+        ({"streaming": True}, r"data\.streaming takes the first data\.limit rows"),
+        ({"limit": -1}, r"data\.limit=-1 must be at least 0"),
+    ],
+)
+def test_rows_that_cannot_be_chosen_are_refused_before_anything_is_read(fields, message):
+    config = text_config()
+    config.data.name = config.data.eval_name = "gsm8k"
+    config.data.options = {}
+    for name, value in fields.items():
+        config.data[name] = value
+    with pytest.raises(ConfigError, match=message):
+        checks.check(config)
+
+
+def test_rows_of_a_generated_dataset_are_not_chosen():
+    config = text_config()
+    config.data.filter, config.data.eval_limit = "answer == 1", 3
+    with pytest.raises(ConfigError) as refused:
+        checks.check(config)
+    assert "data.filter='answer == 1' chooses rows of files, and label_sums is" in str(
+        refused.value
+    )
+    config.data.filter = ""
+    with pytest.raises(ConfigError, match=r"data\.eval_limit=3 chooses rows of files"):
+        checks.check(config)
+
+
+def test_a_mixture_chooses_rows_in_its_sources():
+    config = text_config()
+    config.data.mixture = {"a": {"name": "file", "path": "x", "filter": "1 +"}}
+    with pytest.raises(ConfigError, match=r"data\.mixture\.a\.filter='1 \+' cannot be read"):
+        checks.check(config)
+    config.data.mixture = {"a": {"name": "file", "path": "x", "streaming": True}}
+    with pytest.raises(ConfigError, match=r"set data\.mixture\.a\.limit"):
+        checks.check(config)
+    config.data.mixture, config.data.limit = {"a": {"name": "file", "path": "x"}}, 3
+    with pytest.raises(ConfigError, match=r"data\.limit is of data\.name: with data\.mixture"):
+        checks.check(config)
 
 
 def test_a_model_of_text_is_not_asked_about_images(config):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import jax
 import numpy as np
@@ -189,13 +188,6 @@ def test_an_overlong_penalty_that_no_response_could_get_is_refused_at_start(opti
             reward__parts=parts, reward__options={"overlong": {"buffer": 40}}, eval__metric="gsm8k"
         )
     )
-
-
-def test_a_tracker_that_is_not_installed_is_known_at_start(monkeypatch):
-    config = _with(output__wandb_project="p")
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"output\.wandb_project='p': wandb is not installed"):
-        checks.check(config)
 
 
 # ---------------------------------------------------------------- what only the model can say

@@ -1,19 +1,28 @@
 """Metrics and rollouts are written whole, and cut back on resume."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 
+from luspo_jax.hosts import processes
 from luspo_jax.metrics import RolloutRecord, read_metrics
+from luspo_jax.run import writers
+from luspo_jax.run.output_sections import OutputSettings
+from luspo_jax.run.trackers import registry
+from luspo_jax.run.trackers.sending import Trackers
+from luspo_jax.run.trackers.tracker import About
 from luspo_jax.run.writers import MetricsWriter, console_line
+from tests.run.trackers import tracker_cases
 
 
 @pytest.fixture
 def writer(tmp_path):
-    writer = MetricsWriter(tmp_path / "run", tensorboard=False, console=None)
+    writer = MetricsWriter(tmp_path / "run", console=None)
     yield writer
     writer.close()
 
@@ -74,13 +83,13 @@ def _contents(folder):
 
 
 def test_a_killed_and_continued_run_leaves_the_same_files(tmp_path):
-    whole = MetricsWriter(tmp_path / "whole", tensorboard=False, console=None)
+    whole = MetricsWriter(tmp_path / "whole", console=None)
     _run(whole, 1, 8)
-    killed = MetricsWriter(tmp_path / "killed", tensorboard=False, console=None)
+    killed = MetricsWriter(tmp_path / "killed", console=None)
     _run(killed, 1, 6)
     with killed.path.open("a") as stream:
         stream.write('{"step": 7, "rewa')  # cut off by the kill
-    resumed = MetricsWriter(tmp_path / "killed", tensorboard=False, console=None)
+    resumed = MetricsWriter(tmp_path / "killed", console=None)
     resumed.truncate_after(4)
     assert sorted(_contents(tmp_path / "killed"))[-1].endswith("step_000004.jsonl")
     _run(resumed, 5, 8)
@@ -130,40 +139,33 @@ def test_the_console_line_is_short_and_says_what_is_there():
 
 def test_the_console_gets_each_step(tmp_path):
     lines = []
-    writer = MetricsWriter(tmp_path, tensorboard=False, num_steps=2, console=lines.append)
+    writer = MetricsWriter(tmp_path, num_steps=2, console=lines.append)
     _run(writer, 1, 2)
     assert [line.split(" | ")[0] for line in lines] == ["step 1/2", "step 2/2"]
 
 
-def test_tensorboard_files_purge_what_a_resume_undoes(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
-    writer = MetricsWriter(tmp_path, console=None)
-    writer.write(1, {"reward": 1.0, "actor/grad_norm": math.nan})
-    writer.write(2, {"reward": 2.0})
-    writer.close()
-    writer = MetricsWriter(tmp_path, console=None)
-    writer.truncate_after(1)
-    writer.write(2, {"reward": 3.0})
-    writer.close()
-    events = []
-    for path in sorted((tmp_path / "tensorboard").iterdir()):
-        data = path.read_bytes()
-        while data:  # records of TensorFlow's format: length, checksum, data, checksum
-            size = int.from_bytes(data[:8], "little")
-            events.append(Event.FromString(data[12 : 12 + size]))
-            data = data[12 + size + 4 :]
-    scalars = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
-    assert scalars.count((1, "reward", 1.0)) == 1
-    assert (2, "reward", 3.0) in scalars
-    assert not any(tag == "actor/grad_norm" for _, tag, _ in scalars)
-    purges = [e.step for e in events if e.session_log.status == e.session_log.START]
-    assert purges == [2]
+@pytest.mark.parametrize("fails", [True, False])
+def test_trackers_know_whether_a_run_came_to_its_end(tmp_path, fails):
+    tracker = tracker_cases.Recorder()
+    trackers = Trackers({"one": tracker}, About(tmp_path, "p", "", "r"))
+    writer = MetricsWriter(tmp_path, trackers=trackers, console=None)
+    with contextlib.suppress(ZeroDivisionError), contextlib.closing(writer):
+        writer.write(1, {"reward": 1.0})
+        assert 1 / (not fails)
+    assert tracker.calls[-1] == ("close", fails)
 
 
-def test_wandb_without_the_package_is_refused_with_the_remedy(tmp_path, monkeypatch):
-    import sys
+def test_only_the_first_process_writes_and_starts_trackers(tmp_path, monkeypatch):
+    def start():
+        raise AssertionError("a tracker was made")
 
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RuntimeError, match="pip install wandb"):
-        MetricsWriter(tmp_path, wandb_project="p")
+    monkeypatch.setitem(registry.TRACKERS, "wandb", start)
+    monkeypatch.setattr(processes, "is_writer", lambda: False)
+    output = OutputSettings(trackers="wandb")
+    run = types.SimpleNamespace(settings=types.SimpleNamespace(output=output, num_steps=2))
+    silent = writers.writer(run, types.SimpleNamespace(path=tmp_path, name="r"), None)
+    silent.show_completions(1, [_rollout(1)])
+    silent.write(1, {"reward": 1.0})
+    silent.write_rollouts(1, [_rollout(1)])
+    silent.close()
+    assert not list(tmp_path.iterdir())

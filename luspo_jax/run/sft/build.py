@@ -205,7 +205,7 @@ def facts(run: SftRun) -> dict[str, Any]:
     """Returns what a run's numbers depend on besides its configuration; fixed for a workdir."""
     return {
         "template_hash": run.data.template_hash,
-        "datasets": [dataclasses.asdict(report) for report in run.data.reports],
+        "datasets": [report.facts() for report in run.data.reports],
         "demonstrations": run.data.stream.get_state()["examples_hash"],
         "parameters": decoder_weights.num_params(run.model.config),
         **adapters.facts(run.settings, run.model, run.rule.logprobs.how.adapter),

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from luspo_jax.datasets import DataError, Example, Report
+from luspo_jax.datasets import DataError, Example, Report, Selection
 from luspo_jax.datasets.demonstrations import GENERATED, Columns, read_demonstrations, split_off
 from luspo_jax.hosts.values import ConfigError
 from luspo_jax.prompts import Renderer
@@ -109,18 +109,22 @@ def _examples(
             for split, part in zip(("train", "test"), parts, strict=True)
         )
     columns = Columns(data.prompt_column, data.response_column, data.messages_column)
-    examples, report = _read("path", data.path, columns, data)
+    held = Selection(data.subset, data.filter, drop_bad_rows=data.drop_bad_rows)
+    taken = dataclasses.replace(held, limit=data.limit, streaming=data.streaming)
+    examples, report = _read(("path", data.path, data.split), columns, taken)
     if data.held_out_path:
-        held_out, other = _read("held_out_path", data.held_out_path, columns, data)
+        place = "held_out_path", data.held_out_path, data.held_out_split
+        held_out, other = _read(place, columns, held)
         return (examples, held_out), (report, other)
     if data.held_out_fraction:
         return split_off(examples, data.held_out_fraction, settings.seed), (report,)
     return (examples, []), (report,)
 
 
-def _read(field, path, columns, data):
+def _read(place, columns, selection):
+    field, path, split = place
     try:
-        return read_demonstrations(path, columns, drop_bad_rows=data.drop_bad_rows)
+        return read_demonstrations(path, columns, split, selection)
     except DataError as error:
         raise DataError(f"data.{field}: {error}") from None
 
@@ -143,4 +147,5 @@ def _described(report: Report, marked: Marked) -> str:
     text += f"; {marked.dropped:,} too long, left out" * bool(marked.dropped)
     text += f"; {marked.cut:,} too long, cut" * bool(marked.cut)
     text += f" (rows {named_rows(marked.long)})" * bool(marked.long)
+    text += f"; {report.filtered:,} rows left out by data.filter" * bool(report.filtered)
     return text + f"; {report.unusable:,} unusable rows left out" * bool(report.unusable)

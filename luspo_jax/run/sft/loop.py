@@ -209,6 +209,7 @@ class _Keeper:
         self._evaluations.append((taken, found))
         if records:
             self._writer.write_rollouts(taken, records, writers.ANSWERS)
+            self._writer.show_completions(taken, records)
         return found
 
     def outcome(self, state: TrainState) -> SftOutcome:

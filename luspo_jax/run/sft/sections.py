@@ -4,11 +4,13 @@ import dataclasses
 from typing import ClassVar
 
 from luspo_jax.datasets.demonstrations import GENERATED
-from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Rule, check_fields
+from luspo_jax.hosts.values import SEED, TEMPERATURE, Number, OneOf, Rule, Text, check_fields
 from luspo_jax.learner.demonstrations import AGGREGATIONS
 from luspo_jax.learner.optimizer import SCHEDULES
 from luspo_jax.prompts.demonstrations import TOO_LONG, TURNS
 from luspo_jax.prompts.templates import TEMPLATES
+from luspo_jax.run.data_sections import wrong_filter
+from luspo_jax.run.output_sections import SftOutputSettings
 from luspo_jax.run.sections import (
     HostsSettings,
     LoraSettings,
@@ -26,7 +28,15 @@ class DemonstrationSettings:
     """Demonstrations to train on and held out, and how they become tokens."""
 
     name: str = "file"  # file, or a task of datasets.demonstrations.GENERATED.
-    path: str = ""  # A jsonl, json, csv or parquet file, or hub:OWNER/NAME/FILE.
+    # Jsonl, json, csv or parquet files: one, several as "DIR/*.parquet", a folder, an address, or
+    # hub:OWNER/NAME, perhaps with /FILE, /FOLDER or /PATTERN.
+    path: str = ""
+    split: str = "train"  # Of a folder or repository.
+    subset: str = ""  # Of a repository or folder with several tables.
+    filter: str = ""  # Rows to take, held-out ones too; as in RL.
+    limit: int = 0  # Only the first so many rows of `path`, before the filter; 0 = all.
+    # Read these rows of hub:OWNER/NAME without downloading its files; needs the package datasets.
+    streaming: bool = False
     prompt_column: str = "prompt"  # Of prompts.
     response_column: str = "response"  # Of their answers.
     # Column of chat messages, a list of {role, content}; if set, the two above are not read.
@@ -34,6 +44,7 @@ class DemonstrationSettings:
     turns: str = "last"  # Answers of a chat that are trained on: the last, or all.
     train_on_prompt: bool = False  # Train on every token instead of answers only.
     held_out_path: str = ""  # File of held-out rows, with the same columns.
+    held_out_split: str = "test"  # Of that, if it is a folder or repository.
     held_out_fraction: float = 0.0  # Or: the share of `path` to hold out, drawn by `seed`.
     drop_bad_rows: bool = False  # Leave out and count rows that cannot be used.
     # How a prompt is put to the model: a name of luspo_jax.prompts.templates.TEMPLATES, or a text
@@ -49,6 +60,9 @@ class DemonstrationSettings:
 
     RULES: ClassVar[dict[str, Rule]] = {
         "name": OneOf(("file", *GENERATED)),
+        "split": Text("say train, or another split of the folder or repository"),
+        "held_out_split": Text("say test, or another split of the folder or repository"),
+        "limit": Number(0, 2**53),
         "turns": OneOf(TURNS),
         "held_out_fraction": Number(0, 1, open_high=True),
         "template": OneOf(TEMPLATES, mark="{problem}"),
@@ -68,6 +82,12 @@ class DemonstrationSettings:
                 yield f"data.{field} is of data.name=file: {self.name} is generated"
         if not own and self.held_out_fraction:
             yield f"data.held_out_fraction: {self.name} has a test split of its own; leave it at 0"
+        yield from wrong_filter("data.filter", self.filter)
+        if own and self.streaming and not self.limit:
+            yield "data.streaming takes the first data.limit rows: set data.limit"
+        for field in () if own else ("subset", "filter", "limit", "streaming"):
+            if getattr(self, field):
+                yield f"data.{field} is of data.name=file: {self.name} is generated"
         if self.held_out_path and self.held_out_fraction:
             yield "data.held_out_path and data.held_out_fraction both hold rows out: set one"
         if self.messages_column and self.template != "plain":
@@ -193,27 +213,6 @@ class SftEvalSettings:
                 f"eval.num_samples={self.num_samples} must be 1 at eval.temperature=0: greedy "
                 "answers are all alike"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class SftOutputSettings:
-    """What a run writes, and when."""
-
-    checkpoint_every: int = 50  # Optimizer steps; 0 = only at the end.
-    keep_latest: int = 1  # Checkpoints.
-    keep_best: int = 1  # By held-out loss.
-    tensorboard: bool = True  # Write TensorBoard files.
-    wandb_project: str = ""  # Empty = no Weights & Biases.
-    export: bool = True  # Write a Hugging Face folder at the end.
-
-    RULES: ClassVar[dict[str, Rule]] = {
-        "checkpoint_every": _COUNT,
-        "keep_latest": _SIZE,
-        "keep_best": _COUNT,
-    }
-
-    def __post_init__(self):
-        check_fields(self, "output.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
