@@ -8,7 +8,8 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -120,6 +121,8 @@ def _draw(axis, panel) -> dict:
     if panel.log:
         axis.set_yscale("log")
     axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+    if "share" in panel.y:  # an interval may reach beyond what a share can be
+        axis.set_ylim(top=min(axis.get_ylim()[1], 1.02))
     return handles
 
 
@@ -146,10 +149,15 @@ def loads(text: str) -> Chart:
     if not isinstance(stored, Mapping) or stored.pop("chart", None) != 1:
         raise ValueError("this JSON is no chart of experiments/drawing/chart.py")
     rows = [
-        [Panel(**panel | {"lines": [Line(**line) for line in panel["lines"]]}) for panel in row]
+        [Panel(**panel | {"lines": [_line(line) for line in panel["lines"]]}) for panel in row]
         for row in stored.pop("rows")
     ]
     return Chart(rows, **stored)
+
+
+def _line(stored):
+    numbers = {name: np.array(stored[name], np.float64) for name in ("x", "y", "half")}
+    return Line(**stored | numbers)
 
 
 def _plain(value):
@@ -158,32 +166,13 @@ def _plain(value):
             return {name: _plain(each) for name, each in value.items()}
         case list() | tuple() | np.ndarray():
             return [_plain(each) for each in value]
-        case bool() | str() | int():
+        case bool() | str():
             return value
         case _:
-            return None if math.isnan(value) else float(f"{value:.5g}")
+            short = None if math.isnan(value) else float(f"{value:.5g}")
+            return int(short) if short is not None and short == int(short) else short
 
 
 def _join_numbers(text: str) -> str:
     """Writes lists of numbers, which `indent` spreads over lines, on one line each."""
-    import re
-
     return re.sub(r"\[[-\d\s.,enul+]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
-
-
-def banded(
-    runs: Sequence[tuple[np.ndarray, np.ndarray]],
-    band: Callable,
-    label: str,
-    style: int,
-) -> list[Line]:
-    """Returns the line of the mean over runs with its interval; none without runs.
-
-    Args:
-      runs: (steps, values) of each.
-      band: gives steps, mean and half-widths (`sweeps.report.band`).
-      label: of the line.
-      style: of the line.
-    """
-    steps, middle, half = band(runs)
-    return [Line(label, steps, middle, half, style)] if len(steps) else []

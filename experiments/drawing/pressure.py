@@ -77,11 +77,10 @@ def draw(rows: Sequence[dict], every: int):
 def by_objective(axis, rows: Sequence[dict]) -> None:
     """Draws the pressure of every measured objective, each divided by its largest."""
     names = objectives(rows)
-    for index, name in enumerate(names or ["own"]):
+    names = names or ["own"]
+    for index, (name, line) in enumerate(zip(names, figure_style.looks(names), strict=True)):
         steps, values = series(rows, f"length/pressure/{name}")
         if len(steps):
-            line = figure_style.style(index)
-            line["color"] = figure_style.OBJECTIVES.get(name, line["color"])
             largest = np.abs(values).max() or 1.0
             # Some lie on each other (GRPO and GSPO do while ratios are 1): the later are thinner.
             axis.plot(

@@ -76,8 +76,9 @@ def draw(variants: Mapping[str, Sequence[Path]]):
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", sharey=True)
     shown = dict(list(variants.items())[:MOST])
     for axis, column in zip(axes, (1, 2), strict=True):
-        for index, (name, paths) in enumerate(shown.items()):
-            line = figure_style.style(index)
+        for index, ((name, paths), line) in enumerate(
+            zip(shown.items(), figure_style.looks(list(shown)), strict=True)
+        ):
             if len(paths) > 1:
                 for one in paths:
                     axis.plot(one[column], one[3], lw=0.6, alpha=0.35, label="_one", **line)

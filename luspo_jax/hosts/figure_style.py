@@ -100,13 +100,22 @@ def style(index: int) -> dict:
     return {"color": LINES[index % len(LINES)], "ls": DASHES[index // len(LINES) % len(DASHES)]}
 
 
+def looks(names: Sequence[str]) -> list[dict]:
+    """Returns `style` of each name; of objectives, where all are, their own colours."""
+    found = [style(index) for index in range(len(names))]
+    own = [OBJECTIVES.get(name.lower()) for name in names]
+    if all(own) and len(set(own)) == len(own):
+        found = [{"color": color, "ls": DASHES[0]} for color in own]
+    return found
+
+
 def shades(count: int) -> list:
     """Returns colours for an order, the first the lightest; each readable on the card."""
     import matplotlib
     import numpy as np
 
     use()
-    return list(matplotlib.colormaps["luspo"](np.linspace(0.45, 1.0, count)))
+    return list(matplotlib.colormaps["luspo"](np.linspace(0.5, 1.0, count)))
 
 
 def text_color(color) -> tuple:

@@ -51,7 +51,7 @@ def main() -> None:
     print(tables.write(sweeps, workdir, text, failures))
     if _PUBLISH.value:
         suffix = "_real" if _REAL.value else ""
-        for name in ("results.md", "curves.png"):
+        for name in ("results.md", "curves.png", "curves.json"):
             path = pathlib.Path(name)
             target = pathlib.Path(__file__).parent / f"{path.stem}{suffix}{path.suffix}"
             shutil.copy(workdir / name, target)

@@ -19,7 +19,7 @@ _SMOKE = flags.DEFINE_bool("smoke", False, "One seed and three steps: does every
 _PUBLISH = flags.DEFINE_bool("publish", False, "Copy tables and figure beside the README.")
 _ANALYSE_ONLY = flags.DEFINE_bool("analyse_only", False, "Run nothing; tell of what is there.")
 
-PUBLISHED = ("results.md", "curves.png")
+PUBLISHED = ("results.md", "curves.png", "curves.json")
 
 
 def main() -> None:

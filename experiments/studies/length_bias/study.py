@@ -97,7 +97,7 @@ def make_bases(folder: pathlib.Path) -> None:
 def publish(workdir: pathlib.Path) -> None:
     """Copies the results for readers of the repository."""
     here = pathlib.Path(__file__).parent
-    for name in ("results.md", "factorial.png", "prediction.png"):
+    for name in ("results.md", "factorial.png", "factorial.json", "prediction.png"):
         shutil.copy(workdir / name, here / name)
 
 

@@ -18,7 +18,7 @@ _PARALLEL = flags.DEFINE_integer("parallel", 2, "Runs at a time.", 1)
 _PUBLISH = flags.DEFINE_bool("publish", False, "Copy tables and figures beside the README.")
 _ANALYSE_ONLY = flags.DEFINE_bool("analyse_only", False, "Run nothing; tell of what is there.")
 
-PUBLISHED = ("results.md", "curves.png", "clipping.png")
+PUBLISHED = ("results.md", "curves.png", "curves.json", "clipping.png", "clipping.json")
 
 
 def main() -> None:
