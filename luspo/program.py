@@ -44,7 +44,7 @@ COMMANDS = {
     "checkup": Command("check that this machine computes what it should", "config", "Settings"),
     "status": Command("say what runs are doing"),
     "show": Command("show a run's responses"),
-    "plot": Command("draw a run's reward, length and accuracy", "workdir"),
+    "plot": Command("draw a run: summary, lengths, tokens, pressure", "workdir"),
     "export": Command("write a checkpoint as a Hugging Face folder", "workdir"),
     "tasks": Command("list the generated tasks of reasoning-gym, or show one", "task"),
 }
