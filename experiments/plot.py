@@ -14,7 +14,7 @@ from experiments import command, figures
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or address of the run.")
 _KIND = flags.DEFINE_enum(
-    "kind", "summary", [*figures.KINDS, "all"],
+    "kind", "summary", ["summary", "lengths", "tokens", "pressure", "all"],
     "summary: reward, length, accuracy. lengths: their distribution. tokens: accuracy against "
     "tokens. pressure: length pressure against the change that followed.",
 )  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import figures
 from experiments.drawing import benches, lengths, pressure, reading, tokens
+from luspo import flags
 from luspo_jax.hosts import figure_style
 from luspo_jax.metrics import json_line
 
@@ -236,6 +237,11 @@ def test_a_sweep_is_compared_and_what_is_not_there_is_said(tmp_path):
         figures.run_figure(run, "lengths")
     with pytest.raises(FileNotFoundError, match="two held-out measurements"):
         figures.run_figure(run, "tokens")
+
+
+def test_the_program_offers_every_kind():
+    (kind,) = (flag for flag in flags.flags("plot") if flag.name == "kind")
+    assert kind.values == (*figures.KINDS, "all")
 
 
 def test_benches_are_drawn_as_found():
