@@ -16,6 +16,9 @@ import numpy as np
 from luspo_jax.hosts import figure_style, files
 
 
+_WHOLE = 1.02  # above a share of 1: intervals may reach beyond what a share can be
+
+
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One line, in the order of the steps.
@@ -96,6 +99,9 @@ def draw(chart: Chart):
             handles = _draw(axis, panel) | handles
             if chart.share_y and place:
                 axis.set_ylabel("")
+        for axis, panel in zip(row, panels, strict=True):  # now that a scale in common is known
+            if "share" in panel.y and axis.get_ylim()[1] > _WHOLE:
+                axis.set_ylim(top=_WHOLE)
     if len(handles) > 1:
         figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     if chart.note:
@@ -121,8 +127,6 @@ def _draw(axis, panel) -> dict:
     if panel.log:
         axis.set_yscale("log")
     axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
-    if "share" in panel.y:  # an interval may reach beyond what a share can be
-        axis.set_ylim(top=min(axis.get_ylim()[1], 1.02))
     return handles
 
 

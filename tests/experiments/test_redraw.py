@@ -80,6 +80,11 @@ def test_every_picture_is_drawn_again_or_named_as_old():
 def test_recorded_numbers_can_be_drawn(target):
     figure = redraw.figures()[target]()
     assert all(axis.has_data() for axis in figure.axes if axis.get_title(loc="left"))
+    charts = [axis for axis in figure.axes if target.name.startswith("curves")]
+    for axis in charts:
+        low, high = axis.get_ylim()
+        for line in axis.lines:
+            assert low <= np.nanmin(line.get_ydata()) <= np.nanmax(line.get_ydata()) <= high
 
 
 def test_a_run_and_a_sweep_are_recorded_as_they_were(tmp_path, monkeypatch):
