@@ -15,7 +15,6 @@ import numpy as np
 
 from luspo_jax.hosts import figure_style, files
 
-
 _WHOLE = 1.02  # above a share of 1: intervals may reach beyond what a share can be
 
 
