@@ -273,7 +273,7 @@ def outcomes_figure(
         axis.set(title=columns[place])
         axis.grid(False, axis="y")
     axes[0][0].set_yticks(range(len(rows)), names, fontsize=8)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(rows) - 0.5, -0.5)
     if sweep.baseline:
         figure.supxlabel(
             "difference to the baseline, paired by seed, with its 95 % interval; filled: without 0",
