@@ -20,7 +20,6 @@ def run_figure(workdir: pathlib.Path, kind: str = "summary") -> pathlib.Path:
 
     Raises:
       FileNotFoundError: the folder holds no run, or not what the figure needs.
-      ValueError: the run measured no length pressure.
     """
     workdir = pathlib.Path(workdir)
     if kind == "summary":
@@ -31,6 +30,8 @@ def run_figure(workdir: pathlib.Path, kind: str = "summary") -> pathlib.Path:
     elif kind == "tokens":
         figure = tokens.draw(tokens.read(workdir))
     else:
-        every = reading.configuration(workdir).get("length.every", 1)
-        figure = pressure.draw(reading.run_rows(workdir), every)
+        rows = reading.run_rows(workdir)
+        if not any(pressure.TAKEN in row for row in rows):
+            raise FileNotFoundError(f"no length pressure in {workdir}: set length.every")
+        figure = pressure.draw(rows, reading.configuration(workdir).get("length.every", 1))
     return figure_style.save(figure, workdir / f"{kind}.png")

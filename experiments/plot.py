@@ -36,7 +36,7 @@ def main() -> None:
     for kind in kinds:
         try:
             print(figures.run_figure(folder, kind))
-        except (FileNotFoundError, ValueError) as missing:
+        except FileNotFoundError as missing:
             if _KIND.value != "all" or kind == "summary":
                 raise
             print(f"{kind}: not drawn: {missing}")

@@ -58,12 +58,7 @@ def draw(rows: Sequence[dict], every: int):
 
     Returns:
       the figure.
-
-    Raises:
-      ValueError: the run measured no pressure.
     """
-    if not any(TAKEN in row for row in rows):
-        raise ValueError("the run measured no length pressure: set length.every")
     plt = figure_style.pyplot()
     figure, axes = plt.subplots(
         1, 3, figsize=(13, 4.2), layout="constrained", width_ratios=(1.1, 1, 1.1)

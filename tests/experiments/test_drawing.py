@@ -1,6 +1,9 @@
 """What figures of runs show, against a transcription: numbers of the artists, not pixels."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ from experiments.drawing import benches, lengths, pressure, reading, tokens
 from luspo import flags
 from luspo_jax.hosts import figure_style
 from luspo_jax.metrics import json_line
+
+ROOT = pathlib.Path(figures.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -171,8 +176,6 @@ def test_pressure_is_drawn_of_every_objective_and_summed():
     np.testing.assert_allclose(third.lines[1].get_ydata(), expected)
     offsets = second.collections[0].get_offsets()
     np.testing.assert_allclose(offsets, np.transpose(pressure.followed(rows, 5)[1:]))
-    with pytest.raises(ValueError, match=r"set length\.every"):
-        pressure.draw([{"step": 1, "reward": 1.0}], 5)
 
 
 def test_accuracy_against_tokens_of_a_run():
@@ -237,6 +240,19 @@ def test_a_sweep_is_compared_and_what_is_not_there_is_said(tmp_path):
         figures.run_figure(run, "lengths")
     with pytest.raises(FileNotFoundError, match="two held-out measurements"):
         figures.run_figure(run, "tokens")
+
+
+def test_the_command_draws_what_there_is_and_says_what_not(tmp_path):
+    run = _workdir(tmp_path / "run", _rows(np.random.default_rng(7), every=100))
+    line = [sys.executable, "-m", "experiments.plot", f"--workdir={run}"]
+    ran = subprocess.run([*line, "--kind=all"], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    found = ran.stdout.splitlines()
+    assert found[:1] + found[2:3] == [f"{run}/summary.png", f"{run}/tokens.png"]
+    assert found[1].startswith(f"lengths: not drawn: no responses in {run}/rollouts")
+    assert found[3] == f"pressure: not drawn: no length pressure in {run}: set length.every"
+    ran = subprocess.run([*line, "--kind=pressure"], capture_output=True, text=True, cwd=ROOT)
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1), ran.stderr
 
 
 def test_the_program_offers_every_kind():
