@@ -45,7 +45,7 @@ COMMANDS = {
     "status": Command("say what runs are doing"),
     "preview": Command("show the first prompts, token by token", "config", "Settings"),
     "show": Command("show a run's responses"),
-    "plot": Command("draw a run's reward, length and accuracy", "workdir"),
+    "plot": Command("draw a run: summary, lengths, tokens, pressure", "workdir"),
     "export": Command("write a checkpoint as a Hugging Face folder", "workdir"),
     "tasks": Command("list the generated tasks of reasoning-gym, or show one", "task"),
 }

@@ -40,14 +40,34 @@ def _code(path):
     return "\n".join(line for source in sources for line in source.split("\n") if line[:1] != "%")
 
 
-def test_there_are_four():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+def test_there_are_six():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs_are_stripped(path):
     code = [cell for cell in _cells(path) if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_installs_only_what_is_missing(path):
+    """The first code cell, or the second of one with settings, makes a free runtime ready."""
+    code = ["".join(cell["source"]) for cell in _cells(path) if cell["cell_type"] == "code"]
+    install = next(source for source in code if '"pip"' in source)
+    assert code.index(install) <= 1
+    assert 'find_spec("luspo_jax") is None' in install
+    before = "\n".join(code[: code.index(install)])
+    assert "luspo_jax" not in {
+        node.names[0].name.split(".")[0]
+        for node in ast.walk(ast.parse(before))
+        if isinstance(node, ast.Import)
+    }
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_has_the_look_of_all_figures(path):
+    assert "plt = figure_style.use()" in _code(path)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -60,7 +80,9 @@ def test_it_imports_what_is_installed(path):
         elif isinstance(node, ast.ImportFrom):
             roots.add(node.module.split(".")[0])
     allowed = {"luspo_jax", "jax", "numpy", "pandas", "matplotlib"}
-    if path.stem == "04_adapters":  # what reads an adapter elsewhere, where it is installed
+    if path.stem == "05_borrow_the_loss":  # a loop of one's own has an optimizer
+        allowed |= {"optax"}
+    if path.stem == "06_adapters":  # what reads an adapter elsewhere, where it is installed
         allowed |= {"peft", "torch", "transformers"}
     assert roots <= allowed | set(sys.stdlib_module_names)
 

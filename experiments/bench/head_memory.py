@@ -11,7 +11,8 @@ import sys
 from absl import flags
 
 from experiments import command
-from luspo_jax.hosts import files
+from experiments.drawing import benches
+from luspo_jax.hosts import figure_style, files
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the table and the figure.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier one in --out.")
@@ -32,8 +33,9 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     with files.new_folder(out, overwrite=_OVERWRITE.value) as folder:
-        files.write_text(folder / "head_memory.json", json.dumps(rows, indent=2) + "\n")
-        _figure(rows, folder / "head_memory.png")
+        found = {"vocab": _VOCAB.value, "embed": _EMBED.value, "rows": rows}
+        files.write_text(folder / "head_memory.json", json.dumps(found, indent=2) + "\n")
+        figure_style.save(benches.head_memory(found), folder / "head_memory.png")
 
 
 def temporary_bytes(length: int, chunk_tokens: int | None) -> int:
@@ -67,25 +69,6 @@ def temporary_bytes(length: int, chunk_tokens: int | None) -> int:
     )
     compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*shapes).compile()
     return compiled.memory_analysis().temp_size_in_bytes
-
-
-def _figure(rows, path):
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    tokens = [row["tokens"] for row in rows]
-    for name in [*_CHUNKS.value, "plain"]:
-        label = (
-            "log-softmax of all logits" if name == "plain" else f"chunks of {int(name):,} tokens"
-        )
-        style = "--" if name == "plain" else "-"
-        axes.plot(tokens, [row[name] / 2**30 for row in rows], f"o{style}", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="temporary memory, GiB")
-    axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
-    axes.minorticks_off()
-    axes.set_title(f"head and log-probs, V = {_VOCAB.value:,}, D = {_EMBED.value:,}", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import time
 from absl import flags
 
 from experiments import command
-from luspo_jax.hosts import files
+from experiments.drawing import benches
+from luspo_jax.hosts import figure_style, files
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the table and the figure.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier one in --out.")
@@ -39,7 +40,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     with files.new_folder(out, overwrite=_OVERWRITE.value) as folder:
         files.write_text(folder / "long_context.json", json.dumps(rows, indent=2) + "\n")
-        _figure(rows, folder / "long_context.png")
+        figure_style.save(benches.long_context(rows), folder / "long_context.png")
 
 
 def measured(length: int) -> dict[str, float]:
@@ -116,25 +117,6 @@ def case(length: int):
     )
     params = decoder.init_params(jax.random.key(0), config, layout=layout)
     return initial_state(params, rule), rows.put(batch, layout), rule
-
-
-def _figure(rows, path):
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    tokens = [row["tokens"] for row in rows]
-    left.plot(tokens, [row["microseconds_a_token"] for row in rows], "o-")
-    left.set(xscale="log", ylim=(0, None), xlabel="tokens a row", ylabel="µs a token")
-    left.set_title("cost of a token, one training step", fontsize=10)
-    right.plot(tokens, [row["temporary_bytes_a_device"] / 2**20 for row in rows], "o-")
-    right.plot(tokens, [4 * n * n / 2**20 for n in tokens], "--", color="0.6", label="one T × T")
-    right.set(xscale="log", yscale="log", xlabel="tokens a row", ylabel="MiB a device")
-    right.set_title(f"temporary memory, {rows[0]['devices']} devices", fontsize=10)
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
-        axes.minorticks_off()
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

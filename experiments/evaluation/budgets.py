@@ -16,7 +16,7 @@ from luspo_jax.benchmarks import Record
 from luspo_jax.benchmarks.budgets import Curve, Judged, curve, right_under
 from luspo_jax.benchmarks.registry import Judge
 from luspo_jax.benchmarks.statistics import by_problem, usable
-from luspo_jax.hosts import files
+from luspo_jax.hosts import figure_style, files
 from luspo_jax.rewards import Sample
 from luspo_jax.rewards.answers.extraction import with_opening
 
@@ -101,29 +101,23 @@ def measure(
 
 def _draw(path: pathlib.Path, curves: Mapping[str, Curve]) -> None:
     """Draws accuracy over log2 of the budget with its 95 % intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = figure_style.pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for name, found in curves.items():
+    for index, (name, found) in enumerate(curves.items()):
         share = 100 * np.asarray(found.accuracy)
         low, high = 100 * np.asarray(found.ci95).T
         label = f"{name} (area {100 * found.area:.1f} %)"
-        (line,) = axis.plot(found.budgets, share, marker="o", ms=4, lw=1.5, label=label)
-        axis.fill_between(found.budgets, low, high, color=line.get_color(), alpha=0.15, lw=0)
+        look, marker = figure_style.style(index), figure_style.MARKERS[index % 7]
+        axis.plot(found.budgets, share, marker=marker, ms=4, label=label, **look)
+        axis.fill_between(found.budgets, low, high, color=look["color"], alpha=0.14, lw=0)
     axis.set_xscale("log", base=2)
     ticks = _ticks(budget for found in curves.values() for budget in found.budgets)
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.minorticks_off()
     axis.set(xlabel="budget in tokens", ylabel="accuracy of responses cut there, %")
     axis.set_ylim(0, max(5.0, min(100.0, 1.05 * axis.get_ylim()[1])))
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
-    with files.replacing(path) as scratch:
-        figure.savefig(scratch, dpi=120)
-    plt.close(figure)
+    axis.legend()
+    figure_style.save(figure, path)
 
 
 def _ticks(values: Iterable[int]) -> list[int]:

@@ -11,16 +11,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import scipy.stats
 
+from experiments.drawing import chart
+from experiments.drawing.reading import series
 from experiments.sweeps import runner, spec
 from experiments.sweeps.spec import Member, Outcome, Sweep
-from luspo_jax.hosts import files
+from luspo_jax.hosts import figure_style, files
 from luspo_jax.hosts.values import nearest
 
 CURVES = (
-    ("reward", "reward", "mean reward"),
-    ("response length", "response_length/mean", "tokens"),
-    ("held-out accuracy", "val-core/*", "accuracy"),
+    ("Reward", "reward", "mean reward of a step"),
+    ("Response length", "response_length/mean", "tokens, mean"),
+    ("Held-out accuracy", "val-core/*", "share right"),
 )
+STEP = "rollout step"
 MOST_LINES = 12  # most curves in a figure
 
 
@@ -62,19 +65,6 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Estimate:
     """Returns the mean difference over the seeds in both."""
     return estimate([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
-
-
-def series(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (steps, finite values) of a metric, or of the first that matches a pattern with *."""
-    head, star, tail = metric.partition("*")
-    if star:  # one name for all rows: a row without it must not add another metric
-        fitting = (k for row in rows for k in row if k.startswith(head) and k.endswith(tail))
-        metric = next(fitting, metric)
-    found = [(row["step"], row[metric]) for row in rows if metric in row]
-    kept = [(step, value) for step, value in found if math.isfinite(value)]
-    return tuple(np.array(x, np.float64) for x in zip(*kept, strict=True)) if kept else (
-        np.zeros(0), np.zeros(0)
-    )  # fmt: skip
 
 
 def value_of(rows: Sequence[dict], outcome: Outcome) -> float:
@@ -234,45 +224,37 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 def curves_figure(sweep: Sweep, workdir: pathlib.Path) -> pathlib.Path | None:
     """Draws reward, length and held-out accuracy over steps: mean over seeds, 95 % interval."""
-    plt = pyplot()
-    chosen = [v for v in spec.variants(sweep)][:MOST_LINES]
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(14, 4.2), layout="constrained")
-    drawn = 0
-    for variant, color in zip(chosen, _colors(plt, len(chosen)), strict=True):
-        runs = [
-            rows for seed in sweep.seeds if (rows := finished_rows(sweep, variant, seed, workdir))
-        ]
-        for axis, (_, metric, _) in zip(axes, CURVES, strict=True):
-            steps, mean, half = band([series(rows, metric) for rows in runs])
-            if len(steps):
-                axis.plot(steps, mean, color=color, lw=1.6, label=variant.name)
-                axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
-                drawn += 1
-    for axis, (title, _, unit) in zip(axes, CURVES, strict=True):
-        axis.set(title=title, xlabel="rollout step", ylabel=unit)
-        axis.grid(alpha=0.3)
-    if drawn:
-        left_out = len(spec.variants(sweep)) - len(chosen)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-        if left_out:
-            figure.suptitle(f"the first {len(chosen)} variants; {left_out} more in the table")
-        with files.replacing(workdir / "curves.png") as scratch:
-            figure.savefig(scratch, dpi=120)
-    plt.close(figure)
-    return workdir / "curves.png" if drawn else None
+    every = [variant.name for variant in spec.variants(sweep)]
+    chosen = every[:MOST_LINES]
+    rows = {name: finished(sweep, name, workdir) for name in chosen}
+    panels = [
+        chart.Panel(
+            title, STEP, unit,
+            [
+                line
+                for style, name in enumerate(chosen)
+                for line in lines([series(run, metric) for run in rows[name]], name, style)
+            ],
+        )
+        for title, metric, unit in CURVES
+    ]  # fmt: skip
+    left_out = len(every) - len(chosen)
+    note = f"the first {len(chosen)} variants; {left_out} more in the table" if left_out else ""
+    found = chart.Chart([panels], note=note)
+    return None if found.is_empty else chart.write(found, workdir / "curves.png")
 
 
 def outcomes_figure(
     sweep: Sweep, results: Sequence[Result], workdir: pathlib.Path
 ) -> pathlib.Path | None:
     """Draws each outcome with its interval: differences to the baseline if there is one."""
-    plt = pyplot()
+    plt = figure_style.pyplot()
     columns, rows = table(sweep, results)
     # By index, because an axis may have the name of an outcome.
     places = [place for place, cell in enumerate(rows[0]) if isinstance(cell, Estimate)]
     places = places[1::2] if sweep.baseline else places
     names = [variant.name for variant in spec.variants(sweep)]
-    height = max(2.5, 0.28 * len(rows) + 1)
+    height = max(2.5, 0.28 * len(rows) + 1.2)
     figure, axes = plt.subplots(
         1, len(places), figsize=(2 + 3 * len(places), height), sharey=True, layout="constrained",
         squeeze=False,
@@ -281,17 +263,38 @@ def outcomes_figure(
         for index, row in enumerate(rows):
             if row[place].count:
                 width = 0 if math.isnan(row[place].half_width) else row[place].half_width
-                axis.errorbar(row[place].mean, index, xerr=width, fmt="o", ms=4, color="C0")
+                sure = abs(row[place].mean) > width > 0 and sweep.baseline
+                axis.errorbar(
+                    row[place].mean, index, xerr=width, fmt="o", ms=5, lw=1.6,
+                    color=figure_style.LINES[0], mfc=None if sure else figure_style.CARD,
+                )  # fmt: skip
         if sweep.baseline:
-            axis.axvline(0, color="0.6", lw=0.8)
+            axis.axvline(0, color=figure_style.EDGE, lw=0.8)
         axis.set(title=columns[place])
-        axis.grid(alpha=0.3, axis="x")
+        axis.grid(False, axis="y")
     axes[0][0].set_yticks(range(len(rows)), names, fontsize=8)
-    axes[0][0].invert_yaxis()
-    with files.replacing(workdir / "outcomes.png") as scratch:
-        figure.savefig(scratch, dpi=110)
-    plt.close(figure)
-    return workdir / "outcomes.png"
+    axes[0][0].set_ylim(len(rows) - 0.5, -0.5)
+    if sweep.baseline:
+        figure.supxlabel(
+            "difference to the baseline, paired by seed, with its 95 % interval; filled: without 0",
+            fontsize=8.5, color=figure_style.SOFT_INK,
+        )  # fmt: skip
+    return figure_style.save(figure, workdir / "outcomes.png")
+
+
+def finished(sweep: Sweep, variant: str, workdir: pathlib.Path) -> list[list[dict]]:
+    """Returns the metrics of a variant's finished runs."""
+    one = next(v for v in spec.variants(sweep) if v.name == variant)
+    runs = (finished_rows(sweep, one, seed, workdir) for seed in sweep.seeds)
+    return [rows for rows in runs if rows]
+
+
+def lines(
+    runs: Sequence[tuple[np.ndarray, np.ndarray]], label: str, style: int
+) -> list[chart.Line]:
+    """Returns the line of the mean of (steps, values) over runs with its interval; none of none."""
+    steps, mean, half = band(runs)
+    return [chart.Line(label, steps, mean, half, style)] if len(steps) else []
 
 
 def finished_rows(sweep, variant, seed, workdir):
@@ -343,17 +346,3 @@ def _csv(columns, rows):
 
 def _number(value):
     return "" if value is None or math.isnan(value) else f"{value:.6g}"
-
-
-def pyplot():
-    """Returns matplotlib.pyplot, drawing into files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _colors(plt, count):
-    return [plt.get_cmap("tab20" if count > 10 else "tab10")(k) for k in range(count)]

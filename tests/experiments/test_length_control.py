@@ -9,6 +9,7 @@ from matplotlib.text import Text
 from experiments.studies.length_control import design, figure, rewards, tables
 from experiments.studies.quickstart_runs import REFERENCE_LENGTH, TASKS
 from experiments.sweeps import spec
+from luspo_jax.hosts import figure_style
 from luspo_jax.metrics import json_line
 from luspo_jax.rewards.group import group_reward
 from tests.rewards.group.group_cases import peers
@@ -220,7 +221,7 @@ def test_an_unfinished_study_has_tables_too(tmp_path):
 def test_labels_cover_neither_points_nor_each_other(ran):
     _, _, (sweep, folder) = ran
     values = tables.Values(sweep, tables.report.collect(sweep, folder))
-    plt = tables.report.pyplot()
+    plt = figure_style.pyplot()
     drawn = plt.figure(figsize=(10, 8))
     axis = drawn.subplots()
     labels = figure.of_task(axis, values, "sums")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from experiments.drawing import chart
 from experiments.studies.adapters import design
 from experiments.studies.quickstart_runs import ACCURACY, LENGTH
 from experiments.sweeps import report, spec
@@ -13,9 +14,9 @@ from luspo_jax.hosts import files
 
 AREA = "accuracy area"
 CURVES = (
-    ("held-out accuracy", ACCURACY),
-    ("held-out length, tokens", LENGTH),
-    ("length trained on, tokens", "response_length/mean"),
+    ("held-out accuracy", ACCURACY, "share right"),
+    ("held-out length", LENGTH, "tokens, mean"),
+    ("length trained on", "response_length/mean", "tokens, mean"),
 )
 
 
@@ -98,30 +99,25 @@ def _alike(sweep, folder) -> str:
 
 
 def _figure(sweeps, workdir):
-    plt = report.pyplot()
-    figure, axes = plt.subplots(
-        len(sweeps), len(CURVES), figsize=(13, 3.6 * len(sweeps)), layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
-    for row, (objective, sweep) in zip(axes, sweeps.items(), strict=True):
-        for axis, (title, metric) in zip(row, CURVES, strict=True):
-            for color, variant in enumerate(spec.variants(sweep)):
-                found = [
-                    report.finished_rows(sweep, variant, seed, workdir / objective)
-                    for seed in sweep.seeds
-                ]
-                steps, mean, half = report.band(
-                    [report.series(rows, metric) for rows in found if rows]
+    rows = []
+    for objective, sweep in sweeps.items():
+        runs = {
+            variant.name: report.finished(sweep, variant.name, workdir / objective)
+            for variant in spec.variants(sweep)
+        }
+        rows.append(
+            [
+                chart.Panel(
+                    f"{objective}: {title}", report.STEP, unit,
+                    [
+                        line
+                        for style, (name, found) in enumerate(runs.items())
+                        for line in report.lines(
+                            [report.series(one, metric) for one in found], name, style
+                        )
+                    ],
                 )
-                if len(steps):
-                    axis.plot(steps, mean, color=f"C{color}", lw=1.6, label=variant.name)
-                    axis.fill_between(
-                        steps, mean - half, mean + half, color=f"C{color}", alpha=0.15, lw=0
-                    )
-            axis.set(title=f"{objective}: {title}", xlabel="rollout step")
-            axis.grid(alpha=0.3)
-        if row[0].lines:
-            row[0].legend(fontsize=8)
-    with files.replacing(workdir / "curves.png") as scratch:
-        figure.savefig(scratch, dpi=120)
-    plt.close(figure)
+                for title, metric, unit in CURVES
+            ]
+        )  # fmt: skip
+    chart.write(chart.Chart(rows), workdir / "curves.png")

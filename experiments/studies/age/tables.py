@@ -4,9 +4,9 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from experiments.studies.age import design
+from experiments.drawing import chart
 from experiments.studies.age.design import NONE, SYNCHRONOUS, cell
-from experiments.studies.quickstart_runs import LENGTH
+from experiments.studies.quickstart_runs import ACCURACY, LENGTH
 from experiments.sweeps import report, spec
 from experiments.sweeps.report import Estimate, Result
 from experiments.sweeps.spec import Sweep
@@ -16,7 +16,6 @@ from luspo_jax.hosts.files import write_text
 COMPARED = ("length trained on", "length area", "last length", "accuracy area", "last accuracy")
 TOLD = ("consumed / sampled - 1", "mean age", "fresh tokens")
 SMALL = "k3 KL(sampler, trainer)"  # values too small for the other digits
-_COLORS = {SYNCHRONOUS: "0.3", "waiting": "C0", "dropping": "C3", design.AHEAD: "C2"}
 
 BySeed = dict[int, float]
 
@@ -157,37 +156,28 @@ def _table(columns, rows, heads):
 
 def curves_figure(sweep: Sweep, workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Draws held-out length and accuracy over steps: a column an objective, a line a mode."""
-    panels = (("held-out length", LENGTH, "tokens"), ("held-out accuracy", "val-core/*", ""))
-    objectives = list(sweep.axes["objective"])
-    plt = report.pyplot()
-    figure, axes = plt.subplots(
-        len(panels), len(objectives), figsize=(4.2 * len(objectives), 6.4), layout="constrained",
-        sharex=True, sharey="row", squeeze=False,
-    )  # fmt: skip
-    for row, (title, metric, unit) in zip(axes, panels, strict=True):
-        for axis, objective in zip(row, objectives, strict=True):
-            for mode, color in _COLORS.items():
-                _band(
-                    axis, _curves(sweep, workdir, cell(mode, objective, NONE), metric), mode, color
-                )
-            axis.set(title=f"{objective}: {title}", ylabel=unit)
-            axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set(xlabel="rollout step")
-    if axes[0][0].lines:
-        axes[0][0].legend(fontsize=8, frameon=False)
-    figure.savefig(target, dpi=90)
-    plt.close(figure)
+    panels = (
+        ("held-out length", LENGTH, "tokens, mean"),
+        ("held-out accuracy", ACCURACY, "share right"),
+    )
+    modes = list(sweep.axes["mode"])
+    rows = [
+        [
+            chart.Panel(
+                f"{objective}: {title}", report.STEP, unit,
+                [
+                    line
+                    for style, mode in enumerate(modes)
+                    for line in _line(sweep, workdir, cell(mode, objective, NONE), metric, style)
+                ],
+            )
+            for objective in sweep.axes["objective"]
+        ]
+        for title, metric, unit in panels
+    ]  # fmt: skip
+    chart.write(chart.Chart(rows, share_y=True), target)
 
 
-def _curves(sweep, workdir, name, metric):
-    variant = next(v for v in spec.variants(sweep) if v.name == name)
-    runs = (report.finished_rows(sweep, variant, seed, workdir) for seed in sweep.seeds)
-    return [report.series(rows, metric) for rows in runs if rows]
-
-
-def _band(axis, curves, label, color):
-    steps, mean, half = report.band(curves)
-    if len(steps):
-        axis.plot(steps, mean, color=color, lw=1.6, label=label)
-        axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
+def _line(sweep, workdir, name, metric, style):
+    runs = report.finished(sweep, name, workdir)
+    return report.lines([report.series(rows, metric) for rows in runs], name.split(",")[0], style)

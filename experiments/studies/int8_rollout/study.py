@@ -6,39 +6,28 @@ and figure beside the study's README.
 """
 
 import pathlib
-import shutil
 import sys
 
 from absl import flags
 
 from experiments import command
+from experiments.studies import session
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
-_PARALLEL = flags.DEFINE_integer("parallel", 2, "Runs at a time.", 1)
+session.define_flags("tables and figure")
 _SMOKE = flags.DEFINE_bool("smoke", False, "One seed and three steps: does everything run?")
-_PUBLISH = flags.DEFINE_bool("publish", False, "Copy tables and figure beside the README.")
-_ANALYSE_ONLY = flags.DEFINE_bool("analyse_only", False, "Run nothing; tell of what is there.")
 
-PUBLISHED = ("results.md", "curves.png")
+PUBLISHED = ("results.md", "curves.png", "curves.json")
 
 
 def main() -> None:
     """Runs everything, in order."""
     from experiments.studies.int8_rollout import design, tables
-    from experiments.sweeps import runner
 
-    workdir = pathlib.Path(_WORKDIR.value).absolute()
-    sweep = design.sweep(**({"steps": 3, "seeds": (0,)} if _SMOKE.value else {}))
-    failures = {}
-    if not _ANALYSE_ONLY.value:
-        failures = runner.run(sweep, workdir, parallel=_PARALLEL.value)
-    print(tables.write(sweep, workdir, failures))
-    if _PUBLISH.value:
-        for name in PUBLISHED:
-            shutil.copy(workdir / name, pathlib.Path(__file__).parent / name)
-    if failures:
-        lines = "\n".join(f"  - {name}: {reason}" for name, reason in failures.items())
-        raise command.UsageError(f"{len(failures)} members failed:\n{lines}")
+    study = session.begin()
+    few = {"steps": 3, "seeds": (0,)} if _SMOKE.value else {}
+    sweep, workdir = study.run(design.sweep(**few))
+    text = tables.write(sweep, workdir, study.failures)
+    study.finish(text, pathlib.Path(__file__).parent, PUBLISHED)
 
 
 if __name__ == "__main__":

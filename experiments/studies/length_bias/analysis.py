@@ -7,11 +7,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from experiments.drawing import chart
 from experiments.studies.length_bias import design
 from experiments.sweeps import report, spec
 from experiments.sweeps.prediction import LENGTH, WINDOW, fit, windows
 from experiments.sweeps.report import Estimate, Result
 from experiments.sweeps.spec import Sweep
+from luspo_jax.hosts import figure_style
 from luspo_jax.hosts.files import write_text
 
 Ran = tuple[Sweep, pathlib.Path]  # a sweep and the folder of its runs
@@ -39,6 +41,10 @@ CONTRASTS = {
     "adaptive (pressure) − LUSPO/L_ref wide": ("adaptive, pressure to zero", "LUSPO/L_ref wide"),
     "adaptive (band) − LUSPO/L_ref wide": ("adaptive, band", "LUSPO/L_ref wide"),
 }  # fmt: skip
+
+
+# Lines of the factorial, and the numbers of their looks; GRPO has one clip range, 0.2.
+_STYLES = {"GSPO {clip}": 1, "LUSPO {clip}": 0, "LUSPO/L_ref {clip}": 2, "GRPO": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,29 +202,27 @@ def _predictions(study):
 
 def factorial_figure(study: Study, workdir: pathlib.Path) -> None:
     """Draws the factorial's length and accuracy over steps: by clip range, bases, all seeds."""
-    plt = report.pyplot()
-    figure, axes = plt.subplots(4, 3, figsize=(12, 13), layout="constrained", sharex=True)
-    colors = {"GSPO": "C3", "LUSPO": "C0", "LUSPO/L_ref": "C2"}
-    for row, (task, metric) in enumerate(
-        (task, metric) for task in design.TASKS for metric in ("val-core/*", LENGTH)
-    ):
+    rows = []
+    for task in design.TASKS:
         sweep, folder = study.main[task]
-        for axis, clip in zip(axes[row], design.CLIPS, strict=True):
-            for name, color in colors.items():
-                runs = _curves(sweep, folder, f"{name} {clip}", metric)
-                steps, mean, half = report.band(runs)
-                axis.plot(steps, mean, color=color, marker="o", ms=3, label=name)
-                axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
-            steps, mean, _ = report.band(_curves(sweep, folder, "GRPO", metric))
-            axis.plot(steps, mean, color="0.5", ls="--", label="GRPO (clip 0.2)")
-            what = "held-out accuracy" if metric.startswith("val-core") else "mean length, tokens"
-            axis.set(title=f"{task}, clip {clip}", ylabel=what)
-            axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("rollout step")
-    axes[0][0].legend(fontsize=8, frameon=False)
-    figure.savefig(workdir / "factorial.png", dpi=90)
-    plt.close(figure)
+        for metric, unit in (("val-core/*", "held-out share right"), (LENGTH, "tokens, mean")):
+            rows.append(
+                [
+                    chart.Panel(
+                        f"{task}, clip {clip}", report.STEP, unit,
+                        [
+                            line
+                            for name, style in _STYLES.items()
+                            for line in report.lines(
+                                _curves(sweep, folder, name.format(clip=clip), metric),
+                                name.format(clip="").strip(), style,
+                            )
+                        ],
+                    )
+                    for clip in design.CLIPS
+                ]
+            )  # fmt: skip
+    chart.write(chart.Chart(rows, share_y=True), workdir / "factorial.png")
 
 
 def _curves(sweep, folder, objective, metric):
@@ -234,20 +238,18 @@ def _curves(sweep, folder, objective, metric):
 
 def prediction_figure(points, workdir: pathlib.Path) -> None:
     """Draws measured against predicted change of length, one point per window."""
-    plt = report.pyplot()
+    plt = figure_style.pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 9), layout="constrained", squeeze=False)
     for axis, ((task, rates), runs) in zip(axes.flat, points.items(), strict=False):
         for k, (name, found) in enumerate(runs.items()):
             pairs = np.array([(w[0], w[1]) for run in found for w in run])
-            axis.plot(*pairs.T, ".", color=f"C{k}", label=name)
+            axis.plot(*pairs.T, figure_style.MARKERS[k % 7], ms=3.5, label=name)
         low, high = axis.get_xlim()
-        axis.plot((low, high), (low, high), color="0.5", lw=0.8)
+        axis.plot((low, high), (low, high), color=figure_style.EDGE, lw=0.8, label="as predicted")
         axis.set(
             title=f"{task}, {rates}: windows of {WINDOW} steps",
             xlabel="predicted change of mean length, tokens",
             ylabel="measured change, tokens",
         )
-        axis.legend(fontsize=8, frameon=False)
-        axis.grid(alpha=0.3)
-    figure.savefig(workdir / "prediction.png", dpi=90)
-    plt.close(figure)
+        axis.legend()
+    figure_style.save(figure, workdir / "prediction.png")

@@ -6,19 +6,14 @@ same command resumes. `--publish` also copies tables and figures beside the stud
 """
 
 import pathlib
-import shutil
-import subprocess
 import sys
 
-from absl import flags
-
 from experiments import command
+from experiments.studies import session
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
-_PARALLEL = flags.DEFINE_integer("parallel", 2, "Runs at a time.", 1)
-_PUBLISH = flags.DEFINE_bool("publish", False, "Copy tables and figures beside the README.")
-_ANALYSE_ONLY = flags.DEFINE_bool("analyse_only", False, "Run nothing; tell of what is there.")
+session.define_flags("tables and figures")
 
+PUBLISHED = ("results.md", "factorial.png", "factorial.json", "prediction.png")
 _BASES = {
     "label_sums_1": ("--task=label_sums", "--seed=1"),
     "label_lookup_1": ("--task=label_lookup", "--seed=1"),
@@ -32,30 +27,26 @@ _BASES = {
 def main() -> None:
     """Runs everything, in order."""
     from experiments.studies.length_bias import analysis, design
-    from experiments.sweeps import report, runner, tuning
+    from experiments.sweeps import report, tuning
     from luspo_jax.hosts import files
 
-    workdir, parallel = pathlib.Path(_WORKDIR.value).absolute(), _PARALLEL.value
-    if _ANALYSE_ONLY.value:
-        parallel = 0
-    else:
-        make_bases(workdir / "bases")
-    failures = {}
+    study = session.begin()
+    bases = study.workdir / "bases"
+    if not study.analyse_only:
+        for name, options in _BASES.items():
+            session.make_base(bases / name, options)
 
     def run(name, sweep):
         print(f"== {name}", flush=True)
-        folder = workdir / name.replace(" ", "_")
-        if parallel:
-            failures.update(runner.run(sweep, folder, parallel=parallel))
-            report.write(sweep, folder)
-        return sweep, folder
+        ran = study.run(sweep, name.replace(" ", "_"))
+        if not study.analyse_only:
+            report.write(*ran)
+        return ran
 
     rates = {}
     for task in design.TASKS:
-        tuned = run(f"tuning {task}", design.tuning(task, workdir / "bases"))
-        rates[task] = tuning.best_rates(*tuned)
-    files.write_json(workdir / "rates.json", rates)
-    bases = workdir / "bases"
+        rates[task] = tuning.best_rates(*run(f"tuning {task}", design.tuning(task, bases)))
+    files.write_json(study.workdir / "rates.json", rates)
     found = analysis.Study(
         rates=rates,
         main={t: run(f"main {t}", design.main(t, rates[t], bases)) for t in design.TASKS},
@@ -71,34 +62,8 @@ def main() -> None:
         },
         environments=run("environments", design.environments(rates["sums"], bases)),
     )
-    print(analysis.write(found, workdir))
-    if _PUBLISH.value:
-        publish(workdir)
-    if failures:
-        lines = "\n".join(f"  - {name}: {reason}" for name, reason in failures.items())
-        raise command.UsageError(f"{len(failures)} members failed:\n{lines}")
-
-
-def make_bases(folder: pathlib.Path) -> None:
-    """Trains the base policies that are not embedded, each once."""
-    for name, options in _BASES.items():
-        if not (folder / name / "README.md").is_file():
-            print(f"== base {name}", flush=True)
-            subprocess.run(
-                [
-                    sys.executable, "-m", "experiments.make_base", "--overwrite", *options,
-                    f"--out={folder / name}",
-                ],
-                check=True,
-                cwd=pathlib.Path(__file__).resolve().parents[3],
-            )  # fmt: skip
-
-
-def publish(workdir: pathlib.Path) -> None:
-    """Copies the results for readers of the repository."""
-    here = pathlib.Path(__file__).parent
-    for name in ("results.md", "factorial.png", "prediction.png"):
-        shutil.copy(workdir / name, here / name)
+    text = analysis.write(found, study.workdir)
+    study.finish(text, pathlib.Path(__file__).parent, PUBLISHED)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,87 @@
 """The figure of the study: held-out accuracy against tokens of an answer, a point a control."""
 
 import itertools
+import json
 import math
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
 from experiments.studies.length_control import design
 from experiments.studies.quickstart_runs import TASKS
 from experiments.sweeps import report
+from luspo_jax.hosts import figure_style, files
 
 TOKENS, ACCURACY = "length area", "accuracy area"  # means over the run
 BASE = "base policy"
+_BASE = ("base length", "base accuracy")  # outcomes: before training
+_LINES = figure_style.LINES
 KINDS = {
-    "reference": ("k", "s", "as published"),
-    "reward": ("C2", "o", f"{design.REFERENCE} with a reward of length"),
-    "samples": ("C4", "D", f"{design.REFERENCE} with a choice of samples, or overlong"),
-    "objective": ("C1", "^", "another objective or advantage"),
+    "reference": (_LINES[3], "s", "as published"),
+    "reward": (_LINES[2], "o", f"{design.REFERENCE} with a reward of length"),
+    "samples": (_LINES[6], "D", f"{design.REFERENCE} with a choice of samples, or overlong"),
+    "objective": (_LINES[5], "^", "another objective or advantage"),
 }
-_FAMILIES = dict(zip(design.FAMILIES, ("C0", "C3"), strict=True))
+_FAMILIES = dict(zip(design.FAMILIES, (_LINES[1], _LINES[0]), strict=True))
 _SIZE = 8.0  # of labels, points
 _REACH = 0.12  # of the range of the points: how far an interval may widen the frame
 _FAR = 3.0  # interquartile ranges beyond the quartiles
 
 
-def draw(values, target: pathlib.Path) -> None:
-    """Draws a panel a task, with 95 % intervals both ways.
+class Recorded:
+    """What the figure shows, as it is kept beside it: seed → value, by outcome, task and cell.
 
     Args:
-      values: `tables.Values` of the finished runs.
+      values: outcome → task → cell → seed → value.
+    """
+
+    def __init__(self, values: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]):
+        self.values = values
+
+    def of(self, outcome: str, task: str, cell: str) -> Mapping[str, float]:
+        """Returns seed → value."""
+        return self.values[outcome][task].get(cell, {})
+
+
+def recorded(values) -> Recorded:
+    """Returns what the figure shows of `tables.Values`, to five digits."""
+    names = {name: design.cells for name in (TOKENS, ACCURACY)}
+    names |= {name: lambda task: [design.REFERENCE] for name in _BASE}
+    return Recorded(
+        {
+            name: {
+                task: {
+                    cell: {str(seed): float(f"{value:.5g}") for seed, value in found.items()}
+                    for cell in cells(task)
+                    if (found := values.of(name, task, cell))
+                }
+                for task in TASKS
+            }
+            for name, cells in names.items()
+        }
+    )
+
+
+def write(values, target: pathlib.Path) -> None:
+    """Draws the finished runs to a file, and keeps the numbers beside it as JSON.
+
+    Args:
+      values: `tables.Values`.
       target: file of the figure.
     """
-    plt = report.pyplot()
+    kept = recorded(values)
+    files.write_text(target.with_suffix(".json"), json.dumps(kept.values, indent=1) + "\n")
+    figure_style.save(draw(kept), target)
+
+
+def draw(values):
+    """Returns the figure, a panel a task, with 95 % intervals both ways.
+
+    Args:
+      values: `Recorded`, or `tables.Values`.
+    """
+    plt = figure_style.pyplot()
     figure, axes = plt.subplots(len(TASKS), 1, figsize=(11, 8 * len(TASKS)), layout="constrained")
     for axis, task in zip(axes, TASKS, strict=True):
         place(figure, axis, of_task(axis, values, task))
@@ -39,8 +89,7 @@ def draw(values, target: pathlib.Path) -> None:
         figure.legend(
             *axes[0].get_legend_handles_labels(), fontsize=9, loc="outside upper center", ncols=3
         )
-    figure.savefig(target, dpi=100)
-    plt.close(figure)
+    return figure
 
 
 def of_task(axis, values, task: str) -> list[tuple[float, float, str, str]]:
@@ -50,7 +99,6 @@ def of_task(axis, values, task: str) -> list[tuple[float, float, str, str]]:
         xlabel="tokens of a held-out answer, mean over the run",
         ylabel="held-out accuracy, mean over the run",
     )
-    axis.grid(alpha=0.25)
     names = [name for name in design.cells(task) if _point(values, task, name)[0].count]
     _frame(axis, [_point(values, task, name) for name in names])
     return [*_grid(axis, values, task), *_others(axis, values, task), *_base(axis, values, task)]
@@ -112,14 +160,13 @@ def _others(axis, values, task):
 def _base(axis, values, task):
     """Marks the policy before training, the same for every control."""
     point = [
-        report.estimate(list(values.of(name, task, design.REFERENCE).values()))
-        for name in ("base length", "base accuracy")
+        report.estimate(list(values.of(name, task, design.REFERENCE).values())) for name in _BASE
     ]
     if not point[0].count:
         return []
     place = _clamped(axis, point)
-    axis.plot(*place, "*", color="0.4", ms=13, ls="", clip_on=False)
-    return [(*place, _told(BASE, point, place), "0.3")]
+    axis.plot(*place, "*", color=figure_style.SOFT_INK, ms=13, ls="", clip_on=False)
+    return [(*place, _told(BASE, point, place), figure_style.SOFT_INK)]
 
 
 def _clamped(axis, point):
@@ -154,8 +201,6 @@ def _width(estimate):
 
 def place(figure, axis, labels):
     """Writes each label at the nearest place where it covers no point and no other label."""
-    from matplotlib import patheffects
-
     if not labels:
         return
     figure.draw_without_rendering()
@@ -163,7 +208,7 @@ def place(figure, axis, labels):
     boxes = [_box(point, (9, 9)) for point in points]
     inside = axis.get_window_extent()
     scale = figure.dpi / 72
-    halo = [patheffects.withStroke(linewidth=2, foreground="w")]
+    halo = figure_style.halo(width=2)
     for (x, y, text, color), point in zip(labels, points, strict=True):
         size = np.array([0.62 * len(text) * _SIZE, 1.35 * _SIZE]) * scale
         shift = next(
@@ -178,7 +223,7 @@ def place(figure, axis, labels):
         boxes.append(_box(point + shift, size))
         axis.annotate(
             text, (x, y), xytext=shift / scale, textcoords="offset points", fontsize=_SIZE,
-            color=color, ha="center", va="center", path_effects=halo,
+            color=figure_style.text_color(color), ha="center", va="center", path_effects=halo,
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": color, "alpha": 0.6},
         )  # fmt: skip
 

@@ -120,7 +120,7 @@ def write(study: Study, workdir: pathlib.Path) -> str:
     text += "".join(["\n## Not finished\n\n", *missing] if missing else [])
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_text(workdir / "results.md", text)
-    figure.draw(values, workdir / "accuracy_tokens.png")
+    figure.write(values, workdir / "accuracy_tokens.png")
     return text
 
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from experiments.drawing import chart
 from experiments.studies.moe_stability import design
 from experiments.sweeps import report, spec
 from experiments.sweeps.report import Estimate
 from experiments.sweeps.spec import Sweep
+from luspo_jax.hosts import figure_style
 from luspo_jax.hosts.files import write_text
 
 Runs = Mapping[str, Mapping[int, list[dict]]]  # cell → seed → metrics of its steps
@@ -220,20 +222,20 @@ def _at(rate):
     return "" if rate == design.RATE else f", rate {rate:g}"
 
 
-REPLAY_COLORS = {"none": "C3", "old": "C0", "sampler": "C2"}
+REPLAY_STYLES = {"none": 1, "old": 0, "sampler": 2}
 
 
 def ratio_figure(runs: Runs, target: pathlib.Path) -> None:
     """Draws the measures of every cell: a dot per seed, a bar for their mean."""
     shown = (TOKEN, SEQUENCE, DRIFT, MISMATCH, LARGEST, AREA)
-    plt = report.pyplot()
+    plt = figure_style.pyplot()
     figure, axes = plt.subplots(
         1, len(shown), figsize=(17, 1.4 + 0.27 * len(runs)), sharey=True, layout="constrained"
     )
     for axis, name in zip(axes, shown, strict=True):
         for place, (cell, seeds) in enumerate(runs.items()):
             values = [MEASURES[name](rows) for rows in seeds.values()]
-            color = REPLAY_COLORS[design.cells()[cell][2]]
+            color = figure_style.LINES[REPLAY_STYLES[design.cells()[cell][2]]]
             axis.plot(values, [place] * len(values), "o", ms=4, color=color, alpha=0.4, mew=0)
             axis.plot(_middle(values, name), place, "|", ms=12, mew=2, color=color)
         axis.set_title(name, fontsize=10)
@@ -241,11 +243,10 @@ def ratio_figure(runs: Runs, target: pathlib.Path) -> None:
             axis.set_xscale("log", subs=[])
             axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.3, axis="x")
+        axis.grid(False, axis="y")
     axes[0].set_yticks(range(len(runs)), list(runs), fontsize=8)
     axes[0].invert_yaxis()
-    figure.savefig(target, dpi=90)
-    plt.close(figure)
+    figure_style.save(figure, target)
 
 
 def _middle(values, name):
@@ -253,42 +254,40 @@ def _middle(values, name):
 
 
 CURVES = (
-    ("held-out accuracy", "val-core/*"),
-    ("token log-ratio², nats²", "actor/log_ratio_squared/token"),
-    ("gradient norm", "actor/grad_norm"),
+    ("held-out accuracy", "val-core/*", "share right"),
+    ("token log-ratio²", "actor/log_ratio_squared/token", "nats²"),
+    ("gradient norm", "actor/grad_norm", "norm"),
 )
 
 
 def curves_figure(runs: Runs, target: pathlib.Path) -> None:
     """Draws the main mixture and the dense control over steps, one row per objective."""
-    plt = report.pyplot()
     objectives = [o for o in design.OBJECTIVES if design.cell_name(design.MAIN, o, "none") in runs]
-    figure, axes = plt.subplots(
-        max(len(objectives), 1), len(CURVES), figsize=(12, 1 + 2.5 * len(objectives)),
-        layout="constrained",
-        sharex=True, squeeze=False,
-    )  # fmt: skip
-    lines = [(design.MAIN, replay, color) for replay, color in REPLAY_COLORS.items()]
-    for row, objective in zip(axes, objectives, strict=bool(objectives)):
-        for axis, (title, metric) in zip(row, CURVES, strict=True):
-            for base, replay, color in (*lines, ("dense", "none", "0.4")):
-                found = runs.get(design.cell_name(base, objective, replay), {})
-                _line(axis, found, metric, color, f"{base}, {replay}")
-            axis.set(title=f"{objective}: {title}")
-            axis.grid(alpha=0.3)
-            if not metric.startswith("val-core"):
-                axis.set_yscale("log")
-    for axis in axes[-1]:
-        axis.set_xlabel("rollout step")
-    axes[0][0].legend(fontsize=7, frameon=False)
-    figure.savefig(target, dpi=80)
-    plt.close(figure)
+    lines = [(design.MAIN, replay, style) for replay, style in REPLAY_STYLES.items()]
+    rows = [
+        [
+            chart.Panel(
+                f"{objective}: {title}", report.STEP, unit,
+                [
+                    line
+                    for base, replay, style in (*lines, ("dense", "none", 3))
+                    for line in _lines(
+                        runs.get(design.cell_name(base, objective, replay), {}), metric,
+                        f"{base}, {replay}", style,
+                    )
+                ],
+                log=not metric.startswith("val-core"),
+            )
+            for title, metric, unit in CURVES
+        ]
+        for objective in objectives
+    ]  # fmt: skip
+    if rows:
+        chart.write(chart.Chart(rows), target)
 
 
-def _line(axis, seeds: Mapping[int, Sequence[dict]], metric, color, label):
+def _lines(seeds: Mapping[int, Sequence[dict]], metric, label, style):
     curves = [report.series(rows, metric) for rows in seeds.values()]
     steps, mean, _ = report.band(curves)
-    if len(steps):
-        axis.plot(steps, mean, color=color, lw=1.6, label=label)
-        for own, values in curves:
-            axis.plot(own, values, color=color, lw=0.5, alpha=0.5)
+    thin = [chart.Line(label, *curve, style=style, thin=True) for curve in curves]
+    return [*thin, chart.Line(label, steps, mean, style=style)] if len(steps) else []

@@ -6,60 +6,33 @@ figures into the workdir. The same command resumes; `--analyse_only` analyses th
 """
 
 import pathlib
-import shutil
-import subprocess
 import sys
 
 from absl import flags
 
 from experiments import command
+from experiments.studies import session
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
-_PARALLEL = flags.DEFINE_integer("parallel", 2, "Runs at a time.", 1)
+session.define_flags("tables and figures")
 _SMOKE = flags.DEFINE_bool("smoke", False, "One seed and three steps: does everything run?")
-_PUBLISH = flags.DEFINE_bool("publish", False, "Copy tables and figures beside the README.")
-_ANALYSE_ONLY = flags.DEFINE_bool("analyse_only", False, "Run nothing; tell of what is there.")
 
-PUBLISHED = ("results.md", "ratios.png", "curves.png")
+PUBLISHED = ("results.md", "ratios.png", "curves.png", "curves.json")
 
 
 def main() -> None:
     """Runs everything, in order."""
     from experiments.studies.moe_stability import analysis, design
-    from experiments.sweeps import runner
 
-    workdir = pathlib.Path(_WORKDIR.value).absolute()
-    reduced = {"steps": 3, "seeds": (0,)} if _SMOKE.value else {}
-    sweep, folder = design.sweep(workdir / "bases", **reduced), workdir / "runs"
-    failures = {}
-    if not _ANALYSE_ONLY.value:
-        make_bases(workdir / "bases", design.BASES.values(), smoke=_SMOKE.value)
-        failures = runner.run(sweep, folder, parallel=_PARALLEL.value)
-    print(analysis.write(sweep, folder, workdir))
-    if _PUBLISH.value:
-        for name in PUBLISHED:
-            shutil.copy(workdir / name, pathlib.Path(__file__).parent / name)
-    if failures:
-        lines = "\n".join(f"  - {name}: {reason}" for name, reason in failures.items())
-        raise command.UsageError(f"{len(failures)} members failed:\n{lines}")
-
-
-def make_bases(folder: pathlib.Path, bases, *, smoke: bool = False) -> None:
-    """Trains the base policies that are not embedded, each once."""
-    short = ("--chain_steps=3", "--mixture_steps=3", "--eval_problems=16") if smoke else ()
-    for base in bases:
-        path = pathlib.Path(base.path(folder))
-        if base.embedded or (path / "README.md").is_file():
-            continue
-        print(f"== base {base.name}", flush=True)
-        subprocess.run(
-            [
-                sys.executable, "-m", "experiments.make_base", "--overwrite", *base.options, *short,
-                f"--out={path}",
-            ],
-            check=True,
-            cwd=pathlib.Path(__file__).resolve().parents[3],
-        )  # fmt: skip
+    study = session.begin()
+    bases = study.workdir / "bases"
+    few = {"steps": 3, "seeds": (0,)} if _SMOKE.value else {}
+    short = ("--chain_steps=3", "--mixture_steps=3", "--eval_problems=16") if _SMOKE.value else ()
+    if not study.analyse_only:
+        for base in design.BASES.values():
+            if not base.embedded:
+                session.make_base(pathlib.Path(base.path(bases)), (*base.options, *short))
+    text = analysis.write(*study.run(design.sweep(bases, **few), "runs"), study.workdir)
+    study.finish(text, pathlib.Path(__file__).parent, PUBLISHED)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from experiments.drawing import chart
 from experiments.studies.vl_length import design
-from experiments.sweeps import report, spec
+from experiments.sweeps import report
 from experiments.sweeps.prediction import WINDOW, fit, windows
 from experiments.sweeps.report import Result
 from experiments.sweeps.spec import Sweep
@@ -28,7 +29,7 @@ CONTRASTS = {
 COMPARED = ("accuracy area", "accuracy", "length area", "length change", "clipped A>0",
             "clipped A<0", "pressure taken")  # fmt: skip
 SHOWN = ("GRPO", "GSPO", "LUSPO")  # in figures, and "LUSPO, blank images" beside them
-_COLORS = {"GRPO": "0.45", "GSPO": "C3", "LUSPO": "C0", "LUSPO, blank images": "C1"}
+_STYLES = {"GRPO": 3, "GSPO": 1, "LUSPO": 0, "LUSPO, blank images": 2}
 
 
 def write(
@@ -119,52 +120,46 @@ def predictions(results: list[Result], folder: pathlib.Path) -> str:
     return "".join(lines)
 
 
-def _curves(sweep, folder, cell, metric):
-    variant = next(v for v in spec.variants(sweep) if v.name == cell)
-    runs = (report.finished_rows(sweep, variant, seed, folder) for seed in sweep.seeds)
-    return [report.series(rows, metric) for rows in runs if rows]
-
-
-def _band(axis, curves, color, label, style="-"):
-    steps, mean, half = report.band(curves)
-    if len(steps):
-        axis.plot(steps, mean, style, color=color, lw=1.6, label=label)
-        axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, lw=0)
+def _lines(sweep, folder, cell, metric, label, style):
+    curves = [report.series(rows, metric) for rows in report.finished(sweep, cell, folder)]
+    if metric.startswith("length/pressure"):
+        curves = [(steps, np.cumsum(values)) for steps, values in curves]
+    return report.lines(curves, label, style)
 
 
 def curves_figure(sweep: Sweep, folder: pathlib.Path, target: pathlib.Path) -> None:
     """Draws accuracy, length and the updates' pressure over steps, by objective."""
     panels = (
-        ("held-out accuracy", "val-core/*", ""),
-        ("held-out length", design.LENGTH, "tokens"),
-        ("pressure of the updates, summed", "length/pressure/taken", "tokens"),
+        ("Held-out accuracy", "val-core/*", "share right"),
+        ("Held-out length", design.LENGTH, "tokens, mean"),
+        ("Pressure of the updates, summed", "length/pressure/taken", "tokens"),
     )
-    plt = report.pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), layout="constrained")
-    for axis, (title, metric, unit) in zip(axes, panels, strict=True):
-        for cell, color in _COLORS.items():
-            curves = _curves(sweep, folder, cell, metric)
-            if metric.startswith("length/pressure"):
-                curves = [(steps, np.cumsum(values)) for steps, values in curves]
-            _band(axis, curves, color, cell)
-        axis.set(title=title, xlabel="rollout step", ylabel=unit)
-        axis.grid(alpha=0.3)
-    axes[2].axhline(0, color="0.6", lw=0.8)
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.savefig(target, dpi=90)
-    plt.close(figure)
+    row = [
+        chart.Panel(
+            title, report.STEP, unit,
+            [
+                line
+                for cell, style in _STYLES.items()
+                for line in _lines(sweep, folder, cell, metric, cell, style)
+            ],
+            zero=metric.startswith("length/pressure"),
+        )
+        for title, metric, unit in panels
+    ]  # fmt: skip
+    chart.write(chart.Chart([row]), target)
 
 
 def clipping_figure(sweep: Sweep, folder: pathlib.Path, target: pathlib.Path) -> None:
     """Draws clip fraction by sign of the advantage over steps, one panel per objective."""
-    plt = report.pyplot()
-    figure, axes = plt.subplots(1, len(SHOWN), figsize=(12, 3.4), layout="constrained", sharey=True)
-    for axis, cell in zip(axes, SHOWN, strict=True):
-        for sign, word, style in (("pos", "A > 0", "-"), ("neg", "A < 0", "--")):
-            curves = _curves(sweep, folder, cell, f"actor/clipfrac/{sign}")
-            _band(axis, curves, _COLORS[cell], word, style)
-        axis.set(title=f"{cell}: clipped share", xlabel="rollout step", ylim=(0, 0.7))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, frameon=False)
-    figure.savefig(target, dpi=90)
-    plt.close(figure)
+    row = [
+        chart.Panel(
+            f"{cell}: clipped share", report.STEP, "share of responses",
+            [
+                line
+                for style, (sign, word) in enumerate((("pos", "A > 0"), ("neg", "A < 0")))
+                for line in _lines(sweep, folder, cell, f"actor/clipfrac/{sign}", word, style)
+            ],
+        )
+        for cell in SHOWN
+    ]  # fmt: skip
+    chart.write(chart.Chart([row], share_y=True), target)

@@ -6,46 +6,32 @@ analyses the finished runs. `--publish` also copies tables and figures beside th
 """
 
 import pathlib
-import shutil
 import sys
 
-from absl import flags
-
 from experiments import command
+from experiments.studies import session
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study.")
-_PARALLEL = flags.DEFINE_integer("parallel", 2, "Runs at a time.", 1)
-_PUBLISH = flags.DEFINE_bool("publish", False, "Copy tables and figures beside the README.")
-_ANALYSE_ONLY = flags.DEFINE_bool("analyse_only", False, "Run nothing; tell of what is there.")
+session.define_flags("tables and figures")
 
-PUBLISHED = ("results.md", "curves.png", "clipping.png")
+PUBLISHED = ("results.md", "curves.png", "curves.json", "clipping.png", "clipping.json")
 
 
 def main() -> None:
     """Runs everything, in order."""
     from experiments.studies.vl_length import analysis, design
-    from experiments.sweeps import runner, tuning
+    from experiments.sweeps import tuning
     from luspo_jax.hosts import files
 
-    workdir = pathlib.Path(_WORKDIR.value).absolute()
-    failures = {}
+    study = session.begin()
 
     def run(name, sweep):
         print(f"== {name}", flush=True)
-        folder = workdir / name
-        if not _ANALYSE_ONLY.value:
-            failures.update(runner.run(sweep, folder, parallel=_PARALLEL.value))
-        return sweep, folder
+        return study.run(sweep, name)
 
     rates = tuning.best_rates(*run("tuning", design.tuning()))
-    files.write_json(workdir / "rates.json", rates)
-    print(analysis.write(rates, *run("main", design.main(rates)), workdir))
-    if _PUBLISH.value:
-        for name in PUBLISHED:
-            shutil.copy(workdir / name, pathlib.Path(__file__).parent / name)
-    if failures:
-        lines = "\n".join(f"  - {name}: {reason}" for name, reason in failures.items())
-        raise command.UsageError(f"{len(failures)} members failed:\n{lines}")
+    files.write_json(study.workdir / "rates.json", rates)
+    text = analysis.write(rates, *run("main", design.main(rates)), study.workdir)
+    study.finish(text, pathlib.Path(__file__).parent, PUBLISHED)
 
 
 if __name__ == "__main__":
