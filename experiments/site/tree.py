@@ -27,12 +27,12 @@ _APART = ("luspo_jax/models/embedded/",)
 def documents() -> tuple[str, ...]:
     """Returns the Markdown files and pictures of the checkout that the site shows, as paths.
 
-    These are the tracked ones, and in docs/ new ones as well.
+    These are the tracked ones and new ones, but not what git ignores.
     """
-    command = ["git", "ls-files", "*.md", "*.png"]
+    kinds = ("--cached", "--others", "--exclude-standard")
+    command = ["git", "ls-files", *kinds, "*.md", "*.png"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    new = (path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").iterdir())
-    listed = {*ran.stdout.split(), *(path for path in new if path.endswith((".md", ".png")))}
+    listed = set(ran.stdout.split())
     return tuple(
         path for path in sorted(listed) if (ROOT / path).is_file() and not path.startswith(_APART)
     )

@@ -75,7 +75,7 @@ REAL_RATES = {
 }
 
 
-def real(*, steps: int = 16, seeds: Sequence[int] = (0, 1)) -> dict[str, Sweep]:
+def real(*, steps: int = 16, seeds: Sequence[int] = (0,)) -> dict[str, Sweep]:
     """Returns the same sweeps on a real model, in a few steps."""
     few = {"eval.every": steps, "eval.num_problems": 200, "eval.num_samples": 1}
     base = "configs/smollm2_135m_chain_sum.py"
