@@ -34,6 +34,14 @@ STEERED = (
     "--config.length.steer=pressure",
     "--config.length.alpha_rate=0.2",
 )
+# Prompts stand once in dense rows; the first of two minibatches has no pass of the old policy.
+DENSE = (
+    *STEERED,
+    "--config.train.packing=True",
+    "--config.train.pack_length=256",
+    "--config.train.microbatch_tokens=256",
+    "--config.train.num_minibatches=2",
+)
 # Images of groups that are carried over come back from their files, or are drawn again.
 SEEING = ("--config=configs/quickstart_vl.py",)
 # Responses go on from step to step.
@@ -62,8 +70,8 @@ def _start(workdir, log, extra):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "extra"),
-    [(0, ()), (1, ()), (2, STEERED), (3, SEEING), (4, PARTIAL), (5, AHEAD)],
-    ids=["0", "1", "steered", "seeing", "partial", "ahead"],
+    [(0, ()), (1, ()), (2, STEERED), (3, SEEING), (4, PARTIAL), (5, AHEAD), (6, DENSE)],
+    ids=["0", "1", "steered", "seeing", "partial", "ahead", "dense"],
 )
 def test_killed_and_continued_run_is_the_same_run(tmp_path, seed, extra):
     with (tmp_path / "log").open("w") as log:
@@ -92,7 +100,9 @@ def test_killed_and_continued_run_is_the_same_run(tmp_path, seed, extra):
     assert kills >= 1
     rows = list(read_metrics(tmp_path / "killed" / "metrics.jsonl"))
     assert [row["step"] for row in rows] == list(range(11))
-    if extra == STEERED:
+    if extra == DENSE:
+        assert all(row["packing/shared"] > 0.05 for row in rows[1:])
+    if extra in (STEERED, DENSE):
         assert len({row["length/scale_alpha"] for row in rows[1:]}) > 2
     if extra in (PARTIAL, AHEAD):
         assert max(row["rollout/age/max"] for row in rows[1:]) > 0
