@@ -7,9 +7,9 @@ collective, less what runs between its start and its end. A loop counts its turn
 longest branch, times the share of calls that take it. On-chip copies of a TPU's compiler run beside
 other work and take their part of the bandwidth.
 
-Left out: launching of kernels, element-wise operations (exponentials above all), the fill of partial
-waves of a GPU's blocks, links that a collective over some axes of a torus cannot use, and waiting
-for other devices.
+Left out: launching of kernels, element-wise operations (exponentials above all), the last wave of
+a GPU's blocks, links that a collective over some axes of a torus cannot use, and waiting for other
+devices.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from typing import Any
 from experiments.rehearsal import hlo
 from experiments.rehearsal.topologies import Topology
 
-# Shares of its rates that the best of programs reach, of a machine whose rates are a vendor's: 794.5
-# of an H100's 989 TFLOP/s in bfloat16, over all shapes of a product (stas00/ml-engineering, "Maximum
-# Achievable Matmul FLOPS"; A100 0.86); 0.9 of its bandwidth by large copies. No such number is
-# published for a TPU: the same are taken. Of links as of memory.
+# Shares of a vendor's rates that the best of programs reach: 794.5 of an H100's 989 TFLOP/s in
+# bfloat16, the most over shapes of a product (stas00/ml-engineering, "Maximum Achievable Matmul
+# FLOPS"; A100 0.86); of the bandwidth 0.9, by large copies. No such number is known to us for a
+# TPU: the same are taken, and for links that of memory. Rates of a CPU are measured: all of them.
 REACHED = {"products": 0.8, "memory": 0.9, "links": 0.9}
 # Share of the peak in a kernel, of whose inside HLO says nothing: FlashAttention-2 on an H100
 # (arXiv:2407.08608, abstract), of which ours for GPUs is one.
@@ -220,28 +220,40 @@ class _Counter:
                 inner, found = self._walk(one.called("to_apply"), depth, loops)
                 clock.now += inner
                 entries += found
-            elif one.opcode.endswith("-done"):
-                self._end(clock, entries, running, one)
+            elif hlo.ends(self._module, one):
+                self._end(clock, entries, running, self._behind(name, one))
             elif not hlo.is_free(one):
                 self._start(clock, entries, running, name, one)
+                for key in self._behind(name, one) if one.opcode == "fusion" else ():
+                    if key in running:  # a fusion that passes on what runs beside it
+                        running[one.name] = running[key]
         return clock.now, entries
+
+    def _behind(self, name, one):
+        """Lists the instructions whose values an instruction takes, parts of tuples as tuples."""
+        known, found = self._module.computations[name], []
+        for operand in one.operands:
+            while operand in known and known[operand].opcode == "get-tuple-element":
+                operand = known[operand].operands[0]
+            found.append(operand)
+        return dict.fromkeys(found)
 
     def _start(self, clock, entries, running, name, one):
         entry = self._entry(name, one)
         if entry.begun:
-            running[one.name] = (len(entries), clock.now, clock.busy,
-                                 clock.beside(entry.kind, entry.seconds))  # fmt: skip
+            ready = clock.beside(entry.kind, entry.seconds)
+            running[one.name] = len(entries), clock.busy, ready
         else:
             memory = 0.0 if entry.kind == "collective" else entry.bytes / self._by.memory
             entry = dataclasses.replace(entry, waited=clock.ran(entry.seconds, memory))
         entries.append(entry)
 
-    def _end(self, clock, entries, running, one):
+    def _end(self, clock, entries, running, names):
         """Waits for what was begun."""
-        begun = next((running.pop(name) for name in one.operands if name in running), None)
+        begun = next((running[name] for name in names if name in running), None)
         if begun is None:
             return
-        at, _, busy, ready = begun
+        at, busy, ready = begun
         waited = max(0.0, ready - clock.now)
         entries[at] = dataclasses.replace(entries[at], waited=waited, beside=clock.busy - busy)
         clock.now += waited
@@ -266,7 +278,7 @@ class _Counter:
             kind, what = "move", module.moves(name, one)
         return Entry(
             kind, what, ", ".join(map(str, one.arrays[:3])), 1.0, size, flops, seconds, 0.0, 0.0,
-            one.opcode.endswith("-start"), module.source(one), one.operation,
+            hlo.begins(module, one), module.source(one), one.operation,
         )  # fmt: skip
 
 

@@ -1,10 +1,13 @@
-"""Reads the optimised, scheduled HLO of a compiled program: what each instruction moves and computes.
+"""Reads the optimised, scheduled HLO of a compiled program: what instructions move and compute.
 
-Bytes are those between a device and its memory. A fusion reads of an operand only the slices that it
-takes, and of a result it writes only the slice that it replaces; what lies in a TPU's on-chip memory
-(`S(1)` in a layout) is neither read nor written. Operations are those of products, 2 per
-multiply-add, wherever a product hides: a dot, a convolution (what the TPU compiler makes of dots), a
-library's call, or any of these in a fusion. Kernels (Pallas) say nothing of their operations.
+Bytes are those between a device and its memory. A fusion reads of an operand only the slices that
+it takes, and of a result it writes only the slice that it replaces; what lies in a TPU's on-chip
+memory (`S(1)` in a layout) is neither read nor written. Operations are those of products, 2 per
+multiply-add, wherever a product hides: a dot, a convolution (what the TPU compiler makes of dots),
+a library's call, or any of these in a fusion. Kernels (Pallas) say nothing of their operations.
+
+Collectives that run beside other work are pairs of a start and a done; on TPUs these are fusions,
+and those between them (`async_collective_fusion`) compute while they pass the collective on.
 
     M, N, K of a product of l and r into o, each in elements, repeated B times:
     K = operations / 2o,   B = l·r / (o·K²),   N = r / (B·K),   M = l / (B·K)
@@ -21,20 +24,23 @@ from experiments.rehearsal import crossing
 _SHAPE = re.compile(r"([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{([\d,]*)(?::([^{}]*))?\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPERAND = re.compile(r"%([\w.\-]+)")
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
-    "opt-barrier add-dependency domain while conditional call".split()
-)
+_STILL = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "broadcast"))
+_FREE = (_STILL - {"broadcast"}) | {
+    "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain", "while",
+    "conditional", "call",
+}  # fmt: skip
 _ON_CHIP = 1  # memory space of a TPU's vector memory
 _HOST = 5
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
                "collective-permute", "collective-broadcast")  # fmt: skip
-_MOVING = frozenset(
-    "parameter constant tuple get-tuple-element bitcast copy transpose reshape slice dynamic-slice "
-    "pad concatenate dynamic-update-slice reverse broadcast fusion".split()
-)
+_MOVING = _STILL | {
+    "copy", "transpose", "reshape", "slice", "dynamic-slice", "pad", "concatenate",
+    "dynamic-update-slice", "reverse", "fusion",
+}  # fmt: skip
 _KERNELS = ("tpu_custom_call", "triton", "mosaic", "pallas", "cudnn$fmha", "cudnn_flash")
 _LIBRARY = ("gemm", "matmul")
+_ASYNC = "AsyncCollective"
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # the operand with the new values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +176,8 @@ class Module:
             return read + self._written(one.called(), self.root(one.called()), one.arrays)
         if one.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * _size(one.arrays)
-        if one.opcode == "dynamic-update-slice":
-            return 2 * _size(given[1].arrays)
+        if one.opcode in _IN_PLACE:
+            return 2 * _size(given[_IN_PLACE[one.opcode]].arrays)
         if one.opcode in ("copy-start", "async-start"):
             return self._copied(one)
         return _size(one.arrays) + sum(_size(x.arrays) for x in given)
@@ -193,7 +199,9 @@ class Module:
             elif use.opcode == "fusion":
                 inner = _parameters(self.computations[use.called()])
                 total += self._read(use.called(), inner[at].name)
-            elif use.opcode != "dynamic-update-slice" or at != 0:
+            elif use.opcode in COLLECTIVES or use.target.startswith(_ASYNC):
+                continue  # counted where it begins
+            elif use.opcode not in _IN_PLACE or at != 0:
                 return sum(x.bytes for x in whole)
         return min(total, sum(x.bytes for x in whole))
 
@@ -208,11 +216,14 @@ class Module:
             )
         while root.opcode in ("bitcast", "copy", "convert") and root.operands[0] in known:
             inner = known[root.operands[0]]
-            if inner.opcode not in ("bitcast", "copy", "convert", "dynamic-update-slice"):
+            if inner.opcode not in ("bitcast", "copy", "convert", *_IN_PLACE):
                 break
             root = inner
-        if root.opcode == "dynamic-update-slice":
-            return sum(x.bytes for x in known[root.operands[1]].arrays) * bool(_size(arrays))
+        if root.opcode in _IN_PLACE:
+            update = known[root.operands[_IN_PLACE[root.opcode]]]
+            return sum(x.bytes for x in update.arrays) * bool(_size(arrays))
+        if root.opcode == "parameter" or root.target.startswith(_ASYNC):
+            return 0.0  # passed on
         if root.opcode == "fusion":
             return self._written(root.called(), self.root(root.called()), arrays)
         return _size(arrays)
@@ -265,7 +276,6 @@ class Module:
             yield one
 
 
-_STILL = frozenset("parameter constant tuple get-tuple-element bitcast broadcast".split())
 _KINDS = ("transpose", "dynamic-update-slice", "dynamic-slice", "concatenate", "pad", "slice")
 
 
@@ -290,8 +300,27 @@ def collective(module: Module, one: Instruction) -> str:
         return kind
     if kind == "async" or one.opcode == "fusion":
         inner = module.computations.get(one.called(), {}).values()
-        return next((x.opcode for x in inner if x.opcode in COLLECTIVES), "")
+        found = next((x.opcode for x in inner if x.opcode in COLLECTIVES), "")
+        passed_on = one.called().startswith("async_collective_fusion")
+        return "" if passed_on and not _asynchronous(module, one) else found
     return ""
+
+
+def begins(module: Module, one: Instruction) -> bool:
+    """Whether an instruction begins what another one ends."""
+    return one.opcode.endswith("-start") or _asynchronous(module, one) == f"{_ASYNC}Start"
+
+
+def ends(module: Module, one: Instruction) -> bool:
+    """Whether an instruction ends what another one began."""
+    return one.opcode.endswith("-done") or _asynchronous(module, one) == f"{_ASYNC}Done"
+
+
+def _asynchronous(module, one):
+    if one.opcode != "fusion":
+        return ""
+    inner = module.computations.get(one.called(), {}).values()
+    return next((x.target for x in inner if x.target.startswith(_ASYNC)), "")
 
 
 def received(module: Module, one: Instruction, devices: int) -> float:
@@ -355,7 +384,7 @@ def _window(attributes):
 
 
 def _inside(length, taps, out, window):
-    """Returns how many taps of a window lie on values, on average over the positions of a result."""
+    """Returns how many taps of a window lie on values, on average over a result's positions."""
     stride, spread = int(window.get("stride", 1)), int(window.get("rhs_dilate", 1))
     gaps, before = int(window.get("lhs_dilate", 1)), int(window.get("pad", "0_0").split("_")[0])
     found = 0

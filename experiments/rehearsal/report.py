@@ -14,8 +14,8 @@ from experiments.rehearsal.topologies import Topology
 from luspo_jax.learner.state import OFFLOADS
 from luspo_jax.run import adapters
 
-# Shares of the peak that a run is expected to reach, for the estimate beside the roofline of what is
-# not compiled, and of the sampler's programs, whose kernels read as much as pages hold: MaxText
+# Shares of the peak that a run is expected to reach, for the estimate beside the roofline of what
+# is not compiled, and of the sampler's programs, whose kernels read what pages hold: MaxText
 # publishes 45 % of a v5p's compute for pre-training, verl 31 to 40 % of an H100's for RL updates;
 # decoding libraries reach 60 to 80 % of the memory bandwidth. What a training step's compiled
 # programs are expected to reach is counted (`counted`).
@@ -393,8 +393,8 @@ def _shares(taken):
     counted_ones = ", ".join(f"{name} {x:.0%}" for name, x in taken["counted_shares"].items())
     assumed = taken["expected_shares_of_peak"]
     rest = (
-        f"{assumed['compute']:.0%} of the compute and {assumed['memory']:.0%} of the bandwidths are "
-        "assumed"
+        f"{assumed['compute']:.0%} of the compute and {assumed['memory']:.0%} of the bandwidths "
+        "are assumed"
     )
     if not counted_ones:
         return [f"Expected: {rest}.", ""]

@@ -20,7 +20,7 @@ def microbatch(case: Case, plan: Plan) -> tuple[Rows, int]:
 
 
 def taken(case: Case, plan: Plan) -> counted.Taken:
-    """Returns how often a pass over a plan computes a micro-batch, and a chunk of the head in it."""
+    """Returns how often a pass computes a micro-batch of a plan, and a chunk of the head in it."""
     micro, used = microbatch(case, plan)
     chunk, parts = case.rule.logprobs.head_chunk_tokens, case.train_parts
     whole = math.ceil(micro.tokens / parts.tokens / chunk)
