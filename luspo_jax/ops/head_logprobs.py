@@ -84,8 +84,8 @@ _AXES = _Inputs(("batch", "length", None), _KERNEL, _ROWS, _ROWS)
 class _Vocabulary:
     """The part of the vocabulary on this device, and the mesh axes that hold the rest.
 
-    `kernel` is [V, D], or [D, V] where it is gathered along D: collectives join and cut the slowest
-    axis, and any other one is transposed before and after them.
+    `kernel` is [V, D], or [D, V] where it is gathered along D: collectives of a GPU join and cut
+    the slowest axis, and transpose the whole of it before or after them for any other one.
     """
 
     kernel: jax.Array
@@ -129,8 +129,11 @@ def _vocabulary(kernel_VD, dtype, layout):
     if layout is None:
         return _Vocabulary(kernel_VD, ())
     names = layout.axis_names("vocab")
-    if cut := layout.axis_names("embed"):
+    cut = layout.axis_names("embed")
+    if cut and layout.mesh.devices.flat[0].platform != "tpu":
         return _Vocabulary(jax.lax.all_gather(kernel_VD.T, cut, axis=0, tiled=True), names, "dv")
+    if cut:
+        kernel_VD = jax.lax.all_gather(kernel_VD, cut, axis=1, tiled=True)
     return _Vocabulary(kernel_VD, names)
 
 
