@@ -142,7 +142,8 @@ def programs(case: Case, *, pressure: bool = True) -> list[Program]:
     found = [*_hand_over(case), *_rollout(case), *_training(case)]
     if case.config.length.every and pressure:
         found.append(_pressure(case))
-    return found
+    there = cases.device_of(case.topology)
+    return [dataclasses.replace(one, lower=there(one.lower)) for one in found]
 
 
 # ---------------------------------------------------------------- hand-over
