@@ -166,6 +166,8 @@ def products(jaxpr):
 
 SMALL = {"data__max_prompt_length": 8, "rollout__max_response_length": 24,
          "train__microbatch_tokens": 4 * 32, "train__num_minibatches": 4}  # fmt: skip
+# Of the head's chunks the data decide how many are computed: here there is one.
+WHOLE = SMALL | {"model__head_chunk_tokens": 4 * 32}
 
 
 def gathered_rows(rows, model):
@@ -181,7 +183,7 @@ def gathered_rows(rows, model):
 
 @pytest.mark.parametrize("remat", ["none", "full", "attention"])
 def test_operations_of_an_update_are_those_of_its_program(remat):
-    case = cases.build(tiny(model__remat=remat, **SMALL), machine(1), mean_length=12)
+    case = cases.build(tiny(model__remat=remat, **WHOLE), machine(1), mean_length=12)
     batch, _ = programs.train_batch(case)
     number = jax.ShapeDtypeStruct((), np.float32)
     state = abstract_state(case.rule)
@@ -189,7 +191,7 @@ def test_operations_of_an_update_are_those_of_its_program(remat):
     # At 32 tokens the reference attention computes whole squares, and the head every chunk.
     rows, sums = gathered_rows(batch.rows, case.model)
     counted = costs.training(
-        case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=64
+        case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=128
     )
     # The recomputation still computes the last product in the trace; XLA drops it.
     last = 0
@@ -358,7 +360,7 @@ def test_experts_touched_are_those_of_all_ways_to_draw(assignments, num_experts)
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_operations_of_an_update_with_experts_are_those_of_its_program(remat):
-    config = tiny_experts(model__remat=remat, model__expert_kernel="reference", **SMALL)
+    config = tiny_experts(model__remat=remat, model__expert_kernel="reference", **WHOLE)
     case = cases.build(config, machine(1), mean_length=12)
     batch, _ = programs.train_batch(case)
     number = jax.ShapeDtypeStruct((), np.float32)
@@ -366,7 +368,7 @@ def test_operations_of_an_update_with_experts_are_those_of_its_program(remat):
     traced = update_step.trace(state, batch, number, number, rule=case.rule)
     rows, sums = gathered_rows(batch.rows, case.model)
     counted = costs.training(
-        case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=64
+        case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=128
     )
     # The reference multiplies every row with every kernel.
     products_of_experts = sum(
