@@ -306,8 +306,9 @@ def _all(grads, start, mask_NBC, xs):
     return jax.lax.scan(one_chunk, start, (mask_NBC, *xs))
 
 
-def _backward(scale, chunk_tokens, layout, over, inputs, entropy_BT, normalizer_BT, *cotangents):
+def _backward(scale, chunk_tokens, layout, over, inputs, *found_BT):
     hidden_BTD, kernel_VD, targets_BT, mask_BT = inputs
+    entropy_BT, normalizer_BT, *cotangents = found_BT
     vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
     chunks = _chunks(chunk_tokens, mask_BT, layout)
     # On a CPU the product's left side is transposed by a slow copy: that of the hidden states is
