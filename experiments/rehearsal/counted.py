@@ -80,16 +80,18 @@ _SLOWER = {
 
 
 def speeds(topology: Topology) -> Speeds:
-    """Returns the rates of a device, as far as programs reach them; those of a CPU are measured."""
+    """Returns the rates of a device, as far as programs reach them; measured ones are reached."""
     chip = topology.chip
-    reached = dict.fromkeys(REACHED, 1.0) if chip.platform == "cpu" else REACHED
+    measured = chip.platform == "cpu" or chip.source.startswith("measured")
+    reached = dict.fromkeys(REACHED, 1.0) if measured else REACHED
+    in_kernels = 1.0 if chip.platform == "cpu" else KERNELS / REACHED["products"]
     return Speeds(
         chip.flops * reached["products"],
-        chip.flops * (1.0 if chip.platform == "cpu" else KERNELS),
+        chip.flops * reached["products"] * in_kernels,
         chip.bandwidth * reached["memory"],
         topology.links * reached["links"],
         chip.unit,
-        _SLOWER[chip.platform],
+        _SLOWER["cuda" if chip.platform in ("gpu", "rocm") else chip.platform],
         len(topology.devices),
     )
 

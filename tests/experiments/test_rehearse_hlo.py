@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import counted, hlo, programs, report
+from experiments.rehearsal import counted, hlo, programs, report, topologies
 from experiments.rehearsal.counted import Speeds, Taken
 from tests.experiments.test_rehearse import SMALL, machine, tiny
 
@@ -332,6 +332,21 @@ def test_operations_that_no_product_has_are_those_of_kernels():
     assert (small.seconds, large.seconds) == (2048 / 500, 4096 * 2 / 1e3)
     without = counted.count(text, BY)
     assert without.entries[2].seconds == pytest.approx(5.12)
+
+
+def test_measured_rates_are_taken_whole_and_a_vendors_as_far_as_they_are_reached():
+    chip = topologies.CHIPS["h100"]
+    vendors = counted.speeds(topologies.Topology("h100:1x1", chip, (None,)))
+    assert vendors.flops == chip.flops * counted.REACHED["products"]
+    assert vendors.kernels == pytest.approx(chip.flops * counted.KERNELS)
+    assert vendors.memory == chip.bandwidth * counted.REACHED["memory"]
+    known = dataclasses.replace(chip, platform="gpu", source="measured here")
+    measured = counted.speeds(topologies.Topology("local", known, (None,)))
+    assert measured.flops == chip.flops
+    assert measured.kernels / measured.flops == pytest.approx(vendors.kernels / vendors.flops)
+    assert (measured.memory, measured.slower) == (chip.bandwidth, vendors.slower)
+    cpu = counted.speeds(machine(1))
+    assert cpu.flops == cpu.kernels == machine(1).chip.flops
 
 
 # ---------------------------------------------------------------- compiled programs
