@@ -14,6 +14,7 @@ from experiments.rehearsal.counted import Speeds, Taken
 from tests.experiments.test_rehearse import SMALL, machine, tiny
 
 # A second is 1,000 operations, 100 bytes of memory or 10 bytes from other devices.
+DEVICES = machine(1).devices
 BY = Speeds(flops=1e3, kernels=500.0, memory=100.0, links=10.0, devices=2)
 
 FRAMES = """HloModule jit_f, is_scheduled=true
@@ -336,12 +337,12 @@ def test_operations_that_no_product_has_are_those_of_kernels():
 
 def test_measured_rates_are_taken_whole_and_a_vendors_as_far_as_they_are_reached():
     chip = topologies.CHIPS["h100"]
-    vendors = counted.speeds(topologies.Topology("h100:1x1", chip, (None,)))
+    vendors = counted.speeds(topologies.Topology("h100:1x1", chip, DEVICES))
     assert vendors.flops == chip.flops * counted.REACHED["products"]
     assert vendors.kernels == pytest.approx(chip.flops * counted.KERNELS)
     assert vendors.memory == chip.bandwidth * counted.REACHED["memory"]
     known = dataclasses.replace(chip, platform="gpu", source="measured here")
-    measured = counted.speeds(topologies.Topology("local", known, (None,)))
+    measured = counted.speeds(topologies.Topology("local", known, DEVICES))
     assert measured.flops == chip.flops
     assert measured.kernels / measured.flops == pytest.approx(vendors.kernels / vendors.flops)
     assert (measured.memory, measured.slower) == (chip.bandwidth, vendors.slower)
