@@ -95,7 +95,8 @@ def test_operations_of_an_update_leave_out_gradients_of_frozen_weights(remat, ta
     settings = {"remat": remat, "kernel": "reference", "chunk": 128}
     wanted = costs.training(case.model, rows, Parts(), 4, **settings, frozen=True)
     wanted += adapted.training(case.model, case.adapter, rows, Parts(), 4, remat=remat)
-    assert found == pytest.approx(wanted.flops, rel=1e-3)
+    # XLA drops recomputed products of the adapter that nothing reads.
+    assert 0.99 * wanted.flops < found < 1.001 * wanted.flops
     low = 6 * rows.tokens * adapted.beside(case.model, case.adapter).entries
     whole = costs.training(case.model, rows, Parts(), 4, **settings)
     assert found - low < 0.85 * whole.flops
