@@ -657,7 +657,8 @@ def test_other_expert_axes_are_among_the_settings_that_a_search_looks_at():
 
 FIELDS = {
     "fits", "bytes", "peak_bytes", "usable_bytes", "over_bytes", "compiler_error", "flops",
-    "memory_bytes", "link_bytes", "seconds", "roofline_s", "bound", "calls_a_step", "lower_s",
+    "memory_bytes", "link_bytes", "seconds", "roofline_s", "counted", "share", "bound",
+    "calls_a_step", "lower_s",
     "compile_s",
 }  # fmt: skip
 
@@ -687,6 +688,10 @@ def test_a_rehearsal_reports_every_program(rehearsed):
     assert "| update |" in text
     assert "The pool of a device has" in text
     assert "blocks (decoding)" in text
+    told = {name for name, one in found["programs"].items() if one["counted"]}
+    assert told == {"hand-over", "log-probs", "update"}
+    assert "counted from the compiled instructions for hand-over" in text
+    assert "**log-probs**" in report.instructions(found)
 
 
 def test_arguments_are_the_bytes_of_the_arrays_themselves(rehearsed):
