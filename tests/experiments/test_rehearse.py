@@ -138,6 +138,25 @@ def test_a_mesh_or_a_size_that_does_not_fit_is_refused_before_anything_is_compil
         cases.build(tiny(), machine(), mean_length=2000)
 
 
+def test_rows_and_programs_of_one_device_are_made_as_on_it(monkeypatch):
+    """Not as on the device of this process, whose platform may want other rows and kernels."""
+    device = jax.devices("cpu")[3]
+    case = cases.build(tiny(**SMALL), topologies.Topology("h100:1x1", CHIP, (device,)))
+    seen, planner = [], cases.planner
+
+    def noted(*arguments):
+        seen.append(jax.config.jax_default_device)
+        return planner(*arguments)
+
+    monkeypatch.setattr(cases, "planner", noted)
+    update = next(one for one in programs.programs(case) if one.name == "update")
+    monkeypatch.setattr(
+        type(case.programs), "lower_update", lambda *_: seen.append(jax.config.jax_default_device)
+    )
+    update.lower()
+    assert seen == [device, device]
+
+
 # ---------------------------------------------------------------- costs
 
 
