@@ -28,6 +28,7 @@ REACHED = {"products": 0.8, "memory": 0.9, "links": 0.9}
 # (arXiv:2407.08608, abstract), of which ours for GPUs is one.
 KERNELS = 0.35
 _LARGE = 2**20  # bytes of a move that is listed
+_MOST = 12  # kinds of moves and of collectives that are listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,7 +370,7 @@ def _grouped(entries, field):
         for name, own in (("bytes", one.bytes), ("seconds", one.seconds),
                           ("waited_s", one.waited), ("beside_s", one.beside)):  # fmt: skip
             group[name] += one.times * own
-    return sorted(found.values(), key=lambda group: -group[field])
+    return sorted(found.values(), key=lambda group: -group[field])[:_MOST]
 
 
 def optimizer(counted: Counted, parameter_bytes: float) -> dict[str, float]:
