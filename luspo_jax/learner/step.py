@@ -103,13 +103,8 @@ def update_step(
             router = jax.lax.stop_gradient(dataclasses.replace(router, expert_ids=None))
         return total, (metrics, router)
 
-    def gradient(_, part):
-        (_, found), new = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return None, (copies.constrained(new, how), found)
-
     def accumulate(grads, part):
-        # Sums that went through the condition would be copied there, each time.
-        _, (new, found) = computed(None, part)
+        (_, found), new = jax.value_and_grad(loss, has_aux=True)(params, part)
         grads = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
         return copies.constrained(grads, how), found
 
@@ -119,8 +114,8 @@ def update_step(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_type(p)), params)
     whole = (batch.rows, batch.responses, length_scale_B)
     parts = split(whole, batch.rows.num_microbatches, layout)
-    computed = unless_empty(gradient, lambda part: part[0], how.model)
-    grads, found = jax.lax.scan(accumulate, zeros, parts)
+    step = unless_empty(accumulate, lambda part: part[0], how.model)
+    grads, found = jax.lax.scan(step, zeros, parts)
     grads = copies.summed(grads, how)
     metrics, router = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
     if router is not None:
