@@ -14,7 +14,7 @@ Hardware: one host of 8 GPUs with 80 GB each, as in the paper (8 H800).
 Memory  : weights and Adam's moments are 91 GB, 11.4 GB on each of 8 GPUs; keys and values
           take 57 kB a token; a checkpoint is 91 GB and three are kept.
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 4,000 a step
-          takes at least 6.5 min on h100:1x8 (expected 11.9; 70 of 78 GB a device in use at most),
+          takes at least 6.4 min on h100:1x8 (expected 10.8; 70 of 78 GB a device in use at most),
           and before there were pages, at least 10.7 min on v5p:2x2x4 (expected 18.6); decoding is
           most of it. On h100:1x8 a device has 43 GB of pages, 751,488 tokens.
 Rehearse: `python -m experiments.rehearse --config=configs/qwen2_5_7b_dapo17k.py

@@ -14,7 +14,9 @@ A rollout is played at assumed lengths; with `rollout.overlap`, step after step 
 alike. `--nocompile` tells the times alone, which are counted by hand.
 
 Exits with 1 if something does not fit, naming the program, the bytes and a change that helps;
-`--search` finds the fastest settings that fit.
+`--search` finds the fastest settings that fit. `--hlo` tells, for the programs of training, which
+copies and transpositions the compiler made and for which line, which collectives are exposed, and
+what the optimiser moves.
 """
 
 import json
@@ -43,6 +45,7 @@ _IMAGE_SIZE = flags.DEFINE_string(
 )
 _PRESSURE = flags.DEFINE_bool("pressure", True, "Rehearse length pressure where the run has it.")
 _COMPILE = flags.DEFINE_bool("compile", True, "Compile the programs; else only times are told.")
+_HLO = flags.DEFINE_bool("hlo", False, "Tell where the instructions' bytes and time go.")
 _SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest settings that fit.")
 
 
@@ -89,6 +92,8 @@ def main() -> None:
     if _SEARCH.value:
         report["search"] = search.search(case, report, say=say)
     print(reports.text(report))
+    if _HLO.value and _COMPILE.value:
+        print(reports.instructions(report))
     for flag, content in (  # A flag cannot be the key of a dict.
         (_JSON, json.dumps(report, indent=2, allow_nan=False) + "\n"),
         (_MARKDOWN, reports.text(report) + "\n"),

@@ -16,9 +16,9 @@ from experiments.machine.records import Check, Predicted, Record, Training
 from experiments.machine.running import Known
 from experiments.machine.shapes import Shape, Sizes
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs, report
+from experiments.rehearsal import costs, counted, programs, report
 from experiments.rehearsal.case import Case
-from experiments.rehearsal.rows import microbatch
+from experiments.rehearsal.rows import microbatch, taken
 from luspo_jax.learner.rows import token_rows
 from luspo_jax.types import ResponseRows, TrainBatch
 
@@ -119,7 +119,9 @@ def _record(known, made, name, seconds):
 
 def _predicted(made, found, compiled, measured_bytes):
     work = programs.train_batch(made)[1]
-    expected = report.rates(made.topology, report.EXPECTED).roofline(work)
+    data = taken(made, cases.plan(made, made.sizes.responses_per_minibatch))
+    by = counted.speeds(made.topology)
+    expected = counted.count(compiled.as_text(), by, data, kernel_flops=work.flops).seconds
     least = report.rates(made.topology).roofline(work)
     size, hidden = measured_bytes
     note = "an earlier program took as much: at most this" if hidden else ""
@@ -129,8 +131,7 @@ def _predicted(made, found, compiled, measured_bytes):
     return [
         Predicted(
             f"{what}, expected time", "s", expected, found.seconds,
-            f"at {report.EXPECTED['compute']:.0%} of the measured matrix rate and "
-            f"{report.EXPECTED['memory']:.0%} of the bandwidth; at least {least:.3g} s",
+            f"by the compiled instructions at the measured rates; at least {least:.3g} s",
         ),
         Predicted(f"{what}, peak memory", "bytes", needed_bytes(compiled), size, note),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -79,7 +80,8 @@ class Case:
     @functools.cached_property
     def planner(self) -> Planner:
         """How responses are laid into rows."""
-        return planner(self.config, self.model, self.layouts[0])
+        with device_of(self.topology):
+            return planner(self.config, self.model, self.layouts[0])
 
     @property
     def programs(self) -> StepPrograms:
@@ -293,7 +295,7 @@ def build(
     made = adapters.adapter(config, model.config)
     adapters.check_rollout(config, made, roles(config, topology.devices))
     own = laid[0], _on_a_host(topology, laid[1])
-    with _device_of(topology):
+    with device_of(topology):
         return Case(
             config=config,
             topology=topology,
@@ -315,11 +317,14 @@ def _on_a_host(topology, layout):
     return Layout(Mesh(grid, sharding.MESH_AXES), layout.table)
 
 
-def _device_of(topology):
-    """Returns a context: without a mesh, jax's default device sets the platform."""
+@contextlib.contextmanager
+def device_of(topology: Topology) -> Iterator[None]:
+    """Enters a context, or decorates: without a mesh, jax's default device sets the platform."""
     if len(topology.devices) > 1 or topology.name == "local":
-        return contextlib.nullcontext()
-    return jax.default_device(topology.devices[0])
+        yield
+        return
+    with jax.default_device(topology.devices[0]):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ group, where sums are first made within a slice:
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,15 +88,15 @@ def transfers(text: str, slices: Sequence[int]) -> list[Transfer]:
     count, partitions = len(set(slices)), re.search(r"num_partitions=(\d+)", text)
     if partitions and int(partitions[1]) < len(slices):
         slices = [0] * int(partitions[1])  # a slice's own program: collectives stay within it
-    computations = _computations(text)
-    turns = _turns(computations)
+    parts = computations(text)
+    turns = _turns(parts)
     found = []
     for name, (times, looped) in turns.items():
-        for line in computations[name]:
+        for line in parts[name]:
             one = _collective(line, slices) or _megascale(line, count)
             if one is not None:
                 found.append(Transfer(*one, times, looped, _source(line)))
-    seen = sum(bool(_MOVES.search(line)) for name in turns for line in computations[name])
+    seen = sum(bool(_MOVES.search(line)) for name in turns for line in parts[name])
     if seen != len(_MOVES.findall(text)):
         raise ValueError("the program's text has collectives in computations that nothing calls")
     return sorted(found, key=lambda one: -one.total)
@@ -217,8 +217,12 @@ def _megascale(line, count):
 
 def _bytes(shape):
     dtype, sizes = shape
-    width = _WIDTHS.get(dtype, 1 if dtype.startswith("f8") else 0)
-    return width * math.prod(int(n) for n in sizes.split(",") if n)
+    return width(dtype) * math.prod(int(n) for n in sizes.split(",") if n)
+
+
+def width(dtype: str) -> int:
+    """Returns the bytes of an element; 0 of what is no array."""
+    return _WIDTHS.get(dtype, 1 if dtype.startswith("f8") else 0)
 
 
 def _source(line):
@@ -226,7 +230,7 @@ def _source(line):
     return match[1] if match else ""
 
 
-def _computations(text):
+def computations(text: str) -> dict[str, list[str]]:
     """Returns the lines of each computation by name; the first key is the entry's, under ""."""
     found: dict[str, list[str]] = {"": []}
     lines = None
@@ -258,15 +262,16 @@ def _turns(computations):
             ]
             for how, one in called:
                 in_loop = how in ("body", "condition")
-                turns = _trip_count(line, computations) if in_loop else 1
+                turns = (trip_count(line, computations) or 1) if in_loop else 1
                 visit(one, times * turns, looped or in_loop)
 
     visit("", 1, False)
     return found
 
 
-def _trip_count(line, computations):
-    """Returns the turns of a loop: as the compiler notes them, or the limit of its condition."""
+def trip_count(line: str, computations: Mapping[str, Sequence[str]]) -> int | None:
+    """Returns the turns of a loop: as the compiler notes them, or the limit of its condition; None
+    if neither tells."""
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
     if known:
         return int(known[1])
@@ -275,4 +280,4 @@ def _trip_count(line, computations):
     limits = [
         m[1] for m in (re.search(r"= s32\[\]\S* constant\((\d+)\)", one) for one in lines) if m
     ]
-    return int(limits[0]) if len(limits) == 1 else 1
+    return int(limits[0]) if len(limits) == 1 else None

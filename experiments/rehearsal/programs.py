@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments.rehearsal import adapted, costs, crossing, tower
+from experiments.rehearsal import adapted, costs, counted, crossing, tower
 from experiments.rehearsal import case as cases
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.costs import Rows, Work
@@ -26,7 +26,7 @@ from experiments.rehearsal.resident import (
     state_bytes,
     weights_bytes,
 )
-from experiments.rehearsal.rows import images, microbatch
+from experiments.rehearsal.rows import images, microbatch, taken
 from luspo_jax.learner import rows as training_rows
 from luspo_jax.learner.programs import LogprobPass
 from luspo_jax.learner.rows import abstract_token_rows
@@ -54,6 +54,8 @@ class Program:
       calls: in one rollout step.
       resident: bytes on a device while it runs that are not its arguments, by name.
       given: bytes on a device of all its arguments, read or not; None if it reads all.
+      taken: what its data decide; None: its time is not counted from its instructions.
+      updates: bytes on a device of what it updates as an optimiser.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Program:
     calls: float
     resident: Mapping[str, float]
     given: Callable[[], float] | None = None
+    taken: counted.Taken | None = None
+    updates: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Compiled:
       crossing: what it sends between slices, the largest first.
       over_by: bytes by which the compiler refused it; 0 if it did not.
       error: its message in that case.
+      text: its optimised HLO.
     """
 
     arguments: int
@@ -84,6 +89,7 @@ class Compiled:
     crossing: tuple[Transfer, ...] = ()
     over_by: float = 0.0
     error: str = ""
+    text: str = dataclasses.field(default="", repr=False)
 
     @property
     def bytes(self) -> int:
@@ -107,7 +113,7 @@ def compiled(program: Program) -> Compiled:
             over_by=max(1.0, needed - there), error=str(error).splitlines()[0][:300],
         )  # fmt: skip
     memory, compiled_at = made.memory_analysis(), time.perf_counter()
-    slices = crossing.slices_of(made)
+    slices, text = crossing.slices_of(made), made.as_text()
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -116,7 +122,8 @@ def compiled(program: Program) -> Compiled:
         on_host=memory.host_temp_size_in_bytes,
         lower_seconds=lowered_at - started,
         compile_seconds=compiled_at - lowered_at,
-        crossing=tuple(crossing.transfers(made.as_text(), slices)) if len(set(slices)) > 1 else (),
+        crossing=tuple(crossing.transfers(text, slices)) if len(set(slices)) > 1 else (),
+        text=text,
     )
 
 
@@ -135,7 +142,8 @@ def programs(case: Case, *, pressure: bool = True) -> list[Program]:
     found = [*_hand_over(case), *_rollout(case), *_training(case)]
     if case.config.length.every and pressure:
         found.append(_pressure(case))
-    return found
+    there = cases.device_of(case.topology)
+    return [dataclasses.replace(one, lower=there(one.lower)) for one in found]
 
 
 # ---------------------------------------------------------------- hand-over
@@ -157,7 +165,7 @@ def _hand_over(case):
         return handover.lower_rollout_params(case.policy(), **args)
 
     if train is None or same_order(train.sharding(()), rollout):
-        return [Program("hand-over", lower, work, 1, beside)]
+        return [Program("hand-over", lower, work, 1, beside, taken=counted.Taken())]
     # Two programs: the cast, and jax's own move to devices in another order.
 
     def move():
@@ -353,7 +361,7 @@ def _prompt_images(case, engine, prompts, length):
 def _training(case):
     found, programs, state = [], case.programs, case.state
     for number, (name, one) in enumerate(programs.passes(stale=case.stale).items()):
-        rows, times, work = pass_rows(case, one)
+        rows, times, work, how = pass_rows(case, one)
         # With an adapter, a reference that is not copied is the frozen weights alone.
         gone = {"params": "ref_params", "ref_params": "params"}[one.policy]
         found.append(
@@ -364,6 +372,7 @@ def _training(case):
                 times,
                 state_bytes(case, "opt_state", gone, "marked_params"),
                 functools.partial(device_bytes, (case.policy(one.policy), rows)),
+                how,
             )
         )
     batch, work = train_batch(case)
@@ -376,13 +385,15 @@ def _training(case):
             case.sizes.updates_per_step,
             {},
             lambda: device_bytes((state, batch)),
+            taken(case, cases.plan(case, case.sizes.responses_per_minibatch)),
+            case.trained_bytes,
         )
     )
     return found
 
 
-def pass_rows(case: Case, one: LogprobPass) -> tuple[TokenRows, int, Work]:
-    """(rows, calls, work of one) of a pass over the responses of a step.
+def pass_rows(case: Case, one: LogprobPass) -> tuple[TokenRows, int, Work, counted.Taken]:
+    """(rows, calls, work of one, what its data decide) of a pass over the responses of a step.
 
     With images, a call reads the responses of a minibatch.
     """
@@ -399,7 +410,8 @@ def pass_rows(case: Case, one: LogprobPass) -> tuple[TokenRows, int, Work]:
         ids = costs.recorded_bytes(case.model) * micro.tokens
         work += Work(0, 0, ids * used * (1 - 1 / case.train_parts.batch))
     rows = abstract_token_rows(case.planner, plan, ("sampler",), images(case, plan))
-    return training_rows.abstract(case.on(rows), one.logprobs.how.layout), left // responses, work
+    rows = training_rows.abstract(case.on(rows), one.logprobs.how.layout)
+    return rows, left // responses, work, taken(case, plan)
 
 
 def _pass_work(case, plan):

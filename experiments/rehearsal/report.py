@@ -7,16 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, programs, resident, slices, topologies, tower
+from experiments.rehearsal import costs, counted, programs, resident, slices, topologies, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.programs import Compiled, Program
 from experiments.rehearsal.topologies import Topology
 from luspo_jax.learner.state import OFFLOADS
 from luspo_jax.run import adapters
 
-# Shares of the peak that a run is expected to reach, for the estimate beside the roofline: MaxText
+# Shares of the peak that a run is expected to reach, for the estimate beside the roofline of what
+# is not compiled, and of the sampler's programs, whose kernels read what pages hold: MaxText
 # publishes 45 % of a v5p's compute for pre-training, verl 31 to 40 % of an H100's for RL updates;
-# decoding libraries reach 60 to 80 % of the memory bandwidth.
+# decoding libraries reach 60 to 80 % of the memory bandwidth. What a training step's compiled
+# programs are expected to reach is counted (`counted`).
 EXPECTED = {"compute": 0.4, "memory": 0.65, "interconnect": 0.65}
 _HOST_LINK = 25e9  # bytes per second between a device and its host's memory, for offloading
 
@@ -39,7 +41,7 @@ def rehearse(
         records[program.name] = record(case.topology, program, made)
         say(f"    {line(records[program.name])}")
     left_out = bool(case.config.length.every) and not pressure
-    told = times(case, found)
+    told = times(case, found, records)
     if case.topology.slices > 1:
         told["across_slices"] = slices.crossed(case, records)
     return told | {
@@ -52,8 +54,11 @@ def rehearse(
     }
 
 
-def times(case: Case, found: list[Program]) -> dict[str, Any]:
-    """Reports what no compiler is asked for, as JSON values; `found` are the case's programs."""
+def times(
+    case: Case, found: list[Program], records: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Reports what no compiler is asked for, as JSON values; `found` are the case's programs, and
+    `records` what is known of those that were compiled."""
     return {
         "topology": _machine(case.topology),
         "meshes": cases.whole_host(case),
@@ -66,7 +71,7 @@ def times(case: Case, found: list[Program]) -> dict[str, Any]:
         "batch": str(case.sizes),
         "pace": {"overlap": case.config.rollout.overlap, "max_age": case.config.rollout.max_age,
                  "apart": case.apart},
-        "step": step(case, found),
+        "step": step(case, found, records or {}),
         **({"across_slices": slices.crossed(case, {})} if case.topology.slices > 1 else {}),
     }  # fmt: skip
 
@@ -101,6 +106,7 @@ def record(topology: Topology, program: Program, made: Compiled) -> dict[str, An
     over = max(0.0, peak - topology.chip.usable, made.over_by)
     taken = rates(topology).seconds(program.work)
     bound = max(taken, key=taken.get)
+    expected = _counted(topology, program, made)
     return {
         "fits": over == 0,
         "bytes": {"arguments": made.arguments, "outputs": made.outputs, "aliased": made.aliased,
@@ -115,11 +121,23 @@ def record(topology: Topology, program: Program, made: Compiled) -> dict[str, An
         **(slices.record(made.crossing) if topology.slices > 1 else {}),
         "seconds": taken,
         "roofline_s": taken[bound],
+        "counted": expected,
+        # Of programs that only move, the compiler may move less than was counted by hand.
+        "share": min(1.0, taken[bound] / expected["seconds"]) if expected else None,
         "bound": bound,
         "calls_a_step": program.calls,
         "lower_s": made.lower_seconds,
         "compile_s": made.compile_seconds,
     }  # fmt: skip
+
+
+def _counted(topology, program, made):
+    """Returns what a compiled program's instructions tell; None if they are not counted."""
+    if program.taken is None or not made.text:
+        return None
+    by = counted.speeds(topology)
+    found = counted.count(made.text, by, program.taken, kernel_flops=program.work.flops)
+    return counted.described(found, program.updates)
 
 
 def rates(topology: Topology, share: dict[str, float] | None = None) -> costs.Rates:
@@ -133,16 +151,20 @@ def rates(topology: Topology, share: dict[str, float] | None = None) -> costs.Ra
     )
 
 
-def step(case: Case, found: list[Program]) -> dict[str, Any]:
+def step(case: Case, found: list[Program], records: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns the seconds of a rollout step by phase, at the roofline and as expected.
 
-    Rewards, host work and waiting for the slowest host are left out.
+    Expected is the roofline over the share that a compiled program's instructions tell, where they
+    were counted; else `EXPECTED`. Rewards, host work and waiting for the slowest host are left out.
     """
     peak, expected = rates(case.topology), rates(case.topology, EXPECTED)
     phases: dict[str, list[float]] = {}
     held_out = [0.0, 0.0]
+    shares = {name: one["share"] for name, one in (records or {}).items() if one["share"]}
     for program in found:
         both = [seconds(case, program, by) for by in (peak, expected)]
+        if program.name in shares:
+            both[1] = both[0] / shares[program.name]
         if program.name.endswith(programs.HELD_OUT):
             held_out = [a + b for a, b in zip(held_out, both, strict=True)]
         else:
@@ -163,6 +185,7 @@ def step(case: Case, found: list[Program]) -> dict[str, Any]:
         "expected_s": total[1],
         "held_out_evaluation": {"roofline_s": held_out[0], "expected_s": held_out[1]},
         "expected_shares_of_peak": EXPECTED,
+        "counted_shares": shares,
         "response_tokens": tokens,
         "expected_tokens_a_second": tokens / total[1],
         "decode_steps": play.steps,
@@ -335,6 +358,17 @@ def _trained(report):
     ]
 
 
+def instructions(report: dict[str, Any]) -> str:
+    """Formats where the bytes and the time of the counted programs go, in Markdown."""
+    found = [
+        line
+        for name, one in report["programs"].items()
+        if one["counted"]
+        for line in counted.lines(name, one["counted"])
+    ]
+    return "\n".join(found)
+
+
 def _times(taken):
     """Describes the phases of a step."""
     phases = [
@@ -347,10 +381,28 @@ def _times(taken):
         *phases,
         f"| **step** | **{_time(taken['roofline_s'])}** | **{_time(taken['expected_s'])}** |",
         "",
+        *_shares(taken),
         f"Decoding takes {taken['decode_steps']:,.0f} steps at {taken['slot_utilisation']:.0%} of "
         f"the rows; a step makes {taken['response_tokens']:,} tokens, "
         f"{taken['expected_tokens_a_second']:,.0f} a second as expected. A held-out evaluation "
         f"takes {_time(taken['held_out_evaluation']['expected_s'])} more.",
+    ]
+
+
+def _shares(taken):
+    """Says which expectations are counted from instructions, and which are assumed."""
+    counted_ones = ", ".join(f"{name} {x:.0%}" for name, x in taken["counted_shares"].items())
+    assumed = taken["expected_shares_of_peak"]
+    rest = (
+        f"{assumed['compute']:.0%} of the compute and {assumed['memory']:.0%} of the bandwidths "
+        "are assumed"
+    )
+    if not counted_ones:
+        return [f"Expected: {rest}.", ""]
+    return [
+        f"Expected: a share of the roofline counted from the compiled instructions for "
+        f"{counted_ones}; for the others {rest}.",
+        "",
     ]
 
 

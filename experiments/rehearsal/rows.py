@@ -3,7 +3,7 @@
 import math
 
 from experiments.rehearsal import case as cases
-from experiments.rehearsal import costs, tower
+from experiments.rehearsal import costs, counted, tower
 from experiments.rehearsal.case import Case
 from experiments.rehearsal.costs import Rows
 from luspo_jax.learner.plan import Plan
@@ -17,6 +17,15 @@ def microbatch(case: Case, plan: Plan) -> tuple[Rows, int]:
     tokens = int(plan.lengths_B.sum()) - case.lengths.prompt * len(plan.lengths_B)
     counted = math.ceil(tokens / used)
     return Rows(at_once * long, _pairs(case, plan), counted), used
+
+
+def taken(case: Case, plan: Plan) -> counted.Taken:
+    """Returns how often a pass computes a micro-batch of a plan, and a chunk of the head in it."""
+    micro, used = microbatch(case, plan)
+    chunk, parts = case.rule.logprobs.head_chunk_tokens, case.train_parts
+    whole = math.ceil(micro.tokens / parts.tokens / chunk)
+    scored = min(whole, math.ceil(micro.scored / parts.tokens / chunk))
+    return counted.Taken((used / plan.num_microbatches, scored / whole), (float(scored),))
 
 
 def _pairs(case, plan):

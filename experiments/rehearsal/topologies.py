@@ -36,6 +36,8 @@ class Chip:
       host_devices: devices of one host.
       shapes: available slices, largest in each dimension; empty for GPUs.
       source: source of the numbers.
+      unit: rows, columns and depth of the block that its matrix unit multiplies: smaller products
+        are padded to it.
     """
 
     platform: str
@@ -48,6 +50,7 @@ class Chip:
     host_devices: int
     shapes: tuple[str, ...]
     source: str
+    unit: tuple[int, int, int] = (1, 1, 1)
 
     @property
     def usable(self) -> float:
@@ -67,13 +70,16 @@ _GOOGLE = "cloud.google.com/tpu/docs/"
 
 def _tpu(gib, tflops, bandwidth, links, network, shapes, page):
     memory, host_devices = gib * GIB, 8 if page.startswith("tpu7x") else 4
+    side = 256 if page.startswith(("v6e", "tpu7x")) else 128  # of the matrix unit
+    unit = (8, side, side)
     return Chip("tpu", memory, _TPU_RESERVE * memory, tflops * 1e12, bandwidth * 1e9, links * 1e9,
-                network * 1e9, host_devices, shapes, _GOOGLE + page)  # fmt: skip
+                network * 1e9, host_devices, shapes, _GOOGLE + page, unit)  # fmt: skip
 
 
 def _gpu(memory, tflops, bandwidth, links, network, source):
+    rows = 64 if "DGX H" in source else 16  # of wgmma's and mma's blocks (PTX ISA)
     return Chip("cuda", memory, _GPU_RESERVE * memory, tflops * 1e12, bandwidth * 1e9, links * 1e9,
-                network * 1e9, 8, (), source)  # fmt: skip
+                network * 1e9, 8, (), source, (rows, 8, 16))  # fmt: skip
 
 
 CHIPS = {

@@ -82,19 +82,32 @@ _AXES = _Inputs(("batch", "length", None), _KERNEL, _ROWS, _ROWS)
 
 @dataclasses.dataclass(frozen=True)
 class _Vocabulary:
-    """The part of the vocabulary on this device, and the mesh axes that hold the rest."""
+    """The part of the vocabulary on this device, and the mesh axes that hold the rest.
 
-    kernel_VD: jax.Array
+    `kernel` is [V, D], or [D, V] where it is gathered along D: collectives of a GPU join and cut
+    the slowest axis, and transpose the whole of it before or after them for any other one.
+    """
+
+    kernel: jax.Array
     names: tuple[str, ...]
+    axes: str = "vd"
+
+    @property
+    def size(self):
+        return self.kernel.shape[self.axes.index("v")]
 
     def logits(self, hidden_BCD, scale):
-        return scale * jnp.einsum(
-            "bcd,vd->bcv", hidden_BCD, self.kernel_VD, preferred_element_type=wide_type(hidden_BCD)
-        )
+        return scale * self._product(f"bcd,{self.axes}->bcv", hidden_BCD, self.kernel)
+
+    def hidden_grads(self, d_logits_BCV):
+        return self.total(self._product(f"bcv,{self.axes}->bcd", d_logits_BCV, self.kernel))
+
+    def _product(self, how, x, y):
+        return jnp.einsum(how, x, y, preferred_element_type=wide_type(x))
 
     def is_target(self, targets_BC):
         # A comparison instead of a gather: it fuses, and the token may be on another device.
-        vocab = self.kernel_VD.shape[0]
+        vocab = self.size
         if self.names:
             targets_BC = targets_BC - jax.lax.axis_index(self.names) * vocab
         return targets_BC[..., None] == jnp.arange(vocab, dtype=targets_BC.dtype)[None, None, :]
@@ -115,9 +128,13 @@ def _vocabulary(kernel_VD, dtype, layout):
     kernel_VD = kernel_VD.astype(dtype)
     if layout is None:
         return _Vocabulary(kernel_VD, ())
-    if cut := layout.axis_names("embed"):
+    names = layout.axis_names("vocab")
+    cut = layout.axis_names("embed")
+    if cut and layout.mesh.devices.flat[0].platform != "tpu":
+        return _Vocabulary(jax.lax.all_gather(kernel_VD.T, cut, axis=0, tiled=True), names, "dv")
+    if cut:
         kernel_VD = jax.lax.all_gather(kernel_VD, cut, axis=1, tiled=True)
-    return _Vocabulary(kernel_VD, layout.axis_names("vocab"))
+    return _Vocabulary(kernel_VD, names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,20 +245,76 @@ def _forward(scale, chunk_tokens, layout, inputs, *, collision):
 
 def _scored_backward(scale, chunk_tokens, layout, residuals, cotangents):
     inputs, entropy_BT, normalizer_BT = residuals
-    local = functools.partial(_backward, scale, chunk_tokens, layout)
-    spread = sharding.shard_map(local, layout, [_AXES, *[_ROWS] * 4], _AXES[:2])
-    d_hidden_BTD, d_kernel_VD = spread(inputs, entropy_BT, normalizer_BT, *cotangents)
+    arrays = (inputs, entropy_BT, normalizer_BT, *cotangents)
+    d_hidden_BTD, d_kernel_VD = _gradients(scale, chunk_tokens, layout, arrays)
     d_hidden_BTD = d_hidden_BTD.astype(inputs.hidden_BTD.dtype)
     return (_Inputs(d_hidden_BTD, d_kernel_VD.astype(inputs.kernel_VD.dtype), None, None),)
 
 
-def _backward(scale, chunk_tokens, layout, inputs, entropy_BT, normalizer_BT, *cotangents):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gradients(scale, chunk_tokens, layout, arrays):
+    return _spread_backward(scale, chunk_tokens, layout, _filled)(*arrays)
+
+
+def _gradients_forward(scale, chunk_tokens, layout, arrays):
+    return _gradients(scale, chunk_tokens, layout, arrays), arrays
+
+
+def _gradients_backward(scale, chunk_tokens, layout, arrays, cotangents):
+    """Differentiates the backward pass, as length pressure does; `_filled` cannot be."""
+    return (jax.vjp(_spread_backward(scale, chunk_tokens, layout, _all), *arrays)[1](cotangents),)
+
+
+_gradients.defvjp(_gradients_forward, _gradients_backward)
+
+
+def _spread_backward(scale, chunk_tokens, layout, over):
+    local = functools.partial(_backward, scale, chunk_tokens, layout, over)
+    return sharding.shard_map(local, layout, [_AXES, *[_ROWS] * 4], _AXES[:2])
+
+
+def _filled(grads, start, mask_NBC, xs):
+    """Runs the chunks that the mask does not leave empty.
+
+    A condition that skips the others would copy the weights' gradient, its largest operand and
+    result, in each of them.
+    """
+    filled_N = jnp.any(mask_NBC, axis=(1, 2))
+    order_N = jnp.argsort(~filled_N, stable=True)
+
+    def one_chunk(i, carry):
+        d_kernel, d_hidden_NBCD = carry
+        n = order_N[i]
+        at_n = (jax.lax.dynamic_index_in_dim(x, n, keepdims=False) for x in xs)
+        d_kernel, d_hidden_BCD = grads(d_kernel, *at_n)
+        return d_kernel, jax.lax.dynamic_update_index_in_dim(d_hidden_NBCD, d_hidden_BCD, n, 0)
+
+    count = jnp.sum(filled_N, dtype=jnp.int32)
+    return jax.lax.fori_loop(0, count, one_chunk, (start, jnp.zeros_like(xs[0])))
+
+
+def _all(grads, start, mask_NBC, xs):
+    """Runs all chunks, and does nothing in those that the mask leaves empty."""
+
+    def nothing(carry, hidden_BCD, *_):
+        return carry, jnp.zeros_like(hidden_BCD)
+
+    def one_chunk(carry, xs):
+        mask_BC, *rest = xs
+        return jax.lax.cond(jnp.any(mask_BC), grads, nothing, carry, *rest)
+
+    return jax.lax.scan(one_chunk, start, (mask_NBC, *xs))
+
+
+def _backward(scale, chunk_tokens, layout, over, inputs, *found_BT):
     hidden_BTD, kernel_VD, targets_BT, mask_BT = inputs
+    entropy_BT, normalizer_BT, *cotangents = found_BT
     vocabulary = _vocabulary(kernel_VD, hidden_BTD.dtype, layout)
     chunks = _chunks(chunk_tokens, mask_BT, layout)
     # On a CPU the product's left side is transposed by a slow copy: that of the hidden states is
-    # the smaller one. Elsewhere the gradient's own order saves a copy of it at the end.
-    transposed = layout is None and sharding.available_devices()[0].platform == "cpu"
+    # the smaller one. Elsewhere the weights' own order saves a copy of the gradient at the end.
+    on_cpu = layout is None and sharding.available_devices()[0].platform == "cpu"
+    axes = "dv" if on_cpu else vocabulary.axes
 
     # Length pressure differentiates this in the cotangents; a chunk's logits are not kept.
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -252,43 +325,32 @@ def _backward(scale, chunk_tokens, layout, inputs, entropy_BT, normalizer_BT, *c
             d_logprob_BC[..., None] + d_entropy_BC[..., None] * (logp_BCV + entropy_BC[..., None])
         ) + jnp.where(vocabulary.is_target(targets_BC), d_logprob_BC[..., None], 0.0)
         d_logits_BCV = (scale * d_logits_BCV).astype(hidden_BTD.dtype)
-        d_hidden_BCD = vocabulary.total(
-            jnp.einsum(
-                "bcv,vd->bcd",
-                d_logits_BCV,
-                vocabulary.kernel_VD,
-                preferred_element_type=wide_type(hidden_BCD),
-            )
-        )
+        d_hidden_BCD = vocabulary.hidden_grads(d_logits_BCV)
         d_kernel = jnp.einsum(
-            "bcd,bcv->dv" if transposed else "bcd,bcv->vd",
+            f"bcd,bcv->{axes}",
             hidden_BCD,
             d_logits_BCV,
             preferred_element_type=wide_type(hidden_BCD),
         )
         return carry + d_kernel, d_hidden_BCD.astype(hidden_BTD.dtype)
 
-    def nothing(carry, hidden_BCD, *_):
-        return carry, jnp.zeros_like(hidden_BCD)
-
-    def one_chunk(carry, xs):
-        mask_BC, *rest = xs
-        return jax.lax.cond(jnp.any(mask_BC), grads, nothing, carry, *rest)
-
     d_logprobs_BT, d_entropy_BT = (
         jnp.where(mask_BT, x_BT, 0.0).astype(wide_type(hidden_BTD)) for x_BT in cotangents
     )
-    xs = tuple(
+    mask_NBC, *xs = (
         chunks.cut(x)
         for x in (
             mask_BT, hidden_BTD, targets_BT, entropy_BT, normalizer_BT, d_logprobs_BT, d_entropy_BT
         )
     )  # fmt: skip
-    shape = vocabulary.kernel_VD.shape
-    start = jnp.zeros(shape[::-1] if transposed else shape, wide_type(kernel_VD))
-    d_kernel, d_hidden = jax.lax.scan(one_chunk, start, xs)
-    d_kernel_VD = d_kernel.T if transposed else d_kernel
-    return chunks.joined(d_hidden), sharding.summed_over_rows(d_kernel_VD, _KERNEL, layout)
+    sizes = {"v": vocabulary.size, "d": hidden_BTD.shape[-1]}
+    start = jnp.zeros([sizes[axis] for axis in axes], wide_type(kernel_VD))
+    d_kernel, d_hidden = over(grads, start, mask_NBC, tuple(xs))
+    if axes == "vd":
+        d_kernel_VD = sharding.summed_over_rows(d_kernel, _KERNEL, layout)
+    else:
+        d_kernel_VD = sharding.summed_over_rows(d_kernel, _KERNEL[::-1], layout).T
+    return chunks.joined(d_hidden), d_kernel_VD
 
 
 _scored.defvjp(_scored_forward, _scored_backward)

@@ -138,6 +138,25 @@ def test_a_mesh_or_a_size_that_does_not_fit_is_refused_before_anything_is_compil
         cases.build(tiny(), machine(), mean_length=2000)
 
 
+def test_rows_and_programs_of_one_device_are_made_as_on_it(monkeypatch):
+    """Not as on the device of this process, whose platform may want other rows and kernels."""
+    device = jax.devices("cpu")[3]
+    case = cases.build(tiny(**SMALL), topologies.Topology("h100:1x1", CHIP, (device,)))
+    seen, planner = [], cases.planner
+
+    def noted(*arguments):
+        seen.append(jax.config.jax_default_device)
+        return planner(*arguments)
+
+    monkeypatch.setattr(cases, "planner", noted)
+    update = next(one for one in programs.programs(case) if one.name == "update")
+    monkeypatch.setattr(
+        type(case.programs), "lower_update", lambda *_: seen.append(jax.config.jax_default_device)
+    )
+    update.lower()
+    assert seen == [device, device]
+
+
 # ---------------------------------------------------------------- costs
 
 
@@ -166,6 +185,8 @@ def products(jaxpr):
 
 SMALL = {"data__max_prompt_length": 8, "rollout__max_response_length": 24,
          "train__microbatch_tokens": 4 * 32, "train__num_minibatches": 4}  # fmt: skip
+# Of the head's chunks the data decide how many are computed: here there is one.
+WHOLE = SMALL | {"model__head_chunk_tokens": 4 * 32}
 
 
 def gathered_rows(rows, model):
@@ -181,7 +202,7 @@ def gathered_rows(rows, model):
 
 @pytest.mark.parametrize("remat", ["none", "full", "attention"])
 def test_operations_of_an_update_are_those_of_its_program(remat):
-    case = cases.build(tiny(model__remat=remat, **SMALL), machine(1), mean_length=12)
+    case = cases.build(tiny(model__remat=remat, **WHOLE), machine(1), mean_length=12)
     batch, _ = programs.train_batch(case)
     number = jax.ShapeDtypeStruct((), np.float32)
     state = abstract_state(case.rule)
@@ -189,7 +210,7 @@ def test_operations_of_an_update_are_those_of_its_program(remat):
     # At 32 tokens the reference attention computes whole squares, and the head every chunk.
     rows, sums = gathered_rows(batch.rows, case.model)
     counted = costs.training(
-        case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=64
+        case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=128
     )
     # The recomputation still computes the last product in the trace; XLA drops it.
     last = 0
@@ -358,7 +379,7 @@ def test_experts_touched_are_those_of_all_ways_to_draw(assignments, num_experts)
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_operations_of_an_update_with_experts_are_those_of_its_program(remat):
-    config = tiny_experts(model__remat=remat, model__expert_kernel="reference", **SMALL)
+    config = tiny_experts(model__remat=remat, model__expert_kernel="reference", **WHOLE)
     case = cases.build(config, machine(1), mean_length=12)
     batch, _ = programs.train_batch(case)
     number = jax.ShapeDtypeStruct((), np.float32)
@@ -366,7 +387,7 @@ def test_operations_of_an_update_with_experts_are_those_of_its_program(remat):
     traced = update_step.trace(state, batch, number, number, rule=case.rule)
     rows, sums = gathered_rows(batch.rows, case.model)
     counted = costs.training(
-        case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=64
+        case.model, rows, Parts(), 4, remat=remat, kernel="reference", chunk=128
     )
     # The reference multiplies every row with every kernel.
     products_of_experts = sum(
@@ -570,7 +591,7 @@ def test_shapes_are_those_that_a_run_would_bring(name, rows, monkeypatch):
     wanted = case.programs.passes(stale=case.stale)
     assert list(passes) == list(wanted)
     for which, one in wanted.items():
-        made, _, _ = programs.pass_rows(case, one)
+        made, *_ = programs.pass_rows(case, one)
         assert_same_shapes(made, passes[which])
         assert made.tokens_RT.sharding == passes[which].tokens_RT.sharding
 
@@ -582,7 +603,7 @@ def test_rows_of_a_mixture_come_with_recorded_experts():
         assert recorded.shape == (*rows.tokens_RT.shape, 2, 2)
         assert recorded.dtype == np.uint8
         assert recorded.sharding.spec[0] == rows.tokens_RT.sharding.spec[0]
-    rows, _, _ = programs.pass_rows(case, case.programs.passes()["old"])
+    rows, *_ = programs.pass_rows(case, case.programs.passes()["old"])
     assert rows.expert_ids.old is None
 
 
@@ -655,7 +676,8 @@ def test_other_expert_axes_are_among_the_settings_that_a_search_looks_at():
 
 FIELDS = {
     "fits", "bytes", "peak_bytes", "usable_bytes", "over_bytes", "compiler_error", "flops",
-    "memory_bytes", "link_bytes", "seconds", "roofline_s", "bound", "calls_a_step", "lower_s",
+    "memory_bytes", "link_bytes", "seconds", "roofline_s", "counted", "share", "bound",
+    "calls_a_step", "lower_s",
     "compile_s",
 }  # fmt: skip
 
@@ -685,6 +707,10 @@ def test_a_rehearsal_reports_every_program(rehearsed):
     assert "| update |" in text
     assert "The pool of a device has" in text
     assert "blocks (decoding)" in text
+    told = {name for name, one in found["programs"].items() if one["counted"]}
+    assert told == {"hand-over", "log-probs", "update"}
+    assert "counted from the compiled instructions for hand-over" in text
+    assert "**log-probs**" in report.instructions(found)
 
 
 def test_arguments_are_the_bytes_of_the_arrays_themselves(rehearsed):

@@ -3,9 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from jax.interpreters import partial_eval
 
-from experiments.rehearsal import adapted, costs, programs, report, resident, topologies
+from experiments.rehearsal import (
+    adapted,
+    costs,
+    counted,
+    programs,
+    report,
+    resident,
+    topologies,
+)
 from experiments.rehearsal import case as cases
 from experiments.rehearsal.costs import Parts, Rows
 from luspo_jax.hosts.values import ConfigError
@@ -14,9 +21,9 @@ from luspo_jax.learner.step import update_step
 from luspo_jax.models import decoder, low_rank, nf4
 from tests.experiments.test_rehearse import (
     SMALL,
+    WHOLE,
     gathered_rows,
     machine,
-    products,
     tiny,
     tiny_experts,
 )
@@ -67,28 +74,29 @@ def test_a_checkpoint_leaves_the_frozen_weights_out():
         assert case.checkpoint_bytes < resident.state_bytes(case, "base")["base"]
 
 
-def traced_update(case):
-    """(products of a micro-batch that its results need, Rows that the reference computes)."""
+def compiled_update(case):
+    """(products of a micro-batch in the compiled update, Rows that the reference computes)."""
     batch, _ = programs.train_batch(case)
     number = jax.ShapeDtypeStruct((), np.float32)
-    traced = update_step.trace(case.state, batch, number, number, rule=case.rule)
-    needed, _ = partial_eval.dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.out_avals))
+    text = update_step.lower(case.state, batch, number, number, rule=case.rule).compile().as_text()
     rows, sums = gathered_rows(batch.rows, case.model)
-    return products(needed) / batch.rows.num_microbatches - sums, rows
+    found = counted.count(text, counted.Speeds(1.0, 1.0, 1.0, 1.0)).total("flops")
+    return found / batch.rows.num_microbatches - sums, rows
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj"])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_operations_of_an_update_leave_out_gradients_of_frozen_weights(remat, targets):
     case = cases.build(
-        tiny(**SMALL, lora__rank=4, lora__targets=targets, model__remat=remat), machine(1),
+        tiny(**WHOLE, lora__rank=4, lora__targets=targets, model__remat=remat), machine(1),
         mean_length=12,
     )  # fmt: skip
-    found, rows = traced_update(case)
-    settings = {"remat": remat, "kernel": "reference", "chunk": 64}
-    counted = costs.training(case.model, rows, Parts(), 4, **settings, frozen=True)
-    counted += adapted.training(case.model, case.adapter, rows, Parts(), 4, remat=remat)
-    assert found == pytest.approx(counted.flops, rel=1e-3)
+    found, rows = compiled_update(case)
+    settings = {"remat": remat, "kernel": "reference", "chunk": 128}
+    wanted = costs.training(case.model, rows, Parts(), 4, **settings, frozen=True)
+    wanted += adapted.training(case.model, case.adapter, rows, Parts(), 4, remat=remat)
+    # XLA drops recomputed products of the adapter that nothing reads.
+    assert 0.99 * wanted.flops < found < 1.001 * wanted.flops
     low = 6 * rows.tokens * adapted.beside(case.model, case.adapter).entries
     whole = costs.training(case.model, rows, Parts(), 4, **settings)
     assert found - low < 0.85 * whole.flops
@@ -99,18 +107,18 @@ def test_operations_of_an_update_leave_out_gradients_of_frozen_weights(remat, ta
 )
 def test_operations_of_an_update_with_experts_leave_them_out_too(leaves):
     config = tiny_experts(
-        **SMALL, **LORA | {"lora__targets": "q_proj,o_proj"} | leaves,
+        **WHOLE, **LORA | {"lora__targets": "q_proj,o_proj"} | leaves,
         model__expert_kernel="reference",
     )  # fmt: skip
     case = cases.build(config, machine(1), mean_length=12)
-    found, rows = traced_update(case)
-    settings = {"remat": "full", "kernel": "reference", "chunk": 64}
-    counted = costs.training(case.model, rows, Parts(), 4, **settings, frozen=True)
-    counted += adapted.training(case.model, case.adapter, rows, Parts(), 4, remat="full")
+    found, rows = compiled_update(case)
+    settings = {"remat": "full", "kernel": "reference", "chunk": 128}
+    wanted = costs.training(case.model, rows, Parts(), 4, **settings, frozen=True)
+    wanted += adapted.training(case.model, case.adapter, rows, Parts(), 4, remat="full")
     # The reference multiplies every row with every kernel: 8 times as many products.
     pass_of_one = costs.expert_pass(case.model, rows, Parts(), 4, gradient=False).flops / 3
     taken = 8 + (leaves.get("lora__experts", False))
-    assert found == pytest.approx(counted.flops + 7 * taken * pass_of_one, rel=1e-3)
+    assert found == pytest.approx(wanted.flops + 7 * taken * pass_of_one, rel=1e-3)
 
 
 def test_entries_of_an_adapter_are_those_that_are_trained():

@@ -6,7 +6,7 @@ It compiles every program of a small run as in a rehearsal, and then runs it on 
 shapes. Bytes: what arrays take on a device, and how much the process grows while the program runs,
 all devices together, compared with temporaries and new results. Seconds: the best of three,
 compared with the roofline of rates measured in the same process (products and additions in
-float32).
+float32), and for programs of training with the sum over their instructions at these rates.
 """
 
 import gc
@@ -111,6 +111,7 @@ def measured(case, program, predicted):
         "predicted_peak_bytes": size["arguments"] + new,
         "measured_peak_bytes": own + max(later),
         "roofline_s": predicted["roofline_s"],
+        "counted_s": predicted["counted"]["seconds"] if predicted["counted"] else None,
         "bound": predicted["bound"],
         "measured_s": min(seconds),
     }
@@ -178,8 +179,8 @@ def table(found):
     """Formats the measurements as a Markdown table; MB of one device."""
     lines = [
         "| program | arguments, predicted | measured | temporaries and results, predicted "
-        "| measured | peak, predicted ÷ measured | roofline | measured | bound |",
-        "|---|" + "---:|" * 7 + "---|",
+        "| measured | peak, predicted ÷ measured | roofline | by instructions | measured | bound |",
+        "|---|" + "---:|" * 8 + "---|",
     ]
     for one in found["programs"]:
         mb = [
@@ -188,7 +189,8 @@ def table(found):
                         "predicted_new_bytes", "measured_new_bytes")
         ]  # fmt: skip
         ratio = one["predicted_peak_bytes"] / one["measured_peak_bytes"]
-        times = f"{one['roofline_s']:.3g} s | {one['measured_s']:.3g} s"
+        counted = f"{one['counted_s']:.3g} s" if one["counted_s"] else ""
+        times = f"{one['roofline_s']:.3g} s | {counted} | {one['measured_s']:.3g} s"
         lines.append(
             f"| {one['program']} | {' | '.join(mb)} | {ratio:.2f} | {times} | {one['bound']} |"
         )
