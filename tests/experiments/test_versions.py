@@ -17,11 +17,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def _listed(name):
     """Returns what setup.py asks for: INSTALL_REQUIRES, or an extra."""
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    values = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
-    if name in values:
-        return ast.literal_eval(values[name])
-    return ast.literal_eval(values["EXTRAS_REQUIRE"])[name]
+    tree, values = ast.parse((ROOT / "setup.py").read_text()), {}
+    for node in tree.body:  # without setuptools, which Python 3.12 does not bring
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.Dict):
+            exec(compile(ast.Module([node], []), "setup.py", "exec"), values)
+    return values[name] if name in values else values["EXTRAS_REQUIRE"][name]
 
 
 @pytest.mark.parametrize(
