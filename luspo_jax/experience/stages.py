@@ -168,7 +168,7 @@ def check_gap(gap: float, limit: float) -> None:
             f"sampler and trainer log-probs of the same tokens differ by up to {gap:.3g} nats at "
             f"the first step, more than rollout.mismatch_limit={limit:g}: in float32 this is a "
             "fault; in bfloat16 (model.products, too) rounding makes 0.2 to 0.5 and more in large "
-            "runs: set the limit to 1, or float32"
+            "runs: set the limit to 1, or model.rollout_dtype=float32"
         )
 
 
