@@ -83,7 +83,10 @@ def test_a_step_is_that_of_one_device(mesh, base):
 
 @pytest.mark.parametrize(
     ("mesh", "base"),
-    [("fsdp 2, expert 4", "int8"), ("data 2, expert 2, tensor 2", "float32")],
+    [
+        ("fsdp 2, expert 4", "int8"),
+        pytest.param("data 2, expert 2, tensor 2", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_of_a_mixture_is_that_of_one_device(mesh, base):
     adapter = dataclasses.replace(ADAPTER, base=base, experts=True)

@@ -203,7 +203,7 @@ def test_an_adapter_is_not_apart_in_processes_that_only_sample(config):
         adapters.check_rollout(run.settings, run.rule.logprobs.how.adapter, Roles((0,), (1,)))
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("base", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_frozen_weights_of_few_bits_take_steps_and_are_not_merged_unasked(config, tmp_path, base):
     config.lora.base = base
     config.num_steps = 2

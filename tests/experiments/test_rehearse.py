@@ -732,7 +732,7 @@ def test_arguments_are_the_bytes_of_the_arrays_themselves(rehearsed):
     assert decode == pytest.approx(pool + resident.weights_bytes(case), rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["update", "prefill"])
+@pytest.mark.parametrize("name", ["update", pytest.param("prefill", marks=pytest.mark.slow)])
 def test_what_is_too_large_is_named_with_a_change_that_fits(rehearsed, name):
     case, found = rehearsed
     memory = 0.75 * found["programs"][name]["peak_bytes"]

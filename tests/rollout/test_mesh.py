@@ -82,7 +82,11 @@ def _one_device(kind):
 
 @pytest.mark.parametrize(
     ("mesh", "kind"),
-    [*((mesh, "qwen3") for mesh in MESHES), (SPLIT_THRICE, "qwen2"), (SPLIT_THRICE, "llama")],
+    [
+        *((mesh, "qwen3") for mesh in MESHES),
+        (SPLIT_THRICE, "qwen2"),
+        pytest.param(SPLIT_THRICE, "llama", marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_are_those_of_one_device_but_at_ties(mesh, kind):
     """Refills (30 responses on few rows), preemption, ragged prompts, stop tokens."""
