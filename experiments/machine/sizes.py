@@ -233,9 +233,9 @@ def _read(file, say):
         return {}
     try:
         found = json.loads(file.read_text())
-        if not all("sizes" in each for each in found.values()):
-            raise ValueError("an entry has no sizes")
-    except (ValueError, AttributeError, TypeError) as error:
+        if not all(set(each["sizes"]) == set(FIELDS) for each in found.values()):
+            raise ValueError("an entry has other sizes")
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
         say(f"sizes     : {file} cannot be read ({error}) and is written anew")
         return {}
     return found

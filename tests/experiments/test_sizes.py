@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_left_out(made, seconds, monkeypatch):
         sizes.measured(made, lambda _: None)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": {}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": {}}', '{"a": {"sizes": {"train.no": 1}}}'])
 def test_a_damaged_memory_is_written_anew(config, seconds, tmp_path, content):
     (tmp_path / sizes.FILE).write_text(content)
     said = []
