@@ -54,10 +54,10 @@ def test_pieces_give_the_values_and_gradients_of_one_piece(monkeypatch):
 
     whole = values_and_gradients()
     # Now every loop turns: rows, causal blocks that do not divide T, chunks of a block.
-    monkeypatch.setattr(module, "_CHUNK", 4)
-    monkeypatch.setattr(module, "_BLOCKS", 3)
-    monkeypatch.setattr(module, "_CACHED_SCORES", 2 * 4 * 4 * 21)
-    assert module._pieces(4, 21, 21, 4) == (2, 8, 4)
+    monkeypatch.setattr(module, "_CHUNK", 8)
+    monkeypatch.setattr(module, "_BLOCKS", 2)
+    monkeypatch.setattr(module, "_CACHED_SCORES", 2 * 4 * 8 * 21)
+    assert module._pieces(4, 21, 21, 4) == (2, 16, 8)
     for a, b in zip(values_and_gradients(), whole, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)
 
