@@ -11,10 +11,12 @@ from typing import Any
 
 from experiments.bench.step_task import Task
 from experiments.bench.turns import OURS
+from luspo_jax.run.sections import ModelSettings
 
 TRL, TUNIX = "trl", "tunix"
 _PARTS = (1, 2, 4, 8)
 _WORSE = 1.05  # slower than the best by this: more parts are not tried
+_LOGITS = 2**24  # that exist at once; smaller chunks of the head are not tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,17 @@ def others(task: Task, side: str, best: Mapping[str, Any]) -> list[dict[str, Any
     return []
 
 
+def chunks(task: Task, side: str, best: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns what is tried around the best rows of ours: a smaller chunk of the head, where the
+    logits of the ordinary one are many. The other sides have no such setting."""
+    if side != OURS:
+        return []
+    fitting = max(128, _LOGITS // task.model.vocab_size // 32 * 32)
+    if fitting >= ModelSettings.head_chunk_tokens:
+        return []
+    return [{**best, "model.head_chunk_tokens": fitting}]
+
+
 def search(
     task: Task, side: str, start: Callable[[dict[str, Any]], Any], say: Callable[[str], Any]
 ) -> tuple[Any, list[Tried]]:
@@ -94,9 +107,10 @@ def search(
             break
     if best is None:
         raise RuntimeError(f"{side} failed: {tried[-1].error}")
-    for settings in others(task, side, best[1]):
-        best = _faster(best, settings, start, tried)
-        say(f"search    {side:10} {tried[-1]}")
+    for further in (others, chunks):
+        for settings in further(task, side, best[1]):
+            best = _faster(best, settings, start, tried)
+            say(f"search    {side:10} {tried[-1]}")
     return best[2], tried
 
 

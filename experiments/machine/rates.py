@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import pathlib
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "jax-cuda13-pl
              "jax-cuda12-plugin", "jax-rocm7-plugin")  # fmt: skip
 BUSY = "OTHERS USE THIS MACHINE"
 _REPEATS = 5
+_COLUMNS = 4096  # of an array that is multiplied with a vector
 
 
 def checks(device: jax.Device) -> Iterator[Check]:
@@ -47,6 +49,8 @@ def facts(known: Known) -> list[Fact]:
     ]
     if known.tiny:
         found.append(Fact("sizes", "TINY: no rate and no time below holds"))
+    if known.on_cpu:
+        found.append(Fact("memory pages", _pages()))
     driver = _driver()
     if driver:
         found.append(Fact("driver", driver))
@@ -90,6 +94,24 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+_HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_TUNABLE = "glibc.malloc.hugetlb"
+
+
+def _pages() -> str:
+    """Tells whether large arrays get large pages, and how to ask for them."""
+    try:
+        how = _HUGE_PAGES.read_text(encoding="ascii").partition("[")[2].partition("]")[0]
+    except OSError:
+        return "not told by this system"
+    if how == "madvise" and _TUNABLE not in os.environ.get("GLIBC_TUNABLES", ""):
+        return (
+            "4 kB; large ones on request, which is faster with large models: begin with "
+            f"GLIBC_TUNABLES={_TUNABLE}=1 in the environment (docs/scaling.md)"
+        )
+    return {"madvise": "large ones, asked for", "always": "large ones"}.get(how, "4 kB")
+
+
 def _driver():
     try:
         with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
@@ -115,9 +137,13 @@ def _array(known):
 
 
 def reading(known: Known) -> list[Rate]:
-    """Measures the sum of a large array, which reads each entry once."""
+    """Measures a sum of a large array, and a product with a vector, which read each entry once."""
     array = _array(known)
-    seconds = best(jax.jit(jnp.sum), array, repeats=_REPEATS)
+    rows = array[: len(array) // _COLUMNS * _COLUMNS].reshape(-1, _COLUMNS)
+    seconds = min(
+        best(jax.jit(jnp.sum), array, repeats=_REPEATS),
+        best(jax.jit(jnp.matmul), rows, jnp.ones(_COLUMNS, jnp.float32), repeats=_REPEATS),
+    )
     return [Rate(READING, "float32", array.nbytes, array.nbytes / seconds)]
 
 

@@ -42,7 +42,7 @@ Sizes = dict[str, Any]  # field → value
 
 _TOKENS = (1024, 2048, 4096, 8192, 16384)  # of a device's packed micro-batch
 _ROWS = (1, 2, 4, 8, 16)  # micro-batches of an update in rows of one response each
-_CHUNKS = (512, 1024, 2048, 4096)  # tokens whose logits exist at once
+_CHUNKS = (128, 256, 512, 1024, 2048, 4096)  # tokens whose logits exist at once
 _ENOUGH = 1.1  # so many times the least seconds end the search among larger ones
 _LIKE_NOW = 0.97  # what is not faster than this part of the configured sizes is no reason to move
 

@@ -476,3 +476,13 @@ def test_an_adapters_update_counts_fewer_operations(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["costs"]["bfloat16"]["flops"] < found["costs"]["full"]["flops"]
     assert len(found["ratios"]["bfloat16"]["ratios"]) == 2
+
+
+def test_chunks_of_the_head_are_searched_where_logits_are_many(task, monkeypatch):
+    best = {"train.packing": True}
+    assert settings.chunks(task, TRL, best) == []
+    assert settings.chunks(task, OURS, best) == []  # few tokens to choose from
+    vocabulary = task.model.vocab_size
+    monkeypatch.setattr(settings, "_LOGITS", 256 * vocabulary + 1)
+    found = settings.chunks(task, OURS, best)
+    assert found == [{"train.packing": True, "model.head_chunk_tokens": 256}]
