@@ -68,7 +68,8 @@ def draw(rows: Sequence[dict], title: str):
             _draw_budgets(axis, rows)
         axis.set(title=name, xlabel="step" if supervised else "rollout step", ylabel=unit)
         if len(axis.lines) > 1:
-            axis.legend()
+            # Below the axis: inside it, no place stays free in every run.
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     _tell_interval(axes[-1], rows)
     axes[-1].set_ylim(0, 1)
     figure.suptitle(title, fontsize=9, color=figure_style.SOFT_INK, x=0.995, ha="right")

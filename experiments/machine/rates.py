@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import pathlib
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -49,8 +48,6 @@ def facts(known: Known) -> list[Fact]:
     ]
     if known.tiny:
         found.append(Fact("sizes", "TINY: no rate and no time below holds"))
-    if known.on_cpu:
-        found.append(Fact("memory pages", _pages()))
     driver = _driver()
     if driver:
         found.append(Fact("driver", driver))
@@ -92,24 +89,6 @@ def processor() -> str:
             return next(x for x in file if x.startswith("model name")).partition(":")[2].strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-_HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_TUNABLE = "glibc.malloc.hugetlb"
-
-
-def _pages() -> str:
-    """Tells whether large arrays get large pages, and how to ask for them."""
-    try:
-        how = _HUGE_PAGES.read_text(encoding="ascii").partition("[")[2].partition("]")[0]
-    except OSError:
-        return "not told by this system"
-    if how == "madvise" and _TUNABLE not in os.environ.get("GLIBC_TUNABLES", ""):
-        return (
-            "4 kB; large ones on request, which is faster with large models: begin with "
-            f"GLIBC_TUNABLES={_TUNABLE}=1 in the environment (docs/scaling.md)"
-        )
-    return {"madvise": "large ones, asked for", "always": "large ones"}.get(how, "4 kB")
 
 
 def _driver():

@@ -78,30 +78,7 @@ def update_step(
         reference = policy_params(state, how, "ref_params")
     state = without_base(state)
 
-    def forward(params, rows):
-        if copies.has_copies(how):
-            return microbatch_logprobs_of_copies(params, rows, rule=rule.logprobs, base=base)
-        params = decoder.whole_params(base, params, how)
-        return microbatch_logprobs(params, rows, rule=rule.logprobs)
-
-    def loss(params, part):
-        rows, responses, scale_B = part
-        found = forward(params, rows)
-        referred = None
-        if reference is not None:
-            referred = microbatch_logprobs(reference, rows, rule=of_reference(rule.logprobs))
-        total, metrics = objectives.loss(
-            objective,
-            _policy_batch(responses, scale_B, found, referred, layout),
-            denominators,
-            bin_edges=rule.bin_edges,
-        )
-        router = found.router
-        if router is not None:
-            if balance_LE is not None:
-                total = total + rule.router_aux_coef * jnp.sum(balance_LE * router.mass_LE)
-            router = jax.lax.stop_gradient(dataclasses.replace(router, expert_ids=None))
-        return total, (metrics, router)
+    loss = _part_loss(rule, denominators, balance_LE, base, reference)
 
     def accumulate(grads, part):
         (_, found), new = jax.value_and_grad(loss, has_aux=True)(params, part)
@@ -126,6 +103,47 @@ def update_step(
             base, sharding.shardings(decoder.frozen_axes(how), how.layout)
         )
     return with_base(state, base), metrics
+
+
+def _part_loss(rule, denominators, balance_LE, base, reference):
+    """Returns loss(params, part): a micro-batch's part of the loss, with (metrics, router).
+
+    Args:
+      rule: `UpdateRule`.
+      denominators: of the whole minibatch.
+      balance_LE: weights of the router's balancing loss; None without one.
+      base: weights that an adapter is added to; None without one.
+      reference: weights of the reference policy; None where `responses` has its log-probs, or
+        nothing reads them.
+    """
+    how, objective = rule.logprobs.how, rule.objective
+
+    def forward(params, rows):
+        if copies.has_copies(how):
+            return microbatch_logprobs_of_copies(params, rows, rule=rule.logprobs, base=base)
+        params = decoder.whole_params(base, params, how)
+        return microbatch_logprobs(params, rows, rule=rule.logprobs)
+
+    def loss(params, part):
+        rows, responses, scale_B = part
+        found = forward(params, rows)
+        referred = None
+        if reference is not None:
+            referred = microbatch_logprobs(reference, rows, rule=of_reference(rule.logprobs))
+        total, metrics = objectives.loss(
+            objective,
+            _policy_batch(responses, scale_B, found, referred, how.layout),
+            denominators,
+            bin_edges=rule.bin_edges,
+        )
+        router = found.router
+        if router is not None:
+            if balance_LE is not None:
+                total = total + rule.router_aux_coef * jnp.sum(balance_LE * router.mass_LE)
+            router = jax.lax.stop_gradient(dataclasses.replace(router, expert_ids=None))
+        return total, (metrics, router)
+
+    return loss
 
 
 def _policy_batch(responses, scale_B, found, referred, layout):

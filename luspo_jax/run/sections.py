@@ -58,7 +58,7 @@ class ModelSettings:
     overrides: Mapping[str, Any] = open_section()
     dtype: str = "float32"  # Compute dtype of training; master weights are float32.
     # "bfloat16" rounds the operands of the trainer's matrix products to it and sums in float32: on
-    # CPUs with AVX512-BF16 or AMX an update takes 0.8 of the time. Empty = dtype.
+    # CPUs with AVX512-BF16 an update takes 0.8 to 0.9 of the time. Empty = dtype.
     products: str = ""
     # Dtype of sampling: weights, activations and KV cache. "int8": matrices as int8 with a scale
     # for each output channel, everything else bfloat16 (luspo_jax.models.quantised).

@@ -469,6 +469,18 @@ def test_operations_of_an_update_are_told_with_their_functions(pack_length):
     assert any("mlp" in origin and "transpose" in origin for origin in products)
 
 
+def test_rounded_products_are_timed_and_move_log_probs_a_little():
+    from experiments.bench import products
+    from experiments.bench.workload import SMALL
+
+    found = products.measure(SMALL, pairs=2, pack_length=64)
+    assert {name: len(taken) for name, taken in found["seconds"].items()} == {
+        products.ROUNDED: 2,
+        products.WHOLE: 2,
+    }
+    assert 1e-6 < found["differences"].max() < 0.05
+
+
 def test_an_adapters_update_counts_fewer_operations(tmp_path):
     command = [sys.executable, "-m", "experiments.bench.adapters", "--small", "--pairs=2"]
     command += ["--bases=bfloat16", f"--json={tmp_path / 'found.json'}"]

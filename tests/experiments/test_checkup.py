@@ -20,7 +20,6 @@ from experiments.machine import (
     decoding,
     plain,
     product_checks,
-    rates,
     records,
     registry,
     report,
@@ -523,27 +522,6 @@ def test_out_of_memory_is_no_fault_of_a_kernel():
 
     (found,) = running.run([Check("training", "x", 0.0, large)], known(), say=silent)
     assert (found.status, found.note[:13]) == (SKIPPED, "out of memory")
-
-
-@pytest.mark.parametrize(
-    ("system", "asked", "told"),
-    [
-        ("always [madvise] never", "", "begin with GLIBC_TUNABLES=glibc.malloc.hugetlb=1"),
-        ("always [madvise] never", "glibc.malloc.hugetlb=1", "large ones, asked for"),
-        ("[always] madvise never", "", "large ones"),
-        ("always madvise [never]", "glibc.malloc.hugetlb=1", "4 kB"),
-        (None, "", "not told by this system"),
-    ],
-)
-def test_large_pages_are_told_with_how_to_ask_for_them(monkeypatch, tmp_path, system, asked, told):
-    file = tmp_path / "enabled"
-    if system is not None:
-        file.write_text(system)
-    monkeypatch.setattr(rates, "_HUGE_PAGES", file)
-    monkeypatch.setenv("GLIBC_TUNABLES", asked)
-    found = rates._pages()
-    assert told in found
-    assert ("begin with" in found) == ("begin with" in told)
 
 
 def test_absent_and_skipped_are_told_apart():
