@@ -19,15 +19,14 @@ def section(records: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """Returns a line per record: the seconds of a step over those of each other side."""
-    lines = []
+    """Returns a line per task: the seconds of a step over those of each other side."""
+    lines: dict[str, list[str]] = {}
     for record in records:
-        sides = [
+        lines.setdefault(record["task"]["name"], []).extend(
             f"{_ratio(ratios['step'])} of {_named(record, side)}'s"
             for side, ratios in record["ratios"].items()
-        ]
-        lines.append(f"- {record['task']['name']}: {', '.join(sides)}")
-    return "\n".join(lines)
+        )
+    return "\n".join(f"- {task}: {', '.join(sides)}" for task, sides in lines.items())
 
 
 def with_section(text: str, found: str, marks: tuple[str, str]) -> str:

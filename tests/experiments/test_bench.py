@@ -386,6 +386,9 @@ def test_the_readmes_lines_are_of_the_tables():
     assert step_markdown.summary([record]) == (
         f"- {record['task']['name']}: 0.50 (0.50 … 0.50) of trl 1.16.0's"
     )
+    apart = step_markdown.summary([record, record])  # peers of a task that were measured apart
+    assert apart.count("\n") == 0
+    assert apart.count(" of trl 1.16.0's") == 2
     speed = (peer.ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     readme = (peer.ROOT / "README.md").read_text(encoding="utf-8")
     step_markdown.with_section(speed, "", step_markdown.TABLES)
@@ -395,7 +398,8 @@ def test_the_readmes_lines_are_of_the_tables():
     assert lines
     for line in lines:
         task, _, sides = line.removeprefix("- ").partition(": ")
-        table = speed.partition(f"{task}: ")[2].partition("Settings")[0]
+        tables = [part.partition("Settings")[0] for part in speed.split(f"{task}: ")[1:]]
+        table = "\n".join(tables)
         for ratio, side in re.findall(r"([\d.]+ \([\d.]+ … [\d.]+\)) of (\w+ [\d.]+)'s", sides):
             (row,) = [row for row in table.splitlines() if row.startswith(f"| {side} |")]
             assert row.endswith(f"| {ratio} |")
@@ -470,15 +474,11 @@ def test_operations_of_an_update_are_told_with_their_functions(pack_length):
 
 
 def test_rounded_products_are_timed_and_move_log_probs_a_little():
-    from experiments.bench import products
-    from experiments.bench.workload import SMALL
-
-    found = products.measure(SMALL, pairs=2, pack_length=64)
-    assert {name: len(taken) for name, taken in found["seconds"].items()} == {
-        products.ROUNDED: 2,
-        products.WHOLE: 2,
-    }
-    assert 1e-6 < found["differences"].max() < 0.05
+    command = [sys.executable, "-m", "experiments.bench.products", "--small", "--pairs=2"]
+    command += ["--pack_length=64"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"over 2 pairs: \d\.\d{3}, 95 % interval \d", told)
+    assert 1e-6 < float(re.search(r"by (\S+) at most", told)[1]) < 0.05
 
 
 def test_an_adapters_update_counts_fewer_operations(tmp_path):
