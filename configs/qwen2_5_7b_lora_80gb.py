@@ -5,7 +5,7 @@ Hardware: one GPU with 80 GB (H100, A100).
 Memory  : frozen weights are 15.2 GB, the adapter with its moments 0.48 GB, which is also what a
           checkpoint has; keys and values take 57 kB a token.
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 2,000 a step
-          takes at least 2.6 min on h100:1x1 (expected 5.3); an update takes 20.9 GB a device,
+          takes at least 2.2 min on h100:1x1 (expected 3.7); an update takes 20.9 GB a device,
           and 68.5 of 78.1 GB in use at most, in the rollout: the trainer's weights, a merged
           copy, and 37 GB of pages, 639,168 tokens.
 Rehearse: `python -m experiments.rehearse --config=configs/qwen2_5_7b_lora_80gb.py

@@ -7,7 +7,7 @@ Memory  : frozen weights are 5.9 GB, the adapter with its moments 0.48 GB, which
           weights in bfloat16, 15.2 GB, and rounding them, a stack at a time, takes up to 15 GB of
           the card (by the compiler, as below).
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 1,000 a step
-          takes at least 5.1 min on rtx4090:1x1 (expected 11.1); an update takes 9.1 GB a
+          takes at least 4.3 min on rtx4090:1x1 (expected 6.8); an update takes 9.1 GB a
           device, and 19.2 of 23.3 GB in use at most, in the rollout, which reads the
           trainer's weights and has 12 GB of pages, 207,872 tokens.
 Rehearse: `python -m experiments.rehearse --config=configs/qwen2_5_7b_qlora_24gb.py

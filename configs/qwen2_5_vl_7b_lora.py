@@ -6,8 +6,8 @@ Hardware: one GPU with 80 GB (H100, A100).
 Memory  : frozen weights are 16.6 GB, the adapter with its moments 0.48 GB, which is also what a
           checkpoint has; keys and values take 57 kB a token.
 Time    : rehearsed, not run (experiments/studies/rehearsal/README.md): at mean length 1,000, an
-          image of 1,225 tokens in each prompt, a step takes at least 1.6 min on h100:1x1
-          (expected 3.5); an update takes 31.5 GB a device, and 68.5 of 78.1 GB in use
+          image of 1,225 tokens in each prompt, a step takes at least 1.1 min on h100:1x1
+          (expected 2.0); an update takes 29.3 GB a device, and 68.5 of 78.1 GB in use
           at most, in the rollout: the trainer's weights, a merged copy, and 34 GB of pages.
 Rehearse: `python -m experiments.rehearse --config=configs/qwen2_5_vl_7b_lora.py
           --topology=h100:1x1`
