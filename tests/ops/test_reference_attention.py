@@ -36,7 +36,15 @@ def _attention(query, key, value, segments):
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 9, 4, 2, 8), (3, 5, 3, 1, 4), (1, 40, 2, 2, 6), (1, 1, 2, 1, 2), (4, 21, 4, 2, 4)],
+    [
+        (2, 9, 4, 2, 8),
+        (3, 5, 3, 1, 4),
+        (1, 40, 2, 2, 6),
+        (1, 1, 2, 1, 2),
+        (4, 21, 4, 2, 4),
+        (2, 97, 4, 2, 8),
+        (2, 150, 4, 2, 8),
+    ],
 )
 def test_values_match_a_plain_computation(shape):
     inputs = cases.inputs(*shape)
