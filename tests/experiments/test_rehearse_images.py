@@ -17,6 +17,7 @@ from luspo_jax.images.settings import ImageSettings
 from luspo_jax.learner.state import abstract_state
 from luspo_jax.models import vision
 from luspo_jax.models.forward import Forward
+from luspo_jax.ops import reference_attention
 from luspo_jax.prompts import PromptRecord
 from luspo_jax.rollout import Request
 from luspo_jax.rollout import programs as rollout_programs
@@ -201,8 +202,8 @@ def test_operations_of_a_prefill_are_those_of_its_program(folder):
     )  # fmt: skip
     program = next(p for p in programs.programs(case) if p.name == "prefill")
     # In the trace both kinds of attention stand in every block of the tower, and the larger is
-    # counted; the decoder's reference computes 32 queries at a time with all keys up to their end,
-    # and a turn over pages stands there for what may come before a run.
+    # counted; the decoder's reference computes a piece of queries at a time with all keys up to the
+    # end of its block, and a turn over pages stands there for what may come before a run.
     model, assumed = case.model, case.lengths.images
     (R, T), images = arrays["prefill"][1][0].shape, arrays["images"].images.valid_IS.shape[0]
     assert images == R
@@ -210,8 +211,10 @@ def test_operations_of_a_prefill_are_those_of_its_program(folder):
     args = (images, assumed.slots, Parts(), 4)
     extra = tower.forward(of_blocks, *args).flops - tower.forward(model.vision, *args).flops
     pair = 4 * model.num_heads * model.head_dim * model.num_layers
-    assert T % 32 == 0
-    extra += pair * R * (sum(32 * end for end in range(32, T + 1, 32)) - T * (T + 1) / 2)
+    _, block, _ = reference_attention._pieces(R, T, T, model.num_heads, causal=True)
+    assert T % block == 0
+    ends = range(block, T + 1, block)
+    extra += pair * R * (sum(block * end for end in ends) - T * (T + 1) / 2)
     pages = min(512 // engine.page_size, engine.table_width)
     extra += pair * R * T * pages * engine.page_size
     assert products(traced.jaxpr.jaxpr) == pytest.approx(program.work.flops + extra, rel=1e-3)
