@@ -48,6 +48,47 @@ def test_a_chart_shows_its_numbers():
     assert not CHART.is_empty
 
 
+def test_points_of_named_rows_are_kept_and_drawn():
+    """A dot per run, a bar for their mean, names downwards, and numbers that people write."""
+    dots = chart.Line("a", [0.03, 0.05, 0.9], [0, 0, 1], style=1, thin=True, marks="o")
+    means = chart.Line("a", [0.04, 0.9], [0, 1], style=1, marks="|")
+    panel = chart.Panel("a title of some length", "", "", [dots, means], log_x=True, names="xy")
+    plain = chart.Panel("b", "predicted", "measured", [dots], diagonal="as predicted")
+    drawn = chart.Chart([[panel, plain]], width=1.5)
+    kept = chart.loads(chart.dumps(drawn))
+    assert chart.dumps(kept) == chart.dumps(drawn)
+    figure = chart.draw(kept)
+    left, right = figure.axes
+    assert left.get_title(loc="left") == "a title of\nsome length"
+    seen, bars = left.lines
+    np.testing.assert_array_equal(seen.get_xydata(), np.transpose([dots.x, dots.y]))
+    assert [line.get_linestyle() for line in left.lines] == ["None", "None"]
+    assert (seen.get_marker(), bars.get_marker()) == ("o", "|")
+    assert [label.get_text() for label in left.get_yticklabels()] == ["x", "y"]
+    assert left.get_ylim() == (1.5, -0.5)
+    figure.draw_without_rendering()
+    shown = [float(label.get_text()) for label in left.get_xticklabels()]
+    assert shown == [0.05, 0.1, 0.2, 0.5, 1.0]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["a", "as predicted"]
+    (line,) = right.lines[1:]
+    assert (line.get_xy1(), line.get_slope()) == ((0, 0), 1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.4, 0.9, None), (3.0, 60.0, [5, 10, 20, 50]), (0.5, 3000.0, [1, 10, 100, 1000])],
+)
+def test_a_logarithmic_axis_has_few_numbers(low, high, expected):
+    line = chart.Line("a", [low, high], [0, 1], marks="o")
+    figure = chart.draw(chart.Chart([[chart.Panel("", "x", "y", [line], log_x=True)]]))
+    (axis,) = figure.axes
+    first, last = axis.get_xlim()
+    ticks = [tick for tick in axis.get_xticks() if first <= tick <= last]
+    assert 2 <= len(ticks) <= 6
+    assert expected is None or ticks == pytest.approx(expected)
+
+
 def test_writing_keeps_numbers_beside_the_picture(tmp_path):
     target = chart.write(CHART, tmp_path / "curves.png")
     assert target.is_file()

@@ -236,20 +236,27 @@ def _curves(sweep, folder, objective, metric):
     return found
 
 
+def _style(objective):
+    """Returns the number of an objective's look, whatever its clip range."""
+    return next(style for name, style in _STYLES.items() if name.split()[0] == objective.split()[0])
+
+
 def prediction_figure(points, workdir: pathlib.Path) -> None:
     """Draws measured against predicted change of length, one point per window."""
-    plt = figure_style.pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(10, 9), layout="constrained", squeeze=False)
-    for axis, ((task, rates), runs) in zip(axes.flat, points.items(), strict=False):
-        for k, (name, found) in enumerate(runs.items()):
-            pairs = np.array([(w[0], w[1]) for run in found for w in run])
-            axis.plot(*pairs.T, figure_style.MARKERS[k % 7], ms=3.5, label=name)
-        low, high = axis.get_xlim()
-        axis.plot((low, high), (low, high), color=figure_style.EDGE, lw=0.8, label="as predicted")
-        axis.set(
-            title=f"{task}, {rates}: windows of {WINDOW} steps",
-            xlabel="predicted change of mean length, tokens",
-            ylabel="measured change, tokens",
+    panels = [
+        chart.Panel(
+            f"{task}, {rates}: windows of {WINDOW} steps",
+            "predicted change of mean length, tokens", "measured change, tokens",
+            [
+                chart.Line(
+                    name, *np.array([w[:2] for run in found for w in run]).T,
+                    style=_style(name), marks=figure_style.MARKERS[_style(name)],
+                )
+                for name, found in runs.items()
+            ],
+            diagonal="as predicted",
         )
-        axis.legend()
-    figure_style.save(figure, workdir / "prediction.png")
+        for (task, rates), runs in points.items()
+    ]  # fmt: skip
+    rows = [panels[place : place + 2] for place in range(0, len(panels), 2)]
+    chart.write(chart.Chart(rows), workdir / "prediction.png")

@@ -13,7 +13,7 @@ from experiments.studies import session
 
 session.define_flags("tables and figures")
 
-PUBLISHED = ("results.md", "factorial.png", "factorial.json", "prediction.png")
+PUBLISHED = ("results.md", "factorial.png", "factorial.json", "prediction.png", "prediction.json")
 _BASES = {
     "label_sums_1": ("--task=label_sums", "--seed=1"),
     "label_lookup_1": ("--task=label_lookup", "--seed=1"),

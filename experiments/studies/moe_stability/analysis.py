@@ -11,7 +11,6 @@ from experiments.studies.moe_stability import design
 from experiments.sweeps import report, spec
 from experiments.sweeps.report import Estimate
 from experiments.sweeps.spec import Sweep
-from luspo_jax.hosts import figure_style
 from luspo_jax.hosts.files import write_text
 
 Runs = Mapping[str, Mapping[int, list[dict]]]  # cell → seed → metrics of its steps
@@ -228,25 +227,34 @@ REPLAY_STYLES = {"none": 1, "old": 0, "sampler": 2}
 def ratio_figure(runs: Runs, target: pathlib.Path) -> None:
     """Draws the measures of every cell: a dot per seed, a bar for their mean."""
     shown = (TOKEN, SEQUENCE, DRIFT, MISMATCH, LARGEST, AREA)
-    plt = figure_style.pyplot()
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(17, 1.4 + 0.27 * len(runs)), sharey=True, layout="constrained"
-    )
-    for axis, name in zip(axes, shown, strict=True):
-        for place, (cell, seeds) in enumerate(runs.items()):
-            values = [MEASURES[name](rows) for rows in seeds.values()]
-            color = figure_style.LINES[REPLAY_STYLES[design.cells()[cell][2]]]
-            axis.plot(values, [place] * len(values), "o", ms=4, color=color, alpha=0.4, mew=0)
-            axis.plot(_middle(values, name), place, "|", ms=12, mew=2, color=color)
-        axis.set_title(name, fontsize=10)
-        if name in FACTORS:
-            axis.set_xscale("log", subs=[])
-            axis.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter("{x:g}")
-        axis.grid(False, axis="y")
-    axes[0].set_yticks(range(len(runs)), list(runs), fontsize=8)
-    axes[0].invert_yaxis()
-    figure_style.save(figure, target)
+    panels = [
+        chart.Panel(
+            name, "", "", [line for replay in REPLAY_STYLES for line in _marks(runs, name, replay)],
+            log_x=name in FACTORS, names=list(runs),
+        )
+        for name in shown
+    ]  # fmt: skip
+    height = 1.1 + 0.27 * len(runs)
+    chart.write(chart.Chart([panels], width=2.9, height=height, share_y=True), target)
+
+
+def _marks(runs, name, replay):
+    """Returns the points of all seeds of the cells with that replay, and those of their means."""
+    cells = [
+        (place, [MEASURES[name](rows) for rows in seeds.values()])
+        for place, (cell, seeds) in enumerate(runs.items())
+        if design.cells()[cell][2] == replay
+    ]
+    finite = [(place, values) for place, values in cells if np.isfinite(values).all()]
+    if not finite:
+        return []
+    style = REPLAY_STYLES[replay]
+    dots = np.array([(value, place) for place, values in finite for value in values])
+    means = np.array([(_middle(values, name), place) for place, values in finite])
+    return [
+        chart.Line(f"replay: {replay}", *dots.T, style=style, thin=True, marks="o"),
+        chart.Line(f"replay: {replay}", *means.T, style=style, marks="|"),
+    ]
 
 
 def _middle(values, name):

@@ -16,7 +16,7 @@ from experiments.studies import session
 session.define_flags("tables and figures")
 _SMOKE = flags.DEFINE_bool("smoke", False, "One seed and three steps: does everything run?")
 
-PUBLISHED = ("results.md", "ratios.png", "curves.png", "curves.json")
+PUBLISHED = ("results.md", "ratios.png", "ratios.json", "curves.png", "curves.json")
 
 
 def main() -> None:
