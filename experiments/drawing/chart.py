@@ -107,7 +107,8 @@ def draw(chart: Chart):
     handles: dict[str, object] = {}
     for row, panels in zip(axes, chart.rows, strict=True):
         for place, (axis, panel) in enumerate(zip(row, panels, strict=True)):
-            handles = _draw(axis, panel) | handles
+            for label, handle in _draw(axis, panel).items():
+                handles.setdefault(label, handle)
             axis.set_title(textwrap.fill(panel.title, round(chart.width * _LETTERS)))
             if chart.share_y and place:
                 axis.set_ylabel("")
