@@ -5,12 +5,21 @@ import gc
 import itertools
 import os
 import pathlib
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# The tests of this process compile much and compute next to nothing, so its compiler optimizes
+# little: a step of the learner compiles in a third to two thirds of the time. Runs that a test
+# starts as a process compile as users' do, and LUSPO_TEST_COMPILER=full has all tests do so.
+_QUICK = os.environ.get("LUSPO_TEST_COMPILER", "quick") != "full"
+_FLAGS = os.environ.get("XLA_FLAGS")
+if _QUICK and sys.version_info < (3, 12):  # jax 0.10; that of 0.11 and later has no such flag
+    os.environ["XLA_FLAGS"] = f"{_FLAGS or ''} --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
@@ -21,6 +30,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # one. Processes that a test starts see one device, as on a laptop.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_device", jax.devices("cpu")[0])
+jax.config.update("jax_disable_most_optimizations", _QUICK)
+# Read by now, and not for the processes that tests start.
+os.environ.pop("XLA_FLAGS", None)
+if _FLAGS is not None:
+    os.environ["XLA_FLAGS"] = _FLAGS
 
 # One compile cache for all workers of a run, and for the next run on the same machine.
 jax.config.update(

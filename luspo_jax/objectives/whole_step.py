@@ -75,30 +75,8 @@ def step_loss(
     dtype = wide(logprobs_BT.dtype)
     sg, lengths_B = jax.lax.stop_gradient, response_mask_BT.sum(axis=1, dtype=jnp.int32)
     old_BT = sg(logprobs_BT if old_logprobs_BT is None else old_logprobs_BT).astype(dtype)
-    if objective.kl_in_reward:
-        _require(given, "ref_logprobs_BT", "kl_placement = 'reward'")
-        paid_B = reward_adjustment(
-            old_BT,
-            given["ref_logprobs_BT"].astype(dtype),
-            response_mask_BT,
-            kl_coef=objective.kl_coef,
-            kl_estimator=objective.kl_estimator,
-        )
-        rewards_B = real(rewards_B).astype(dtype) + paid_B
-    parts = tokens = None
-    if objective.advantage == "gdpo":
-        _require(given, "parts_BM", "advantage = 'gdpo'")
-        _require(given, "part_weights_M", "advantage = 'gdpo'")
-        parts = RewardParts(jnp.asarray(given["parts_BM"]), jnp.asarray(given["part_weights_M"]))
-    if objective.token_advantages:
-        _require(given, "collision_BT", f"advantage = {objective.advantage!r}")
-        weight_BT = _truncated(objective, old_BT, given["sampler_logprobs_BT"])
-        tokens = TokenStatistics(response_mask_BT, old_BT, given["collision_BT"], weight_BT)
-    found = advantages(objective, rewards_B, group_ids_B, lengths_B, parts=parts, tokens=tokens)
-    of_rows = {"advantages_B": found}
-    if objective.token_advantages:
-        mean_B = found.sum(axis=1) / jnp.maximum(lengths_B, 1).astype(found.dtype)
-        of_rows = {"advantages_B": mean_B, "token_advantages_BT": found}
+    batch = (rewards_B, group_ids_B, lengths_B)
+    of_rows = _advantages_of_rows(objective, batch, response_mask_BT, old_BT, given)
     old_entropy_BT = given["old_entropy_BT"]
     if old_entropy_BT is None:
         old_entropy_BT = given["entropy_BT"]
@@ -116,6 +94,35 @@ def step_loss(
             objective, response_mask_BT, old_entropy_BT, old_BT, given["sampler_logprobs_BT"]
         ),
     )
+
+
+def _advantages_of_rows(objective, batch, response_mask_BT, old_BT, given):
+    """Returns the fields of `PolicyBatch` that hold advantages; `batch` is rewards, groups, L."""
+    rewards_B, group_ids_B, lengths_B = batch
+    if objective.kl_in_reward:
+        _require(given, "ref_logprobs_BT", "kl_placement = 'reward'")
+        paid_B = reward_adjustment(
+            old_BT,
+            given["ref_logprobs_BT"].astype(old_BT.dtype),
+            response_mask_BT,
+            kl_coef=objective.kl_coef,
+            kl_estimator=objective.kl_estimator,
+        )
+        rewards_B = real(rewards_B).astype(old_BT.dtype) + paid_B
+    parts = tokens = None
+    if objective.advantage == "gdpo":
+        _require(given, "parts_BM", "advantage = 'gdpo'")
+        _require(given, "part_weights_M", "advantage = 'gdpo'")
+        parts = RewardParts(jnp.asarray(given["parts_BM"]), jnp.asarray(given["part_weights_M"]))
+    if objective.token_advantages:
+        _require(given, "collision_BT", f"advantage = {objective.advantage!r}")
+        weight_BT = _truncated(objective, old_BT, given["sampler_logprobs_BT"])
+        tokens = TokenStatistics(response_mask_BT, old_BT, given["collision_BT"], weight_BT)
+    found = advantages(objective, rewards_B, group_ids_B, lengths_B, parts=parts, tokens=tokens)
+    if not objective.token_advantages:
+        return {"advantages_B": found}
+    mean_B = found.sum(axis=1) / jnp.maximum(lengths_B, 1).astype(found.dtype)
+    return {"advantages_B": mean_B, "token_advantages_BT": found}
 
 
 def _truncated(objective, old_logprobs_BT, sampler_logprobs_BT):
