@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from experiments.drawing import chart
 from experiments.studies.length_bias import analysis, design, rewards
 from experiments.sweeps import prediction, spec
 
@@ -108,3 +109,23 @@ def test_the_harsher_rewards(response, sparse, strict):
 def test_sparse_pays_for_zero_alone():
     assert rewards.sparse("#### 3", "3") == 0
     assert rewards.strict("#### 3", "3") == 1
+
+
+def test_predictions_of_some_of_the_runs_are_drawn(tmp_path):
+    """Of an unfinished study: sets of runs of an odd number, without a window, or none at all."""
+    analysis.prediction_figure({}, tmp_path)
+    assert not list(tmp_path.iterdir())
+    windows = [(1.0, 2.0, 0.0, 0.0), (3.0, 5.0, 0.0, 0.0)]
+    points = {
+        ("sums", "a"): {"GRPO": [windows, []], "GSPO tight": [[]]},
+        ("sums", "b"): {"GRPO": [windows]},
+        ("lookup", "a"): {"LUSPO wide": [windows]},
+    }
+    analysis.prediction_figure(points, tmp_path)
+    kept = chart.loads((tmp_path / "prediction.json").read_text(encoding="utf-8"))
+    panels = [panel for row in kept.rows for panel in row]
+    assert [[line.label for line in panel.lines] for panel in panels] == [
+        ["GRPO"], ["GRPO"], ["LUSPO wide"],
+    ]  # fmt: skip
+    assert panels[0].lines[0].x.tolist() == [1, 3]
+    assert panels[0].lines[0].y.tolist() == [2, 5]

@@ -253,10 +253,13 @@ def prediction_figure(points, workdir: pathlib.Path) -> None:
                     style=_style(name), marks=figure_style.MARKERS[_style(name)],
                 )
                 for name, found in runs.items()
+                if any(found)
             ],
             diagonal="as predicted",
         )
         for (task, rates), runs in points.items()
     ]  # fmt: skip
-    rows = [panels[place : place + 2] for place in range(0, len(panels), 2)]
-    chart.write(chart.Chart(rows), workdir / "prediction.png")
+    if panels:  # two a row, unless not all have finished
+        width = 2 if len(panels) % 2 == 0 else 1
+        rows = [panels[k : k + width] for k in range(0, len(panels), width)]
+        chart.write(chart.Chart(rows), workdir / "prediction.png")
